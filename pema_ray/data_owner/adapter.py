@@ -1,0 +1,191 @@
+"""The PEMA adapter: `h_rct = B_rct A x`, `h_pd = B_pd A x` (paper section 3.3). N rows, H hidden, R rank, V vocabulary.
+
+On disk a folder: `adapter_config.json`, `adapter_model.safetensors`, `README.md`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from pema_ray.errors import FingerprintMismatch, UserError
+from pema_ray.line import LMHead, ModelCard
+
+CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """What an adapter is and which PLM it belongs to."""
+
+    hidden_size: int
+    rank: int
+    plm_name: str
+    fingerprint: str
+    space: Literal["pre_norm", "post_norm"] = "post_norm"
+    """Whether `x` is the representation itself or what the PLM's final norm makes of it."""
+    residual: bool = False
+    """`h_pd = x + B_pd A x`: a low-rank correction instead of a low-rank map."""
+    dropout: float = 0.0
+    kappa: float = 0.2
+    task: str = ""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.rank <= self.hidden_size:
+            raise UserError(
+                f"train.rank={self.rank}: the rank must lie between 1 and the PLM's hidden size {self.hidden_size}."
+            )
+        if not 0 <= self.kappa <= 1:
+            raise UserError(f"train.kappa={self.kappa}: κ must lie in [0, 1].")
+
+
+class PemaAdapter(nn.Module):
+    """Two low-rank maps with a shared down-projection; no bias, no activation.
+
+    Attributes:
+        A: `[R, H]`, B_pd: `[H, R]` (both trained); B_rct: `[H, R]` (stage 1's, frozen afterwards).
+    """
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.A = nn.Parameter(torch.empty(config.rank, config.hidden_size))
+        self.B_pd = nn.Parameter(torch.zeros(config.hidden_size, config.rank))
+        self.B_rct = nn.Parameter(torch.zeros(config.hidden_size, config.rank), requires_grad=False)
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as published
+
+    def start_from_reconstruction(self, A: torch.Tensor, B_rct: torch.Tensor) -> None:
+        """Take stage 1's solution and let prediction start from it, so that PEMA starts as the PLM.
+
+        With `residual`, x itself is already carried over: `B_pd` starts at zero.
+        """
+        with torch.no_grad():
+            self.A.copy_(A)
+            self.B_rct.copy_(B_rct)
+            self.B_pd.copy_(torch.zeros_like(B_rct) if self.config.residual else B_rct)
+
+    def enter(self, state_NH: torch.Tensor, head: LMHead) -> torch.Tensor:
+        """From stored representations to this adapter's input space, `[N, H]` float32."""
+        x = state_NH.float()
+        return head.norm(x) if self.config.space == "post_norm" else x
+
+    def leave(self, h_NH: torch.Tensor, head: LMHead) -> torch.Tensor:
+        """From this adapter's space to what the LM head multiplies, `[N, H]`."""
+        return h_NH if self.config.space == "post_norm" else head.norm(h_NH)
+
+    def project(self, x_NH: torch.Tensor, drop: bool = False) -> torch.Tensor:
+        """`A x`, `[N, R]`; `drop` applies the training dropout to the input."""
+        return F.linear(F.dropout(x_NH, self.config.dropout, training=drop), self.A)
+
+    def predict(self, x_NH: torch.Tensor, drop: bool = False) -> torch.Tensor:
+        """`h_pd [N, H]`."""
+        h = F.linear(self.project(x_NH, drop), self.B_pd)
+        return x_NH + h if self.config.residual else h
+
+    def log_probs(self, state_NH: torch.Tensor, head: LMHead) -> torch.Tensor:
+        """float32 log P_PEMA `[N, V]` of representations as the PLM owner sends them (equation 4)."""
+        h_pd = self.predict(self.enter(state_NH, head))
+        return head.log_probs(self.leave(h_pd, head))
+
+    # ── on disk ─────────────────────────────────────────────────────────────
+
+    def save_pretrained(self, folder: str | Path, model_card: str | None = None) -> Path:
+        """Write the adapter's folder. Weights are float32."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: t.detach().float().cpu().contiguous() for name, t in self.state_dict().items()}
+        save_file(tensors, folder / WEIGHTS)
+        described = {"format": "pema", "format_version": 1, **asdict(self.config)}
+        (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
+        (folder / CARD).write_text(model_card or self.model_card())
+        return folder
+
+    def model_card(self, figures: str = "") -> str:
+        """The adapter's README: what it is, whose PLM it needs, how it is loaded."""
+        c = self.config
+        return (
+            f"# PEMA adapter for {c.task or 'an unnamed task'}\n\n"
+            f"- PLM: {c.plm_name}, fingerprint `{c.fingerprint}`. It works with no other.\n"
+            f"- rank {c.rank}, hidden size {c.hidden_size}, {c.space.replace('_', '-')}"
+            f"{', residual' if c.residual else ''}, κ = {c.kappa}, dropout {c.dropout}\n\n{figures}"
+            "```python\nfrom pema_ray.data_owner import PemaAdapter\n\n"
+            'adapter = PemaAdapter.from_pretrained("this/folder")\n```\n\n'
+            "It holds what was learned from the data owner's text; treat it as you would treat that text.\n"
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, card: ModelCard | None = None) -> PemaAdapter:
+        """Load an adapter, checking that it belongs to the PLM of `card` when one is given.
+
+        Raises:
+            FingerprintMismatch: it was trained for another PLM.
+            UserError: the folder is incomplete or damaged.
+        """
+        folder = Path(folder)
+        try:
+            described = json.loads((folder / CONFIG).read_text())
+            tensors = load_file(folder / WEIGHTS)
+        except FileNotFoundError as error:
+            raise UserError(f"{folder}: not an adapter: {error.filename or error} is missing. Run train.") from None
+        except (json.JSONDecodeError, SafetensorError) as error:
+            raise UserError(f"{folder}: damaged adapter: {error}.") from None
+        known = {field.name for field in fields(AdapterConfig)}
+        config = AdapterConfig(**{name: value for name, value in described.items() if name in known})
+        if card is not None and config.fingerprint != card.fingerprint:
+            label = f"{config.plm_name} ({config.fingerprint})"
+            raise FingerprintMismatch(f"The adapter {folder}", label, card.label)
+        adapter = cls(config)
+        try:
+            adapter.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise UserError(f"{folder}: the weights do not fit the configuration: {error}.") from None
+        return adapter.eval()
+
+    @classmethod
+    def from_published(cls, prediction: str | Path, card: ModelCard, reconstruction: str | Path | None = None) -> PemaAdapter:
+        """Load checkpoints of the published code: `lora_A [R, H]`, `lora_B [H, R]`, product scaled by 1/R.
+
+        Args:
+            prediction: the stage-2 or stage-3 state dict.
+            reconstruction: the stage-1 state dict, for `B_rct`; it is not needed to generate.
+
+        Raises:
+            UserError: a file is not such a checkpoint, or belongs to another hidden size.
+        """
+        A, B_pd = _read_published(Path(prediction), card)
+        config = AdapterConfig(card.hidden_size, A.shape[0], card.name, card.fingerprint, space="pre_norm")
+        adapter = cls(config)
+        with torch.no_grad():
+            adapter.A.copy_(A)
+            adapter.B_pd.copy_(B_pd / config.rank)
+            if reconstruction is not None:
+                adapter.B_rct.copy_(_read_published(Path(reconstruction), card)[1] / config.rank)
+        return adapter.eval()
+
+
+def _read_published(path: Path, card: ModelCard) -> tuple[torch.Tensor, torch.Tensor]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint.") from None
+    except Exception as error:  # torch.load has no error of its own for a foreign file
+        raise UserError(f"{path}: not a PyTorch state dict: {str(error).splitlines()[0]}") from None
+    tensors = {name.rsplit(".", 1)[-1]: value for name, value in found.items()} if isinstance(found, dict) else {}
+    if not {"lora_A", "lora_B"} <= tensors.keys():
+        raise UserError(f"{path}: not a published PEMA checkpoint: it holds {', '.join(sorted(tensors)) or 'nothing'}.")
+    A, B = tensors["lora_A"].float(), tensors["lora_B"].float()
+    if A.ndim != 2 or B.shape != A.T.shape or A.shape[1] != card.hidden_size:
+        raise UserError(
+            f"{path}: lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} do not fit {card.label}, "
+            f"whose hidden size is {card.hidden_size}."
+        )
+    return A, B

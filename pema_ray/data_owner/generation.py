@@ -1,0 +1,229 @@
+"""Generates with Gradual Unrolling over any `ContextSource`. Knows no Ray. B sequences, K beams, V vocabulary, H hidden.
+
+The PLM owner sees token ids only; both distributions and their mixture are made here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from pema_ray.data_owner.adapter import PemaAdapter
+from pema_ray.data_owner.unrolling import UnrollingSchedule, mix
+from pema_ray.line import ContextSource, LMHead
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How the next token is chosen."""
+
+    kind: Literal["greedy", "sample", "beam"] = "greedy"
+    temperature: float = 1.0
+    top_p: float = 1.0
+    beams: int = 4
+    length_penalty: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One sequence to be generated.
+
+    Attributes:
+        length: what a falling schedule of λ is stretched over, in steps.
+        schedule: this sequence's own λ.
+    """
+
+    prompt: list[int]
+    max_new_tokens: int
+    schedule: UnrollingSchedule
+    length: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTrace:
+    """How one token was decided: λ_t and log-probability under both distributions."""
+
+    token: int
+    lam: float
+    log_pema: float
+    log_plm: float
+
+
+@dataclass
+class Generated:
+    """An answer without its EOS or stop string.
+
+    Attributes:
+        tokens: everything generated, EOS included.
+        finish: `eos`, `stop` or `length`.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    finish: Literal["eos", "stop", "length"] = "length"
+    log_prob: float = 0.0
+    trace: list[TokenTrace] = field(default_factory=list)
+
+
+class Generator:
+    """Decodes batches of requests.
+
+    Args:
+        source: the PLM owner.
+        head: its LM head.
+        adapter: the data owner's adapter; None generates with the PLM alone.
+        detokenize: token ids → text.
+        eos: ids that end an answer.
+        stop: strings that end an answer.
+    """
+
+    def __init__(
+        self,
+        source: ContextSource,
+        head: LMHead,
+        adapter: PemaAdapter | None,
+        detokenize: Callable[[Sequence[int]], str],
+        eos: Sequence[int],
+        stop: Sequence[str] = (),
+    ) -> None:
+        self.source, self.head, self.adapter = source, head, adapter
+        self.detokenize, self.eos, self.stop = detokenize, frozenset(eos), tuple(stop)
+
+    @torch.inference_mode()
+    def generate(self, requests: Sequence[Request], decoding: Decoding, explain: bool = False) -> list[Generated]:
+        """One answer per request, in their order.
+
+        Args:
+            explain: keep for every token λ_t and both probabilities (greedy and sampling).
+        """
+        if decoding.kind == "beam":
+            return self._beam(requests, decoding)
+        return self._step_by_step(requests, decoding, explain)
+
+    # ── distributions ───────────────────────────────────────────────────────
+
+    def _distributions(self, state_BH: torch.Tensor, lam_B: torch.Tensor, both: bool):
+        """`(log P, log P_PEMA or None, log P_LM or None)`, each `[B, V]`; what λ = 0 or 1 does not need is not computed."""
+        device = self.head.weight.device
+        state = state_BH.to(device)
+        use_pema = self.adapter is not None and (both or bool((lam_B > 0).any()))
+        use_plm = both or self.adapter is None or bool((lam_B < 1).any())
+        log_pema = self.adapter.log_probs(state, self.head) if use_pema and self.adapter is not None else None
+        log_plm = self.head.log_probs(self.head.norm(state)) if use_plm else None
+        if log_pema is None or log_plm is None:
+            only = log_plm if log_pema is None else log_pema
+            assert only is not None
+            return only, log_pema, log_plm
+        return mix(log_pema, log_plm, lam_B), log_pema, log_plm
+
+    def _lambda(self, requests: Sequence[Request], step: int) -> torch.Tensor:
+        if self.adapter is None:
+            return torch.zeros(len(requests))
+        return torch.tensor([r.schedule.at(step, r.length) for r in requests])
+
+    # ── greedy and sampling ─────────────────────────────────────────────────
+
+    def _step_by_step(self, requests: Sequence[Request], decoding: Decoding, explain: bool) -> list[Generated]:
+        answers = [Generated() for _ in requests]
+        draw = [torch.Generator().manual_seed(decoding.seed + place) for place in range(len(requests))]
+        alive = list(range(len(requests)))
+        session, state = self.source.open([request.prompt for request in requests])
+        try:
+            for step in range(max(request.max_new_tokens for request in requests)):
+                lam = self._lambda([requests[i] for i in alive], step)
+                log_p, log_pema, log_plm = self._distributions(state, lam, both=explain)
+                chosen = self._choose(log_p, decoding, [draw[i] for i in alive])
+                kept: list[int] = []
+                for row, (i, token) in enumerate(zip(alive, chosen, strict=True)):
+                    answer = answers[i]
+                    answer.tokens.append(token)
+                    answer.log_prob += float(log_p[row, token])
+                    if explain and log_plm is not None:
+                        pema = log_plm if log_pema is None else log_pema
+                        trace = TokenTrace(token, float(lam[row]), float(pema[row, token]), float(log_plm[row, token]))
+                        answer.trace.append(trace)
+                    if not self._finish(answer, requests[i].max_new_tokens):
+                        kept.append(row)
+                if not kept:
+                    break
+                tokens = [chosen[row] for row in kept]
+                state = self.source.extend(session, step, kept, tokens)
+                alive = [alive[row] for row in kept]
+        finally:
+            self.source.close(session)
+        return answers
+
+    def _choose(self, log_p_BV: torch.Tensor, decoding: Decoding, draw: Sequence[torch.Generator]) -> list[int]:
+        if decoding.kind == "greedy":
+            return log_p_BV.argmax(-1).tolist()
+        scaled = (log_p_BV / decoding.temperature).softmax(-1)
+        if decoding.top_p < 1:
+            ordered, place = scaled.sort(dim=-1, descending=True)
+            ordered[ordered.cumsum(-1) - ordered >= decoding.top_p] = 0  # the first token past the mass stays
+            scaled = torch.zeros_like(scaled).scatter(-1, place, ordered)
+        rows = zip(scaled.cpu(), draw, strict=True)
+        return [int(torch.multinomial(row, 1, generator=generator)) for row, generator in rows]
+
+    def _finish(self, answer: Generated, max_new_tokens: int) -> bool:
+        """Whether the answer is complete; sets its text and reason if so."""
+        if answer.tokens[-1] in self.eos:
+            answer.finish, answer.text = "eos", self.detokenize(answer.tokens[:-1])
+            return True
+        if self.stop:
+            text = self.detokenize(answer.tokens)
+            kept = _cut(text, self.stop)
+            if len(kept) < len(text):
+                answer.finish, answer.text = "stop", kept
+                return True
+        if len(answer.tokens) >= max_new_tokens:
+            answer.finish, answer.text = "length", self.detokenize(answer.tokens)
+            return True
+        return False
+
+    # ── beam search ─────────────────────────────────────────────────────────
+
+    def _beam(self, requests: Sequence[Request], decoding: Decoding) -> list[Generated]:
+        return [self._beam_one(request, decoding) for request in requests]
+
+    def _beam_one(self, request: Request, decoding: Decoding) -> Generated:
+        """K beams of one request in one session; scores are log P / length^penalty."""
+        K, penalty = decoding.beams, decoding.length_penalty
+        finished: list[tuple[float, Generated]] = []
+        beams = [Generated()]
+        session, state = self.source.open([request.prompt])
+        try:
+            for step in range(request.max_new_tokens):
+                lam = self._lambda([request] * len(beams), step)
+                log_p, _, _ = self._distributions(state, lam, both=False)
+                total = log_p + torch.tensor([[beam.log_prob] for beam in beams])
+                best, place = total.flatten().topk(min(2 * K, total.numel()))
+                rows: list[int] = []
+                grown: list[Generated] = []
+                for score, flat in zip(best.tolist(), place.tolist(), strict=True):
+                    row, token = divmod(flat, log_p.shape[-1])
+                    beam = Generated([*beams[row].tokens, token], log_prob=score)
+                    if self._finish(beam, request.max_new_tokens):
+                        finished.append((score / len(beam.tokens) ** penalty, beam))
+                    elif len(grown) < K:
+                        rows.append(row)
+                        grown.append(beam)
+                finished = sorted(finished, key=lambda f: f[0], reverse=True)[:K]
+                hopeless = len(finished) >= K and grown and finished[-1][0] >= grown[0].log_prob / (step + 1) ** penalty
+                if not grown or hopeless:
+                    break
+                beams = grown
+                state = self.source.extend(session, step, rows, [beam.tokens[-1] for beam in beams])
+        finally:
+            self.source.close(session)
+        return finished[0][1]
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    """The text up to the first stop string that follows something other than white space."""
+    begin = len(text) - len(text.lstrip("\n "))
+    ends = [at for s in stops if (at := text.find(s, begin)) >= 0]
+    return text[: min(ends)] if ends else text

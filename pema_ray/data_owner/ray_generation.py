@@ -1,0 +1,124 @@
+"""Spreads generation over Ray Data: actors that each hold a `ContextSource`, the LM head and the adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pema_ray.data_owner.adapter import PemaAdapter
+from pema_ray.data_owner.generation import Decoding, Generated, Generator, Request
+from pema_ray.errors import UserError
+from pema_ray.line import ContextSource, LMHeadBundle
+
+
+@dataclass(frozen=True)
+class GenerationJob:
+    """Answers wanted from one system: with an adapter, or with the PLM alone when `adapter` is None."""
+
+    system: str
+    keys: list[int]
+    requests: list[Request]
+    adapter: Path | None
+    decoding: Decoding
+    stop: tuple[str, ...] = ()
+    explain: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generated answer, with the system and key it belongs to and the seconds its batch took, per answer."""
+
+    system: str
+    key: int
+    generated: Generated
+    seconds: float
+
+
+def generate(
+    jobs: Sequence[GenerationJob],
+    source_factory: Callable[[], ContextSource],
+    bundle: Path,
+    batch_size: int,
+    actors: int = 1,
+    cpus_per_actor: float = 1,
+    gpus_per_actor: float = 0,
+) -> Iterator[list[Answer]]:
+    """Answers of all jobs, batch by batch as they are finished. Ray must be running."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    batches = [batch for job in jobs for batch in _batches(job, batch_size)]
+    work = ray.data.from_items([{"job": batch} for batch in batches], override_num_blocks=len(batches))
+    done = work.map_batches(
+        _Actor,
+        fn_constructor_args=(source_factory, bundle),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=min(actors, len(batches)), max_tasks_in_flight_per_actor=2),
+        num_cpus=cpus_per_actor,
+        num_gpus=gpus_per_actor or None,
+    )
+    for row in done.iter_rows():
+        if row["error"]:
+            raise UserError(row["error"])
+        yield row["answers"].answers
+
+
+def _batches(job: GenerationJob, size: int) -> Iterator[GenerationJob]:
+    """Cut a job into batches of prompts of similar length, so that little is padded."""
+    order = sorted(range(len(job.requests)), key=lambda i: (len(job.requests[i].prompt), job.keys[i]))
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
+        yield GenerationJob(
+            job.system,
+            [job.keys[i] for i in chosen],
+            [job.requests[i] for i in chosen],
+            job.adapter,
+            job.decoding,
+            job.stop,
+            job.explain,
+        )
+
+
+@dataclass
+class _Answers:
+    answers: list[Answer]
+
+
+class _Actor:
+    def __init__(self, source_factory: Callable[[], ContextSource], bundle: Path) -> None:
+        loaded = LMHeadBundle.load(bundle)
+        self.source, self.card, self.head = source_factory(), loaded.card, loaded.head
+        self.tokenizer = loaded.tokenizer()
+        self._adapters: dict[Path, PemaAdapter] = {}
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        (job,) = batch["job"]
+        try:
+            return {"answers": [_Answers(self._answer(job))], "error": [""]}
+        except UserError as error:
+            return {"answers": [_Answers([])], "error": [str(error)]}
+
+    def _answer(self, job: GenerationJob) -> list[Answer]:
+        import time
+
+        started = time.perf_counter()
+        generator = Generator(
+            self.source, self.head, self._adapter(job.adapter), self._text, self.card.eos_token_ids, job.stop
+        )
+        generated = generator.generate(job.requests, job.decoding, job.explain)
+        seconds = (time.perf_counter() - started) / len(generated)
+        return [Answer(job.system, key, g, seconds) for key, g in zip(job.keys, generated, strict=True)]
+
+    def _adapter(self, path: Path | None) -> PemaAdapter | None:
+        if path is None:
+            return None
+        if path not in self._adapters:
+            self._adapters[path] = PemaAdapter.from_pretrained(path, self.card)
+        return self._adapters[path]
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)

@@ -1,0 +1,156 @@
+"""Runs the training loop under Ray Train: one process a worker, DDP between them, the same loop in each."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+from pema_ray.config import TrainConfig
+from pema_ray.data_owner.adapter import AdapterConfig
+from pema_ray.data_owner.tracking import TensorBoardTracker
+from pema_ray.data_owner.training import History, Place, Point, Trainer
+from pema_ray.errors import UserError
+from pema_ray.hardware import pick_dtype, set_threads
+from pema_ray.line import LMHeadBundle
+from pema_ray.memory import ExternalMemory
+
+_PROGRESS = "progress.jsonl"
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """Everything a worker needs, as paths that every worker can read."""
+
+    train_memory: Path
+    dev_memory: Path
+    bundle: Path
+    run_dir: Path
+    adapter: AdapterConfig
+    config: TrainConfig
+    seed: int = 0
+
+
+def fit(job: TrainingJob, on_point: Callable[[str, Point], None] = lambda kind, point: None) -> History:
+    """Train on Ray and leave the adapter in `run_dir/adapter`.
+
+    Raises:
+        UserError: what a worker refused, in its own words.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    c = job.config
+    resources = {"CPU": c.cpus_per_worker} | ({"GPU": c.gpus_per_worker} if c.gpus_per_worker else {})
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(num_workers=c.workers, use_gpu=c.gpus_per_worker > 0, resources_per_worker=resources),
+        torch_config=TorchConfig(backend="nccl" if c.gpus_per_worker else "gloo"),
+        run_config=RunConfig(
+            name="ray_train", storage_path=str(job.run_dir.resolve()), failure_config=FailureConfig(max_failures=2)
+        ),
+    )
+    job.run_dir.mkdir(parents=True, exist_ok=True)
+    with _following(job.run_dir / _PROGRESS, on_point):
+        outcome = trainer.fit().return_value
+    if outcome["error"]:
+        raise UserError(outcome["error"])
+    return History.from_dict(outcome["history"])
+
+
+def _worker(settings: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return {"error": "", "history": _train(settings["job"]).to_dict()}
+    except UserError as error:
+        return {"error": str(error), "history": {}}
+
+
+def _train(job: TrainingJob) -> History:
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    set_threads(max(1, int(job.config.cpus_per_worker)))
+    bundle = LMHeadBundle.load(job.bundle)
+    train = ExternalMemory.open(job.train_memory, bundle.card).load(max_examples=job.config.max_train_pairs)
+    dev = ExternalMemory.open(job.dev_memory, bundle.card).load(max_rows=job.config.validation_rows)
+    options = {"parallel_strategy_kwargs": {"broadcast_buffers": False}} if world > 1 else {}
+    place = Place(rank, world, device, lambda module: ray.train.torch.prepare_model(module, **options))
+    report = _Reporter(job.run_dir) if rank == 0 else None
+    head = bundle.head.to(pick_dtype(job.config.dtype, device))
+    trainer = Trainer(
+        job.adapter, job.config, head, train, dev, job.run_dir, job.seed, place, report or (lambda kind, point: None)
+    )
+    adapter, history = trainer.run()
+    if rank == 0 and report is not None:
+        report.close()
+        (job.run_dir / "history.json").write_text(json.dumps(history.to_dict()))
+        adapter.save_pretrained(job.run_dir / "adapter", adapter.model_card(_figures(history)))
+    return history
+
+
+def _figures(history: History) -> str:
+    first, best = history.validation[0], min(history.validation, key=lambda point: point.prediction)
+    return (
+        f"Trained on {history.rows:,} rows. Held-out loss on the dev memory, nats per token: "
+        f"{first.prediction:.3f} before the first step, {best.prediction:.3f} at step {best.step}.\n\n"
+    )
+
+
+class _Reporter:
+    """Writes each point where the driver and TensorBoard find it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = (folder / _PROGRESS).open("a")
+        self._tracker = TensorBoardTracker(folder / "tensorboard")
+
+    def __call__(self, kind: str, point: Point) -> None:
+        self._file.write(json.dumps({"kind": kind, **asdict(point)}) + "\n")
+        self._file.flush()
+        losses = {name: value for name, value in asdict(point).items() if name != "step"}
+        self._tracker.log(point.step, {f"{kind}/{name}": value for name, value in losses.items()})
+
+    def close(self) -> None:
+        self._file.close()
+        self._tracker.close()
+
+
+@contextmanager
+def _following(path: Path, on_point: Callable[[str, Point], None]) -> Iterator[None]:
+    """Call `on_point` with what the leading worker appends to `path` while the block runs."""
+    path.unlink(missing_ok=True)
+    done = threading.Event()
+
+    def follow() -> None:
+        position = 0
+        while True:
+            last = done.wait(0.5)
+            if path.exists():
+                with path.open() as file:
+                    file.seek(position)
+                    for line in iter(file.readline, ""):
+                        if not line.endswith("\n"):
+                            break
+                        data = json.loads(line)
+                        on_point(data.pop("kind"), Point(**data))
+                        position = file.tell()
+            if last:
+                return
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+

@@ -1,0 +1,48 @@
+"""Stage 1, reconstruction, in closed form. N rows, H hidden, R rank.
+
+`min ‖B A x - x‖²` over maps of rank R is principal component analysis without centring: with
+`M = Σ x xᵀ` and its R leading eigenvectors U, `A = Uᵀ` and `B = U` are an exact optimum. One pass over
+the memory replaces the published epochs of Adam.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+
+class SecondMoment:
+    """Accumulates `M = Σ x xᵀ [H, H]` in float64. Two of them add up to that of both their rows."""
+
+    def __init__(self, hidden_size: int) -> None:
+        self.M = torch.zeros(hidden_size, hidden_size, dtype=torch.float64)
+        self.rows = 0
+
+    def add(self, x_NH: torch.Tensor) -> None:
+        x = x_NH.float()
+        self.M += (x.T @ x).double().cpu()
+        self.rows += len(x)
+
+    def __iadd__(self, other: SecondMoment) -> SecondMoment:
+        self.M += other.M
+        self.rows += other.rows
+        return self
+
+
+def solve(moment: SecondMoment, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """`(A [R, H], B_rct [H, R], error)`; error is the mean squared reconstruction error per element (L_rct)."""
+    values, vectors = torch.linalg.eigh(moment.M)
+    U = vectors[:, -rank:].flip(-1)
+    hidden = len(values)
+    error = float(values[: hidden - rank].clamp_min(0).sum() / (max(1, moment.rows) * hidden))
+    return U.T.float().contiguous(), U.float().contiguous(), error
+
+
+def reconstruction_error(A: torch.Tensor, B: torch.Tensor, batches: Iterable[torch.Tensor]) -> float:
+    """`L_rct = mean((B A x - x)²)` over batches `[N, H]`."""
+    total, count = 0.0, 0
+    for x in batches:
+        total += float((x @ A.T @ B.T - x).square().sum(dtype=torch.float64))
+        count += x.numel()
+    return total / max(1, count)

@@ -1,0 +1,26 @@
+"""The one module that reads and sets environment variables."""
+
+from __future__ import annotations
+
+import os
+
+
+def ray_address() -> str | None:
+    """The cluster that `ray job submit` started this process in, if any."""
+    return os.environ.get("RAY_ADDRESS")
+
+
+def quiet_libraries() -> None:
+    """Defaults, set before Ray and transformers are imported, that keep their notices off the terminal."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+
+
+def worker_environment() -> dict[str, str]:
+    """What Ray's workers inherit so that they are as quiet as the driver."""
+    names = ("TQDM_DISABLE", "TRANSFORMERS_VERBOSITY", "TOKENIZERS_PARALLELISM", "RAY_TRAIN_V2_ENABLED")
+    return {name: os.environ[name] for name in names if name in os.environ}

@@ -1,0 +1,210 @@
+"""The report: one HTML file that shows an `Evaluation`, and needs nothing else to be looked at.
+
+Knows the evaluation's figures, the plots and a template; no model, no Ray. The file makes no request
+(its own content policy forbids them), all text in it is escaped, and it appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from pema_ray.evaluation import plots
+from pema_ray.evaluation.results import Evaluation, Example, SystemScore, TokenShare
+
+_OPEN_EXAMPLES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One number of the headline row: its label, the owner whose colour it takes, and whether it is the best."""
+
+    label: str
+    value: str
+    owner: str = "none"
+    best: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A few figures that belong together, and a sentence on what they are."""
+
+    title: str
+    figures: tuple[Figure, ...]
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    title: str
+    svg: Markup
+    note: str
+
+
+def write_report(evaluation: Evaluation, path: Path) -> Path:
+    """Write the report to `path` (parent folders are made), through a temporary name beside it; returns `path`."""
+    page = render_report(evaluation)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        unfinished.write_text(page, encoding="utf-8")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
+def render_report(evaluation: Evaluation) -> str:
+    """The report's HTML."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"percent": percent, "seconds": seconds, "visible": visible, "mean_share": mean_share}
+    environment.tests["rewritten"] = was_postprocessed
+    template = files("pema_ray.evaluation").joinpath("report.html.j2").read_text(encoding="utf-8")
+    systems = evaluation.systems
+    return environment.from_string(template).render(
+        evaluation=evaluation,
+        cards=headline(evaluation),
+        verdict=verdict(systems),
+        best=best_values(systems),
+        has_archaic=any(one.archaic_share is not None for one in systems),
+        most_bleu=max((one.bleu for one in systems), default=0) or 1,
+        owners={"plm": "plm", "few_shot": "plm", "pema": "pema", "copy": "none"},
+        plots=draw_plots(evaluation),
+        open_examples=_OPEN_EXAMPLES,
+    )
+
+
+def best_system(systems: Sequence[SystemScore], kind: str) -> SystemScore | None:
+    """The system of a kind with the highest sBLEU, or none."""
+    return max((one for one in systems if one.kind == kind), key=lambda one: one.bleu, default=None)
+
+
+def best_values(systems: Sequence[SystemScore]) -> dict[str, float | None]:
+    """The best value of each scored column: highest sBLEU and chrF, lowest archaic share."""
+    return {
+        "bleu": max((one.bleu for one in systems), default=None),
+        "chrf": max((one.chrf for one in systems), default=None),
+        "archaic": min((one.archaic_share for one in systems if one.archaic_share is not None), default=None),
+    }
+
+
+def verdict(systems: Sequence[SystemScore]) -> str:
+    """What the sBLEU figures say, in plain words, whoever wins."""
+    pema = best_system(systems, "pema")
+    if pema is None:
+        return "No system with PEMA was scored."
+    rivals = (("plm", "the PLM alone"), ("few_shot", "the few-shot PLM"), ("copy", "copying the source"))
+    found = [(best_system(systems, kind), words) for kind, words in rivals]
+    compared = [f"{_against(pema.bleu, rival.bleu)} {words}" for rival, words in found if rival is not None]
+    settings = sum(one.kind == "pema" for one in systems)
+    sentence = f"PEMA’s best setting ({pema.name}) scores {pema.bleu:.1f} sBLEU"
+    sentence += f": {_enumerate(compared)}." if compared else "."
+    if settings > 1:
+        sentence += f" It is the best of {settings} settings, chosen on the same {pema.examples:,} examples."
+    return sentence
+
+
+def headline(evaluation: Evaluation) -> list[Card]:
+    """NLL, sBLEU and archaic share; only what was measured."""
+    systems, sweep = evaluation.systems, evaluation.sweep
+    note = f"Nats per target token over {sweep.rows:,} rows, PEMA at λ = 1. Lower is better."
+    measured_nll = zip(sweep.nll, sweep.lambdas, strict=True)
+    lowest = min((pair for pair in measured_nll if math.isfinite(pair[0])), default=None)
+    if lowest:
+        note += f" Best mixture {lowest[0]:.3f} at λ = {lowest[1]:g}."
+    likelihood = (
+        Figure("PLM", f"{sweep.plm:.3f}", "plm", sweep.plm < sweep.pema),
+        Figure("PEMA", f"{sweep.pema:.3f}", "pema", sweep.pema < sweep.plm),
+    )
+    cards = [Card("Negative log-likelihood", likelihood, note)]
+
+    plm, pema, copy = (best_system(systems, kind) for kind in ("plm", "pema", "copy"))
+    scored = (("PLM alone", "plm", plm), ("best PEMA", "pema", pema), ("copy of source", "none", copy))
+    present = [(label, owner, one) for label, owner, one in scored if one is not None]
+    if present:
+        top = max(one.bleu for _, _, one in present)
+        figures = tuple(Figure(label, f"{one.bleu:.1f}", owner, one.bleu == top) for label, owner, one in present)
+        cards.append(Card("sBLEU", figures, f"On {present[0][2].examples:,} test examples. Higher is better."))
+
+    shares = (
+        ("source", "none", evaluation.source_archaic_share),
+        ("PLM alone", "plm", plm.archaic_share if plm else None),
+        ("best PEMA", "pema", pema.archaic_share if pema else None),
+    )
+    measured = [(label, owner, share) for label, owner, share in shares if share is not None]
+    if measured:
+        low = min(share for label, _, share in measured)
+        figures = tuple(Figure(label, percent(share), owner, share == low) for label, owner, share in measured)
+        note = "Texts that match the task’s archaic pattern."
+        if evaluation.reference_archaic_share is not None:
+            note += f" The references: {percent(evaluation.reference_archaic_share)}."
+        cards.append(Card("Archaic share", figures, note))
+    return cards
+
+
+def draw_plots(evaluation: Evaluation) -> list[Plot]:
+    """The plots for which there are figures."""
+    training, sweep = evaluation.training, evaluation.sweep
+    trained = f"Rank {training.rank}, {training.space.replace('_', '-')} space, κ = {training.kappa:g}, "
+    trained += f"{seconds(training.seconds)}."
+    if training.reconstruction_error is not None:
+        trained += f" Reconstruction error after stage 1: {training.reconstruction_error:.4f}."
+    ends = f"End-of-sequence tokens, counted apart: PLM {sweep.eos_plm:.3f}, PEMA {sweep.eos_pema:.3f} nats."
+    drawn = [
+        ("Loss over training", plots.training_plot(training), trained),
+        ("NLL against λ", plots.sweep_plot(sweep), ends),
+        ("sBLEU against λ_max", plots.bleu_plot(evaluation.systems), "Dots are measured; lines only join them."),
+    ]
+    if any(one.archaic_share is not None for one in evaluation.systems):
+        note = "The share of outputs that still match the archaic pattern; the references are the aim."
+        drawn.append(("Archaic share against λ_max", plots.archaic_plot(evaluation), note))
+    if evaluation.lambda_curves:
+        note = "λ = 1 lets PEMA alone decide, λ = 0 the PLM alone."
+        drawn.append(("λ over positions", plots.schedule_plot(evaluation.lambda_curves), note))
+    return [Plot(title, Markup(svg), note) for title, svg, note in drawn]  # plots escape their own text
+
+
+def percent(share: float) -> str:
+    """0.1234 as `12.3 %`."""
+    return f"{share:.1%}".replace("%", "\N{NARROW NO-BREAK SPACE}%")
+
+
+def seconds(duration: float) -> str:
+    """A duration for people: `4.2 s`, `2 min 35 s`, `1 h 04 min`."""
+    if duration < 59.95:
+        return f"{duration:.1f} s"
+    minutes, rest = divmod(round(duration), 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def visible(text: str) -> str:
+    """A token's text with its line breaks and tabs made visible."""
+    return text.replace("\r", "").replace("\n", "↵").replace("\t", "⇥")
+
+
+def mean_share(tokens: Sequence[TokenShare]) -> str:
+    """PEMA's mean share over an answer."""
+    return percent(sum(token.share for token in tokens) / len(tokens)) if tokens else "–"
+
+
+def was_postprocessed(example: Example) -> bool:
+    """Whether the scored answer is no longer the text of the decoded tokens."""
+    return example.pema.strip() not in "".join(token.text for token in example.tokens)
+
+
+def _against(ours: float, theirs: float) -> str:
+    difference = round(ours, 1) - round(theirs, 1)
+    if abs(difference) < 0.05:
+        return "level with"
+    return f"{abs(difference):.1f} {'above' if difference > 0 else 'below'}"
+
+
+def _enumerate(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -1,0 +1,66 @@
+"""Where tensors live and in which number format: the one place that decides device, dtype and threads."""
+
+from __future__ import annotations
+
+import torch
+
+from pema_ray.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device to compute on: `auto` takes a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"Unknown device '{name}': use auto, cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"Device '{name}' was asked for, but no CUDA device is visible. Use device: auto or cpu.")
+    return device
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products beat float32 on this device (GPUs since Ampere; CPUs with AMX or AVX512-BF16)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype to compute in: `auto` is bfloat16 where it is fast, float16 on older GPUs, else float32."""
+    if name == "auto":
+        if bf16_is_fast(device):
+            return torch.bfloat16
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise UserError(f"Unknown dtype '{name}': use auto, {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def set_threads(threads: int) -> None:
+    """Bound torch's CPU threads. Two processes that both take every core slow each other down tenfold."""
+    if threads > 0:
+        torch.set_num_threads(threads)
+
+
+def describe_machine() -> dict[str, object]:
+    """What a benchmark's figures were measured on."""
+    import os
+    import platform
+
+    return {
+        "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
+        "cores": os.cpu_count(),
+        "bf16_is_fast": bf16_is_fast(torch.device("cpu")),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,11 @@
+"""The line between the owners: the only things that ever cross it, and the only room both sides import.
+
+Down once: the `LMHeadBundle` (final norm, LM head, tokenizer). Up: token ids. Down: context
+representations. Knows torch tensors, but no model implementation and no Ray.
+"""
+
+from pema_ray.line.lm_head import LMHead, LMHeadBundle
+from pema_ray.line.messages import ExtractBatch, ModelCard
+from pema_ray.line.source import ContextSource, SessionLost
+
+__all__ = ["ContextSource", "ExtractBatch", "LMHead", "LMHeadBundle", "ModelCard", "SessionLost"]

@@ -1,0 +1,55 @@
+"""What is said across the line. Symbols: B sequences, N rows, H hidden size, V vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What a PLM owner says of its model: enough to tokenise, store and train, nothing of its weights."""
+
+    name: str
+    fingerprint: str
+    """Hash of architecture, tokenizer, final norm and LM head: it names the PLM in every artefact."""
+    hidden_size: int
+    vocab_size: int
+    max_positions: int
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def label(self) -> str:
+        """Name and fingerprint, as error messages show them."""
+        return f"{self.name} ({self.fingerprint})"
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict) -> ModelCard:
+        return cls(**{**data, "eos_token_ids": tuple(data["eos_token_ids"])})
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractBatch:
+    """Sequences to run once, teacher-forced, and the positions whose representations are wanted.
+
+    Attributes:
+        token_ids: B sequences of token ids, of any lengths ≥ 1.
+        first: for each sequence, the first position wanted; every later one is wanted too.
+    """
+
+    token_ids: list[list[int]]
+    first: list[int]
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) != len(self.first):
+            raise ValueError(f"{len(self.token_ids)} sequences, but {len(self.first)} first positions")
+        for ids, first in zip(self.token_ids, self.first, strict=True):
+            if not 0 <= first < len(ids):
+                raise ValueError(f"first position {first} lies outside a sequence of {len(ids)} tokens")
+
+    @property
+    def rows(self) -> int:
+        """N, the number of representations that will come back."""
+        return sum(len(ids) - first for ids, first in zip(self.token_ids, self.first, strict=True))

@@ -1,0 +1,198 @@
+"""Builds an external memory on Ray Data: one shard is one task, PLM actors do the work, the manifest comes last.
+
+A finished shard leaves a receipt beside it; a build that was stopped skips the shards that have one.
+Knows no owner: the PLM is handed in as a factory, called once in every actor.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pema_ray.config import BuildMemoryConfig
+from pema_ray.errors import UserError
+from pema_ray.line import ModelCard
+from pema_ray.memory.manifest import MANIFEST, Manifest, ShardInfo
+from pema_ray.memory.plan import ShardPlan, plan_hash, plan_shards
+from pema_ray.memory.rows import Extractor, rows_of_shard
+from pema_ray.memory.shards import atomic_file, write_shard
+from pema_ray.tasks import EncodedPair
+
+_PLAN = "plan.json"
+
+
+@dataclass(frozen=True)
+class MemoryBuild:
+    """One memory to be built: its folder, its examples, and what its manifest will say."""
+
+    folder: Path
+    examples: Sequence[EncodedPair]
+    card: ModelCard
+    task: str
+    split: str
+    config: BuildMemoryConfig
+
+    @property
+    def eos(self) -> int:
+        return self.card.eos_token_ids[0]
+
+    def hash(self) -> str:
+        settings: dict[str, object] = {
+            "fingerprint": self.card.fingerprint,
+            "key_dtype": self.config.key_dtype,
+            "examples_per_shard": self.config.examples_per_shard,
+            "max_batch_tokens": self.config.max_batch_tokens,
+            "context": self.config.context,
+        }
+        return plan_hash(self.examples, settings)
+
+    def check(self) -> None:
+        """Refuse examples the PLM cannot take, before anything is computed."""
+        if not self.examples:
+            raise UserError(f"Split '{self.split}' has no examples to build a memory from.")
+        for example in self.examples:
+            if not example.target:
+                raise UserError(f"Split '{self.split}', example {example.example_id}: the target is empty.")
+            length = len(example.prompt) + len(example.target)
+            if length > self.card.max_positions:
+                raise UserError(
+                    f"Split '{self.split}', example {example.example_id}: prompt and target have {length} tokens, "
+                    f"{self.card.name} allows {self.card.max_positions}. Shorten or remove it."
+                )
+
+
+def prepare_folder(build: MemoryBuild) -> tuple[list[ShardPlan], list[ShardInfo]]:
+    """Make the folder ready and say what is left: `(shards to do, receipts of finished ones)`.
+
+    Raises:
+        UserError: the folder holds a memory built with other settings and `overwrite` is off.
+    """
+    folder, key = build.folder, build.hash()
+    if (folder / _PLAN).exists():
+        found = json.loads((folder / _PLAN).read_text())["plan_hash"]
+        if found != key and build.config.overwrite:
+            shutil.rmtree(folder)
+        elif found != key:
+            raise UserError(
+                f"{folder}: holds a memory built from other examples, another PLM or other settings "
+                f"(plan {found}, this run's is {key}). Choose another run_dir, or set build_memory.overwrite=true."
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _PLAN).write_text(json.dumps({"plan_hash": key}) + "\n")
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+    todo, done = [], []
+    for shard in plan_shards(build.examples, build.config.examples_per_shard):
+        receipt = _read_receipt(folder / shard.name)
+        done.append(receipt) if receipt else todo.append(shard)
+    return todo, done
+
+
+def run_build(
+    build: MemoryBuild, source_factory: Callable[[], Extractor], on_shard: Callable[[ShardInfo], None] | None = None
+) -> Manifest:
+    """Compute what is missing and write the manifest. Ray must be running if anything is missing.
+
+    Args:
+        source_factory: makes the PLM's extractor inside an actor; must be picklable.
+        on_shard: called with each shard as it is finished.
+    """
+    build.check()
+    todo, done = prepare_folder(build)
+    if todo:
+        for info in _compute(build, todo, source_factory):
+            done.append(info)
+            if on_shard:
+                on_shard(info)
+    manifest = Manifest(
+        plm_name=build.card.name,
+        fingerprint=build.card.fingerprint,
+        hidden_size=build.card.hidden_size,
+        vocab_size=build.card.vocab_size,
+        eos_token_id=build.eos,
+        task=build.task,
+        split=build.split,
+        context=build.config.context,
+        key_dtype=build.config.key_dtype,
+        plan_hash=build.hash(),
+        rows=sum(info.rows for info in done),
+        examples=sum(info.examples for info in done),
+        shards=tuple(sorted(done, key=lambda info: info.name)),
+    )
+    with atomic_file(build.folder / MANIFEST) as temporary:
+        temporary.write_text(manifest.model_dump_json(indent=2) + "\n")
+    return manifest
+
+
+def _compute(build: MemoryBuild, todo: Sequence[ShardPlan], factory: Callable[[], Extractor]) -> Iterator[ShardInfo]:
+    import ray.data
+
+    config = build.config
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    shards = ray.data.from_items([{"shard": shard} for shard in todo], override_num_blocks=len(todo))
+    done = shards.map_batches(
+        _ShardActor,
+        fn_constructor_args=(build.folder, build.eos, config, factory),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=min(config.actors, len(todo)), max_tasks_in_flight_per_actor=2),
+        num_cpus=config.cpus_per_actor,
+        num_gpus=config.gpus_per_actor or None,
+    )
+    for row in done.iter_rows():
+        if row["error"]:
+            raise UserError(row["error"])
+        yield ShardInfo.model_validate_json(row["info"])
+
+
+class _ShardActor:
+    """A PLM in a Ray Data actor: takes a shard plan, leaves a Parquet file and its receipt."""
+
+    def __init__(self, folder: Path, eos: int, config: BuildMemoryConfig, factory: Callable[[], Extractor]) -> None:
+        self.folder, self.eos, self.config = folder, eos, config
+        self.source = factory()
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        (shard,) = batch["shard"]
+        try:
+            return {"info": [self._make(shard).model_dump_json()], "error": [""]}
+        except UserError as error:  # carried back as data: Ray would bury its one line in a traceback
+            return {"info": [""], "error": [str(error)]}
+
+    def _make(self, shard: ShardPlan) -> ShardInfo:
+        config = self.config
+        rows, tokens, padded = rows_of_shard(self.source, shard, self.eos, config.key_dtype, config.max_batch_tokens)
+        path = self.folder / shard.name
+        size, digest = write_shard(path, rows)
+        info = ShardInfo(
+            name=shard.name,
+            rows=len(rows),
+            examples=len(shard.examples),
+            tokens=tokens,
+            padded_tokens=padded,
+            bytes=size,
+            sha256=digest,
+        )
+        with atomic_file(_receipt(path)) as temporary:
+            temporary.write_text(info.model_dump_json() + "\n")
+        return info
+
+
+def _receipt(shard: Path) -> Path:
+    return shard.with_suffix(".receipt.json")
+
+
+def _read_receipt(shard: Path) -> ShardInfo | None:
+    """The receipt of a finished shard whose file is there, in full."""
+    try:
+        info = ShardInfo.model_validate_json(_receipt(shard).read_bytes())
+        return info if shard.stat().st_size == info.bytes else None
+    except (FileNotFoundError, ValidationError):
+        return None

@@ -1,0 +1,74 @@
+"""Reads an external memory. N rows, H hidden."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from pema_ray.errors import FingerprintMismatch, UserError
+from pema_ray.line import ModelCard
+from pema_ray.memory.manifest import Manifest
+from pema_ray.memory.shards import MemoryRows, read_shard
+
+
+class ExternalMemory:
+    """A finished memory: its manifest, and its rows shard by shard."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+
+    @classmethod
+    def open(cls, path: str | Path, card: ModelCard | None = None) -> ExternalMemory:
+        """Open a memory's folder.
+
+        Args:
+            card: the PLM it will be used with.
+
+        Raises:
+            FingerprintMismatch: it was built by another PLM.
+            UserError: there is no memory, or its manifest is damaged.
+        """
+        folder = Path(path)
+        manifest = Manifest.read(folder)
+        if card is not None and not manifest.belongs_to(card):
+            raise FingerprintMismatch(f"The memory {folder}", manifest.plm_label, card.label)
+        return cls(folder, manifest)
+
+    def __len__(self) -> int:
+        return self.manifest.rows
+
+    def shards(self, verify: bool = True) -> Iterator[MemoryRows]:
+        """Rows shard by shard, each checked against the manifest unless `verify` is off.
+
+        Raises:
+            UserError: a shard is missing, damaged, or has not the rows the manifest promises.
+        """
+        for info in self.manifest.shards:
+            rows = read_shard(self.folder / info.name, info.sha256 if verify else None)
+            if len(rows) != info.rows or rows.key.shape[1] != self.manifest.hidden_size:
+                raise UserError(f"{self.folder / info.name}: holds {rows.key.shape}, the manifest says {info.rows} rows.")
+            yield rows
+
+    def load(self, max_examples: int | None = None, max_rows: int | None = None) -> MemoryRows:
+        """Rows as one block in memory, in example order.
+
+        Args:
+            max_examples: stop after the first so many examples.
+            max_rows: stop after so many rows.
+        """
+        parts, examples, rows = [], 0, 0
+        for part in self.shards():
+            if max_examples is not None:
+                starts = np.flatnonzero(part.position == 0)
+                if len(starts) > max_examples - examples:
+                    part = part.take(slice(0, int(starts[max_examples - examples])))
+                examples += len(starts)
+            if max_rows is not None and rows + len(part) > max_rows:
+                part = part.take(slice(0, max_rows - rows))
+            parts.append(part)
+            rows += len(part)
+            if (max_rows is not None and rows >= max_rows) or (max_examples is not None and examples >= max_examples):
+                break
+        return MemoryRows.concatenate(parts)

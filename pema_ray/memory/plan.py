@@ -1,0 +1,65 @@
+"""Decides who computes what: which examples form a shard, and which of them share a forward pass.
+
+A plan depends on the examples and two settings alone, never on the number of actors, so that any build
+of it gives the same shards. A shard's examples are consecutive; its batches are bucketed by length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pema_ray.tasks import EncodedPair
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """One unit of work: a file name and the examples that go into it."""
+
+    name: str
+    examples: tuple[EncodedPair, ...]
+
+
+def plan_shards(examples: Sequence[EncodedPair], examples_per_shard: int) -> list[ShardPlan]:
+    """Cut the examples, in their order, into shards."""
+    return [
+        ShardPlan(f"shard-{number:05d}.parquet", tuple(examples[start : start + examples_per_shard]))
+        for number, start in enumerate(range(0, len(examples), examples_per_shard))
+    ]
+
+
+def plan_hash(examples: Sequence[EncodedPair], settings: dict[str, object]) -> str:
+    """16 hex digits that two builds share exactly when they would write the same shards."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for example in examples:
+        digest.update(repr((example.example_id, example.prompt, example.target)).encode())
+    return digest.hexdigest()[:16]
+
+
+def plan_batches(
+    examples: Sequence[EncodedPair], max_tokens: int, shared: int = 0
+) -> Iterator[list[EncodedPair]]:
+    """Batches of examples of similar length, shortest first, each within `max_tokens` padded positions.
+
+    Args:
+        shared: leading tokens that all examples share; they are computed once and take no room.
+    """
+    ordered = sorted(examples, key=lambda e: (len(e.prompt) + len(e.target), e.example_id))
+    batch: list[EncodedPair] = []
+    for example in ordered:
+        longest = len(example.prompt) + len(example.target) - shared  # ordered: the newcomer is the longest
+        if batch and longest * (len(batch) + 1) > max_tokens:
+            yield batch
+            batch = []
+        batch.append(example)
+    if batch:
+        yield batch
+
+
+def common_prompt_prefix(examples: Sequence[EncodedPair]) -> int:
+    """How many tokens all prompts begin with."""
+    lowest, highest = min(e.prompt for e in examples), max(e.prompt for e in examples)
+    limit = min(len(lowest), len(highest))
+    return next((i for i in range(limit) if lowest[i] != highest[i]), limit)

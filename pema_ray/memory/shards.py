@@ -1,0 +1,101 @@
+"""Writes one shard of rows, atomically, and reads it back, checked. N rows, H hidden.
+
+Parquet columns: `key` (fixed-size list of H numbers), `target`, `example_id`, `position`. Plain pyarrow reads them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pema_ray.errors import UserError
+
+_ARROW = {"float32": pa.float32(), "float16": pa.float16()}
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryRows:
+    """Rows in memory: `key [N, H]` float, `target [N]` int32, `example_id [N]` int64, `position [N]` int32."""
+
+    key: np.ndarray
+    target: np.ndarray
+    example_id: np.ndarray
+    position: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    def take(self, index: np.ndarray | slice) -> MemoryRows:
+        return MemoryRows(self.key[index], self.target[index], self.example_id[index], self.position[index])
+
+    @classmethod
+    def concatenate(cls, parts: list[MemoryRows]) -> MemoryRows:
+        fields = ("key", "target", "example_id", "position")
+        return cls(*(np.concatenate([getattr(part, field) for part in parts]) for field in fields))
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place on success and vanishes on any failure."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}. Free space and start again; finished shards are kept.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_shard(path: Path, rows: MemoryRows) -> tuple[int, str]:
+    """Write rows as one Parquet file; returns `(bytes, sha256)`. Same rows, same bytes."""
+    hidden = rows.key.shape[1]
+    arrow = _ARROW[str(rows.key.dtype)]
+    flat = pa.array(np.ascontiguousarray(rows.key).reshape(-1), type=arrow)
+    columns = {
+        "key": pa.FixedSizeListArray.from_arrays(flat, hidden),
+        "target": pa.array(rows.target, pa.int32()),
+        "example_id": pa.array(rows.example_id, pa.int64()),
+        "position": pa.array(rows.position, pa.int32()),
+    }
+    with atomic_file(path) as temporary:
+        pq.write_table(pa.table(columns), temporary, compression="none", use_dictionary=False, write_statistics=False)
+        size, digest = temporary.stat().st_size, sha256_of(temporary)
+    return size, digest
+
+
+def read_shard(path: Path, sha256: str | None = None) -> MemoryRows:
+    """Read one shard, checking it against its checksum when one is given.
+
+    Raises:
+        UserError: the file is missing, damaged or not a shard.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: this shard is missing. Run build-memory again: it makes only what is missing.")
+    if sha256 is not None and sha256_of(path) != sha256:
+        raise UserError(f"{path}: damaged shard (its checksum is not the manifest's). Delete it and run build-memory again.")
+    try:
+        table = pq.read_table(path).combine_chunks()
+        key = table.column("key").chunk(0) if table.num_rows else None
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise UserError(f"{path}: not a readable shard: {str(error).splitlines()[0]}") from None
+    if key is None:
+        raise UserError(f"{path}: the shard holds no rows.")
+    size = key.type.list_size
+    plain = {name: table.column(name).to_numpy() for name in ("target", "example_id", "position")}
+    return MemoryRows(key.flatten().to_numpy(zero_copy_only=False).reshape(-1, size), **plain)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

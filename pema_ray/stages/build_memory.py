@@ -1,0 +1,67 @@
+"""Stage 3 of a run: the external memory of every split, by PLM actors on Ray Data."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from pema_ray.config import ExperimentConfig
+from pema_ray.memory.build import MemoryBuild, prepare_folder, run_build
+from pema_ray.memory.manifest import Manifest
+from pema_ray.stages.cluster import ray_cluster
+from pema_ray.stages.plm import factory
+from pema_ray.stages.progress import track
+from pema_ray.stages.run import Run
+
+
+def run(config: ExperimentConfig) -> dict[str, Any]:
+    """Write `build_memory/<split>/` for every configured split."""
+    run = Run(config)
+
+    def work() -> dict[str, Any]:
+        chosen = config.build_memory
+        builds = [_plan(run, split) for split in chosen.splits]
+        for build in builds:
+            build.check()
+        missing = sum(len(prepare_folder(build)[0]) for build in builds)
+        rows, started, manifests = 0, time.perf_counter(), []
+        if missing:
+            make_source = factory(config.plm, chosen.cpus_per_actor)
+            with ray_cluster(config.ray, chosen.cpus_per_actor, chosen.gpus_per_actor), track("memory", missing, "shards") as bar:
+                for build in builds:
+                    manifests.append(run_build(build, make_source, lambda info: bar.advance(1, info.rows)))
+                rows = bar.rows
+        else:
+            manifests = [run_build(build, lambda: None) for build in builds]  # type: ignore[arg-type, return-value]
+        return _measure(manifests, rows, time.perf_counter() - started)
+
+    return run.perform("build_memory", work)
+
+
+def _plan(run: Run, split: str) -> MemoryBuild:
+    prompter = run.prompter()
+    examples = [prompter.encode_pair(pair) for pair in run.pairs(split)]
+    return MemoryBuild(
+        folder=run.path("build_memory", split),
+        examples=examples,
+        card=run.bundle.card,
+        task=run.task.name,
+        split=split,
+        config=run.config.build_memory,
+    )
+
+
+def _measure(manifests: list[Manifest], new_rows: int, seconds: float) -> dict[str, Any]:
+    shards = [shard for manifest in manifests for shard in manifest.shards]
+    tokens, padded = sum(s.tokens for s in shards), sum(s.padded_tokens for s in shards)
+    total, rate = sum(s.rows for s in shards), new_rows / seconds
+    return {
+        "rows": {manifest.split: manifest.rows for manifest in manifests},
+        "bytes": sum(s.bytes for s in shards),
+        "shards": len(shards),
+        "padding_share": round(1 - tokens / padded, 4),
+        "new_rows": new_rows,
+        "rows_per_second": round(rate, 1),
+        "summary": f"{total:,} rows ({new_rows:,} new, {rate:,.0f} rows/s), {sum(s.bytes for s in shards) / 2**20:,.0f} MiB, "
+        f"{1 - tokens / padded:.1%} padding",
+    }

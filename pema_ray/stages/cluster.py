@@ -1,0 +1,56 @@
+"""Connects a stage to Ray: the cluster it was submitted to, the configured address, or a local one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pema_ray.config import RayConfig
+from pema_ray.environment import ray_address, worker_environment
+from pema_ray.errors import UserError
+
+
+@contextmanager
+def ray_cluster(config: RayConfig, cpus: float = 0, gpus: float = 0) -> Iterator[None]:
+    """Ray, for the time of the block. A session that is already running is used and left running.
+
+    Args:
+        cpus, gpus: what one actor will ask for; a cluster that can never give it is refused at once.
+    """
+    import ray
+
+    mine = not ray.is_initialized()
+    if mine:
+        _start(config)
+    try:
+        total = ray.cluster_resources()
+        for name, asked in (("CPU", cpus), ("GPU", gpus)):
+            if asked > total.get(name, 0):
+                raise UserError(
+                    f"One actor asks for {asked:g} {name}, the Ray cluster has {total.get(name, 0):g} in all. "
+                    f"Lower the stage's {name.lower()}s_per_* setting or join a larger cluster (ray.address)."
+                )
+        yield
+    finally:
+        if mine:
+            ray.shutdown()
+
+
+def _start(config: RayConfig) -> None:
+    import ray
+
+    address = config.address or ray_address()
+    common = {"logging_level": logging.WARNING, "log_to_driver": False, "runtime_env": {"env_vars": worker_environment()}}
+    if address:
+        try:
+            ray.init(address=address, **common)
+        except (ConnectionError, ValueError) as error:
+            raise UserError(f"ray.address={address}: cannot connect: {str(error).splitlines()[0]}") from None
+        return
+    ray.init(
+        num_cpus=config.num_cpus,
+        object_store_memory=config.object_store_mb * 2**20,
+        include_dashboard=False,
+        **common,
+    )

@@ -1,0 +1,28 @@
+"""Stage 2 of a run, the PLM owner's: load the PLM and export what it shares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pema_ray.config import ExperimentConfig
+from pema_ray.hardware import dtype_name
+from pema_ray.stages.plm import connect
+from pema_ray.stages.run import Run
+
+
+def run(config: ExperimentConfig) -> dict[str, Any]:
+    """Write `export_head/lm_head/`."""
+    run = Run(config)
+
+    def work() -> dict[str, Any]:
+        bundle = connect(config.plm).lm_head()
+        bundle.save(run.path("export_head", "lm_head"))
+        card = bundle.card
+        return {
+            "card": card.to_dict(),
+            "head": bundle.head.spec.norm,
+            "dtype": dtype_name(bundle.head.dtype),
+            "summary": f"{card.label}: H = {card.hidden_size}, V = {card.vocab_size:,}, {dtype_name(bundle.head.dtype)}",
+        }
+
+    return run.perform("export_head", work)

@@ -1,0 +1,41 @@
+"""Stage 5 of a run: answers by Gradual Unrolling over a split of the task, on Ray Data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from pema_ray.config import ExperimentConfig
+from pema_ray.data_owner import PemaAdapter
+from pema_ray.stages.answers import make_job, run_jobs, to_row, write_rows
+from pema_ray.stages.run import Run
+
+
+def run(config: ExperimentConfig) -> dict[str, Any]:
+    """Write `generate/answers.jsonl`."""
+    run = Run(config)
+
+    def work() -> dict[str, Any]:
+        options = config.generate
+        adapter = run.path("train", "adapter").resolve()
+        PemaAdapter.from_pretrained(adapter, run.bundle.card)  # refused here rather than in every actor
+        pairs = run.pairs(options.split)
+        job = make_job(run, "pema", pairs, run.prompter(), options, adapter)
+        answers = run_jobs(config, run, [job], "answers")["pema"]
+        rows = [to_row(run, pair, answer) for pair, answer in zip(pairs, answers, strict=True)]
+        write_rows(run.path("generate", "answers.jsonl"), rows)
+        finish = Counter(row["finish"] for row in rows)
+        tokens = sum(len(answer.generated.tokens) for answer in answers)
+        seconds = sum(answer.seconds for answer in answers)
+        changed = sum(row["raw"] != row["answer"] for row in rows)
+        return {
+            "answers": len(rows),
+            "tokens": tokens,
+            "tokens_per_second": round(tokens / seconds, 1),
+            "finish": dict(finish),
+            "changed_by_postprocessing": changed,
+            "summary": f"{len(rows)} answers, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s; "
+            + ", ".join(f"{count} by {reason}" for reason, count in finish.most_common()),
+        }
+
+    return run.perform("generate", work)

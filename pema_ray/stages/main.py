@@ -1,0 +1,58 @@
+"""Runs stages from a script or the command line: arguments in, exit code out."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pema_ray.environment import quiet_libraries
+from pema_ray.errors import USER_ERROR_EXIT_CODE, UserError
+
+quiet_libraries()  # before Ray and transformers are imported
+
+from pema_ray.config import ExperimentConfig, load_config  # noqa: E402
+
+INTERRUPTED_EXIT_CODE = 130
+Stage = Callable[[ExperimentConfig], dict[str, Any]]
+
+
+def stages() -> dict[str, Stage]:
+    """Every stage by name, in the order of a run."""
+    from pema_ray.stages import build_memory, evaluate, export_head, generate, prepare, report, train
+
+    modules = (prepare, export_head, build_memory, train, generate, evaluate, report)
+    return {module.__name__.rsplit(".", 1)[-1]: module.run for module in modules}
+
+
+def guarded(work: Callable[[], object]) -> int:
+    """Run `work`; a user's mistake becomes one line on stderr and exit code 2, Ctrl-C leaves with 130."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("ray", "httpx", "transformers", "datasets"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        work()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR_EXIT_CODE
+    except KeyboardInterrupt:
+        print("interrupted: finished stages, shards and checkpoints are kept; the same command goes on.", file=sys.stderr)
+        return INTERRUPTED_EXIT_CODE
+    return 0
+
+
+def run_stage(name: str, config: Path | None, overrides: Sequence[str]) -> int:
+    """One stage of an experiment; returns the exit code."""
+    return guarded(lambda: stages()[name](load_config(config, overrides)))
+
+
+def job(name: str) -> None:
+    """Entry point of `jobs/<stage>.py`: `--config <file> [section.key=value ...]`."""
+    parser = argparse.ArgumentParser(description=stages()[name].__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="an experiment's YAML file, such as configs/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single settings")
+    arguments = parser.parse_args()
+    sys.exit(run_stage(name, arguments.config, arguments.overrides))

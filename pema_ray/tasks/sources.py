@@ -1,0 +1,168 @@
+"""Reads pairs from JSON Lines, Parquet, CSV or the packaged corpus. Every complaint names file and line."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pema_ray.errors import UserError, nearest
+from pema_ray.tasks import bible
+from pema_ray.tasks.task import Columns, Task
+
+SPLITS = ("train", "dev", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A source text and its target, with a number that stays the same in every later stage."""
+
+    example_id: int
+    source: str
+    target: str
+
+
+def load_pairs(
+    task: Task, files: Mapping[str, str] | None = None, limits: Mapping[str, int] | None = None, seed: int = 0
+) -> dict[str, list[Pair]]:
+    """All splits of a task.
+
+    Args:
+        files: split -> path, over the task's own.
+        limits: split -> how many pairs to keep, drawn at random with `seed`.
+
+    Raises:
+        UserError: a file, line, column or pair that cannot be used, by name and number.
+    """
+    limits = limits or {}
+    for split, limit in limits.items():
+        if split not in SPLITS:
+            raise UserError(f"task.limits: unknown split '{split}'.{nearest(split, list(SPLITS))}")
+        if limit < 1:
+            raise UserError(f"task.limits: '{split}' must keep at least one pair, got {limit}.")
+    pairs = _bible_pairs(task) if task.source.bible else _file_pairs(task, files or {})
+    return {split: _draw(found, limits.get(split), seed) for split, found in pairs.items()}
+
+
+def _draw(pairs: list[Pair], limit: int | None, seed: int) -> list[Pair]:
+    # Shuffled once, so that a smaller limit is always a prefix of a larger one: 20,000 pairs contain the 1,500.
+    pairs = list(pairs)
+    random.Random(seed).shuffle(pairs)
+    return pairs[:limit]
+
+
+def _bible_pairs(task: Task) -> dict[str, list[Pair]]:
+    books = task.source.bible
+    assert books is not None
+    bible.check_books((*books.dev, *books.test))
+    pairs: dict[str, list[Pair]] = {split: [] for split in SPLITS}
+    for number, book, source, target in bible.verses():
+        pairs[bible.split_of(book, books.dev, books.test)].append(Pair(number, source, target))
+    return pairs
+
+
+def _file_pairs(task: Task, files: Mapping[str, str]) -> dict[str, list[Pair]]:
+    paths = {**task.source.files, **files}
+    for split in SPLITS:
+        if split not in paths:
+            raise UserError(f"Task '{task.name}' needs a file for split '{split}': set task.files.{split}=<path>.")
+    for split in paths:
+        if split not in SPLITS:
+            raise UserError(f"task.files: unknown split '{split}'.{nearest(split, list(SPLITS))}")
+    return {split: list(read_file(Path(paths[split]), task.columns)) for split in SPLITS}
+
+
+def read_file(path: Path, columns: Columns) -> Iterator[Pair]:
+    """Pairs of one file; example ids count from 0.
+
+    Raises:
+        UserError: missing or empty file, invalid UTF-8, broken JSON, missing column, empty text, unknown suffix.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file.")
+    if path.is_file() and path.stat().st_size == 0:
+        raise UserError(f"{path}: the file is empty.")
+    readers = {".jsonl": _json_lines, ".json": _json_lines, ".parquet": _parquet, ".csv": _csv, ".tsv": _csv}
+    reader = readers.get(path.suffix)
+    if reader is None:
+        raise UserError(f"{path}: unknown kind of file; use {', '.join(readers)}.")
+    count = 0
+    for count, (line, row) in enumerate(reader(path), start=1):
+        source = _text(path, line, row, columns.source, "source")
+        target = _text(path, line, row, columns.target, "target")
+        yield Pair(count - 1, source, target)
+    if count == 0:
+        raise UserError(f"{path}: the file holds no pairs.")
+
+
+def _text(path: Path, line: int, row: Mapping[str, Any], column: str, role: str) -> str:
+    if column not in row:
+        raise UserError(
+            f"{path}: line {line}: no column '{column}' (the task's {role}); "
+            f"found {', '.join(map(repr, row)) or 'none'}.{nearest(column, list(row))}"
+        )
+    value = row[column]
+    if not isinstance(value, str):
+        raise UserError(f"{path}: line {line}: column '{column}' holds a {type(value).__name__}, expected text.")
+    if not value.strip():
+        raise UserError(f"{path}: line {line}: the {role} (column '{column}') is empty.")
+    return value.strip()
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            try:
+                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}: line {number}: not valid UTF-8 (byte {error.start} of the line).") from None
+
+
+def _json_lines(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: line {number}: broken JSON: {error.msg} (column {error.colno}).") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: line {number}: expected a JSON object, found a {type(row).__name__}.")
+        yield number, row
+
+
+def _csv(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
+    import csv
+
+    text = (line for _, line in _lines(path))
+    reader = csv.DictReader(text, delimiter="\t" if path.suffix == ".tsv" else ",", restval=None)
+    try:
+        for row in reader:
+            if None in row:
+                raise UserError(f"{path}: line {reader.line_num}: more fields than the header names.")
+            yield reader.line_num, {key: value for key, value in row.items() if value is not None}
+    except csv.Error as error:
+        raise UserError(f"{path}: line {reader.line_num}: broken CSV: {error}.") from None
+
+
+def _parquet(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows = pq.read_table(path).to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
+    yield from enumerate(rows, start=1)
+
+
+def first_shots(pairs: Sequence[Pair], shots: int, longest: int = 120) -> list[Pair]:
+    """`shots` worked examples: the first pairs, by number, of moderate length whose target differs from the source."""
+    ordered = sorted(pairs, key=lambda pair: pair.example_id)
+    chosen = [pair for pair in ordered if 60 < len(pair.source) < longest and pair.source != pair.target][:shots]
+    if len(chosen) < shots:
+        raise UserError(f"task.shots={shots}, but only {len(chosen)} training pairs are of a length to be shown (60 to 120 characters).")
+    return chosen
