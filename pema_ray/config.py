@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pema_ray.errors import UserError, nearest
 
@@ -145,12 +145,13 @@ class EvaluateConfig(Section):
     sample_pairs: int = Field(24, ge=1)
     """Examples shown side by side in the report."""
 
-    @model_validator(mode="after")
-    def _lambdas_are_probabilities(self) -> EvaluateConfig:
-        for value in (*self.lambdas, *self.generate_lambdas):
+    @field_validator("lambdas", "generate_lambdas")
+    @classmethod
+    def _are_probabilities(cls, lambdas: tuple[float, ...]) -> tuple[float, ...]:
+        for value in lambdas:
             if not 0 <= value <= 1:
-                raise ValueError(f"λ must lie in [0, 1], got {value}")
-        return self
+                raise ValueError(f"λ must lie in [0, 1], not {value}")
+        return lambdas
 
 
 class ExperimentConfig(Section):
@@ -235,6 +236,8 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     parent = data.pop("extends", None)
     if parent is None:
         return data
+    if not isinstance(parent, str):
+        raise UserError(f"{path}: 'extends' must be a file name, got {parent!r}.")
     return _merge(_read_yaml(path.parent / parent, (*seen, path.resolve())), data)
 
 

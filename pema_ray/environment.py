@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 
 def ray_address() -> str | None:
@@ -24,3 +25,11 @@ def worker_environment() -> dict[str, str]:
     """What Ray's workers inherit so that they are as quiet as the driver."""
     names = ("TQDM_DISABLE", "TRANSFORMERS_VERBOSITY", "TOKENIZERS_PARALLELISM", "RAY_TRAIN_V2_ENABLED")
     return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept between runs: `$PEMA_RAY_CACHE`, else the user's cache folder."""
+    chosen = os.environ.get("PEMA_RAY_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pema-ray"

@@ -136,10 +136,17 @@ class PemaAdapter(nn.Module):
             tensors = load_file(folder / WEIGHTS)
         except FileNotFoundError as error:
             raise UserError(f"{folder}: not an adapter: {error.filename or error} is missing. Run train.") from None
-        except (json.JSONDecodeError, SafetensorError) as error:
+        except NotADirectoryError:
+            raise UserError(f"{folder}: not an adapter: it is a file, expected a folder.") from None
+        except (ValueError, SafetensorError) as error:  # broken JSON and broken UTF-8 are ValueErrors
             raise UserError(f"{folder}: damaged adapter: {error}.") from None
+        if not isinstance(described, dict) or described.get("format") != "pema":
+            raise UserError(f"{folder}: {CONFIG} does not describe a PEMA adapter.")
         known = {field.name for field in fields(AdapterConfig)}
-        config = AdapterConfig(**{name: value for name, value in described.items() if name in known})
+        try:
+            config = AdapterConfig(**{name: value for name, value in described.items() if name in known})
+        except TypeError as error:
+            raise UserError(f"{folder}: damaged adapter: {CONFIG}: {error}.") from None
         if card is not None and config.fingerprint != card.fingerprint:
             label = f"{config.plm_name} ({config.fingerprint})"
             raise FingerprintMismatch(f"The adapter {folder}", label, card.label)
@@ -147,7 +154,8 @@ class PemaAdapter(nn.Module):
         try:
             adapter.load_state_dict(tensors)
         except RuntimeError as error:
-            raise UserError(f"{folder}: the weights do not fit the configuration: {error}.") from None
+            reason = " ".join(str(error).split())
+            raise UserError(f"{folder}: the weights do not fit the configuration: {reason}") from None
         return adapter.eval()
 
     @classmethod
@@ -178,8 +186,10 @@ def _read_published(path: Path, card: ModelCard) -> tuple[torch.Tensor, torch.Te
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint.") from None
     except Exception as error:  # torch.load has no error of its own for a foreign file
-        raise UserError(f"{path}: not a PyTorch state dict: {str(error).splitlines()[0]}") from None
-    tensors = {name.rsplit(".", 1)[-1]: value for name, value in found.items()} if isinstance(found, dict) else {}
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: not a PyTorch state dict: {reason}") from None
+    named = found.items() if isinstance(found, dict) else ()
+    tensors = {str(name).rsplit(".", 1)[-1]: value for name, value in named if isinstance(value, torch.Tensor)}
     if not {"lora_A", "lora_B"} <= tensors.keys():
         raise UserError(f"{path}: not a published PEMA checkpoint: it holds {', '.join(sorted(tensors)) or 'nothing'}.")
     A, B = tensors["lora_A"].float(), tensors["lora_B"].float()

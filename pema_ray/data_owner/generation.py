@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 
 from pema_ray.data_owner.adapter import PemaAdapter
@@ -94,15 +95,23 @@ class Generator:
         self.detokenize, self.eos, self.stop = detokenize, frozenset(eos), tuple(stop)
 
     @torch.inference_mode()
-    def generate(self, requests: Sequence[Request], decoding: Decoding, explain: bool = False) -> list[Generated]:
+    def generate(
+        self,
+        requests: Sequence[Request],
+        decoding: Decoding,
+        explain: bool = False,
+        streams: Sequence[int] | None = None,
+    ) -> list[Generated]:
         """One answer per request, in their order.
 
         Args:
             explain: keep for every token λ_t and both probabilities (greedy and sampling).
+            streams: numbers that, with the seed, name each request's random draws, so that a sampled answer does
+                not depend on the batch it is drawn in; their places by default.
         """
         if decoding.kind == "beam":
             return self._beam(requests, decoding)
-        return self._step_by_step(requests, decoding, explain)
+        return self._step_by_step(requests, decoding, explain, range(len(requests)) if streams is None else streams)
 
     # ── distributions ───────────────────────────────────────────────────────
 
@@ -127,9 +136,11 @@ class Generator:
 
     # ── greedy and sampling ─────────────────────────────────────────────────
 
-    def _step_by_step(self, requests: Sequence[Request], decoding: Decoding, explain: bool) -> list[Generated]:
+    def _step_by_step(
+        self, requests: Sequence[Request], decoding: Decoding, explain: bool, streams: Sequence[int]
+    ) -> list[Generated]:
         answers = [Generated() for _ in requests]
-        draw = [torch.Generator().manual_seed(decoding.seed + place) for place in range(len(requests))]
+        draw = [_random_stream(decoding.seed, stream) for stream in streams]
         alive = list(range(len(requests)))
         session, state = self.source.open([request.prompt for request in requests])
         try:
@@ -199,15 +210,16 @@ class Generator:
             for step in range(request.max_new_tokens):
                 lam = self._lambda([request] * len(beams), step)
                 log_p, _, _ = self._distributions(state, lam, both=False)
-                total = log_p + torch.tensor([[beam.log_prob] for beam in beams])
+                total = log_p + torch.tensor([[beam.log_prob] for beam in beams], device=log_p.device)
                 best, place = total.flatten().topk(min(2 * K, total.numel()))
                 rows: list[int] = []
                 grown: list[Generated] = []
-                for score, flat in zip(best.tolist(), place.tolist(), strict=True):
+                for order, (score, flat) in enumerate(zip(best.tolist(), place.tolist(), strict=True)):
                     row, token = divmod(flat, log_p.shape[-1])
                     beam = Generated([*beams[row].tokens, token], log_prob=score)
                     if self._finish(beam, request.max_new_tokens):
-                        finished.append((score / len(beam.tokens) ** penalty, beam))
+                        if order < K:  # the K after them only stand in for beams that end here
+                            finished.append((score / len(beam.tokens) ** penalty, beam))
                     elif len(grown) < K:
                         rows.append(row)
                         grown.append(beam)
@@ -220,6 +232,11 @@ class Generator:
         finally:
             self.source.close(session)
         return finished[0][1]
+
+
+def _random_stream(seed: int, stream: int) -> torch.Generator:
+    mixed = np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(mixed >> np.uint64(1)))
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:

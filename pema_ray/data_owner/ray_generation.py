@@ -90,13 +90,19 @@ class _Answers:
 
 class _Actor:
     def __init__(self, source_factory: Callable[[], ContextSource], bundle: Path) -> None:
-        loaded = LMHeadBundle.load(bundle)
-        self.source, self.card, self.head = source_factory(), loaded.card, loaded.head
-        self.tokenizer = loaded.tokenizer()
         self._adapters: dict[Path, PemaAdapter] = {}
+        self._refusal = ""
+        try:
+            loaded = LMHeadBundle.load(bundle)
+            self.source, self.card, self.head = source_factory(), loaded.card, loaded.head
+            self.tokenizer = loaded.tokenizer()
+        except UserError as error:  # told with the first batch: Ray would bury its one line in a traceback
+            self._refusal = str(error)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         (job,) = batch["job"]
+        if self._refusal:
+            return {"answers": [_Answers([])], "error": [self._refusal]}
         try:
             return {"answers": [_Answers(self._answer(job))], "error": [""]}
         except UserError as error:
@@ -109,7 +115,7 @@ class _Actor:
         generator = Generator(
             self.source, self.head, self._adapter(job.adapter), self._text, self.card.eos_token_ids, job.stop
         )
-        generated = generator.generate(job.requests, job.decoding, job.explain)
+        generated = generator.generate(job.requests, job.decoding, job.explain, streams=job.keys)
         seconds = (time.perf_counter() - started) / len(generated)
         return [Answer(job.system, key, g, seconds) for key, g in zip(job.keys, generated, strict=True)]
 

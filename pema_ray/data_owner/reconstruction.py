@@ -39,6 +39,7 @@ def solve(moment: SecondMoment, rank: int) -> tuple[torch.Tensor, torch.Tensor, 
     return U.T.float().contiguous(), U.float().contiguous(), error
 
 
+@torch.no_grad()
 def reconstruction_error(A: torch.Tensor, B: torch.Tensor, batches: Iterable[torch.Tensor]) -> float:
     """`L_rct = mean((B A x - x)²)` over batches `[N, H]`."""
     total, count = 0.0, 0

@@ -25,6 +25,7 @@ from pema_ray.config import TrainConfig
 from pema_ray.data_owner.adapter import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.objectives import JointObjective, ReconstructionObjective
 from pema_ray.data_owner.reconstruction import SecondMoment, reconstruction_error, solve
+from pema_ray.errors import UserError
 from pema_ray.line import LMHead
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,7 @@ class Trainer:
         """Stage 1, then stage 2 or 3; returns the best adapter by dev prediction loss, and the history."""
         device = self.place.device
         self.head.to(device)
+        torch.manual_seed(self.seed)  # without stage 1, A stays as it is drawn here
         adapter = PemaAdapter(self.adapter_config).to(device)
         history = History(rows=len(self.train.target), total_steps=self.total_steps)
         step = 0
@@ -130,7 +132,13 @@ class Trainer:
     @property
     def batch_size(self) -> int:
         """The global batch; a memory smaller than one is a single batch."""
-        return min(self.config.batch_size, len(self.train.target)) // self.place.world * self.place.world
+        size = min(self.config.batch_size, len(self.train.target)) // self.place.world * self.place.world
+        if size == 0:
+            raise UserError(
+                f"train.workers={self.place.world}: {len(self.train.target)} rows in batches of "
+                f"{self.config.batch_size} give a worker nothing to do. Use fewer workers or a larger train.batch_size."
+            )
+        return size
 
     # ── stage 1 ─────────────────────────────────────────────────────────────
 

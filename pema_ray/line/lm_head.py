@@ -137,13 +137,20 @@ class LMHeadBundle:
             tensors = load_file(folder / "lm_head.safetensors")
             files = {path.name: path.read_bytes() for path in sorted((folder / "tokenizer").iterdir())}
         except FileNotFoundError as error:
-            raise UserError(f"{folder}: not an LM-head bundle: {error.filename} is missing. Run export-head.") from None
-        except (json.JSONDecodeError, SafetensorError) as error:
+            gone = error.filename or "lm_head.safetensors"  # safetensors gives no file name
+            raise UserError(f"{folder}: not an LM-head bundle: {gone} is missing. Run export-head.") from None
+        except NotADirectoryError:
+            raise UserError(f"{folder}: not an LM-head bundle: it is a file, expected a folder.") from None
+        except (ValueError, SafetensorError) as error:  # broken JSON and broken UTF-8 are ValueErrors
             raise UserError(f"{folder}: damaged LM-head bundle: {error}. Run export-head again.") from None
-        if described.get("format_version") != FORMAT_VERSION:
-            raise UserError(f"{folder}: bundle format {described.get('format_version')}, expected {FORMAT_VERSION}.")
-        card = ModelCard.from_dict(described["card"])
-        head = LMHead(HeadSpec(**described["head"]), tensors)
+        version = described.get("format_version") if isinstance(described, dict) else None
+        if version != FORMAT_VERSION:
+            raise UserError(f"{folder}: bundle format {version}, expected {FORMAT_VERSION}.")
+        try:
+            card = ModelCard.from_dict(described["card"])
+            head = LMHead(HeadSpec(**described["head"]), tensors)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{folder}: damaged LM-head bundle: bundle.json: {error}. Run export-head again.") from None
         if (head.vocab_size, head.hidden_size) != (card.vocab_size, card.hidden_size):
             raise UserError(
                 f"{folder}: the head has shape {tuple(head.weight.shape)}, its card says "

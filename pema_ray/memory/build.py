@@ -75,7 +75,7 @@ def prepare_folder(build: MemoryBuild) -> tuple[list[ShardPlan], list[ShardInfo]
     """
     folder, key = build.folder, build.hash()
     if (folder / _PLAN).exists():
-        found = json.loads((folder / _PLAN).read_text())["plan_hash"]
+        found = _found_plan(folder)
         if found != key and build.config.overwrite:
             shutil.rmtree(folder)
         elif found != key:
@@ -84,7 +84,9 @@ def prepare_folder(build: MemoryBuild) -> tuple[list[ShardPlan], list[ShardInfo]
                 f"(plan {found}, this run's is {key}). Choose another run_dir, or set build_memory.overwrite=true."
             )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _PLAN).write_text(json.dumps({"plan_hash": key}) + "\n")
+    if not (folder / _PLAN).exists():
+        with atomic_file(folder / _PLAN) as temporary:
+            temporary.write_text(json.dumps({"plan_hash": key}) + "\n")
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
     todo, done = [], []
@@ -92,6 +94,13 @@ def prepare_folder(build: MemoryBuild) -> tuple[list[ShardPlan], list[ShardInfo]
         receipt = _read_receipt(folder / shard.name)
         done.append(receipt) if receipt else todo.append(shard)
     return todo, done
+
+
+def _found_plan(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / _PLAN).read_text())["plan_hash"])
+    except (ValueError, KeyError, TypeError):
+        return "unreadable"
 
 
 def run_build(
@@ -157,10 +166,15 @@ class _ShardActor:
 
     def __init__(self, folder: Path, eos: int, config: BuildMemoryConfig, factory: Callable[[], Extractor]) -> None:
         self.folder, self.eos, self.config = folder, eos, config
-        self.source = factory()
+        try:
+            self.source, self.refusal = factory(), ""
+        except UserError as error:  # told with the first shard, for the reason below
+            self.source, self.refusal = None, str(error)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         (shard,) = batch["shard"]
+        if self.refusal:
+            return {"info": [""], "error": [self.refusal]}
         try:
             return {"info": [self._make(shard).model_dump_json()], "error": [""]}
         except UserError as error:  # carried back as data: Ray would bury its one line in a traceback
@@ -168,6 +182,7 @@ class _ShardActor:
 
     def _make(self, shard: ShardPlan) -> ShardInfo:
         config = self.config
+        assert self.source is not None
         rows, tokens, padded = rows_of_shard(self.source, shard, self.eos, config.key_dtype, config.max_batch_tokens)
         path = self.folder / shard.name
         size, digest = write_shard(path, rows)

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from pema_ray.errors import UserError
 from pema_ray.line import ExtractBatch
 from pema_ray.memory.plan import ShardPlan, common_prompt_prefix, plan_batches
 from pema_ray.memory.shards import MemoryRows
@@ -30,14 +31,26 @@ def rows_of_batch(source: Extractor, batch: Sequence[EncodedPair], eos: int, key
         token_ids=[example.prompt + example.target for example in batch],
         first=[len(example.prompt) - 1 for example in batch],
     )
-    state_NH = source.extract(request)
+    key_NH = _stored(source.extract(request), key_dtype)
     targets = [np.array([*example.target, eos], np.int32) for example in batch]
     return MemoryRows(
-        key=state_NH.float().numpy().astype(key_dtype),
+        key=key_NH,
         target=np.concatenate(targets),
         example_id=np.concatenate([np.full(len(t), e.example_id, np.int64) for e, t in zip(batch, targets, strict=True)]),
         position=np.concatenate([np.arange(len(t), dtype=np.int32) for t in targets]),
     )
+
+
+def _stored(state_NH: torch.Tensor, key_dtype: str) -> np.ndarray:
+    exact = state_NH.float().numpy()
+    with np.errstate(over="ignore"):
+        key = exact.astype(key_dtype)
+    if key_dtype == "float16" and np.isinf(key).any():
+        raise UserError(
+            f"A context representation reaches {np.abs(exact).max():.3g}, float16 ends at 65504. "
+            "Set build_memory.key_dtype=float32."
+        )
+    return key
 
 
 def rows_of_shard(

@@ -91,6 +91,8 @@ def read_shard(path: Path, sha256: str | None = None) -> MemoryRows:
         raise UserError(f"{path}: not a readable shard: {str(error).splitlines()[0]}") from None
     if key is None:
         raise UserError(f"{path}: the shard holds no rows.")
+    if not pa.types.is_fixed_size_list(key.type):
+        raise UserError(f"{path}: not a readable shard: its keys are {key.type}, not lists of one length.")
     size = key.type.list_size
     plain = {name: table.column(name).to_numpy() for name in ("target", "example_id", "position")}
     return MemoryRows(key.flatten().to_numpy(zero_copy_only=False).reshape(-1, size), **plain)

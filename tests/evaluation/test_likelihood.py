@@ -1,0 +1,70 @@
+"""Held-out likelihood equals the softmax written out, at every λ, with EOS rows apart from text rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pema_ray.evaluation.likelihood import TokenLikelihood, token_likelihood
+from pema_ray.line import LMHead
+from pema_ray.line.lm_head import HeadSpec
+
+N, H, V, EOS = 2100, 6, 11, 1  # more rows than two chunks hold
+
+
+@pytest.fixture(scope="module")
+def rows() -> tuple[np.ndarray, np.ndarray]:
+    draw = np.random.default_rng(0)
+    return draw.normal(size=(N, H)).astype(np.float32), draw.integers(0, V, N).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def head() -> LMHead:
+    draw = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(*size, generator=draw) for name, size in {"weight": (V, H), "norm_weight": (H,)}.items()}
+    return LMHead(HeadSpec("rms_norm", 1e-5), tensors)
+
+
+@pytest.fixture(scope="module")
+def measured(rows, head) -> TokenLikelihood:
+    return token_likelihood(*rows, eos=[EOS], head=head, pema_log_probs=lambda state: head.log_probs(-state))
+
+
+def by_hand(rows, head) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities of the targets under PEMA (here: the head on -f) and the PLM, in float64."""
+    key, target = rows
+    f, W = key.astype(np.float64), head.weight.double().numpy()
+    normed = f / np.sqrt((f**2).mean(-1, keepdims=True) + 1e-5) * head.norm_weight.double().numpy()
+
+    def softmax_of(x: np.ndarray) -> np.ndarray:
+        p = np.exp(x @ W.T)
+        return (p / p.sum(-1, keepdims=True))[np.arange(N), target]
+
+    return softmax_of(-f), softmax_of(normed)
+
+
+def test_both_likelihoods_are_the_softmax_at_the_target(rows, head, measured):
+    pema, plm = by_hand(rows, head)
+    np.testing.assert_allclose(np.exp(measured.log_pema), pema, rtol=1e-4)
+    np.testing.assert_allclose(np.exp(measured.log_plm), plm, rtol=1e-4)
+    assert np.array_equal(measured.is_eos, rows[1] == EOS)
+
+
+@pytest.mark.parametrize("eos", [False, True])
+@pytest.mark.parametrize("lam", [0.0, 0.3, 0.7, 1.0])
+def test_nll_is_that_of_the_mixture_over_text_or_eos_rows(rows, head, measured, lam: float, eos: bool):
+    pema, plm = by_hand(rows, head)
+    chosen = (rows[1] == EOS) == eos
+    expected = -np.log(lam * pema + (1 - lam) * plm)[chosen].mean()
+    assert measured.nll(lam, eos) == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_eos_of_the_plm_counts_as_one(rows, head):
+    several = token_likelihood(*rows, eos=[EOS, 5], head=head, pema_log_probs=head.log_probs)
+    assert np.array_equal(several.is_eos, np.isin(rows[1], [1, 5]))
+
+
+def test_lambda_0_and_1_survive_impossible_tokens():
+    one = TokenLikelihood(np.array([-np.inf, -1.0]), np.array([-2.0, -np.inf]), np.array([False, True]))
+    assert one.nll(0.0) == 2.0 and one.nll(1.0, eos=True) == 1.0

@@ -1,0 +1,231 @@
+"""A build gives the same bytes however many actors make it and however often it is stopped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pema_ray.config import BuildMemoryConfig, PLMConfig
+from pema_ray.errors import UserError
+from pema_ray.line import ModelCard
+from pema_ray.memory import ExternalMemory
+from pema_ray.memory.build import MemoryBuild, _ShardActor, prepare_folder, run_build
+from pema_ray.memory.plan import plan_shards
+from pema_ray.tasks import EncodedPair
+
+CARD = ModelCard("counting", "c" * 16, 2, 300, 96, (1,))
+EXAMPLES = [EncodedPair(i * 3, [10, 20, 30 + i], [4 + j for j in range(1 + i % 4)]) for i in range(10)]
+SETTINGS = {"examples_per_shard": 2, "cpus_per_actor": 0.5, "max_batch_tokens": 16}
+
+
+def build(folder: Path, **changes) -> MemoryBuild:
+    return MemoryBuild(folder, EXAMPLES, CARD, "task", "train", BuildMemoryConfig(**{**SETTINGS, **changes}))
+
+
+def counting_factory(fail_on: int | None = None, refuse: str = "") -> Callable:
+    """Makes an extractor by arithmetic; a closure, so that it travels to an actor by value."""
+
+    def make():
+        import torch
+
+        from pema_ray.errors import UserError
+
+        class Counting:
+            def extract(self, batch):
+                if any(fail_on in ids for ids in batch.token_ids):
+                    raise UserError(f"token {fail_on} is not spoken here")
+                pairs = zip(batch.token_ids, batch.first, strict=True)
+                rows = [[float(sum(ids[: at + 1])), float(at)] for ids, f in pairs for at in range(f, len(ids))]
+                return torch.tensor(rows)
+
+        if refuse:
+            raise UserError(refuse)
+        return Counting()
+
+    return make
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def in_this_process(build: MemoryBuild, numbers: list[int] | None = None, factory: Callable | None = None) -> None:
+    """What actors do, without Ray."""
+    todo, _ = prepare_folder(build)
+    actor = _ShardActor(build.folder, build.eos, build.config, factory or counting_factory())
+    for number, shard in enumerate(todo):
+        if numbers is None or number in numbers:
+            assert actor({"shard": [shard]})["error"] == [""]
+
+
+# ── without Ray ─────────────────────────────────────────────────────────────
+
+
+def test_the_parts_of_a_finished_memory_agree(tmp_path: Path):
+    in_this_process(build(tmp_path))
+    manifest = run_build(build(tmp_path), counting_factory())  # nothing is left to do, so Ray is not needed
+    assert manifest.rows == sum(len(e.target) + 1 for e in EXAMPLES) == 33
+    assert (manifest.examples, len(manifest.shards)) == (10, 5)
+    assert (manifest.fingerprint, manifest.eos_token_id, manifest.hidden_size) == (CARD.fingerprint, 1, 2)
+    rows = ExternalMemory.open(tmp_path, CARD).load()
+    assert list(dict.fromkeys(rows.example_id.tolist())) == [e.example_id for e in EXAMPLES]
+    assert rows.key[0].tolist() == [60.0, 2.0] and rows.target[:2].tolist() == [4, 1]
+
+
+def test_a_finished_shard_is_skipped_and_one_that_lacks_its_file_or_receipt_is_not(tmp_path: Path):
+    in_this_process(build(tmp_path))
+    names = [shard.name for shard in plan_shards(EXAMPLES, 2)]
+    (tmp_path / names[0]).unlink()
+    (tmp_path / names[1]).with_suffix(".receipt.json").unlink()
+    (tmp_path / names[2]).write_bytes((tmp_path / names[2]).read_bytes()[:-5])
+    (tmp_path / names[3]).with_suffix(".receipt.json").write_text('{"name": "sh')
+    (tmp_path / f".{names[0]}.99.tmp").write_text("left by a process that was killed")
+    todo, done = prepare_folder(build(tmp_path))
+    assert [shard.name for shard in todo] == names[:4]
+    assert [info.name for info in done] == names[4:]
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"key_dtype": "float16"}, {"examples_per_shard": 3}, {"max_batch_tokens": 17}],
+    ids=lambda c: next(iter(c)),
+)
+def test_other_settings_are_refused_unless_overwrite(change: dict, tmp_path: Path):
+    in_this_process(build(tmp_path))
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="holds a memory built from other examples, another PLM or other settings"):
+        prepare_folder(build(tmp_path, **change))
+    assert contents(tmp_path) == before
+    todo, done = prepare_folder(build(tmp_path, **change, overwrite=True))
+    assert not done and len(todo) == len(plan_shards(EXAMPLES, change.get("examples_per_shard", 2)))
+    assert os.listdir(tmp_path) == ["plan.json"]
+
+
+def test_another_plm_is_other_work_and_more_actors_are_not(tmp_path: Path):
+    one = build(tmp_path)
+    other = MemoryBuild(tmp_path, EXAMPLES, ModelCard("x", "d" * 16, 2, 300, 96, (1,)), "task", "train", one.config)
+    assert one.hash() != other.hash()
+    assert one.hash() == build(tmp_path, actors=4, cpus_per_actor=2, overwrite=True).hash()
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "{}"])
+def test_a_damaged_plan_is_refused_like_other_settings(damage: str, tmp_path: Path):
+    in_this_process(build(tmp_path), [0])
+    (tmp_path / "plan.json").write_text(damage)
+    with pytest.raises(UserError, match="plan unreadable.*build_memory.overwrite=true"):
+        prepare_folder(build(tmp_path))
+    assert len(prepare_folder(build(tmp_path, overwrite=True))[0]) == 5
+
+
+@pytest.mark.parametrize(
+    ("examples", "complaint"),
+    [
+        ([], "Split 'train' has no examples"),
+        ([EncodedPair(4, [5], [])], "example 4: the target is empty"),
+        ([EncodedPair(4, [5] * 60, [6] * 37)], "example 4: prompt and target have 97 tokens, counting allows 96"),
+    ],
+)
+def test_examples_the_plm_cannot_take_are_refused_before_anything_is_made(examples, complaint: str, tmp_path: Path):
+    folder = tmp_path / "memory"
+    with pytest.raises(UserError, match=complaint):
+        run_build(MemoryBuild(folder, examples, CARD, "task", "train", BuildMemoryConfig()), counting_factory())
+    assert not folder.exists()
+
+
+def test_a_full_disk_in_an_actor_is_a_message_and_finished_shards_stay(tmp_path: Path, monkeypatch):
+    in_this_process(build(tmp_path), [0, 1])
+    before = contents(tmp_path)
+    todo, _ = prepare_folder(build(tmp_path))
+    actor = _ShardActor(tmp_path, 1, build(tmp_path).config, counting_factory())
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pema_ray.memory.shards.pq.write_table", full)
+        (error,) = actor({"shard": [todo[0]]})["error"]
+    assert "No space left on device. Free space and start again; finished shards are kept." in error
+    assert contents(tmp_path) == before
+    in_this_process(build(tmp_path))
+    assert run_build(build(tmp_path), counting_factory()).rows == 33
+
+
+# ── on Ray ──────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_cluster, tmp_path_factory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run_build(build(folder), counting_factory())
+    return contents(folder)
+
+
+@pytest.mark.cluster
+def test_one_actor_two_actors_and_one_process_write_the_same_bytes(undisturbed, tmp_path: Path):
+    run_build(build(tmp_path / "two", actors=2), counting_factory())
+    in_this_process(build(tmp_path / "none"))
+    run_build(build(tmp_path / "none"), counting_factory())
+    assert contents(tmp_path / "two") == contents(tmp_path / "none") == undisturbed
+    assert len(undisturbed) == 5 * 2 + 2  # shards with receipts, the plan, the manifest
+
+
+@pytest.mark.cluster
+def test_a_stopped_build_resumes_to_the_same_bytes(undisturbed, tmp_path: Path):
+    in_this_process(build(tmp_path), [1, 3])
+    finished = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("shard-*")}
+    announced: list[str] = []
+
+    def stop(info):
+        announced.append(info.name)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_build(build(tmp_path), counting_factory(), on_shard=stop)
+    assert not (tmp_path / "manifest.json").exists()
+    assert announced and announced[0] not in finished
+    run_build(build(tmp_path), counting_factory(), on_shard=lambda info: announced.append(info.name))
+    assert contents(tmp_path) == undisturbed
+    assert len(announced) == len(set(announced)) and not set(announced) & set(finished)
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in finished} == finished
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (counting_factory(fail_on=33), "token 33 is not spoken here"),
+        (counting_factory(refuse="no such model"), "no such model"),
+    ],
+    ids=["while extracting", "while loading"],
+)
+def test_a_user_error_in_an_actor_comes_out_as_itself(ray_cluster, factory, message: str, tmp_path: Path):
+    with pytest.raises(UserError) as caught:
+        run_build(build(tmp_path), factory)
+    assert str(caught.value) == message
+    assert not (tmp_path / "manifest.json").exists()
+
+
+@pytest.mark.cluster
+def test_two_actors_with_a_real_model_write_what_one_process_would(
+    ray_cluster, tiny_source, tiny_plm_folder, tmp_path: Path
+):
+    card = tiny_source("llama").describe()
+    config = PLMConfig(name=tiny_plm_folder("llama"), dtype="float32", device="cpu", threads=1)
+
+    def factory():
+        from pema_ray.plm_owner import InProcessPLM, load_plm
+
+        return InProcessPLM(load_plm(config))
+
+    settings = BuildMemoryConfig(**SETTINGS, actors=2)
+    here, there = (
+        MemoryBuild(tmp_path / name, EXAMPLES, card, "task", "train", settings) for name in ("here", "there")
+    )
+    in_this_process(here, factory=factory)
+    assert run_build(here, factory) == run_build(there, factory)
+    assert contents(here.folder) == contents(there.folder)
+    assert ExternalMemory.open(there.folder, card).load().key.shape == (33, 32)

