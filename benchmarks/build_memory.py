@@ -137,7 +137,7 @@ def _measure(o: argparse.Namespace, scratch: Path) -> None:
         "smoke": o.smoke,
         "aims": {name: str(aim) for name, aim in AIMS.items()},
         "notes": [
-            "Ours includes Parquet, checksum and fsync; the bare forward pass and the published algorithm write nothing.",
+            "Ours includes Parquet, checksum and fsync; the bare forward pass and the published one write nothing.",
             "bare_forward runs every prompt token; on_cached_prefix is given the shared prefix's cache for free.",
             "Ray Data: from the first finished shard to the last, against the same shards; start-up is apart.",
             "The published rows that count are those paired with a gold token, whether junk or not.",

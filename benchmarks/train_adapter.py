@@ -12,6 +12,7 @@ import argparse
 import math
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -73,7 +74,8 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = options("Speed and peak memory of adapter training.")
     parser.add_argument("--rows", type=int, default=81_920, help="training rows; stage 3 passes over them once")
-    parser.add_argument("--batch", type=int, default=20_480, help="of both stages")
+    parser.add_argument("--batch", type=int, default=20_480, help="of stage 3")
+    parser.add_argument("--stage1-batch", type=int, default=20_480, help="of the published stage 1")
     parser.add_argument("--hidden", type=int, default=576)
     parser.add_argument("--vocabulary", type=int, default=49_152)
     parser.add_argument("--rank", type=int, default=512)
@@ -90,8 +92,8 @@ def _options() -> argparse.Namespace:
     o = parser.parse_args()
     if o.smoke and not o.worker:
         o.rows, o.batch, o.hidden, o.vocabulary, o.rank = 512, 128, 32, 512, 16
-        o.repeats, o.stage1_seconds = 1, 2.0
-    o.batch = min(o.batch, o.rows)
+        o.repeats, o.stage1_seconds, o.stage1_batch = 1, 2.0, 128
+    o.batch, o.stage1_batch = min(o.batch, o.rows), min(o.stage1_batch, o.rows)
     return o
 
 
@@ -128,8 +130,8 @@ def _measure(o: argparse.Namespace, scratch: Path) -> None:
     notes = ["Peak memory counts head, adapter, optimiser and activations; not the rows, which both sides hold."]
     if not stage1["reached"]:
         notes.append(
-            f"stage1_speed is a lower bound: after {stage1['seconds']:.0f} s and {stage1['epochs']} epochs the published "
-            f"loop is at {stage1['error']:.4g}, the closed form at {ours[0]['reconstruction_error']:.4g}."
+            f"stage1_speed is a lower bound: after {stage1['seconds']:.0f} s and {stage1['epochs']} epochs the "
+            f"published loop is at {stage1['error']:.4g}, the closed form at {ours[0]['reconstruction_error']:.4g}."
         )
     if o.batch != asked:
         notes.append(f"Batches of {asked:,} do not fit the published loop here: both sides ran with {o.batch:,}.")
@@ -140,6 +142,7 @@ def _measure(o: argparse.Namespace, scratch: Path) -> None:
             "published_seconds": stage1["seconds"],
             "published_error": stage1["error"],
             "published_epochs": stage1["epochs"],
+            "published_batch": o.stage1_batch,
             "published_reached": stage1["reached"],
             "ratio_is_lower_bound": not stage1["reached"],
             "published_curve": stage1["curve"],
@@ -214,9 +217,17 @@ def _make_data(o: argparse.Namespace) -> dict[str, Any]:
     return {"rows": o.rows}
 
 
+def _warm_up(device: torch.device) -> None:
+    """Have the libraries loaded that a training step needs, so that they count as no one's memory."""
+    x = torch.randn(64, 64, device=device, requires_grad=True)
+    F.cross_entropy(F.dropout(x) @ x.T, torch.arange(64, device=device)).backward()
+    torch.optim.Adam([x]).step()
+    torch.linalg.eigh((x.detach() @ x.detach().T).double().cpu())
+
+
 def _rates(marks: list[float], batch: int) -> float:
     """Rows per second of the median step; the first one warms up."""
-    steps = [b - a for a, b in zip(marks, marks[1:])]
+    steps = [b - a for a, b in pairwise(marks)]
     return batch / median(steps[1:] or steps)
 
 
@@ -227,6 +238,7 @@ def _ours(o: argparse.Namespace) -> dict[str, Any]:
     """The whole of `Trainer.run`: closed form, validation, one epoch of stage 3, checkpoint."""
     device = device_of(o)
     train, dev = Block(o.data, "train"), Block(o.data, "dev")
+    _warm_up(device)
     memory = PeakMemory(device)
     dtype = pick_dtype(o.dtype, device)
     weight = torch.from_numpy(np.load(o.data / "head.npy")).to(dtype)
@@ -298,13 +310,13 @@ def _published_stage1(o: argparse.Namespace) -> dict[str, Any]:
     for _epoch in range(o.stage1_epochs):
         started = clock(device)
         model.train()
-        for x, _ in _batches(train, o.batch, device):
+        for x, _ in _batches(train, o.stage1_batch, device):
             loss = F.mse_loss(model.up(model.down(x), model.B), x)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         seconds += clock(device) - started
-        error = _dev_error(model, dev, o.batch, device)
+        error = _dev_error(model, dev, o.stage1_batch, device)
         curve.append({"seconds": seconds, "error": error})
         reached = error <= o.target_error
         if reached or seconds >= o.stage1_seconds:
@@ -327,6 +339,7 @@ def _published_stage3(o: argparse.Namespace) -> dict[str, Any]:
     device = device_of(o)
     torch.manual_seed(0)
     train = Block(o.data, "train")
+    _warm_up(device)
     memory = PeakMemory(device)
     weight_VH = torch.from_numpy(np.load(o.data / "head.npy")).to(device)
     norm_H = torch.ones(o.hidden, device=device)
@@ -337,14 +350,13 @@ def _published_stage3(o: argparse.Namespace) -> dict[str, Any]:
     for x, y in _batches(train, o.batch, device, whole_only=True):
         down_NR = model.down(x)
         h_pd = F.rms_norm(model.up(down_NR, model.B), (o.hidden,), norm_H, EPSILON)
-        logits_NV = F.linear(h_pd, weight_VH)
-        prediction = F.cross_entropy(logits_NV, y)
+        prediction = F.cross_entropy(F.linear(h_pd, weight_VH), y)  # no name keeps the logits longer than they must
         reconstruction = F.mse_loss(model.up(down_NR, B_rct), x)
         loss = KAPPA * reconstruction + (1 - KAPPA) * prediction
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        del logits_NV, h_pd, down_NR, prediction, reconstruction, loss  # else the next batch's come on top of them
+        del h_pd, down_NR, prediction, reconstruction, loss  # else the next batch's come on top of them
         marks.append(clock(device))
     return {"rows_per_second": _rates(marks, o.batch), "steps": len(marks) - 1, "peak_bytes": memory.taken()}
 

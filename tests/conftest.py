@@ -53,10 +53,6 @@ CORPUS = [
 ] * 4
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "cluster: needs a local Ray cluster")
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that asks for `architecture` runs once for each tiny model."""
     if "architecture" in metafunc.fixturenames:

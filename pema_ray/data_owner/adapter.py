@@ -159,7 +159,9 @@ class PemaAdapter(nn.Module):
         return adapter.eval()
 
     @classmethod
-    def from_published(cls, prediction: str | Path, card: ModelCard, reconstruction: str | Path | None = None) -> PemaAdapter:
+    def from_published(
+        cls, prediction: str | Path, card: ModelCard, reconstruction: str | Path | None = None
+    ) -> PemaAdapter:
         """Load checkpoints of the published code: `lora_A [R, H]`, `lora_B [H, R]`, product scaled by 1/R.
 
         Args:

@@ -1,4 +1,4 @@
-"""Generates with Gradual Unrolling over any `ContextSource`. Knows no Ray. B sequences, K beams, V vocabulary, H hidden.
+"""Generates with Gradual Unrolling over any `ContextSource`. Knows no Ray. B sequences, K beams, V tokens, H hidden.
 
 The PLM owner sees token ids only; both distributions and their mixture are made here.
 """
@@ -116,7 +116,7 @@ class Generator:
     # ── distributions ───────────────────────────────────────────────────────
 
     def _distributions(self, state_BH: torch.Tensor, lam_B: torch.Tensor, both: bool):
-        """`(log P, log P_PEMA or None, log P_LM or None)`, each `[B, V]`; what λ = 0 or 1 does not need is not computed."""
+        """`(log P, log P_PEMA or None, log P_LM or None)`, each `[B, V]`; what λ = 0 or 1 does not need is left out."""
         device = self.head.weight.device
         state = state_BH.to(device)
         use_pema = self.adapter is not None and (both or bool((lam_B > 0).any()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,16 +47,19 @@ def generate(
     gpus_per_actor: float = 0,
 ) -> Iterator[list[Answer]]:
     """Answers of all jobs, batch by batch as they are finished. Ray must be running."""
+    import ray
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     batches = [batch for job in jobs for batch in _batches(job, batch_size)]
-    work = ray.data.from_items([{"job": batch} for batch in batches], override_num_blocks=len(batches))
+    # Jobs travel once, through the object store; Ray Data's rows are only their numbers.
+    held = ray.put(batches)
+    work = ray.data.from_items([{"number": n} for n in range(len(batches))], override_num_blocks=len(batches))
     done = work.map_batches(
         _Actor,
-        fn_constructor_args=(source_factory, bundle),
+        fn_constructor_args=(source_factory, bundle, held),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(actors, len(batches)), max_tasks_in_flight_per_actor=2),
         num_cpus=cpus_per_actor,
@@ -64,7 +68,7 @@ def generate(
     for row in done.iter_rows():
         if row["error"]:
             raise UserError(row["error"])
-        yield row["answers"].answers
+        yield pickle.loads(row["answers"])  # made by our own actors, inside this cluster
 
 
 def _batches(job: GenerationJob, size: int) -> Iterator[GenerationJob]:
@@ -83,14 +87,12 @@ def _batches(job: GenerationJob, size: int) -> Iterator[GenerationJob]:
         )
 
 
-@dataclass
-class _Answers:
-    answers: list[Answer]
-
-
 class _Actor:
-    def __init__(self, source_factory: Callable[[], ContextSource], bundle: Path) -> None:
+    def __init__(self, source_factory: Callable[[], ContextSource], bundle: Path, batches: Any) -> None:
+        import ray
+
         self._adapters: dict[Path, PemaAdapter] = {}
+        self._batches: list[GenerationJob] = ray.get(batches) if isinstance(batches, ray.ObjectRef) else batches
         self._refusal = ""
         try:
             loaded = LMHeadBundle.load(bundle)
@@ -100,13 +102,15 @@ class _Actor:
             self._refusal = str(error)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        (job,) = batch["job"]
-        if self._refusal:
-            return {"answers": [_Answers([])], "error": [self._refusal]}
-        try:
-            return {"answers": [_Answers(self._answer(job))], "error": [""]}
-        except UserError as error:
-            return {"answers": [_Answers([])], "error": [str(error)]}
+        (number,) = (int(n) for n in batch["number"])
+        answers: list[Answer] = []
+        error = self._refusal
+        if not error:
+            try:
+                answers = self._answer(self._batches[number])
+            except UserError as refused:
+                error = str(refused)
+        return {"answers": [pickle.dumps(answers)], "error": [error]}
 
     def _answer(self, job: GenerationJob) -> list[Answer]:
         import time

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-
 from pema_ray.config import TrainConfig
 from pema_ray.data_owner.adapter import AdapterConfig
 from pema_ray.data_owner.tracking import TensorBoardTracker
@@ -50,7 +49,9 @@ def fit(job: TrainingJob, on_point: Callable[[str, Point], None] = lambda kind, 
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"job": job},
-        scaling_config=ScalingConfig(num_workers=c.workers, use_gpu=c.gpus_per_worker > 0, resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=c.workers, use_gpu=c.gpus_per_worker > 0, resources_per_worker=resources
+        ),
         torch_config=TorchConfig(backend="nccl" if c.gpus_per_worker else "gloo"),
         run_config=RunConfig(
             name="ray_train", storage_path=str(job.run_dir.resolve()), failure_config=FailureConfig(max_failures=2)
@@ -152,5 +153,3 @@ def _following(path: Path, on_point: Callable[[str, Point], None]) -> Iterator[N
     finally:
         done.set()
         thread.join()
-
-

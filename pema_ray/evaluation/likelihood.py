@@ -1,4 +1,4 @@
-"""Held-out negative log-likelihood of PLM, PEMA and their mixture on a memory's rows. N rows, H hidden, V vocabulary."""
+"""Held-out negative log-likelihood of PLM, PEMA and their mixture on a memory's rows. N rows, H hidden, V tokens."""
 
 from __future__ import annotations
 

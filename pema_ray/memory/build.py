@@ -106,19 +106,39 @@ def _found_plan(folder: Path) -> str:
 def run_build(
     build: MemoryBuild, source_factory: Callable[[], Extractor], on_shard: Callable[[ShardInfo], None] | None = None
 ) -> Manifest:
-    """Compute what is missing and write the manifest. Ray must be running if anything is missing.
+    """`run_builds` of a single memory."""
+    return run_builds([build], source_factory, on_shard)[0]
+
+
+def run_builds(
+    builds: Sequence[MemoryBuild],
+    source_factory: Callable[[], Extractor],
+    on_shard: Callable[[ShardInfo], None] | None = None,
+) -> list[Manifest]:
+    """Compute what is missing of every memory, with one set of actors, and write the manifests.
+
+    Ray must be running if anything is missing. The builds share their settings and their PLM.
 
     Args:
         source_factory: makes the PLM's extractor inside an actor; must be picklable.
         on_shard: called with each shard as it is finished.
     """
-    build.check()
-    todo, done = prepare_folder(build)
+    todo: list[tuple[Path, ShardPlan]] = []
+    done: dict[Path, list[ShardInfo]] = {}
+    for build in builds:
+        build.check()
+    for build in builds:
+        missing, done[build.folder] = prepare_folder(build)
+        todo += [(build.folder, shard) for shard in missing]
     if todo:
-        for info in _compute(build, todo, source_factory):
-            done.append(info)
+        for folder, info in _compute(builds[0], todo, source_factory):
+            done[folder].append(info)
             if on_shard:
                 on_shard(info)
+    return [_write_manifest(build, done[build.folder]) for build in builds]
+
+
+def _write_manifest(build: MemoryBuild, done: Sequence[ShardInfo]) -> Manifest:
     manifest = Manifest(
         plm_name=build.card.name,
         fingerprint=build.card.fingerprint,
@@ -139,17 +159,22 @@ def run_build(
     return manifest
 
 
-def _compute(build: MemoryBuild, todo: Sequence[ShardPlan], factory: Callable[[], Extractor]) -> Iterator[ShardInfo]:
+def _compute(
+    build: MemoryBuild, todo: Sequence[tuple[Path, ShardPlan]], factory: Callable[[], Extractor]
+) -> Iterator[tuple[Path, ShardInfo]]:
+    import ray
     import ray.data
 
     config = build.config
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    shards = ray.data.from_items([{"shard": shard} for shard in todo], override_num_blocks=len(todo))
-    done = shards.map_batches(
+    # Plans travel once, through the object store; Ray Data's rows are only their numbers.
+    plans = ray.put([shard for _, shard in todo])
+    numbers = ray.data.from_items([{"number": n} for n in range(len(todo))], override_num_blocks=len(todo))
+    done = numbers.map_batches(
         _ShardActor,
-        fn_constructor_args=(build.folder, build.eos, config, factory),
+        fn_constructor_args=([folder for folder, _ in todo], plans, build.eos, config, factory),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(config.actors, len(todo)), max_tasks_in_flight_per_actor=2),
         num_cpus=config.cpus_per_actor,
@@ -158,33 +183,39 @@ def _compute(build: MemoryBuild, todo: Sequence[ShardPlan], factory: Callable[[]
     for row in done.iter_rows():
         if row["error"]:
             raise UserError(row["error"])
-        yield ShardInfo.model_validate_json(row["info"])
+        yield todo[row["number"]][0], ShardInfo.model_validate_json(row["info"])
 
 
 class _ShardActor:
     """A PLM in a Ray Data actor: takes a shard plan, leaves a Parquet file and its receipt."""
 
-    def __init__(self, folder: Path, eos: int, config: BuildMemoryConfig, factory: Callable[[], Extractor]) -> None:
-        self.folder, self.eos, self.config = folder, eos, config
+    def __init__(
+        self, folders: list[Path], plans: Any, eos: int, config: BuildMemoryConfig, factory: Callable[[], Extractor]
+    ) -> None:
+        import ray
+
+        self.folders, self.eos, self.config = folders, eos, config
+        self.plans: list[ShardPlan] = ray.get(plans) if isinstance(plans, ray.ObjectRef) else plans
         try:
             self.source, self.refusal = factory(), ""
         except UserError as error:  # told with the first shard, for the reason below
             self.source, self.refusal = None, str(error)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        (shard,) = batch["shard"]
-        if self.refusal:
-            return {"info": [""], "error": [self.refusal]}
-        try:
-            return {"info": [self._make(shard).model_dump_json()], "error": [""]}
-        except UserError as error:  # carried back as data: Ray would bury its one line in a traceback
-            return {"info": [""], "error": [str(error)]}
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        (number,) = (int(n) for n in batch["number"])
+        info, error = "", self.refusal
+        if not error:
+            try:
+                info = self._make(self.folders[number], self.plans[number]).model_dump_json()
+            except UserError as refused:  # carried back as data: Ray would bury its one line in a traceback
+                error = str(refused)
+        return {"number": [number], "info": [info], "error": [error]}
 
-    def _make(self, shard: ShardPlan) -> ShardInfo:
+    def _make(self, folder: Path, shard: ShardPlan) -> ShardInfo:
         config = self.config
         assert self.source is not None
         rows, tokens, padded = rows_of_shard(self.source, shard, self.eos, config.key_dtype, config.max_batch_tokens)
-        path = self.folder / shard.name
+        path = folder / shard.name
         size, digest = write_shard(path, rows)
         info = ShardInfo(
             name=shard.name,

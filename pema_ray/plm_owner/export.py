@@ -18,6 +18,7 @@ from pema_ray.line.lm_head import HeadSpec, fingerprint_of
 from pema_ray.plm_owner.load import LoadedPLM
 from pema_ray.plm_owner.states import capture_state, find_final_norm
 
+_PROBE_TEXT = "In 1999, she said: 'Ça va?' — don't RE-tokenise  double  spaces;\n\tЯ 日本 ½."
 _TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # relative to the logits' spread
 
 
@@ -40,19 +41,29 @@ def export_lm_head(plm: LoadedPLM) -> LMHeadBundle:
     description = {
         "architecture": type(plm.model).__name__,
         "layers": plm.model.config.get_text_config().num_hidden_layers,
-        "tokenizer": {name: len(content) for name, content in files.items() if name == "tokenizer.json"},
         "vocabulary": sorted(plm.tokenizer.get_vocab().items()),
+        "tokenised": plm.tokenizer(_PROBE_TEXT).input_ids,
         "head": [spec.norm, spec.logit_scale, spec.logit_softcap],
     }
     card = ModelCard(
         name=plm.name,
-        fingerprint=fingerprint_of(description, tensors.get("norm_weight"), head.weight),
+        fingerprint=fingerprint_of(description, tensors.get("norm_weight"), head.weight, _sample(plm.model)),
         hidden_size=lm_head.hidden_size,
         vocab_size=lm_head.vocab_size,
         max_positions=plm.max_positions,
         eos_token_ids=plm.eos_token_ids,
     )
     return LMHeadBundle(card, lm_head, files)
+
+
+def _sample(model: nn.Module) -> torch.Tensor:
+    """A few numbers of every parameter: a PLM that was fine-tuned under the same head gets another fingerprint."""
+    samples = []
+    for parameter in model.parameters():
+        if parameter.device.type != "meta":  # offloaded to disk by accelerate
+            flat = parameter.detach().reshape(-1)
+            samples.append(flat[:: max(1, len(flat) // 64)][:64].to("cpu", torch.bfloat16))
+    return torch.cat(samples)
 
 
 def _describe_norm(plm: LoadedPLM, norm: nn.Module | None) -> tuple[HeadSpec, dict[str, torch.Tensor | None]]:

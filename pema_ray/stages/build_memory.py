@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from pema_ray.config import ExperimentConfig
-from pema_ray.memory.build import MemoryBuild, prepare_folder, run_build
+from pema_ray.memory.build import MemoryBuild, prepare_folder, run_builds
 from pema_ray.memory.manifest import Manifest
 from pema_ray.stages.cluster import ray_cluster
 from pema_ray.stages.plm import factory
@@ -24,16 +24,16 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
         for build in builds:
             build.check()
         missing = sum(len(prepare_folder(build)[0]) for build in builds)
-        rows, started, manifests = 0, time.perf_counter(), []
-        if missing:
-            make_source = factory(config.plm, chosen.cpus_per_actor)
-            with ray_cluster(config.ray, chosen.cpus_per_actor, chosen.gpus_per_actor), track("memory", missing, "shards") as bar:
-                for build in builds:
-                    manifests.append(run_build(build, make_source, lambda info: bar.advance(1, info.rows)))
-                rows = bar.rows
-        else:
-            manifests = [run_build(build, lambda: None) for build in builds]  # type: ignore[arg-type, return-value]
-        return _measure(manifests, rows, time.perf_counter() - started)
+        make_source = factory(config.plm, chosen.cpus_per_actor)
+        started = time.perf_counter()
+        if not missing:
+            return _measure(run_builds(builds, make_source), 0, 1.0)
+        with (
+            ray_cluster(config.ray, chosen.cpus_per_actor, chosen.gpus_per_actor),
+            track("memory", missing, "shards") as bar,
+        ):
+            manifests = run_builds(builds, make_source, lambda info: bar.advance(1, info.rows))
+        return _measure(manifests, bar.rows, time.perf_counter() - started)
 
     return run.perform("build_memory", work)
 

@@ -39,7 +39,10 @@ def ray_cluster(config: RayConfig, cpus: float = 0, gpus: float = 0) -> Iterator
 
 def _start(config: RayConfig) -> None:
     import ray
+    import ray.data
 
+    for noisy in ("ray", "ray.data", "ray.train", "ray._private"):  # set again: importing Ray resets them
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     address = config.address or ray_address()
     common = {"logging_level": logging.WARNING, "log_to_driver": False, "runtime_env": {"env_vars": worker_environment()}}
     if address:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 logger = logging.getLogger(__name__)
-console = Console()
+console = Console(soft_wrap=True)
 _SECONDS_BETWEEN_LINES = 10.0
 
 

@@ -41,7 +41,11 @@ def test_a_fresh_adapter_has_three_maps_of_which_two_are_trained(card):
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("space", ["pre_norm", "post_norm"])
 def test_log_probs_are_equation_4_with_the_norm_on_its_side(card, make_head, space: str, residual: bool):
-    head, adapter, f = make_head(scale=0.5, softcap=4.0), adapter_for(card, space=space, residual=residual), torch.randn(7, H)
+    head, adapter, f = (
+        make_head(scale=0.5, softcap=4.0),
+        adapter_for(card, space=space, residual=residual),
+        torch.randn(7, H),
+    )
     x = head.norm(f) if space == "post_norm" else f
     h = x @ adapter.A.T @ adapter.B_pd.T + (x if residual else 0)
     expected = head.logits(h if space == "post_norm" else head.norm(h)).softmax(-1)

@@ -28,7 +28,9 @@ def adapter_for(source: InProcessPLM, seed: int = 0) -> PemaAdapter:
     return adapter.eval()
 
 
-def generator(source: InProcessPLM, adapter: bool = True, eos: Sequence[int] = (1,), stop: Sequence[str] = ()) -> Generator:
+def generator(
+    source: InProcessPLM, adapter: bool = True, eos: Sequence[int] = (1,), stop: Sequence[str] = ()
+) -> Generator:
     bundle = source.lm_head()
     text = lambda ids: source.plm.tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
     return Generator(source, bundle.head, adapter_for(source) if adapter else None, text, eos, stop)
@@ -122,7 +124,9 @@ def test_without_an_adapter_lambda_means_nothing(tiny_source):
 # ── batches ─────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("decoding", [Decoding(), Decoding("sample", top_p=0.9), Decoding("beam", beams=3)], ids=lambda d: d.kind)
+@pytest.mark.parametrize(
+    "decoding", [Decoding(), Decoding("sample", top_p=0.9), Decoding("beam", beams=3)], ids=lambda d: d.kind
+)
 @THREE
 def test_a_sequence_is_answered_alone_as_in_company(tiny_source, name: str, decoding: Decoding):
     together = generator(tiny_source(name)).generate(various(), decoding)
@@ -287,7 +291,9 @@ def test_a_beams_score_is_its_own_and_not_below_greedys_here(tiny_source, name: 
     source = tiny_source(name)
     ours, adapter = generator(source, eos=[]), adapter_for(source)
     greedy = ours.generate(requests(0.6), Decoding())
-    for prompt, beam, plain in zip(PROMPTS, ours.generate(requests(0.6), Decoding("beam", beams=4)), greedy, strict=True):
+    for prompt, beam, plain in zip(
+        PROMPTS, ours.generate(requests(0.6), Decoding("beam", beams=4)), greedy, strict=True
+    ):
         ids = prompt + beam.tokens
         pema, plm = distributions(source, adapter, ids[:-1], len(prompt) - 1)
         log_p = mix(pema, plm, torch.full((STEPS,), 0.6)).gather(1, torch.tensor(beam.tokens)[:, None])

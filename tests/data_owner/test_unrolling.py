@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def test_lambda_starts_at_the_top_is_a_probability_and_never_rises_after_the_fir
     values = [schedule.at(t, length) for t in range(2 * length + 2)]
     assert values[0] == top
     assert all(0 <= value <= 1 for value in values)
-    assert all(later <= earlier for earlier, later in zip(values[1:], values[2:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(values[1:]))
     assert values[-1] == (top if kind == "constant" else floor)
 
 

@@ -22,7 +22,9 @@ def rows() -> tuple[np.ndarray, np.ndarray]:
 @pytest.fixture(scope="module")
 def head() -> LMHead:
     draw = torch.Generator().manual_seed(0)
-    tensors = {name: torch.randn(*size, generator=draw) for name, size in {"weight": (V, H), "norm_weight": (H,)}.items()}
+    tensors = {
+        name: torch.randn(*size, generator=draw) for name, size in {"weight": (V, H), "norm_weight": (H,)}.items()
+    }
     return LMHead(HeadSpec("rms_norm", 1e-5), tensors)
 
 

@@ -55,10 +55,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 def in_this_process(build: MemoryBuild, numbers: list[int] | None = None, factory: Callable | None = None) -> None:
     """What actors do, without Ray."""
     todo, _ = prepare_folder(build)
-    actor = _ShardActor(build.folder, build.eos, build.config, factory or counting_factory())
-    for number, shard in enumerate(todo):
+    actor = _ShardActor([build.folder] * len(todo), todo, build.eos, build.config, factory or counting_factory())
+    for number in range(len(todo)):
         if numbers is None or number in numbers:
-            assert actor({"shard": [shard]})["error"] == [""]
+            assert actor({"number": [number]})["error"] == [""]
 
 
 # ── without Ray ─────────────────────────────────────────────────────────────
@@ -140,14 +140,14 @@ def test_a_full_disk_in_an_actor_is_a_message_and_finished_shards_stay(tmp_path:
     in_this_process(build(tmp_path), [0, 1])
     before = contents(tmp_path)
     todo, _ = prepare_folder(build(tmp_path))
-    actor = _ShardActor(tmp_path, 1, build(tmp_path).config, counting_factory())
+    actor = _ShardActor([tmp_path] * len(todo), todo, 1, build(tmp_path).config, counting_factory())
 
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr("pema_ray.memory.shards.pq.write_table", full)
-        (error,) = actor({"shard": [todo[0]]})["error"]
+        (error,) = actor({"number": [0]})["error"]
     assert "No space left on device. Free space and start again; finished shards are kept." in error
     assert contents(tmp_path) == before
     in_this_process(build(tmp_path))

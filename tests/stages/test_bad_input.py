@@ -1,0 +1,149 @@
+"""A user's mistakes: exit code 2, one line that says what, where and what to do, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pema_ray.stages.main import run_stage, stages
+
+
+def refused(capsys, stage: str, path: Path, *overrides: str) -> str:
+    """Run a stage that must be refused; returns its one line."""
+    assert run_stage(stage, path, overrides) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    complaints = [line for line in lines if line.startswith("error: ")]
+    assert len(complaints) == 1, lines
+    return complaints[0]
+
+
+def written(run: Path) -> list[str]:
+    return sorted(str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()) if run.exists() else []
+
+
+LINE = {"en": "the house", "du": "das Haus"}
+GOOD = json.dumps(LINE) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"", "the file is empty"),
+        (GOOD.encode() + b'{"en": "a", \n', "line 2: broken JSON"),
+        (GOOD.encode() + b'{"en": "a", "du": "\xff"}\n', "line 2: not valid UTF-8"),
+        (GOOD.encode() * 2 + b'{"en": "a", "du": "  "}\n', "line 3: the target (column 'du') is empty"),
+        (b'{"en": "a", "de": "b"}\n', "line 1: no column 'du'"),
+    ],
+)
+def test_broken_files_are_named_with_their_line(capsys, tmp_path, experiment, content, complaint):
+    path = experiment()
+    (tmp_path / "train.jsonl").write_bytes(content)
+    line = refused(capsys, "prepare", path)
+    assert complaint in line
+    assert "train.jsonl" in line
+    assert written(tmp_path / "run") == []
+
+
+def test_a_missing_file_is_named(capsys, tmp_path, experiment):
+    path = experiment()
+    assert "nowhere.jsonl: no such file." in refused(capsys, "prepare", path, "task.files.dev=nowhere.jsonl")
+    assert "absent.yaml: no such file." in refused(capsys, "prepare", tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("train.rang=3", "unknown key 'train.rang'. Did you mean 'rank'?"),
+        ("trian.rank=3", "unknown key 'trian'. Did you mean 'train'?"),
+        ("train.kappa=1.5", "'train.kappa'"),
+        ("generate.lambda_max=-0.1", "'generate.lambda_max'"),
+        ("evaluate.lambdas=[0.5, 2]", "'evaluate.lambdas'"),
+        ("train.rank", "section.key=value"),
+        ("task.name=bible_moderm", "Unknown task 'bible_moderm'. Did you mean 'bible_modern'?"),
+        ("plm.name=./no/such/folder", "no such model folder"),
+    ],
+)
+def test_settings_are_refused_by_name(capsys, tmp_path, experiment, override, complaint):
+    stage = "export_head" if override.startswith("plm") else "prepare"
+    assert complaint in refused(capsys, stage, experiment(), override)
+    assert written(tmp_path / "run") == []
+
+
+def test_a_stage_whose_parents_are_missing_says_which_to_run(capsys, experiment):
+    path = experiment()
+    assert "Run: pema-ray prepare" in refused(capsys, "build_memory", path)
+    assert "Run: pema-ray build-memory" in refused(capsys, "train", path)
+
+
+@pytest.mark.cluster
+def test_too_long_prompts_are_refused_before_anything_is_computed(capsys, tmp_path, experiment):
+    path = experiment()
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write(json.dumps({"en": "old house " * 80, "du": "alt"}) + "\n")
+    assert [run_stage(name, path, []) for name in ("prepare", "export_head")] == [0, 0]
+    line = refused(capsys, "build_memory", path)
+    assert "Split 'train', example 24: prompt and target have" in line
+    assert "allows 96" in line
+    assert written(tmp_path / "run" / "build_memory") == []
+
+
+@pytest.mark.cluster
+def test_a_memory_is_never_used_with_another_plm_nor_when_damaged(
+    capsys, tmp_path, experiment, ray_cluster, tiny_plm_folder
+):
+    path, run = experiment(), tmp_path / "run"
+    assert [run_stage(name, path, []) for name in ("prepare", "export_head", "build_memory")] == [0, 0, 0]
+    assert "the rank must lie between 1 and the PLM's hidden size 32" in refused(capsys, "train", path, "train.rank=33")
+
+    shard = run / "build_memory" / "train" / "shard-00001.parquet"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:])
+    assert f"{shard}: damaged shard" in refused(capsys, "train", path)
+    assert not (run / "train" / "adapter").exists()
+    shard.write_bytes(whole)
+
+    other = [f"plm.name={tiny_plm_folder('llama', 1)}"]
+    assert run_stage("export_head", path, other) == 0
+    line = refused(capsys, "build_memory", path, *other)
+    assert "holds a memory built from other examples, another PLM or other settings" in line
+    from pema_ray.line import LMHeadBundle
+    from pema_ray.memory import ExternalMemory
+
+    card = LMHeadBundle.load(run / "export_head" / "lm_head").card
+    with pytest.raises(Exception, match="belongs to PLM") as caught:
+        ExternalMemory.open(run / "build_memory" / "train", card)
+    assert card.fingerprint in str(caught.value)
+
+
+@pytest.mark.cluster
+def test_ctrl_c_leaves_a_state_that_goes_on(tmp_path, experiment):
+    path = experiment(build_memory={"examples_per_shard": 1})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path)}
+    for name in ("prepare", "export_head"):
+        assert run_stage(name, path, []) == 0
+    command = [sys.executable, str(Path(__file__).parents[2] / "jobs" / "build_memory.py"), "--config", str(path)]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    memory = tmp_path / "run" / "build_memory"
+    deadline = time.monotonic() + 120
+    while not list(memory.rglob("*.receipt.json")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, complaint = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "the same command goes on" in complaint
+    assert not (memory / "metrics.json").exists()
+    kept = {p: p.stat().st_mtime_ns for p in memory.rglob("shard-*.parquet")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(p.stat().st_mtime_ns == at for p, at in kept.items())
+    assert stages().keys() >= {"build_memory"}
+    assert json.loads((memory / "metrics.json").read_text())["shards"] == 35

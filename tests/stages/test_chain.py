@@ -1,0 +1,130 @@
+"""The whole path of an experiment: stage after stage, reused when nothing changed, done again when something did."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from pema_ray.config import load_config
+from pema_ray.data_owner import PemaAdapter
+from pema_ray.evaluation.results import Evaluation
+from pema_ray.memory import ExternalMemory
+from pema_ray.stages.main import stages
+
+ROOT = Path(__file__).parents[2]
+JOBS = ("prepare", "export_head", "build_memory", "train_adapter", "generate", "evaluate", "report")
+
+pytestmark = pytest.mark.cluster
+
+
+def test_an_experiment_runs_from_text_to_report_and_is_reused(experiment, ray_cluster, capsys):
+    path = experiment()
+    config = load_config(path)
+    measured = {name: stage(config) for name, stage in stages().items()}
+
+    run = Path(config.run_dir)
+    assert measured["prepare"]["pairs"] == {"train": 24, "dev": 6, "test": 5}
+    memory = ExternalMemory.open(run / "build_memory" / "train")
+    assert len(memory) == measured["build_memory"]["rows"]["train"] == sum(len(shard) for shard in memory.shards())
+    assert len(memory.manifest.shards) == 3
+    adapter = PemaAdapter.from_pretrained(run / "train" / "adapter")
+    assert adapter.A.shape == (16, 32)
+    assert measured["train"]["steps"] == memory.manifest.rows // 64
+    answers = [json.loads(line) for line in (run / "generate" / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 5
+    assert all(len(answer["tokens"]) <= 6 for answer in answers)
+    evaluation = Evaluation.model_validate_json((run / "evaluate" / "evaluation.json").read_bytes())
+    assert {system.kind for system in evaluation.systems} == {"copy", "plm", "pema"}
+    assert evaluation.sweep.plm == evaluation.sweep.nll[0]
+    assert (run / "report" / "report.html").stat().st_size > 10_000
+    assert "copy of the source" in capsys.readouterr().out
+
+    again = {name: stage(config) for name, stage in stages().items()}
+    assert again == measured
+
+    other = load_config(path, ["train.kappa=0.5"])
+    stages()["build_memory"](other)
+    with pytest.raises(Exception, match="stage 'train' was run with other settings"):
+        stages()["generate"](other)
+    assert stages()["train"](other)["stamp"] != measured["train"]["stamp"]
+
+
+def test_two_training_workers_reach_what_one_reaches(experiment, ray_cluster):
+    found = {}
+    path = experiment(train={"dropout": 0.0})
+    for workers in (1, 2):
+        config = load_config(path, [f"train.workers={workers}"])
+        for name in ("prepare", "export_head", "build_memory", "train"):
+            found[workers] = stages()[name](config)
+    assert found[2]["dev_prediction"] == pytest.approx(found[1]["dev_prediction"], abs=1e-4)
+
+
+@pytest.fixture
+def local_cluster():
+    """A Ray cluster with the jobs API, in a home of its own; yields (dashboard address, environment)."""
+    folder = Path(tempfile.mkdtemp(prefix="prj", dir="/tmp"))
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        port, dashboard = one.getsockname()[1], two.getsockname()[1]
+    environment = {
+        **os.environ,
+        "HOME": str(folder),
+        "RAY_AUTH_MODE": "disabled",
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    environment.pop("RAY_ADDRESS", None)
+    start = [
+        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={port}", "--num-cpus=4",
+        f"--dashboard-port={dashboard}", "--object-store-memory=100000000", f"--temp-dir={folder / 'ray'}",
+        "--node-ip-address=127.0.0.1", "--disable-usage-stats", "--block",
+    ]  # fmt: skip
+    process = subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            try:
+                urllib.request.urlopen(f"{address}/api/jobs/", timeout=5).read()
+                break
+            except OSError:
+                time.sleep(0.2)
+        else:
+            pytest.fail("the jobs API did not come up")
+        yield address, environment
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_the_chain_runs_under_ray_job_submit(experiment, local_cluster, tmp_path):
+    address, environment = local_cluster
+    path = experiment()
+    working = tmp_path / "working"  # what a user submits: scripts, no data
+    shutil.copytree(ROOT / "jobs", working / "jobs")
+    for job in JOBS:
+        submit = [
+            sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", address,
+            "--working-dir", str(working), "--",
+            sys.executable, f"jobs/{job}.py", "--config", str(path), "seed=0",
+        ]  # fmt: skip
+        done = subprocess.run(submit, env=environment, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, f"{job}: {done.stdout[-3000:]}{done.stderr[-2000:]}"
+    assert (tmp_path / "run" / "report" / "report.html").exists()
+
+    bad = [*submit[:-4], f"jobs/{JOBS[0]}.py", "--config", str(path), "train.rang=3"]
+    failed = subprocess.run(bad, env=environment, capture_output=True, text=True, timeout=400)
+    assert failed.returncode != 0
+    assert "unknown key 'train.rang'. Did you mean 'rank'?" in failed.stdout + failed.stderr
