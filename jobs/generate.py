@@ -1,4 +1,4 @@
-"""`python jobs/generate.py --config configs/<experiment>.yaml [section.key=value ...]`, alone or under `ray job submit`."""
+"""`python jobs/generate.py --config configs/<experiment>.yaml [key=value ...]`, alone or under `ray job submit`."""
 
 from pema_ray.stages.main import job
 

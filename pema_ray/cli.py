@@ -19,11 +19,18 @@ app = typer.Typer(
 )
 Config = Annotated[
     Path | None,
-    typer.Option("--config", "-c", help="An experiment's YAML file, such as configs/bible_modern.yaml.", show_default="built-in defaults"),
+    typer.Option(
+        "--config",
+        "-c",
+        help="An experiment's YAML file, such as configs/bible_modern.yaml.",
+        show_default="built-in defaults",
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Change single settings, such as train.rank=64.", show_default=False),
+    typer.Argument(
+        metavar="[SECTION.KEY=VALUE]...", help="Change single settings, such as train.rank=64.", show_default=False
+    ),
 ]
 
 
@@ -33,11 +40,21 @@ def _command(stage: str, name: str, help: str) -> None:
         raise typer.Exit(run_stage(stage, config, overrides or []))
 
 
-_command("export_head", "export-head", "PLM owner: load the PLM and export what it shares (final norm, LM head, tokenizer).")
-_command("build_memory", "build-memory", "Build the external memory on Ray Data, one teacher-forced pass over the pairs. Resumes.")
-_command("train", "train", "Data owner: train the adapter on the memory with Ray Train (closed form, then joint). Resumes.")
+_command(
+    "export_head", "export-head", "PLM owner: load the PLM and export what it shares (final norm, LM head, tokenizer)."
+)
+_command(
+    "build_memory",
+    "build-memory",
+    "Build the external memory on Ray Data, one teacher-forced pass over the pairs. Resumes.",
+)
+_command(
+    "train", "train", "Data owner: train the adapter on the memory with Ray Train (closed form, then joint). Resumes."
+)
 _command("generate", "generate", "Data owner: answer the test split by Gradual Unrolling.")
-_command("evaluate", "evaluate", "Compare PEMA with the PLM alone, few-shot prompting and copying: sBLEU, chrF, NLL over λ.")
+_command(
+    "evaluate", "evaluate", "Compare PEMA with the PLM alone, few-shot prompting and copying: sBLEU, chrF, NLL over λ."
+)
 _command("report", "report", "Write the HTML report and print the comparison.")
 
 
@@ -60,7 +77,9 @@ def prepare(
 @app.command("quickstart")
 def quickstart(
     overrides: Overrides = None,
-    config: Annotated[Path, typer.Option("--config", "-c", help="Another experiment to run from end to end.")] = Path("configs/quickstart.yaml"),
+    config: Annotated[Path, typer.Option("--config", "-c", help="Another experiment to run from end to end.")] = Path(
+        "configs/quickstart.yaml"
+    ),
 ) -> None:
     """Run every stage of a small real experiment: archaic to modern English with SmolLM2-135M, on a local Ray."""
 

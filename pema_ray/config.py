@@ -31,7 +31,7 @@ class PLMConfig(Section):
     device: str = "auto"
     device_map: str | None = None
     """accelerate's `device_map` (such as `auto`) for a model that does not fit one device."""
-    threads: int = Field(0, ge=0)
+    threads: int = Field(default=0, ge=0)
     """CPU threads of one PLM process; 0 means as many as its Ray CPUs."""
     trust_remote_code: bool = False
     """Let a hub model run its own Python code in the PLM owner's process."""
@@ -46,7 +46,7 @@ class TaskConfig(Section):
     """Split -> file (JSON Lines, Parquet, CSV) for tasks whose data the user brings."""
     limits: dict[str, int] = {}
     """Split -> number of pairs to keep, drawn with `seed`; a split that is not named is kept whole."""
-    shots: int = Field(0, ge=0)
+    shots: int = Field(default=0, ge=0)
     """Pairs of the training split shown as examples in every prompt."""
     chat: bool = False
     """Render prompts through the tokenizer's chat template."""
@@ -56,19 +56,19 @@ class RayConfig(Section):
     """The Ray cluster: an address to join, or the size of a local one."""
 
     address: str | None = None
-    num_cpus: int = Field(4, ge=2)
+    num_cpus: int = Field(default=4, ge=2)
     """Logical CPUs of a local cluster (Ray Data needs more than the PLM's own)."""
-    object_store_mb: int = Field(200, ge=80)
+    object_store_mb: int = Field(default=200, ge=80)
 
 
 class BuildMemoryConfig(Section):
     """The external memory: PLM actors, batches, rows."""
 
-    actors: int = Field(1, ge=1)
-    cpus_per_actor: float = Field(2, gt=0)
-    gpus_per_actor: float = Field(0, ge=0)
-    examples_per_shard: int = Field(256, ge=1)
-    max_batch_tokens: int = Field(4096, ge=1)
+    actors: int = Field(default=1, ge=1)
+    cpus_per_actor: float = Field(default=2, gt=0)
+    gpus_per_actor: float = Field(default=0, ge=0)
+    examples_per_shard: int = Field(default=256, ge=1)
+    max_batch_tokens: int = Field(default=4096, ge=1)
     """Most token positions (padding included, shared prompt prefix apart) in one forward pass."""
     key_dtype: Literal["float32", "float16"] = "float32"
     context: Literal["teacher_forced"] = "teacher_forced"
@@ -80,32 +80,32 @@ class BuildMemoryConfig(Section):
 class TrainConfig(Section):
     """The adapter: its shape, its stages, its optimiser (paper section 3; settings of section 4)."""
 
-    rank: int = Field(512, ge=1)
+    rank: int = Field(default=512, ge=1)
     space: Literal["pre_norm", "post_norm"] = "post_norm"
     residual: bool = False
     """`h_pd = f + B A f`: the adapter learns a low-rank correction."""
     solver: Literal["closed_form", "adam", "none"] = "closed_form"
     """Stage 1, reconstruction: exact, by gradient, or skipped (random A, zero B)."""
-    kappa: float = Field(0.2, ge=0, le=1)
+    kappa: float = Field(default=0.2, ge=0, le=1)
     """Weight of the reconstruction loss in stage 3; 0 is the paper's stage 2, prediction alone."""
-    dropout: float = Field(0.1, ge=0, lt=1)
-    learning_rate: float = Field(1e-3, gt=0)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
     final_learning_rate: float | None = None
     """Where the cosine ends; none keeps `learning_rate` constant, as published."""
-    batch_size: int = Field(2048, ge=1)
-    epochs: int = Field(2, ge=1)
-    reconstruction_batch_size: int = Field(20480, ge=1)
-    reconstruction_epochs: int = Field(10, ge=1)
-    validate_every: int = Field(100, ge=1)
+    batch_size: int = Field(default=2048, ge=1)
+    epochs: int = Field(default=2, ge=1)
+    reconstruction_batch_size: int = Field(default=20480, ge=1)
+    reconstruction_epochs: int = Field(default=10, ge=1)
+    validate_every: int = Field(default=100, ge=1)
     """Optimisation steps between two validations on the dev memory."""
-    validation_rows: int = Field(4096, ge=1)
-    patience: int = Field(5, ge=1)
+    validation_rows: int = Field(default=4096, ge=1)
+    patience: int = Field(default=5, ge=1)
     """Validations without a better dev loss before training stops."""
-    max_train_pairs: int | None = Field(None, ge=1)
+    max_train_pairs: int | None = Field(default=None, ge=1)
     """Train on the first so many pairs of the memory only."""
-    workers: int = Field(1, ge=1)
-    cpus_per_worker: float = Field(2, gt=0)
-    gpus_per_worker: float = Field(0, ge=0)
+    workers: int = Field(default=1, ge=1)
+    cpus_per_worker: float = Field(default=2, gt=0)
+    gpus_per_worker: float = Field(default=0, ge=0)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     resume: bool = True
 
@@ -114,24 +114,24 @@ class GenerateConfig(Section):
     """Gradual Unrolling (paper section 3.4) and the decoding loop."""
 
     split: str = "test"
-    lambda_max: float = Field(0.7, ge=0, le=1)
+    lambda_max: float = Field(default=0.7, ge=0, le=1)
     schedule: Literal["constant", "linear", "quadratic"] = "constant"
     length: Literal["prompt", "source", "reference"] | int = "source"
     """What a falling schedule is stretched over; `reference` is an oracle, to reproduce published figures."""
-    floor: float = Field(0.0, ge=0, le=1)
+    floor: float = Field(default=0.0, ge=0, le=1)
     decoding: Literal["greedy", "sample", "beam"] = "greedy"
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    beams: int = Field(4, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    beams: int = Field(default=4, ge=1)
     length_penalty: float = 1.0
     stop: tuple[str, ...] = ()
-    max_new_tokens: int = Field(128, ge=1)
-    max_new_ratio: float = Field(2.5, gt=0)
+    max_new_tokens: int = Field(default=128, ge=1)
+    max_new_ratio: float = Field(default=2.5, gt=0)
     """No answer is longer than so many times its source, in tokens, plus 16."""
-    batch_size: int = Field(32, ge=1)
-    actors: int = Field(1, ge=1)
-    cpus_per_actor: float = Field(2, gt=0)
-    gpus_per_actor: float = Field(0, ge=0)
+    batch_size: int = Field(default=32, ge=1)
+    actors: int = Field(default=1, ge=1)
+    cpus_per_actor: float = Field(default=2, gt=0)
+    gpus_per_actor: float = Field(default=0, ge=0)
 
 
 class EvaluateConfig(Section):
@@ -140,9 +140,9 @@ class EvaluateConfig(Section):
     lambdas: tuple[float, ...] = (0.0, 0.3, 0.5, 0.7, 0.9, 1.0)
     generate_lambdas: tuple[float, ...] = (0.5, 1.0)
     """λ_max values to generate with, beside `generate.lambda_max` and the PLM alone."""
-    few_shot: int = Field(3, ge=0)
+    few_shot: int = Field(default=3, ge=0)
     """Shots of the few-shot PLM baseline; 0 leaves it out."""
-    sample_pairs: int = Field(24, ge=1)
+    sample_pairs: int = Field(default=24, ge=1)
     """Examples shown side by side in the report."""
 
     @field_validator("lambdas", "generate_lambdas")

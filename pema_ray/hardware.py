@@ -23,7 +23,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def bf16_is_fast(device: torch.device) -> bool:
-    """Whether bfloat16 matrix products beat float32 on this device (GPUs since Ampere; CPUs with AMX or AVX512-BF16)."""
+    """Whether bfloat16 matrix products beat float32 on this device (Ampere GPUs; CPUs with AMX or AVX512-BF16)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()

@@ -59,7 +59,7 @@ def fit(job: TrainingJob, on_point: Callable[[str, Point], None] = lambda kind, 
     )
     job.run_dir.mkdir(parents=True, exist_ok=True)
     with _following(job.run_dir / _PROGRESS, on_point):
-        outcome = trainer.fit().return_value
+        outcome: Any = trainer.fit().return_value  # what `_worker` returned on rank 0
     if outcome["error"]:
         raise UserError(outcome["error"])
     return History.from_dict(outcome["history"])
@@ -83,8 +83,11 @@ def _train(job: TrainingJob) -> History:
     bundle = LMHeadBundle.load(job.bundle)
     train = ExternalMemory.open(job.train_memory, bundle.card).load(max_examples=job.config.max_train_pairs)
     dev = ExternalMemory.open(job.dev_memory, bundle.card).load(max_rows=job.config.validation_rows)
-    options = {"parallel_strategy_kwargs": {"broadcast_buffers": False}} if world > 1 else {}
-    place = Place(rank, world, device, lambda module: ray.train.torch.prepare_model(module, **options))
+    # The frozen head is a buffer of every worker's own: DDP need not send it round at each step.
+    options = {"broadcast_buffers": False} if world > 1 else None
+    place = Place(
+        rank, world, device, lambda module: ray.train.torch.prepare_model(module, parallel_strategy_kwargs=options)
+    )
     report = _Reporter(job.run_dir) if rank == 0 else None
     head = bundle.head.to(pick_dtype(job.config.dtype, device))
     trainer = Trainer(

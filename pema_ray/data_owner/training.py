@@ -35,8 +35,10 @@ _CHUNK = 8192  # rows handled at once where no gradient is kept
 class Rows(Protocol):
     """What training reads: `key [N, H]`, `target [N]` (a `memory.MemoryRows` is one)."""
 
-    key: np.ndarray
-    target: np.ndarray
+    @property
+    def key(self) -> np.ndarray: ...
+    @property
+    def target(self) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ class Place:
 
     rank: int = 0
     world: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     wrap: Callable[[torch.nn.Module], torch.nn.Module] = lambda module: module
 
     @property
@@ -212,7 +214,7 @@ class Trainer:
             step += 1
             point = Point(step, float(loss.detach()), float(reconstruction), float(prediction))
             if not math.isfinite(point.loss):
-                raise FloatingPointError(f"the loss became {point.loss} at step {step}; lower train.learning_rate")
+                raise UserError(f"The loss became {point.loss} at step {step}: lower train.learning_rate.")
             history.train.append(point)
             if self.place.leads:
                 self.on_point("train", point)
@@ -231,7 +233,7 @@ class Trainer:
             targets = torch.from_numpy(self.dev.target[chunk].astype(np.int64)).to(self.place.device)
             parts = objective(self._keys(self.dev, chunk), targets)
             losses += np.array([float(part) for part in parts]) * len(targets)
-        point = Point(step, *(losses / rows).tolist())
+        point = Point(step, *self._agree(losses / rows))
         history.validation.append(point)
         if point.prediction < history.best_prediction:
             history.best_prediction, history.best_step, history.stale = point.prediction, step, 0
@@ -242,6 +244,13 @@ class Trainer:
             history.stopped_early = history.stale >= self.config.patience
         if self.place.leads:
             self.on_point("validation", point)
+
+    def _agree(self, losses: np.ndarray) -> list[float]:
+        """The leading process's figures, for all: a rounding difference must not stop some workers and not others."""
+        agreed = torch.from_numpy(losses).to(self.place.device)
+        if self.place.world > 1:
+            torch.distributed.broadcast(agreed, src=0)
+        return agreed.tolist()
 
     # ── rows ────────────────────────────────────────────────────────────────
 

@@ -179,5 +179,3 @@ def fingerprint_of(description: Mapping[str, object], *tensors: torch.Tensor | N
             bits = tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)
             digest.update(bits.numpy().tobytes())
     return digest.hexdigest()[:16]
-
-

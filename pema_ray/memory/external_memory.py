@@ -48,7 +48,9 @@ class ExternalMemory:
         for info in self.manifest.shards:
             rows = read_shard(self.folder / info.name, info.sha256 if verify else None)
             if len(rows) != info.rows or rows.key.shape[1] != self.manifest.hidden_size:
-                raise UserError(f"{self.folder / info.name}: holds {rows.key.shape}, the manifest says {info.rows} rows.")
+                raise UserError(
+                    f"{self.folder / info.name}: holds {rows.key.shape}, the manifest says {info.rows} rows."
+                )
             yield rows
 
     def load(self, max_examples: int | None = None, max_rows: int | None = None) -> MemoryRows:

@@ -38,9 +38,7 @@ def plan_hash(examples: Sequence[EncodedPair], settings: dict[str, object]) -> s
     return digest.hexdigest()[:16]
 
 
-def plan_batches(
-    examples: Sequence[EncodedPair], max_tokens: int, shared: int = 0
-) -> Iterator[list[EncodedPair]]:
+def plan_batches(examples: Sequence[EncodedPair], max_tokens: int, shared: int = 0) -> Iterator[list[EncodedPair]]:
     """Batches of examples of similar length, shortest first, each within `max_tokens` padded positions.
 
     Args:

@@ -36,7 +36,9 @@ def rows_of_batch(source: Extractor, batch: Sequence[EncodedPair], eos: int, key
     return MemoryRows(
         key=key_NH,
         target=np.concatenate(targets),
-        example_id=np.concatenate([np.full(len(t), e.example_id, np.int64) for e, t in zip(batch, targets, strict=True)]),
+        example_id=np.concatenate(
+            [np.full(len(t), e.example_id, np.int64) for e, t in zip(batch, targets, strict=True)]
+        ),
         position=np.concatenate([np.arange(len(t), dtype=np.int32) for t in targets]),
     )
 

@@ -52,7 +52,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}. Free space and start again; finished shards are kept.") from error
+        raise UserError(
+            f"{path}: cannot be written: {error.strerror or error}. Free space and start again; "
+            "finished shards are kept."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -83,7 +86,9 @@ def read_shard(path: Path, sha256: str | None = None) -> MemoryRows:
     if not path.exists():
         raise UserError(f"{path}: this shard is missing. Run build-memory again: it makes only what is missing.")
     if sha256 is not None and sha256_of(path) != sha256:
-        raise UserError(f"{path}: damaged shard (its checksum is not the manifest's). Delete it and run build-memory again.")
+        raise UserError(
+            f"{path}: damaged shard (its checksum is not the manifest's). Delete it and run build-memory again."
+        )
     try:
         table = pq.read_table(path).combine_chunks()
         key = table.column("key").chunk(0) if table.num_rows else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -87,7 +88,7 @@ def _describe_norm(plm: LoadedPLM, norm: nn.Module | None) -> tuple[HeadSpec, di
     return HeadSpec("rms_norm", float(epsilon), scale, softcap), {"norm_weight": weight}
 
 
-def _adds_one(norm: nn.Module) -> bool:
+def _adds_one(norm: Any) -> bool:
     """Whether this RMSNorm multiplies by `1 + weight`: asked of the module itself, on a vector of RMS 1."""
     size = norm.weight.shape[0]
     ones = torch.ones(1, size, device=norm.weight.device, dtype=norm.weight.dtype)

@@ -1,4 +1,4 @@
-"""Turns a GGUF file into a folder of safetensors, once: reading a GGUF vocabulary takes longer than reading the weights.
+"""Turns a GGUF file into safetensors, once: reading a GGUF vocabulary takes longer than reading the weights.
 
 The dequantised copy is kept in the user's cache folder under a name made of the file's content, whole or not at all.
 """
@@ -47,7 +47,7 @@ def _convert(file: Path, folder: Path) -> None:
     where = str(file.parent)
     AutoTokenizer.from_pretrained(where, gguf_file=file.name).save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(where, gguf_file=file.name, dtype=torch.float32)
-    del model.config.quantization_config  # the weights are plain float32 now
-    model.hf_quantizer = None
-    model.is_quantized = False
+    # The weights are plain float32 now; the model must not remember that they were not.
+    delattr(model.config, "quantization_config")
+    vars(model).update(hf_quantizer=None, is_quantized=False)
     model.save_pretrained(folder)

@@ -105,7 +105,7 @@ class InProcessPLM:
         held = self._sessions.get(session)
         if held is None or held.position != position:
             raise SessionLost(session)
-        self._check_length(held.attended_BT.shape[1] + 1)
+        self._check_length(int(held.attended_BT[list(rows)].sum(-1).max()) + 1)  # padding takes no position
         device = self.plm.device
         if list(rows) != list(range(held.attended_BT.shape[0])):
             chosen = torch.tensor(list(rows), device=device)
@@ -133,7 +133,9 @@ class InProcessPLM:
 
     def _check_length(self, length: int) -> None:
         if length > self.plm.max_positions:
-            raise UserError(f"A text of {length} tokens is longer than {self.plm.name} allows ({self.plm.max_positions}).")
+            raise UserError(
+                f"A text of {length} tokens is longer than {self.plm.name} allows ({self.plm.max_positions})."
+            )
 
 
 def shared_prefix(batch: ExtractBatch) -> int:

@@ -81,7 +81,7 @@ def load_plm(config: PLMConfig) -> LoadedPLM:
     try:
         readable = str(converted(Path(where) / gguf)) if gguf else where
         tokenizer = AutoTokenizer.from_pretrained(readable)
-        model = AutoModelForCausalLM.from_pretrained(readable, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(readable, **options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"plm.name={config.name}: cannot be loaded as a causal LM: {reason}") from error

@@ -1,4 +1,4 @@
-"""The context representation itself: the last hidden state before the final norm. B sequences, T positions, H hidden."""
+"""The context representation: the last hidden state before the final norm. B sequences, T positions, H hidden."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _innermost_decoder(module: nn.Module) -> nn.Module:
 
 
 def capture_state(plm: LoadedPLM, **inputs: Any) -> torch.Tensor:
-    """Run the decoder on `inputs` and return the state that enters its final norm, `[B, T, H]`. No logits are computed."""
+    """Run the decoder and return the state that enters its final norm, `[B, T, H]`; no logits are computed."""
     norm = find_final_norm(plm)
     if norm is None:
         return plm.decoder(**inputs).last_hidden_state

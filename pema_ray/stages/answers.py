@@ -59,7 +59,10 @@ def run_jobs(config: ExperimentConfig, run: Run, jobs: Sequence[GenerationJob], 
     options = config.generate
     wanted = sum(len(job.requests) for job in jobs)
     answers: dict[str, dict[int, Answer]] = {job.system: {} for job in jobs}
-    with ray_cluster(config.ray, options.cpus_per_actor, options.gpus_per_actor), track(title, wanted, "answers") as bar:
+    with (
+        ray_cluster(config.ray, options.cpus_per_actor, options.gpus_per_actor),
+        track(title, wanted, "answers") as bar,
+    ):
         batches = generate(
             jobs,
             factory(config.plm, options.cpus_per_actor),

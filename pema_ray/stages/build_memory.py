@@ -62,6 +62,6 @@ def _measure(manifests: list[Manifest], new_rows: int, seconds: float) -> dict[s
         "padding_share": round(1 - tokens / padded, 4),
         "new_rows": new_rows,
         "rows_per_second": round(rate, 1),
-        "summary": f"{total:,} rows ({new_rows:,} new, {rate:,.0f} rows/s), {sum(s.bytes for s in shards) / 2**20:,.0f} MiB, "
-        f"{1 - tokens / padded:.1%} padding",
+        "summary": f"{total:,} rows ({new_rows:,} new, {rate:,.0f} rows/s), "
+        f"{sum(s.bytes for s in shards) / 2**20:,.0f} MiB, {1 - tokens / padded:.1%} padding",
     }

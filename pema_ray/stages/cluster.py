@@ -44,7 +44,11 @@ def _start(config: RayConfig) -> None:
     for noisy in ("ray", "ray.data", "ray.train", "ray._private"):  # set again: importing Ray resets them
         logging.getLogger(noisy).setLevel(logging.ERROR)
     address = config.address or ray_address()
-    common = {"logging_level": logging.WARNING, "log_to_driver": False, "runtime_env": {"env_vars": worker_environment()}}
+    common = {
+        "logging_level": logging.WARNING,
+        "log_to_driver": False,
+        "runtime_env": {"env_vars": worker_environment()},
+    }
     if address:
         try:
             ray.init(address=address, **common)

@@ -39,7 +39,9 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
         pema_rows = read_rows(run.path("generate", "answers.jsonl"))
         jobs = _other_systems(run, pairs)
         answers = run_jobs(config, run, jobs, "comparison")
-        rows = {system: [to_row(run, p, a) for p, a in zip(pairs, found, strict=True)] for system, found in answers.items()}
+        rows = {
+            system: [to_row(run, p, a) for p, a in zip(pairs, found, strict=True)] for system, found in answers.items()
+        }
         for number, (_system, found) in enumerate(rows.items()):
             write_rows(run.path("evaluate", f"answers-{number}.jsonl"), found)
         scorer = Scorer([pair.target for pair in pairs], run.task.sacrebleu_language, run.task.archaic_pattern)
@@ -208,7 +210,11 @@ def _measure(evaluation: Evaluation) -> dict[str, Any]:
     best = max(by_kind["pema"], key=lambda s: s.bleu)
     plm, copied, sweep = by_kind["plm"][0], by_kind["copy"][0], evaluation.sweep
     return {
-        "nll": {"plm": sweep.plm, "pema": sweep.pema, **{f"lambda_{lam:g}": n for lam, n in zip(sweep.lambdas, sweep.nll, strict=True)}},
+        "nll": {
+            "plm": sweep.plm,
+            "pema": sweep.pema,
+            **{f"lambda_{lam:g}": n for lam, n in zip(sweep.lambdas, sweep.nll, strict=True)},
+        },
         "bleu": {s.name: round(s.bleu, 2) for s in evaluation.systems},
         "chrf": {s.name: round(s.chrf, 2) for s in evaluation.systems},
         "archaic": {s.name: s.archaic_count for s in evaluation.systems},

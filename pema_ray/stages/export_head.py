@@ -18,11 +18,12 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
         bundle = connect(config.plm).lm_head()
         bundle.save(run.path("export_head", "lm_head"))
         card = bundle.card
+        dtype = dtype_name(bundle.head.dtype)
         return {
             "card": card.to_dict(),
             "head": bundle.head.spec.norm,
-            "dtype": dtype_name(bundle.head.dtype),
-            "summary": f"{card.label}: H = {card.hidden_size}, V = {card.vocab_size:,}, {dtype_name(bundle.head.dtype)}",
+            "dtype": dtype,
+            "summary": f"{card.label}: H = {card.hidden_size}, V = {card.vocab_size:,}, {dtype}",
         }
 
     return run.perform("export_head", work)

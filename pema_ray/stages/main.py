@@ -39,7 +39,9 @@ def guarded(work: Callable[[], object]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR_EXIT_CODE
     except KeyboardInterrupt:
-        print("interrupted: finished stages, shards and checkpoints are kept; the same command goes on.", file=sys.stderr)
+        print(
+            "interrupted: finished stages, shards and checkpoints are kept; the same command goes on.", file=sys.stderr
+        )
         return INTERRUPTED_EXIT_CODE
     return 0
 
@@ -52,7 +54,9 @@ def run_stage(name: str, config: Path | None, overrides: Sequence[str]) -> int:
 def job(name: str) -> None:
     """Entry point of `jobs/<stage>.py`: `--config <file> [section.key=value ...]`."""
     parser = argparse.ArgumentParser(description=stages()[name].__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="an experiment's YAML file, such as configs/quickstart.yaml")
+    parser.add_argument(
+        "--config", type=Path, required=True, help="an experiment's YAML file, such as configs/quickstart.yaml"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single settings")
     arguments = parser.parse_args()
     sys.exit(run_stage(name, arguments.config, arguments.overrides))

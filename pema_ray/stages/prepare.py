@@ -24,6 +24,9 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
             with atomic_file(run.path("prepare", f"{split}.parquet")) as temporary:
                 pq.write_table(pa.Table.from_pylist([asdict(pair) for pair in found]), temporary)
         counts = {split: len(found) for split, found in pairs.items()}
-        return {"pairs": counts, "summary": ", ".join(f"{count:,} {split}" for split, count in counts.items()) + " pairs"}
+        return {
+            "pairs": counts,
+            "summary": ", ".join(f"{count:,} {split}" for split, count in counts.items()) + " pairs",
+        }
 
     return run.perform("prepare", work)

@@ -1,4 +1,4 @@
-"""Shows how far a stage is: a rich bar with rate and time left on a terminal, a plain log line now and then elsewhere."""
+"""Shows how far a stage is: a bar with rate and time left on a terminal, a plain line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ class Tracker:
             return
         self.last_line = now
         left = (now - self.started) / max(1, self.done) * max(0, self.total - self.done)
-        logger.info("%s: %d/%d %s, %s, %.0f s left %s", self.title, self.done, self.total, self.unit, self.rate, left, self.note)
+        logger.info(
+            "%s: %d/%d %s, %s, %.0f s left %s", self.title, self.done, self.total, self.unit, self.rate, left, self.note
+        )
 
 
 class _BarTracker(Tracker):

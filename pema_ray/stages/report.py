@@ -40,7 +40,9 @@ def show(evaluation: Evaluation) -> None:
     for system in sorted(evaluation.systems, key=lambda s: s.bleu):
         archaic = "–" if system.archaic_share is None else f"{system.archaic_share:.1%}"
         style = "bold" if system.bleu == best else None
-        table.add_row(system.name, f"{system.bleu:.1f}", f"{system.chrf:.1f}", archaic, f"{system.mean_words:.1f}", style=style)
+        table.add_row(
+            system.name, f"{system.bleu:.1f}", f"{system.chrf:.1f}", archaic, f"{system.mean_words:.1f}", style=style
+        )
     console.print(table)
     console.print(f"sBLEU {evaluation.bleu_signature}")
     likelihoods = ", ".join(f"λ {lam:g}: {nll:.3f}" for lam, nll in zip(sweep.lambdas, sweep.nll, strict=True))

@@ -33,7 +33,16 @@ STAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "report": ((), ("evaluate",)),
 }
 # Settings that change how fast a stage goes, not what it makes.
-_INCIDENTAL = {"actors", "cpus_per_actor", "gpus_per_actor", "overwrite", "resume", "threads", "cpus_per_worker", "gpus_per_worker"}
+_INCIDENTAL = {
+    "actors",
+    "cpus_per_actor",
+    "gpus_per_actor",
+    "overwrite",
+    "resume",
+    "threads",
+    "cpus_per_worker",
+    "gpus_per_worker",
+}
 
 
 class Run:
@@ -101,9 +110,10 @@ class Run:
         self.path(stage, "metrics.json").unlink(missing_ok=True)
         measured = work()
         seconds = round(time.perf_counter() - started, 2)
-        metrics = {"stage": stage, "stamp": self.stamp(stage), "seconds": seconds, **measured}
+        text = json.dumps({"stage": stage, "stamp": self.stamp(stage), "seconds": seconds, **measured}, indent=2)
         with atomic_file(self.path(stage, "metrics.json")) as temporary:
-            temporary.write_text(json.dumps(metrics, indent=2) + "\n")
+            temporary.write_text(text + "\n")
+        metrics = json.loads(text)
         console.print(f"[bold]{stage:13}[/] {seconds:7.1f} s  {metrics['summary']}")
         return metrics
 

@@ -168,5 +168,8 @@ def first_shots(pairs: Sequence[Pair], shots: int, longest: int = 120) -> list[P
     ordered = sorted(pairs, key=lambda pair: pair.example_id)
     chosen = [pair for pair in ordered if 60 < len(pair.source) < longest and pair.source != pair.target][:shots]
     if len(chosen) < shots:
-        raise UserError(f"task.shots={shots}, but only {len(chosen)} training pairs are of a length to be shown (60 to 120 characters).")
+        raise UserError(
+            f"task.shots={shots}, but only {len(chosen)} training pairs are of a length to be shown "
+            f"(60 to {longest} characters)."
+        )
     return chosen

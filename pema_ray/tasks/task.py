@@ -102,6 +102,7 @@ def load_task(name: str) -> Task:
         path = Path(name)
     else:
         raise UserError(
-            f"Unknown task '{name}'.{nearest(name, list_tasks())} Shipped: {', '.join(list_tasks())}; or give a .yaml file."
+            f"Unknown task '{name}'.{nearest(name, list_tasks())} "
+            f"Shipped: {', '.join(list_tasks())}; or give a .yaml file."
         )
     return validate(Task, read_yaml_mapping(path), str(path))

@@ -63,7 +63,7 @@ def system(name: str, kind: str, bleu: float, **more) -> SystemScore:
 
 
 def make_evaluation(**changes) -> Evaluation:
-    words = "Yahweh spoke to Moses, saying, “Speak to the children of Israel.”".split(" ")
+    words = ["Yahweh", "spoke", "to", "Moses,", "saying,", "“Speak", "to", "the", "children", "of", "Israel.”"]
     tokens = [
         TokenShare(text=" " * (index > 0) + word, lam=0.7, p_pema=0.98 - 0.09 * index, p_plm=0.04 + 0.09 * index)
         for index, word in enumerate(words)
