@@ -8,12 +8,14 @@ from pathlib import Path
 
 def ray_address() -> str | None:
     """The cluster that `ray job submit` started this process in, if any."""
-    return os.environ.get("RAY_ADDRESS")
+    address = os.environ.get("RAY_ADDRESS")
+    return (
+        None if address and address.startswith("http") else address
+    )  # that one is the jobs API's, for `ray job submit`
 
 
 def quiet_libraries() -> None:
     """Defaults, set before Ray and transformers are imported, that keep their notices off the terminal."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray Data's actors trip a harmless C++ complaint
     os.environ.setdefault("TQDM_DISABLE", "1")

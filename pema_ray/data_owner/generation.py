@@ -14,7 +14,7 @@ import torch
 
 from pema_ray.data_owner.adapter import PemaAdapter
 from pema_ray.data_owner.unrolling import UnrollingSchedule, mix
-from pema_ray.line import ContextSource, LMHead
+from pema_ray.line import ContextSource, LMHead, SessionLost
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +142,11 @@ class Generator:
         answers = [Generated() for _ in requests]
         draw = [_random_stream(decoding.seed, stream) for stream in streams]
         alive = list(range(len(requests)))
-        session, state = self.source.open([request.prompt for request in requests])
+        session = _Session(self.source, [request.prompt for request in requests])
         try:
             for step in range(max(request.max_new_tokens for request in requests)):
                 lam = self._lambda([requests[i] for i in alive], step)
-                log_p, log_pema, log_plm = self._distributions(state, lam, both=explain)
+                log_p, log_pema, log_plm = self._distributions(session.state_BH, lam, both=explain)
                 chosen = self._choose(log_p, decoding, [draw[i] for i in alive])
                 kept: list[int] = []
                 for row, (i, token) in enumerate(zip(alive, chosen, strict=True)):
@@ -162,10 +162,10 @@ class Generator:
                 if not kept:
                     break
                 tokens = [chosen[row] for row in kept]
-                state = self.source.extend(session, step, kept, tokens)
+                session.extend(kept, tokens)
                 alive = [alive[row] for row in kept]
         finally:
-            self.source.close(session)
+            session.close()
         return answers
 
     def _choose(self, log_p_BV: torch.Tensor, decoding: Decoding, draw: Sequence[torch.Generator]) -> list[int]:
@@ -205,11 +205,11 @@ class Generator:
         K, penalty = decoding.beams, decoding.length_penalty
         finished: list[tuple[float, Generated]] = []
         beams = [Generated()]
-        session, state = self.source.open([request.prompt])
+        session = _Session(self.source, [request.prompt])
         try:
             for step in range(request.max_new_tokens):
                 lam = self._lambda([request] * len(beams), step)
-                log_p, _, _ = self._distributions(state, lam, both=False)
+                log_p, _, _ = self._distributions(session.state_BH, lam, both=False)
                 total = log_p + torch.tensor([[beam.log_prob] for beam in beams], device=log_p.device)
                 best, place = total.flatten().topk(min(2 * K, total.numel()))
                 rows: list[int] = []
@@ -228,10 +228,34 @@ class Generator:
                 if not grown or hopeless:
                     break
                 beams = grown
-                state = self.source.extend(session, step, rows, [beam.tokens[-1] for beam in beams])
+                session.extend(rows, [beam.tokens[-1] for beam in beams])
         finally:
-            self.source.close(session)
+            session.close()
         return finished[0][1]
+
+
+class _Session:
+    """A decoding session that survives the loss of its cache: it *is* its token ids, and is opened again with them."""
+
+    def __init__(self, source: ContextSource, prompts: Sequence[Sequence[int]]) -> None:
+        self._source = source
+        self._ids = [list(prompt) for prompt in prompts]
+        self._open()
+
+    def _open(self) -> None:
+        self._name, self.state_BH = self._source.open(self._ids)
+        self._position = 0
+
+    def extend(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        self._ids = [[*self._ids[row], token] for row, token in zip(rows, tokens, strict=True)]
+        try:
+            self.state_BH = self._source.extend(self._name, self._position, rows, tokens)
+            self._position += 1
+        except SessionLost:
+            self._open()
+
+    def close(self) -> None:
+        self._source.close(self._name)
 
 
 def _random_stream(seed: int, stream: int) -> torch.Generator:

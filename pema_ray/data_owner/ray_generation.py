@@ -11,6 +11,7 @@ from typing import Any
 from pema_ray.data_owner.adapter import PemaAdapter
 from pema_ray.data_owner.generation import Decoding, Generated, Generator, Request
 from pema_ray.errors import UserError
+from pema_ray.hardware import pick_device
 from pema_ray.line import ContextSource, LMHeadBundle
 
 
@@ -98,6 +99,7 @@ class _Actor:
             loaded = LMHeadBundle.load(bundle)
             self.source, self.card, self.head = source_factory(), loaded.card, loaded.head
             self.tokenizer = loaded.tokenizer()
+            self.head.to(pick_device())
         except UserError as error:  # told with the first batch: Ray would bury its one line in a traceback
             self._refusal = str(error)
 
@@ -127,7 +129,7 @@ class _Actor:
         if path is None:
             return None
         if path not in self._adapters:
-            self._adapters[path] = PemaAdapter.from_pretrained(path, self.card)
+            self._adapters[path] = PemaAdapter.from_pretrained(path, self.card).to(self.head.weight.device)
         return self._adapters[path]
 
     def _text(self, tokens: Sequence[int]) -> str:

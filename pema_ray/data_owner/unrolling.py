@@ -32,6 +32,10 @@ class UnrollingSchedule:
         for name, value in (("lambda_max", self.lambda_max), ("floor", self.floor)):
             if not 0 <= value <= 1:
                 raise UserError(f"generate.{name}={value}: λ must lie in [0, 1].")
+        if self.kind != "constant" and self.floor > self.lambda_max:
+            raise UserError(
+                f"generate.floor={self.floor} lies above generate.lambda_max={self.lambda_max}: λ would rise."
+            )
 
     def at(self, step: int, length: int) -> float:
         """λ of one sequence at `step` (from 0), falling over `length` ≥ 1 steps."""

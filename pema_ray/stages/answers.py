@@ -26,7 +26,8 @@ def make_job(
     run: Run, system: str, pairs: Sequence[Pair], prompter: Prompter, options: GenerateConfig, adapter: Path | None
 ) -> GenerationJob:
     """Prompts and limits of one system. A prompt that leaves no room for an answer is refused."""
-    schedule = UnrollingSchedule(options.lambda_max if adapter else 0.0, options.schedule, options.floor)
+    alone = UnrollingSchedule(0.0)
+    schedule = UnrollingSchedule(options.lambda_max, options.schedule, options.floor) if adapter else alone
     requests = [_request(run, pair, prompter, options, schedule) for pair in pairs]
     decoding = Decoding(
         options.decoding, options.temperature, options.top_p, options.beams, options.length_penalty, run.config.seed
@@ -65,7 +66,7 @@ def run_jobs(config: ExperimentConfig, run: Run, jobs: Sequence[GenerationJob], 
     ):
         batches = generate(
             jobs,
-            factory(config.plm, options.cpus_per_actor),
+            factory(config.plm, options.cpus_per_actor, run.bundle.card),
             run.path("export_head", "lm_head").resolve(),
             options.batch_size,
             options.actors,

@@ -24,7 +24,7 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
         for build in builds:
             build.check()
         missing = sum(len(prepare_folder(build)[0]) for build in builds)
-        make_source = factory(config.plm, chosen.cpus_per_actor)
+        make_source = factory(config.plm, chosen.cpus_per_actor, run.bundle.card)
         started = time.perf_counter()
         if not missing:
             return _measure(run_builds(builds, make_source), 0, 1.0)

@@ -36,6 +36,7 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
 
     def work() -> dict[str, Any]:
         pairs = run.pairs(config.generate.split)
+        ExternalMemory.open(run.path("build_memory", config.generate.split), run.bundle.card)  # before hours are spent
         pema_rows = read_rows(run.path("generate", "answers.jsonl"))
         jobs = _other_systems(run, pairs)
         answers = run_jobs(config, run, jobs, "comparison")

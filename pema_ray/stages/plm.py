@@ -6,7 +6,8 @@ from collections.abc import Callable
 from functools import partial
 
 from pema_ray.config import PLMConfig
-from pema_ray.line import ContextSource
+from pema_ray.errors import FingerprintMismatch
+from pema_ray.line import ContextSource, ModelCard
 from pema_ray.plm_owner import InProcessPLM, load_plm
 
 
@@ -15,7 +16,15 @@ def connect(config: PLMConfig) -> ContextSource:
     return InProcessPLM(load_plm(config))
 
 
-def factory(config: PLMConfig, cpus: float) -> Callable[[], ContextSource]:
-    """A picklable maker of PLM owners, for Ray actors that were given `cpus`."""
+def factory(config: PLMConfig, cpus: float, card: ModelCard) -> Callable[[], ContextSource]:
+    """A picklable maker of PLM owners, for Ray actors that were given `cpus`; each must turn out to be `card`'s PLM."""
     threads = config.threads or max(1, int(cpus))
-    return partial(connect, config.model_copy(update={"threads": threads}))
+    return partial(_connect_to, config.model_copy(update={"threads": threads}), card)
+
+
+def _connect_to(config: PLMConfig, card: ModelCard) -> ContextSource:
+    source = connect(config)
+    found = source.describe()
+    if found.fingerprint != card.fingerprint:
+        raise FingerprintMismatch(f"plm.name={config.name}", found.label, card.label)
+    return source

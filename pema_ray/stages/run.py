@@ -17,6 +17,7 @@ from typing import Any
 from pema_ray.config import ExperimentConfig
 from pema_ray.errors import UserError
 from pema_ray.line import LMHeadBundle
+from pema_ray.memory.manifest import Manifest
 from pema_ray.memory.shards import atomic_file
 from pema_ray.stages.progress import console
 from pema_ray.tasks import Pair, Prompter, Task, load_task
@@ -31,6 +32,14 @@ STAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "generate": (("generate",), ("train",)),
     "evaluate": (("evaluate",), ("generate",)),
     "report": ((), ("evaluate",)),
+}
+# What must lie in a stage's folder for its metrics to be believed.
+_EVIDENCE = {
+    "export_head": "lm_head/bundle.json",
+    "train": "adapter/adapter_config.json",
+    "generate": "answers.jsonl",
+    "evaluate": "evaluation.json",
+    "report": "report.html",
 }
 # Settings that change how fast a stage goes, not what it makes.
 _INCIDENTAL = {
@@ -50,7 +59,7 @@ class Run:
 
     def __init__(self, config: ExperimentConfig) -> None:
         self.config = config
-        self.folder = Path(config.run_dir)
+        self.folder = Path(config.run_dir).absolute()  # workers have other working folders
 
     def path(self, *parts: str) -> Path:
         return self.folder.joinpath(*parts)
@@ -94,9 +103,23 @@ class Run:
     def finished(self, stage: str) -> dict[str, Any] | None:
         """Its metrics if the stage is done with these very settings."""
         try:
-            return self.metrics(stage)
+            found = self.metrics(stage)
+            whole = (
+                self._memory_is_whole()
+                if stage == "build_memory"
+                else self.path(stage, _EVIDENCE.get(stage, "")).exists()
+            )
+            return found if whole else None
         except UserError:
             return None
+
+    def _memory_is_whole(self) -> bool:
+        """Every shard of every manifest is there: a user may have deleted a damaged one, to have it made again."""
+        for split in self.config.build_memory.splits:
+            folder = self.path("build_memory", split)
+            if not all((folder / shard.name).exists() for shard in Manifest.read(folder).shards):
+                return False
+        return True
 
     def perform(self, stage: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Do a stage unless it is done: its parents must be; its metrics are written last."""

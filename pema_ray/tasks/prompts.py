@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from jinja2 import TemplateError
+
 from pema_ray.errors import UserError
 from pema_ray.tasks.sources import Pair
 from pema_ray.tasks.task import Task
@@ -59,12 +61,19 @@ class Prompter:
         return prompt + (lead or " ") + pair.target
 
     def _chat_text(self, source: str) -> str:
-        messages = [{"role": "system", "content": self.task.chat_system}]
+        messages = []
+        if self.task.chat_system is not None:
+            messages.append({"role": "system", "content": self.task.chat_system})
         for shot in self.shots:
             messages.append({"role": "user", "content": self.task.chat_user.format(source=shot.source)})
             messages.append({"role": "assistant", "content": shot.target})
         messages.append({"role": "user", "content": self.task.chat_user.format(source=source)})
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise UserError(
+                f"Task '{self.task.name}': the tokenizer's chat template refuses its prompts: {error}"
+            ) from None
 
     def encode_prompt(self, source: str) -> list[int]:
         """Token ids `[p]` to generate from."""

@@ -40,8 +40,9 @@ class Task(Section):
     description: str = ""
     template: str
     """The prompt, with `{source}`; text before it is the same for every pair."""
-    chat_system: str = ""
-    """The system message, when prompts are rendered as a chat (`task.chat`)."""
+    chat_system: str | None = None
+    """The system message, when prompts are rendered as a chat (`task.chat`). Empty is not the same as none: many
+    templates put a default in place of a missing one."""
     chat_user: str = "{source}"
     """The user's message, with `{source}`."""
     columns: Columns = Columns()

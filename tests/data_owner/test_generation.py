@@ -333,3 +333,41 @@ def test_a_trace_is_whole_at_lambda_0_and_1_and_changes_no_answer(tiny_source):
             assert all(t.log_pema != t.log_plm for t in answer.trace)
     (alone,) = generator(source, adapter=False).generate(requests()[:1], Decoding(), explain=True)
     assert all(t.lam == 0 and t.log_pema == t.log_plm for t in alone.trace) and isinstance(alone, Generated)
+
+
+# ── faults ──────────────────────────────────────────────────────────────────
+
+
+class Forgetful:
+    """A PLM owner that loses every session's cache after each answer it gives."""
+
+    def __init__(self, source: InProcessPLM, every: int) -> None:
+        self.source, self.every, self.calls, self.lost = source, every, 0, 0
+
+    def open(self, prompts):
+        return self.source.open(prompts)
+
+    def extend(self, session, position, rows, tokens):
+        self.calls += 1
+        if self.calls % self.every == 0:
+            self.lost += 1
+            self.source.close(session)
+        return self.source.extend(session, position, rows, tokens)
+
+    def close(self, session):
+        self.source.close(session)
+
+
+@pytest.mark.parametrize("kind", ["greedy", "beam"])
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_lost_session_is_opened_again_with_the_same_answer(tiny_source, kind: str, every: int):
+    source = tiny_source("llama")
+    adapter, decoding = adapter_for(source), Decoding(kind, beams=3)
+    undisturbed = generator(source, adapter).generate(requests(), decoding)
+    forgetful = Forgetful(source, every)
+    disturbed = generator(source, adapter)
+    disturbed.source = forgetful
+    answers = disturbed.generate(requests(), decoding)
+    assert forgetful.lost > 0
+    assert [answer.tokens for answer in answers] == [answer.tokens for answer in undisturbed]
+    assert not source._sessions

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pema_ray.data_owner import UnrollingSchedule, mix
@@ -42,6 +42,7 @@ def test_constant_stays_whatever_the_length_and_floor():
 
 @given(top=PROBABILITY, floor=PROBABILITY, kind=KINDS, length=st.integers(1, 40))
 def test_lambda_starts_at_the_top_is_a_probability_and_never_rises_after_the_first_fall(top, floor, kind, length):
+    assume(kind == "constant" or floor <= top)
     schedule = UnrollingSchedule(top, kind, floor)
     values = [schedule.at(t, length) for t in range(2 * length + 2)]
     assert values[0] == top
@@ -98,3 +99,8 @@ def test_the_share_of_pema_is_its_part_of_the_tokens_probability():
     assert pema_share(1.0, math.log(0.1), math.log(0.9)) == 1.0
     assert pema_share(0.0, math.log(0.1), math.log(0.9)) == 0.0
     assert pema_share(0.5, -math.inf, -math.inf) == 0.5
+
+
+def test_a_floor_above_the_top_is_refused():
+    with pytest.raises(UserError, match="λ would rise"):
+        UnrollingSchedule(0.3, "linear", 0.5)

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -69,14 +70,20 @@ def test_two_training_workers_reach_what_one_reaches(experiment, ray_cluster):
     assert found[2]["dev_prediction"] == pytest.approx(found[1]["dev_prediction"], abs=1e-4)
 
 
+def free_ports(count: int) -> list[int]:
+    """Ports that no other cluster on this machine listens on."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
 @pytest.fixture
 def local_cluster():
     """A Ray cluster with the jobs API, in a home of its own; yields (dashboard address, environment)."""
     folder = Path(tempfile.mkdtemp(prefix="prj", dir="/tmp"))
-    with socket.socket() as one, socket.socket() as two:
-        one.bind(("127.0.0.1", 0))
-        two.bind(("127.0.0.1", 0))
-        port, dashboard = one.getsockname()[1], two.getsockname()[1]
+    port, dashboard, agent, agent_grpc = free_ports(4)
     environment = {
         **os.environ,
         "HOME": str(folder),
@@ -89,6 +96,7 @@ def local_cluster():
         sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={port}", "--num-cpus=4",
         f"--dashboard-port={dashboard}", "--object-store-memory=100000000", f"--temp-dir={folder / 'ray'}",
         "--node-ip-address=127.0.0.1", "--disable-usage-stats", "--block",
+        f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}",
     ]  # fmt: skip
     process = subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{dashboard}"
@@ -109,6 +117,15 @@ def local_cluster():
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def submitted(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Submit a job; the agent that runs jobs comes up some seconds after the API that takes them."""
+    deadline = time.monotonic() + 120
+    while True:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+        if "No available agent" not in done.stderr or time.monotonic() > deadline:
+            return done
+
+
 def test_the_chain_runs_under_ray_job_submit(experiment, local_cluster, tmp_path):
     address, environment = local_cluster
     path = experiment()
@@ -120,11 +137,11 @@ def test_the_chain_runs_under_ray_job_submit(experiment, local_cluster, tmp_path
             "--working-dir", str(working), "--",
             sys.executable, f"jobs/{job}.py", "--config", str(path), "seed=0",
         ]  # fmt: skip
-        done = subprocess.run(submit, env=environment, capture_output=True, text=True, timeout=400)
+        done = submitted(submit, environment)
         assert done.returncode == 0, f"{job}: {done.stdout[-3000:]}{done.stderr[-2000:]}"
     assert (tmp_path / "run" / "report" / "report.html").exists()
 
     bad = [*submit[:-4], f"jobs/{JOBS[0]}.py", "--config", str(path), "train.rang=3"]
-    failed = subprocess.run(bad, env=environment, capture_output=True, text=True, timeout=400)
+    failed = submitted(bad, environment)
     assert failed.returncode != 0
     assert "unknown key 'train.rang'. Did you mean 'rank'?" in failed.stdout + failed.stderr
