@@ -60,6 +60,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
+def architectures() -> tuple[str, ...]:
+    """Names of all tiny models."""
+    return ARCHITECTURES
+
+
+@pytest.fixture(scope="session")
 def tokenizer():
     """A byte-level BPE of about 380 tokens, with BOS in front of every text and a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers

@@ -132,7 +132,7 @@ def test_one_seed_gives_one_adapter(make_trainer):
 def test_a_loss_that_is_not_finite_ends_the_run_by_name(make_trainer):
     trainer = make_trainer(solver="none")
     trainer.train.key[::2] = np.inf
-    with pytest.raises(UserError, match="at step 1; lower train.learning_rate"):
+    with pytest.raises(UserError, match="at step 1: lower train.learning_rate"):
         trainer.run()
 
 

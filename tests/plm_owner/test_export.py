@@ -67,10 +67,8 @@ def test_the_card_gives_sizes_and_nothing_of_the_weights(architecture: str, tiny
     assert set(card.to_dict()) == {"name", "fingerprint", "hidden_size", "vocab_size", "max_positions", "eos_token_ids"}
 
 
-def test_fingerprints_differ_between_all_architectures(tiny_source):
-    from conftest import ARCHITECTURES
-
-    assert len({tiny_source(name).describe().fingerprint for name in ARCHITECTURES}) == len(ARCHITECTURES)
+def test_fingerprints_differ_between_all_architectures(tiny_source, architectures):
+    assert len({tiny_source(name).describe().fingerprint for name in architectures}) == len(architectures)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma"])
