@@ -98,8 +98,10 @@ def to_row(run: Run, pair: Pair, answer: Answer) -> dict[str, Any]:
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     with atomic_file(path) as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    # Not splitlines(): it also splits at U+2028 and U+0085, which JSON leaves as they are.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

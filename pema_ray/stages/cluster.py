@@ -56,6 +56,7 @@ def _start(config: RayConfig) -> None:
             raise UserError(f"ray.address={address}: cannot connect: {str(error).splitlines()[0]}") from None
         return
     ray.init(
+        address="local",  # else Ray joins whatever cluster it finds on this machine
         num_cpus=config.num_cpus,
         object_store_memory=config.object_store_mb * 2**20,
         include_dashboard=False,

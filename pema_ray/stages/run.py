@@ -123,8 +123,7 @@ class Run:
 
     def perform(self, stage: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Do a stage unless it is done: its parents must be; its metrics are written last."""
-        for parent in STAGES[stage][1]:
-            self.metrics(parent)
+        self._require_parents(stage)
         if found := self.finished(stage):
             console.print(f"[dim]{stage:13} finished before, reused: {found['summary']}[/]")
             return found
@@ -139,6 +138,12 @@ class Run:
         metrics = json.loads(text)
         console.print(f"[bold]{stage:13}[/] {seconds:7.1f} s  {metrics['summary']}")
         return metrics
+
+    def _require_parents(self, stage: str) -> None:
+        """All that a stage is made from, near and far: a later `prepare` may have replaced the pairs."""
+        for parent in STAGES[stage][1]:
+            self.metrics(parent)
+            self._require_parents(parent)
 
     # ── what stages share ───────────────────────────────────────────────────
 

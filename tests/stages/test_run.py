@@ -1,0 +1,29 @@
+"""A run folder: answers survive any text, and a stage is refused when anything it was made from was replaced."""
+
+from __future__ import annotations
+
+import pytest
+
+from pema_ray.config import load_config
+from pema_ray.errors import UserError
+from pema_ray.stages.answers import read_rows, write_rows
+from pema_ray.stages.run import STAGES, Run
+
+
+def test_answers_with_unicode_line_separators_are_read_back(tmp_path):
+    rows = [{"answer": "a\u2028b\u2029c\u0085d\ne"}, {"answer": "ä"}]
+    write_rows(tmp_path / "answers.jsonl", rows)
+    assert read_rows(tmp_path / "answers.jsonl") == rows
+
+
+def test_a_stage_is_refused_when_a_far_ancestor_was_replaced(experiment):
+    path = experiment()
+    run = Run(load_config(path))
+    for stage in STAGES:
+        if stage != "generate":
+            run.path(stage).mkdir(parents=True)
+            run.path(stage, "metrics.json").write_text(f'{{"stamp": "{run.stamp(stage)}", "summary": ""}}')
+    replaced = Run(load_config(path, ["task.limits.test=2"])).stamp("prepare")
+    run.path("prepare", "metrics.json").write_text(f'{{"stamp": "{replaced}", "summary": ""}}')
+    with pytest.raises(UserError, match="stage 'prepare' was run with other settings"):
+        run.perform("generate", lambda: {"summary": ""})
