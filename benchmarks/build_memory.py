@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from harness import Aim, clock, console, device_of, options, show, write_results
+from _harness import Aim, clock, console, device_of, options, show, write_results
 
 from pema_ray.config import BuildMemoryConfig, ExperimentConfig, PLMConfig, RayConfig, load_config
 from pema_ray.hardware import dtype_name

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from harness import (
+from _harness import (
     Aim,
     OutOfMemory,
     PeakMemory,

@@ -40,40 +40,6 @@ def _command(stage: str, name: str, help: str) -> None:
         raise typer.Exit(run_stage(stage, config, overrides or []))
 
 
-_command(
-    "export_head", "export-head", "PLM owner: load the PLM and export what it shares (final norm, LM head, tokenizer)."
-)
-_command(
-    "build_memory",
-    "build-memory",
-    "Build the external memory on Ray Data, one teacher-forced pass over the pairs. Resumes.",
-)
-_command(
-    "train", "train", "Data owner: train the adapter on the memory with Ray Train (closed form, then joint). Resumes."
-)
-_command("generate", "generate", "Data owner: answer the test split by Gradual Unrolling.")
-_command(
-    "evaluate", "evaluate", "Compare PEMA with the PLM alone, few-shot prompting and copying: sBLEU, chrF, NLL over λ."
-)
-_command("report", "report", "Write the HTML report and print the comparison.")
-
-
-@app.command("prepare")
-def prepare(
-    overrides: Overrides = None,
-    config: Config = None,
-    list_: Annotated[bool, typer.Option("--list", help="List the shipped tasks and stop.")] = False,
-) -> None:
-    """Read the task's pairs, check every one, and keep them in the run folder."""
-    if list_:
-        from pema_ray.tasks import list_tasks, load_task
-
-        for name in list_tasks():
-            typer.echo(f"{name:14} {load_task(name).description}")
-        return
-    raise typer.Exit(run_stage("prepare", config, overrides or []))
-
-
 @app.command("quickstart")
 def quickstart(
     overrides: Overrides = None,
@@ -99,6 +65,40 @@ def quickstart(
                 run(experiment)
 
     raise typer.Exit(guarded(work))
+
+
+@app.command("prepare")
+def prepare(
+    overrides: Overrides = None,
+    config: Config = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the shipped tasks and stop.")] = False,
+) -> None:
+    """Read the task's pairs, check every one, and keep them in the run folder."""
+    if list_:
+        from pema_ray.tasks import list_tasks, load_task
+
+        for name in list_tasks():
+            typer.echo(f"{name:14} {load_task(name).description}")
+        return
+    raise typer.Exit(run_stage("prepare", config, overrides or []))
+
+
+_command(
+    "export_head", "export-head", "PLM owner: load the PLM and export what it shares (final norm, LM head, tokenizer)."
+)
+_command(
+    "build_memory",
+    "build-memory",
+    "Build the external memory on Ray Data, one teacher-forced pass over the pairs. Resumes.",
+)
+_command(
+    "train", "train", "Data owner: train the adapter on the memory with Ray Train (closed form, then joint). Resumes."
+)
+_command("generate", "generate", "Data owner: answer the test split by Gradual Unrolling.")
+_command(
+    "evaluate", "evaluate", "Compare PEMA with the PLM alone, few-shot prompting and copying: sBLEU, chrF, NLL over λ."
+)
+_command("report", "report", "Write the HTML report and print the comparison.")
 
 
 def main() -> None:

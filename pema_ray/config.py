@@ -6,8 +6,6 @@ changes single values with `section.key=value`. Unknown keys are errors that nam
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +14,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pema_ray.errors import UserError, nearest
+
+Split = Literal["train", "dev", "test"]
 
 
 class Section(BaseModel):
@@ -72,7 +72,7 @@ class BuildMemoryConfig(Section):
     """Most token positions (padding included, shared prompt prefix apart) in one forward pass."""
     key_dtype: Literal["float32", "float16"] = "float32"
     context: Literal["teacher_forced"] = "teacher_forced"
-    splits: tuple[str, ...] = ("train", "dev", "test")
+    splits: tuple[Split, ...] = ("train", "dev", "test")
     overwrite: bool = False
     """Throw away a memory that was built with other settings, instead of refusing."""
 
@@ -113,7 +113,7 @@ class TrainConfig(Section):
 class GenerateConfig(Section):
     """Gradual Unrolling (paper section 3.4) and the decoding loop."""
 
-    split: str = "test"
+    split: Split = "test"
     lambda_max: float = Field(default=0.7, ge=0, le=1)
     schedule: Literal["constant", "linear", "quadratic"] = "constant"
     length: Literal["prompt", "source", "reference"] | int = "source"
@@ -129,6 +129,7 @@ class GenerateConfig(Section):
     max_new_ratio: float = Field(default=2.5, gt=0)
     """No answer is longer than so many times its source, in tokens, plus 16."""
     batch_size: int = Field(default=32, ge=1)
+    """Sequences decoded together by one actor; every beam is one."""
     actors: int = Field(default=1, ge=1)
     cpus_per_actor: float = Field(default=2, gt=0)
     gpus_per_actor: float = Field(default=0, ge=0)
@@ -166,11 +167,6 @@ class ExperimentConfig(Section):
     train: TrainConfig = TrainConfig()
     generate: GenerateConfig = GenerateConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-
-    def stamp(self, *sections: str) -> str:
-        """A short hash of the named sections (and the seed): equal stamps mean equal work."""
-        chosen = {name: getattr(self, name).model_dump(mode="json") for name in sections} | {"seed": self.seed}
-        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> ExperimentConfig:

@@ -151,16 +151,6 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path):
         load_config(tmp_path)
 
 
-def test_stamps_are_equal_exactly_when_the_named_sections_and_the_seed_are():
-    one = load_config(None)
-    assert one.stamp("plm", "task") == load_config(None, ["run_dir=elsewhere", "train.rank=8"]).stamp("plm", "task")
-    assert len(one.stamp("plm")) == 16
-    different = {one.stamp("plm"), one.stamp("task"), one.stamp("plm", "task")}
-    different.add(load_config(None, ["seed=1"]).stamp("plm"))
-    different.add(load_config(None, ["plm.threads=2"]).stamp("plm"))
-    assert len(different) == 5
-
-
 def test_every_key_has_its_place_in_the_defaults_round_trip():
     config = ExperimentConfig()
     assert ExperimentConfig.model_validate(config.model_dump()) == config

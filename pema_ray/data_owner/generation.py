@@ -198,40 +198,63 @@ class Generator:
     # ── beam search ─────────────────────────────────────────────────────────
 
     def _beam(self, requests: Sequence[Request], decoding: Decoding) -> list[Generated]:
-        return [self._beam_one(request, decoding) for request in requests]
-
-    def _beam_one(self, request: Request, decoding: Decoding) -> Generated:
-        """K beams of one request in one session; scores are log P / length^penalty."""
-        K, penalty = decoding.beams, decoding.length_penalty
-        finished: list[tuple[float, Generated]] = []
-        beams = [Generated()]
-        session = _Session(self.source, [request.prompt])
+        """K beams of every request, all in one session; their rows lie together, request by request."""
+        searches = [_BeamSearch(request, decoding) for request in requests]
+        alive = searches
+        session = _Session(self.source, [request.prompt for request in requests])
         try:
-            for step in range(request.max_new_tokens):
-                lam = self._lambda([request] * len(beams), step)
+            for step in range(max(request.max_new_tokens for request in requests)):
+                lam = self._lambda([search.request for search in alive for _ in search.beams], step)
                 log_p, _, _ = self._distributions(session.state_BH, lam, both=False)
-                total = log_p + torch.tensor([[beam.log_prob] for beam in beams], device=log_p.device)
-                best, place = total.flatten().topk(min(2 * K, total.numel()))
-                rows: list[int] = []
-                grown: list[Generated] = []
-                for order, (score, flat) in enumerate(zip(best.tolist(), place.tolist(), strict=True)):
-                    row, token = divmod(flat, log_p.shape[-1])
-                    beam = Generated([*beams[row].tokens, token], log_prob=score)
-                    if self._finish(beam, request.max_new_tokens):
-                        if order < K:  # the K after them only stand in for beams that end here
-                            finished.append((score / len(beam.tokens) ** penalty, beam))
-                    elif len(grown) < K:
-                        rows.append(row)
-                        grown.append(beam)
-                finished = sorted(finished, key=lambda f: f[0], reverse=True)[:K]
-                hopeless = len(finished) >= K and grown and finished[-1][0] >= grown[0].log_prob / (step + 1) ** penalty
-                if not grown or hopeless:
+                rows, tokens, first = [], [], 0
+                for search in alive:
+                    held = len(search.beams)
+                    grown = search.advance(log_p[first : first + held], self._finish)
+                    rows += [first + row for row in grown]
+                    tokens += [beam.tokens[-1] for beam in search.beams]
+                    first += held
+                alive = [search for search in alive if search.beams]
+                if not alive:
                     break
-                beams = grown
-                session.extend(rows, [beam.tokens[-1] for beam in beams])
+                session.extend(rows, tokens)
         finally:
             session.close()
-        return finished[0][1]
+        return [search.finished[0][1] for search in searches]
+
+
+class _BeamSearch:
+    """The K beams of one request; scores are log P / length^penalty."""
+
+    def __init__(self, request: Request, decoding: Decoding) -> None:
+        self.request, self.width, self.penalty = request, decoding.beams, decoding.length_penalty
+        self.beams = [Generated()]
+        self.finished: list[tuple[float, Generated]] = []
+
+    def advance(self, log_p_KV: torch.Tensor, finish: Callable[[Generated, int], bool]) -> list[int]:
+        """Grow every beam by a token; says which old beam each new one continues. None are left when it is over."""
+        held = torch.tensor([[beam.log_prob] for beam in self.beams], device=log_p_KV.device)
+        total = (log_p_KV + held).flatten()
+        best, place = total.topk(min(2 * self.width, total.numel()))
+        rows: list[int] = []
+        grown: list[Generated] = []
+        for order, (score, flat) in enumerate(zip(best.tolist(), place.tolist(), strict=True)):
+            row, token = divmod(flat, log_p_KV.shape[-1])
+            beam = Generated([*self.beams[row].tokens, token], log_prob=score)
+            if finish(beam, self.request.max_new_tokens):
+                if order < self.width:  # the K after them only stand in for beams that end here
+                    self.finished.append((self._score(score, len(beam.tokens)), beam))
+            elif len(grown) < self.width:
+                rows.append(row)
+                grown.append(beam)
+        self.finished = sorted(self.finished, key=lambda found: found[0], reverse=True)[: self.width]
+        if len(self.finished) >= self.width and grown:
+            hopeless = self.finished[-1][0] >= self._score(grown[0].log_prob, len(grown[0].tokens))
+            grown, rows = ([], []) if hopeless else (grown, rows)
+        self.beams = grown
+        return rows
+
+    def _score(self, log_prob: float, tokens: int) -> float:
+        return log_prob / tokens**self.penalty
 
 
 class _Session:

@@ -46,8 +46,13 @@ def generate(
     actors: int = 1,
     cpus_per_actor: float = 1,
     gpus_per_actor: float = 0,
+    device: str = "auto",
 ) -> Iterator[list[Answer]]:
-    """Answers of all jobs, batch by batch as they are finished. Ray must be running."""
+    """Answers of all jobs, batch by batch as they are finished. Ray must be running.
+
+    Args:
+        device: where each actor keeps the LM head and the adapters.
+    """
     import ray
     import ray.data
 
@@ -60,7 +65,7 @@ def generate(
     work = ray.data.from_items([{"number": n} for n in range(len(batches))], override_num_blocks=len(batches))
     done = work.map_batches(
         _Actor,
-        fn_constructor_args=(source_factory, bundle, held),
+        fn_constructor_args=(source_factory, bundle, held, device),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(actors, len(batches)), max_tasks_in_flight_per_actor=2),
         num_cpus=cpus_per_actor,
@@ -73,7 +78,9 @@ def generate(
 
 
 def _batches(job: GenerationJob, size: int) -> Iterator[GenerationJob]:
-    """Cut a job into batches of prompts of similar length, so that little is padded."""
+    """Cut a job into batches of prompts of similar length, so that little is padded; beams take room too."""
+    if job.decoding.kind == "beam":
+        size = max(1, size // job.decoding.beams)
     order = sorted(range(len(job.requests)), key=lambda i: (len(job.requests[i].prompt), job.keys[i]))
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
@@ -89,7 +96,7 @@ def _batches(job: GenerationJob, size: int) -> Iterator[GenerationJob]:
 
 
 class _Actor:
-    def __init__(self, source_factory: Callable[[], ContextSource], bundle: Path, batches: Any) -> None:
+    def __init__(self, source_factory: Callable[[], ContextSource], bundle: Path, batches: Any, device: str) -> None:
         import ray
 
         self._adapters: dict[Path, PemaAdapter] = {}
@@ -99,7 +106,7 @@ class _Actor:
             loaded = LMHeadBundle.load(bundle)
             self.source, self.card, self.head = source_factory(), loaded.card, loaded.head
             self.tokenizer = loaded.tokenizer()
-            self.head.to(pick_device())
+            self.head.to(pick_device(device))
         except UserError as error:  # told with the first batch: Ray would bury its one line in a traceback
             self._refusal = str(error)
 

@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -19,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pema_ray.config import TrainConfig
@@ -95,7 +95,7 @@ class Trainer:
     """Trains one adapter on rows in memory.
 
     Args:
-        run_dir: holds `checkpoint/` (resume) and `best/`; every process sees the same folder.
+        run_dir: holds `checkpoint.safetensors` (resume) and `best.safetensors`; every process sees the same folder.
         on_point: called by the leading process with each training or validation point.
     """
 
@@ -273,7 +273,7 @@ class Trainer:
 
     @property
     def _checkpoint(self) -> Path:
-        return self.run_dir / "checkpoint"
+        return self.run_dir / "checkpoint.safetensors"
 
     @property
     def _best(self) -> Path:
@@ -285,17 +285,13 @@ class Trainer:
         tensors = {f"adapter.{name}": t.detach().cpu() for name, t in adapter.state_dict().items()}
         for number, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{name}": torch.as_tensor(t).cpu() for name, t in state.items()}
-        staging = self.run_dir / ".checkpoint.tmp"
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        save_file({name: t.contiguous() for name, t in tensors.items()}, staging / "state.safetensors")
-        (staging / "state.json").write_text(json.dumps({"step": step, "history": history.to_dict()}))
-        shutil.rmtree(self._checkpoint, ignore_errors=True)
-        os.replace(staging, self._checkpoint)
+        described = {"step": str(step), "history": json.dumps(history.to_dict())}
+        self._write(self._checkpoint, tensors, described)
 
     def _restore(self, adapter: PemaAdapter, optimizer: torch.optim.Optimizer) -> tuple[int, History]:
-        described = json.loads((self._checkpoint / "state.json").read_text())
-        tensors = load_file(self._checkpoint / "state.safetensors")
+        with safe_open(self._checkpoint, framework="pt") as file:
+            described = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         adapter.load_state_dict({n.removeprefix("adapter."): t for n, t in tensors.items() if n.startswith("adapter.")})
         state: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in tensors.items():
@@ -303,13 +299,14 @@ class Trainer:
                 _, number, key = name.split(".")
                 state.setdefault(int(number), {})[key] = tensor
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        logger.info("training resumes at step %d", described["step"])
-        return described["step"], History.from_dict(described["history"])
+        step = int(described["step"])
+        logger.info("training resumes at step %d", step)
+        return step, History.from_dict(json.loads(described["history"]))
 
-    def _write(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    def _write(self, path: Path, tensors: dict[str, torch.Tensor], described: dict[str, str] | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
-        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary)
+        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, described)
         os.replace(temporary, path)
 
 

@@ -1,13 +1,12 @@
 """Gradual Unrolling (paper section 3.4): `P = λ_t P_PEMA + (1 - λ_t) P_LM`. B sequences, V vocabulary, t step.
 
 λ_0 = λ_max; a falling schedule then goes to the floor m over a length L:
-quadratic `m + (1 - m)(λ_max (1 - t/L))²` (the published one), linear `m + (1 - m) λ_max (1 - t/L)`.
+quadratic `m + (1 - m)(λ_max (1 - t/L))²` (the published one), linear `m + (1 - m) λ_max (1 - t/L)`, neither ever
+above λ_max (with a high floor, the published formula would rise at first).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,20 +41,11 @@ class UnrollingSchedule:
         if self.kind == "constant" or step == 0:
             return self.lambda_max
         falling = self.lambda_max * max(0.0, 1 - step / max(1, length))
-        return self.floor + (1 - self.floor) * (falling**2 if self.kind == "quadratic" else falling)
-
-    def for_batch(self, steps: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
-        """λ `[B]`, every sequence by its own step and length."""
-        return torch.tensor([self.at(t, length) for t, length in zip(steps, lengths, strict=True)])
+        falling = falling**2 if self.kind == "quadratic" else falling
+        return min(self.lambda_max, self.floor + (1 - self.floor) * falling)
 
 
 def mix(log_pema_BV: torch.Tensor, log_plm_BV: torch.Tensor, lam_B: torch.Tensor) -> torch.Tensor:
     """log of the mixture, mixed in probability space by log-sum-exp, float32 `[B, V]`."""
     lam = lam_B.float().reshape(-1, *[1] * (log_pema_BV.ndim - 1)).to(log_pema_BV.device)
     return torch.logaddexp(log_pema_BV + lam.log(), log_plm_BV + torch.log1p(-lam))
-
-
-def pema_share(lam: float, log_pema: float, log_plm: float) -> float:
-    """The part of a token's probability that came from the adapter, in [0, 1]."""
-    pema, plm = lam * math.exp(log_pema), (1 - lam) * math.exp(log_plm)
-    return pema / (pema + plm) if pema + plm > 0 else 0.5

@@ -52,6 +52,8 @@ class SystemScore(Result):
 
     name: str
     kind: Literal["plm", "few_shot", "copy", "pema"]
+    configured: bool = False
+    """The experiment's own `generate` settings; other λ are compared with it on the same pairs."""
     lambda_max: float | None = None
     schedule: str | None = None
     bleu: float

@@ -43,6 +43,8 @@ class ExtractBatch:
     first: list[int]
 
     def __post_init__(self) -> None:
+        if not self.token_ids:
+            raise ValueError("a batch needs at least one sequence")
         if len(self.token_ids) != len(self.first):
             raise ValueError(f"{len(self.token_ids)} sequences, but {len(self.first)} first positions")
         for ids, first in zip(self.token_ids, self.first, strict=True):

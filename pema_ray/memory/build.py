@@ -99,7 +99,7 @@ def prepare_folder(build: MemoryBuild) -> tuple[list[ShardPlan], list[ShardInfo]
 def _found_plan(folder: Path) -> str:
     try:
         return str(json.loads((folder / _PLAN).read_text())["plan_hash"])
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return "unreadable"
 
 

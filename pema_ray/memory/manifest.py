@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from pema_ray.config import Section
 from pema_ray.errors import UserError
@@ -44,7 +44,7 @@ class Manifest(Section):
     plan_hash: str
     rows: int
     examples: int
-    shards: tuple[ShardInfo, ...]
+    shards: tuple[ShardInfo, ...] = Field(min_length=1)
 
     @property
     def plm_label(self) -> str:
@@ -59,7 +59,7 @@ class Manifest(Section):
         path = folder / MANIFEST
         try:
             manifest = cls.model_validate_json(path.read_bytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{folder}: no external memory here ({MANIFEST} is missing). Run build-memory.") from None
         except ValidationError as error:
             first = error.errors()[0]

@@ -18,18 +18,22 @@ from transformers import DynamicCache
 
 from pema_ray.errors import UserError
 from pema_ray.line import ExtractBatch, LMHeadBundle, ModelCard, SessionLost
+from pema_ray.plm_owner.cache import attends_to_everything, growing_cache
 from pema_ray.plm_owner.export import export_lm_head
 from pema_ray.plm_owner.load import LoadedPLM
 from pema_ray.plm_owner.states import capture_state
 
 _SHORTEST_SHARED_PREFIX = 8  # tokens; below this a cache costs more than it saves
+_IDLE_SHARE = 0.25  # of a session's cache rows may be dropped ones before the cache is copied without them
 
 
 @dataclass
 class _Session:
     cache: DynamicCache
     attended_BT: torch.Tensor
-    """1 where a position is real, 0 where it is left padding."""
+    """1 where a position is real, 0 where it is padding; a row of the cache each."""
+    rows: list[int]
+    """The session's rows, as rows of the cache."""
     position: int = 0
 
 
@@ -77,7 +81,7 @@ class InProcessPLM:
 
     def _prefix_cache(self, prefix: tuple[int, ...]) -> DynamicCache:
         if self._prefix is None or self._prefix[0] != prefix:
-            cache = DynamicCache(config=self.plm.model.config)
+            cache = growing_cache(self.plm.model.config)
             ids = torch.tensor([prefix], device=self.plm.device)
             self.plm.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
             self._prefix = prefix, cache
@@ -87,34 +91,49 @@ class InProcessPLM:
 
     @torch.inference_mode()
     def open(self, prompts: Sequence[Sequence[int]]) -> tuple[str, torch.Tensor]:
-        longest = max(map(len, prompts))
-        self._check_length(longest)
+        """Prefill: what all prompts begin with is computed once, the rest padded on its left."""
+        if not prompts or not all(prompts):
+            raise UserError("A session needs at least one prompt, and every prompt at least one token.")
+        self._check_length(max(map(len, prompts)))
+        cache, shared = growing_cache(self.plm.model.config), 0
+        if self.takes_positions and attends_to_everything(cache):
+            shared = shared_prefix(ExtractBatch([list(ids) for ids in prompts], [len(ids) - 1 for ids in prompts]))
+        if shared:
+            cache = self._prefix_cache(tuple(prompts[0][:shared]))
+            cache.batch_repeat_interleave(len(prompts))
+        longest = max(map(len, prompts)) - shared
         padded = torch.zeros(len(prompts), longest, dtype=torch.long)
-        attended = torch.zeros_like(padded)
+        attended = torch.zeros(len(prompts), shared + longest, dtype=torch.long)
+        attended[:, :shared] = 1
         for row, ids in enumerate(prompts):
-            padded[row, longest - len(ids) :] = torch.tensor(ids)
-            attended[row, longest - len(ids) :] = 1
-        session = _Session(DynamicCache(config=self.plm.model.config), attended.to(self.plm.device))
+            missing = longest - (len(ids) - shared)
+            padded[row, missing:] = torch.tensor(ids[shared:])
+            attended[row, shared + missing :] = 1
+        session = _Session(cache, attended.to(self.plm.device), list(range(len(prompts))))
         state = self._forward(session, padded.to(self.plm.device))
         name = uuid.uuid4().hex
         self._sessions[name] = session
-        return name, state
+        return name, state.cpu()
 
     @torch.inference_mode()
     def extend(self, session: str, position: int, rows: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
         held = self._sessions.get(session)
         if held is None or held.position != position:
             raise SessionLost(session)
-        self._check_length(int(held.attended_BT[list(rows)].sum(-1).max()) + 1)  # padding takes no position
-        device = self.plm.device
-        if list(rows) != list(range(held.attended_BT.shape[0])):
-            chosen = torch.tensor(list(rows), device=device)
+        wanted = [held.rows[row] for row in rows]
+        self._check_length(int(held.attended_BT[wanted].sum(-1).max()) + 1)  # padding takes no position
+        device, in_cache = self.plm.device, held.attended_BT.shape[0]
+        forked = len(set(wanted)) < len(wanted)
+        if forked or len(wanted) < (1 - _IDLE_SHARE) * in_cache:
+            chosen = torch.tensor(wanted, device=device)
             held.cache.batch_select_indices(chosen)
-            held.attended_BT = held.attended_BT[chosen]
-        new = torch.ones(len(rows), 1, dtype=held.attended_BT.dtype, device=device)
-        held.attended_BT = torch.cat([held.attended_BT, new], dim=1)
-        held.position += 1
-        return self._forward(held, torch.tensor(list(tokens), device=device)[:, None])
+            held.attended_BT, in_cache = held.attended_BT[chosen], len(wanted)
+            wanted = list(range(len(wanted)))
+        new = torch.zeros(in_cache, dtype=torch.long, device=device)  # rows that were dropped idle along
+        new[wanted] = torch.tensor(list(tokens), device=device)
+        held.attended_BT = torch.cat([held.attended_BT, torch.ones_like(new)[:, None]], dim=1)
+        held.rows, held.position = wanted, held.position + 1
+        return self._forward(held, new[:, None])[wanted].cpu()
 
     def close(self, session: str) -> None:
         self._sessions.pop(session, None)
@@ -129,7 +148,7 @@ class InProcessPLM:
         if self.takes_positions:
             positions = session.attended_BT.cumsum(-1).sub(1).clamp_min(0)
             inputs["position_ids"] = positions[:, -ids_BT.shape[1] :]
-        return capture_state(self.plm, **inputs)[:, -1].cpu()
+        return capture_state(self.plm, **inputs)[:, -1]
 
     def _check_length(self, length: int) -> None:
         if length > self.plm.max_positions:

@@ -80,7 +80,7 @@ def load_plm(config: PLMConfig) -> LoadedPLM:
         options["device_map"] = config.device_map
     try:
         readable = str(converted(Path(where) / gguf)) if gguf else where
-        tokenizer = AutoTokenizer.from_pretrained(readable)
+        tokenizer = AutoTokenizer.from_pretrained(readable, trust_remote_code=config.trust_remote_code)
         model: Any = AutoModelForCausalLM.from_pretrained(readable, **options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -72,6 +72,7 @@ def run_jobs(config: ExperimentConfig, run: Run, jobs: Sequence[GenerationJob], 
             options.actors,
             options.cpus_per_actor,
             options.gpus_per_actor,
+            config.plm.device,
         )
         for batch in batches:
             for answer in batch:
@@ -83,12 +84,15 @@ def run_jobs(config: ExperimentConfig, run: Run, jobs: Sequence[GenerationJob], 
 def to_row(run: Run, pair: Pair, answer: Answer) -> dict[str, Any]:
     """What is kept of an answer: texts, why it ended, and per token who decided."""
     generated = answer.generated
+    text, changed_by = tidy(generated.text, pair.source, run.task.postprocess)
     return {
+        "system": answer.system,
         "example_id": pair.example_id,
         "source": pair.source,
         "reference": pair.target,
-        "answer": tidy(generated.text, pair.source, run.task.postprocess),
+        "answer": text,
         "raw": generated.text,
+        "changed_by": changed_by,
         "finish": generated.finish,
         "log_prob": generated.log_prob,
         "seconds": answer.seconds,

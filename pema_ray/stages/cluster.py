@@ -12,11 +12,12 @@ from pema_ray.errors import UserError
 
 
 @contextmanager
-def ray_cluster(config: RayConfig, cpus: float = 0, gpus: float = 0) -> Iterator[None]:
+def ray_cluster(config: RayConfig, cpus: float = 0, gpus: float = 0, workers: int = 1) -> Iterator[None]:
     """Ray, for the time of the block. A session that is already running is used and left running.
 
     Args:
-        cpus, gpus: what one actor will ask for; a cluster that can never give it is refused at once.
+        cpus, gpus: what one actor or worker will ask for; a cluster that can never give it is refused at once.
+        workers: how many must run at the same time (actors may wait for each other, training workers may not).
     """
     import ray
 
@@ -26,9 +27,10 @@ def ray_cluster(config: RayConfig, cpus: float = 0, gpus: float = 0) -> Iterator
     try:
         total = ray.cluster_resources()
         for name, asked in (("CPU", cpus), ("GPU", gpus)):
-            if asked > total.get(name, 0):
+            if asked * workers > total.get(name, 0):
+                who = "One actor asks" if workers == 1 else f"{workers} workers ask"
                 raise UserError(
-                    f"One actor asks for {asked:g} {name}, the Ray cluster has {total.get(name, 0):g} in all. "
+                    f"{who} for {asked * workers:g} {name}, the Ray cluster has {total.get(name, 0):g} in all. "
                     f"Lower the stage's {name.lower()}s_per_* setting or join a larger cluster (ray.address)."
                 )
         yield

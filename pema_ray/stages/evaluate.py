@@ -31,7 +31,7 @@ _ALONE = "PLM alone"
 
 
 def run(config: ExperimentConfig) -> dict[str, Any]:
-    """Write `evaluate/evaluation.json` and the answers of every system compared."""
+    """Write `evaluate/evaluation.json` and, in `evaluate/answers.jsonl`, the answers of every system compared."""
     run = Run(config)
 
     def work() -> dict[str, Any]:
@@ -43,8 +43,7 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
         rows = {
             system: [to_row(run, p, a) for p, a in zip(pairs, found, strict=True)] for system, found in answers.items()
         }
-        for number, (_system, found) in enumerate(rows.items()):
-            write_rows(run.path("evaluate", f"answers-{number}.jsonl"), found)
+        write_rows(run.path("evaluate", "answers.jsonl"), [row for found in rows.values() for row in found])
         scorer = Scorer([pair.target for pair in pairs], run.task.sacrebleu_language, run.task.archaic_pattern)
         systems = _score(run, scorer, pairs, pema_rows, rows, answers)
         evaluation = Evaluation(
@@ -87,7 +86,7 @@ def _other_systems(run: Run, pairs: Sequence[Pair]) -> list[GenerationJob]:
     if config.task.shots:
         jobs.append(make_job(run, "PLM, no examples shown", pairs, run.prompter(0), config.generate, None))
     for lam in config.evaluate.generate_lambdas:
-        options = config.generate.model_copy(update={"lambda_max": lam, "schedule": "constant", "decoding": "greedy"})
+        options = config.generate.model_copy(update={"lambda_max": lam, "schedule": "constant"})
         if lam > 0 and _name(options) != _name(config.generate):
             jobs.append(make_job(run, _name(options), pairs, prompter, options, adapter))
     return jobs
@@ -109,10 +108,19 @@ def _score(
 ) -> list[SystemScore]:
     options = run.config.generate
 
-    def scored(name: str, kind: Any, texts: list[str], lam: float | None, schedule: str | None, seconds: float | None):
+    def scored(
+        name: str,
+        kind: Any,
+        texts: list[str],
+        lam: float | None = None,
+        schedule: str | None = None,
+        seconds: float | None = None,
+        configured: bool = False,
+    ) -> SystemScore:
         s = scorer.score(texts)
         return SystemScore(
             name=name,
+            configured=configured,
             kind=kind,
             lambda_max=lam,
             schedule=schedule,
@@ -125,19 +133,19 @@ def _score(
             mean_words=s.mean_words,
         )
 
-    systems = [scored("copy of the source", "copy", [pair.source for pair in pairs], None, None, None)]
+    systems = [scored("copy of the source", "copy", [pair.source for pair in pairs])]
     for name, found in rows.items():
         seconds = sum(answer.seconds for answer in answers[name])
         texts = [row["answer"] for row in found]
         if name == _ALONE:
             systems.append(scored(name, "plm", texts, 0.0, "constant", seconds))
         elif name.startswith("PLM"):
-            systems.append(scored(name, "few_shot", texts, None, None, seconds))
+            systems.append(scored(name, "few_shot", texts, seconds=seconds))
         else:
             lam = next(lam for lam in run.config.evaluate.generate_lambdas if f"λ {lam:g} " in name)
             systems.append(scored(name, "pema", texts, lam, "constant", seconds))
     texts, seconds = [row["answer"] for row in pema_rows], sum(row["seconds"] for row in pema_rows)
-    systems.append(scored(_name(options), "pema", texts, options.lambda_max, options.schedule, seconds))
+    systems.append(scored(_name(options), "pema", texts, options.lambda_max, options.schedule, seconds, True))
     return systems
 
 
@@ -183,7 +191,8 @@ def _training(run: Run) -> TrainingHistory:
 
 def _lambda_curves(options: GenerateConfig, length: int = 32) -> dict[str, tuple[float, ...]]:
     kinds = ("constant", "linear", "quadratic")
-    schedules = {kind: UnrollingSchedule(options.lambda_max, kind, options.floor) for kind in kinds}
+    floor = min(options.floor, options.lambda_max)  # a constant λ ignores its floor, the other curves do not
+    schedules = {kind: UnrollingSchedule(options.lambda_max, kind, floor) for kind in kinds}
     return {kind: tuple(s.at(t, length) for t in range(length + 1)) for kind, s in schedules.items()}
 
 
@@ -208,18 +217,20 @@ def _examples(pema_rows: list[dict[str, Any]], alone: list[dict[str, Any]], coun
 
 def _measure(evaluation: Evaluation) -> dict[str, Any]:
     by_kind = {kind: [s for s in evaluation.systems if s.kind == kind] for kind in ("plm", "copy", "pema")}
-    best = max(by_kind["pema"], key=lambda s: s.bleu)
+    ours = next(s for s in by_kind["pema"] if s.configured)
     plm, copied, sweep = by_kind["plm"][0], by_kind["copy"][0], evaluation.sweep
+    nll = dict(zip(sweep.lambdas, sweep.nll, strict=True))
+    lam = ours.lambda_max or 0.0
     return {
         "nll": {
             "plm": sweep.plm,
             "pema": sweep.pema,
-            **{f"lambda_{lam:g}": n for lam, n in zip(sweep.lambdas, sweep.nll, strict=True)},
+            **{f"lambda_{each:g}": value for each, value in nll.items()},
         },
         "bleu": {s.name: round(s.bleu, 2) for s in evaluation.systems},
         "chrf": {s.name: round(s.chrf, 2) for s in evaluation.systems},
         "archaic": {s.name: s.archaic_count for s in evaluation.systems},
         "bleu_signature": evaluation.bleu_signature,
-        "summary": f"NLL {sweep.plm:.3f} → {min(sweep.nll):.3f} nats, sBLEU {plm.bleu:.1f} → {best.bleu:.1f} "
-        f"(copy of the source {copied.bleu:.1f})",
+        "summary": f"NLL {sweep.plm:.3f} → {nll[lam]:.3f} nats at λ {lam:g}, "
+        f"sBLEU {plm.bleu:.1f} → {ours.bleu:.1f} (copy of the source {copied.bleu:.1f})",
     }

@@ -27,13 +27,13 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
         finish = Counter(row["finish"] for row in rows)
         tokens = sum(len(answer.generated.tokens) for answer in answers)
         seconds = sum(answer.seconds for answer in answers)
-        changed = sum(row["raw"] != row["answer"] for row in rows)
+        changed = Counter(rule for row in rows for rule in row["changed_by"])
         return {
             "answers": len(rows),
             "tokens": tokens,
             "tokens_per_second": round(tokens / seconds, 1),
             "finish": dict(finish),
-            "changed_by_postprocessing": changed,
+            "changed_by_postprocessing": {rule: changed[rule] for rule in run.task.postprocess},
             "summary": f"{len(rows)} answers, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s; "
             + ", ".join(f"{count} by {reason}" for reason, count in finish.most_common()),
         }

@@ -36,14 +36,14 @@ def show(evaluation: Evaluation) -> None:
     table = Table(title=f"{evaluation.task}, {evaluation.systems[0].examples} held-out pairs, {evaluation.plm_name}")
     for name in ("system", "sBLEU", "chrF", "archaic", "words"):
         table.add_column(name, justify="left" if name == "system" else "right")
-    best = max(system.bleu for system in evaluation.systems)
     for system in sorted(evaluation.systems, key=lambda s: s.bleu):
         archaic = "–" if system.archaic_share is None else f"{system.archaic_share:.1%}"
-        style = "bold" if system.bleu == best else None
+        style = "bold" if system.configured else None
         table.add_row(
             system.name, f"{system.bleu:.1f}", f"{system.chrf:.1f}", archaic, f"{system.mean_words:.1f}", style=style
         )
     console.print(table)
+    console.print("Bold: this experiment's settings; other λ are compared with them on the same pairs.", style="dim")
     console.print(f"sBLEU {evaluation.bleu_signature}")
     likelihoods = ", ".join(f"λ {lam:g}: {nll:.3f}" for lam, nll in zip(sweep.lambdas, sweep.nll, strict=True))
     console.print(f"NLL per held-out token, in nats: PLM {sweep.plm:.3f}, PEMA {sweep.pema:.3f}; {likelihoods}")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,14 @@ STAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "evaluate": (("evaluate",), ("generate",)),
     "report": ((), ("evaluate",)),
 }
-# What must lie in a stage's folder for its metrics to be believed.
-_EVIDENCE = {
-    "export_head": "lm_head/bundle.json",
-    "train": "adapter/adapter_config.json",
-    "generate": "answers.jsonl",
-    "evaluate": "evaluation.json",
-    "report": "report.html",
+# What must lie in a stage's folder for its metrics to be believed (a memory is asked shard by shard).
+_EVIDENCE: dict[str, tuple[str, ...]] = {
+    "prepare": ("train.parquet", "dev.parquet", "test.parquet"),
+    "export_head": ("lm_head/bundle.json",),
+    "train": ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "history.json"),
+    "generate": ("answers.jsonl",),
+    "evaluate": ("evaluation.json",),
+    "report": ("report.html",),
 }
 # Settings that change how fast a stage goes, not what it makes.
 _INCIDENTAL = {
@@ -104,11 +106,8 @@ class Run:
         """Its metrics if the stage is done with these very settings."""
         try:
             found = self.metrics(stage)
-            whole = (
-                self._memory_is_whole()
-                if stage == "build_memory"
-                else self.path(stage, _EVIDENCE.get(stage, "")).exists()
-            )
+            evidence = (self.path(stage, name) for name in _EVIDENCE.get(stage, ()))
+            whole = self._memory_is_whole() if stage == "build_memory" else all(path.exists() for path in evidence)
             return found if whole else None
         except UserError:
             return None
@@ -129,8 +128,8 @@ class Run:
             return found
         started = time.perf_counter()
         self.path(stage).mkdir(parents=True, exist_ok=True)
-        self.path(stage, "metrics.json").unlink(missing_ok=True)
-        measured = work()
+        with self._metrics_set_aside(stage):
+            measured = work()
         seconds = round(time.perf_counter() - started, 2)
         text = json.dumps({"stage": stage, "stamp": self.stamp(stage), "seconds": seconds, **measured}, indent=2)
         with atomic_file(self.path(stage, "metrics.json")) as temporary:
@@ -138,6 +137,20 @@ class Run:
         metrics = json.loads(text)
         console.print(f"[bold]{stage:13}[/] {seconds:7.1f} s  {metrics['summary']}")
         return metrics
+
+    @contextmanager
+    def _metrics_set_aside(self, stage: str) -> Iterator[None]:
+        """A stage that is under way has no metrics; one that was refused keeps those of the run before."""
+        path = self.path(stage, "metrics.json")
+        before = path.read_text() if path.exists() else None
+        path.unlink(missing_ok=True)
+        try:
+            yield
+        except UserError:
+            if before is not None:
+                self.path(stage).mkdir(parents=True, exist_ok=True)
+                path.write_text(before)
+            raise
 
     def _require_parents(self, stage: str) -> None:
         """All that a stage is made from, near and far: a later `prepare` may have replaced the pairs."""

@@ -34,7 +34,6 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
             task=run.task.name,
         )
         folder = run.path("train")
-        _forget_other_settings(folder, run.stamp("train"))
         job = TrainingJob(
             train_memory=run.path("build_memory", "train").resolve(),
             dev_memory=run.path("build_memory", "dev").resolve(),
@@ -44,10 +43,14 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
             config=c,
             seed=config.seed,
         )
-        rows = len(ExternalMemory.open(job.train_memory, card))
+        train_memory = ExternalMemory.open(job.train_memory, card)
         ExternalMemory.open(job.dev_memory, card)
+        _forget_other_settings(folder, run.stamp("train"))
+        share = min(1.0, (c.max_train_pairs or train_memory.manifest.examples) / train_memory.manifest.examples)
+        rows = max(1, int(share * len(train_memory)))  # exact but for the length of the pairs that are left out
         steps = max(1, rows // min(c.batch_size, rows)) * c.epochs
-        with ray_cluster(config.ray, c.cpus_per_worker, c.gpus_per_worker), track("training", steps) as bar:
+        cluster = ray_cluster(config.ray, c.cpus_per_worker, c.gpus_per_worker, c.workers)
+        with cluster, track("training", steps) as bar:
 
             def show(kind: str, point: Point) -> None:
                 if kind == "train":

@@ -43,8 +43,11 @@ RULES: dict[str, Rule] = {
 }
 
 
-def tidy(answer: str, source: str, rules: Sequence[str]) -> str:
-    """Apply the named rules in order."""
+def tidy(answer: str, source: str, rules: Sequence[str]) -> tuple[str, list[str]]:
+    """Apply the named rules in order: the answer, and the rules that changed it."""
+    changed = []
     for name in rules:
-        answer = RULES[name](answer, source)
-    return answer
+        before, answer = answer, RULES[name](answer, source)
+        if answer != before:
+            changed.append(name)
+    return answer, changed

@@ -58,7 +58,7 @@ class Prompter:
 
     def _with_target(self, pair: Pair) -> str:
         prompt, lead = split_seam(self.task.template.format(source=pair.source))
-        return prompt + (lead or " ") + pair.target
+        return prompt + lead + pair.target
 
     def _chat_text(self, source: str) -> str:
         messages = []
@@ -84,8 +84,6 @@ class Prompter:
         """Token ids of prompt and target; `prompt + target` tokenises the joint text wherever its seam allows."""
         text = self.text(pair.source)
         prompt, lead = split_seam(text)
-        if not lead and not text.endswith("\n"):
-            lead = " "  # `Modern:` + `And` would fuse into one word
         prompt_ids = self._ids(prompt, special=not self.chat)
         joint_ids = self._ids(prompt + lead + pair.target, special=not self.chat)
         closing = self._closing(joint_ids)
@@ -106,6 +104,7 @@ class Prompter:
 
 
 def split_seam(prompt: str) -> tuple[str, str]:
-    """`(prompt without its trailing spaces, those spaces)`."""
+    """`(prompt without its trailing spaces, what opens the target)`: those spaces, or one where words would fuse."""
     kept = prompt.rstrip(" ")
-    return kept, prompt[len(kept) :]
+    lead = prompt[len(kept) :]
+    return kept, lead or ("" if prompt.endswith("\n") else " ")

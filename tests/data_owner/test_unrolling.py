@@ -11,7 +11,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pema_ray.data_owner import UnrollingSchedule, mix
-from pema_ray.data_owner.unrolling import pema_share
 from pema_ray.errors import UserError
 
 PROBABILITY = st.floats(0, 1)
@@ -32,6 +31,7 @@ def test_the_published_values(length: int, floor: float, golden: list[float]):
 
 def test_linear_falls_by_equal_steps_to_the_floor():
     assert [round(UnrollingSchedule(0.8, "linear").at(t, 4), 4) for t in range(6)] == [0.8, 0.6, 0.4, 0.2, 0.0, 0.0]
+    assert UnrollingSchedule(0.8, "linear").at(1, 0) == UnrollingSchedule(0.8, "linear").at(1, 1) == 0.0
     floored = UnrollingSchedule(0.8, "linear", 0.5)
     assert [round(floored.at(t, 4), 4) for t in range(1, 6)] == [0.8, 0.7, 0.6, 0.5, 0.5]
 
@@ -41,24 +41,14 @@ def test_constant_stays_whatever_the_length_and_floor():
 
 
 @given(top=PROBABILITY, floor=PROBABILITY, kind=KINDS, length=st.integers(1, 40))
-def test_lambda_starts_at_the_top_is_a_probability_and_never_rises_after_the_first_fall(top, floor, kind, length):
+def test_lambda_starts_at_the_top_is_a_probability_and_never_rises(top, floor, kind, length):
     assume(kind == "constant" or floor <= top)
     schedule = UnrollingSchedule(top, kind, floor)
     values = [schedule.at(t, length) for t in range(2 * length + 2)]
     assert values[0] == top
     assert all(0 <= value <= 1 for value in values)
-    assert all(later <= earlier for earlier, later in pairwise(values[1:]))
+    assert all(later <= earlier for earlier, later in pairwise(values))
     assert values[-1] == (top if kind == "constant" else floor)
-
-
-def test_every_sequence_falls_by_its_own_step_and_length():
-    schedule = UnrollingSchedule(0.9, "quadratic")
-    lam = schedule.for_batch([1, 1, 3, 0, 9], [5, 8, 5, 5, 5])
-    expected = [0.81 * (4 / 5) ** 2, 0.81 * (7 / 8) ** 2, 0.81 * (2 / 5) ** 2, 0.9, 0.0]
-    torch.testing.assert_close(lam, torch.tensor(expected))
-    assert schedule.at(1, 0) == schedule.at(1, 1) == 0.0
-    with pytest.raises(ValueError):
-        schedule.for_batch([1, 2], [5])
 
 
 @pytest.mark.parametrize("wrong", [-0.01, 1.01, math.inf, math.nan])
@@ -92,13 +82,6 @@ def test_lambda_0_is_exactly_the_plm_and_lambda_1_exactly_pema_in_one_batch():
 def test_a_token_that_only_one_of_the_two_allows_keeps_its_part():
     pema, plm = torch.tensor([[0.5, 0.5, 0.0]]).log(), torch.tensor([[0.0, 0.5, 0.5]]).log()
     torch.testing.assert_close(mix(pema, plm, torch.tensor([0.4])).exp(), torch.tensor([[0.2, 0.5, 0.3]]))
-
-
-def test_the_share_of_pema_is_its_part_of_the_tokens_probability():
-    assert pema_share(0.25, math.log(0.6), math.log(0.2)) == pytest.approx(0.5)
-    assert pema_share(1.0, math.log(0.1), math.log(0.9)) == 1.0
-    assert pema_share(0.0, math.log(0.1), math.log(0.9)) == 0.0
-    assert pema_share(0.5, -math.inf, -math.inf) == 0.5
 
 
 def test_a_floor_above_the_top_is_refused():

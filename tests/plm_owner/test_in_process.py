@@ -108,6 +108,28 @@ def test_a_session_gives_the_states_of_its_ids(architecture: str, tiny_source):
     source.close(session)
 
 
+@settings(max_examples=4)
+@given(data=st.data())
+def test_a_session_whose_prompts_begin_alike_gives_the_states_of_its_ids(architecture: str, tiny_source, data):
+    prefix = data.draw(st.lists(st.integers(3, 299), min_size=8, max_size=20))
+    held = [prefix + ending for ending in data.draw(st.lists(TOKENS, min_size=2, max_size=6))]
+    source = tiny_source(architecture)
+    session, state = source.open(held)
+    torch.testing.assert_close(state, expected_rows(source.plm, _last(held)), **CLOSE)
+    for position in range(4):  # one row is dropped at a time: some idle along, then the cache is copied without them
+        rows = data.draw(st.permutations(range(len(held))))[: max(1, len(held) - 1)]
+        state = source.extend(session, position, rows, [40 + position] * len(rows))
+        held = [held[row] + [40 + position] for row in rows]
+        torch.testing.assert_close(state, expected_rows(source.plm, _last(held)), **CLOSE)
+    source.close(session)
+
+
+def test_an_empty_session_is_refused(tiny_source):
+    for prompts in ([], [[]], [[5], []]):
+        with pytest.raises(UserError, match="at least one"):
+            tiny_source("llama").open(prompts)
+
+
 def _last(sequences: list[list[int]]) -> ExtractBatch:
     return ExtractBatch(sequences, [len(ids) - 1 for ids in sequences])
 

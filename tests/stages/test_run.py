@@ -27,3 +27,38 @@ def test_a_stage_is_refused_when_a_far_ancestor_was_replaced(experiment):
     run.path("prepare", "metrics.json").write_text(f'{{"stamp": "{replaced}", "summary": ""}}')
     with pytest.raises(UserError, match="stage 'prepare' was run with other settings"):
         run.perform("generate", lambda: {"summary": ""})
+
+
+def finished_run(experiment) -> Run:
+    """A run whose `prepare` is done, with metrics and evidence."""
+    run = Run(load_config(experiment()))
+    run.path("prepare").mkdir(parents=True)
+    for split in ("train", "dev", "test"):
+        run.path("prepare", f"{split}.parquet").touch()
+    run.path("prepare", "metrics.json").write_text(f'{{"stamp": "{run.stamp("prepare")}", "summary": ""}}')
+    return run
+
+
+def test_a_stage_whose_result_was_deleted_is_not_finished(experiment):
+    run = finished_run(experiment)
+    assert run.finished("prepare")
+    run.path("prepare", "dev.parquet").unlink()
+    assert run.finished("prepare") is None
+
+
+def test_a_refused_stage_keeps_the_metrics_of_the_run_before(experiment):
+    run = finished_run(experiment)
+    before = run.path("prepare", "metrics.json").read_bytes()
+    run.path("prepare", "dev.parquet").unlink()
+
+    def refuse():
+        assert not run.path("prepare", "metrics.json").exists()  # a stage under way has none
+        raise UserError("no")
+
+    with pytest.raises(UserError, match="no"):
+        run.perform("prepare", refuse)
+    assert run.path("prepare", "metrics.json").read_bytes() == before
+
+    with pytest.raises(KeyboardInterrupt):
+        run.perform("prepare", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert not run.path("prepare", "metrics.json").exists()

@@ -118,6 +118,19 @@ def test_braces_in_a_source_are_text(tokenizer):
 
 
 @given(st.text(alphabet=" a\n:", max_size=12))
-def test_the_seam_is_the_trailing_spaces_and_nothing_else(prompt: str):
+def test_the_seam_is_the_trailing_spaces_or_the_one_that_keeps_words_apart(prompt: str):
     kept, lead = split_seam(prompt)
-    assert kept + lead == prompt and not kept.endswith(" ") and not lead.strip(" ")
+    assert not kept.endswith(" ") and not lead.strip(" ")
+    assert kept + lead == (prompt if prompt.endswith((" ", "\n")) else prompt + " ")
+
+
+@pytest.mark.parametrize(
+    ("template", "joined"), [("Old: {source}\nNew:", " "), ("{source} ->\n", ""), ("{source}:  ", "")]
+)
+def test_shots_join_prompt_and_target_as_pairs_do(tokenizer, template: str, joined: str):
+    shot = Pair(7, "old one", "new one")
+    prompter = Prompter(tokenizer, Task(name="t", template=template), [shot])
+    asked = template.format(source="old one")
+    assert prompter.text("x").startswith(f"{asked}{joined}new one\n\n")
+    plain = Prompter(tokenizer, Task(name="t", template=template)).encode_pair(shot)
+    assert spelled(tokenizer, plain.prompt + plain.target).endswith(f"{asked}{joined}new one")
