@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, get_args, get_origin
 
 import typer
+from pydantic import BaseModel
+from rich.markup import escape
 
+from pema_ray.config import ExperimentConfig
 from pema_ray.stages.main import guarded, run_stage, stages
 
 app = typer.Typer(
@@ -34,8 +37,22 @@ Overrides = Annotated[
 ]
 
 
-def _command(stage: str, name: str, help: str) -> None:
-    @app.command(name, help=help)
+def _settings(*sections: str) -> str:
+    """What a command's help says of the settings it reads: names, defaults, meanings, from the configuration itself."""
+    lines = []
+    for section in sections:
+        model = ExperimentConfig.model_fields[section].annotation
+        assert isinstance(model, type)
+        assert issubclass(model, BaseModel)
+        for name, field in model.model_fields.items():
+            default = "" if field.default in (None, ()) or field.default == {} else f"={field.default}"
+            choices = f"({' | '.join(get_args(field.annotation))}) " if get_origin(field.annotation) is Literal else ""
+            lines.append(f"[bold]{section}.{name}[/]{escape(default)}  {escape(choices + (field.description or ''))}")
+    return "Settings:\n\n" + "\n\n".join(lines)
+
+
+def _command(stage: str, name: str, help: str, *sections: str) -> None:
+    @app.command(name, help=help, epilog=_settings(*sections) if sections else None)
     def run(overrides: Overrides = None, config: Config = None) -> None:
         raise typer.Exit(run_stage(stage, config, overrides or []))
 
@@ -67,7 +84,7 @@ def quickstart(
     raise typer.Exit(guarded(work))
 
 
-@app.command("prepare")
+@app.command("prepare", epilog=_settings("task"))
 def prepare(
     overrides: Overrides = None,
     config: Config = None,
@@ -84,19 +101,30 @@ def prepare(
 
 
 _command(
-    "export_head", "export-head", "PLM owner: load the PLM and export what it shares (final norm, LM head, tokenizer)."
+    "export_head",
+    "export-head",
+    "PLM owner: load the PLM and export what it shares (final norm, LM head, tokenizer).",
+    "plm",
 )
 _command(
     "build_memory",
     "build-memory",
     "Build the external memory on Ray Data, one teacher-forced pass over the pairs. Resumes.",
+    "build_memory",
+    "ray",
 )
 _command(
-    "train", "train", "Data owner: train the adapter on the memory with Ray Train (closed form, then joint). Resumes."
+    "train",
+    "train",
+    "Data owner: train the adapter on the memory with Ray Train (closed form, then joint). Resumes.",
+    "train",
 )
-_command("generate", "generate", "Data owner: answer the test split by Gradual Unrolling.")
+_command("generate", "generate", "Data owner: answer the test split by Gradual Unrolling.", "generate")
 _command(
-    "evaluate", "evaluate", "Compare PEMA with the PLM alone, few-shot prompting and copying: sBLEU, chrF, NLL over λ."
+    "evaluate",
+    "evaluate",
+    "Compare PEMA with the PLM alone, few-shot prompting and copying: sBLEU, chrF, NLL over λ.",
+    "evaluate",
 )
 _command("report", "report", "Write the HTML report and print the comparison.")
 

