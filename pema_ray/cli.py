@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Annotated
 
 import typer
-from pydantic import BaseModel
 from rich.markup import escape
 
-from pema_ray.config import ExperimentConfig
 from pema_ray.stages.main import guarded, run_stage, stages
+from pema_ray.stages.settings import settings_of
 
 app = typer.Typer(
     help="Adapt a language model you cannot see. Every stage reads an experiment's YAML file, keeps its results in the "
@@ -37,22 +36,16 @@ Overrides = Annotated[
 ]
 
 
-def _settings(*sections: str) -> str:
-    """What a command's help says of the settings it reads: names, defaults, meanings, from the configuration itself."""
-    lines = []
-    for section in sections:
-        model = ExperimentConfig.model_fields[section].annotation
-        assert isinstance(model, type)
-        assert issubclass(model, BaseModel)
-        for name, field in model.model_fields.items():
-            default = "" if field.default in (None, ()) or field.default == {} else f"={field.default}"
-            choices = f"({' | '.join(get_args(field.annotation))}) " if get_origin(field.annotation) is Literal else ""
-            lines.append(f"[bold]{section}.{name}[/]{escape(default)}  {escape(choices + (field.description or ''))}")
-    return "Settings:\n\n" + "\n\n".join(lines)
+def _settings(stage: str) -> str | None:
+    described = [
+        f"[bold]{one.key}[/]{escape('=' + one.default if one.default else '')}  {escape(one.meaning)}"
+        for one in settings_of(stage)
+    ]
+    return "Settings:\n\n" + "\n\n".join(described) if described else None
 
 
-def _command(stage: str, name: str, help: str, *sections: str) -> None:
-    @app.command(name, help=help, epilog=_settings(*sections) if sections else None)
+def _command(stage: str, name: str, help: str) -> None:
+    @app.command(name, help=help, epilog=_settings(stage))
     def run(overrides: Overrides = None, config: Config = None) -> None:
         raise typer.Exit(run_stage(stage, config, overrides or []))
 
@@ -67,24 +60,24 @@ def quickstart(
     """Run every stage of a small real experiment: archaic to modern English with SmolLM2-135M, on a local Ray."""
 
     def work() -> None:
+        from contextlib import nullcontext
+
         from pema_ray.config import load_config
         from pema_ray.stages.cluster import ray_cluster
+        from pema_ray.stages.progress import console
         from pema_ray.stages.run import STAGES, Run
 
         experiment = load_config(config, overrides or [])
         unfinished = any(Run(experiment).finished(stage) is None for stage in STAGES)
-        if not unfinished:
+        with ray_cluster(experiment.ray) if unfinished else nullcontext():
             for run in stages().values():
                 run(experiment)
-            return
-        with ray_cluster(experiment.ray):
-            for run in stages().values():
-                run(experiment)
+        console.print(f"Report: {Run(experiment).path('report', 'report.html')}")
 
     raise typer.Exit(guarded(work))
 
 
-@app.command("prepare", epilog=_settings("task"))
+@app.command("prepare", epilog=_settings("prepare"))
 def prepare(
     overrides: Overrides = None,
     config: Config = None,
@@ -101,30 +94,19 @@ def prepare(
 
 
 _command(
-    "export_head",
-    "export-head",
-    "PLM owner: load the PLM and export what it shares (final norm, LM head, tokenizer).",
-    "plm",
+    "export_head", "export-head", "PLM owner: load the PLM and export what it shares (final norm, LM head, tokenizer)."
 )
 _command(
     "build_memory",
     "build-memory",
     "Build the external memory on Ray Data, one teacher-forced pass over the pairs. Resumes.",
-    "build_memory",
-    "ray",
 )
 _command(
-    "train",
-    "train",
-    "Data owner: train the adapter on the memory with Ray Train (closed form, then joint). Resumes.",
-    "train",
+    "train", "train", "Data owner: train the adapter on the memory with Ray Train (closed form, then joint). Resumes."
 )
-_command("generate", "generate", "Data owner: answer the test split by Gradual Unrolling.", "generate")
+_command("generate", "generate", "Data owner: answer the test split by Gradual Unrolling.")
 _command(
-    "evaluate",
-    "evaluate",
-    "Compare PEMA with the PLM alone, few-shot prompting and copying: sBLEU, chrF, NLL over λ.",
-    "evaluate",
+    "evaluate", "evaluate", "Compare PEMA with the PLM alone, few-shot prompting and copying: sBLEU, chrF, NLL over λ."
 )
 _command("report", "report", "Write the HTML report and print the comparison.")
 

@@ -59,7 +59,7 @@ class RayConfig(Section):
 
     address: str | None = None
     """A cluster to join; none takes `RAY_ADDRESS`, or starts a local cluster for the stage."""
-    num_cpus: int = Field(default=4, ge=2)
+    num_cpus: int = Field(default=4, ge=3)
     """Logical CPUs of a local cluster (Ray Data needs more than the PLM's own)."""
     object_store_mb: int = Field(default=200, ge=80)
     """Object store of a local cluster, MiB."""
@@ -132,7 +132,7 @@ class TrainConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the LM head; the adapter is float32."""
     resume: bool = True
-    """Go on from a checkpoint of the same settings."""
+    """Go on from a checkpoint of the same settings. A finished training is reused either way."""
 
 
 class GenerateConfig(Section):
@@ -199,7 +199,7 @@ class ExperimentConfig(Section):
     """A whole experiment; every stage reads its own section and the shared ones."""
 
     run_dir: str = "runs/experiment"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     plm: PLMConfig = PLMConfig()
     task: TaskConfig = TaskConfig()
     ray: RayConfig = RayConfig()

@@ -59,10 +59,29 @@ def fit(job: TrainingJob, on_point: Callable[[str, Point], None] = lambda kind, 
     )
     job.run_dir.mkdir(parents=True, exist_ok=True)
     with _following(job.run_dir / _PROGRESS, on_point):
-        outcome: Any = trainer.fit().return_value  # what `_worker` returned on rank 0
+        outcome = _apart(lambda: trainer.fit().return_value)  # what `_worker` returned on rank 0
     if outcome["error"]:
         raise UserError(outcome["error"])
     return History.from_dict(outcome["history"])
+
+
+def _apart(work: Callable[[], Any]) -> Any:
+    """Do `work` in a thread: in the main one, Ray Train takes over Ctrl-C, keeps it, and ends the process with 0."""
+    outcome: list[Any] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(work())
+        except BaseException as error:  # raised again where it is waited for
+            failure.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    if failure:
+        raise failure[0]
+    return outcome[0]
 
 
 def _worker(settings: dict[str, Any]) -> dict[str, Any]:

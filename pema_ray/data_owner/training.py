@@ -213,8 +213,8 @@ class Trainer:
             optimizer.step()
             step += 1
             point = Point(step, float(loss.detach()), float(reconstruction), float(prediction))
-            if not math.isfinite(point.loss):
-                raise UserError(f"The loss became {point.loss} at step {step}: lower train.learning_rate.")
+            if not self._finite(point.loss):
+                raise UserError(f"The loss became infinite or no number at step {step}: lower train.learning_rate.")
             history.train.append(point)
             if self.place.leads:
                 self.on_point("train", point)
@@ -251,6 +251,13 @@ class Trainer:
         if self.place.world > 1:
             torch.distributed.broadcast(agreed, src=0)
         return agreed.tolist()
+
+    def _finite(self, loss: float) -> bool:
+        """Whether every worker's loss is a number: they go on or give up together."""
+        finite = torch.tensor(float(math.isfinite(loss)), device=self.place.device)
+        if self.place.world > 1:
+            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+        return bool(finite)
 
     # ── rows ────────────────────────────────────────────────────────────────
 

@@ -44,10 +44,11 @@ def token_likelihood(
     """
     log_pema, log_plm = [], []
     for start in range(0, len(target_N), _CHUNK):
-        state = torch.from_numpy(np.ascontiguousarray(key_NH[start : start + _CHUNK])).float()
-        target = torch.from_numpy(target_N[start : start + _CHUNK].astype(np.int64))[:, None]
-        log_pema.append(pema_log_probs(state).gather(1, target)[:, 0].numpy())
-        log_plm.append(head.log_probs(head.norm(state)).gather(1, target)[:, 0].numpy())
+        device = head.weight.device
+        state = torch.from_numpy(np.ascontiguousarray(key_NH[start : start + _CHUNK])).to(device).float()
+        target = torch.from_numpy(target_N[start : start + _CHUNK].astype(np.int64)).to(device)[:, None]
+        log_pema.append(pema_log_probs(state).gather(1, target)[:, 0].cpu().numpy())
+        log_plm.append(head.log_probs(head.norm(state)).gather(1, target)[:, 0].cpu().numpy())
     return TokenLikelihood(
         np.concatenate(log_pema).astype(np.float64), np.concatenate(log_plm).astype(np.float64), np.isin(target_N, eos)
     )

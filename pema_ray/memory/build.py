@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pema_ray.config import BuildMemoryConfig
-from pema_ray.errors import UserError
+from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import ModelCard
 from pema_ray.memory.manifest import MANIFEST, Manifest, ShardInfo
 from pema_ray.memory.plan import ShardPlan, plan_hash, plan_shards
@@ -79,8 +79,9 @@ def prepare_folder(build: MemoryBuild) -> tuple[list[ShardPlan], list[ShardInfo]
         if found != key and build.config.overwrite:
             shutil.rmtree(folder)
         elif found != key:
+            _refuse_other_plm(build)
             raise UserError(
-                f"{folder}: holds a memory built from other examples, another PLM or other settings "
+                f"{folder}: holds a memory built from other examples or with other settings "
                 f"(plan {found}, this run's is {key}). Choose another run_dir, or set build_memory.overwrite=true."
             )
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,6 +95,13 @@ def prepare_folder(build: MemoryBuild) -> tuple[list[ShardPlan], list[ShardInfo]
         receipt = _read_receipt(folder / shard.name)
         done.append(receipt) if receipt else todo.append(shard)
     return todo, done
+
+
+def _refuse_other_plm(build: MemoryBuild) -> None:
+    if (build.folder / MANIFEST).exists():
+        manifest = Manifest.read(build.folder)
+        if not manifest.belongs_to(build.card):
+            raise FingerprintMismatch(f"The memory {build.folder}", manifest.plm_label, build.card.label)
 
 
 def _found_plan(folder: Path) -> str:

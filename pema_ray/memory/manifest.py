@@ -21,7 +21,7 @@ class ShardInfo(Section):
     rows: int
     examples: int
     tokens: int
-    """Token positions the PLM computed for it, without padding and with a shared prefix counted once per batch."""
+    """Token positions of its examples beyond the prompt prefix that all of them share, without padding."""
     padded_tokens: int
     """The same with padding: what was paid."""
     bytes: int

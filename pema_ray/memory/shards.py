@@ -53,8 +53,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be written: {error.strerror or error}. Free space and start again; "
-            "finished shards are kept."
+            f"{path}: cannot be written: {error.strerror or error}. Start again when it can; what is finished is kept."
         ) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -129,9 +129,11 @@ class InProcessPLM:
             held.cache.batch_select_indices(chosen)
             held.attended_BT, in_cache = held.attended_BT[chosen], len(wanted)
             wanted = list(range(len(wanted)))
-        new = torch.zeros(in_cache, dtype=torch.long, device=device)  # rows that were dropped idle along
+        new = torch.zeros(in_cache, dtype=torch.long, device=device)  # rows that were dropped idle along,
+        attended = torch.zeros_like(new)  # on the position they ended on
         new[wanted] = torch.tensor(list(tokens), device=device)
-        held.attended_BT = torch.cat([held.attended_BT, torch.ones_like(new)[:, None]], dim=1)
+        attended[wanted] = 1
+        held.attended_BT = torch.cat([held.attended_BT, attended[:, None]], dim=1)
         held.rows, held.position = wanted, held.position + 1
         return self._forward(held, new[:, None])[wanted].cpu()
 

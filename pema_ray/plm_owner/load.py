@@ -82,9 +82,14 @@ def load_plm(config: PLMConfig) -> LoadedPLM:
         readable = str(converted(Path(where) / gguf)) if gguf else where
         tokenizer = AutoTokenizer.from_pretrained(readable, trust_remote_code=config.trust_remote_code)
         model: Any = AutoModelForCausalLM.from_pretrained(readable, **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"plm.name={config.name}: cannot be loaded as a causal LM: {reason}") from error
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError(
+            f"plm.device_map={config.device_map}: {config.name} does not fit the devices of one actor, and weights "
+            "left on disk or in RAM are not supported. Give the actor more GPUs, or choose plm.dtype=bfloat16."
+        )
     model = model if config.device_map else model.to(device)
     name = Path(gguf).stem if gguf else Path(where).name if Path(where).exists() else where
     return LoadedPLM(name, model.eval().requires_grad_(False), tokenizer)
@@ -98,7 +103,10 @@ def locate(name: str) -> tuple[str, str | None]:
     """
     if name.startswith(_PACKAGE):
         package = name.removeprefix(_PACKAGE)
-        spec = importlib.util.find_spec(package)  # finds the files without running the package's code
+        try:
+            spec = importlib.util.find_spec(package)  # finds the files without running the package's code
+        except (ModuleNotFoundError, ValueError):  # of a parent package, or of a name that is none
+            spec = None
         folders = list(spec.submodule_search_locations or []) if spec else []
         found = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
         if not found:

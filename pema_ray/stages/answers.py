@@ -61,7 +61,7 @@ def run_jobs(config: ExperimentConfig, run: Run, jobs: Sequence[GenerationJob], 
     wanted = sum(len(job.requests) for job in jobs)
     answers: dict[str, dict[int, Answer]] = {job.system: {} for job in jobs}
     with (
-        ray_cluster(config.ray, options.cpus_per_actor, options.gpus_per_actor),
+        ray_cluster(config.ray, options.cpus_per_actor, options.gpus_per_actor, readers=1),
         track(title, wanted, "answers") as bar,
     ):
         batches = generate(

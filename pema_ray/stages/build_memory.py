@@ -29,7 +29,7 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
         if not missing:
             return _measure(run_builds(builds, make_source), 0, 1.0)
         with (
-            ray_cluster(config.ray, chosen.cpus_per_actor, chosen.gpus_per_actor),
+            ray_cluster(config.ray, chosen.cpus_per_actor, chosen.gpus_per_actor, readers=1),
             track("memory", missing, "shards") as bar,
         ):
             manifests = run_builds(builds, make_source, lambda info: bar.advance(1, info.rows))

@@ -12,12 +12,15 @@ from pema_ray.errors import UserError
 
 
 @contextmanager
-def ray_cluster(config: RayConfig, cpus: float = 0, gpus: float = 0, workers: int = 1) -> Iterator[None]:
+def ray_cluster(
+    config: RayConfig, cpus: float = 0, gpus: float = 0, workers: int = 1, readers: int = 0
+) -> Iterator[None]:
     """Ray, for the time of the block. A session that is already running is used and left running.
 
     Args:
         cpus, gpus: what one actor or worker will ask for; a cluster that can never give it is refused at once.
         workers: how many must run at the same time (actors may wait for each other, training workers may not).
+        readers: CPUs that Ray Data needs beside its actors; without one, both wait for ever.
     """
     import ray
 
@@ -26,11 +29,12 @@ def ray_cluster(config: RayConfig, cpus: float = 0, gpus: float = 0, workers: in
         _start(config)
     try:
         total = ray.cluster_resources()
-        for name, asked in (("CPU", cpus), ("GPU", gpus)):
-            if asked * workers > total.get(name, 0):
+        for name, asked in (("CPU", cpus * workers + readers), ("GPU", gpus * workers)):
+            if asked > total.get(name, 0):
                 who = "One actor asks" if workers == 1 else f"{workers} workers ask"
+                who += f" (and {readers} reader)" if readers and name == "CPU" else ""
                 raise UserError(
-                    f"{who} for {asked * workers:g} {name}, the Ray cluster has {total.get(name, 0):g} in all. "
+                    f"{who} for {asked:g} {name}, the Ray cluster has {total.get(name, 0):g} in all. "
                     f"Lower the stage's {name.lower()}s_per_* setting or join a larger cluster (ray.address)."
                 )
         yield

@@ -9,6 +9,7 @@ from typing import Any
 from pema_ray.config import ExperimentConfig, GenerateConfig
 from pema_ray.data_owner import PemaAdapter, UnrollingSchedule
 from pema_ray.data_owner.ray_generation import Answer, GenerationJob
+from pema_ray.errors import UserError
 from pema_ray.evaluation.likelihood import token_likelihood
 from pema_ray.evaluation.results import (
     Evaluation,
@@ -21,9 +22,11 @@ from pema_ray.evaluation.results import (
     TrainingPoint,
 )
 from pema_ray.evaluation.scores import Scorer
+from pema_ray.hardware import pick_device
 from pema_ray.memory import ExternalMemory
 from pema_ray.memory.shards import atomic_file
 from pema_ray.stages.answers import make_job, read_rows, run_jobs, to_row, write_rows
+from pema_ray.stages.progress import console
 from pema_ray.stages.run import Run
 from pema_ray.tasks import Pair
 
@@ -82,7 +85,11 @@ def _other_systems(run: Run, pairs: Sequence[Pair]) -> list[GenerationJob]:
     jobs = [make_job(run, _ALONE, pairs, prompter, config.generate, None)]
     shots = config.evaluate.few_shot
     if shots and shots != config.task.shots:
-        jobs.append(make_job(run, f"PLM, {shots} examples shown", pairs, run.prompter(shots), config.generate, None))
+        name = f"PLM, {shots} examples shown"
+        try:
+            jobs.append(make_job(run, name, pairs, run.prompter(shots), config.generate, None))
+        except UserError as error:  # a comparison that this task's texts do not allow is no reason to lose the others
+            console.print(f"[yellow]'{name}' is left out (evaluate.few_shot): {error}[/]")
     if config.task.shots:
         jobs.append(make_job(run, "PLM, no examples shown", pairs, run.prompter(0), config.generate, None))
     for lam in config.evaluate.generate_lambdas:
@@ -155,9 +162,9 @@ def _share(scorer: Scorer, texts: list[str]) -> float | None:
 
 
 def _sweep(run: Run) -> LambdaSweep:
-    card, head = run.bundle.card, run.bundle.head
+    card, head = run.bundle.card, run.bundle.head.to(pick_device(run.config.plm.device))
     memory = ExternalMemory.open(run.path("build_memory", run.config.generate.split), card)
-    adapter = PemaAdapter.from_pretrained(run.path("train", "adapter"), card)
+    adapter = PemaAdapter.from_pretrained(run.path("train", "adapter"), card).to(head.weight.device)
     rows = memory.load()
     likelihood = token_likelihood(
         rows.key, rows.target, [memory.manifest.eos_token_id], head, lambda state: adapter.log_probs(state, head)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -15,8 +16,11 @@ from pema_ray.errors import USER_ERROR_EXIT_CODE, UserError
 quiet_libraries()  # before Ray and transformers are imported
 
 from pema_ray.config import ExperimentConfig, load_config  # noqa: E402
+from pema_ray.stages.settings import settings_of  # noqa: E402
 
 INTERRUPTED_EXIT_CODE = 130
+# What a user's machine can refuse, anywhere: a full disk, rights, a file where a folder should be.
+_ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
 Stage = Callable[[ExperimentConfig], dict[str, Any]]
 
 
@@ -38,6 +42,12 @@ def guarded(work: Callable[[], object]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR_EXIT_CODE
+    except OSError as error:
+        if error.errno not in _ENVIRONMENT:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}. Finished stages, shards and checkpoints are kept.", file=sys.stderr)
+        return USER_ERROR_EXIT_CODE
     except KeyboardInterrupt:
         print(
             "interrupted: finished stages, shards and checkpoints are kept; the same command goes on.", file=sys.stderr
@@ -53,7 +63,14 @@ def run_stage(name: str, config: Path | None, overrides: Sequence[str]) -> int:
 
 def job(name: str) -> None:
     """Entry point of `jobs/<stage>.py`: `--config <file> [section.key=value ...]`."""
-    parser = argparse.ArgumentParser(description=stages()[name].__doc__)
+    settings = "\n".join(
+        f"  {one.key}{'=' + one.default if one.default else ''}\n      {one.meaning}" for one in settings_of(name)
+    )
+    parser = argparse.ArgumentParser(
+        description=stages()[name].__doc__,
+        epilog=f"settings:\n{settings}" if settings else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--config", type=Path, required=True, help="an experiment's YAML file, such as configs/quickstart.yaml"
     )

@@ -26,6 +26,7 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
         counts = {split: len(found) for split, found in pairs.items()}
         return {
             "pairs": counts,
+            "file_hashes": run.file_hashes,
             "summary": ", ".join(f"{count:,} {split}" for split, count in counts.items()) + " pairs",
         }
 

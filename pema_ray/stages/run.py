@@ -19,7 +19,7 @@ from pema_ray.config import ExperimentConfig
 from pema_ray.errors import UserError
 from pema_ray.line import LMHeadBundle
 from pema_ray.memory.manifest import Manifest
-from pema_ray.memory.shards import atomic_file
+from pema_ray.memory.shards import atomic_file, sha256_of
 from pema_ray.stages.progress import console
 from pema_ray.tasks import Pair, Prompter, Task, load_task
 from pema_ray.tasks.sources import first_shots
@@ -77,12 +77,23 @@ class Run:
         }
         described = [stage, self.config.seed, settings, [self.stamp(parent) for parent in parents]]
         if stage == "prepare":
-            described += [self.task.model_dump(mode="json"), self._file_hashes()]
+            described += [self.task.model_dump(mode="json"), self.file_hashes]
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
-    def _file_hashes(self) -> dict[str, str]:
+    @cached_property
+    def file_hashes(self) -> dict[str, str]:
+        """sha256 of the task's files by split; of those that are gone since they were prepared, as they were then."""
         paths = {**self.task.source.files, **self.config.task.files}
-        return {s: hashlib.sha256(Path(p).read_bytes()).hexdigest() for s, p in paths.items() if Path(p).is_file()}
+        before = self._read_metrics("prepare").get("file_hashes", {})
+        return before | {s: sha256_of(Path(p)) for s, p in paths.items() if Path(p).is_file()}
+
+    def _read_metrics(self, stage: str) -> dict[str, Any]:
+        """What lies in a stage's `metrics.json`; nothing if it is not there or was torn."""
+        try:
+            found = json.loads(self.path(stage, "metrics.json").read_text())
+            return found if isinstance(found, dict) else {}
+        except (OSError, ValueError):
+            return {}
 
     def metrics(self, stage: str) -> dict[str, Any]:
         """What a finished stage measured.
@@ -90,14 +101,12 @@ class Run:
         Raises:
             UserError: it has not been run, or not with these settings.
         """
-        path = self.path(stage, "metrics.json")
-        command = stage.replace("_", "-")
-        if not path.exists():
+        found, command = self._read_metrics(stage), stage.replace("_", "-")
+        if not found:
             raise UserError(f"{self.folder}: stage '{command}' has not been run yet. Run: pema-ray {command}")
-        found = json.loads(path.read_text())
-        if found["stamp"] != self.stamp(stage):
+        if found.get("stamp") != self.stamp(stage):
             raise UserError(
-                f"{path}: stage '{command}' was run with other settings than this run's. "
+                f"{self.path(stage)}: stage '{command}' was run with other settings than this run's. "
                 f"Run it again: pema-ray {command}"
             )
         return found
@@ -106,11 +115,17 @@ class Run:
         """Its metrics if the stage is done with these very settings."""
         try:
             found = self.metrics(stage)
-            evidence = (self.path(stage, name) for name in _EVIDENCE.get(stage, ()))
-            whole = self._memory_is_whole() if stage == "build_memory" else all(path.exists() for path in evidence)
-            return found if whole else None
         except UserError:
             return None
+        return found if self._is_whole(stage) else None
+
+    def _is_whole(self, stage: str) -> bool:
+        if stage == "build_memory":
+            try:
+                return self._memory_is_whole()
+            except UserError:
+                return False
+        return all(self.path(stage, name).exists() for name in _EVIDENCE[stage])
 
     def _memory_is_whole(self) -> bool:
         """Every shard of every manifest is there: a user may have deleted a damaged one, to have it made again."""
@@ -140,16 +155,16 @@ class Run:
 
     @contextmanager
     def _metrics_set_aside(self, stage: str) -> Iterator[None]:
-        """A stage that is under way has no metrics; one that was refused keeps those of the run before."""
+        """A stage that is under way has no metrics; one that was refused keeps those of the result it left in place."""
         path = self.path(stage, "metrics.json")
         before = path.read_text() if path.exists() else None
         path.unlink(missing_ok=True)
         try:
             yield
         except UserError:
-            if before is not None:
-                self.path(stage).mkdir(parents=True, exist_ok=True)
-                path.write_text(before)
+            if before is not None and self._is_whole(stage):
+                with atomic_file(path) as temporary:
+                    temporary.write_text(before)
             raise
 
     def _require_parents(self, stage: str) -> None:

@@ -45,12 +45,12 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
         )
         train_memory = ExternalMemory.open(job.train_memory, card)
         ExternalMemory.open(job.dev_memory, card)
-        _forget_other_settings(folder, run.stamp("train"))
         share = min(1.0, (c.max_train_pairs or train_memory.manifest.examples) / train_memory.manifest.examples)
         rows = max(1, int(share * len(train_memory)))  # exact but for the length of the pairs that are left out
         steps = max(1, rows // min(c.batch_size, rows)) * c.epochs
         cluster = ray_cluster(config.ray, c.cpus_per_worker, c.gpus_per_worker, c.workers)
         with cluster, track("training", steps) as bar:
+            _forget_other_settings(folder, run.stamp("train"))  # once nothing is left to be refused for
 
             def show(kind: str, point: Point) -> None:
                 if kind == "train":

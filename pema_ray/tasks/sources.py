@@ -133,6 +133,8 @@ def _json_lines(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}: line {number}: broken JSON: {error.msg} (column {error.colno}).") from None
+        except RecursionError:
+            raise UserError(f"{path}: line {number}: JSON that is nested too deeply.") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}: line {number}: expected a JSON object, found a {type(row).__name__}.")
         yield number, row
@@ -158,6 +160,8 @@ def _parquet(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
 
     try:
         rows = pq.read_table(path).to_pylist()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not valid UTF-8 in a text column ({error.reason}).") from None
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
     yield from enumerate(rows, start=1)

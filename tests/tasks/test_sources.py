@@ -95,6 +95,20 @@ def test_invalid_utf8_is_named_by_its_line_and_byte(tmp_path: Path):
     assert complaint(write(tmp_path, b"en,du\na,\xe9\n", "p.csv")).startswith("line 2: not valid UTF-8")
 
 
+def test_parquet_text_that_is_no_utf8_and_json_without_bottom_are_refused(tmp_path: Path):
+    raw = pa.table({"en": _not_utf8(), "du": ["b"]})
+    pq.write_table(raw, tmp_path / "p.parquet")
+    assert complaint(tmp_path / "p.parquet").startswith("not valid UTF-8 in a text column")
+    deep = write(tmp_path, '{"en": ' + "[" * 100_000 + "\n")
+    assert complaint(deep) == "line 1: JSON that is nested too deeply."
+
+
+def _not_utf8() -> pa.Array:
+    """A string column whose bytes are none: pyarrow does not look."""
+    offsets, data = pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")
+    return pa.StringArray.from_buffers(1, offsets, data)
+
+
 def test_an_empty_text_is_named_by_role_and_line(tmp_path: Path):
     message = "line 2: the target (column 'du') is empty."
     assert complaint(write(tmp_path, jsonl([ROWS[0], {"en": "a", "du": "  "}]))) == message
