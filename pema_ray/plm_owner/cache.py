@@ -39,6 +39,16 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = (buffer[..., :total, :] for buffer in self._buffers)
         return self.keys, self.values
 
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows; where as many stay as there were, only those that move are copied (beams mostly stay)."""
+        if self._buffers is None or not self._holds_views_of(self._buffers) or len(indices) != len(self._buffers[0]):
+            super().batch_select_indices(indices)
+            return
+        moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero()[:, 0]
+        for held in (self.keys, self.values):
+            assert held is not None
+            held[moved] = held[indices[moved]]
+
     def _holds_views_of(self, buffers: tuple[torch.Tensor, torch.Tensor]) -> bool:
         """Selecting or repeating rows puts new tensors in the place of the views."""
         assert self.keys is not None

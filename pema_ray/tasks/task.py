@@ -61,8 +61,8 @@ class Task(Section):
             fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
         except ValueError as error:
             raise ValueError(f"not a template: {error}") from None
-        if fields != ["source"]:
-            raise ValueError(f"must contain {{source}} exactly once and no other field, found {fields}")
+        if set(fields) != {"source"}:
+            raise ValueError(f"must contain {{source}} and no other field, found {fields}")
         return template
 
     @field_validator("archaic_pattern")
