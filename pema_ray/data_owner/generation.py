@@ -14,7 +14,7 @@ import torch
 
 from pema_ray.data_owner.adapter import PemaAdapter
 from pema_ray.data_owner.unrolling import UnrollingSchedule, mix
-from pema_ray.line import ContextSource, LMHead, SessionLost
+from pema_ray.line import ContextSource, ExtractBatch, LMHead, SessionLost
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +105,15 @@ class Generator:
         """One answer per request, in their order.
 
         Args:
-            explain: keep for every token λ_t and both probabilities (greedy and sampling).
+            explain: keep for every token λ_t and both probabilities.
             streams: numbers that, with the seed, name each request's random draws, so that a sampled answer does
                 not depend on the batch it is drawn in; their places by default.
         """
         if decoding.kind == "beam":
-            return self._beam(requests, decoding)
+            answers = self._beam(requests, decoding)
+            if explain:
+                self._trace(requests, answers)
+            return answers
         return self._step_by_step(requests, decoding, explain, range(len(requests)) if streams is None else streams)
 
     # ── distributions ───────────────────────────────────────────────────────
@@ -220,6 +223,24 @@ class Generator:
         finally:
             session.close()
         return [search.finished[0][1] for search in searches]
+
+    def _trace(self, requests: Sequence[Request], answers: Sequence[Generated]) -> None:
+        """Explain finished answers by one teacher-forced pass; beams that were given up are not asked about."""
+        batch = ExtractBatch(
+            [[*r.prompt, *a.tokens[:-1]] for r, a in zip(requests, answers, strict=True)],
+            [len(request.prompt) - 1 for request in requests],
+        )
+        states = self.source.extract(batch).split([len(answer.tokens) for answer in answers])
+        for request, answer, state in zip(requests, answers, states, strict=True):
+            steps = range(len(answer.tokens))
+            lam = torch.cat([self._lambda([request], step) for step in steps])
+            _, log_pema, log_plm = self._distributions(state, lam, both=True)
+            assert log_plm is not None
+            pema = log_plm if log_pema is None else log_pema
+            answer.trace = [
+                TokenTrace(token, float(lam[t]), float(pema[t, token]), float(log_plm[t, token]))
+                for t, token in enumerate(answer.tokens)
+            ]
 
 
 class _BeamSearch:

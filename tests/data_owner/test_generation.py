@@ -304,7 +304,7 @@ def test_a_beams_score_is_its_own_and_not_below_greedys_here(tiny_source, name: 
 # ── traces ──────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("kind", ["greedy", "sample"])
+@pytest.mark.parametrize("kind", ["greedy", "sample", "beam"])
 def test_a_trace_says_lambda_and_both_probabilities_of_every_token(tiny_source, kind: str):
     source, wanted = tiny_source("gpt2"), various()
     answers = generator(source).generate(wanted, Decoding(kind), explain=True)
