@@ -114,7 +114,7 @@ def full_disk(*_args, **_kwargs):
 def test_a_full_disk_leaves_nothing_half_written(step: str, tmp_path: Path, monkeypatch):
     before = write_shard(tmp_path / "done.parquet", some_rows())
     monkeypatch.setattr(step, full_disk)
-    with pytest.raises(UserError, match="new.parquet: cannot be written: No space left on device. Free space"):
+    with pytest.raises(UserError, match="new.parquet: cannot be written: No space left on device. Start again"):
         write_shard(tmp_path / "new.parquet", some_rows(seed=1))
     assert os.listdir(tmp_path) == ["done.parquet"]
     assert_same(read_shard(tmp_path / "done.parquet", before[1]), some_rows())
