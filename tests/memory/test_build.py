@@ -148,7 +148,7 @@ def test_a_full_disk_in_an_actor_is_a_message_and_finished_shards_stay(tmp_path:
     with monkeypatch.context() as patch:
         patch.setattr("pema_ray.memory.shards.pq.write_table", full)
         (error,) = actor({"number": [0]})["error"]
-    assert "No space left on device. Free space and start again; finished shards are kept." in error
+    assert "No space left on device. Start again when it can; what is finished is kept." in error
     assert contents(tmp_path) == before
     in_this_process(build(tmp_path))
     assert run_build(build(tmp_path), counting_factory()).rows == 33
