@@ -97,7 +97,7 @@ def test_a_finished_shard_is_skipped_and_one_that_lacks_its_file_or_receipt_is_n
 def test_other_settings_are_refused_unless_overwrite(change: dict, tmp_path: Path):
     in_this_process(build(tmp_path))
     before = contents(tmp_path)
-    with pytest.raises(UserError, match="holds a memory built from other examples, another PLM or other settings"):
+    with pytest.raises(UserError, match="holds a memory built from other examples or with other settings"):
         prepare_folder(build(tmp_path, **change))
     assert contents(tmp_path) == before
     todo, done = prepare_folder(build(tmp_path, **change, overwrite=True))
