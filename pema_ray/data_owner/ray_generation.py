@@ -96,7 +96,9 @@ def _batches(job: GenerationJob, size: int) -> Iterator[GenerationJob]:
 
 
 class _Actor:
-    def __init__(self, source_factory: Callable[[], ContextSource], bundle: Path, batches: Any, device: str) -> None:
+    def __init__(
+        self, source_factory: Callable[[], ContextSource], bundle: Path, batches: Any, device: str = "auto"
+    ) -> None:
         import ray
 
         self._adapters: dict[Path, PemaAdapter] = {}

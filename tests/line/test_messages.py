@@ -17,7 +17,8 @@ def test_a_card_survives_json():
 
 def test_a_batch_counts_its_rows():
     assert ExtractBatch([[1, 2, 3], [4]], [1, 0]).rows == 3
-    assert ExtractBatch([], []).rows == 0
+    with pytest.raises(ValueError, match="at least one sequence"):
+        ExtractBatch([], [])
 
 
 @pytest.mark.parametrize(("ids", "first"), [([[1, 2]], [2]), ([[1, 2]], [-1]), ([[]], [0])])
