@@ -1,0 +1,101 @@
+"""Number formats of stored representations. N rows, H hidden.
+
+`float32` is exact, `float16` and `bfloat16` halve the bytes, `int8` quarters them: each row is divided by a scale of
+its own, `max|row| / 127`, and rounded. Whoever reads keys gets float32, whatever is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from pema_ray.errors import UserError
+
+KeyDtype = Literal["float32", "float16", "bfloat16", "int8"]
+KEY_DTYPES: tuple[KeyDtype, ...] = get_args(KeyDtype)
+_STORAGE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "int8": np.int8}
+_INT8_MOST = 127
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Representations as they are stored; indexing decodes.
+
+    Attributes:
+        dtype: the number format.
+        data: `[N, H]` in the format's storage; bfloat16 numbers are their 16 bits.
+        scale: `[N]` float32, of int8 alone.
+    """
+
+    dtype: KeyDtype
+    data: np.ndarray
+    scale: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.data.ndim != 2 or self.data.dtype != _STORAGE[self.dtype]:
+            raise ValueError(f"{self.dtype} keys are a {_STORAGE[self.dtype].__name__} matrix, not {self.data.dtype}")
+        if (self.scale is not None) != (self.dtype == "int8") or (self.scale is not None and len(self.scale) != len(self)):
+            raise ValueError("int8 keys have a scale for each row, other keys have none")
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.data.shape[0], self.data.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+    def __getitem__(self, index: np.ndarray | slice) -> np.ndarray:
+        """Rows as float32 `[n, H]`."""
+        rows = self.data[index]
+        if self.dtype == "bfloat16":
+            return (rows.astype(np.uint32) << 16).view(np.float32)
+        if self.scale is not None:
+            return rows.astype(np.float32) * self.scale[index][:, None]
+        return rows.astype(np.float32, copy=False)
+
+    def take(self, index: np.ndarray | slice) -> Keys:
+        """The same rows, still encoded."""
+        return Keys(self.dtype, self.data[index], None if self.scale is None else self.scale[index])
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Keys]) -> Keys:
+        (dtype,) = {part.dtype for part in parts}
+        scales = [part.scale for part in parts if part.scale is not None]
+        return cls(dtype, np.concatenate([part.data for part in parts]), np.concatenate(scales) if scales else None)
+
+
+def encode(exact_NH: np.ndarray, dtype: KeyDtype) -> Keys:
+    """float32 representations `[N, H]` in a number format.
+
+    Raises:
+        UserError: a number is not finite, or too large for float16.
+    """
+    exact = np.ascontiguousarray(exact_NH, np.float32)
+    if not np.isfinite(exact).all():
+        raise UserError("A context representation is not finite: this PLM overflows in its dtype. Set plm.dtype=float32.")
+    if dtype == "float32":
+        return Keys(dtype, exact)
+    if dtype == "bfloat16":
+        bits = exact.view(np.uint32)
+        rounded = bits + 0x7FFF + ((bits >> 16) & 1)  # to nearest, ties to even
+        return Keys(dtype, (rounded >> 16).astype(np.uint16))
+    if dtype == "int8":
+        scale = np.abs(exact).max(axis=1, initial=0.0) / np.float32(_INT8_MOST)
+        safe = np.where(scale > 0, scale, np.float32(1))
+        steps = np.clip(np.rint(exact / safe[:, None]), -_INT8_MOST, _INT8_MOST)  # a subnormal scale is itself rounded
+        return Keys(dtype, steps.astype(np.int8), scale.astype(np.float32))
+    with np.errstate(over="ignore"):
+        half = exact.astype(np.float16)
+    if np.isinf(half).any():
+        raise UserError(
+            f"A context representation reaches {np.abs(exact).max():.3g}, float16 ends at 65504. "
+            "Set build_memory.key_dtype to bfloat16, int8 or float32."
+        )
+    return Keys(dtype, half)
