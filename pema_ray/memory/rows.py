@@ -12,8 +12,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from pema_ray.errors import UserError
 from pema_ray.line import ExtractBatch
+from pema_ray.memory.codec import KeyDtype, encode
 from pema_ray.memory.plan import ShardPlan, common_prompt_prefix, plan_batches
 from pema_ray.memory.shards import MemoryRows
 from pema_ray.tasks import EncodedPair
@@ -25,16 +25,16 @@ class Extractor(Protocol):
     def extract(self, batch: ExtractBatch) -> torch.Tensor: ...
 
 
-def rows_of_batch(source: Extractor, batch: Sequence[EncodedPair], eos: int, key_dtype: str) -> MemoryRows:
+def rows_of_batch(source: Extractor, batch: Sequence[EncodedPair], eos: int, key_dtype: KeyDtype) -> MemoryRows:
     """All rows of the examples, example after example."""
     request = ExtractBatch(
         token_ids=[example.prompt + example.target for example in batch],
         first=[len(example.prompt) - 1 for example in batch],
     )
-    key_NH = _stored(source.extract(request), key_dtype)
+    keys = encode(source.extract(request).float().numpy(), key_dtype)
     targets = [np.array([*example.target, eos], np.int32) for example in batch]
     return MemoryRows(
-        key=key_NH,
+        key=keys,
         target=np.concatenate(targets),
         example_id=np.concatenate(
             [np.full(len(t), e.example_id, np.int64) for e, t in zip(batch, targets, strict=True)]
@@ -43,20 +43,8 @@ def rows_of_batch(source: Extractor, batch: Sequence[EncodedPair], eos: int, key
     )
 
 
-def _stored(state_NH: torch.Tensor, key_dtype: str) -> np.ndarray:
-    exact = state_NH.float().numpy()
-    with np.errstate(over="ignore"):
-        key = exact.astype(key_dtype)
-    if key_dtype == "float16" and np.isinf(key).any():
-        raise UserError(
-            f"A context representation reaches {np.abs(exact).max():.3g}, float16 ends at 65504. "
-            "Set build_memory.key_dtype=float32."
-        )
-    return key
-
-
 def rows_of_shard(
-    source: Extractor, shard: ShardPlan, eos: int, key_dtype: str, max_batch_tokens: int
+    source: Extractor, shard: ShardPlan, eos: int, key_dtype: KeyDtype, max_batch_tokens: int
 ) -> tuple[MemoryRows, int, int]:
     """A shard's rows in the order of its examples, with the token positions computed, bare and padded."""
     shared = common_prompt_prefix(shard.examples)

@@ -1,6 +1,7 @@
 """Writes one shard of rows, atomically, and reads it back, checked. N rows, H hidden.
 
-Parquet columns: `key` (fixed-size list of H numbers), `target`, `example_id`, `position`. Plain pyarrow reads them.
+Parquet columns: `key` (fixed-size list of H numbers), `target`, `example_id`, `position`, and `scale` for int8 keys. Plain
+pyarrow reads them; bfloat16 keys are their 16 bits, as uint16.
 """
 
 from __future__ import annotations
@@ -17,15 +18,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pema_ray.errors import UserError
+from pema_ray.memory.codec import KeyDtype, Keys
 
-_ARROW = {"float32": pa.float32(), "float16": pa.float16()}
+_ARROW: dict[KeyDtype, pa.DataType] = {
+    "float32": pa.float32(),
+    "float16": pa.float16(),
+    "bfloat16": pa.uint16(),
+    "int8": pa.int8(),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryRows:
-    """Rows in memory: `key [N, H]` float, `target [N]` int32, `example_id [N]` int64, `position [N]` int32."""
+    """Rows in memory: `key [N, H]` as stored, `target [N]` int32, `example_id [N]` int64, `position [N]` int32."""
 
-    key: np.ndarray
+    key: Keys
     target: np.ndarray
     example_id: np.ndarray
     position: np.ndarray
@@ -34,12 +41,13 @@ class MemoryRows:
         return len(self.target)
 
     def take(self, index: np.ndarray | slice) -> MemoryRows:
-        return MemoryRows(self.key[index], self.target[index], self.example_id[index], self.position[index])
+        return MemoryRows(self.key.take(index), self.target[index], self.example_id[index], self.position[index])
 
     @classmethod
     def concatenate(cls, parts: list[MemoryRows]) -> MemoryRows:
-        fields = ("key", "target", "example_id", "position")
-        return cls(*(np.concatenate([getattr(part, field) for part in parts]) for field in fields))
+        plain = ("target", "example_id", "position")
+        keys = Keys.concatenate([part.key for part in parts])
+        return cls(keys, *(np.concatenate([getattr(part, field) for part in parts]) for field in plain))
 
 
 @contextmanager
@@ -61,15 +69,15 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 def write_shard(path: Path, rows: MemoryRows) -> tuple[int, str]:
     """Write rows as one Parquet file; returns `(bytes, sha256)`. Same rows, same bytes."""
-    hidden = rows.key.shape[1]
-    arrow = _ARROW[str(rows.key.dtype)]
-    flat = pa.array(np.ascontiguousarray(rows.key).reshape(-1), type=arrow)
+    flat = pa.array(np.ascontiguousarray(rows.key.data).reshape(-1), type=_ARROW[rows.key.dtype])
     columns = {
-        "key": pa.FixedSizeListArray.from_arrays(flat, hidden),
+        "key": pa.FixedSizeListArray.from_arrays(flat, rows.key.shape[1]),
         "target": pa.array(rows.target, pa.int32()),
         "example_id": pa.array(rows.example_id, pa.int64()),
         "position": pa.array(rows.position, pa.int32()),
     }
+    if rows.key.scale is not None:
+        columns["scale"] = pa.array(rows.key.scale, pa.float32())
     with atomic_file(path) as temporary:
         pq.write_table(pa.table(columns), temporary, compression="none", use_dictionary=False, write_statistics=False)
         size, digest = temporary.stat().st_size, sha256_of(temporary)
@@ -97,9 +105,16 @@ def read_shard(path: Path, sha256: str | None = None) -> MemoryRows:
         raise UserError(f"{path}: the shard holds no rows.")
     if not pa.types.is_fixed_size_list(key.type):
         raise UserError(f"{path}: not a readable shard: its keys are {key.type}, not lists of one length.")
-    size = key.type.list_size
-    plain = {name: table.column(name).to_numpy() for name in ("target", "example_id", "position")}
-    return MemoryRows(key.flatten().to_numpy(zero_copy_only=False).reshape(-1, size), **plain)
+    dtype = next((name for name, arrow in _ARROW.items() if arrow == key.type.value_type), None)
+    if dtype is None:
+        raise UserError(f"{path}: not a readable shard: keys of {key.type.value_type}; known are {', '.join(_ARROW)}.")
+    names = ("target", "example_id", "position", *(("scale",) if dtype == "int8" else ()))
+    missing = [name for name in names if name not in table.column_names]
+    if missing:
+        raise UserError(f"{path}: not a readable shard: it has no column '{missing[0]}'.")
+    plain = {name: table.column(name).to_numpy() for name in names}
+    data = key.flatten().to_numpy(zero_copy_only=False).reshape(-1, key.type.list_size)
+    return MemoryRows(Keys(dtype, data, plain.pop("scale", None)), **plain)
 
 
 def sha256_of(path: Path) -> str:
