@@ -37,7 +37,7 @@ class Keys:
     def __post_init__(self) -> None:
         if self.data.ndim != 2 or self.data.dtype != _STORAGE[self.dtype]:
             raise ValueError(f"{self.dtype} keys are a {_STORAGE[self.dtype].__name__} matrix, not {self.data.dtype}")
-        if (self.scale is not None) != (self.dtype == "int8") or (self.scale is not None and len(self.scale) != len(self)):
+        if (None if self.scale is None else len(self.scale)) != (len(self) if self.dtype == "int8" else None):
             raise ValueError("int8 keys have a scale for each row, other keys have none")
 
     def __len__(self) -> int:
@@ -79,7 +79,9 @@ def encode(exact_NH: np.ndarray, dtype: KeyDtype) -> Keys:
     """
     exact = np.ascontiguousarray(exact_NH, np.float32)
     if not np.isfinite(exact).all():
-        raise UserError("A context representation is not finite: this PLM overflows in its dtype. Set plm.dtype=float32.")
+        raise UserError(
+            "A context representation is not finite: the PLM overflows in its dtype. Set plm.dtype=float32."
+        )
     if dtype == "float32":
         return Keys(dtype, exact)
     if dtype == "bfloat16":

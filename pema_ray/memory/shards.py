@@ -1,7 +1,7 @@
 """Writes one shard of rows, atomically, and reads it back, checked. N rows, H hidden.
 
-Parquet columns: `key` (fixed-size list of H numbers), `target`, `example_id`, `position`, and `scale` for int8 keys. Plain
-pyarrow reads them; bfloat16 keys are their 16 bits, as uint16.
+Parquet columns: `key` (fixed-size list of H numbers), `target`, `example_id`, `position`, and `scale` for int8 keys.
+Plain pyarrow reads them; bfloat16 keys are their 16 bits, as uint16.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import torch
 from pema_ray.line import LMHead, ModelCard
 from pema_ray.line.lm_head import HeadSpec
 from pema_ray.memory import MemoryRows
+from pema_ray.memory.codec import encode
 
 H, V = 16, 40
 
@@ -44,6 +45,8 @@ def make_rows() -> Callable[..., MemoryRows]:
         key = np.random.default_rng(seed).normal(size=(count, hidden)).astype(np.float32)
         target = 3 + (key[:, :3] > 0) @ np.array([1, 2, 4])
         index = np.arange(count)
-        return MemoryRows(key, target.astype(np.int32), index.astype(np.int64), np.zeros(count, np.int32))
+        return MemoryRows(
+            encode(key, "float32"), target.astype(np.int32), index.astype(np.int64), np.zeros(count, np.int32)
+        )
 
     return make

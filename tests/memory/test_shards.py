@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from pema_ray.errors import UserError
+from pema_ray.memory.codec import KEY_DTYPES, KeyDtype, encode
 from pema_ray.memory.shards import MemoryRows, atomic_file, read_shard, sha256_of, write_shard
 
 H = 5
 
 
-def some_rows(count: int = 7, dtype: str = "float32", seed: int = 0) -> MemoryRows:
+def some_rows(count: int = 7, dtype: KeyDtype = "float32", seed: int = 0) -> MemoryRows:
     random = np.random.default_rng(seed)
     return MemoryRows(
-        key=random.standard_normal((count, H)).astype(dtype),
+        key=encode(random.standard_normal((count, H)), dtype),
         target=random.integers(0, 2**31 - 1, count, dtype=np.int32),
         example_id=random.integers(0, 2**62, count, dtype=np.int64),
         position=np.arange(count, dtype=np.int32),
@@ -30,37 +31,44 @@ def some_rows(count: int = 7, dtype: str = "float32", seed: int = 0) -> MemoryRo
 
 
 def assert_same(one: MemoryRows, other: MemoryRows) -> None:
-    for field in ("key", "target", "example_id", "position"):
-        a, b = getattr(one, field), getattr(other, field)
-        assert a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes(), field
+    assert one.key.dtype == other.key.dtype
+    pairs = [(one.key.data, other.key.data), (one.key.scale, other.key.scale)]
+    pairs += [(getattr(one, field), getattr(other, field)) for field in ("target", "example_id", "position")]
+    for a, b in pairs:
+        if a is None:
+            assert b is None
+            continue
+        assert a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
 @settings(max_examples=25)
-@given(data=st.data(), dtype=st.sampled_from(["float32", "float16"]))
-def test_any_rows_read_back_bit_for_bit(tmp_path_factory, data, dtype: str):
-    key = data.draw(arrays.arrays(dtype, st.tuples(st.integers(1, 9), st.integers(1, 6))))
+@given(data=st.data(), dtype=st.sampled_from(KEY_DTYPES))
+def test_any_rows_read_back_bit_for_bit(tmp_path_factory, data, dtype: KeyDtype):
+    numbers = st.floats(-60_000, 60_000, width=32)
+    key = data.draw(arrays.arrays("float32", st.tuples(st.integers(1, 9), st.integers(1, 6)), elements=numbers))
     rows = some_rows(len(key))
-    rows = MemoryRows(key, rows.target, rows.example_id, rows.position)
+    rows = MemoryRows(encode(key, dtype), rows.target, rows.example_id, rows.position)
     path = tmp_path_factory.mktemp("shard") / "s.parquet"
     size, digest = write_shard(path, rows)
     assert (size, digest) == (path.stat().st_size, sha256_of(path))
     assert_same(read_shard(path, digest), rows)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_plain_pyarrow_reads_a_shard(dtype: str, tmp_path: Path):
+@pytest.mark.parametrize("dtype", KEY_DTYPES)
+def test_plain_pyarrow_reads_a_shard(dtype: KeyDtype, tmp_path: Path):
     rows = some_rows(dtype=dtype)
     write_shard(tmp_path / "s.parquet", rows)
     table = pq.read_table(tmp_path / "s.parquet")
-    assert table.column_names == ["key", "target", "example_id", "position"]
-    assert table.column("key").to_pylist() == rows.key.tolist()
+    assert table.column_names == ["key", "target", "example_id", "position"] + ["scale"] * (dtype == "int8")
+    assert table.column("key").to_pylist() == rows.key.data.tolist()
     assert table.column("target").to_pylist() == rows.target.tolist()
 
 
 def test_same_rows_same_bytes_and_other_rows_other_bytes(tmp_path: Path):
     first = write_shard(tmp_path / "a.parquet", some_rows())
     view = some_rows(14).take(slice(0, 14, 2))  # not contiguous
-    copy = MemoryRows(*(getattr(view, f).copy() for f in ("key", "target", "example_id", "position")))
+    plain = (getattr(view, field).copy() for field in ("target", "example_id", "position"))
+    copy = MemoryRows(encode(view.key[:], "float32"), *plain)
     assert write_shard(tmp_path / "b.parquet", some_rows()) == first
     assert write_shard(tmp_path / "c.parquet", view) == write_shard(tmp_path / "d.parquet", copy)
     assert write_shard(tmp_path / "e.parquet", some_rows(seed=1))[1] != first[1]
