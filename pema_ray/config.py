@@ -48,6 +48,8 @@ class TaskConfig(Section):
     """Split -> file (JSON Lines, Parquet, CSV) for tasks whose data the user brings."""
     limits: dict[str, int] = {}
     """Split -> number of pairs to keep, drawn with `seed`; a split that is not named is kept whole."""
+    max_rejected: int = Field(default=0, ge=0)
+    """Lines with an empty source or target, over all splits, that are set aside; more of them are refused."""
     shots: int = Field(default=0, ge=0)
     """Pairs of the training split shown as examples in every prompt."""
     chat: bool = False
@@ -84,6 +86,8 @@ class BuildMemoryConfig(Section):
     """Where representations come from: the gold prefix."""
     splits: tuple[Split, ...] = ("train", "dev", "test")
     """`train` needs train and dev, `evaluate` needs `generate.split`."""
+    max_rejected: int = Field(default=0, ge=0)
+    """Bad examples (too long, empty target) of a split that are set aside; more of them fail the build."""
     overwrite: bool = False
     """Throw away a memory that was built with other settings, instead of refusing."""
 

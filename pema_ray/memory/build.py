@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,18 @@ from pema_ray.config import BuildMemoryConfig
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import ModelCard
 from pema_ray.memory.manifest import MANIFEST, Manifest, ShardInfo
-from pema_ray.memory.plan import ShardPlan, plan_hash, plan_shards
+from pema_ray.memory.plan import Rejected, ShardPlan, plan_hash, plan_shards, sort_out
 from pema_ray.memory.rows import Extractor, rows_of_shard
 from pema_ray.memory.shards import atomic_file, write_shard
 from pema_ray.tasks import EncodedPair
 
 _PLAN = "plan.json"
+REJECTED = "rejected.parquet"
 
 
 @dataclass(frozen=True)
 class MemoryBuild:
-    """One memory to be built: its folder, its examples, and what its manifest will say."""
+    """One memory to be built: its folder, its examples (bad ones too), and what its manifest will say."""
 
     folder: Path
     examples: Sequence[EncodedPair]
@@ -42,6 +44,18 @@ class MemoryBuild:
     def eos(self) -> int:
         return self.card.eos_token_ids[0]
 
+    @cached_property
+    def _sorted(self) -> tuple[list[EncodedPair], list[Rejected]]:
+        return sort_out(self.examples, self.card.max_positions)
+
+    @property
+    def accepted(self) -> list[EncodedPair]:
+        return self._sorted[0]
+
+    @property
+    def rejected(self) -> list[Rejected]:
+        return self._sorted[1]
+
     def hash(self) -> str:
         settings: dict[str, object] = {
             "fingerprint": self.card.fingerprint,
@@ -50,21 +64,22 @@ class MemoryBuild:
             "max_batch_tokens": self.config.max_batch_tokens,
             "context": self.config.context,
         }
-        return plan_hash(self.examples, settings)
+        return plan_hash(self.accepted, settings)
 
     def check(self) -> None:
-        """Refuse examples the PLM cannot take, before anything is computed."""
+        """Refuse more bad examples than `max_rejected`, before anything is computed."""
         if not self.examples:
             raise UserError(f"Split '{self.split}' has no examples to build a memory from.")
-        for example in self.examples:
-            if not example.target:
-                raise UserError(f"Split '{self.split}', example {example.example_id}: the target is empty.")
-            length = len(example.prompt) + len(example.target)
-            if length > self.card.max_positions:
-                raise UserError(
-                    f"Split '{self.split}', example {example.example_id}: prompt and target have {length} tokens, "
-                    f"{self.card.name} allows {self.card.max_positions}. Shorten or remove it."
-                )
+        most = self.config.max_rejected
+        if len(self.rejected) > most:
+            first, others = self.rejected[0], len(self.rejected) - 1
+            more = f" ({others:,} more are bad.)" if others else ""
+            raise UserError(
+                f"Split '{self.split}', example {first.example_id}: {first.reason}.{more} "
+                f"Shorten or remove them, or set build_memory.max_rejected={len(self.rejected)} to have them set aside."
+            )
+        if not self.accepted:
+            raise UserError(f"Split '{self.split}': all {len(self.examples):,} examples are bad.")
 
 
 def prepare_folder(build: MemoryBuild) -> tuple[list[ShardPlan], list[ShardInfo]]:
@@ -91,7 +106,7 @@ def prepare_folder(build: MemoryBuild) -> tuple[list[ShardPlan], list[ShardInfo]
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
     todo, done = [], []
-    for shard in plan_shards(build.examples, build.config.examples_per_shard):
+    for shard in plan_shards(build.accepted, build.config.examples_per_shard):
         receipt = _read_receipt(folder / shard.name)
         done.append(receipt) if receipt else todo.append(shard)
     return todo, done
@@ -143,7 +158,19 @@ def run_builds(
             done[folder].append(info)
             if on_shard:
                 on_shard(info)
+    for build in builds:
+        _write_rejected(build)
     return [_write_manifest(build, done[build.folder]) for build in builds]
+
+
+def _write_rejected(build: MemoryBuild) -> None:
+    """`rejected.parquet`: the examples that were set aside, and why; no file without any."""
+    if build.rejected:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        with atomic_file(build.folder / REJECTED) as temporary:
+            pq.write_table(pa.Table.from_pylist([asdict(one) for one in build.rejected]), temporary)
 
 
 def _write_manifest(build: MemoryBuild, done: Sequence[ShardInfo]) -> Manifest:
@@ -160,6 +187,7 @@ def _write_manifest(build: MemoryBuild, done: Sequence[ShardInfo]) -> Manifest:
         plan_hash=build.hash(),
         rows=sum(info.rows for info in done),
         examples=sum(info.examples for info in done),
+        rejected=len(build.rejected),
         shards=tuple(sorted(done, key=lambda info: info.name)),
     )
     with atomic_file(build.folder / MANIFEST) as temporary:

@@ -9,7 +9,7 @@ import numpy as np
 
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import ModelCard
-from pema_ray.memory.manifest import Manifest
+from pema_ray.memory.manifest import Manifest, ShardInfo
 from pema_ray.memory.shards import MemoryRows, read_shard
 
 
@@ -46,12 +46,15 @@ class ExternalMemory:
             UserError: a shard is missing, damaged, or has not the rows the manifest promises.
         """
         for info in self.manifest.shards:
-            rows = read_shard(self.folder / info.name, info.sha256 if verify else None)
-            if len(rows) != info.rows or rows.key.shape[1] != self.manifest.hidden_size:
-                raise UserError(
-                    f"{self.folder / info.name}: holds {rows.key.shape}, the manifest says {info.rows} rows."
-                )
-            yield rows
+            yield self.shard(info, verify)
+
+    def shard(self, info: ShardInfo, verify: bool = True) -> MemoryRows:
+        """One shard's rows; raises as `shards` does."""
+        path, hidden = self.folder / info.name, self.manifest.hidden_size
+        rows = read_shard(path, info.sha256 if verify else None)
+        if rows.key.shape != (info.rows, hidden):
+            raise UserError(f"{path}: holds rows {rows.key.shape}, the manifest says {(info.rows, hidden)}.")
+        return rows
 
     def load(self, max_examples: int | None = None, max_rows: int | None = None) -> MemoryRows:
         """Rows as one block in memory, in example order.

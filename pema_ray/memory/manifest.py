@@ -44,6 +44,8 @@ class Manifest(Section):
     plan_hash: str
     rows: int
     examples: int
+    rejected: int = 0
+    """Examples that could not become rows; `rejected.parquet` names them."""
     shards: tuple[ShardInfo, ...] = Field(min_length=1)
 
     @property

@@ -22,6 +22,32 @@ class ShardPlan:
     examples: tuple[EncodedPair, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """An example that cannot become rows, and why."""
+
+    example_id: int
+    reason: str
+    prompt_tokens: int
+    target_tokens: int
+
+
+def sort_out(examples: Sequence[EncodedPair], max_positions: int) -> tuple[list[EncodedPair], list[Rejected]]:
+    """`(examples the PLM can take, the others)`, each in their order."""
+    good: list[EncodedPair] = []
+    bad: list[Rejected] = []
+    for example in examples:
+        prompt, target = len(example.prompt), len(example.target)
+        if not target:
+            bad.append(Rejected(example.example_id, "the target is empty", prompt, target))
+        elif prompt + target > max_positions:
+            reason = f"prompt and target have {prompt + target} tokens, the PLM allows {max_positions}"
+            bad.append(Rejected(example.example_id, reason, prompt, target))
+        else:
+            good.append(example)
+    return good, bad
+
+
 def plan_shards(examples: Sequence[EncodedPair], examples_per_shard: int) -> list[ShardPlan]:
     """Cut the examples, in their order, into shards."""
     return [

@@ -60,6 +60,7 @@ def _measure(manifests: list[Manifest], new_rows: int, seconds: float) -> dict[s
         "rows": {manifest.split: manifest.rows for manifest in manifests},
         "bytes": sum(s.bytes for s in shards),
         "shards": len(shards),
+        "rejected": {manifest.split: manifest.rejected for manifest in manifests},
         "padding_share": round(1 - tokens / padded, 4),
         "new_rows": new_rows,
         "rows_per_second": round(rate, 1) if new_rows else None,

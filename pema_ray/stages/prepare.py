@@ -9,9 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pema_ray.config import ExperimentConfig
+from pema_ray.errors import UserError
 from pema_ray.memory.shards import atomic_file
 from pema_ray.stages.run import Run
 from pema_ray.tasks import load_pairs
+from pema_ray.tasks.sources import RejectedLine
 
 
 def run(config: ExperimentConfig) -> dict[str, Any]:
@@ -19,7 +21,18 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
     run = Run(config)
 
     def work() -> dict[str, Any]:
-        pairs = load_pairs(run.task, config.task.files, config.task.limits, config.seed)
+        most = config.task.max_rejected
+        rejected: list[RejectedLine] | None = [] if most else None
+        pairs = load_pairs(run.task, config.task.files, config.task.limits, config.seed, rejected)
+        if rejected and len(rejected) > most:
+            first = rejected[0]
+            raise UserError(
+                f"{first.file}: line {first.line}: {first.reason} With it, {len(rejected):,} lines are bad, "
+                f"task.max_rejected allows {most:,}."
+            )
+        if rejected:
+            with atomic_file(run.path("prepare", "rejected.parquet")) as temporary:
+                pq.write_table(pa.Table.from_pylist([asdict(line) for line in rejected]), temporary)
         for split, found in pairs.items():
             with atomic_file(run.path("prepare", f"{split}.parquet")) as temporary:
                 pq.write_table(pa.Table.from_pylist([asdict(pair) for pair in found]), temporary)
@@ -27,7 +40,10 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
         return {
             "pairs": counts,
             "file_hashes": run.file_hashes,
-            "summary": ", ".join(f"{count:,} {split}" for split, count in counts.items()) + " pairs",
+            "rejected": len(rejected or ()),
+            "summary": ", ".join(f"{count:,} {split}" for split, count in counts.items())
+            + " pairs"
+            + (f", {len(rejected):,} lines set aside" if rejected else ""),
         }
 
     return run.perform("prepare", work)

@@ -49,6 +49,7 @@ _INCIDENTAL = {
     "cpus_per_actor",
     "gpus_per_actor",
     "overwrite",
+    "max_rejected",
     "resume",
     "threads",
     "cpus_per_worker",

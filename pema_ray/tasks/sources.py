@@ -25,14 +25,29 @@ class Pair:
     target: str
 
 
+@dataclass(frozen=True, slots=True)
+class RejectedLine:
+    """A line that holds no pair, and why."""
+
+    split: str
+    file: str
+    line: int
+    reason: str
+
+
 def load_pairs(
-    task: Task, files: Mapping[str, str] | None = None, limits: Mapping[str, int] | None = None, seed: int = 0
+    task: Task,
+    files: Mapping[str, str] | None = None,
+    limits: Mapping[str, int] | None = None,
+    seed: int = 0,
+    rejected: list[RejectedLine] | None = None,
 ) -> dict[str, list[Pair]]:
     """All splits of a task.
 
     Args:
         files: split -> path, over the task's own.
         limits: split -> how many pairs to keep, drawn at random with `seed`.
+        rejected: takes the lines whose text is empty; without it, they are refused.
 
     Raises:
         UserError: a file, line, column or pair that cannot be used, by name and number.
@@ -43,7 +58,7 @@ def load_pairs(
             raise UserError(f"task.limits: unknown split '{split}'.{nearest(split, list(SPLITS))}")
         if limit < 1:
             raise UserError(f"task.limits: '{split}' must keep at least one pair, got {limit}.")
-    pairs = _bible_pairs(task) if task.source.bible else _file_pairs(task, files or {})
+    pairs = _bible_pairs(task) if task.source.bible else _file_pairs(task, files or {}, rejected)
     return {split: _draw(found, limits.get(split), seed) for split, found in pairs.items()}
 
 
@@ -64,7 +79,7 @@ def _bible_pairs(task: Task) -> dict[str, list[Pair]]:
     return pairs
 
 
-def _file_pairs(task: Task, files: Mapping[str, str]) -> dict[str, list[Pair]]:
+def _file_pairs(task: Task, files: Mapping[str, str], rejected: list[RejectedLine] | None) -> dict[str, list[Pair]]:
     paths = {**task.source.files, **files}
     for split in SPLITS:
         if split not in paths:
@@ -72,11 +87,20 @@ def _file_pairs(task: Task, files: Mapping[str, str]) -> dict[str, list[Pair]]:
     for split in paths:
         if split not in SPLITS:
             raise UserError(f"task.files: unknown split '{split}'.{nearest(split, list(SPLITS))}")
-    return {split: list(read_file(Path(paths[split]), task.columns)) for split in SPLITS}
+    return {split: list(read_file(Path(paths[split]), task.columns, split, rejected)) for split in SPLITS}
 
 
-def read_file(path: Path, columns: Columns) -> Iterator[Pair]:
-    """Pairs of one file; example ids count from 0.
+class EmptyText(UserError):
+    """A line's source or target is empty."""
+
+
+def read_file(
+    path: Path, columns: Columns, split: str = "", rejected: list[RejectedLine] | None = None
+) -> Iterator[Pair]:
+    """Pairs of one file; example ids count from 0, lines without a pair included.
+
+    Args:
+        rejected: takes the lines whose text is empty; without it, they are refused.
 
     Raises:
         UserError: missing or empty file, invalid UTF-8, broken JSON, missing column, empty text, unknown suffix.
@@ -93,8 +117,14 @@ def read_file(path: Path, columns: Columns) -> Iterator[Pair]:
         raise UserError(f"{path}: is a folder, expected a file.")
     count = 0
     for count, (line, row) in enumerate(reader(path), start=1):
-        source = _text(path, line, row, columns.source, "source")
-        target = _text(path, line, row, columns.target, "target")
+        try:
+            source = _text(path, line, row, columns.source, "source")
+            target = _text(path, line, row, columns.target, "target")
+        except EmptyText as empty:
+            if rejected is None:
+                raise
+            rejected.append(RejectedLine(split, str(path), line, str(empty).removeprefix(f"{path}: line {line}: ")))
+            continue
         yield Pair(count - 1, source, target)
     if count == 0:
         raise UserError(f"{path}: the file holds no pairs.")
@@ -110,7 +140,7 @@ def _text(path: Path, line: int, row: Mapping[str, Any], column: str, role: str)
     if not isinstance(value, str):
         raise UserError(f"{path}: line {line}: column '{column}' holds a {type(value).__name__}, expected text.")
     if not value.strip():
-        raise UserError(f"{path}: line {line}: the {role} (column '{column}') is empty.")
+        raise EmptyText(f"{path}: line {line}: the {role} (column '{column}') is empty.")
     if any("\ud800" <= character <= "\udfff" for character in value):  # JSON can spell half a character
         raise UserError(f"{path}: line {line}: column '{column}' holds a lone surrogate, which no tokenizer takes.")
     return value.strip()

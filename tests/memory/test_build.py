@@ -126,7 +126,7 @@ def test_a_damaged_plan_is_refused_like_other_settings(damage: str, tmp_path: Pa
     [
         ([], "Split 'train' has no examples"),
         ([EncodedPair(4, [5], [])], "example 4: the target is empty"),
-        ([EncodedPair(4, [5] * 60, [6] * 37)], "example 4: prompt and target have 97 tokens, counting allows 96"),
+        ([EncodedPair(4, [5] * 60, [6] * 37)], "example 4: prompt and target have 97 tokens, the PLM allows 96"),
     ],
 )
 def test_examples_the_plm_cannot_take_are_refused_before_anything_is_made(examples, complaint: str, tmp_path: Path):
