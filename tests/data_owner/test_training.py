@@ -69,7 +69,7 @@ def test_the_loss_falls(make_trainer, solver: str):
 def test_pema_of_full_rank_starts_as_the_plm(make_trainer, space: str):
     trainer = make_trainer(rank=H, space=space)
     _, history = trainer.run()
-    key, target = torch.from_numpy(trainer.dev.key), torch.from_numpy(trainer.dev.target).long()
+    key, target = torch.from_numpy(trainer.dev.key[:]), torch.from_numpy(trainer.dev.target).long()
     plm = F.nll_loss(trainer.head.log_probs(trainer.head.norm(key)), target)
     assert history.validation[0].step == 0
     assert abs(history.validation[0].prediction - float(plm)) < 1e-4
@@ -79,7 +79,7 @@ def test_pema_of_full_rank_starts_as_the_plm(make_trainer, space: str):
 def test_a_residual_adapter_of_any_rank_starts_as_the_plm(make_trainer):
     trainer = make_trainer(rank=2, residual=True)
     _, history = trainer.run()
-    key, target = torch.from_numpy(trainer.dev.key), torch.from_numpy(trainer.dev.target).long()
+    key, target = torch.from_numpy(trainer.dev.key[:]), torch.from_numpy(trainer.dev.target).long()
     plm = F.nll_loss(trainer.head.log_probs(trainer.head.norm(key)), target)
     assert abs(history.validation[0].prediction - float(plm)) < 1e-4
 
@@ -99,7 +99,7 @@ def test_the_best_validation_is_what_is_returned_and_its_figures_are_true(make_t
     best = min(history.validation, key=lambda point: point.prediction)
     assert (history.best_step, history.best_prediction) == (best.step, best.prediction)
     assert best.step != history.validation[-1].step
-    key, target = torch.from_numpy(trainer.dev.key), torch.from_numpy(trainer.dev.target).long()
+    key, target = torch.from_numpy(trainer.dev.key[:]), torch.from_numpy(trainer.dev.target).long()
     again = F.nll_loss(adapter.log_probs(key, trainer.head), target)
     assert abs(again.item() - best.prediction) < 1e-5
     assert not adapter.training
@@ -131,7 +131,7 @@ def test_one_seed_gives_one_adapter(make_trainer):
 
 def test_a_loss_that_is_not_finite_ends_the_run_by_name(make_trainer):
     trainer = make_trainer(solver="none")
-    trainer.train.key[::2] = np.inf
+    trainer.train.key.data[::2] = np.inf
     with pytest.raises(UserError, match="at step 1: lower train.learning_rate"):
         trainer.run()
 

@@ -46,7 +46,7 @@ def test_rows_lie_at_positions_p_minus_1_to_p_plus_t_minus_1_with_eos_last(budge
     assert rows.position.tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3]
     expected = [[60, 2], [64, 3], [69, 4], [30, 1], [36, 2], [45, 3], [46, 4], [48, 5], [51, 6]]
     assert rows.key[:].tolist() == expected
-    assert (rows.key.dtype, rows.target.dtype, rows.position.dtype) == (np.float32, np.int32, np.int32)
+    assert (rows.key.dtype, rows.target.dtype, rows.position.dtype) == ("float32", np.int32, np.int32)
     assert rows.example_id.dtype == np.int64
     assert tokens == 3 + 1 + 5  # the shared prefix [10, 20] apart
     assert padded == {1: 1 + 3 + 5, 8: 2 * 3 + 5, 1000: 3 * 5}[budget]
@@ -64,7 +64,7 @@ def test_float16_keys_are_rounded_and_an_overflow_is_refused():
     rows, _, _ = rows_of_shard(Counting(), ShardPlan("s", EXAMPLES), EOS, "float16", 1000)
     assert rows.key.dtype == "float16"
     huge = (EncodedPair(1, [70_000], [5]),)
-    with pytest.raises(UserError, match="reaches 7e\\+04, float16 ends at 65504. Set build_memory.key_dtype=float32"):
+    with pytest.raises(UserError, match="reaches 7e\\+04, float16 ends at 65504. Set build_memory.key_dtype to bfloat16"):
         rows_of_shard(Counting(), ShardPlan("s", huge), EOS, "float16", 1000)
 
 
