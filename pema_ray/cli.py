@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from pema_ray import memory_commands
 from pema_ray.stages.main import guarded, run_stage, stages
 from pema_ray.stages.settings import settings_of
 
@@ -19,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(memory_commands.app, name="memory")
 Config = Annotated[
     Path | None,
     typer.Option(

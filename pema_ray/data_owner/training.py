@@ -32,11 +32,17 @@ logger = logging.getLogger(__name__)
 _CHUNK = 8192  # rows handled at once where no gradient is kept
 
 
+class Representations(Protocol):
+    """`[N, H]`, some rows at a time: an array, or a memory's encoded keys."""
+
+    def __getitem__(self, index: np.ndarray | slice, /) -> np.ndarray: ...
+
+
 class Rows(Protocol):
     """What training reads: `key [N, H]`, `target [N]` (a `memory.MemoryRows` is one)."""
 
     @property
-    def key(self) -> np.ndarray: ...
+    def key(self) -> Representations: ...
     @property
     def target(self) -> np.ndarray: ...
 

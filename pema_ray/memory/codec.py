@@ -66,7 +66,9 @@ class Keys:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Keys]) -> Keys:
-        (dtype,) = {part.dtype for part in parts}
+        dtype = parts[0].dtype
+        if any(part.dtype != dtype for part in parts):
+            raise ValueError(f"keys of several formats: {', '.join(sorted({part.dtype for part in parts}))}")
         scales = [part.scale for part in parts if part.scale is not None]
         return cls(dtype, np.concatenate([part.data for part in parts]), np.concatenate(scales) if scales else None)
 

@@ -6,7 +6,7 @@ A new memory is written shard by shard into a folder of its own, its manifest la
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -96,15 +96,14 @@ def merge(sources: Sequence[Path], target: Path, on_shard: Progress = lambda inf
                 raise UserError(f"{memory.folder}: {name} is {theirs}, that of {memories[0].folder} is {mine}.{way}")
     _claim(target)
     shards: list[ShardInfo] = []
-    owner: dict[int, Path] = {}
-    for memory in memories:
+    owner: dict[int, int] = {}
+    for place, memory in enumerate(memories):
         for info in memory.manifest.shards:
             rows = memory.shard(info)
             for example in np.unique(rows.example_id).tolist():
-                if owner.setdefault(example, memory.folder) != memory.folder:
-                    raise UserError(
-                        f"Example {example} is in {owner[example]} and in {memory.folder}: merge takes it once."
-                    )
+                if owner.setdefault(example, place) != place:
+                    other = memories[owner[example]].folder
+                    raise UserError(f"Example {example} is in {other} and in {memory.folder}: merge takes it once.")
             shards.append(_write(target, f"shard-{len(shards):05d}.parquet", rows, info))
             on_shard(shards[-1])
     tasks = "+".join(dict.fromkeys(memory.manifest.task for memory in memories))
@@ -215,7 +214,7 @@ def _write(folder: Path, name: str, rows: MemoryRows, of: ShardInfo | None = Non
     )
 
 
-def _finish(folder: Path, like: Manifest, shards: Sequence[ShardInfo], changes: dict[str, object]) -> Manifest:
+def _finish(folder: Path, like: Manifest, shards: Sequence[ShardInfo], changes: Mapping[str, object]) -> Manifest:
     counts = {"rows": sum(info.rows for info in shards), "examples": sum(info.examples for info in shards)}
     manifest = like.model_copy(update={**counts, **changes, "shards": tuple(shards)})
     with atomic_file(folder / MANIFEST) as temporary:

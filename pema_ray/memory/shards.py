@@ -105,7 +105,7 @@ def read_shard(path: Path, sha256: str | None = None) -> MemoryRows:
         raise UserError(f"{path}: the shard holds no rows.")
     if not pa.types.is_fixed_size_list(key.type):
         raise UserError(f"{path}: not a readable shard: its keys are {key.type}, not lists of one length.")
-    dtype = next((name for name, arrow in _ARROW.items() if arrow == key.type.value_type), None)
+    dtype: KeyDtype | None = next((name for name, arrow in _ARROW.items() if arrow == key.type.value_type), None)
     if dtype is None:
         raise UserError(f"{path}: not a readable shard: keys of {key.type.value_type}; known are {', '.join(_ARROW)}.")
     names = ("target", "example_id", "position", *(("scale",) if dtype == "int8" else ()))

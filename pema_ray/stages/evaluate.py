@@ -167,7 +167,7 @@ def _sweep(run: Run) -> LambdaSweep:
     adapter = PemaAdapter.from_pretrained(run.path("train", "adapter"), card).to(head.weight.device)
     rows = memory.load()
     likelihood = token_likelihood(
-        rows.key, rows.target, [memory.manifest.eos_token_id], head, lambda state: adapter.log_probs(state, head)
+        rows.key[:], rows.target, [memory.manifest.eos_token_id], head, lambda state: adapter.log_probs(state, head)
     )
     lambdas = tuple(sorted({*run.config.evaluate.lambdas, run.config.generate.lambda_max}))
     return LambdaSweep(

@@ -64,7 +64,9 @@ def test_float16_keys_are_rounded_and_an_overflow_is_refused():
     rows, _, _ = rows_of_shard(Counting(), ShardPlan("s", EXAMPLES), EOS, "float16", 1000)
     assert rows.key.dtype == "float16"
     huge = (EncodedPair(1, [70_000], [5]),)
-    with pytest.raises(UserError, match="reaches 7e\\+04, float16 ends at 65504. Set build_memory.key_dtype to bfloat16"):
+    with pytest.raises(
+        UserError, match="reaches 7e\\+04, float16 ends at 65504. Set build_memory.key_dtype to bfloat16"
+    ):
         rows_of_shard(Counting(), ShardPlan("s", huge), EOS, "float16", 1000)
 
 
