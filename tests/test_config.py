@@ -77,7 +77,7 @@ def test_an_unknown_key_names_the_nearest_known_one(override: str, hint: str):
         "generate.top_p=0",
         "evaluate.lambdas=[0.5, 2]",
         "evaluate.generate_lambdas=[-0.5]",
-        "build_memory.key_dtype=int8",
+        "build_memory.key_dtype=int4",
         "build_memory.max_batch_tokens=0",
         "plm.dtype=float8",
         "ray.num_cpus=1",
