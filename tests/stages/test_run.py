@@ -48,8 +48,8 @@ def test_a_stage_whose_result_was_deleted_is_not_finished(experiment):
 
 def test_a_refused_stage_keeps_the_metrics_of_the_run_before(experiment):
     run = finished_run(experiment)
-    before = run.path("prepare", "metrics.json").read_bytes()
-    run.path("prepare", "dev.parquet").unlink()
+    before = b'{"stamp": "of other settings", "summary": ""}'
+    run.path("prepare", "metrics.json").write_bytes(before)
 
     def refuse():
         assert not run.path("prepare", "metrics.json").exists()  # a stage under way has none
@@ -59,6 +59,15 @@ def test_a_refused_stage_keeps_the_metrics_of_the_run_before(experiment):
         run.perform("prepare", refuse)
     assert run.path("prepare", "metrics.json").read_bytes() == before
 
+    def refuse_having_begun():
+        run.path("prepare", "dev.parquet").unlink()
+        raise UserError("no")
+
+    with pytest.raises(UserError, match="no"):
+        run.perform("prepare", refuse_having_begun)
+    assert not run.path("prepare", "metrics.json").exists()  # of a result that is no longer there
+
+    run.path("prepare", "dev.parquet").touch()
     with pytest.raises(KeyboardInterrupt):
         run.perform("prepare", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     assert not run.path("prepare", "metrics.json").exists()
