@@ -221,7 +221,7 @@ def _ray_data(
     asked = time.time()
     with ray_cluster(cluster, build.config.cpus_per_actor, build.config.gpus_per_actor):
         up = time.time()
-        run_build(build, factory(plm, build.config.cpus_per_actor))
+        run_build(build, factory(plm, build.config.cpus_per_actor, build.card))
         ended = time.time()
     done = sorted((build.folder / name).stat().st_mtime_ns / 1e9 for name in rows)
     order = sorted(rows, key=lambda name: (build.folder / name).stat().st_mtime_ns)
