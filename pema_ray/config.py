@@ -82,8 +82,10 @@ class BuildMemoryConfig(Section):
     """Most token positions (padding included, shared prompt prefix apart) in one forward pass."""
     key_dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
     """Number format of the representations: 16 bits are half the disk, `int8` (a scale for each row) a quarter."""
-    context: Literal["teacher_forced"] = "teacher_forced"
-    """Where representations come from: the gold prefix."""
+    context: Literal["teacher_forced", "generated"] = "teacher_forced"
+    """Of train and dev: the gold prefix, or the PLM's own continuation (it sees no target). test is teacher-forced."""
+    sequences: int = Field(default=32, ge=1)
+    """Sequences that an actor decodes together when the context is generated."""
     splits: tuple[Split, ...] = ("train", "dev", "test")
     """`train` needs train and dev, `evaluate` needs `generate.split`."""
     max_rejected: int = Field(default=0, ge=0)

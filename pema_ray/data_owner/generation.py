@@ -14,7 +14,7 @@ import torch
 
 from pema_ray.data_owner.adapter import PemaAdapter
 from pema_ray.data_owner.unrolling import UnrollingSchedule, mix
-from pema_ray.line import ContextSource, ExtractBatch, LMHead, SessionLost
+from pema_ray.line import ContextSource, DecodingSession, ExtractBatch, LMHead
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,7 @@ class Generator:
         answers = [Generated() for _ in requests]
         draw = [_random_stream(decoding.seed, stream) for stream in streams]
         alive = list(range(len(requests)))
-        session = _Session(self.source, [request.prompt for request in requests])
+        session = DecodingSession(self.source, [request.prompt for request in requests])
         try:
             for step in range(max(request.max_new_tokens for request in requests)):
                 lam = self._lambda([requests[i] for i in alive], step)
@@ -204,7 +204,7 @@ class Generator:
         """K beams of every request, all in one session; their rows lie together, request by request."""
         searches = [_BeamSearch(request, decoding) for request in requests]
         alive = searches
-        session = _Session(self.source, [request.prompt for request in requests])
+        session = DecodingSession(self.source, [request.prompt for request in requests])
         try:
             for step in range(max(request.max_new_tokens for request in requests)):
                 lam = self._lambda([search.request for search in alive for _ in search.beams], step)
@@ -276,30 +276,6 @@ class _BeamSearch:
 
     def _score(self, log_prob: float, tokens: int) -> float:
         return log_prob / tokens**self.penalty
-
-
-class _Session:
-    """A decoding session that survives the loss of its cache: it *is* its token ids, and is opened again with them."""
-
-    def __init__(self, source: ContextSource, prompts: Sequence[Sequence[int]]) -> None:
-        self._source = source
-        self._ids = [list(prompt) for prompt in prompts]
-        self._open()
-
-    def _open(self) -> None:
-        self._name, self.state_BH = self._source.open(self._ids)
-        self._position = 0
-
-    def extend(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
-        self._ids = [[*self._ids[row], token] for row, token in zip(rows, tokens, strict=True)]
-        try:
-            self.state_BH = self._source.extend(self._name, self._position, rows, tokens)
-            self._position += 1
-        except SessionLost:
-            self._open()
-
-    def close(self) -> None:
-        self._source.close(self._name)
 
 
 def _random_stream(seed: int, stream: int) -> torch.Generator:

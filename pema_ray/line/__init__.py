@@ -6,6 +6,7 @@ representations. Knows torch tensors, but no model implementation and no Ray.
 
 from pema_ray.line.lm_head import LMHead, LMHeadBundle
 from pema_ray.line.messages import ExtractBatch, ModelCard
+from pema_ray.line.session import DecodingSession
 from pema_ray.line.source import ContextSource, SessionLost
 
-__all__ = ["ContextSource", "ExtractBatch", "LMHead", "LMHeadBundle", "ModelCard", "SessionLost"]
+__all__ = ["ContextSource", "DecodingSession", "ExtractBatch", "LMHead", "LMHeadBundle", "ModelCard", "SessionLost"]

@@ -45,13 +45,27 @@ class ContextSource(Protocol):
         Leaving a row out drops it; naming it twice forks it (beam search).
 
         Args:
-            position: extensions made so far; a mismatch means the two sides lost step.
+            position: extensions and admissions made so far; a mismatch means the two sides lost step.
 
         Returns:
             Representations `[len(rows), H]` after the new tokens.
 
         Raises:
             SessionLost: the session is unknown or out of step.
+        """
+        ...
+
+    def admit(self, session: str, position: int, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """New rows join a running session, after the rows it has (continuous batching).
+
+        Args:
+            position: as in `extend`; it counts admissions too.
+
+        Returns:
+            Representations `[len(prompts), H]` of the prompts' last tokens.
+
+        Raises:
+            SessionLost: as in `extend`, or the PLM's cache takes no newcomers: open all rows' ids anew.
         """
         ...
 

@@ -18,10 +18,10 @@ from pydantic import ValidationError
 
 from pema_ray.config import BuildMemoryConfig
 from pema_ray.errors import FingerprintMismatch, UserError
-from pema_ray.line import ModelCard
+from pema_ray.line import ContextSource, ModelCard
 from pema_ray.memory.manifest import MANIFEST, Manifest, ShardInfo
-from pema_ray.memory.plan import Rejected, ShardPlan, plan_hash, plan_shards, sort_out
-from pema_ray.memory.rows import Extractor, rows_of_shard
+from pema_ray.memory.plan import Context, Rejected, ShardPlan, plan_hash, plan_shards, sort_out
+from pema_ray.memory.rows import generated_rows_of_shard, rows_of_shard
 from pema_ray.memory.shards import atomic_file, write_shard
 from pema_ray.tasks import EncodedPair
 
@@ -40,10 +40,6 @@ class MemoryBuild:
     split: str
     config: BuildMemoryConfig
 
-    @property
-    def eos(self) -> int:
-        return self.card.eos_token_ids[0]
-
     @cached_property
     def _sorted(self) -> tuple[list[EncodedPair], list[Rejected]]:
         return sort_out(self.examples, self.card.max_positions)
@@ -56,14 +52,21 @@ class MemoryBuild:
     def rejected(self) -> list[Rejected]:
         return self._sorted[1]
 
+    @property
+    def context(self) -> Context:
+        """`test` is teacher-forced whatever the others are: a likelihood is one of the gold prefix."""
+        return "teacher_forced" if self.split == "test" else self.config.context
+
     def hash(self) -> str:
         settings: dict[str, object] = {
             "fingerprint": self.card.fingerprint,
             "key_dtype": self.config.key_dtype,
             "examples_per_shard": self.config.examples_per_shard,
             "max_batch_tokens": self.config.max_batch_tokens,
-            "context": self.config.context,
+            "context": self.context,
         }
+        if self.context == "generated":
+            settings["sequences"] = self.config.sequences
         return plan_hash(self.accepted, settings)
 
     def check(self) -> None:
@@ -106,7 +109,7 @@ def prepare_folder(build: MemoryBuild) -> tuple[list[ShardPlan], list[ShardInfo]
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
     todo, done = [], []
-    for shard in plan_shards(build.accepted, build.config.examples_per_shard):
+    for shard in plan_shards(build.accepted, build.config.examples_per_shard, build.context):
         receipt = _read_receipt(folder / shard.name)
         done.append(receipt) if receipt else todo.append(shard)
     return todo, done
@@ -127,7 +130,7 @@ def _found_plan(folder: Path) -> str:
 
 
 def run_build(
-    build: MemoryBuild, source_factory: Callable[[], Extractor], on_shard: Callable[[ShardInfo], None] | None = None
+    build: MemoryBuild, source_factory: Callable[[], ContextSource], on_shard: Callable[[ShardInfo], None] | None = None
 ) -> Manifest:
     """`run_builds` of a single memory."""
     return run_builds([build], source_factory, on_shard)[0]
@@ -135,7 +138,7 @@ def run_build(
 
 def run_builds(
     builds: Sequence[MemoryBuild],
-    source_factory: Callable[[], Extractor],
+    source_factory: Callable[[], ContextSource],
     on_shard: Callable[[ShardInfo], None] | None = None,
 ) -> list[Manifest]:
     """Compute what is missing of every memory, with one set of actors, and write the manifests.
@@ -179,10 +182,10 @@ def _write_manifest(build: MemoryBuild, done: Sequence[ShardInfo]) -> Manifest:
         fingerprint=build.card.fingerprint,
         hidden_size=build.card.hidden_size,
         vocab_size=build.card.vocab_size,
-        eos_token_id=build.eos,
+        eos_token_id=build.card.eos_token_ids[0],
         task=build.task,
         split=build.split,
-        context=build.config.context,
+        context=build.context,
         key_dtype=build.config.key_dtype,
         plan_hash=build.hash(),
         rows=sum(info.rows for info in done),
@@ -196,7 +199,7 @@ def _write_manifest(build: MemoryBuild, done: Sequence[ShardInfo]) -> Manifest:
 
 
 def _compute(
-    build: MemoryBuild, todo: Sequence[tuple[Path, ShardPlan]], factory: Callable[[], Extractor]
+    build: MemoryBuild, todo: Sequence[tuple[Path, ShardPlan]], factory: Callable[[], ContextSource]
 ) -> Iterator[tuple[Path, ShardInfo]]:
     import ray
     import ray.data
@@ -210,7 +213,7 @@ def _compute(
     numbers = ray.data.from_items([{"number": n} for n in range(len(todo))], override_num_blocks=len(todo))
     done = numbers.map_batches(
         _ShardActor,
-        fn_constructor_args=([folder for folder, _ in todo], plans, build.eos, config, factory),
+        fn_constructor_args=([folder for folder, _ in todo], plans, build.card.eos_token_ids, config, factory),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(config.actors, len(todo)), max_tasks_in_flight_per_actor=2),
         num_cpus=config.cpus_per_actor,
@@ -226,7 +229,12 @@ class _ShardActor:
     """A PLM in a Ray Data actor: takes a shard plan, leaves a Parquet file and its receipt."""
 
     def __init__(
-        self, folders: list[Path], plans: Any, eos: int, config: BuildMemoryConfig, factory: Callable[[], Extractor]
+        self,
+        folders: list[Path],
+        plans: Any,
+        eos: tuple[int, ...],
+        config: BuildMemoryConfig,
+        factory: Callable[[], ContextSource],
     ) -> None:
         import ray
 
@@ -250,7 +258,13 @@ class _ShardActor:
     def _make(self, folder: Path, shard: ShardPlan) -> ShardInfo:
         config = self.config
         assert self.source is not None
-        rows, tokens, padded = rows_of_shard(self.source, shard, self.eos, config.key_dtype, config.max_batch_tokens)
+        if shard.context == "generated":
+            rows, tokens = generated_rows_of_shard(self.source, shard, self.eos, config.key_dtype, config.sequences)
+            padded = tokens  # a session's own affair
+        else:
+            rows, tokens, padded = rows_of_shard(
+                self.source, shard, self.eos[0], config.key_dtype, config.max_batch_tokens
+            )
         path = folder / shard.name
         size, digest = write_shard(path, rows)
         info = ShardInfo(

@@ -10,16 +10,20 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from pema_ray.tasks import EncodedPair
+
+Context = Literal["teacher_forced", "generated"]
 
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """One unit of work: a file name and the examples that go into it."""
+    """One unit of work: a file name, the examples that go into it, and where their representations come from."""
 
     name: str
     examples: tuple[EncodedPair, ...]
+    context: Context = "teacher_forced"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +52,12 @@ def sort_out(examples: Sequence[EncodedPair], max_positions: int) -> tuple[list[
     return good, bad
 
 
-def plan_shards(examples: Sequence[EncodedPair], examples_per_shard: int) -> list[ShardPlan]:
+def plan_shards(
+    examples: Sequence[EncodedPair], examples_per_shard: int, context: Context = "teacher_forced"
+) -> list[ShardPlan]:
     """Cut the examples, in their order, into shards."""
     return [
-        ShardPlan(f"shard-{number:05d}.parquet", tuple(examples[start : start + examples_per_shard]))
+        ShardPlan(f"shard-{number:05d}.parquet", tuple(examples[start : start + examples_per_shard]), context)
         for number, start in enumerate(range(0, len(examples), examples_per_shard))
     ]
 

@@ -49,6 +49,21 @@ class GrowingLayer(DynamicLayer):
             assert held is not None
             held[moved] = held[indices[moved]]
 
+    def join(self, other: DynamicLayer, mine: int, theirs: int) -> None:
+        """Take in another layer's rows, below mine; of each the last so many positions, aligned at their end."""
+        pairs = (self.keys, other.keys), (self.values, other.values)
+        total = max(mine, theirs)
+        buffers = []
+        for held, new in pairs:
+            assert held is not None and new is not None
+            rows, (heads, _, size) = len(held) + len(new), held.shape[1:]
+            buffer = held.new_zeros(rows, heads, total + int(total * _ROOM), size)  # zeros: masked, but never NaN
+            buffer[: len(held), :, total - mine : total] = held[..., held.shape[-2] - mine :, :]
+            buffer[len(held) :, :, total - theirs : total] = new[..., new.shape[-2] - theirs :, :]
+            buffers.append(buffer)
+        self._buffers = buffers[0], buffers[1]
+        self.keys, self.values = (buffer[..., :total, :] for buffer in buffers)
+
     def _holds_views_of(self, buffers: tuple[torch.Tensor, torch.Tensor]) -> bool:
         """Selecting or repeating rows puts new tensors in the place of the views."""
         assert self.keys is not None

@@ -11,14 +11,15 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from transformers import DynamicCache
 
 from pema_ray.errors import UserError
 from pema_ray.line import ExtractBatch, LMHeadBundle, ModelCard, SessionLost
-from pema_ray.plm_owner.cache import attends_to_everything, growing_cache
+from pema_ray.plm_owner.cache import GrowingLayer, attends_to_everything, growing_cache
 from pema_ray.plm_owner.export import export_lm_head
 from pema_ray.plm_owner.load import LoadedPLM
 from pema_ray.plm_owner.states import capture_state
@@ -91,12 +92,39 @@ class InProcessPLM:
 
     @torch.inference_mode()
     def open(self, prompts: Sequence[Sequence[int]]) -> tuple[str, torch.Tensor]:
-        """Prefill: what all prompts begin with is computed once, the rest padded on its left."""
+        session, state = self._prefill(prompts)
+        name = uuid.uuid4().hex
+        self._sessions[name] = session
+        return name, state.cpu()
+
+    @torch.inference_mode()
+    def admit(self, session: str, position: int, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Prefill the newcomers by themselves, then lay their cache beside the session's, aligned at the end."""
+        held = self._sessions.get(session)
+        if held is None or held.position != position or not self._may_pad_between(held.cache):
+            raise SessionLost(session)
+        new, state = self._prefill(prompts)
+        chosen = torch.tensor(held.rows, device=self.plm.device)
+        if held.rows != list(range(len(held.attended_BT))):
+            held.cache.batch_select_indices(chosen)
+        mine, theirs = (_without_empty_columns(a) for a in (held.attended_BT[chosen], new.attended_BT))
+        for layer, other in zip(held.cache.layers, new.cache.layers, strict=True):
+            cast(GrowingLayer, layer).join(cast(GrowingLayer, other), mine.shape[1], theirs.shape[1])
+        longest = max(mine.shape[1], theirs.shape[1])
+        held.attended_BT = torch.cat([F.pad(a, (longest - a.shape[1], 0)) for a in (mine, theirs)])
+        held.rows, held.position = list(range(len(held.attended_BT))), position + 1
+        return state.cpu()
+
+    def _may_pad_between(self, cache: DynamicCache) -> bool:
+        return self.takes_positions and attends_to_everything(cache)
+
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[_Session, torch.Tensor]:
+        """What all prompts begin with is computed once, the rest padded on its left."""
         if not prompts or not all(prompts):
             raise UserError("A session needs at least one prompt, and every prompt at least one token.")
         self._check_length(max(map(len, prompts)))
         cache, shared = growing_cache(self.plm.model.config), 0
-        if self.takes_positions and attends_to_everything(cache):
+        if self._may_pad_between(cache):
             shared = shared_prefix(ExtractBatch([list(ids) for ids in prompts], [len(ids) - 1 for ids in prompts]))
         if shared:
             cache = self._prefix_cache(tuple(prompts[0][:shared]))
@@ -110,10 +138,7 @@ class InProcessPLM:
             padded[row, missing:] = torch.tensor(ids[shared:])
             attended[row, shared + missing :] = 1
         session = _Session(cache, attended.to(self.plm.device), list(range(len(prompts))))
-        state = self._forward(session, padded.to(self.plm.device))
-        name = uuid.uuid4().hex
-        self._sessions[name] = session
-        return name, state.cpu()
+        return session, self._forward(session, padded.to(self.plm.device))
 
     @torch.inference_mode()
     def extend(self, session: str, position: int, rows: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
@@ -167,6 +192,11 @@ def shared_prefix(batch: ExtractBatch) -> int:
     limit = min(min(batch.first), len(lowest), len(highest))
     shared = next((i for i in range(limit) if lowest[i] != highest[i]), limit)
     return shared if shared >= _SHORTEST_SHARED_PREFIX else 0
+
+
+def _without_empty_columns(attended_BT: torch.Tensor) -> torch.Tensor:
+    """The mask from the first position that any row attends to."""
+    return attended_BT[:, int(attended_BT.any(0).int().argmax()) :]
 
 
 def _copy(cache: DynamicCache) -> DynamicCache:

@@ -55,7 +55,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def in_this_process(build: MemoryBuild, numbers: list[int] | None = None, factory: Callable | None = None) -> None:
     """What actors do, without Ray."""
     todo, _ = prepare_folder(build)
-    actor = _ShardActor([build.folder] * len(todo), todo, build.eos, build.config, factory or counting_factory())
+    actor = _ShardActor([build.folder] * len(todo), todo, build.card.eos_token_ids, build.config, factory or counting_factory())
     for number in range(len(todo)):
         if numbers is None or number in numbers:
             assert actor({"number": [number]})["error"] == [""]

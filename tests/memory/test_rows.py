@@ -9,7 +9,7 @@ import torch
 from pema_ray.errors import UserError
 from pema_ray.line import ExtractBatch
 from pema_ray.memory.plan import ShardPlan
-from pema_ray.memory.rows import rows_of_shard
+from pema_ray.memory.rows import generated_rows_of_shard, rows_of_shard
 from pema_ray.tasks import EncodedPair, Pair, Prompter, Task
 
 EOS = 1
@@ -86,3 +86,87 @@ def test_rows_of_a_real_model_do_not_depend_on_the_batches(tiny_source, tokenize
         mine = one.example_id == example.example_id
         np.testing.assert_allclose(one.key[mine], alone.numpy(), atol=1e-4, rtol=1e-4)
         assert one.target[mine].tolist() == [*example.target, EOS]
+
+
+# ── the generated context ───────────────────────────────────────────────────
+
+
+def greedy_alone(source, example: EncodedPair, eos: tuple[int, ...]) -> list[torch.Tensor]:
+    """States along the PLM's own continuation of one prompt, recomputed from the start for every token."""
+    head, ids, states = source.lm_head().head, list(example.prompt), []
+    while len(states) <= len(example.target):
+        (state,) = source.extract(ExtractBatch([ids], [len(ids) - 1]))
+        states.append(state)
+        token = int(head.logits(head.norm(state)).argmax())
+        if token in eos:
+            break
+        ids.append(token)
+    return states
+
+
+def generated_examples(seed: int = 0, count: int = 11) -> tuple[EncodedPair, ...]:
+    draw = np.random.default_rng(seed)
+    prompts = [draw.integers(3, 300, draw.integers(1, 20)).tolist() for _ in range(count)]
+    return tuple(EncodedPair(i * 2, p, draw.integers(3, 300, draw.integers(1, 9)).tolist()) for i, p in enumerate(prompts))
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2", "gemma2"])  # gemma2's windows take no newcomers
+@pytest.mark.parametrize("sequences", [1, 4, 100])
+def test_generated_rows_follow_the_plms_own_continuation(tiny_source, model: str, sequences: int):
+    source, shard = tiny_source(model), ShardPlan("s", generated_examples(), "generated")
+    before = set(source._sessions)
+    common = greedy_alone(source, shard.examples[0], ())  # some token that the PLM does say ends a continuation
+    head = source.lm_head().head
+    eos = (7, int(head.logits(head.norm(common[min(1, len(common) - 1)])).argmax()))
+    rows, tokens = generated_rows_of_shard(source, shard, eos, "float32", sequences)
+    expected = [(e, greedy_alone(source, e, eos)) for e in shard.examples]
+    np.testing.assert_allclose(rows.key[:], torch.stack([s for _, states in expected for s in states]), atol=1e-3)
+    gold = [t for e, states in expected for t in [*e.target, eos[0]][: len(states)]]
+    assert rows.target.tolist() == gold
+    assert rows.example_id.tolist() == [e.example_id for e, states in expected for _ in states]
+    assert rows.position.tolist() == [i for _, states in expected for i in range(len(states))]
+    assert any(len(states) <= len(e.target) for e, states in expected)  # a continuation did end early,
+    assert any(len(states) == len(e.target) + 1 for e, states in expected)  # and one reached the EOS row
+    assert tokens == sum(len(e.prompt) - 1 + len(states) for e, states in expected)
+    assert set(source._sessions) == before
+
+
+def test_the_plm_owner_sees_no_gold_token(tiny_source):
+    source = tiny_source("llama")
+
+    class Listening:
+        def __init__(self):
+            self.heard: list[int] = []
+
+        def __getattr__(self, name):
+            return getattr(source, name)
+
+        def open(self, prompts):
+            self.heard += [token for prompt in prompts for token in prompt]
+            return source.open(prompts)
+
+        def admit(self, session, position, prompts):
+            self.heard += [token for prompt in prompts for token in prompt]
+            return source.admit(session, position, prompts)
+
+        def extend(self, session, position, rows, tokens):
+            said.update(tokens)
+            return source.extend(session, position, rows, tokens)
+
+        def extract(self, batch):
+            raise AssertionError("a gold prefix would cross the line")
+
+    said: set[int] = set()
+    examples = tuple(EncodedPair(i, [3 + i, 40, 41], [200 + i, 250, 260]) for i in range(6))
+    listening = Listening()
+    rows, _ = generated_rows_of_shard(listening, ShardPlan("s", examples, "generated"), (1,), "float32", 2)
+    assert sorted(listening.heard) == sorted(token for e in examples for token in e.prompt)
+    gold = {token for e in examples for token in e.target}
+    assert set(rows.target.tolist()) & gold and not (said & gold - said_by_plm(source, examples))
+
+
+def said_by_plm(source, examples) -> set[int]:
+    """Tokens of the PLM's own continuations, which may be gold ones by chance."""
+    head = source.lm_head().head
+    states = [s for e in examples for s in greedy_alone(source, e, (1,))]
+    return {int(head.logits(head.norm(s)).argmax()) for s in states}

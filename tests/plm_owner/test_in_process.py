@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pema_ray.errors import UserError
-from pema_ray.line import ExtractBatch, SessionLost
+from pema_ray.line import DecodingSession, ExtractBatch, SessionLost
 from pema_ray.plm_owner import InProcessPLM, LoadedPLM
 from pema_ray.plm_owner.in_process import shared_prefix
 from pema_ray.plm_owner.states import find_final_norm
@@ -218,3 +218,50 @@ def test_a_text_longer_than_the_plm_allows_is_refused(tiny_source):
     session, _ = source.open([[5] * limit])
     with pytest.raises(UserError, match=too_long):
         source.extend(session, 0, [0], [6])
+
+
+@settings(max_examples=6)
+@given(data=st.data())
+def test_newcomers_join_a_session_without_changing_its_states(architecture: str, tiny_source, data):
+    """Random admissions and extensions; a PLM whose cache takes no newcomers says so, and loses nothing by it."""
+    source = tiny_source(architecture)
+    prefix = data.draw(st.lists(st.integers(3, 299), min_size=0, max_size=12))
+    prompts = st.lists(TOKENS.map(lambda ending: prefix + ending), min_size=1, max_size=4)
+    held = data.draw(prompts)
+    session = DecodingSession(source, held)
+    for step in range(6):
+        if step % 2 == 0:
+            new = data.draw(prompts)
+            session.admit(new)
+            held = held + new
+        else:
+            rows = data.draw(st.permutations(range(len(held))))[: max(1, len(held) - data.draw(st.integers(0, 4)))]
+            tokens = data.draw(st.lists(st.integers(3, 299), min_size=len(rows), max_size=len(rows)))
+            session.extend(rows, tokens)
+            held = [[*held[row], token] for row, token in zip(rows, tokens, strict=True)]
+        torch.testing.assert_close(session.state_BH, expected_rows(source.plm, _last(held)), **CLOSE)
+    session.close()
+
+
+def test_only_full_attention_takes_newcomers_in_place(tiny_source):
+    for architecture, takes in {"llama": True, "gpt2": True, "opt": True, "gemma2": False}.items():
+        source = tiny_source(architecture)
+        session, _ = source.open([[3, 4, 5], [6]])
+        if takes:
+            assert source.admit(session, 0, [[7, 8]]).shape == (1, source.describe().hidden_size)
+            with pytest.raises(SessionLost):
+                source.admit(session, 0, [[9]])  # out of step: an admission is a step too
+        else:
+            with pytest.raises(SessionLost):
+                source.admit(session, 0, [[7, 8]])
+        source.close(session)
+
+
+def test_the_cache_of_a_session_that_goes_on_for_ever_stays_small(tiny_source):
+    source = tiny_source("llama")
+    session = DecodingSession(source, [[3, 4], [5]])
+    for turn in range(60):  # far more steps than the model has positions
+        session.extend([1], [6])
+        session.admit([[7, 8, 9 + turn]])
+    assert source._sessions[session._name].attended_BT.shape[1] < 10
+    session.close()
