@@ -37,7 +37,8 @@ from _harness import (
 
 from pema_ray.config import TrainConfig
 from pema_ray.data_owner.adapter import AdapterConfig
-from pema_ray.data_owner.training import Place, Point, Trainer
+from pema_ray.data_owner.strategies import Place
+from pema_ray.data_owner.training import Point, Trainer
 from pema_ray.hardware import dtype_name, pick_dtype
 from pema_ray.line import LMHead
 from pema_ray.line.lm_head import HeadSpec
@@ -59,6 +60,7 @@ class Block:
     def __init__(self, folder: Path, split: str) -> None:
         self.key: np.ndarray = np.load(folder / f"{split}_key.npy")
         self.target: np.ndarray = np.load(folder / f"{split}_target.npy")
+        self.weight = None
 
 
 def main() -> None:

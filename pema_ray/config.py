@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pema_ray.errors import UserError, nearest
 
@@ -86,6 +86,8 @@ class BuildMemoryConfig(Section):
     """Of train and dev: the gold prefix, or the PLM's own continuation (it sees no target). test is teacher-forced."""
     sequences: int = Field(default=32, ge=1)
     """Sequences that an actor decodes together when the context is generated."""
+    deduplicate: bool = False
+    """Keep equal rows (same text before, same token) of the training split once, with their number as a weight."""
     splits: tuple[Split, ...] = ("train", "dev", "test")
     """`train` needs train and dev, `evaluate` needs `generate.split`."""
     max_rejected: int = Field(default=0, ge=0)
@@ -113,8 +115,18 @@ class TrainConfig(Section):
     """Adam's."""
     final_learning_rate: float | None = None
     """Where the cosine ends; none keeps `learning_rate` constant, as published."""
+    warm_up_steps: int = Field(default=0, ge=0)
+    """Steps in which the learning rate rises from zero, in a straight line."""
+    clip: float | None = Field(default=None, gt=0)
+    """Largest norm of the gradient; none leaves it as it is."""
     batch_size: int = Field(default=2048, ge=1)
     """Rows per step, over all workers."""
+    accumulate: int = Field(default=1, ge=1)
+    """Parts in which a worker computes its rows of a step: less memory, the same gradient."""
+    shuffle: Literal["global", "window"] = "global"
+    """`global`: a worker holds all rows and every epoch permutes them. `window`: it holds a few shards at a time."""
+    window_shards: int = Field(default=8, ge=1)
+    """Shards whose rows are shuffled together, of `shuffle: window`; a worker holds twice as many."""
     epochs: int = Field(default=2, ge=1)
     """Passes of prediction over the memory."""
     reconstruction_batch_size: int = Field(default=20480, ge=1)
@@ -129,8 +141,14 @@ class TrainConfig(Section):
     """Validations without a better dev loss before training stops."""
     max_train_pairs: int | None = Field(default=None, ge=1)
     """Train on the first so many pairs of the memory only."""
+    strategy: Literal["ddp", "accelerate", "deepspeed"] = "ddp"
+    """Who carries gradients between workers."""
+    zero_stage: Literal[1, 2] = 1
+    """Of deepspeed: what it partitions over workers, optimiser state alone or gradients too."""
     workers: int = Field(default=1, ge=1)
     """Training processes."""
+    min_workers: int | None = Field(default=None, ge=1)
+    """Fewest workers to go on with when nodes go; more join, up to `workers`, as nodes come. None: always `workers`."""
     cpus_per_worker: float = Field(default=2, gt=0)
     """CPUs that one worker asks of Ray."""
     gpus_per_worker: float = Field(default=0, ge=0)
@@ -139,6 +157,14 @@ class TrainConfig(Section):
     """Of the LM head; the adapter is float32."""
     resume: bool = True
     """Go on from a checkpoint of the same settings. A finished training is reused either way."""
+    max_failures: int = Field(default=8, ge=-1)
+    """Deaths of a worker that training survives; -1: any number."""
+
+    @model_validator(mode="after")
+    def _has_room_to_shrink(self) -> TrainConfig:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers ({self.min_workers}) must not exceed workers ({self.workers})")
+        return self
 
 
 class GenerateConfig(Section):

@@ -18,7 +18,7 @@ _CHUNK = 512  # rows whose logits are held at once
 
 
 class _FrozenHeadCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of a head that is not trained, and its gradient to the input, in one sweep over chunks.
+    """Weighted sum of the cross-entropy of a head that is not trained, and its gradient, in one sweep over chunks.
 
     Because the head is frozen, the gradient `(softmax - onehot) W` needs nothing that the forward pass has not
     already got in hand: each chunk's logits are turned into their own gradient in place and dropped. Two matrix
@@ -27,30 +27,33 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_NH: torch.Tensor, target_N: torch.Tensor, head: LMHead) -> torch.Tensor:
+    def forward(
+        ctx: Any, x_NH: torch.Tensor, target_N: torch.Tensor, weight_N: torch.Tensor, head: LMHead
+    ) -> torch.Tensor:
         weight = head.weight
         grad = torch.empty_like(x_NH) if ctx.needs_input_grad[0] else None
         buffer = torch.empty(min(_CHUNK, len(x_NH)), head.vocab_size, dtype=weight.dtype, device=weight.device)
         total = torch.zeros((), dtype=torch.float64, device=weight.device)
         for start in range(0, len(x_NH), _CHUNK):
             x, target = x_NH[start : start + _CHUNK].to(weight.dtype), target_N[start : start + _CHUNK, None]
+            share = weight_N[start : start + _CHUNK, None]
             raw = torch.mm(x, weight.T, out=buffer[: len(x)])
             logits = _finish_logits(raw.float(), head)
             log_z = logits.logsumexp(-1, keepdim=True)
-            total += (log_z - logits.gather(1, target)).sum(dtype=torch.float64)
+            total += ((log_z - logits.gather(1, target)) * share).sum(dtype=torch.float64)
             if grad is not None:
                 slope = _slope(logits, head)
                 probability = logits.sub_(log_z).exp_()
                 probability.scatter_add_(1, target, -torch.ones_like(target, dtype=probability.dtype))
-                grad[start : start + _CHUNK] = probability.mul_(slope).to(weight.dtype) @ weight
+                grad[start : start + _CHUNK] = (probability.mul_(slope).to(weight.dtype) @ weight) * share
         if grad is not None:
-            ctx.save_for_backward(grad.div_(len(x_NH)))
-        return (total / len(x_NH)).float()
+            ctx.save_for_backward(grad)
+        return total.float()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
-        return grad * grad_outputs[0], None, None
+        return grad * grad_outputs[0], None, None, None
 
 
 def _finish_logits(raw: torch.Tensor, head: LMHead) -> torch.Tensor:
@@ -71,9 +74,17 @@ def _slope(logits: torch.Tensor, head: LMHead) -> torch.Tensor | float:
     return (1 - (logits / head.spec.logit_softcap).square()) * head.spec.logit_scale
 
 
-def head_cross_entropy(head: LMHead, normed_NH: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the frozen head's prediction, a float32 scalar with a gradient to `normed_NH` alone."""
-    return _FrozenHeadCrossEntropy.apply(normed_NH, target_N, head)  # type: ignore[no-any-return]
+def head_cross_entropy(
+    head: LMHead, normed_NH: torch.Tensor, target_N: torch.Tensor, share_N: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Cross-entropy of the frozen head's prediction, a float32 scalar with a gradient to `normed_NH` alone.
+
+    Args:
+        share_N: each row's share of the sum, float32; 1/N by default, which gives the mean.
+    """
+    if share_N is None:
+        share_N = torch.full((len(normed_NH),), 1 / len(normed_NH), device=normed_NH.device)
+    return _FrozenHeadCrossEntropy.apply(normed_NH, target_N, share_N, head)  # type: ignore[no-any-return]
 
 
 class JointObjective(nn.Module):
@@ -84,20 +95,30 @@ class JointObjective(nn.Module):
         self.adapter, self.head, self.kappa = adapter, head, kappa
 
     def forward(
-        self, state_NH: torch.Tensor, target_N: torch.Tensor
+        self, state_NH: torch.Tensor, target_N: torch.Tensor, share_N: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`(L, L_rct, L_pd)` of a batch; dropout is on exactly while the module is in training mode."""
+        """`(L, L_rct, L_pd)` of a batch; dropout is on exactly while the module is in training mode.
+
+        Args:
+            share_N: each row's share of the losses; 1/N by default.
+        """
         adapter = self.adapter
         x = adapter.enter(state_NH, self.head)
         down = adapter.project(x, drop=self.training)
         h_pd = F.linear(down, adapter.B_pd)
         h_pd = x + h_pd if adapter.config.residual else h_pd
-        prediction = head_cross_entropy(self.head, adapter.leave(h_pd, self.head), target_N)
+        prediction = head_cross_entropy(self.head, adapter.leave(h_pd, self.head), target_N, share_N)
         if self.kappa == 0 and self.training:
             return prediction, prediction.new_zeros(()), prediction.detach()
-        reconstruction = F.mse_loss(F.linear(down, adapter.B_rct), x)
+        reconstruction = _squared_error(F.linear(down, adapter.B_rct), x, share_N)
         loss = self.kappa * reconstruction + (1 - self.kappa) * prediction
         return loss, reconstruction.detach(), prediction.detach()
+
+
+def _squared_error(found_NH: torch.Tensor, x_NH: torch.Tensor, share_N: torch.Tensor | None) -> torch.Tensor:
+    if share_N is None:
+        return F.mse_loss(found_NH, x_NH)
+    return (found_NH - x_NH).square().mean(-1) @ share_N
 
 
 class ReconstructionObjective(nn.Module):
@@ -107,6 +128,6 @@ class ReconstructionObjective(nn.Module):
         super().__init__()
         self.A, self.B, self.dropout = nn.Parameter(A), nn.Parameter(B), dropout
 
-    def forward(self, x_NH: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_NH: torch.Tensor, share_N: torch.Tensor | None = None) -> torch.Tensor:
         down = F.linear(F.dropout(x_NH, self.dropout, self.training), self.A)
-        return F.mse_loss(F.linear(down, self.B), x_NH)
+        return _squared_error(F.linear(down, self.B), x_NH, share_N)

@@ -13,7 +13,8 @@ from typing import Any
 from pema_ray.config import TrainConfig
 from pema_ray.data_owner.adapter import AdapterConfig
 from pema_ray.data_owner.tracking import TensorBoardTracker
-from pema_ray.data_owner.training import History, Place, Point, Trainer
+from pema_ray.data_owner.strategies import Place
+from pema_ray.data_owner.training import History, Point, Trainer
 from pema_ray.errors import UserError
 from pema_ray.hardware import pick_dtype, set_threads
 from pema_ray.line import LMHeadBundle
@@ -50,11 +51,13 @@ def fit(job: TrainingJob, on_point: Callable[[str, Point], None] = lambda kind, 
         _worker,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
-            num_workers=c.workers, use_gpu=c.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=c.workers if c.min_workers is None else (c.min_workers, c.workers),
+            use_gpu=c.gpus_per_worker > 0,
+            resources_per_worker=resources,
         ),
         torch_config=TorchConfig(backend="nccl" if c.gpus_per_worker else "gloo"),
         run_config=RunConfig(
-            name="ray_train", storage_path=str(job.run_dir.resolve()), failure_config=FailureConfig(max_failures=2)
+            name="ray_train", storage_path=str(job.run_dir.resolve()), failure_config=FailureConfig(max_failures=c.max_failures)
         ),
     )
     job.run_dir.mkdir(parents=True, exist_ok=True)
@@ -100,13 +103,10 @@ def _train(job: TrainingJob) -> History:
     device = ray.train.torch.get_device()
     set_threads(max(1, int(job.config.cpus_per_worker)))
     bundle = LMHeadBundle.load(job.bundle)
-    train = ExternalMemory.open(job.train_memory, bundle.card).load(max_examples=job.config.max_train_pairs)
+    memory = ExternalMemory.open(job.train_memory, bundle.card)
+    train = memory if job.config.shuffle == "window" else memory.load(max_examples=job.config.max_train_pairs)
     dev = ExternalMemory.open(job.dev_memory, bundle.card).load(max_rows=job.config.validation_rows)
-    # The frozen head is a buffer of every worker's own: DDP need not send it round at each step.
-    options = {"broadcast_buffers": False} if world > 1 else None
-    place = Place(
-        rank, world, device, lambda module: ray.train.torch.prepare_model(module, parallel_strategy_kwargs=options)
-    )
+    place = Place(rank, world, device)
     report = _Reporter(job.run_dir) if rank == 0 else None
     head = bundle.head.to(pick_dtype(job.config.dtype, device))
     trainer = Trainer(

@@ -19,10 +19,12 @@ class SecondMoment:
         self.M = torch.zeros(hidden_size, hidden_size, dtype=torch.float64)
         self.rows = 0
 
-    def add(self, x_NH: torch.Tensor) -> None:
+    def add(self, x_NH: torch.Tensor, weight_N: torch.Tensor | None = None) -> None:
+        """Count rows in, each as often as its weight says."""
         x = x_NH.float()
-        self.M += (x.T @ x).double().cpu()
-        self.rows += len(x)
+        times = x if weight_N is None else x * weight_N[:, None]
+        self.M += (x.T @ times).double().cpu()
+        self.rows += len(x) if weight_N is None else int(weight_N.sum())
 
     def __iadd__(self, other: SecondMoment) -> SecondMoment:
         self.M += other.M

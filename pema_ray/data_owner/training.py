@@ -1,7 +1,7 @@
 """The training loop of an adapter, in one process of any number. Knows no Ray. N rows, H hidden.
 
-Rows are shuffled anew every epoch by (seed, epoch) alone and dropout is drawn by (seed, step) alone, so a
-run that resumes at a step goes on exactly as if it had never stopped.
+Batches follow from (seed, epoch) alone and dropout is drawn by (seed, step) alone, so a run that resumes at a
+step goes on exactly as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,30 +24,14 @@ from safetensors.torch import load_file, save_file
 
 from pema_ray.config import TrainConfig
 from pema_ray.data_owner.adapter import AdapterConfig, PemaAdapter
+from pema_ray.data_owner.feed import CHUNK, Batch, Feed, GlobalShuffle, Rows, ShardedRows, WindowShuffle
 from pema_ray.data_owner.objectives import JointObjective, ReconstructionObjective
 from pema_ray.data_owner.reconstruction import SecondMoment, reconstruction_error, solve
+from pema_ray.data_owner.strategies import Place, Strategy, make_strategy
 from pema_ray.errors import UserError
 from pema_ray.line import LMHead
 
 logger = logging.getLogger(__name__)
-_CHUNK = 8192  # rows handled at once where no gradient is kept
-
-
-class Representations(Protocol):
-    """`[N, H]`, some rows at a time: an array, or a memory's encoded keys."""
-
-    def __getitem__(self, index: np.ndarray | slice, /) -> np.ndarray: ...
-
-
-class Rows(Protocol):
-    """What training reads: `key [N, H]`, `target [N]` (a `memory.MemoryRows` is one)."""
-
-    @property
-    def key(self) -> Representations: ...
-    @property
-    def target(self) -> np.ndarray: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Point:
     """Losses at a step, in nats and in mean squared error."""
@@ -82,25 +67,12 @@ class History:
         return cls(**{**data, **points})
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where this process stands among the training processes, and how its module is wrapped for them."""
-
-    rank: int = 0
-    world: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    wrap: Callable[[torch.nn.Module], torch.nn.Module] = lambda module: module
-
-    @property
-    def leads(self) -> bool:
-        return self.rank == 0
-
-
 @dataclass
 class Trainer:
-    """Trains one adapter on rows in memory.
+    """Trains one adapter.
 
     Args:
+        train: rows at hand, or shards to be read (for `config.shuffle: window`).
         run_dir: holds `checkpoint.safetensors` (resume) and `best.safetensors`; every process sees the same folder.
         on_point: called by the leading process with each training or validation point.
     """
@@ -108,7 +80,7 @@ class Trainer:
     adapter_config: AdapterConfig
     config: TrainConfig
     head: LMHead
-    train: Rows
+    train: Rows | ShardedRows
     dev: Rows
     run_dir: Path
     seed: int = 0
@@ -121,124 +93,149 @@ class Trainer:
         self.head.to(device)
         torch.manual_seed(self.seed)  # without stage 1, A stays as it is drawn here
         adapter = PemaAdapter(self.adapter_config).to(device)
-        history = History(rows=len(self.train.target), total_steps=self.total_steps)
-        step = 0
-        optimizer = self._optimizer(adapter)
+        history = History(rows=self.feed.rows, total_steps=self.total_steps)
+        step, moments = 0, {}
         if self.config.resume and self._checkpoint.exists():
-            step, history = self._restore(adapter, optimizer)
+            step, history, moments = self._restore(adapter)
         else:
             self._reconstruct(adapter, history)
-        self._optimise(adapter, optimizer, history, step)
+        objective = JointObjective(adapter, self.head, self.config.kappa).to(device)
+        strategy = make_strategy(self.config, self.place, objective)
+        strategy.load_optimizer_state(moments)
+        self._optimise(objective, strategy, history, step)
+        self._meet()  # the leading process may still be writing its best
         best = PemaAdapter(self.adapter_config)
         best.load_state_dict(load_file(self._best))
         return best.eval(), history
 
-    @property
-    def total_steps(self) -> int:
-        return max(1, len(self.train.target) // self.batch_size) * self.config.epochs
+    @cached_property
+    def feed(self) -> Feed:
+        """This process's batches."""
+        c, place = self.config, self.place
+        if isinstance(self.train, Rows):
+            return GlobalShuffle(self.train, c.batch_size, self.seed, place.rank, place.world)
+        return WindowShuffle(self.train, c.window_shards, c.batch_size, c.epochs, self.seed, place.rank, place.world)
 
     @property
-    def batch_size(self) -> int:
-        """The global batch; a memory smaller than one is a single batch."""
-        size = min(self.config.batch_size, len(self.train.target)) // self.place.world * self.place.world
-        if size == 0:
-            raise UserError(
-                f"train.workers={self.place.world}: {len(self.train.target)} rows in batches of "
-                f"{self.config.batch_size} give a worker nothing to do. Use fewer workers or a larger train.batch_size."
-            )
-        return size
+    def total_steps(self) -> int:
+        return self.feed.steps_per_epoch * self.config.epochs
 
     # ── stage 1 ─────────────────────────────────────────────────────────────
 
     def _reconstruct(self, adapter: PemaAdapter, history: History) -> None:
         started = time.perf_counter()
         if self.config.solver == "closed_form":
-            moment = SecondMoment(self.adapter_config.hidden_size)
-            for x in self._inputs(adapter, self.train):
-                moment.add(x)
-            A, B, _ = solve(moment, self.adapter_config.rank)
-            adapter.start_from_reconstruction(A.to(self.place.device), B.to(self.place.device))
+            adapter.start_from_reconstruction(*self._solve(adapter))
         elif self.config.solver == "adam":
             adapter.start_from_reconstruction(*self._reconstruct_by_gradient(adapter))
         history.reconstruction_seconds = time.perf_counter() - started
         if self.config.solver != "none":
-            dev = self._inputs(adapter, self.dev)
+            dev = (self._enter(adapter, self.dev.key[part]) for part in _parts(len(self.dev.target)))
             history.reconstruction_error = reconstruction_error(adapter.A, adapter.B_rct, dev)
 
+    @torch.no_grad()
+    def _solve(self, adapter: PemaAdapter) -> tuple[torch.Tensor, torch.Tensor]:
+        """Every process sums up its own rows; the leading one solves, so that all start from the same bits."""
+        moment = SecondMoment(self.adapter_config.hidden_size)
+        for rows in self.feed.once():
+            weight = None if rows.weight is None else torch.from_numpy(rows.weight).to(self.place.device)
+            moment.add(self._enter(adapter, rows.key[:]), weight)
+        if self.place.world > 1:
+            total = moment.M.to(self.place.device)
+            rows = torch.tensor(moment.rows, device=self.place.device)
+            torch.distributed.all_reduce(total)
+            torch.distributed.all_reduce(rows)
+            moment.M, moment.rows = total.cpu(), int(rows)
+        if self.place.leads:
+            A, B, _ = solve(moment, self.adapter_config.rank)
+        else:
+            A, B = torch.empty_like(adapter.A, device="cpu"), torch.empty_like(adapter.B_rct, device="cpu")
+        A, B = A.to(self.place.device), B.to(self.place.device)
+        if self.place.world > 1:
+            torch.distributed.broadcast(A, src=0)
+            torch.distributed.broadcast(B, src=0)
+        return A, B
+
     def _reconstruct_by_gradient(self, adapter: PemaAdapter) -> tuple[torch.Tensor, torch.Tensor]:
-        c = self.config
+        """The published stage 1, every process for itself over the whole of its feed's rows."""
+        c, device = self.config, self.place.device
+        if not isinstance(self.train, Rows):
+            raise UserError("train.solver=adam needs train.shuffle=global; the closed form needs no shuffling at all.")
         torch.manual_seed(self.seed)
         init = PemaAdapter(self.adapter_config)
-        objective = ReconstructionObjective(init.A.detach(), init.B_rct.detach(), c.dropout).to(self.place.device)
+        objective = ReconstructionObjective(init.A.detach(), init.B_rct.detach(), c.dropout).to(device)
         optimizer = torch.optim.Adam(objective.parameters(), lr=c.learning_rate)
+        feed = GlobalShuffle(self.train, c.reconstruction_batch_size, self.seed)
         for epoch in range(c.reconstruction_epochs):
-            for step, index in enumerate(self._batches(epoch, c.reconstruction_batch_size)):
+            for step, batch in enumerate(feed.batches(epoch)):
                 torch.manual_seed(_mix_seed(self.seed, epoch, step))
-                loss = objective(adapter.enter(self._keys(self.train, index), self.head))
+                loss = objective(self._enter(adapter, batch.key), torch.from_numpy(batch.share).to(device))
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
         return objective.A.detach(), objective.B.detach()
 
     @torch.no_grad()
-    def _inputs(self, adapter: PemaAdapter, rows: Rows) -> Iterator[torch.Tensor]:
-        for start in range(0, len(rows.target), _CHUNK):
-            yield adapter.enter(self._keys(rows, slice(start, start + _CHUNK)), self.head)
+    def _enter(self, adapter: PemaAdapter, key_NH: np.ndarray) -> torch.Tensor:
+        return adapter.enter(self._tensor(key_NH), self.head)
 
     # ── stages 2 and 3 ──────────────────────────────────────────────────────
 
-    def _optimizer(self, adapter: PemaAdapter) -> torch.optim.Optimizer:
-        return torch.optim.Adam([adapter.A, adapter.B_pd], lr=self.config.learning_rate)
-
     def learning_rate(self, step: int) -> float:
-        """Constant as published, or a cosine down to `final_learning_rate`."""
+        """Constant as published, or a cosine down to `final_learning_rate`; a straight line up to it at first."""
         first, last = self.config.learning_rate, self.config.final_learning_rate
+        warm_up = self.config.warm_up_steps
+        if step < warm_up:
+            return first * (step + 1) / warm_up
         if last is None:
             return first
-        return last + (first - last) * 0.5 * (1 + math.cos(math.pi * step / max(1, self.total_steps)))
+        share = (step - warm_up) / max(1, self.total_steps - warm_up)
+        return last + (first - last) * 0.5 * (1 + math.cos(math.pi * share))
 
-    def _optimise(self, adapter: PemaAdapter, optimizer: torch.optim.Optimizer, history: History, step: int) -> None:
-        objective = JointObjective(adapter, self.head, self.config.kappa).to(self.place.device)
-        wrapped = self.place.wrap(objective)
-        per_epoch = max(1, len(self.train.target) // self.batch_size)
+    def _optimise(self, objective: JointObjective, strategy: Strategy, history: History, step: int) -> None:
         if step == 0:
             self._validate(objective, history, 0)
-        while step < self.total_steps and not history.stopped_early:
-            started = time.perf_counter()
-            epoch, within = divmod(step, per_epoch)
-            index = self._index(epoch)[within * self.batch_size : (within + 1) * self.batch_size]
-            index = np.sort(index[self.place.rank :: self.place.world])  # sorted: memory is read in order
-            for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate(step)
-            torch.manual_seed(_mix_seed(self.seed, step, self.place.rank))
-            wrapped.train()
-            targets = torch.from_numpy(self.train.target[index].astype(np.int64)).to(self.place.device)
-            loss, reconstruction, prediction = wrapped(self._keys(self.train, index), targets)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            step += 1
-            point = Point(step, float(loss.detach()), float(reconstruction), float(prediction))
-            if not self._finite(point.loss):
-                raise UserError(f"The loss became infinite or no number at step {step}: lower train.learning_rate.")
-            history.train.append(point)
-            if self.place.leads:
-                self.on_point("train", point)
-            if step % self.config.validate_every == 0 or step == self.total_steps:
-                self._validate(objective, history, step)
-            history.seconds += time.perf_counter() - started
-            if step % self.config.validate_every == 0 or step == self.total_steps or history.stopped_early:
-                self._save(adapter, optimizer, history, step)
+        for epoch in range(step // self.feed.steps_per_epoch, self.config.epochs):
+            for batch in self.feed.batches(epoch, step - epoch * self.feed.steps_per_epoch):
+                if history.stopped_early:
+                    return
+                started = time.perf_counter()
+                torch.manual_seed(_mix_seed(self.seed, step, self.place.rank))
+                objective.train()
+                losses = self._learn(strategy, batch)
+                strategy.step(self.learning_rate(step), self.config.clip)
+                step += 1
+                point = Point(step, *self._mean(losses))
+                if not math.isfinite(point.loss):
+                    raise UserError(f"The loss became infinite or no number at step {step}: lower train.learning_rate.")
+                history.train.append(point)
+                if self.place.leads:
+                    self.on_point("train", point)
+                if step % self.config.validate_every == 0 or step == self.total_steps:
+                    self._validate(objective, history, step)
+                history.seconds += time.perf_counter() - started
+                if step % self.config.validate_every == 0 or step == self.total_steps:
+                    self._save(objective.adapter, strategy, history, step)
+
+    def _learn(self, strategy: Strategy, batch: Batch) -> torch.Tensor:
+        """Gradients of a batch, part by part; its losses `[3]` as `Point` names them."""
+        total = torch.zeros(3, dtype=torch.float64, device=self.place.device)
+        parts = np.array_split(np.arange(len(batch.target)), min(self.config.accumulate, len(batch.target)))
+        for number, part in enumerate(parts):
+            share = self._tensor(batch.share[part])
+            target = torch.from_numpy(batch.target[part]).to(self.place.device)
+            losses = strategy.learn(self._tensor(batch.key[part]), target, share, last=number == len(parts) - 1)
+            total += torch.stack(losses)
+        return total
 
     @torch.no_grad()
     def _validate(self, objective: JointObjective, history: History, step: int) -> None:
         objective.eval()
         rows, losses = min(len(self.dev.target), self.config.validation_rows), np.zeros(3)
-        for start in range(0, rows, _CHUNK):
-            chunk = slice(start, min(rows, start + _CHUNK))
-            targets = torch.from_numpy(self.dev.target[chunk].astype(np.int64)).to(self.place.device)
-            parts = objective(self._keys(self.dev, chunk), targets)
-            losses += np.array([float(part) for part in parts]) * len(targets)
+        for part in _parts(rows):
+            targets = torch.from_numpy(self.dev.target[part].astype(np.int64)).to(self.place.device)
+            found = objective(self._tensor(self.dev.key[part]), targets)
+            losses += np.array([float(loss) for loss in found]) * len(targets)
         point = Point(step, *self._agree(losses / rows))
         history.validation.append(point)
         if point.prediction < history.best_prediction:
@@ -258,29 +255,18 @@ class Trainer:
             torch.distributed.broadcast(agreed, src=0)
         return agreed.tolist()
 
-    def _finite(self, loss: float) -> bool:
-        """Whether every worker's loss is a number: they go on or give up together."""
-        finite = torch.tensor(float(math.isfinite(loss)), device=self.place.device)
+    def _mean(self, losses: torch.Tensor) -> list[float]:
+        """Over all processes; one that is no number makes all of them give up together."""
         if self.place.world > 1:
-            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
-        return bool(finite)
+            torch.distributed.all_reduce(losses)
+        return (losses / self.place.world).tolist()
 
-    # ── rows ────────────────────────────────────────────────────────────────
+    def _meet(self) -> None:
+        if self.place.world > 1:
+            torch.distributed.barrier()
 
-    def _index(self, epoch: int) -> np.ndarray:
-        if getattr(self, "_shuffled", (None, None))[0] != epoch:
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.train.target))
-            self._shuffled = (epoch, order)
-        return self._shuffled[1]
-
-    def _batches(self, epoch: int, batch_size: int) -> Iterator[np.ndarray]:
-        index = self._index(epoch)
-        size = min(batch_size, len(index))
-        for start in range(0, len(index) - size + 1, size):
-            yield np.sort(index[start : start + size])
-
-    def _keys(self, rows: Rows, index: np.ndarray | slice) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(rows.key[index])).to(self.place.device).float()
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.place.device).float()
 
     # ── resume ──────────────────────────────────────────────────────────────
 
@@ -292,35 +278,37 @@ class Trainer:
     def _best(self) -> Path:
         return self.run_dir / "best.safetensors"
 
-    def _save(self, adapter: PemaAdapter, optimizer: torch.optim.Optimizer, history: History, step: int) -> None:
+    def _save(self, adapter: PemaAdapter, strategy: Strategy, history: History, step: int) -> None:
+        moments = strategy.optimizer_state()  # every process must ask
         if not self.place.leads:
             return
         tensors = {f"adapter.{name}": t.detach().cpu() for name, t in adapter.state_dict().items()}
-        for number, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{name}": torch.as_tensor(t).cpu() for name, t in state.items()}
-        described = {"step": str(step), "history": json.dumps(history.to_dict())}
-        self._write(self._checkpoint, tensors, described)
+        tensors |= {f"optimizer.{name}": t for name, t in moments.items()}
+        self._write(self._checkpoint, tensors, {"step": str(step), "history": json.dumps(history.to_dict())})
 
-    def _restore(self, adapter: PemaAdapter, optimizer: torch.optim.Optimizer) -> tuple[int, History]:
+    def _restore(self, adapter: PemaAdapter) -> tuple[int, History, dict[str, torch.Tensor]]:
         with safe_open(self._checkpoint, framework="pt") as file:
             described = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        adapter.load_state_dict({n.removeprefix("adapter."): t for n, t in tensors.items() if n.startswith("adapter.")})
-        state: dict[int, dict[str, torch.Tensor]] = {}
+        rooms: dict[str, dict[str, torch.Tensor]] = {"adapter": {}, "optimizer": {}}
         for name, tensor in tensors.items():
-            if name.startswith("optimizer."):
-                _, number, key = name.split(".")
-                state.setdefault(int(number), {})[key] = tensor
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            room, _, rest = name.partition(".")
+            rooms[room][rest] = tensor
+        adapter.load_state_dict(rooms["adapter"])
         step = int(described["step"])
         logger.info("training resumes at step %d", step)
-        return step, History.from_dict(json.loads(described["history"]))
+        return step, History.from_dict(json.loads(described["history"])), rooms["optimizer"]
 
     def _write(self, path: Path, tensors: dict[str, torch.Tensor], described: dict[str, str] | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
         save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, described)
         os.replace(temporary, path)
+
+
+def _parts(rows: int) -> Iterator[slice]:
+    for start in range(0, rows, CHUNK):
+        yield slice(start, min(rows, start + CHUNK))
 
 
 def _mix_seed(seed: int, *numbers: int) -> int:

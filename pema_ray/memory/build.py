@@ -20,8 +20,8 @@ from pema_ray.config import BuildMemoryConfig
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import ContextSource, ModelCard
 from pema_ray.memory.manifest import MANIFEST, Manifest, ShardInfo
-from pema_ray.memory.plan import Context, Rejected, ShardPlan, plan_hash, plan_shards, sort_out
-from pema_ray.memory.rows import generated_rows_of_shard, rows_of_shard
+from pema_ray.memory.plan import Context, Rejected, ShardPlan, count_duplicates, plan_hash, plan_shards, sort_out
+from pema_ray.memory.rows import generated_rows_of_shard, rows_of_shard, weighted
 from pema_ray.memory.shards import atomic_file, write_shard
 from pema_ray.tasks import EncodedPair
 
@@ -57,6 +57,14 @@ class MemoryBuild:
         """`test` is teacher-forced whatever the others are: a likelihood is one of the gold prefix."""
         return "teacher_forced" if self.split == "test" else self.config.context
 
+    @cached_property
+    def shards(self) -> list[ShardPlan]:
+        """Who computes what, equal rows counted out where that is asked for."""
+        weights = None
+        if self.config.deduplicate and self.split == "train":
+            weights = count_duplicates(self.accepted, self.card.eos_token_ids[0], self.context)
+        return plan_shards(self.accepted, self.config.examples_per_shard, self.context, weights)
+
     def hash(self) -> str:
         settings: dict[str, object] = {
             "fingerprint": self.card.fingerprint,
@@ -67,6 +75,8 @@ class MemoryBuild:
         }
         if self.context == "generated":
             settings["sequences"] = self.config.sequences
+        if self.config.deduplicate:
+            settings["deduplicate"] = True
         return plan_hash(self.accepted, settings)
 
     def check(self) -> None:
@@ -109,7 +119,7 @@ def prepare_folder(build: MemoryBuild) -> tuple[list[ShardPlan], list[ShardInfo]
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
     todo, done = [], []
-    for shard in plan_shards(build.accepted, build.config.examples_per_shard, build.context):
+    for shard in build.shards:
         receipt = _read_receipt(folder / shard.name)
         done.append(receipt) if receipt else todo.append(shard)
     return todo, done
@@ -265,11 +275,14 @@ class _ShardActor:
             rows, tokens, padded = rows_of_shard(
                 self.source, shard, self.eos[0], config.key_dtype, config.max_batch_tokens
             )
+        if shard.weights is not None:
+            rows = weighted(rows, shard.weights)
         path = folder / shard.name
         size, digest = write_shard(path, rows)
         info = ShardInfo(
             name=shard.name,
             rows=len(rows),
+            represents=rows.represents,
             examples=len(shard.examples),
             tokens=tokens,
             padded_tokens=padded,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +56,15 @@ class ExternalMemory:
             raise UserError(f"{path}: holds rows {rows.key.shape}, the manifest says {(info.rows, hidden)}.")
         return rows
 
+    @property
+    def counts(self) -> list[int]:
+        """Rows of each shard."""
+        return [info.rows for info in self.manifest.shards]
+
+    def read(self, shards: Sequence[int]) -> MemoryRows:
+        """The rows of some shards, by number, one after the other; raises as `shards` does."""
+        return MemoryRows.concatenate([self.shard(self.manifest.shards[number]) for number in shards])
+
     def load(self, max_examples: int | None = None, max_rows: int | None = None) -> MemoryRows:
         """Rows as one block in memory, in example order.
 
@@ -66,7 +75,7 @@ class ExternalMemory:
         parts, examples, rows = [], 0, 0
         for part in self.shards():
             if max_examples is not None:
-                starts = np.flatnonzero(part.position == 0)
+                starts = np.flatnonzero(np.diff(part.example_id, prepend=part.example_id[0] - 1))
                 if len(starts) > max_examples - examples:
                     part = part.take(slice(0, int(starts[max_examples - examples])))
                 examples += len(starts)

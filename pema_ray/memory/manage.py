@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +53,11 @@ def _faults(rows: MemoryRows, manifest: Manifest) -> Iterator[str]:
     if rows.target.min() < 0 or rows.target.max() >= manifest.vocab_size:
         yield f"a target lies outside the vocabulary of {manifest.vocab_size:,}"
     same = rows.example_id[1:] == rows.example_id[:-1]
-    if (rows.position[1:][same] != rows.position[:-1][same] + 1).any():
+    steps = np.diff(rows.position)[same]
+    if (steps < 1).any() if rows.weight is not None else (steps != 1).any():
         yield "rows of an example are not in order"
+    if rows.weight is not None and rows.weight.min() < 1:
+        yield "a row's weight is below 1"
 
 
 def convert(source: Path, target: Path, key_dtype: KeyDtype, on_shard: Progress = lambda info: None) -> Manifest:
@@ -67,7 +71,7 @@ def convert(source: Path, target: Path, key_dtype: KeyDtype, on_shard: Progress 
     shards = []
     for info in memory.manifest.shards:
         rows = memory.shard(info)
-        changed = MemoryRows(encode(rows.key[:], key_dtype), rows.target, rows.example_id, rows.position)
+        changed = replace(rows, key=encode(rows.key[:], key_dtype))
         shards.append(_write(target, info.name, changed, info))
         on_shard(shards[-1])
     changes = {"key_dtype": key_dtype, "plan_hash": _derived(memory.manifest.plan_hash, "convert", key_dtype)}
@@ -97,9 +101,12 @@ def merge(sources: Sequence[Path], target: Path, on_shard: Progress = lambda inf
     _claim(target)
     shards: list[ShardInfo] = []
     owner: dict[int, int] = {}
+    weighted = any(memory.manifest.represents > len(memory) for memory in memories)
     for place, memory in enumerate(memories):
         for info in memory.manifest.shards:
             rows = memory.shard(info)
+            if weighted and rows.weight is None:
+                rows = replace(rows, weight=np.ones(len(rows), np.int32))
             for example in np.unique(rows.example_id).tolist():
                 if owner.setdefault(example, place) != place:
                     other = memories[owner[example]].folder
@@ -206,6 +213,7 @@ def _write(folder: Path, name: str, rows: MemoryRows, of: ShardInfo | None = Non
     return ShardInfo(
         name=name,
         rows=len(rows),
+        represents=rows.represents,
         examples=examples,
         tokens=counts[0],
         padded_tokens=counts[1],

@@ -19,6 +19,8 @@ class ShardInfo(Section):
 
     name: str
     rows: int
+    represents: int | None = None
+    """Rows before equal ones were counted together; none: they were not looked for."""
     examples: int
     tokens: int
     """Token positions of its examples beyond the prompt prefix that all of them share, without padding."""
@@ -47,6 +49,11 @@ class Manifest(Section):
     rejected: int = 0
     """Examples that could not become rows; `rejected.parquet` names them."""
     shards: tuple[ShardInfo, ...] = Field(min_length=1)
+
+    @property
+    def represents(self) -> int:
+        """Rows before equal ones were counted together."""
+        return sum(shard.represents or shard.rows for shard in self.shards)
 
     @property
     def plm_label(self) -> str:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from pema_ray.tasks import EncodedPair
 
 Context = Literal["teacher_forced", "generated"]
+Weights = Mapping[int, tuple[int, ...]]  # example_id → a number for each of its rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,8 @@ class ShardPlan:
     name: str
     examples: tuple[EncodedPair, ...]
     context: Context = "teacher_forced"
+    weights: Weights | None = None
+    """How often each row of an example occurs, where that is not once; None: the shard's rows carry no weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +56,48 @@ def sort_out(examples: Sequence[EncodedPair], max_positions: int) -> tuple[list[
 
 
 def plan_shards(
-    examples: Sequence[EncodedPair], examples_per_shard: int, context: Context = "teacher_forced"
+    examples: Sequence[EncodedPair],
+    examples_per_shard: int,
+    context: Context = "teacher_forced",
+    weights: Weights | None = None,
 ) -> list[ShardPlan]:
-    """Cut the examples, in their order, into shards."""
-    return [
-        ShardPlan(f"shard-{number:05d}.parquet", tuple(examples[start : start + examples_per_shard]), context)
-        for number, start in enumerate(range(0, len(examples), examples_per_shard))
-    ]
+    """Cut the examples, in their order, into shards; those without a row of their own are left out."""
+    if weights is not None:
+        examples = [e for e in examples if e.example_id not in weights or any(weights[e.example_id])]
+    shards = []
+    for number, start in enumerate(range(0, len(examples), examples_per_shard)):
+        mine = tuple(examples[start : start + examples_per_shard])
+        of_mine = None if weights is None else {e.example_id: weights[e.example_id] for e in mine if e.example_id in weights}
+        shards.append(ShardPlan(f"shard-{number:05d}.parquet", mine, context, of_mine))
+    return shards
+
+
+def count_duplicates(examples: Sequence[EncodedPair], eos: int, context: Context) -> Weights:
+    """Find equal rows: the first of them gets their number as its weight, the others 0.
+
+    Two rows are equal when their target is, and all the tokens before it: prompt and gold prefix, or, in the
+    generated context, the prompt and the position (what the PLM says after equal prompts is equal).
+
+    Returns:
+        A weight for each row of the examples that share a prompt with another; every other row occurs once.
+    """
+    alike: dict[tuple[int, ...], list[EncodedPair]] = {}
+    for example in examples:
+        alike.setdefault(tuple(example.prompt), []).append(example)
+    weights: dict[int, list[int]] = {}
+    for group in (group for group in alike.values() if len(group) > 1):
+        first: dict[tuple[int, int], tuple[int, int]] = {}  # (what came before, target) → where it was seen first
+        nodes: dict[tuple[int, int], int] = {}  # a tree of gold prefixes: (prefix, token) → longer prefix
+        for example in group:
+            mine = weights[example.example_id] = [1] * (len(example.target) + 1)
+            before = 0
+            for position, token in enumerate([*example.target, eos]):
+                owner, where = first.setdefault((before, token), (example.example_id, position))
+                if owner != example.example_id:
+                    weights[owner][where] += 1
+                    mine[position] = 0
+                before = position + 1 if context == "generated" else nodes.setdefault((before, token), len(nodes) + 1)
+    return {example_id: tuple(counts) for example_id, counts in weights.items()}
 
 
 def plan_hash(examples: Sequence[EncodedPair], settings: dict[str, object]) -> str:

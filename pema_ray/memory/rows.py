@@ -11,6 +11,7 @@ with the target's tokens and then EOS (paper section 3.2; the published code sto
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 
 from pema_ray.line import ContextSource, DecodingSession, ExtractBatch
 from pema_ray.memory.codec import KeyDtype, Keys, encode
-from pema_ray.memory.plan import ShardPlan, common_prompt_prefix, plan_batches
+from pema_ray.memory.plan import ShardPlan, Weights, common_prompt_prefix, plan_batches
 from pema_ray.memory.shards import MemoryRows
 from pema_ray.tasks import EncodedPair
 
@@ -70,6 +71,17 @@ def rows_of_shard(
 def _in_order(rows: MemoryRows, shard: ShardPlan) -> MemoryRows:
     rank = {example.example_id: place for place, example in enumerate(shard.examples)}
     return rows.take(np.argsort([rank[example] for example in rows.example_id.tolist()], kind="stable"))
+
+
+def weighted(rows: MemoryRows, weights: Weights) -> MemoryRows:
+    """Give every row its weight and leave out those of weight 0.
+
+    Args:
+        weights: of the examples whose rows do not all occur once.
+    """
+    found = [weights[e][p] if e in weights else 1 for e, p in zip(rows.example_id.tolist(), rows.position.tolist())]
+    weight = np.array(found, np.int32)
+    return replace(rows, weight=weight).take(weight > 0)
 
 
 # ── the generated context ───────────────────────────────────────────────────

@@ -1,6 +1,7 @@
 """Writes one shard of rows, atomically, and reads it back, checked. N rows, H hidden.
 
-Parquet columns: `key` (fixed-size list of H numbers), `target`, `example_id`, `position`, and `scale` for int8 keys.
+Parquet columns: `key` (fixed-size list of H numbers), `target`, `example_id`, `position`; `scale` for int8 keys; `weight` where
+equal rows were counted together.
 Plain pyarrow reads them; bfloat16 keys are their 16 bits, as uint16.
 """
 
@@ -30,22 +31,32 @@ _ARROW: dict[KeyDtype, pa.DataType] = {
 
 @dataclass(frozen=True, slots=True)
 class MemoryRows:
-    """Rows in memory: `key [N, H]` as stored, `target [N]` int32, `example_id [N]` int64, `position [N]` int32."""
+    """Rows in memory: `key [N, H]` as stored, `target [N]` int32, `example_id [N]` int64, `position [N]` int32.
+
+    `weight [N]` int32 says how often a row occurs; None: each once.
+    """
 
     key: Keys
     target: np.ndarray
     example_id: np.ndarray
     position: np.ndarray
+    weight: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.target)
 
+    @property
+    def represents(self) -> int | None:
+        """Rows before equal ones were counted together; none without weights."""
+        return None if self.weight is None else int(self.weight.sum())
+
     def take(self, index: np.ndarray | slice) -> MemoryRows:
-        return MemoryRows(self.key.take(index), self.target[index], self.example_id[index], self.position[index])
+        weight = None if self.weight is None else self.weight[index]
+        return MemoryRows(self.key.take(index), self.target[index], self.example_id[index], self.position[index], weight)
 
     @classmethod
     def concatenate(cls, parts: list[MemoryRows]) -> MemoryRows:
-        plain = ("target", "example_id", "position")
+        plain = ("target", "example_id", "position", *(("weight",) if parts[0].weight is not None else ()))
         keys = Keys.concatenate([part.key for part in parts])
         return cls(keys, *(np.concatenate([getattr(part, field) for part in parts]) for field in plain))
 
@@ -78,6 +89,8 @@ def write_shard(path: Path, rows: MemoryRows) -> tuple[int, str]:
     }
     if rows.key.scale is not None:
         columns["scale"] = pa.array(rows.key.scale, pa.float32())
+    if rows.weight is not None:
+        columns["weight"] = pa.array(rows.weight, pa.int32())
     with atomic_file(path) as temporary:
         pq.write_table(pa.table(columns), temporary, compression="none", use_dictionary=False, write_statistics=False)
         size, digest = temporary.stat().st_size, sha256_of(temporary)
@@ -108,10 +121,11 @@ def read_shard(path: Path, sha256: str | None = None) -> MemoryRows:
     dtype: KeyDtype | None = next((name for name, arrow in _ARROW.items() if arrow == key.type.value_type), None)
     if dtype is None:
         raise UserError(f"{path}: not a readable shard: keys of {key.type.value_type}; known are {', '.join(_ARROW)}.")
-    names = ("target", "example_id", "position", *(("scale",) if dtype == "int8" else ()))
+    names = ["target", "example_id", "position", *(["scale"] if dtype == "int8" else [])]
     missing = [name for name in names if name not in table.column_names]
     if missing:
         raise UserError(f"{path}: not a readable shard: it has no column '{missing[0]}'.")
+    names += ["weight"] if "weight" in table.column_names else []
     plain = {name: table.column(name).to_numpy() for name in names}
     data = key.flatten().to_numpy(zero_copy_only=False).reshape(-1, key.type.list_size)
     return MemoryRows(Keys(dtype, data, plain.pop("scale", None)), **plain)

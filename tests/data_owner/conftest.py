@@ -37,7 +37,7 @@ def make_head() -> Callable[..., LMHead]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_rows() -> Callable[..., MemoryRows]:
     """Makes rows `key [N, H]` whose target is one of eight tokens, told by the key's first three signs."""
 

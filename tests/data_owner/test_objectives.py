@@ -106,3 +106,18 @@ def test_dropout_is_on_in_training_off_in_evaluation_and_on_again_afterwards(mak
     assert draws() == {float(bare)}
     joint.train()
     assert len(draws()) == 4
+
+
+@pytest.mark.parametrize("kappa", [0.0, 0.2])
+def test_a_rows_share_counts_as_its_repetition_would(make_head, kappa: float):
+    weighted, repeated = objective(make_head, kappa), objective(make_head, kappa)
+    (x, y), times = batch(12), torch.tensor([1, 3, 1, 2, 1, 1, 5, 1, 1, 1, 2, 1])
+    mine = weighted(x, y, times / times.sum())
+    theirs = repeated(x.repeat_interleave(times, 0), y.repeat_interleave(times))
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+    mine[0].backward()
+    theirs[0].backward()
+    for name, parameter in weighted.adapter.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, repeated.adapter.get_parameter(name).grad, atol=1e-6, rtol=1e-5)

@@ -93,3 +93,12 @@ def test_no_dropout_in_evaluation_and_some_in_training():
     expected = (x @ objective.A.T @ objective.B.T - x).square().mean()
     torch.testing.assert_close(objective.eval()(x), expected)
     assert not torch.allclose(objective.train()(x), expected)
+
+
+def test_a_rows_weight_counts_as_its_repetition_would():
+    x, times = torch.randn(30, 8, generator=torch.Generator().manual_seed(4)), torch.arange(30) % 4 + 1
+    weighted, repeated = SecondMoment(8), SecondMoment(8)
+    weighted.add(x, times)
+    repeated.add(x.repeat_interleave(times, 0))
+    assert weighted.rows == repeated.rows == int(times.sum())
+    torch.testing.assert_close(weighted.M, repeated.M, atol=1e-4, rtol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pema_ray.config import TrainConfig
 from pema_ray.data_owner import AdapterConfig, PemaAdapter
-from pema_ray.data_owner.training import History, Place, Point, Trainer
+from pema_ray.data_owner.strategies import Place
+from pema_ray.data_owner.training import History, Point, Trainer
 from pema_ray.errors import UserError
 
 H, R = 16, 6
@@ -143,7 +144,7 @@ class Recorded:
     """Rows that remember which of them were asked for."""
 
     def __init__(self, rows):
-        self.key, self.target, self.asked = self, rows.target, []
+        self.key, self.target, self.weight, self.asked = self, rows.target, None, []
         self._key = rows.key
 
     def __getitem__(self, index):
@@ -176,7 +177,7 @@ def test_the_rows_an_epoch_leaves_over_are_fewer_than_a_batch_and_others_every_t
 def test_fewer_rows_than_a_batch_are_one_batch(make_trainer):
     trainer = make_trainer(rows=20, epochs=3)
     _, history = trainer.run()
-    assert (trainer.batch_size, history.total_steps, len(history.train)) == (20, 3, 3)
+    assert (trainer.feed.batch_size, history.total_steps, len(history.train)) == (20, 3, 3)
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(make_trainer):
@@ -273,15 +274,99 @@ def test_without_resume_a_checkpoint_is_ignored(make_trainer):
     assert steps == list(range(1, 11))
 
 
+# ── parts of a batch, norms, warm-up, windows ──────────────────────────────
+
+
+def close(one: PemaAdapter, two: PemaAdapter, atol: float = 1e-5) -> None:
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=atol, rtol=1e-5)
+
+
+def test_a_batch_in_parts_gives_the_gradient_of_the_whole(make_trainer):
+    whole, history = make_trainer("whole", dropout=0.0).run()
+    parts, divided = make_trainer("parts", dropout=0.0, accumulate=5).run()  # 64 rows are no multiple of five
+    close(whole, parts)
+    assert [p.loss for p in divided.train] == pytest.approx([p.loss for p in history.train], rel=1e-5)
+
+
+def test_a_gradient_is_clipped_to_its_largest_norm(make_trainer, monkeypatch):
+    norms: list[tuple[float, float]] = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def watched(parameters, most):
+        before = clip(parameters, most)
+        norms.append((float(before), float(torch.stack([p.grad.norm() for p in parameters]).norm())))
+        return before
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched)
+    make_trainer(epochs=1, clip=0.05).run()
+    assert len(norms) == 10 and any(before > 0.05 for before, _ in norms)
+    assert all(after <= 0.05 + 1e-6 for _, after in norms)
+
+
+def test_the_learning_rate_warms_up_in_a_straight_line(make_trainer):
+    rates = rates_used(make_trainer("constant", warm_up_steps=4))
+    assert rates == pytest.approx([2.5e-3, 5e-3, 7.5e-3] + [1e-2] * 27)
+    rates = rates_used(make_trainer("cosine", warm_up_steps=10, final_learning_rate=1e-3))
+    expected = [1e-3 + 9e-3 * (1 + math.cos(math.pi * step / 20)) / 2 for step in range(20)]
+    assert rates == pytest.approx([1e-3 * step for step in range(1, 11)] + expected)
+
+
+class Sharded:
+    """Rows cut into shards."""
+
+    def __init__(self, rows, size: int) -> None:
+        self._parts = [rows.take(slice(at, at + size)) for at in range(0, len(rows), size)]
+
+    @property
+    def counts(self) -> list[int]:
+        return [len(part) for part in self._parts]
+
+    def read(self, shards):
+        return type(self._parts[0]).concatenate([self._parts[shard] for shard in shards])
+
+
+def windowed(trainer: Trainer) -> Trainer:
+    trainer.train = Sharded(trainer.train, 128)
+    return trainer
+
+
+def test_windows_of_shards_train_as_well_as_a_global_shuffle(make_trainer):
+    _, exact = make_trainer("global", epochs=6).run()
+    _, window = windowed(make_trainer("window", epochs=6, shuffle="window", window_shards=2)).run()
+    assert window.reconstruction_error == pytest.approx(exact.reconstruction_error, rel=1e-5)
+    assert window.best_prediction == pytest.approx(exact.best_prediction, rel=0.03)
+    assert len(window.train) == window.total_steps == 6 * 10
+
+
+def test_a_windowed_run_resumes_too(make_trainer):
+    settings = {"shuffle": "window", "window_shards": 2}
+    undisturbed = windowed(make_trainer("undisturbed", **settings)).run()
+    dying = windowed(make_trainer("dying", **settings))
+    dying.on_point = kill_at("train", 13)
+    with pytest.raises(Killed):
+        dying.run()
+    assert_same(windowed(make_trainer("dying", **settings)).run(), undisturbed)
+
+
+def test_adam_for_stage_1_needs_all_rows_at_hand(make_trainer):
+    with pytest.raises(UserError, match="train.solver=adam needs train.shuffle=global"):
+        windowed(make_trainer(shuffle="window", solver="adam")).run()
+
+
 # ── several processes ───────────────────────────────────────────────────────
 
 
-def _train_in_a_process(rank: int, parts: tuple, meeting: str) -> None:
+def _train_in_a_process(rank: int, world: int, parts: tuple, meeting: str) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    port = 20_000 + hash(meeting) % 20_000
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     try:
-        place = Place(rank, 2, wrap=lambda module: DistributedDataParallel(module, broadcast_buffers=False))
-        _, history = Trainer(*parts, place=place).run()
+        _, history = Trainer(*parts, place=Place(rank, world)).run()
         if rank == 0:
             torch.save(history.to_dict(), f"{meeting}.history")
         torch.distributed.barrier()
@@ -289,19 +374,75 @@ def _train_in_a_process(rank: int, parts: tuple, meeting: str) -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_two_processes_train_as_one_would(make_trainer, tmp_path: Path):
-    one, history = make_trainer("one", dropout=0.0, epochs=2).run()
-    meeting = str(tmp_path / "meeting")
-    pair = make_trainer("two", dropout=0.0, epochs=2)
-    parts = (pair.adapter_config, pair.config, pair.head, pair.train, pair.dev, pair.run_dir, pair.seed)
-    torch.multiprocessing.spawn(_train_in_a_process, (parts, meeting), nprocs=2)
-    two = PemaAdapter(pair.adapter_config)
-    two.load_state_dict(load_file(pair.run_dir / "best.safetensors"))
-    shared = History.from_dict(torch.load(f"{meeting}.history"))
-    assert [p.step for p in shared.validation] == [p.step for p in history.validation]
-    for name in ("prediction", "reconstruction"):
-        ours = torch.tensor([getattr(p, name) for p in shared.validation])
-        theirs = torch.tensor([getattr(p, name) for p in history.validation])
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    for a, b in zip(one.parameters(), two.parameters(), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+def run_in_processes(trainer: Trainer, world: int, meeting: Path) -> tuple[PemaAdapter, History]:
+    t = trainer
+    parts = (t.adapter_config, t.config, t.head, t.train, t.dev, t.run_dir, t.seed)
+    torch.multiprocessing.spawn(_train_in_a_process, (world, parts, str(meeting)), nprocs=world)
+    adapter = PemaAdapter(t.adapter_config)
+    adapter.load_state_dict(load_file(t.run_dir / "best.safetensors"))
+    return adapter, History.from_dict(torch.load(f"{meeting}.history"))
+
+
+def assert_one_curve(one: History, two: History) -> None:
+    for kind in ("train", "validation"):
+        mine, theirs = getattr(one, kind), getattr(two, kind)
+        assert [p.step for p in mine] == [p.step for p in theirs]
+        for name in ("loss", "prediction", "reconstruction"):
+            ours = [getattr(p, name) for p in mine]
+            assert ours == pytest.approx([getattr(p, name) for p in theirs], abs=1e-4, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("world", "settings"),
+    [
+        (2, {}),
+        (4, {"accumulate": 2, "clip": 0.1}),
+        (2, {"strategy": "accelerate", "accumulate": 2, "clip": 0.1}),
+    ],
+    ids=str,
+)
+def test_processes_train_as_one_would(make_trainer, tmp_path: Path, world: int, settings: dict):
+    alike = {"dropout": 0.0, "epochs": 2, "warm_up_steps": 3} | {k: v for k, v in settings.items() if k == "clip"}
+    one, history = make_trainer("one", **alike).run()
+    many, shared = run_in_processes(make_trainer("many", **alike | settings), world, tmp_path / "meeting")
+    assert_one_curve(history, shared)
+    close(one, many, 1e-4)
+
+
+def test_the_closed_form_of_many_processes_is_that_of_one(make_trainer, tmp_path: Path):
+    quiet = {"epochs": 1, "learning_rate": 1e-12, "validate_every": 100}
+    one, alone = make_trainer("one", rows=20_000, batch_size=20_000, **quiet).run()
+    many, shared = run_in_processes(
+        make_trainer("many", rows=20_000, batch_size=20_000, **quiet), 3, tmp_path / "meeting"
+    )
+    torch.testing.assert_close(one.B_rct @ one.A, many.B_rct @ many.A, atol=1e-5, rtol=1e-5)
+    assert shared.reconstruction_error == pytest.approx(alone.reconstruction_error, rel=1e-5)
+
+
+def test_processes_take_up_what_others_left(make_trainer, tmp_path: Path):
+    """Two processes go on from a checkpoint of one, and one from theirs."""
+    settings = {"dropout": 0.0, "epochs": 2}
+    one, history = make_trainer("one", **settings).run()
+    dying = make_trainer("dying", **settings)
+    dying.on_point = kill_at("train", 8)
+    with pytest.raises(Killed):
+        dying.run()
+    two, shared = run_in_processes(make_trainer("dying", **settings), 2, tmp_path / "meeting")
+    assert_one_curve(history, shared)
+    close(one, two, 1e-4)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_deepspeed_trains_as_one_process_would_and_resumes(make_trainer, tmp_path: Path, stage: int):
+    alike = {"dropout": 0.0, "epochs": 2, "clip": 0.1}
+    one, history = make_trainer("one", **alike).run()
+    dying = make_trainer("many", **alike)
+    dying.on_point = kill_at("train", 8)
+    with pytest.raises(Killed):
+        dying.run()
+    settings = alike | {"strategy": "deepspeed", "zero_stage": stage, "accumulate": 2}
+    many, shared = run_in_processes(make_trainer("many", **settings), 2, tmp_path / "meeting")
+    assert_one_curve(history, shared)
+    close(one, many, 1e-4)
+    again, _ = make_trainer("many", **alike, resume=True).run()  # what it left is everyone's checkpoint
+    close(again, many, 0.0)

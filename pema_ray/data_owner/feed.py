@@ -1,0 +1,199 @@
+"""Which rows make up which batch, for every training process. Knows no Ray. N rows, H hidden.
+
+A batch follows from (seed, epoch, place in the epoch) alone, so that a run which resumes at a step sees what it
+would have seen.
+
+- `GlobalShuffle`: every epoch is a permutation of all rows; they must be at hand one by one (in RAM, or in the
+  object store). The batch of n processes is the batch of one, dealt out.
+- `WindowShuffle`: a process reads whole shards, in an order drawn anew every epoch, and shuffles the rows of a few of
+  them together: for memories that fit no process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from pema_ray.errors import UserError
+
+CHUNK = 8192  # rows handled at once where no gradient is kept
+
+
+class Representations(Protocol):
+    """`[N, H]`, some rows at a time: an array, or a memory's encoded keys."""
+
+    def __getitem__(self, index: np.ndarray | slice, /) -> np.ndarray: ...
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """What training reads: `key [N, H]`, `target [N]`, and `weight [N]` where rows do not all count once."""
+
+    @property
+    def key(self) -> Representations: ...
+    @property
+    def target(self) -> np.ndarray: ...
+    @property
+    def weight(self) -> np.ndarray | None: ...
+
+
+class ShardedRows(Protocol):
+    """Rows that are read shard by shard.
+
+    Attributes:
+        counts: rows of each shard.
+    """
+
+    @property
+    def counts(self) -> list[int]: ...
+    def read(self, shards: Sequence[int]) -> Rows: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One process's part of a batch.
+
+    Attributes:
+        key: `[n, H]` float32; target: `[n]` int64.
+        share: `[n]` float32, each row's share of the loss. The mean over processes of Σ share · loss is the
+            weighted mean over the whole batch.
+    """
+
+    key: np.ndarray
+    target: np.ndarray
+    share: np.ndarray
+
+
+class Feed(Protocol):
+    """Batches of one process among several.
+
+    Attributes:
+        rows: of all processes together.
+        batch_size: of all processes together.
+    """
+
+    rows: int
+    batch_size: int
+    steps_per_epoch: int
+
+    def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """This process's parts of the epoch's batches, from number `first` on."""
+        ...
+
+    def once(self) -> Iterator[Rows]:
+        """This process's part of all rows, in blocks, each row once (over all processes)."""
+        ...
+
+
+class GlobalShuffle:
+    """Batches of a permutation of all rows; what is left over at its end differs from epoch to epoch."""
+
+    def __init__(self, rows: Rows, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
+        self._rows, self._seed, self._rank, self._world = rows, seed, rank, world
+        self.rows = len(rows.target)
+        self.batch_size = _shared_out(self.rows, batch_size, world)
+        self.steps_per_epoch = max(1, self.rows // self.batch_size)
+
+    def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        order = np.random.default_rng([self._seed, epoch]).permutation(self.rows)
+        for step in range(first, self.steps_per_epoch):
+            everyones = order[step * self.batch_size : (step + 1) * self.batch_size]
+            mine = np.sort(everyones[self._rank :: self._world])  # sorted: memory is read in order
+            yield _batch(self._rows, mine, everyones, self._world)
+
+    def once(self) -> Iterator[Rows]:
+        for start in range(self._rank * CHUNK, self.rows, self._world * CHUNK):
+            yield _Block(self._rows, slice(start, min(self.rows, start + CHUNK)))
+
+
+class WindowShuffle:
+    """Batches of a window of shards at a time; the next window is read while this one is trained on.
+
+    Rows left over at a window's end, fewer than a batch, sit this epoch out.
+    """
+
+    def __init__(
+        self, shards: ShardedRows, window: int, batch_size: int, epochs: int, seed: int, rank: int = 0, world: int = 1
+    ) -> None:
+        self._shards, self._window, self._seed, self._rank, self._world = shards, window, seed, rank, world
+        if len(shards.counts) < world:
+            raise UserError(
+                f"train.workers={world}: the memory has {len(shards.counts)} shards, and train.shuffle=window gives "
+                "each worker whole ones. Use fewer workers, smaller shards, or train.shuffle=global."
+            )
+        self.rows = sum(shards.counts)
+        self.batch_size = _shared_out(self.rows, batch_size, world)
+        # Whoever has the fewest batches in any epoch sets the number of steps: processes step together.
+        self.steps_per_epoch = min(
+            sum(self._steps(window) for window in self._windows(epoch, rank))
+            for epoch in range(epochs)
+            for rank in range(world)
+        )
+        if not self.steps_per_epoch:
+            raise UserError(
+                f"train.batch_size={batch_size}: a window of {window} shards holds less than a worker's part of a "
+                "batch. Use a smaller batch, a larger train.window_shards, or train.shuffle=global."
+            )
+
+    def _windows(self, epoch: int, rank: int) -> list[list[int]]:
+        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._shards.counts))[rank :: self._world]
+        return [order[at : at + self._window].tolist() for at in range(0, len(order), self._window)]
+
+    def _steps(self, window: Sequence[int]) -> int:
+        return sum(self._shards.counts[shard] for shard in window) // (self.batch_size // self._world)
+
+    def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        windows, size = self._windows(epoch, self._rank), self.batch_size // self._world
+        done = 0  # steps of the windows before
+        with ThreadPoolExecutor(1) as reader:
+            coming: Future[Rows] | None = None
+            for number, window in enumerate(windows):
+                steps = min(self._steps(window), self.steps_per_epoch - done)
+                begin, done = max(0, first - done), done + steps
+                if begin >= steps:
+                    continue
+                rows = coming.result() if coming else self._shards.read(window)
+                more = number + 1 < len(windows) and done < self.steps_per_epoch
+                coming = reader.submit(self._shards.read, windows[number + 1]) if more else None
+                order = np.random.default_rng([self._seed, epoch, self._rank, number]).permutation(len(rows.target))
+                for step in range(begin, steps):
+                    mine = np.sort(order[step * size : (step + 1) * size])
+                    yield _batch(rows, mine, mine, 1)
+
+    def once(self) -> Iterator[Rows]:
+        for shard in range(self._rank, len(self._shards.counts), self._world):
+            rows = self._shards.read([shard])
+            for start in range(0, len(rows.target), CHUNK):
+                yield _Block(rows, slice(start, start + CHUNK))
+
+
+class _Block:
+    """Some consecutive rows, decoded."""
+
+    def __init__(self, rows: Rows, part: slice) -> None:
+        self.key, self.target = rows.key[part], rows.target[part]
+        self.weight = None if rows.weight is None else rows.weight[part]
+
+
+def _batch(rows: Rows, mine: np.ndarray, everyones: np.ndarray, world: int) -> Batch:
+    """The rows `mine` of a batch that `world` processes make of `everyones` rows."""
+    if rows.weight is None:
+        share = np.full(len(mine), world / len(everyones), np.float32)
+    else:
+        share = (rows.weight[mine] * (world / rows.weight[everyones].sum())).astype(np.float32)
+    return Batch(np.ascontiguousarray(rows.key[mine]), rows.target[mine].astype(np.int64), share)
+
+
+def _shared_out(rows: int, batch_size: int, world: int) -> int:
+    """The batch of all processes: a memory smaller than one is a single batch."""
+    size = min(batch_size, rows) // world * world
+    if size == 0:
+        raise UserError(
+            f"train.workers={world}: {rows} rows in batches of {batch_size} give a worker nothing to do. "
+            "Use fewer workers or a larger train.batch_size."
+        )
+    return size

@@ -1,0 +1,131 @@
+"""Batches: every row is seen, by one process alone, in an order that follows from seed and epoch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pema_ray.data_owner.feed import GlobalShuffle, WindowShuffle
+from pema_ray.errors import UserError
+from pema_ray.memory import MemoryRows
+
+
+class Shards:
+    """Rows cut into shards that remember who was read."""
+
+    def __init__(self, rows: MemoryRows, counts: list[int]) -> None:
+        ends = np.cumsum(counts)
+        self._parts = [rows.take(slice(end - count, end)) for end, count in zip(ends, counts)]
+        self.asked: list[list[int]] = []
+
+    @property
+    def counts(self) -> list[int]:
+        return [len(part) for part in self._parts]
+
+    def read(self, shards) -> MemoryRows:
+        self.asked.append(list(shards))
+        return MemoryRows.concatenate([self._parts[shard] for shard in shards])
+
+
+def marked(make_rows, count: int) -> MemoryRows:
+    """Rows that can be told apart: the target of row i is i."""
+    return replace(make_rows(count, 0), target=np.arange(count, dtype=np.int32))
+
+
+def targets(feed, epoch: int, first: int = 0) -> list[list[int]]:
+    return [batch.target.tolist() for batch in feed.batches(epoch, first)]
+
+
+@given(st.integers(20, 200), st.integers(1, 40), st.integers(1, 4), st.integers(0, 3))
+def test_processes_share_out_the_batches_of_one(make_rows, count: int, size: int, world: int, epoch: int):
+    if size < world:
+        return
+    rows = marked(make_rows, count)
+    feeds = [GlobalShuffle(rows, size, 7, rank, world) for rank in range(world)]
+    one = GlobalShuffle(rows, feeds[0].batch_size, 7)
+    shared = [sorted(sum(parts, [])) for parts in zip(*(targets(feed, epoch) for feed in feeds), strict=True)]
+    assert shared == [sorted(batch) for batch in targets(one, epoch)]
+    assert len(shared) == one.steps_per_epoch == feeds[0].steps_per_epoch
+
+
+@given(st.lists(st.integers(8, 30), min_size=4, max_size=12), st.integers(1, 5), st.integers(1, 3), st.integers(2, 8))
+def test_windows_show_a_row_at_most_once_and_all_but_what_is_left_over(
+    make_rows, counts: list[int], window: int, world: int, size: int
+):
+    size = size * world
+    rows = marked(make_rows, sum(counts))
+    feeds = [WindowShuffle(Shards(rows, counts), window, size, 2, 7, rank, world) for rank in range(world)]
+    for epoch in range(2):
+        seen = [targets(feed, epoch) for feed in feeds]
+        assert {len(batches) for batches in seen} == {feeds[0].steps_per_epoch}
+        flat = [row for batches in seen for batch in batches for row in batch]
+        assert len(flat) == len(set(flat)) == feeds[0].steps_per_epoch * feeds[0].batch_size
+    if world == 1:
+        windows = -(-len(counts) // window)
+        assert len(flat) > sum(counts) - (windows + 1) * size - (feeds[0].steps_per_epoch == 0) * sum(counts)
+
+
+@pytest.mark.parametrize("kind", ["global", "window"])
+def test_an_epoch_can_be_taken_up_at_any_batch(make_rows, kind: str):
+    rows = marked(make_rows, 200)
+    for first in (0, 1, 5, 11, 12):
+        shards = Shards(rows, [23, 40, 17, 60, 60])
+        feed = GlobalShuffle(rows, 16, 7) if kind == "global" else WindowShuffle(shards, 2, 16, 3, 7)
+        assert targets(feed, 1, first) == targets(feed, 1)[first:]
+
+
+def test_a_window_that_is_over_is_not_read_to_resume(make_rows):
+    shards = Shards(marked(make_rows, 200), [50, 50, 50, 50])
+    feed = WindowShuffle(shards, 1, 10, 1, 7)
+    list(feed.batches(0))
+    order = shards.asked.copy()
+    shards.asked.clear()
+    list(feed.batches(0, 12))
+    assert len(order) == 4 and shards.asked == order[2:]
+
+
+def test_epochs_differ_and_rows_of_a_window_are_mixed(make_rows):
+    shards = Shards(marked(make_rows, 400), [50] * 8)
+    feed = WindowShuffle(shards, 4, 40, 2, 7)
+    first, second = targets(feed, 0), targets(feed, 1)
+    assert {tuple(sorted(batch)) for batch in first}.isdisjoint({tuple(sorted(batch)) for batch in second})
+    assert all(len({row // 50 for row in batch}) > 2 for batch in first)
+
+
+def test_once_gives_every_row_to_one_process(make_rows):
+    rows = marked(make_rows, 20_000)
+    counts = [7000, 9000, 4000]
+    for make in (
+        lambda rank: GlobalShuffle(rows, 64, 7, rank, 3),
+        lambda rank: WindowShuffle(Shards(rows, counts), 1, 64, 1, 7, rank, 3),
+    ):
+        seen = [block.target for rank in range(3) for block in make(rank).once()]
+        assert max(map(len, seen)) <= 8192
+        assert sorted(np.concatenate(seen).tolist()) == list(range(20_000))
+
+
+def test_shares_make_a_weighted_mean_over_all_processes(make_rows):
+    weight = np.random.default_rng(0).integers(1, 9, 200).astype(np.int32)
+    rows = replace(marked(make_rows, 200), weight=weight)
+    feeds = [GlobalShuffle(rows, 30, 7, rank, 3) for rank in range(3)]
+    for parts in zip(*(feed.batches(0) for feed in feeds), strict=True):
+        everyone = np.concatenate([part.target for part in parts])
+        mean = np.mean([np.cos(part.target) @ part.share for part in parts])
+        expected = np.average(np.cos(everyone), weights=weight[everyone])
+        assert mean == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    plain = GlobalShuffle(marked(make_rows, 200), 30, 7, 1, 3)
+    assert all(batch.share == pytest.approx(np.full(10, 0.1)) for batch in plain.batches(0))
+
+
+def test_what_cannot_be_shared_out_is_refused(make_rows):
+    rows = marked(make_rows, 60)
+    with pytest.raises(UserError, match="train.workers=3: 60 rows in batches of 2 give a worker nothing to do"):
+        GlobalShuffle(rows, 2, 7, 0, 3)
+    with pytest.raises(UserError, match="train.workers=3: the memory has 2 shards, and train.shuffle=window"):
+        WindowShuffle(Shards(rows, [30, 30]), 1, 12, 1, 7, 0, 3)
+    with pytest.raises(UserError, match="a window of 1 shards holds less than a worker's part of a batch"):
+        WindowShuffle(Shards(rows, [15] * 4), 1, 40, 1, 7, 0, 2)
