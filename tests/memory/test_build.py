@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pema_ray.config import BuildMemoryConfig, PLMConfig
@@ -13,6 +15,7 @@ from pema_ray.errors import UserError
 from pema_ray.line import ModelCard
 from pema_ray.memory import ExternalMemory
 from pema_ray.memory.build import MemoryBuild, _ShardActor, prepare_folder, run_build
+from pema_ray.memory.manage import verify
 from pema_ray.memory.plan import plan_shards
 from pema_ray.tasks import EncodedPair
 
@@ -140,7 +143,7 @@ def test_a_full_disk_in_an_actor_is_a_message_and_finished_shards_stay(tmp_path:
     in_this_process(build(tmp_path), [0, 1])
     before = contents(tmp_path)
     todo, _ = prepare_folder(build(tmp_path))
-    actor = _ShardActor([tmp_path] * len(todo), todo, 1, build(tmp_path).config, counting_factory())
+    actor = _ShardActor([tmp_path] * len(todo), todo, (1,), build(tmp_path).config, counting_factory())
 
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
@@ -152,6 +155,39 @@ def test_a_full_disk_in_an_actor_is_a_message_and_finished_shards_stay(tmp_path:
     assert contents(tmp_path) == before
     in_this_process(build(tmp_path))
     assert run_build(build(tmp_path), counting_factory()).rows == 33
+
+
+def test_equal_rows_become_one_row_with_a_weight(tmp_path: Path):
+    again = [EncodedPair(e.example_id + 100, e.prompt, e.target) for e in EXAMPLES[:4]]
+    forked = EncodedPair(200, EXAMPLES[3].prompt, [*EXAMPLES[3].target[:2], 77])
+    examples = [*EXAMPLES, *again, forked]
+
+    def one(folder: str, split: str = "train", **changes) -> MemoryBuild:
+        config = BuildMemoryConfig(**{**SETTINGS, **changes})
+        return MemoryBuild(tmp_path / folder, examples, CARD, "task", split, config)
+
+    in_this_process(one("all"))
+    in_this_process(one("once", deduplicate=True))
+    in_this_process(one("test", split="test", deduplicate=True))
+    manifests = {name: run_build(one(name), counting_factory()) for name in ("all",)}
+    manifests["once"] = run_build(one("once", deduplicate=True), counting_factory())
+    manifests["test"] = run_build(one("test", split="test", deduplicate=True), counting_factory())
+    assert manifests["all"].rows == manifests["all"].represents == manifests["once"].represents
+    assert manifests["once"].rows == 33 + 2  # the fork's own: its last token, and the EOS after it
+    assert manifests["test"].rows == manifests["all"].rows  # measured on, not trained on
+    every, once = (ExternalMemory.open(tmp_path / name, CARD).load() for name in ("all", "once"))
+    assert every.weight is None and once.weight.dtype == np.int32
+
+    def counted(rows) -> Counter:
+        weight = np.ones(len(rows), int) if rows.weight is None else rows.weight
+        found: Counter = Counter()
+        for key, target, times in zip(rows.key[:].tolist(), rows.target.tolist(), weight.tolist(), strict=True):
+            found[(*key, target)] += times
+        return found
+
+    assert counted(every) == counted(once)
+    assert verify(tmp_path / "once") == [] and one("once").hash() != one("once", deduplicate=True).hash()
+    assert len(ExternalMemory.open(tmp_path / "once").load(max_examples=4)) == sum(len(e.target) + 1 for e in EXAMPLES[:4])
 
 
 # ── on Ray ──────────────────────────────────────────────────────────────────

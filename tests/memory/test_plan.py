@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pema_ray.memory.plan import common_prompt_prefix, plan_batches, plan_hash, plan_shards
+from pema_ray.memory.plan import common_prompt_prefix, count_duplicates, plan_batches, plan_hash, plan_shards
 from pema_ray.tasks import EncodedPair
 
 IDS = st.lists(st.integers(0, 99), min_size=1, max_size=30)
@@ -69,3 +71,40 @@ def test_a_hash_changes_with_any_example_and_any_setting_and_with_nothing_else()
         plan_hash([EncodedPair(3, [5, 6], [7]), examples[1]], {"a": 1, "b": 2}),
     ]
     assert len({key, *others}) == 6
+
+
+# ── equal rows ──────────────────────────────────────────────────────────────
+
+FEW = st.lists(st.integers(0, 1), min_size=1, max_size=4)
+
+
+@given(texts=st.lists(st.tuples(FEW, FEW), min_size=1, max_size=25), context=st.sampled_from(["teacher_forced", "generated"]))
+def test_equal_rows_are_counted_once_with_their_number(texts, context: str):
+    eos = 1
+    examples = [EncodedPair(number * 3, prompt, target) for number, (prompt, target) in enumerate(texts)]
+
+    def row(example: EncodedPair, position: int) -> tuple:
+        gold = [*example.target, eos]
+        before = tuple(gold[:position]) if context == "teacher_forced" else position
+        return tuple(example.prompt), before, gold[position]
+
+    expected = Counter(row(e, at) for e in examples for at in range(len(e.target) + 1))
+    weights = count_duplicates(examples, eos, context)
+    found: Counter = Counter()
+    for example in examples:
+        counts = weights.get(example.example_id, (1,) * (len(example.target) + 1))
+        assert len(counts) == len(example.target) + 1
+        for at, count in enumerate(counts):
+            if count:
+                assert row(example, at) not in found
+                found[row(example, at)] = count
+    assert found == expected
+
+
+def test_an_example_without_a_row_of_its_own_is_left_out_of_the_plan():
+    twice = [EncodedPair(0, [5], [6, 7]), EncodedPair(1, [5], [6, 7]), EncodedPair(2, [5], [6, 8])]
+    weights = count_duplicates(twice, 1, "teacher_forced")
+    assert weights == {0: (3, 2, 2), 1: (0, 0, 0), 2: (0, 1, 1)}
+    (shard,) = plan_shards(twice, 10, "teacher_forced", weights)
+    assert [e.example_id for e in shard.examples] == [0, 2] and shard.weights == {0: (3, 2, 2), 2: (0, 1, 1)}
+    assert count_duplicates(twice, 1, "generated") == {0: (3, 2, 3), 1: (0, 0, 0), 2: (0, 1, 0)}
