@@ -139,6 +139,8 @@ class TrainConfig(Section):
     """The first so many rows of the dev memory."""
     patience: int = Field(default=5, ge=1)
     """Validations without a better dev loss before training stops."""
+    published: str | None = None
+    """Name under which the training memory was published (`pema-ray memory publish`): workers read it from there."""
     max_train_pairs: int | None = Field(default=None, ge=1)
     """Train on the first so many pairs of the memory only."""
     strategy: Literal["ddp", "accelerate", "deepspeed"] = "ddp"

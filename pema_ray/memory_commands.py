@@ -134,6 +134,77 @@ def import_(
     raise typer.Exit(guarded(work))
 
 
+Address = Annotated[
+    str | None, typer.Option(help="The Ray cluster; by default RAY_ADDRESS, or the one running on this machine.")
+]
+
+
+@app.command()
+def publish(
+    folder: Folder,
+    name: Annotated[str, typer.Argument(help="What it is called from now on: jobs open it as ray://<name>.")],
+    holders: Annotated[int | None, typer.Option(help="Actors that hold it; by default one for each node.")] = None,
+    address: Address = None,
+) -> None:
+    """Put a memory into the object stores of a running cluster, for jobs to come (train.published=<name>)."""
+
+    def work() -> None:
+        from pema_ray.memory import published
+        from pema_ray.stages.cluster import running_cluster
+        from pema_ray.stages.progress import console
+
+        with running_cluster(address):
+            memory = published.publish(folder, name, holders, lambda text: console.print(text, style="yellow"))
+            (entry,) = (found for found in published.list_published() if found.name == name)
+            console.print(
+                f"ray://{name}: {len(memory):,} rows, {entry.nbytes / 2**20:,.1f} MiB on {entry.nodes} nodes. "
+                f"It stays until the cluster stops, or: pema-ray memory drop {name}"
+            )
+
+    raise typer.Exit(guarded(work))
+
+
+@app.command("list")
+def list_(address: Address = None) -> None:
+    """What is published on a cluster, and how full its object stores are."""
+
+    def work() -> None:
+        from rich.table import Table
+
+        from pema_ray.memory import published
+        from pema_ray.stages.cluster import running_cluster
+        from pema_ray.stages.progress import console
+
+        with running_cluster(address):
+            table = Table("name", "rows", "MiB", "nodes", "PLM", "folder", box=None)
+            for entry in published.list_published():
+                m = entry.manifest
+                row = (f"{m.rows:,}", f"{entry.nbytes / 2**20:,.1f}", str(entry.nodes), m.plm_label, entry.folder)
+                table.add_row(entry.name, *row)
+            console.print(table)
+            state = published.store_state()
+            used, capacity, spilled = (n / 2**20 for n in (state.used, state.capacity, state.spilled))
+            console.print(f"Object stores: {used:,.0f} of {capacity:,.0f} MiB in use, {spilled:,.0f} MiB spilled so far.")
+
+    raise typer.Exit(guarded(work))
+
+
+@app.command()
+def drop(name: Annotated[str, typer.Argument(help="A published memory.")], address: Address = None) -> None:
+    """Take a published memory out of the object stores. Its folder stays."""
+
+    def work() -> None:
+        from pema_ray.memory import published
+        from pema_ray.stages.cluster import running_cluster
+        from pema_ray.stages.progress import console
+
+        with running_cluster(address):
+            published.drop(name)
+            console.print(f"ray://{name} is dropped.")
+
+    raise typer.Exit(guarded(work))
+
+
 def _tell(folder: Path, manifest) -> None:
     from pema_ray.stages.progress import console
 

@@ -25,9 +25,9 @@ _PROGRESS = "progress.jsonl"
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """Everything a worker needs, as paths that every worker can read."""
+    """Everything a worker needs, as paths that every worker can read (`train_memory` may be `ray://<name>`)."""
 
-    train_memory: Path
+    train_memory: Path | str
     dev_memory: Path
     bundle: Path
     run_dir: Path
@@ -104,8 +104,8 @@ def _train(job: TrainingJob) -> History:
     set_threads(max(1, int(job.config.cpus_per_worker)))
     bundle = LMHeadBundle.load(job.bundle)
     memory = ExternalMemory.open(job.train_memory, bundle.card)
-    train = memory if job.config.shuffle == "window" else memory.load(max_examples=job.config.max_train_pairs)
-    dev = ExternalMemory.open(job.dev_memory, bundle.card).load(max_rows=job.config.validation_rows)
+    train = memory if job.config.shuffle == "window" else memory.view(max_examples=job.config.max_train_pairs)
+    dev = ExternalMemory.open(job.dev_memory, bundle.card).view(max_rows=job.config.validation_rows)
     place = Place(rank, world, device)
     report = _Reporter(job.run_dir) if rank == 0 else None
     head = bundle.head.to(pick_dtype(job.config.dtype, device))

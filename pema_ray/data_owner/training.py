@@ -266,7 +266,8 @@ class Trainer:
             torch.distributed.barrier()
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.place.device).float()
+        writable = np.require(array, requirements=["C", "W"])  # what lies in the object store is read-only
+        return torch.from_numpy(writable).to(self.place.device).float()
 
     # ── resume ──────────────────────────────────────────────────────────────
 

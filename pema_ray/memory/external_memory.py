@@ -21,7 +21,7 @@ class ExternalMemory:
 
     @classmethod
     def open(cls, path: str | Path, card: ModelCard | None = None) -> ExternalMemory:
-        """Open a memory's folder.
+        """Open a memory's folder, or `ray://<name>`, a memory in the object store.
 
         Args:
             card: the PLM it will be used with.
@@ -30,11 +30,18 @@ class ExternalMemory:
             FingerprintMismatch: it was built by another PLM.
             UserError: there is no memory, or its manifest is damaged.
         """
-        folder = Path(path)
-        manifest = Manifest.read(folder)
-        if card is not None and not manifest.belongs_to(card):
-            raise FingerprintMismatch(f"The memory {folder}", manifest.plm_label, card.label)
-        return cls(folder, manifest)
+        if str(path).startswith("ray:/"):  # a Path has lost the second slash
+            from pema_ray.memory.published import open_published
+
+            return open_published(str(path).removeprefix("ray:").lstrip("/"), card)
+        memory = cls(Path(path), Manifest.read(Path(path)))
+        memory.check_owner(card)
+        return memory
+
+    def check_owner(self, card: ModelCard | None) -> None:
+        """Refuse to be used with a PLM that did not make these rows."""
+        if card is not None and not self.manifest.belongs_to(card):
+            raise FingerprintMismatch(f"The memory {self.folder}", self.manifest.plm_label, card.label)
 
     def __len__(self) -> int:
         return self.manifest.rows
@@ -72,7 +79,14 @@ class ExternalMemory:
             max_examples: stop after the first so many examples.
             max_rows: stop after so many rows.
         """
-        parts, examples, rows = [], 0, 0
+        return MemoryRows.concatenate(list(self._first(max_examples, max_rows)))
+
+    def view(self, max_examples: int | None = None, max_rows: int | None = None) -> RowsView:
+        """The same rows without the copy that makes one block of them: shards stay as they were read."""
+        return RowsView(list(self._first(max_examples, max_rows)))
+
+    def _first(self, max_examples: int | None, max_rows: int | None) -> Iterator[MemoryRows]:
+        examples, rows = 0, 0
         for part in self.shards():
             if max_examples is not None:
                 starts = np.flatnonzero(np.diff(part.example_id, prepend=part.example_id[0] - 1))
@@ -81,8 +95,40 @@ class ExternalMemory:
                 examples += len(starts)
             if max_rows is not None and rows + len(part) > max_rows:
                 part = part.take(slice(0, max_rows - rows))
-            parts.append(part)
+            yield part
             rows += len(part)
             if (max_rows is not None and rows >= max_rows) or (max_examples is not None and examples >= max_examples):
-                break
-        return MemoryRows.concatenate(parts)
+                return
+
+
+class RowsView:
+    """Rows of several shards, as if they were one block.
+
+    Attributes:
+        target: `[N]`; weight: `[N]` or None; these are copied, the keys are not.
+    """
+
+    def __init__(self, parts: Sequence[MemoryRows]) -> None:
+        self._keys = [part.key for part in parts]
+        self._ends = np.cumsum([len(part) for part in parts])
+        self.target = np.concatenate([part.target for part in parts])
+        weights = [part.weight for part in parts if part.weight is not None]
+        self.weight = np.concatenate(weights) if weights else None
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    @property
+    def key(self) -> RowsView:
+        """Indexing decodes: float32 `[n, H]`."""
+        return self
+
+    def __getitem__(self, index: np.ndarray | slice) -> np.ndarray:
+        rows = np.arange(len(self))[index] if isinstance(index, slice) else np.asarray(index)
+        shard = np.searchsorted(self._ends, rows, side="right")
+        found = np.empty((len(rows), self._keys[0].shape[1]), np.float32)
+        for number in np.unique(shard):
+            chosen = shard == number
+            begin = self._ends[number] - len(self._keys[number])
+            found[chosen] = self._keys[number][rows[chosen] - begin]
+        return found

@@ -46,6 +46,11 @@ class MemoryRows:
         return len(self.target)
 
     @property
+    def nbytes(self) -> int:
+        plain = (self.target, self.example_id, self.position, *(() if self.weight is None else (self.weight,)))
+        return self.key.nbytes + sum(array.nbytes for array in plain)
+
+    @property
     def represents(self) -> int | None:
         """Rows before equal ones were counted together; none without weights."""
         return None if self.weight is None else int(self.weight.sum())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from pema_ray.config import RayConfig
 from pema_ray.environment import ray_address, worker_environment
@@ -43,28 +44,62 @@ def ray_cluster(
             ray.shutdown()
 
 
-def _start(config: RayConfig) -> None:
+@contextmanager
+def running_cluster(address: str | None = None) -> Iterator[None]:
+    """A cluster that outlives this process, for the time of the block: never a local one of its own.
+
+    Args:
+        address: by default `RAY_ADDRESS`, or the cluster that runs on this machine.
+    """
+    import ray
+
+    mine = not ray.is_initialized()
+    if mine:
+        _join(address or ray_address() or "auto")
+    try:
+        yield
+    finally:
+        if mine:
+            ray.shutdown()
+
+
+def _join(address: str) -> None:
+    import ray
+
+    _quieten()
+    try:
+        ray.init(address=address, **_common())
+    except (ConnectionError, ValueError) as error:
+        raise UserError(f"Ray at {address}: cannot connect: {str(error).splitlines()[0]}") from None
+
+
+def _common() -> dict[str, Any]:
+    return {
+        "logging_level": logging.WARNING,
+        "log_to_driver": False,
+        "runtime_env": {"env_vars": worker_environment()},
+    }
+
+
+def _quieten() -> None:
     import ray
     import ray.data
 
     for noisy in ("ray", "ray.data", "ray.train", "ray._private"):  # set again: importing Ray resets them
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    address = config.address or ray_address()
-    common = {
-        "logging_level": logging.WARNING,
-        "log_to_driver": False,
-        "runtime_env": {"env_vars": worker_environment()},
-    }
-    if address:
-        try:
-            ray.init(address=address, **common)
-        except (ConnectionError, ValueError) as error:
-            raise UserError(f"ray.address={address}: cannot connect: {str(error).splitlines()[0]}") from None
+
+
+def _start(config: RayConfig) -> None:
+    import ray
+
+    if address := config.address or ray_address():
+        _join(address)
         return
+    _quieten()
     ray.init(
         address="local",  # else Ray joins whatever cluster it finds on this machine
         num_cpus=config.num_cpus,
         object_store_memory=config.object_store_mb * 2**20,
         include_dashboard=False,
-        **common,
+        **_common(),
     )

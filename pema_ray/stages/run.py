@@ -54,6 +54,9 @@ _INCIDENTAL = {
     "threads",
     "cpus_per_worker",
     "gpus_per_worker",
+    "published",
+    "max_failures",
+    "min_workers",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from pema_ray.config import ExperimentConfig
 from pema_ray.data_owner.adapter import AdapterConfig
 from pema_ray.data_owner.ray_training import TrainingJob, fit
 from pema_ray.data_owner.training import History, Point
+from pema_ray.errors import UserError
 from pema_ray.memory import ExternalMemory
+from pema_ray.memory.published import SCHEME, open_published
 from pema_ray.stages.cluster import ray_cluster
 from pema_ray.stages.progress import track
 from pema_ray.stages.run import Run
@@ -45,11 +48,15 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
         )
         train_memory = ExternalMemory.open(job.train_memory, card)
         ExternalMemory.open(job.dev_memory, card)
+        if c.shuffle == "window" and c.max_train_pairs:
+            raise UserError("train.max_train_pairs needs train.shuffle=global: windows are made of whole shards.")
         share = min(1.0, (c.max_train_pairs or train_memory.manifest.examples) / train_memory.manifest.examples)
         rows = max(1, int(share * len(train_memory)))  # exact but for the length of the pairs that are left out
         steps = max(1, rows // min(c.batch_size, rows)) * c.epochs
         cluster = ray_cluster(config.ray, c.cpus_per_worker, c.gpus_per_worker, c.workers)
         with cluster, track("training", steps) as bar:
+            if c.published:
+                job = replace(job, train_memory=_published(c.published, train_memory))
             _forget_other_settings(folder, run.stamp("train"))  # once nothing is left to be refused for
 
             def show(kind: str, point: Point) -> None:
@@ -60,6 +67,17 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
         return _measure(history, c.batch_size)
 
     return run.perform("train", work)
+
+
+def _published(name: str, memory: ExternalMemory) -> str:
+    """Where workers find the published copy of this run's memory."""
+    found = open_published(name)
+    if found.manifest != memory.manifest:
+        raise UserError(
+            f"train.published={name}: is not this run's memory {memory.folder}, but one of {found.folder} "
+            f"(plans {found.manifest.plan_hash} and {memory.manifest.plan_hash}). Publish this run's."
+        )
+    return SCHEME + name
 
 
 def _forget_other_settings(folder: Path, stamp: str) -> None:

@@ -1,0 +1,262 @@
+"""A memory in Ray's object store, for jobs to come: published once, read by any job without copying.
+
+Disk is the truth, the object store the fast copy. Holders are detached actors, spread over the nodes; each puts its
+shards into its node's object store and keeps them there. One that dies starts again and reads its shards from the
+folder, which every node must therefore see. A register, one more actor, knows who holds what.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pema_ray.errors import UserError
+from pema_ray.line import ModelCard
+from pema_ray.memory.external_memory import ExternalMemory
+from pema_ray.memory.manifest import Manifest, ShardInfo
+from pema_ray.memory.shards import MemoryRows
+
+NAMESPACE = "pema-ray"
+SCHEME = "ray://"
+_REGISTER, _HOLDER = "memory/", "holder/"
+_FOREVER: dict[str, Any] = {
+    "namespace": NAMESPACE,
+    "lifetime": "detached",
+    "num_cpus": 0,
+    "max_restarts": -1,
+    "max_task_retries": -1,
+}
+_PATIENCE = 60.0  # seconds that a reader waits for a holder that died to be there again
+
+
+class _Register:
+    """What a name stands for."""
+
+    def __init__(self, folder: str, manifest: str, holders: Mapping[str, list[str]]) -> None:
+        self._entry = {"folder": folder, "manifest": manifest, "holders": dict(holders)}
+
+    def entry(self) -> dict[str, Any]:
+        return self._entry
+
+
+class _Holder:
+    """Keeps some shards of one memory in the object store of its node."""
+
+    def __init__(self, folder: str, shards: Sequence[str]) -> None:
+        import ray
+
+        self._held: dict[str, tuple[Any, int]] = {}
+        self._refusal: UserError | None = None
+        try:
+            memory = ExternalMemory.open(folder)
+            of = {info.name: info for info in memory.manifest.shards}
+            for name in shards:
+                rows = memory.shard(of[name])
+                self._held[name] = ray.put(rows), rows.nbytes
+        except UserError as error:  # told whoever asks: raised here, it would be buried in a dead actor
+            self._refusal = error
+
+    def refs(self, shards: Sequence[str]) -> list[list[Any]]:
+        """References to the rows, each in a list: a bare one would be fetched on its way."""
+        if self._refusal:
+            raise self._refusal
+        return [[self._held[name][0]] for name in shards]
+
+    def state(self) -> dict[str, Any]:
+        import ray
+
+        if self._refusal:
+            raise self._refusal
+        where = ray.get_runtime_context().get_node_id()
+        return {"node": where, "shards": len(self._held), "bytes": sum(size for _, size in self._held.values())}
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """One published memory, as `pema-ray memory list` shows it."""
+
+    name: str
+    folder: str
+    manifest: Manifest
+    nbytes: int
+    """In the object store (or spilled from it)."""
+    nodes: int
+    holders: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreState:
+    """The cluster's object stores, in bytes."""
+
+    capacity: int
+    used: int
+    spilled: int
+    """Written to disk for want of room, since the cluster started."""
+
+
+class PublishedMemory(ExternalMemory):
+    """A memory whose shards come from the object store, zero-copy and read-only."""
+
+    def __init__(self, name: str, entry: Mapping[str, Any]) -> None:
+        super().__init__(Path(entry["folder"]), Manifest.model_validate_json(entry["manifest"]))
+        self.name = name
+        self._holder_of = {shard: holder for holder, shards in entry["holders"].items() for shard in shards}
+        self._actors: dict[str, Any] = {}
+
+    def shard(self, info: ShardInfo, verify: bool = True) -> MemoryRows:
+        """One shard's rows. They were checked when their holder read them; `verify` changes nothing.
+
+        Raises:
+            UserError: the holder is gone, or does not come back in time.
+        """
+        import ray
+
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                holder = self._holder(self._holder_of[info.name])
+                ((ref,),) = ray.get(holder.refs.remote([info.name]), timeout=_PATIENCE)
+                return ray.get(ref, timeout=_PATIENCE)
+            except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, UserError):  # a holder that started again found its shard damaged
+                    raise error.cause from None
+                raise
+            except ray.exceptions.RayError as error:  # it died, and its objects with it: a new one is on its way
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{SCHEME}{self.name}: shard {info.name} is out of reach for {_PATIENCE:.0f} s "
+                        f"({type(error).__name__}). Is a node gone that nothing has replaced? Publish the memory again."
+                    ) from None
+                time.sleep(0.5)
+
+    def _holder(self, name: str) -> Any:
+        import ray
+
+        if name not in self._actors:
+            try:
+                self._actors[name] = ray.get_actor(name, NAMESPACE)
+            except ValueError:
+                raise UserError(f"{SCHEME}{self.name}: has been dropped. Publish it again.") from None
+        return self._actors[name]
+
+
+def open_published(name: str, card: ModelCard | None = None) -> PublishedMemory:
+    """The memory that was published under `name` on the cluster this process is connected to.
+
+    Raises:
+        UserError: Ray is not running here, or there is no such name.
+        FingerprintMismatch: it was built by another PLM than `card`'s.
+    """
+    import ray
+
+    name = name.removeprefix(SCHEME)
+    if not ray.is_initialized():
+        raise UserError(f"{SCHEME}{name}: connect to the cluster first (ray.address, or submit as a job).")
+    try:
+        register = ray.get_actor(_REGISTER + name, NAMESPACE)
+    except ValueError:
+        known = ", ".join(_names()) or "none"
+        raise UserError(f"{SCHEME}{name}: no memory of that name is published on this cluster; there: {known}.") from None
+    memory = PublishedMemory(name, ray.get(register.entry.remote()))
+    memory.check_owner(card)
+    return memory
+
+
+def publish(
+    folder: str | Path, name: str, holders: int | None = None, warn: Callable[[str], None] = lambda text: None
+) -> PublishedMemory:
+    """Put a finished memory into the cluster's object stores, under a name, until it is dropped.
+
+    Args:
+        holders: actors that hold it; by default one for each node.
+        warn: told when the memory will not fit, before anything is loaded.
+
+    Raises:
+        UserError: the name is taken, or a shard is damaged.
+    """
+    import ray
+
+    folder = Path(folder).resolve()
+    memory = ExternalMemory.open(folder)
+    if not name or "/" in name:
+        raise UserError(f"'{name}' cannot name a published memory: use letters, digits and -_. .")
+    if name in _names():
+        raise UserError(f"{SCHEME}{name}: is published already. Drop it first, or choose another name.")
+    need, state = sum(info.bytes for info in memory.manifest.shards), store_state()
+    free = state.capacity - state.used
+    if need > free:
+        warn(
+            f"{folder} takes {need / 2**20:,.0f} MiB, the object stores have {free / 2**20:,.0f} of "
+            f"{state.capacity / 2**20:,.0f} MiB free: Ray will spill the rest to disk, and reading it back is as slow "
+            "as the disk. Train on it with train.shuffle=window, which needs only a few shards at a time."
+        )
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    count = max(1, min(holders or len(alive), len(memory.manifest.shards)))
+    names = [info.name for info in memory.manifest.shards]
+    parts = {f"{_HOLDER}{name}/{number}": names[number::count] for number in range(count)}
+    actors = []
+    try:
+        for actor, shards in parts.items():
+            options = {**_FOREVER, "name": actor, "scheduling_strategy": "SPREAD"}
+            actors.append(ray.remote(_Holder).options(**options).remote(str(folder), shards))
+        ray.get([actor.state.remote() for actor in actors])  # all have read their shards
+        entry = (str(folder), memory.manifest.model_dump_json(), parts)
+        register = ray.remote(_Register).options(**_FOREVER, name=_REGISTER + name).remote(*entry)
+        ray.get(register.entry.remote())
+    except BaseException as error:
+        for actor in actors:
+            ray.kill(actor)
+        if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
+    return open_published(name)
+
+
+def drop(name: str) -> None:
+    """Take a published memory out of the object stores; its folder stays.
+
+    Raises:
+        UserError: no memory of that name is published.
+    """
+    import ray
+
+    memory = open_published(name)
+    ray.kill(ray.get_actor(_REGISTER + memory.name, NAMESPACE))
+    for holder in set(memory._holder_of.values()):
+        try:
+            ray.kill(ray.get_actor(holder, NAMESPACE))
+        except ValueError:  # gone already
+            continue
+
+
+def list_published() -> list[Published]:
+    """What is published on this cluster, by name."""
+    import ray
+
+    found = []
+    for name in _names():
+        memory = open_published(name)
+        holders = sorted(set(memory._holder_of.values()))
+        states = ray.get([memory._holder(holder).state.remote() for holder in holders])
+        nodes, nbytes = len({state["node"] for state in states}), sum(state["bytes"] for state in states)
+        found.append(Published(name, str(memory.folder), memory.manifest, nbytes, nodes, len(holders)))
+    return found
+
+
+def store_state() -> StoreState:
+    """How full the cluster's object stores are, and what they have spilled to disk."""
+    from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
+    stats = get_memory_info_reply(get_state_from_address(None)).store_stats
+    return StoreState(stats.object_store_bytes_avail, stats.object_store_bytes_used, stats.spilled_bytes_total)
+
+
+def _names() -> list[str]:
+    import ray
+
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    mine = (actor["name"] for actor in actors if actor["namespace"] == NAMESPACE)
+    return sorted(name.removeprefix(_REGISTER) for name in mine if name.startswith(_REGISTER))

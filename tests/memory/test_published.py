@@ -1,0 +1,144 @@
+"""A published memory outlives its job, is read without copying, and comes back after a death."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pema_ray.errors import FingerprintMismatch, UserError
+from pema_ray.line import ModelCard
+from pema_ray.memory import ExternalMemory, MemoryRows
+from pema_ray.memory.codec import encode
+from pema_ray.memory.manage import _finish, _write
+from pema_ray.memory.manifest import Manifest
+from pema_ray.memory.published import NAMESPACE, drop, list_published, publish, store_state
+
+CARD = ModelCard("tiny", "a" * 16, 8, 300, 96, (1,))
+pytestmark = pytest.mark.cluster
+
+
+def make_memory(folder: Path, shards: int = 5, rows: int = 40, hidden: int = 8, dtype="float32") -> ExternalMemory:
+    random, made = np.random.default_rng(0), []
+    folder.mkdir()
+    for number in range(shards):
+        ids = np.arange(number * rows, (number + 1) * rows)
+        key = encode(random.normal(size=(rows, hidden)).astype(np.float32), dtype)
+        block = MemoryRows(key, random.integers(0, 300, rows, dtype=np.int32), ids, np.zeros(rows, np.int32))
+        made.append(_write(folder, f"shard-{number:05d}.parquet", block))
+    manifest = Manifest(
+        plm_name="tiny", fingerprint="a" * 16, hidden_size=hidden, vocab_size=300, eos_token_id=1, task="t",
+        split="train", context="teacher_forced", key_dtype=dtype, plan_hash="0" * 16, rows=0, examples=0,
+        shards=tuple(made),
+    )  # fmt: skip
+    _finish(folder, manifest, made, {})
+    return ExternalMemory.open(folder)
+
+
+@pytest.fixture
+def clean(ray_cluster):
+    yield
+    for entry in list_published():
+        drop(entry.name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_what_is_read_back_is_what_was_published_and_shares_its_memory(clean, tmp_path: Path, dtype: str):
+    memory = make_memory(tmp_path / "m", dtype=dtype)
+    publish(tmp_path / "m", "bible", holders=2)
+    found = ExternalMemory.open("ray://bible", CARD)
+    assert found.manifest == memory.manifest and len(found) == 200
+    one, other = memory.load(), found.load()
+    np.testing.assert_array_equal(one.key[:], other.key[:])
+    np.testing.assert_array_equal(one.target, other.target)
+    first, again = (found.shard(found.manifest.shards[0]) for _ in range(2))
+    assert np.shares_memory(first.key.data, again.key.data) and not first.key.data.flags.writeable
+    (entry,) = list_published()
+    assert (entry.name, entry.holders, entry.nodes, entry.folder) == ("bible", 2, 1, str(tmp_path / "m"))
+    assert entry.nbytes == sum(part.nbytes for part in memory.shards())
+    drop("bible")
+    assert list_published() == []
+    with pytest.raises(UserError, match="ray://bible: no memory of that name is published on this cluster; there: none"):
+        ExternalMemory.open("ray://bible")
+
+
+def test_names_owners_and_damage_are_refused(clean, tmp_path: Path):
+    make_memory(tmp_path / "m")
+    publish(tmp_path / "m", "one")
+    with pytest.raises(UserError, match="ray://one: is published already"):
+        publish(tmp_path / "m", "one")
+    with pytest.raises(UserError, match="cannot name a published memory"):
+        publish(tmp_path / "m", "a/b")
+    with pytest.raises(FingerprintMismatch, match="huge"):
+        ExternalMemory.open("ray://one", ModelCard("huge", "b" * 16, 8, 300, 96, (1,)))
+    make_memory(tmp_path / "broken")
+    shard = tmp_path / "broken" / "shard-00003.parquet"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="shard-00003.parquet: damaged shard"):
+        publish(tmp_path / "broken", "broken")
+    assert [entry.name for entry in list_published()] == ["one"]
+    with pytest.raises(UserError, match="there: one"):
+        drop("broken")
+
+
+def test_a_holder_that_is_killed_reads_its_shards_again(clean, tmp_path: Path):
+    import ray
+
+    memory = make_memory(tmp_path / "m")
+    found = publish(tmp_path / "m", "mortal", holders=2)
+    held = found.shard(found.manifest.shards[0])
+    pid = ray.get(ray.get_actor("holder/mortal/0", NAMESPACE).__ray_call__.remote(lambda self: os.getpid()))
+    os.kill(pid, signal.SIGKILL)
+    np.testing.assert_array_equal(found.load().target, memory.load().target)
+    np.testing.assert_array_equal(held.key[:], memory.shard(memory.manifest.shards[0]).key[:])
+    again = ray.get(ray.get_actor("holder/mortal/0", NAMESPACE).__ray_call__.remote(lambda self: os.getpid()))
+    assert again != pid
+
+
+def test_a_memory_larger_than_the_store_is_warned_of_and_spills(clean, tmp_path: Path):
+    """The tests' store has 100 MiB."""
+    memory, told = make_memory(tmp_path / "m", shards=6, rows=10_000, hidden=600), []
+    before = store_state()
+    found = publish(tmp_path / "m", "large", warn=told.append)
+    (warning,) = told
+    assert "the object stores have" in warning and "train.shuffle=window" in warning
+    for info in found.manifest.shards:
+        np.testing.assert_array_equal(found.shard(info).target, memory.shard(info).target)
+    assert store_state().spilled > before.spilled
+
+
+def test_a_published_memory_outlives_the_job_that_published_it(tmp_path: Path):
+    """Two processes, one after the other, on a cluster of their own."""
+    make_memory(tmp_path / "m")
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    cluster = (
+        "import ray, time\nfrom ray.cluster_utils import Cluster\n"
+        "c = Cluster(initialize_head=True, head_node_args={'num_cpus': 2, 'object_store_memory': 90 * 2**20})\n"
+        "print(c.address, flush=True)\ntime.sleep(600)\n"
+    )
+    head = subprocess.Popen([sys.executable, "-c", cluster], env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert head.stdout is not None
+        address = head.stdout.readline().strip()
+
+        def command(*words: str) -> str:
+            program = [sys.executable, "-m", "pema_ray.cli", "memory", *words, "--address", address]
+            done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=120)
+            assert done.returncode == 0, done.stderr
+            return " ".join(done.stdout.split())
+
+        assert "ray://kept: 200 rows" in command("publish", str(tmp_path / "m"), "kept")
+        listed = command("list")
+        assert "kept 200" in listed and "MiB spilled so far" in listed
+        assert "ray://kept is dropped" in command("drop", "kept")
+        assert "kept" not in command("list")
+    finally:
+        head.send_signal(signal.SIGINT)
+        time.sleep(1)
+        head.kill()
