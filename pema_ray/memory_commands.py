@@ -184,7 +184,9 @@ def list_(address: Address = None) -> None:
             console.print(table)
             state = published.store_state()
             used, capacity, spilled = (n / 2**20 for n in (state.used, state.capacity, state.spilled))
-            console.print(f"Object stores: {used:,.0f} of {capacity:,.0f} MiB in use, {spilled:,.0f} MiB spilled so far.")
+            console.print(
+                f"Object stores: {used:,.0f} of {capacity:,.0f} MiB in use, {spilled:,.0f} MiB spilled so far."
+            )
 
     raise typer.Exit(guarded(work))
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from pema_ray.config import TrainConfig
 from pema_ray.data_owner.adapter import AdapterConfig
-from pema_ray.data_owner.tracking import TensorBoardTracker
 from pema_ray.data_owner.strategies import Place
+from pema_ray.data_owner.tracking import TensorBoardTracker
 from pema_ray.data_owner.training import History, Point, Trainer
 from pema_ray.errors import UserError
 from pema_ray.hardware import pick_dtype, set_threads
@@ -57,7 +57,9 @@ def fit(job: TrainingJob, on_point: Callable[[str, Point], None] = lambda kind, 
         ),
         torch_config=TorchConfig(backend="nccl" if c.gpus_per_worker else "gloo"),
         run_config=RunConfig(
-            name="ray_train", storage_path=str(job.run_dir.resolve()), failure_config=FailureConfig(max_failures=c.max_failures)
+            name="ray_train",
+            storage_path=str(job.run_dir.resolve()),
+            failure_config=FailureConfig(max_failures=c.max_failures),
         ),
     )
     job.run_dir.mkdir(parents=True, exist_ok=True)

@@ -150,9 +150,9 @@ class _DeepSpeed:
         if not torch.distributed.is_initialized():
             deepspeed.init_distributed(dist_backend="nccl" if place.device.type == "cuda" else "gloo")
         optimizer = torch.optim.Adam(self._named.values(), lr=config.learning_rate)
-        self._engine, *_ = deepspeed.initialize(
-            model=objective, optimizer=optimizer, model_parameters=list(self._named.values()), config=settings
-        )
+        named: Any = list(self._named.values())  # typed as a module there, documented as parameters
+        made = deepspeed.initialize(model=objective, optimizer=optimizer, model_parameters=named, config=settings)
+        self._engine: Any = made[0]
 
     def learn(self, state_NH: torch.Tensor, target_N: torch.Tensor, share_N: torch.Tensor, last: bool) -> Losses:
         self._engine.set_gradient_accumulation_boundary(last)

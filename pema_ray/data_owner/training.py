@@ -32,6 +32,8 @@ from pema_ray.errors import UserError
 from pema_ray.line import LMHead
 
 logger = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True, slots=True)
 class Point:
     """Losses at a step, in nats and in mean squared error."""

@@ -67,7 +67,9 @@ def plan_shards(
     shards = []
     for number, start in enumerate(range(0, len(examples), examples_per_shard)):
         mine = tuple(examples[start : start + examples_per_shard])
-        of_mine = None if weights is None else {e.example_id: weights[e.example_id] for e in mine if e.example_id in weights}
+        of_mine = (
+            None if weights is None else {e.example_id: weights[e.example_id] for e in mine if e.example_id in weights}
+        )
         shards.append(ShardPlan(f"shard-{number:05d}.parquet", mine, context, of_mine))
     return shards
 

@@ -113,6 +113,7 @@ class PublishedMemory(ExternalMemory):
             UserError: the holder is gone, or does not come back in time.
         """
         import ray
+        from ray.exceptions import RayError, RayTaskError
 
         deadline = time.monotonic() + _PATIENCE
         while True:
@@ -120,11 +121,11 @@ class PublishedMemory(ExternalMemory):
                 holder = self._holder(self._holder_of[info.name])
                 ((ref,),) = ray.get(holder.refs.remote([info.name]), timeout=_PATIENCE)
                 return ray.get(ref, timeout=_PATIENCE)
-            except ray.exceptions.RayTaskError as error:
+            except RayTaskError as error:
                 if isinstance(error.cause, UserError):  # a holder that started again found its shard damaged
                     raise error.cause from None
                 raise
-            except ray.exceptions.RayError as error:  # it died, and its objects with it: a new one is on its way
+            except RayError as error:  # it died, and its objects with it: a new one is on its way
                 if time.monotonic() > deadline:
                     raise UserError(
                         f"{SCHEME}{self.name}: shard {info.name} is out of reach for {_PATIENCE:.0f} s "
@@ -159,8 +160,11 @@ def open_published(name: str, card: ModelCard | None = None) -> PublishedMemory:
         register = ray.get_actor(_REGISTER + name, NAMESPACE)
     except ValueError:
         known = ", ".join(_names()) or "none"
-        raise UserError(f"{SCHEME}{name}: no memory of that name is published on this cluster; there: {known}.") from None
-    memory = PublishedMemory(name, ray.get(register.entry.remote()))
+        raise UserError(
+            f"{SCHEME}{name}: no memory of that name is published on this cluster; there: {known}."
+        ) from None
+    entry: Any = ray.get(register.entry.remote())
+    memory = PublishedMemory(name, entry)
     memory.check_owner(card)
     return memory
 
@@ -178,6 +182,7 @@ def publish(
         UserError: the name is taken, or a shard is damaged.
     """
     import ray
+    from ray.exceptions import RayTaskError
 
     folder = Path(folder).resolve()
     memory = ExternalMemory.open(folder)
@@ -201,16 +206,17 @@ def publish(
     try:
         for actor, shards in parts.items():
             options = {**_FOREVER, "name": actor, "scheduling_strategy": "SPREAD"}
-            actors.append(ray.remote(_Holder).options(**options).remote(str(folder), shards))
+            actors.append(_actor(_Holder, options).remote(str(folder), shards))
         ray.get([actor.state.remote() for actor in actors])  # all have read their shards
-        entry = (str(folder), memory.manifest.model_dump_json(), parts)
-        register = ray.remote(_Register).options(**_FOREVER, name=_REGISTER + name).remote(*entry)
+        manifest = memory.manifest.model_dump_json()
+        register = _actor(_Register, {**_FOREVER, "name": _REGISTER + name}).remote(str(folder), manifest, parts)
         ray.get(register.entry.remote())
     except BaseException as error:
         for actor in actors:
             ray.kill(actor)
-        if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, UserError):
-            raise error.cause from None
+        refusal = error.cause if isinstance(error, RayTaskError) else None
+        if isinstance(refusal, UserError):
+            raise refusal from None
         raise
     return open_published(name)
 
@@ -254,9 +260,15 @@ def store_state() -> StoreState:
     return StoreState(stats.object_store_bytes_avail, stats.object_store_bytes_used, stats.spilled_bytes_total)
 
 
+def _actor(kind: type, options: Mapping[str, Any]) -> Any:
+    import ray
+
+    return ray.remote(kind).options(**options)
+
+
 def _names() -> list[str]:
     import ray
 
-    actors = ray.util.list_named_actors(all_namespaces=True)
+    actors: Any = ray.util.list_named_actors(all_namespaces=True)
     mine = (actor["name"] for actor in actors if actor["namespace"] == NAMESPACE)
     return sorted(name.removeprefix(_REGISTER) for name in mine if name.startswith(_REGISTER))

@@ -23,7 +23,6 @@ from pema_ray.memory.plan import ShardPlan, Weights, common_prompt_prefix, plan_
 from pema_ray.memory.shards import MemoryRows
 from pema_ray.tasks import EncodedPair
 
-
 _ROOM_FOR_NEWCOMERS = 0.25  # of the sequences must be done before new ones are let in: every admission copies the cache
 
 
@@ -57,7 +56,11 @@ def _pair(keys: Keys, batch: Sequence[EncodedPair], eos: int, counts: Sequence[i
 def rows_of_shard(
     source: Extractor, shard: ShardPlan, eos: int, key_dtype: KeyDtype, max_batch_tokens: int
 ) -> tuple[MemoryRows, int, int]:
-    """A shard's rows, teacher-forced, in the order of its examples; with the token positions computed, bare and padded."""
+    """A shard's rows, teacher-forced, in the order of its examples.
+
+    Returns:
+        The rows, and the token positions computed beyond the shared prefix, bare and padded.
+    """
     shared = common_prompt_prefix(shard.examples)
     parts, tokens, padded = [], 0, 0
     for batch in plan_batches(shard.examples, max_batch_tokens, shared):

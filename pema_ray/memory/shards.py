@@ -1,7 +1,7 @@
 """Writes one shard of rows, atomically, and reads it back, checked. N rows, H hidden.
 
-Parquet columns: `key` (fixed-size list of H numbers), `target`, `example_id`, `position`; `scale` for int8 keys; `weight` where
-equal rows were counted together.
+Parquet columns: `key` (fixed-size list of H numbers), `target`, `example_id`, `position`; `scale` for int8 keys;
+`weight` where equal rows were counted together.
 Plain pyarrow reads them; bfloat16 keys are their 16 bits, as uint16.
 """
 
@@ -57,7 +57,9 @@ class MemoryRows:
 
     def take(self, index: np.ndarray | slice) -> MemoryRows:
         weight = None if self.weight is None else self.weight[index]
-        return MemoryRows(self.key.take(index), self.target[index], self.example_id[index], self.position[index], weight)
+        return MemoryRows(
+            self.key.take(index), self.target[index], self.example_id[index], self.position[index], weight
+        )
 
     @classmethod
     def concatenate(cls, parts: list[MemoryRows]) -> MemoryRows:

@@ -51,11 +51,11 @@ class GrowingLayer(DynamicLayer):
 
     def join(self, other: DynamicLayer, mine: int, theirs: int) -> None:
         """Take in another layer's rows, below mine; of each the last so many positions, aligned at their end."""
-        pairs = (self.keys, other.keys), (self.values, other.values)
         total = max(mine, theirs)
         buffers = []
-        for held, new in pairs:
-            assert held is not None and new is not None
+        for held, new in ((self.keys, other.keys), (self.values, other.values)):
+            assert held is not None
+            assert new is not None
             rows, (heads, _, size) = len(held) + len(new), held.shape[1:]
             buffer = held.new_zeros(rows, heads, total + int(total * _ROOM), size)  # zeros: masked, but never NaN
             buffer[: len(held), :, total - mine : total] = held[..., held.shape[-2] - mine :, :]

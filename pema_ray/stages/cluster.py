@@ -82,8 +82,6 @@ def _common() -> dict[str, Any]:
 
 
 def _quieten() -> None:
-    import ray
-    import ray.data
 
     for noisy in ("ray", "ray.data", "ray.train", "ray._private"):  # set again: importing Ray resets them
         logging.getLogger(noisy).setLevel(logging.ERROR)

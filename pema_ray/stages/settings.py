@@ -35,6 +35,10 @@ def settings_of(stage: str) -> Iterator[Setting]:
         assert issubclass(model, BaseModel)
         for name, field in model.model_fields.items():
             unset = field.default in (None, ()) or field.default == {}
-            choices = f"({' | '.join(map(str, get_args(field.annotation)))}) " if get_origin(field.annotation) is Literal else ""
+            choices = (
+                f"({' | '.join(map(str, get_args(field.annotation)))}) "
+                if get_origin(field.annotation) is Literal
+                else ""
+            )
             default = "" if unset else str(field.default)
             yield Setting(f"{section}.{name}", default, choices + (field.description or ""))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def test_processes_share_out_the_batches_of_one(make_rows, count: int, size: int
     rows = marked(make_rows, count)
     feeds = [GlobalShuffle(rows, size, 7, rank, world) for rank in range(world)]
     one = GlobalShuffle(rows, feeds[0].batch_size, 7)
-    shared = [sorted(sum(parts, [])) for parts in zip(*(targets(feed, epoch) for feed in feeds), strict=True)]
+    shared = [sorted(chain(*parts)) for parts in zip(*(targets(feed, epoch) for feed in feeds), strict=True)]
     assert shared == [sorted(batch) for batch in targets(one, epoch)]
     assert len(shared) == one.steps_per_epoch == feeds[0].steps_per_epoch
 

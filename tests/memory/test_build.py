@@ -58,7 +58,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 def in_this_process(build: MemoryBuild, numbers: list[int] | None = None, factory: Callable | None = None) -> None:
     """What actors do, without Ray."""
     todo, _ = prepare_folder(build)
-    actor = _ShardActor([build.folder] * len(todo), todo, build.card.eos_token_ids, build.config, factory or counting_factory())
+    actor = _ShardActor(
+        [build.folder] * len(todo), todo, build.card.eos_token_ids, build.config, factory or counting_factory()
+    )
     for number in range(len(todo)):
         if numbers is None or number in numbers:
             assert actor({"number": [number]})["error"] == [""]
@@ -187,7 +189,9 @@ def test_equal_rows_become_one_row_with_a_weight(tmp_path: Path):
 
     assert counted(every) == counted(once)
     assert verify(tmp_path / "once") == [] and one("once").hash() != one("once", deduplicate=True).hash()
-    assert len(ExternalMemory.open(tmp_path / "once").load(max_examples=4)) == sum(len(e.target) + 1 for e in EXAMPLES[:4])
+    assert len(ExternalMemory.open(tmp_path / "once").load(max_examples=4)) == sum(
+        len(e.target) + 1 for e in EXAMPLES[:4]
+    )
 
 
 # ── on Ray ──────────────────────────────────────────────────────────────────

@@ -78,7 +78,10 @@ def test_a_hash_changes_with_any_example_and_any_setting_and_with_nothing_else()
 FEW = st.lists(st.integers(0, 1), min_size=1, max_size=4)
 
 
-@given(texts=st.lists(st.tuples(FEW, FEW), min_size=1, max_size=25), context=st.sampled_from(["teacher_forced", "generated"]))
+@given(
+    texts=st.lists(st.tuples(FEW, FEW), min_size=1, max_size=25),
+    context=st.sampled_from(["teacher_forced", "generated"]),
+)
 def test_equal_rows_are_counted_once_with_their_number(texts, context: str):
     eos = 1
     examples = [EncodedPair(number * 3, prompt, target) for number, (prompt, target) in enumerate(texts)]

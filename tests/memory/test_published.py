@@ -64,7 +64,9 @@ def test_what_is_read_back_is_what_was_published_and_shares_its_memory(clean, tm
     assert entry.nbytes == sum(part.nbytes for part in memory.shards())
     drop("bible")
     assert list_published() == []
-    with pytest.raises(UserError, match="ray://bible: no memory of that name is published on this cluster; there: none"):
+    with pytest.raises(
+        UserError, match="ray://bible: no memory of that name is published on this cluster; there: none"
+    ):
         ExternalMemory.open("ray://bible")
 
 
@@ -128,7 +130,15 @@ def test_a_published_memory_outlives_the_job_that_published_it(tmp_path: Path):
         address = head.stdout.readline().strip()
 
         def command(*words: str) -> str:
-            program = [sys.executable, "-m", "pema_ray.cli", "memory", *words, "--address", address]
+            program = [
+                sys.executable,
+                "-c",
+                "from pema_ray.cli import main; main()",
+                "memory",
+                *words,
+                "--address",
+                address,
+            ]
             done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=120)
             assert done.returncode == 0, done.stderr
             return " ".join(done.stdout.split())

@@ -107,7 +107,9 @@ def greedy_alone(source, example: EncodedPair, eos: tuple[int, ...]) -> list[tor
 def generated_examples(seed: int = 0, count: int = 11) -> tuple[EncodedPair, ...]:
     draw = np.random.default_rng(seed)
     prompts = [draw.integers(3, 300, draw.integers(1, 20)).tolist() for _ in range(count)]
-    return tuple(EncodedPair(i * 2, p, draw.integers(3, 300, draw.integers(1, 9)).tolist()) for i, p in enumerate(prompts))
+    return tuple(
+        EncodedPair(i * 2, p, draw.integers(3, 300, draw.integers(1, 9)).tolist()) for i, p in enumerate(prompts)
+    )
 
 
 @pytest.mark.parametrize("model", ["llama", "gpt2", "gemma2"])  # gemma2's windows take no newcomers
