@@ -157,6 +157,8 @@ class TrainConfig(Section):
     """GPUs that one worker asks of Ray."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the LM head; the adapter is float32."""
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ("tensorboard",)
+    """Where the curves go."""
     resume: bool = True
     """Go on from a checkpoint of the same settings. A finished training is reused either way."""
     max_failures: int = Field(default=8, ge=-1)

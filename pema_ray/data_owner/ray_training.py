@@ -13,7 +13,7 @@ from typing import Any
 from pema_ray.config import TrainConfig
 from pema_ray.data_owner.adapter import AdapterConfig
 from pema_ray.data_owner.strategies import Place
-from pema_ray.data_owner.tracking import TensorBoardTracker
+from pema_ray.data_owner.tracking import make_trackers
 from pema_ray.data_owner.training import History, Point, Trainer
 from pema_ray.errors import UserError
 from pema_ray.hardware import pick_dtype, set_threads
@@ -109,7 +109,7 @@ def _train(job: TrainingJob) -> History:
     train = memory if job.config.shuffle == "window" else memory.view(max_examples=job.config.max_train_pairs)
     dev = ExternalMemory.open(job.dev_memory, bundle.card).view(max_rows=job.config.validation_rows)
     place = Place(rank, world, device)
-    report = _Reporter(job.run_dir) if rank == 0 else None
+    report = _Reporter(job) if rank == 0 else None
     head = bundle.head.to(pick_dtype(job.config.dtype, device))
     trainer = Trainer(
         job.adapter, job.config, head, train, dev, job.run_dir, job.seed, place, report or (lambda kind, point: None)
@@ -131,21 +131,25 @@ def _figures(history: History) -> str:
 
 
 class _Reporter:
-    """Writes each point where the driver and TensorBoard find it."""
+    """Writes each point where the driver and the trackers find it."""
 
-    def __init__(self, folder: Path) -> None:
-        self._file = (folder / _PROGRESS).open("a")
-        self._tracker = TensorBoardTracker(folder / "tensorboard")
+    def __init__(self, job: TrainingJob) -> None:
+        name = f"{job.adapter.task or 'adapter'} r={job.adapter.rank}"
+        settings = {**job.config.model_dump(mode="json"), "plm": job.adapter.plm_name, "seed": job.seed}
+        self._trackers = make_trackers(job.config.trackers, job.run_dir, name, settings)
+        self._file = (job.run_dir / _PROGRESS).open("a")
 
     def __call__(self, kind: str, point: Point) -> None:
         self._file.write(json.dumps({"kind": kind, **asdict(point)}) + "\n")
         self._file.flush()
         losses = {name: value for name, value in asdict(point).items() if name != "step"}
-        self._tracker.log(point.step, {f"{kind}/{name}": value for name, value in losses.items()})
+        for tracker in self._trackers:
+            tracker.log(point.step, {f"{kind}/{name}": value for name, value in losses.items()})
 
     def close(self) -> None:
         self._file.close()
-        self._tracker.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 @contextmanager

@@ -56,6 +56,7 @@ _INCIDENTAL = {
     "gpus_per_worker",
     "published",
     "max_failures",
+    "trackers",
     "min_workers",
 }
 
