@@ -1,0 +1,236 @@
+"""SIGKILL at seeded moments, of every kind of process: no row is lost, none comes twice, no manifest is torn.
+
+Together these tests kill 20 times and more; each asserts that its kills did strike a living process.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from pema_ray.config import BuildMemoryConfig, TrainConfig
+from pema_ray.data_owner import AdapterConfig, PemaAdapter
+from pema_ray.data_owner.ray_training import TrainingJob, fit
+from pema_ray.data_owner.training import Trainer
+from pema_ray.line import LMHeadBundle, ModelCard
+from pema_ray.memory import ExternalMemory
+from pema_ray.memory.build import MemoryBuild, run_build
+from pema_ray.memory.manage import verify
+from pema_ray.tasks import EncodedPair
+from tests.data_owner.conftest import make_rows  # noqa: F401  a fixture
+from tests.data_owner.test_ray_training import write_memory
+
+pytestmark = pytest.mark.cluster
+CARD = ModelCard("counting", "c" * 16, 2, 300, 96, (1,))
+EXAMPLES = [EncodedPair(i, [10, 20, 30 + i], [4 + j for j in range(1 + i % 4)]) for i in range(60)]
+
+
+def build(folder: Path, **changes) -> MemoryBuild:
+    settings = {"examples_per_shard": 2, "cpus_per_actor": 0.5, "max_batch_tokens": 16, "actors": 2, **changes}
+    return MemoryBuild(folder, EXAMPLES, CARD, "task", "train", BuildMemoryConfig(**settings))
+
+
+def slow_factory(seconds: float) -> Callable:
+    """Makes an extractor by arithmetic that takes its time; a closure, so that it travels by value."""
+
+    def make():
+        import time
+
+        import torch
+
+        class Counting:
+            def extract(self, batch):
+                time.sleep(seconds)
+                pairs = zip(batch.token_ids, batch.first, strict=True)
+                rows = [[float(sum(ids[: at + 1])), float(at)] for ids, f in pairs for at in range(f, len(ids))]
+                return torch.tensor(rows)
+
+        return Counting()
+
+    return make
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_cluster, tmp_path_factory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run_build(build(folder), slow_factory(0))
+    return contents(folder)
+
+
+def assert_whole(folder: Path, undisturbed: dict[str, bytes]) -> None:
+    """Byte for byte what an undisturbed build leaves, and in itself without fault."""
+    assert contents(folder) == undisturbed
+    assert verify(folder) == []
+    rows = ExternalMemory.open(folder, CARD).load()
+    assert len(rows) == sum(len(e.target) + 1 for e in EXAMPLES)
+    assert len(set(zip(rows.example_id.tolist(), rows.position.tolist()))) == len(rows)
+
+
+def workers(title: str) -> list[psutil.Process]:
+    """This test run's own Ray workers of a title (other clusters on the machine are let be)."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.cmdline() and process.cmdline()[0].startswith(f"ray::{title}"):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@contextmanager
+def killing(title: str, seed: int, kills: int, pause: tuple[float, float]) -> Iterator[list[int]]:
+    """While the block runs, kill a worker of a title at random moments, so many times at most."""
+    struck: list[int] = []
+    over = threading.Event()
+    draw = random.Random(seed)
+
+    def strike() -> None:
+        while len(struck) < kills and not over.wait(draw.uniform(*pause)):
+            found = [process for process in workers(title) if process.pid not in struck]
+            if found:
+                victim = draw.choice(sorted(found, key=lambda process: process.pid))
+                struck.append(victim.pid)
+                victim.send_signal(signal.SIGKILL)
+
+    thread = threading.Thread(target=strike, daemon=True)
+    thread.start()
+    try:
+        yield struck
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_data_actors_are_killed(undisturbed, tmp_path: Path, seed: int):
+    with killing("MapWorker", seed, 5, (0.2, 0.6)) as struck:
+        run_build(build(tmp_path), slow_factory(0.3))
+    assert len(struck) >= 4
+    assert_whole(tmp_path, undisturbed)
+
+
+def test_drivers_are_killed(undisturbed, tmp_path: Path):
+    """Each start takes up what the one before left, until one is left alone."""
+    program = textwrap.dedent(
+        f"""
+        import sys, ray
+        from pathlib import Path
+        from tests.faults.test_kills import build, slow_factory
+        from pema_ray.memory.build import run_build
+        folder = Path({str(tmp_path / "m")!r})
+        ray.init(address="local", num_cpus=4, object_store_memory=90 * 2**20, include_dashboard=False)
+        print("up", flush=True)
+        run_build(build(folder), slow_factory(0.05), lambda info: print(info.name, flush=True))
+        """
+    )
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    draw, killed, announced = random.Random(3), 0, []
+    for attempt in range(7):
+        driver = subprocess.Popen(
+            [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            text=True, start_new_session=True,
+        )  # fmt: skip
+        assert driver.stdout is not None
+        if attempt < 5:
+            while driver.stdout.readline().strip() not in ("up", ""):
+                pass
+            for _ in range(draw.randint(0, 6)):  # so many shards later, or at once
+                announced.append(driver.stdout.readline().strip())
+            time.sleep(draw.uniform(0, 0.1))
+            if driver.poll() is None:
+                killed += 1
+        else:
+            driver.wait(120)
+        with suppress(ProcessLookupError):
+            os.killpg(driver.pid, signal.SIGKILL)  # the driver and the Ray it started: a machine that loses power
+        driver.wait()
+        manifest = tmp_path / "m" / "manifest.json"
+        assert not manifest.exists() or verify(tmp_path / "m") == []
+        if driver.returncode == 0:
+            break
+    assert killed >= 5
+    assert_whole(tmp_path / "m", undisturbed)
+
+
+def test_nodes_are_killed(undisturbed, tmp_path: Path):
+    """A driver on a cluster of three nodes; actors live on two of them, which are killed and replaced in turn."""
+    program = textwrap.dedent(
+        f"""
+        import os, random, threading, time, ray
+        from pathlib import Path
+        from ray.cluster_utils import Cluster
+        from tests.faults.test_kills import build, slow_factory
+        from pema_ray.memory.build import run_build
+        small = {{"object_store_memory": 90 * 2**20}}
+        cluster = Cluster(initialize_head=True, connect=True, head_node_args={{"num_cpus": 2, **small}})
+        nodes = [cluster.add_node(num_cpus=2, **small) for _ in range(2)]
+        def work():
+            run_build(build(Path({str(tmp_path / "m")!r}), cpus_per_actor=1, actors=4), slow_factory(0.7))
+        thread = threading.Thread(target=work)  # nodes want to be started by the main thread
+        thread.start()
+        draw, killed = random.Random(4), 0
+        while thread.is_alive() and killed < 4:
+            time.sleep(draw.uniform(1.0, 2.0))
+            cluster.remove_node(nodes.pop(draw.randrange(2)), allow_graceful=False)
+            killed += 1
+            nodes.append(cluster.add_node(num_cpus=2, **small))
+        thread.join()
+        print("killed", killed, flush=True)
+        ray.shutdown()
+        cluster.shutdown()
+        os._exit(0)  # killed nodes leave exit handlers behind that fail
+        """
+    )
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.split()[-1]) == 4
+    assert_whole(tmp_path / "m", undisturbed)
+
+
+def test_train_workers_are_killed(ray_cluster, tiny_source, make_rows, tmp_path: Path):  # noqa: F811
+    """One worker, float32: the adapter is bit for bit that of an undisturbed run."""
+    bundle: LMHeadBundle = tiny_source("llama").lm_head()
+    card = bundle.card
+    config = TrainConfig(
+        rank=6, batch_size=32, epochs=120, validate_every=25, learning_rate=1e-3, dropout=0.1, cpus_per_worker=0.5,
+        dtype="float32", patience=1000, max_failures=20,
+    )  # fmt: skip
+    adapter = AdapterConfig(card.hidden_size, config.rank, card.name, card.fingerprint, dropout=config.dropout)
+    job = TrainingJob(
+        train_memory=write_memory(tmp_path / "train", card, make_rows(640, 1, card.hidden_size), "train"),
+        dev_memory=write_memory(tmp_path / "dev", card, make_rows(100, 2, card.hidden_size), "dev"),
+        bundle=bundle.save(tmp_path / "lm_head"),
+        run_dir=tmp_path / "run",
+        adapter=adapter,
+        config=config,
+    )
+    with killing("RayTrainWorker", 5, 4, (4.0, 6.0)) as struck:
+        history = fit(job)
+    assert len(struck) == 4
+    rows = (ExternalMemory.open(path).view() for path in (job.train_memory, job.dev_memory))
+    torch.set_num_threads(1)
+    expected, alone = Trainer(adapter, config, bundle.head, *rows, tmp_path / "alone").run()
+    found = PemaAdapter.from_pretrained(job.run_dir / "adapter", card)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(tensor, found.state_dict()[name]), name
+    assert [p.prediction for p in history.validation] == [p.prediction for p in alone.validation]
+    assert len(history.train) == history.total_steps
