@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
          "split": "train", "context": "teacher_forced", "key_dtype": "float32", "plan_hash": "0" * 16, "rows": 5,
          "examples": 5, "shards": [shard | {"sha256": digest}]}
     )  # fmt: skip
-    (made / MANIFEST).write_text(manifest.model_dump_json())
+    manifest.save(made)
     return made
 
 

@@ -203,8 +203,7 @@ def _write_manifest(build: MemoryBuild, done: Sequence[ShardInfo]) -> Manifest:
         rejected=len(build.rejected),
         shards=tuple(sorted(done, key=lambda info: info.name)),
     )
-    with atomic_file(build.folder / MANIFEST) as temporary:
-        temporary.write_text(manifest.model_dump_json(indent=2) + "\n")
+    manifest.save(build.folder)
     return manifest
 
 

@@ -89,7 +89,13 @@ def encode(exact_NH: np.ndarray, dtype: KeyDtype) -> Keys:
     if dtype == "bfloat16":
         bits = exact.view(np.uint32)
         rounded = bits + 0x7FFF + ((bits >> 16) & 1)  # to nearest, ties to even
-        return Keys(dtype, (rounded >> 16).astype(np.uint16))
+        stored = (rounded >> 16).astype(np.uint16)
+        if (stored & 0x7F80 == 0x7F80).any():  # the last half step below float32's end rounds up to infinity
+            raise UserError(
+                f"A context representation reaches {np.abs(exact).max():.3g}, more than bfloat16 holds. "
+                "Set build_memory.key_dtype=float32."
+            )
+        return Keys(dtype, stored)
     if dtype == "int8":
         scale = np.abs(exact).max(axis=1, initial=0.0) / np.float32(_INT8_MOST)
         safe = np.where(scale > 0, scale, np.float32(1))

@@ -17,7 +17,7 @@ from pema_ray.line import ModelCard
 from pema_ray.memory.codec import KeyDtype, encode
 from pema_ray.memory.external_memory import ExternalMemory
 from pema_ray.memory.manifest import MANIFEST, Manifest, ShardInfo
-from pema_ray.memory.shards import MemoryRows, atomic_file, write_shard
+from pema_ray.memory.shards import MemoryRows, write_shard
 
 Progress = Callable[[ShardInfo], None]
 _IMPORTED_ROWS = 65_536  # rows a shard, of imported memories
@@ -225,8 +225,7 @@ def _write(folder: Path, name: str, rows: MemoryRows, of: ShardInfo | None = Non
 def _finish(folder: Path, like: Manifest, shards: Sequence[ShardInfo], changes: Mapping[str, object]) -> Manifest:
     counts = {"rows": sum(info.rows for info in shards), "examples": sum(info.examples for info in shards)}
     manifest = like.model_copy(update={**counts, **changes, "shards": tuple(shards)})
-    with atomic_file(folder / MANIFEST) as temporary:
-        temporary.write_text(manifest.model_dump_json(indent=2) + "\n")
+    manifest.save(folder)
     return manifest
 
 

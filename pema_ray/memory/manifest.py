@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, ValidationError
 
 from pema_ray.config import Section
 from pema_ray.errors import UserError
 from pema_ray.line import ModelCard
+from pema_ray.memory.shards import atomic_file
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+_CHECKSUM = "checksum"
 
 
 class ShardInfo(Section):
@@ -62,18 +67,39 @@ class Manifest(Section):
     def belongs_to(self, card: ModelCard) -> bool:
         return self.fingerprint == card.fingerprint
 
+    def save(self, folder: Path) -> None:
+        """Write `manifest.json`, whole or not at all, with a checksum of itself."""
+        fields = self.model_dump(mode="json")
+        with atomic_file(folder / MANIFEST) as temporary:
+            temporary.write_text(json.dumps({**fields, _CHECKSUM: _checksum(fields)}, indent=2) + "\n")
+
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         """Raises `UserError` when there is no manifest, or none that this version can read."""
         path = folder / MANIFEST
         try:
-            manifest = cls.model_validate_json(path.read_bytes())
+            found = json.loads(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{folder}: no external memory here ({MANIFEST} is missing). Run build-memory.") from None
+        except ValueError as error:  # broken JSON and broken UTF-8 are ValueErrors
+            raise _damaged(path, str(error)) from None
+        if not isinstance(found, dict):
+            raise _damaged(path, "it holds no fields")
+        version = found.get("schema_version")
+        if isinstance(version, int) and version != SCHEMA_VERSION:
+            raise UserError(f"{path}: schema version {version}, this version reads {SCHEMA_VERSION}.")
+        if found.pop(_CHECKSUM, None) != _checksum(found):
+            raise _damaged(path, "its checksum is not that of its contents")
+        try:
+            return cls.model_validate(found)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise UserError(f"{path}: damaged manifest: {where} {first['msg']}. Build the memory again.") from None
-        if manifest.schema_version != SCHEMA_VERSION:
-            raise UserError(f"{path}: schema version {manifest.schema_version}, this version reads {SCHEMA_VERSION}.")
-        return manifest
+            raise _damaged(path, f"{'.'.join(map(str, first['loc']))} {first['msg']}") from None
+
+
+def _checksum(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _damaged(path: Path, how: str) -> UserError:
+    return UserError(f"{path}: damaged manifest: {how}. Run build-memory again: finished shards are kept.")

@@ -42,7 +42,7 @@ def write_memory(folder: Path, card: ModelCard, rows: MemoryRows, split: str) ->
         eos_token_id=1, task="t", split=split, context="teacher_forced", key_dtype="float32", plan_hash="0" * 16,
         rows=len(rows), examples=len(rows), shards=tuple(shards),
     )  # fmt: skip
-    (folder / "manifest.json").write_text(manifest.model_dump_json())
+    manifest.save(folder)
     return folder
 
 

@@ -77,3 +77,10 @@ def test_data_that_do_not_fit_their_format_are_refused():
         Keys("int8", np.zeros((2, 3), np.int8))
     with pytest.raises(ValueError, match="scale"):
         Keys("float32", np.zeros((2, 3), np.float32), np.ones(2, np.float32))
+
+
+def test_a_number_that_bfloat16_rounds_to_infinity_is_refused():
+    largest = np.float32(3.3895314e38)  # bfloat16's own
+    assert encode(np.array([[largest, -largest]]), "bfloat16")[:].tolist() == [[float(largest), -float(largest)]]
+    with pytest.raises(UserError, match="more than bfloat16 holds. Set build_memory.key_dtype=float32"):
+        encode(np.array([[np.finfo(np.float32).max, 0.0]]), "bfloat16")

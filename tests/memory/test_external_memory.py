@@ -42,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
         split="train", context="teacher_forced", key_dtype="float32", plan_hash="0" * 16, rows=sum(LENGTHS),
         examples=len(LENGTHS), shards=tuple(shards),
     )  # fmt: skip
-    (tmp_path / "manifest.json").write_text(manifest.model_dump_json())
+    manifest.save(tmp_path)
     return tmp_path
 
 
@@ -91,7 +91,7 @@ def test_no_memory_is_told_apart_from_a_damaged_one(folder: Path, tmp_path: Path
     del described["rows"]
     for damage in (whole[:100], "", "[]", json.dumps(described), '{"schema_version": "x"}'):
         path.write_text(damage)
-        with pytest.raises(UserError, match="damaged manifest: .*Build the memory again"):
+        with pytest.raises(UserError, match="damaged manifest: .*Run build-memory again"):
             ExternalMemory.open(folder)
     path.write_text(json.dumps(json.loads(whole) | {"schema_version": 2}))
     with pytest.raises(UserError, match="schema version 2, this version reads 1"):

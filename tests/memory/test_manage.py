@@ -40,7 +40,7 @@ def make(folder: Path, examples: range, fingerprint: str = "a" * 16, seed: int =
         "rows": len(examples) * 3, "examples": len(examples), "shards": shards,
     }  # fmt: skip
     manifest = Manifest.model_validate(described | changes)
-    (folder / MANIFEST).write_text(manifest.model_dump_json())
+    manifest.save(folder)
     return folder
 
 
