@@ -34,8 +34,9 @@ def sound(tmp_path_factory) -> Path:
             rows = MemoryRows(key, target, ids, np.zeros(20, np.int32), weight)
             made.append(_write(root / dtype, f"shard-{number:05d}.parquet", rows))
         like = Manifest(
-            plm_name="tiny", fingerprint="a" * 16, hidden_size=6, vocab_size=300, eos_token_id=1, task="t", split="train",
-            context="teacher_forced", key_dtype=dtype, plan_hash="0" * 16, rows=0, examples=0, shards=tuple(made),
+            plm_name="tiny", fingerprint="a" * 16, hidden_size=6, vocab_size=300, eos_token_id=1, task="t",
+            split="train", context="teacher_forced", key_dtype=dtype, plan_hash="0" * 16, rows=0, examples=0,
+            shards=tuple(made),
         )  # fmt: skip
         _finish(root / dtype, like, made, {})
     return root
@@ -58,7 +59,7 @@ def assert_named_or_unchanged(folder: Path, whole: Path) -> None:
         memory = ExternalMemory.open(folder)
         found = memory.load()
     except UserError as error:
-        assert str(folder) in str(error) and "\n" not in str(error)
+        assert str(folder) in str(error) and "\n" not in str(error)  # noqa: PT017
         return
     written = ExternalMemory.open(whole)
     assert memory.manifest == written.manifest
@@ -105,7 +106,7 @@ def test_a_shard_is_read_without_a_crash_when_its_checksum_is_not_asked(
     try:
         rows = memory.shard(memory.manifest.shards[number], verify=False)
     except UserError as error:
-        assert str(folder) in str(error)
+        assert str(folder) in str(error)  # noqa: PT017
     else:
         assert rows.key.shape == (20, 6)
 
