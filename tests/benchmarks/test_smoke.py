@@ -60,3 +60,9 @@ def test_train_adapter_measures_both_stages_and_memory(tmp_path: Path):
     assert len(stage1["published_curve"]) == stage1["published_epochs"]
     assert set(stage3["rows_per_second"]) == set(stage3["peak_bytes"]) == {"ours", "published"}
     assert stage3["batch"] == stage3["batch_asked"]
+
+
+def test_row_formats_measures_every_format(tmp_path: Path):
+    figures = smoke("row_formats", tmp_path)["figures"]
+    assert set(figures["dev_loss"]) == set(figures["bytes"]) == {"float32", "float16", "bfloat16", "int8"}
+    assert set(figures["seconds_to_read"]) == {"memmap", *figures["bytes"]}
