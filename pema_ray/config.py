@@ -139,6 +139,8 @@ class TrainConfig(Section):
     """The first so many rows of the dev memory."""
     patience: int = Field(default=5, ge=1)
     """Validations without a better dev loss before training stops."""
+    stream: bool = False
+    """Train while the memory is built: `train` then does the work of `build-memory` too."""
     published: str | None = None
     """Name under which the training memory was published (`pema-ray memory publish`): workers read it from there."""
     max_train_pairs: int | None = Field(default=None, ge=1)
@@ -163,6 +165,19 @@ class TrainConfig(Section):
     """Go on from a checkpoint of the same settings. A finished training is reused either way."""
     max_failures: int = Field(default=8, ge=-1)
     """Deaths of a worker that training survives; -1: any number."""
+
+    @model_validator(mode="after")
+    def _streams_to_one(self) -> TrainConfig:
+        for name, value, needed in (
+            ("workers", self.workers, 1),
+            ("shuffle", self.shuffle, "global"),
+            ("solver", self.solver == "adam", False),
+            ("published", self.published, None),
+            ("max_train_pairs", self.max_train_pairs, None),
+        ):
+            if self.stream and value != needed:
+                raise ValueError(f"stream does not go with this '{name}': leave it at its default")
+        return self
 
     @model_validator(mode="after")
     def _has_room_to_shrink(self) -> TrainConfig:

@@ -5,15 +5,17 @@ would have seen.
 
 - `GlobalShuffle`: every epoch is a permutation of all rows; they must be at hand one by one (in RAM, or in the
   object store). The batch of n processes is the batch of one, dealt out.
+- `StreamShuffle`: the first epoch takes shards as a build produces them.
 - `WindowShuffle`: a process reads whole shards, in an order drawn anew every epoch, and shuffles the rows of a few of
   them together: for memories that fit no process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -21,6 +23,7 @@ import numpy as np
 from pema_ray.errors import UserError
 
 CHUNK = 8192  # rows handled at once where no gradient is kept
+_FIELDS = ("key", "target", "share")
 
 
 class Representations(Protocol):
@@ -68,6 +71,7 @@ class Batch:
     share: np.ndarray
 
 
+@runtime_checkable
 class Feed(Protocol):
     """Batches of one process among several.
 
@@ -169,6 +173,84 @@ class WindowShuffle:
             rows = self._shards.read([shard])
             for start in range(0, len(rows.target), CHUNK):
                 yield _Block(rows, slice(start, start + CHUNK))
+
+
+class StreamShuffle:
+    """A first epoch of shards as they are produced, mixed within each; later epochs shuffle all rows.
+
+    Made for one process. The order of shards is the plan's, so the epoch is the same however often it is begun.
+
+    Args:
+        rows: of the finished memory.
+        arrivals: starts the stream: the rows of each shard, in order.
+        finished: all rows, once the stream has ended.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        arrivals: Callable[[], Iterator[Rows]],
+        finished: Callable[[], Rows],
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self._arrivals, self._finished, self._seed = arrivals, finished, seed
+        self._stream: Iterator[Rows] | None = None
+        self._later: GlobalShuffle | None = None
+        self.rows, self.batch_size = rows, _shared_out(rows, batch_size, 1)
+        self.steps_per_epoch = max(1, rows // self.batch_size)
+
+    def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        if epoch:
+            self._later = self._later or GlobalShuffle(self._finished(), self.batch_size, self._seed)
+            yield from self._later.batches(epoch, first)
+            return
+        step, waiting = 0, _Waiting()
+        for number, rows in enumerate(self._begin()):
+            waiting.add(rows, np.random.default_rng([self._seed, number]).permutation(len(rows.target)))
+            while len(waiting) >= self.batch_size and step < self.steps_per_epoch:
+                batch = waiting.take(self.batch_size)
+                if step >= first:
+                    yield batch
+                step += 1
+
+    def once(self) -> Iterator[Rows]:
+        """The first shard alone: stage 1 cannot wait for the others."""
+        stream = self._begin()
+        head = next(stream)
+        self._stream = chain([head], stream)
+        for start in range(0, len(head.target), CHUNK):
+            yield _Block(head, slice(start, start + CHUNK))
+
+    def _begin(self) -> Iterator[Rows]:
+        """The stream from its start, whose first shard `once` may have looked at already."""
+        stream, self._stream = self._stream or self._arrivals(), None
+        return iter(stream)
+
+
+class _Waiting:
+    """Rows that have arrived and are in no batch yet."""
+
+    def __init__(self) -> None:
+        self._held: list[tuple[Rows, np.ndarray]] = []
+
+    def __len__(self) -> int:
+        return sum(len(order) for _, order in self._held)
+
+    def add(self, rows: Rows, order: np.ndarray) -> None:
+        self._held.append((rows, order))
+
+    def take(self, count: int) -> Batch:
+        parts: list[Batch] = []
+        while count:
+            rows, order = self._held[0]
+            mine, rest = np.sort(order[:count]), order[count:]
+            self._held[:1] = [(rows, rest)] if len(rest) else []
+            count -= len(mine)
+            weight = np.ones(len(mine), np.float32) if rows.weight is None else rows.weight[mine].astype(np.float32)
+            parts.append(Batch(np.ascontiguousarray(rows.key[mine]), rows.target[mine].astype(np.int64), weight))
+        key, target, weight = (np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS)
+        return Batch(key, target, (weight / weight.sum()).astype(np.float32))
 
 
 class _Block:

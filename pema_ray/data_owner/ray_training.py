@@ -12,15 +12,20 @@ from typing import Any
 
 from pema_ray.config import TrainConfig
 from pema_ray.data_owner.adapter import AdapterConfig
+from pema_ray.data_owner.feed import StreamShuffle
 from pema_ray.data_owner.strategies import Place
 from pema_ray.data_owner.tracking import make_trackers
 from pema_ray.data_owner.training import History, Point, Trainer
 from pema_ray.errors import UserError
 from pema_ray.hardware import pick_dtype, set_threads
-from pema_ray.line import LMHeadBundle
-from pema_ray.memory import ExternalMemory
+from pema_ray.line import LMHeadBundle, ModelCard
+from pema_ray.memory import ExternalMemory, MemoryRows, ShardInfo
+from pema_ray.memory.build import finished_shards
+from pema_ray.memory.external_memory import RowsView
+from pema_ray.memory.shards import read_shard
 
 _PROGRESS = "progress.jsonl"
+FIRST_STEP = "first_step.json"  # of a streamed training: how much of the memory was there
 
 
 @dataclass(frozen=True)
@@ -34,10 +39,17 @@ class TrainingJob:
     adapter: AdapterConfig
     config: TrainConfig
     seed: int = 0
+    streamed_rows: int | None = None
+    """Rows that `train_memory` will have, when it is being built while the job runs."""
 
 
-def fit(job: TrainingJob, on_point: Callable[[str, Point], None] = lambda kind, point: None) -> History:
+def fit(
+    job: TrainingJob, on_point: Callable[[str, Point], None] = lambda kind, point: None, stream: Any = None
+) -> History:
     """Train on Ray and leave the adapter in `run_dir/adapter`.
+
+    Args:
+        stream: a data set that builds the training memory as it is read (`memory.build.stream_shards`).
 
     Raises:
         UserError: what a worker refused, in its own words.
@@ -50,6 +62,7 @@ def fit(job: TrainingJob, on_point: Callable[[str, Point], None] = lambda kind, 
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"job": job},
+        datasets={} if stream is None else {"train": stream},
         scaling_config=ScalingConfig(
             num_workers=c.workers if c.min_workers is None else (c.min_workers, c.workers),
             use_gpu=c.gpus_per_worker > 0,
@@ -105,8 +118,7 @@ def _train(job: TrainingJob) -> History:
     device = ray.train.torch.get_device()
     set_threads(max(1, int(job.config.cpus_per_worker)))
     bundle = LMHeadBundle.load(job.bundle)
-    memory = ExternalMemory.open(job.train_memory, bundle.card)
-    train = memory if job.config.shuffle == "window" else memory.view(max_examples=job.config.max_train_pairs)
+    train = _training_rows(job, bundle.card)
     dev = ExternalMemory.open(job.dev_memory, bundle.card).view(max_rows=job.config.validation_rows)
     place = Place(rank, world, device)
     report = _Reporter(job) if rank == 0 else None
@@ -120,6 +132,33 @@ def _train(job: TrainingJob) -> History:
         (job.run_dir / "history.json").write_text(json.dumps(history.to_dict()))
         adapter.save_pretrained(job.run_dir / "adapter", adapter.model_card(_figures(history)))
     return history
+
+
+def _training_rows(job: TrainingJob, card: ModelCard) -> Any:
+    if job.streamed_rows is not None:
+        return _streamed(job, job.streamed_rows)
+    memory = ExternalMemory.open(job.train_memory, card)
+    return memory if job.config.shuffle == "window" else memory.view(max_examples=job.config.max_train_pairs)
+
+
+def _streamed(job: TrainingJob, rows: int) -> StreamShuffle:
+    """Shards as their receipts come in; the rows are read from the files that were just written."""
+    folder = Path(job.train_memory)
+
+    def arrivals() -> Iterator[MemoryRows]:
+        import ray.train
+
+        stream: Any = ray.train.get_dataset_shard("train")
+        for row in stream.iter_rows():
+            if row["error"]:
+                raise UserError(row["error"])
+            info = ShardInfo.model_validate_json(row["info"])
+            yield read_shard(folder / info.name, info.sha256)
+
+    def finished() -> RowsView:
+        return RowsView([read_shard(folder / info.name, info.sha256) for info in finished_shards(folder)])
+
+    return StreamShuffle(rows, arrivals, finished, job.config.batch_size, job.seed)
 
 
 def _figures(history: History) -> str:
@@ -138,10 +177,14 @@ class _Reporter:
         settings = {**job.config.model_dump(mode="json"), "plm": job.adapter.plm_name, "seed": job.seed}
         self._trackers = make_trackers(job.config.trackers, job.run_dir, name, settings)
         self._file = (job.run_dir / _PROGRESS).open("a")
+        self._first_step = job.run_dir / FIRST_STEP if job.streamed_rows is not None else None
+        self._built = Path(job.train_memory)
 
     def __call__(self, kind: str, point: Point) -> None:
         self._file.write(json.dumps({"kind": kind, **asdict(point)}) + "\n")
         self._file.flush()
+        if kind == "train" and self._first_step and point.step == 1:
+            self._first_step.write_text(json.dumps({"shards": len(finished_shards(self._built))}))
         losses = {name: value for name, value in asdict(point).items() if name != "step"}
         for tracker in self._trackers:
             tracker.log(point.step, {f"{kind}/{name}": value for name, value in losses.items()})

@@ -74,7 +74,7 @@ class Trainer:
     """Trains one adapter.
 
     Args:
-        train: rows at hand, or shards to be read (for `config.shuffle: window`).
+        train: rows at hand, shards to be read (for `config.shuffle: window`), or a feed made elsewhere.
         run_dir: holds `checkpoint.safetensors` (resume) and `best.safetensors`; every process sees the same folder.
         on_point: called by the leading process with each training or validation point.
     """
@@ -82,7 +82,7 @@ class Trainer:
     adapter_config: AdapterConfig
     config: TrainConfig
     head: LMHead
-    train: Rows | ShardedRows
+    train: Rows | ShardedRows | Feed
     dev: Rows
     run_dir: Path
     seed: int = 0
@@ -114,6 +114,8 @@ class Trainer:
     def feed(self) -> Feed:
         """This process's batches."""
         c, place = self.config, self.place
+        if isinstance(self.train, Feed):
+            return self.train
         if isinstance(self.train, Rows):
             return GlobalShuffle(self.train, c.batch_size, self.seed, place.rank, place.world)
         return WindowShuffle(self.train, c.window_shards, c.batch_size, c.epochs, self.seed, place.rank, place.world)
@@ -162,7 +164,9 @@ class Trainer:
         """The published stage 1, every process for itself over the whole of its feed's rows."""
         c, device = self.config, self.place.device
         if not isinstance(self.train, Rows):
-            raise UserError("train.solver=adam needs train.shuffle=global; the closed form needs no shuffling at all.")
+            raise UserError(
+                "train.solver=adam needs train.shuffle=global and no train.stream; the closed form needs neither."
+            )
         torch.manual_seed(self.seed)
         init = PemaAdapter(self.adapter_config)
         objective = ReconstructionObjective(init.A.detach(), init.B_rct.detach(), c.dropout).to(device)

@@ -207,9 +207,48 @@ def _write_manifest(build: MemoryBuild, done: Sequence[ShardInfo]) -> Manifest:
     return manifest
 
 
+def stream_shards(build: MemoryBuild, factory: Callable[[], ContextSource]) -> Any:
+    """A lazy Ray data set that builds a memory as it is read: one row a shard, in the order of the plan.
+
+    A row holds `info`, the receipt of a shard that is now on disk, or `error`, what was refused. Finished shards
+    pass through at once. `run_build` then makes what was not read, and writes the manifest.
+    """
+    import ray.data
+
+    build.check()
+    prepare_folder(build)
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    return _dataset(build, [(build.folder, shard) for shard in build.shards], factory)
+
+
+def planned_rows(build: MemoryBuild) -> int:
+    """How many rows a teacher-forced memory will have."""
+    found = 0
+    for shard in build.shards:
+        weights = shard.weights or {}
+        for example in shard.examples:
+            counts = weights.get(example.example_id)
+            found += len(example.target) + 1 if counts is None else sum(count > 0 for count in counts)
+    return found
+
+
+def finished_shards(folder: Path) -> list[ShardInfo]:
+    """Receipts of the shards that are there in full, in the order of the plan."""
+    receipts = sorted(folder.glob("shard-*.receipt.json"))
+    found = (_read_receipt(receipt.with_name(f"{receipt.name.split('.')[0]}.parquet")) for receipt in receipts)
+    return [info for info in found if info]
+
+
 def _compute(
     build: MemoryBuild, todo: Sequence[tuple[Path, ShardPlan]], factory: Callable[[], ContextSource]
 ) -> Iterator[tuple[Path, ShardInfo]]:
+    for row in _dataset(build, todo, factory).iter_rows():
+        if row["error"]:
+            raise UserError(row["error"])
+        yield todo[row["number"]][0], ShardInfo.model_validate_json(row["info"])
+
+
+def _dataset(build: MemoryBuild, todo: Sequence[tuple[Path, ShardPlan]], factory: Callable[[], ContextSource]) -> Any:
     import ray
     import ray.data
 
@@ -220,7 +259,7 @@ def _compute(
     # Plans travel once, through the object store; Ray Data's rows are only their numbers.
     plans = ray.put([shard for _, shard in todo])
     numbers = ray.data.from_items([{"number": n} for n in range(len(todo))], override_num_blocks=len(todo))
-    done = numbers.map_batches(
+    return numbers.map_batches(
         _ShardActor,
         fn_constructor_args=([folder for folder, _ in todo], plans, build.card.eos_token_ids, config, factory),
         batch_size=1,
@@ -228,10 +267,6 @@ def _compute(
         num_cpus=config.cpus_per_actor,
         num_gpus=config.gpus_per_actor or None,
     )
-    for row in done.iter_rows():
-        if row["error"]:
-            raise UserError(row["error"])
-        yield todo[row["number"]][0], ShardInfo.model_validate_json(row["info"])
 
 
 class _ShardActor:
@@ -259,7 +294,8 @@ class _ShardActor:
         info, error = "", self.refusal
         if not error:
             try:
-                info = self._make(self.folders[number], self.plans[number]).model_dump_json()
+                folder, shard = self.folders[number], self.plans[number]
+                info = (_read_receipt(folder / shard.name) or self._make(folder, shard)).model_dump_json()
             except UserError as refused:  # carried back as data: Ray would bury its one line in a traceback
                 error = str(refused)
         return {"number": [number], "info": [info], "error": [error]}

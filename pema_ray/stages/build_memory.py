@@ -20,25 +20,26 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
 
     def work() -> dict[str, Any]:
         chosen = config.build_memory
-        builds = [_plan(run, split) for split in chosen.splits]
+        builds = [plan_memory(run, split) for split in chosen.splits]
         for build in builds:
             build.check()
         missing = sum(len(prepare_folder(build)[0]) for build in builds)
         make_source = factory(config.plm, chosen.cpus_per_actor, run.bundle.card)
         started = time.perf_counter()
         if not missing:
-            return _measure(run_builds(builds, make_source), 0, 1.0)
+            return measure_memory(run_builds(builds, make_source), 0, 1.0)
         with (
             ray_cluster(config.ray, chosen.cpus_per_actor, chosen.gpus_per_actor, readers=1),
             track("memory", missing, "shards") as bar,
         ):
             manifests = run_builds(builds, make_source, lambda info: bar.advance(1, info.rows))
-        return _measure(manifests, bar.rows, time.perf_counter() - started)
+        return measure_memory(manifests, bar.rows, time.perf_counter() - started)
 
     return run.perform("build_memory", work)
 
 
-def _plan(run: Run, split: str) -> MemoryBuild:
+def plan_memory(run: Run, split: str) -> MemoryBuild:
+    """What a split's memory will be, from the prepared pairs and the run's prompts."""
     prompter = run.prompter()
     examples = [prompter.encode_pair(pair) for pair in run.pairs(split)]
     return MemoryBuild(
@@ -51,7 +52,8 @@ def _plan(run: Run, split: str) -> MemoryBuild:
     )
 
 
-def _measure(manifests: list[Manifest], new_rows: int, seconds: float) -> dict[str, Any]:
+def measure_memory(manifests: list[Manifest], new_rows: int, seconds: float) -> dict[str, Any]:
+    """The stage's metrics; `new_rows` were made in `seconds`."""
     shards = [shard for manifest in manifests for shard in manifest.shards]
     tokens, padded = sum(s.tokens for s in shards), sum(s.padded_tokens for s in shards)
     total, rate = sum(s.rows for s in shards), new_rows / seconds

@@ -2,71 +2,127 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pema_ray.config import ExperimentConfig
+from pema_ray.config import ExperimentConfig, TrainConfig
 from pema_ray.data_owner.adapter import AdapterConfig
-from pema_ray.data_owner.ray_training import TrainingJob, fit
+from pema_ray.data_owner.ray_training import FIRST_STEP, TrainingJob, fit
 from pema_ray.data_owner.training import History, Point
 from pema_ray.errors import UserError
 from pema_ray.memory import ExternalMemory
+from pema_ray.memory.build import finished_shards, planned_rows, run_build, run_builds, stream_shards
 from pema_ray.memory.published import SCHEME, open_published
+from pema_ray.stages.build_memory import measure_memory, plan_memory
 from pema_ray.stages.cluster import ray_cluster
-from pema_ray.stages.progress import track
+from pema_ray.stages.plm import factory
+from pema_ray.stages.progress import Tracker, track
 from pema_ray.stages.run import Run
 
 
 def run(config: ExperimentConfig) -> dict[str, Any]:
-    """Write `train/adapter/`, `train/history.json` and TensorBoard files."""
+    """Write `train/adapter/`, `train/history.json` and the trackers' files."""
     run = Run(config)
+    if config.train.stream and not run.finished("build_memory"):
+        return _while_building(run)
+    return run.perform("train", lambda: _measure(_train(run), config.train.batch_size))
+
+
+def _train(run: Run) -> History:
+    """Train on the finished memory."""
+    c, card = run.config.train, run.bundle.card
+    job = _job(run)
+    train_memory = ExternalMemory.open(job.train_memory, card)
+    ExternalMemory.open(job.dev_memory, card)
+    if c.shuffle == "window" and c.max_train_pairs:
+        raise UserError("train.max_train_pairs needs train.shuffle=global: windows are made of whole shards.")
+    share = min(1.0, (c.max_train_pairs or train_memory.manifest.examples) / train_memory.manifest.examples)
+    rows = max(1, int(share * len(train_memory)))  # exact but for the length of the pairs that are left out
+    cluster = ray_cluster(run.config.ray, c.cpus_per_worker, c.gpus_per_worker, c.workers)
+    with cluster, track("training", _steps(c, rows)) as bar:
+        if c.published:
+            job = replace(job, train_memory=_published(c.published, train_memory))
+        _forget_other_settings(job.run_dir, run.stamp("train"))  # once nothing is left to be refused for
+        return fit(job, _showing(bar, c.batch_size))
+
+
+def _while_building(run: Run) -> dict[str, Any]:
+    """Both stages at once: train takes up each shard as it is built, the dev memory being built before."""
+    c, chosen = run.config.train, run.config.build_memory
+    if chosen.context != "teacher_forced":
+        raise UserError("train.stream needs build_memory.context=teacher_forced: the others' rows cannot be planned.")
+    if {"train", "dev"} - set(chosen.splits):
+        raise UserError(f"train.stream needs the splits train and dev, build_memory.splits has {list(chosen.splits)}.")
+    trained: list[History] = []
 
     def work() -> dict[str, Any]:
-        c, card = config.train, run.bundle.card
-        adapter = AdapterConfig(
-            hidden_size=card.hidden_size,
-            rank=c.rank,
-            plm_name=card.name,
-            fingerprint=card.fingerprint,
-            space=c.space,
-            residual=c.residual,
-            dropout=c.dropout,
-            kappa=c.kappa,
-            task=run.task.name,
-        )
-        folder = run.path("train")
-        job = TrainingJob(
-            train_memory=run.path("build_memory", "train").resolve(),
-            dev_memory=run.path("build_memory", "dev").resolve(),
-            bundle=run.path("export_head", "lm_head").resolve(),
-            run_dir=folder.resolve(),
-            adapter=adapter,
-            config=c,
-            seed=config.seed,
-        )
-        train_memory = ExternalMemory.open(job.train_memory, card)
-        ExternalMemory.open(job.dev_memory, card)
-        if c.shuffle == "window" and c.max_train_pairs:
-            raise UserError("train.max_train_pairs needs train.shuffle=global: windows are made of whole shards.")
-        share = min(1.0, (c.max_train_pairs or train_memory.manifest.examples) / train_memory.manifest.examples)
-        rows = max(1, int(share * len(train_memory)))  # exact but for the length of the pairs that are left out
-        steps = max(1, rows // min(c.batch_size, rows)) * c.epochs
-        cluster = ray_cluster(config.ray, c.cpus_per_worker, c.gpus_per_worker, c.workers)
-        with cluster, track("training", steps) as bar:
-            if c.published:
-                job = replace(job, train_memory=_published(c.published, train_memory))
-            _forget_other_settings(folder, run.stamp("train"))  # once nothing is left to be refused for
+        builds = {split: plan_memory(run, split) for split in chosen.splits}
+        for build in builds.values():
+            build.check()
+        make_source = factory(run.config.plm, chosen.cpus_per_actor, run.bundle.card)
+        rows = planned_rows(builds["train"])
+        started, already = time.perf_counter(), len(finished_shards(builds["train"].folder))
+        # Actors and the worker run side by side here, beside the one CPU that Ray Data reads with.
+        cpus = chosen.actors * chosen.cpus_per_actor + c.cpus_per_worker
+        gpus = chosen.actors * chosen.gpus_per_actor + c.gpus_per_worker
+        with ray_cluster(run.config.ray, cpus, gpus, readers=1):
+            manifests = run_builds([build for split, build in builds.items() if split != "train"], make_source)
+            stream = stream_shards(builds["train"], make_source)
+            job = replace(_job(run), streamed_rows=rows)
+            _forget_other_settings(job.run_dir, run.stamp("train"))
+            with track("building and training", _steps(c, rows)) as bar:
+                trained.append(fit(job, _showing(bar, c.batch_size), stream))
+            manifests.append(run_build(builds["train"], make_source))  # what an early stop has left to do
+        seconds = time.perf_counter() - started
+        measured = measure_memory(manifests, manifests[-1].rows if not already else 0, seconds)
+        first = json.loads((run.path("train") / FIRST_STEP).read_text())
+        return measured | {"shards_at_first_step": first["shards"], "train_shards": len(manifests[-1].shards)}
 
-            def show(kind: str, point: Point) -> None:
-                if kind == "train":
-                    bar.advance(point.step - bar.done, c.batch_size, f"loss {point.prediction:.3f}")
+    run.perform("build_memory", work)
+    if not trained:  # another process has finished it meanwhile
+        return run.perform("train", lambda: _measure(_train(run), c.batch_size))
+    return run.perform("train", lambda: _measure(trained[0], c.batch_size))
 
-            history = fit(job, show)
-        return _measure(history, c.batch_size)
 
-    return run.perform("train", work)
+def _job(run: Run) -> TrainingJob:
+    c, card = run.config.train, run.bundle.card
+    adapter = AdapterConfig(
+        hidden_size=card.hidden_size,
+        rank=c.rank,
+        plm_name=card.name,
+        fingerprint=card.fingerprint,
+        space=c.space,
+        residual=c.residual,
+        dropout=c.dropout,
+        kappa=c.kappa,
+        task=run.task.name,
+    )
+    return TrainingJob(
+        train_memory=run.path("build_memory", "train").resolve(),
+        dev_memory=run.path("build_memory", "dev").resolve(),
+        bundle=run.path("export_head", "lm_head").resolve(),
+        run_dir=run.path("train").resolve(),
+        adapter=adapter,
+        config=c,
+        seed=run.config.seed,
+    )
+
+
+def _steps(c: TrainConfig, rows: int) -> int:
+    return max(1, rows // min(c.batch_size, rows)) * c.epochs
+
+
+def _showing(bar: Tracker, batch_size: int) -> Callable[[str, Point], None]:
+    def show(kind: str, point: Point) -> None:
+        if kind == "train":
+            bar.advance(point.step - bar.done, batch_size, f"loss {point.prediction:.3f}")
+
+    return show
 
 
 def _published(name: str, memory: ExternalMemory) -> str:

@@ -10,17 +10,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from pema_ray.config import TrainConfig
+from pema_ray.config import BuildMemoryConfig, TrainConfig
 from pema_ray.data_owner import AdapterConfig, PemaAdapter
-from pema_ray.data_owner.ray_training import TrainingJob, _following, _worker, fit
+from pema_ray.data_owner.feed import StreamShuffle
+from pema_ray.data_owner.ray_training import FIRST_STEP, TrainingJob, _following, _worker, fit
 from pema_ray.data_owner.training import History, Point, Trainer
 from pema_ray.errors import UserError
 from pema_ray.line import LMHeadBundle, ModelCard
 from pema_ray.memory import ExternalMemory, Manifest, MemoryRows, ShardInfo
+from pema_ray.memory.build import MemoryBuild, planned_rows, run_build, stream_shards
 from pema_ray.memory.shards import write_shard
+from pema_ray.tasks import EncodedPair
 
 OTHER = ModelCard("huge", "b" * 16, 32, 380, 96, (1,))
 CONFIG = TrainConfig(
@@ -89,6 +93,57 @@ def test_two_workers_leave_the_adapter_of_one_its_history_and_its_curves(ray_clu
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     losses = [[point.prediction for point in run.validation] for run in (history, alone)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def slow_factory(folder: str, seconds: float) -> Callable:
+    """Makes the tiny PLM, which takes its time over every batch; a closure, so that it travels by value."""
+
+    def make():
+        import time
+
+        from pema_ray.config import PLMConfig
+        from pema_ray.plm_owner import InProcessPLM, load_plm
+
+        class Slow(InProcessPLM):
+            def extract(self, batch):
+                time.sleep(seconds)
+                return super().extract(batch)
+
+        return Slow(load_plm(PLMConfig(name=folder, dtype="float32", device="cpu", threads=1)))
+
+    return make
+
+
+@pytest.mark.cluster
+def test_training_begins_before_a_tenth_of_the_memory_is_built(
+    ray_cluster, make_job, tiny_plm_folder, tiny_source, tmp_path: Path
+):
+    draw, card = np.random.default_rng(0), tiny_source("llama").describe()
+    examples = [EncodedPair(i, [5, 6, 7], draw.integers(3, 300, 12).tolist()) for i in range(60)]
+    settings = BuildMemoryConfig(examples_per_shard=1, cpus_per_actor=0.5)
+    build = MemoryBuild(tmp_path / "streamed", examples, card, "t", "train", settings)
+    config = CONFIG.model_copy(update={"batch_size": 20, "stream": True, "patience": 1000})
+    job = make_job(config=config, train_memory=build.folder, streamed_rows=planned_rows(build))
+    history = fit(job, stream=stream_shards(build, slow_factory(tiny_plm_folder("llama"), 0.5)))
+    assert history.rows == planned_rows(build) == 60 * 13
+    assert len(history.train) == history.total_steps == 2 * (780 // 20)
+    assert 2 <= json.loads((job.run_dir / FIRST_STEP).read_text())["shards"] <= 6
+
+    def refused():
+        raise AssertionError("every shard is there: no PLM is needed")
+
+    manifest = run_build(build, refused)
+    assert (manifest.rows, len(manifest.shards)) == (780, 60)
+    memory = ExternalMemory.open(build.folder, card)
+    arrivals = lambda: (memory.read([number]) for number in range(60))  # noqa: E731
+    feed = StreamShuffle(780, arrivals, memory.view, 20, job.seed)
+    dev = ExternalMemory.open(job.dev_memory).view(max_rows=config.validation_rows)
+    head = LMHeadBundle.load(job.bundle).head
+    here, alone = Trainer(job.adapter, config, head, feed, dev, tmp_path / "here").run()
+    found = PemaAdapter.from_pretrained(job.run_dir / "adapter")
+    for ours, theirs in zip(found.parameters(), here.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+    assert [p.step for p in history.train] == [p.step for p in alone.train]
 
 
 @pytest.mark.cluster

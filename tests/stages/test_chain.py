@@ -20,7 +20,7 @@ from pema_ray.config import load_config
 from pema_ray.data_owner import PemaAdapter
 from pema_ray.errors import UserError
 from pema_ray.evaluation.results import Evaluation
-from pema_ray.memory import ExternalMemory
+from pema_ray.memory import ExternalMemory, published
 from pema_ray.stages.main import stages
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +67,56 @@ def test_an_experiment_runs_from_text_to_report_and_is_reused(experiment, ray_cl
     with pytest.raises(Exception, match="stage 'train' was run with other settings"):
         stages()["generate"](other)
     assert stages()["train"](other)["stamp"] != measured["train"]["stamp"]
+
+
+def test_training_may_run_while_the_memory_is_built(experiment, ray_cluster):
+    path = experiment(build_memory={"examples_per_shard": 2, "cpus_per_actor": 1}, train={"stream": True})
+    config = load_config(path)
+    for name in ("prepare", "export_head"):
+        stages()[name](config)
+    trained = stages()["train"](config)
+    run = Path(config.run_dir)
+    built = json.loads((run / "build_memory" / "metrics.json").read_text())
+    assert built["rows"]["train"] == len(ExternalMemory.open(run / "build_memory" / "train"))
+    assert (built["train_shards"], set(built["rows"])) == (12, {"train", "dev", "test"})
+    assert 1 <= built["shards_at_first_step"] <= 12
+    assert trained["steps"] == built["rows"]["train"] // 64 and trained["rows"] == built["rows"]["train"]
+    assert stages()["build_memory"](config) == built and stages()["train"](config) == trained
+    stages()["generate"](config)
+    with pytest.raises(UserError, match="train.stream needs build_memory.context=teacher_forced"):
+        stages()["train"](load_config(path, ["build_memory.context=generated"]))
+
+
+def test_a_memory_of_the_generated_context_trains_too(experiment, ray_cluster):
+    config = load_config(experiment(build_memory={"context": "generated", "sequences": 4}))
+    measured = {name: stage(config) for name, stage in stages().items()}
+    run = Path(config.run_dir)
+    contexts = {s: ExternalMemory.open(run / "build_memory" / s).manifest.context for s in ("train", "dev", "test")}
+    assert contexts == {"train": "generated", "dev": "generated", "test": "teacher_forced"}
+    assert measured["train"]["steps"] >= 1 and measured["evaluate"]["nll"]
+
+
+def test_a_published_memory_is_trained_on_where_it_lies(experiment, ray_cluster):
+    path = experiment(train={"dropout": 0.0})
+    config = load_config(path)
+    for name in ("prepare", "export_head", "build_memory"):
+        stages()[name](config)
+    run = Path(config.run_dir)
+    expected = stages()["train"](config)
+    (run / "train" / "metrics.json").unlink()
+    published.publish(run / "build_memory" / "train", "chain")
+    try:
+        found = stages()["train"](load_config(path, ["train.published=chain", "train.resume=false"]))
+        assert found["dev_prediction"] == expected["dev_prediction"] and found["stamp"] == expected["stamp"]
+        (run / "train" / "metrics.json").unlink()
+        with pytest.raises(UserError, match="ray://other: no memory of that name is published on this cluster"):
+            stages()["train"](load_config(path, ["train.published=other"]))
+        published.drop("chain")
+        published.publish(run / "build_memory" / "dev", "chain")
+        with pytest.raises(UserError, match="train.published=chain: is not this run's memory"):
+            stages()["train"](load_config(path, ["train.published=chain"]))
+    finally:
+        published.drop("chain")
 
 
 def test_two_training_workers_reach_what_one_reaches(experiment, ray_cluster):
