@@ -101,7 +101,7 @@ _command(
 _command(
     "build_memory",
     "build-memory",
-    "Build the external memory on Ray Data, one teacher-forced pass over the pairs. Resumes.",
+    "Build the external memory on Ray Data, one pass over the pairs. Resumes.",
 )
 _command(
     "train", "train", "Data owner: train the adapter on the memory with Ray Train (closed form, then joint). Resumes."

@@ -25,9 +25,26 @@ def quiet_libraries() -> None:
 
 
 def worker_environment() -> dict[str, str]:
-    """What Ray's workers inherit so that they are as quiet as the driver."""
+    """What Ray's workers inherit: to be as quiet as the driver, and to find the user's tracking servers."""
     names = ("TQDM_DISABLE", "TRANSFORMERS_VERBOSITY", "TOKENIZERS_PARALLELISM", "RAY_TRAIN_V2_ENABLED")
-    return {name: os.environ[name] for name in names if name in os.environ}
+    return {
+        name: value for name, value in os.environ.items() if name in names or name.startswith(("MLFLOW_", "WANDB_"))
+    }
+
+
+def mlflow_server() -> str | None:
+    """Where MLflow keeps runs, if the user said so."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or None
+
+
+def allow_mlflow_folders() -> None:
+    """MLflow wants to be asked before it keeps runs in a folder, without a database."""
+    os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
+
+
+def wandb_mode() -> str:
+    """`offline` unless a key or the user's own choice says otherwise."""
+    return os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
 
 
 def cache_folder() -> Path:

@@ -155,7 +155,7 @@ def publish(
 
         with running_cluster(address):
             memory = published.publish(folder, name, holders, lambda text: console.print(text, style="yellow"))
-            (entry,) = (found for found in published.list_published() if found.name == name)
+            entry = published.describe(memory)
             console.print(
                 f"ray://{name}: {len(memory):,} rows, {entry.nbytes / 2**20:,.1f} MiB on {entry.nodes} nodes. "
                 f"It stays until the cluster stops, or: pema-ray memory drop {name}"
@@ -179,7 +179,8 @@ def list_(address: Address = None) -> None:
             table = Table("name", "rows", "MiB", "nodes", "PLM", "folder", box=None)
             for entry in published.list_published():
                 m = entry.manifest
-                row = (f"{m.rows:,}", f"{entry.nbytes / 2**20:,.1f}", str(entry.nodes), m.plm_label, entry.folder)
+                where = f"{entry.nodes}" + (f" ({entry.missing} holders do not answer)" if entry.missing else "")
+                row = (f"{m.rows:,}", f"{entry.nbytes / 2**20:,.1f}", where, m.plm_label, entry.folder)
                 table.add_row(entry.name, *row)
             console.print(table)
             state = published.store_state()

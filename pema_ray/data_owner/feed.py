@@ -63,7 +63,7 @@ class Batch:
     Attributes:
         key: `[n, H]` float32; target: `[n]` int64.
         share: `[n]` float32, each row's share of the loss. The mean over processes of Σ share · loss is the
-            weighted mean over the whole batch.
+            weighted mean over the whole batch (with windows: the mean of each process's weighted mean).
     """
 
     key: np.ndarray
@@ -144,8 +144,10 @@ class WindowShuffle:
             )
 
     def _windows(self, epoch: int, rank: int) -> list[list[int]]:
+        """Those that hold a batch at least, in the epoch's order."""
         order = np.random.default_rng([self._seed, epoch]).permutation(len(self._shards.counts))[rank :: self._world]
-        return [order[at : at + self._window].tolist() for at in range(0, len(order), self._window)]
+        windows = [order[at : at + self._window].tolist() for at in range(0, len(order), self._window)]
+        return [window for window in windows if self._steps(window)]
 
     def _steps(self, window: Sequence[int]) -> int:
         return sum(self._shards.counts[shard] for shard in window) // (self.batch_size // self._world)

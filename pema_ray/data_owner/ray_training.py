@@ -15,16 +15,17 @@ from pema_ray.data_owner.adapter import AdapterConfig
 from pema_ray.data_owner.feed import StreamShuffle
 from pema_ray.data_owner.strategies import Place
 from pema_ray.data_owner.tracking import make_trackers
-from pema_ray.data_owner.training import History, Point, Trainer
+from pema_ray.data_owner.training import CHECKPOINT, History, Point, Trainer
 from pema_ray.errors import UserError
 from pema_ray.hardware import pick_dtype, set_threads
 from pema_ray.line import LMHeadBundle, ModelCard
 from pema_ray.memory import ExternalMemory, MemoryRows, ShardInfo
 from pema_ray.memory.build import finished_shards
 from pema_ray.memory.external_memory import RowsView
-from pema_ray.memory.shards import read_shard
+from pema_ray.memory.shards import atomic_file, read_shard
 
 _PROGRESS = "progress.jsonl"
+_REFUSAL = "refusal.txt"
 FIRST_STEP = "first_step.json"  # of a streamed training: how much of the memory was there
 
 
@@ -54,7 +55,7 @@ def fit(
     Raises:
         UserError: what a worker refused, in its own words.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     c = job.config
@@ -76,8 +77,21 @@ def fit(
         ),
     )
     job.run_dir.mkdir(parents=True, exist_ok=True)
+    refusal = job.run_dir / _REFUSAL
+    refusal.unlink(missing_ok=True)
+    if not c.resume:  # once, here: a worker that dies goes on from the checkpoint all the same
+        (job.run_dir / CHECKPOINT).unlink(missing_ok=True)
     with _following(job.run_dir / _PROGRESS, on_point):
-        outcome = _apart(lambda: trainer.fit().return_value)  # what `_worker` returned on rank 0
+        try:
+            outcome = _apart(lambda: trainer.fit().return_value)  # what `_worker` returned on rank 0
+        except TrainingFailedError as error:
+            if refusal.exists():
+                raise UserError(refusal.read_text()) from None
+            last = str(error).strip().splitlines() or ["unknown"]
+            raise UserError(
+                f"{job.run_dir}: training was given up after its workers died {c.max_failures + 1} times; the last "
+                f"word was: {last[-1].strip()} What was learned is kept: the same command goes on from there."
+            ) from error
     if outcome["error"]:
         raise UserError(outcome["error"])
     return History.from_dict(outcome["history"])
@@ -103,9 +117,24 @@ def _apart(work: Callable[[], Any]) -> Any:
 
 
 def _worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """What every worker does; refusals come back as words.
+
+    A worker that is refused among others must not leave them waiting for it: it writes down why and fails, Ray Train
+    ends and restarts the group, and all of them find the refusal.
+    """
+    import ray.train
+
+    job: TrainingJob = settings["job"]
+    refusal = job.run_dir / _REFUSAL
+    if refusal.exists():
+        return {"error": refusal.read_text(), "history": {}}
     try:
-        return {"error": "", "history": _train(settings["job"]).to_dict()}
+        return {"error": "", "history": _train(job).to_dict()}
     except UserError as error:
+        if ray.train.get_context().get_world_size() > 1:
+            with atomic_file(refusal) as temporary:
+                temporary.write_text(str(error))
+            raise
         return {"error": str(error), "history": {}}
 
 
@@ -121,14 +150,12 @@ def _train(job: TrainingJob) -> History:
     train = _training_rows(job, bundle.card)
     dev = ExternalMemory.open(job.dev_memory, bundle.card).view(max_rows=job.config.validation_rows)
     place = Place(rank, world, device)
-    report = _Reporter(job) if rank == 0 else None
     head = bundle.head.to(pick_dtype(job.config.dtype, device))
-    trainer = Trainer(
-        job.adapter, job.config, head, train, dev, job.run_dir, job.seed, place, report or (lambda kind, point: None)
-    )
-    adapter, history = trainer.run()
-    if rank == 0 and report is not None:
-        report.close()
+    config = job.config.model_copy(update={"resume": True})  # `fit` has seen to what the user wants
+    with _reporting(job, leads=rank == 0) as report:
+        trainer = Trainer(job.adapter, config, head, train, dev, job.run_dir, job.seed, place, report)
+        adapter, history = trainer.run()
+    if rank == 0:
         (job.run_dir / "history.json").write_text(json.dumps(history.to_dict()))
         adapter.save_pretrained(job.run_dir / "adapter", adapter.model_card(_figures(history)))
     return history
@@ -167,6 +194,19 @@ def _figures(history: History) -> str:
         f"Trained on {history.rows:,} rows. Held-out loss on the dev memory, nats per token: "
         f"{first.prediction:.3f} before the first step, {best.prediction:.3f} at step {best.step}.\n\n"
     )
+
+
+@contextmanager
+def _reporting(job: TrainingJob, leads: bool) -> Iterator[Callable[[str, Point], None]]:
+    """Where points go: nowhere but from the leading worker."""
+    if not leads:
+        yield lambda kind, point: None
+        return
+    report = _Reporter(job)
+    try:
+        yield report
+    finally:
+        report.close()
 
 
 class _Reporter:

@@ -112,15 +112,15 @@ class _Accelerated(_DataParallel):
 
     def __init__(self, config: TrainConfig, place: Place, objective: JointObjective) -> None:
         from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+        from accelerate.utils import DistributedDataParallelKwargs
 
         self._named = _trained(objective)
         options = DistributedDataParallelKwargs(broadcast_buffers=False)
         self._accelerator = Accelerator(cpu=place.device.type == "cpu", kwargs_handlers=[options])
-        if (self._accelerator.distributed_type == DistributedType.NO) != (place.world == 1):
+        if self._accelerator.num_processes != place.world:
             raise UserError(
-                f"train.strategy=accelerate: {place.world} workers, but accelerate set itself up as "
-                f"{self._accelerator.distributed_type}. Is an ACCELERATE_* variable set in the workers' environment?"
+                f"train.strategy=accelerate: {place.world} workers, but accelerate counts "
+                f"{self._accelerator.num_processes}. Is an ACCELERATE_* variable set in the workers' environment?"
             )
         optimizer = torch.optim.Adam(self._named.values(), lr=config.learning_rate)
         self._module, wrapped = self._accelerator.prepare(objective, optimizer)

@@ -1,19 +1,23 @@
 """Where training curves go: one small protocol; TensorBoard by default, MLflow and Weights & Biases by name.
 
 The other two keep what they are given in the run's folder, unless their own environment variables name a server
-(`MLFLOW_TRACKING_URI`; `WANDB_API_KEY` and `WANDB_MODE`).
+(`MLFLOW_TRACKING_URI`; `WANDB_API_KEY` and `WANDB_MODE`). A training that is taken up again goes on in the run that
+it began.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
+from pema_ray.environment import allow_mlflow_folders, mlflow_server, wandb_mode
 from pema_ray.errors import UserError
 
+logger = logging.getLogger(__name__)
 PROJECT = "pema-ray"
+_MISSING = "train.trackers: {kind} is not installed where the workers run: pip install {package}."
 
 
 class Tracker(Protocol):
@@ -46,14 +50,17 @@ class MLflowTracker:
         try:
             import mlflow
         except ImportError:
-            raise UserError("train.trackers: mlflow is not installed: pip install 'pema-ray[tracking]'.") from None
-        if not os.environ.get("MLFLOW_TRACKING_URI"):
-            os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"  # needs no database, wants to be asked for
+            raise UserError(_MISSING.format(kind="mlflow", package="mlflow-skinny")) from None
+        self._mlflow: Any = mlflow
+        if not mlflow_server():
+            allow_mlflow_folders()
             mlflow.set_tracking_uri((folder / "mlruns").resolve().as_uri())
         mlflow.set_experiment(PROJECT)
-        self._mlflow: Any = mlflow
-        mlflow.start_run(run_name=name)
-        mlflow.log_params(dict(settings))
+        known = folder / "mlflow_run_id"
+        run = mlflow.start_run(run_id=known.read_text() if known.exists() else None, run_name=name)
+        if not known.exists():
+            mlflow.log_params(dict(settings))
+            known.write_text(run.info.run_id)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         self._mlflow.log_metrics(dict(scalars), step=step)
@@ -69,23 +76,49 @@ class WandbTracker:
         try:
             import wandb
         except ImportError:
-            raise UserError("train.trackers: wandb is not installed: pip install 'pema-ray[tracking]'.") from None
-        online = bool(os.environ.get("WANDB_API_KEY"))
-        mode: Any = os.environ.get("WANDB_MODE") or ("online" if online else "offline")
+            raise UserError(_MISSING.format(kind="wandb", package="wandb")) from None
+        known, mode = folder / "wandb_run_id", wandb_mode()
+        again = mode == "online" and known.exists()  # offline, every start leaves a log of its own
+        quiet = wandb.Settings(silent=True, console="off")
         self._run: Any = wandb.init(
             project=PROJECT,
             name=name,
             dir=str(folder),
-            mode=mode,
+            mode=cast(Any, mode),
             config=dict(settings),
-            settings=wandb.Settings(silent=True, console="off"),
+            id=known.read_text() if again else None,
+            resume="allow" if again else None,
+            settings=quiet,
         )
+        known.write_text(self._run.id)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         self._run.log(dict(scalars), step=step)
 
     def close(self) -> None:
         self._run.finish()
+
+
+class _Forgiving:
+    """A tracker whose server may fail: the first failure is told, and training goes on without it."""
+
+    def __init__(self, tracker: Tracker, kind: str) -> None:
+        self._tracker, self._kind, self._failed = tracker, kind, False
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._try(lambda: self._tracker.log(step, scalars))
+
+    def close(self) -> None:
+        self._try(self._tracker.close)
+
+    def _try(self, work: Callable[[], None]) -> None:
+        if self._failed:
+            return
+        try:
+            work()
+        except Exception as error:  # whatever a server's client may raise
+            self._failed = True
+            logger.warning("train.trackers: %s gave up, training goes on: %s", self._kind, error)
 
 
 _KINDS: dict[str, type[TensorBoardTracker] | type[MLflowTracker] | type[WandbTracker]] = {
@@ -107,4 +140,4 @@ def make_trackers(names: Sequence[str], folder: Path, name: str, settings: Mappi
     Raises:
         UserError: a tracker's package is not installed.
     """
-    return [_KINDS[kind](folder, name, settings) for kind in names]
+    return [_Forgiving(_KINDS[kind](folder, name, settings), kind) for kind in names]

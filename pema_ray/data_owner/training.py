@@ -1,6 +1,6 @@
 """The training loop of an adapter, in one process of any number. Knows no Ray. N rows, H hidden.
 
-Batches follow from (seed, epoch) alone and dropout is drawn by (seed, step) alone, so a run that resumes at a
+Batches follow from (seed, epoch) alone and dropout is drawn by (seed, step, process) alone, so a run that resumes at a
 step goes on exactly as if it had never stopped.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from pema_ray.config import TrainConfig
@@ -30,8 +29,10 @@ from pema_ray.data_owner.reconstruction import SecondMoment, reconstruction_erro
 from pema_ray.data_owner.strategies import Place, Strategy, make_strategy
 from pema_ray.errors import UserError
 from pema_ray.line import LMHead
+from pema_ray.memory.shards import atomic_file
 
 logger = logging.getLogger(__name__)
+CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +280,7 @@ class Trainer:
 
     @property
     def _checkpoint(self) -> Path:
-        return self.run_dir / "checkpoint.safetensors"
+        return self.run_dir / CHECKPOINT
 
     @property
     def _best(self) -> Path:
@@ -294,9 +295,12 @@ class Trainer:
         self._write(self._checkpoint, tensors, {"step": str(step), "history": json.dumps(history.to_dict())})
 
     def _restore(self, adapter: PemaAdapter) -> tuple[int, History, dict[str, torch.Tensor]]:
-        with safe_open(self._checkpoint, framework="pt") as file:
-            described = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(self._checkpoint, framework="pt") as file:
+                described = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise UserError(f"{self._checkpoint}: damaged checkpoint: {error}. Delete it to start over.") from None
         rooms: dict[str, dict[str, torch.Tensor]] = {"adapter": {}, "optimizer": {}}
         for name, tensor in tensors.items():
             room, _, rest = name.partition(".")
@@ -308,9 +312,8 @@ class Trainer:
 
     def _write(self, path: Path, tensors: dict[str, torch.Tensor], described: dict[str, str] | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, described)
-        os.replace(temporary, path)
+        with atomic_file(path) as temporary:
+            save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, described)
 
 
 def _parts(rows: int) -> Iterator[slice]:

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 
 from pema_ray.config import BuildMemoryConfig
@@ -187,6 +188,7 @@ def _write_rejected(build: MemoryBuild) -> None:
 
 
 def _write_manifest(build: MemoryBuild, done: Sequence[ShardInfo]) -> Manifest:
+    done = [info for info in done if info.rows]  # counted out to the last row: the PLM ended before any that is new
     manifest = Manifest(
         plm_name=build.card.name,
         fingerprint=build.card.fingerprint,
@@ -318,7 +320,7 @@ class _ShardActor:
             name=shard.name,
             rows=len(rows),
             represents=rows.represents,
-            examples=len(shard.examples),
+            examples=len(np.unique(rows.example_id)),
             tokens=tokens,
             padded_tokens=padded,
             bytes=size,

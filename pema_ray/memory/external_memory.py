@@ -10,7 +10,7 @@ import numpy as np
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import ModelCard
 from pema_ray.memory.manifest import Manifest, ShardInfo
-from pema_ray.memory.shards import MemoryRows, read_shard
+from pema_ray.memory.shards import MemoryRows, read_shard, weights_of
 
 
 class ExternalMemory:
@@ -112,8 +112,7 @@ class RowsView:
         self._keys = [part.key for part in parts]
         self._ends = np.cumsum([len(part) for part in parts])
         self.target = np.concatenate([part.target for part in parts])
-        weights = [part.weight for part in parts if part.weight is not None]
-        self.weight = np.concatenate(weights) if weights else None
+        self.weight = weights_of(parts)
 
     def __len__(self) -> int:
         return len(self.target)

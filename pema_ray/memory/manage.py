@@ -101,7 +101,7 @@ def merge(sources: Sequence[Path], target: Path, on_shard: Progress = lambda inf
     _claim(target)
     shards: list[ShardInfo] = []
     owner: dict[int, int] = {}
-    weighted = any(memory.manifest.represents > len(memory) for memory in memories)
+    weighted = any(info.represents is not None for memory in memories for info in memory.manifest.shards)
     for place, memory in enumerate(memories):
         for info in memory.manifest.shards:
             rows = memory.shard(info)

@@ -15,7 +15,7 @@ from pema_ray.line import ModelCard
 from pema_ray.memory.shards import atomic_file
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _CHECKSUM = "checksum"
 
 
@@ -87,7 +87,10 @@ class Manifest(Section):
             raise _damaged(path, "it holds no fields")
         version = found.get("schema_version")
         if isinstance(version, int) and version != SCHEMA_VERSION:
-            raise UserError(f"{path}: schema version {version}, this version reads {SCHEMA_VERSION}.")
+            raise UserError(
+                f"{path}: schema version {version}, this version reads {SCHEMA_VERSION}. Run build-memory again "
+                "(finished shards are kept), or make it again by the pema-ray memory command that made it."
+            )
         if found.pop(_CHECKSUM, None) != _checksum(found):
             raise _damaged(path, "its checksum is not that of its contents")
         try:
@@ -102,4 +105,7 @@ def _checksum(fields: dict[str, Any]) -> str:
 
 
 def _damaged(path: Path, how: str) -> UserError:
-    return UserError(f"{path}: damaged manifest: {how}. Run build-memory again: finished shards are kept.")
+    return UserError(
+        f"{path}: damaged manifest: {how}. Run build-memory again (finished shards are kept), or make it again by the "
+        "pema-ray memory command that made it."
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ _FOREVER: dict[str, Any] = {
     "max_restarts": -1,
     "max_task_retries": -1,
 }
-_PATIENCE = 60.0  # seconds that a reader waits for a holder that died to be there again
+_PATIENCE = 120.0  # seconds that a reader waits for one shard: for a holder that died to be there again and read it
+_GLANCE = 10.0  # seconds that `list` waits for a holder
 
 
 class _Register:
@@ -43,35 +45,36 @@ class _Register:
 
 
 class _Holder:
-    """Keeps some shards of one memory in the object store of its node."""
+    """Keeps some shards of one memory in the object store of its node; one that started again reads as it is asked."""
 
     def __init__(self, folder: str, shards: Sequence[str]) -> None:
-        import ray
-
+        self._folder, self._shards = folder, list(shards)
         self._held: dict[str, tuple[Any, int]] = {}
-        self._refusal: UserError | None = None
-        try:
-            memory = ExternalMemory.open(folder)
-            of = {info.name: info for info in memory.manifest.shards}
-            for name in shards:
-                rows = memory.shard(of[name])
-                self._held[name] = ray.put(rows), rows.nbytes
-        except UserError as error:  # told whoever asks: raised here, it would be buried in a dead actor
-            self._refusal = error
 
-    def refs(self, shards: Sequence[str]) -> list[list[Any]]:
-        """References to the rows, each in a list: a bare one would be fetched on its way."""
-        if self._refusal:
-            raise self._refusal
-        return [[self._held[name][0]] for name in shards]
+    def load(self) -> None:
+        """Read all shards now."""
+        for name in self._shards:
+            self._read(name)
+
+    def ref(self, shard: str) -> list[Any]:
+        """A reference to a shard's rows, in a list: a bare one would be fetched on its way."""
+        return [self._read(shard)]
 
     def state(self) -> dict[str, Any]:
         import ray
 
-        if self._refusal:
-            raise self._refusal
         where = ray.get_runtime_context().get_node_id()
         return {"node": where, "shards": len(self._held), "bytes": sum(size for _, size in self._held.values())}
+
+    def _read(self, name: str) -> Any:
+        import ray
+
+        if name not in self._held:
+            memory = ExternalMemory.open(self._folder)
+            (info,) = (info for info in memory.manifest.shards if info.name == name)
+            rows = memory.shard(info)
+            self._held[name] = ray.put(rows), rows.nbytes
+        return self._held[name][0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,8 @@ class Published:
     """In the object store (or spilled from it)."""
     nodes: int
     holders: int
+    missing: int = 0
+    """Holders that did not answer: they are being started again, or have no node to live on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +124,7 @@ class PublishedMemory(ExternalMemory):
         while True:
             try:
                 holder = self._holder(self._holder_of[info.name])
-                ((ref,),) = ray.get(holder.refs.remote([info.name]), timeout=_PATIENCE)
+                (ref,) = ray.get(holder.ref.remote(info.name), timeout=_PATIENCE)
                 return ray.get(ref, timeout=_PATIENCE)
             except RayTaskError as error:
                 if isinstance(error.cause, UserError):  # a holder that started again found its shard damaged
@@ -198,6 +203,8 @@ def publish(
             f"{state.capacity / 2**20:,.0f} MiB free: Ray will spill the rest to disk, and reading it back is as slow "
             "as the disk. Train on it with train.shuffle=window, which needs only a few shards at a time."
         )
+    for leftover in _holders(name):  # of a publication that was killed before its register stood
+        ray.kill(ray.get_actor(leftover, NAMESPACE))
     alive = [node for node in ray.nodes() if node["Alive"]]
     count = max(1, min(holders or len(alive), len(memory.manifest.shards)))
     names = [info.name for info in memory.manifest.shards]
@@ -207,7 +214,7 @@ def publish(
         for actor, shards in parts.items():
             options = {**_FOREVER, "name": actor, "scheduling_strategy": "SPREAD"}
             actors.append(_actor(_Holder, options).remote(str(folder), shards))
-        ray.get([actor.state.remote() for actor in actors])  # all have read their shards
+        ray.get([actor.load.remote() for actor in actors])
         manifest = memory.manifest.model_dump_json()
         register = _actor(_Register, {**_FOREVER, "name": _REGISTER + name}).remote(str(folder), manifest, parts)
         ray.get(register.entry.remote())
@@ -229,27 +236,34 @@ def drop(name: str) -> None:
     """
     import ray
 
-    memory = open_published(name)
-    ray.kill(ray.get_actor(_REGISTER + memory.name, NAMESPACE))
-    for holder in set(memory._holder_of.values()):
-        try:
-            ray.kill(ray.get_actor(holder, NAMESPACE))
-        except ValueError:  # gone already
-            continue
+    name = name.removeprefix(SCHEME)
+    held = _holders(name)
+    if not held:
+        open_published(name)  # says that there is none
+    for actor in [*held, _REGISTER + name]:  # the register last: what is left of a stopped drop can be dropped again
+        with suppress(ValueError):  # gone already
+            ray.kill(ray.get_actor(actor, NAMESPACE))
 
 
 def list_published() -> list[Published]:
     """What is published on this cluster, by name."""
-    import ray
+    return [describe(open_published(name)) for name in _names()]
 
-    found = []
-    for name in _names():
-        memory = open_published(name)
-        holders = sorted(set(memory._holder_of.values()))
-        states = ray.get([memory._holder(holder).state.remote() for holder in holders])
-        nodes, nbytes = len({state["node"] for state in states}), sum(state["bytes"] for state in states)
-        found.append(Published(name, str(memory.folder), memory.manifest, nbytes, nodes, len(holders)))
-    return found
+
+def describe(memory: PublishedMemory) -> Published:
+    """How a published memory lies in the object stores now."""
+    import ray
+    from ray.exceptions import RayError
+
+    states, missing = [], 0
+    for holder in sorted(set(memory._holder_of.values())):
+        try:
+            states.append(ray.get(memory._holder(holder).state.remote(), timeout=_GLANCE))
+        except RayError:
+            missing += 1
+    nodes, nbytes = len({state["node"] for state in states}), sum(state["bytes"] for state in states)
+    folder, manifest = str(memory.folder), memory.manifest
+    return Published(memory.name, folder, manifest, nbytes, nodes, len(states) + missing, missing)
 
 
 def store_state() -> StoreState:
@@ -267,8 +281,16 @@ def _actor(kind: type, options: Mapping[str, Any]) -> Any:
 
 
 def _names() -> list[str]:
+    return sorted(name.removeprefix(_REGISTER) for name in _actors() if name.startswith(_REGISTER))
+
+
+def _holders(name: str) -> list[str]:
+    return sorted(actor for actor in _actors() if actor.startswith(f"{_HOLDER}{name}/"))
+
+
+def _actors() -> list[str]:
+    """Names of all actors that published memories are made of."""
     import ray
 
     actors: Any = ray.util.list_named_actors(all_namespaces=True)
-    mine = (actor["name"] for actor in actors if actor["namespace"] == NAMESPACE)
-    return sorted(name.removeprefix(_REGISTER) for name in mine if name.startswith(_REGISTER))
+    return [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,9 +63,18 @@ class MemoryRows:
 
     @classmethod
     def concatenate(cls, parts: list[MemoryRows]) -> MemoryRows:
-        plain = ("target", "example_id", "position", *(("weight",) if parts[0].weight is not None else ()))
         keys = Keys.concatenate([part.key for part in parts])
-        return cls(keys, *(np.concatenate([getattr(part, field) for part in parts]) for field in plain))
+        target, example_id, position = (
+            np.concatenate([getattr(part, name) for part in parts]) for name in ("target", "example_id", "position")
+        )
+        return cls(keys, target, example_id, position, weights_of(parts))
+
+
+def weights_of(parts: Sequence[MemoryRows]) -> np.ndarray | None:
+    """The weights of several blocks; where only some have any, the rows of the others occur once."""
+    if all(part.weight is None for part in parts):
+        return None
+    return np.concatenate([np.ones(len(p), np.int32) if p.weight is None else p.weight for p in parts])
 
 
 @contextmanager

@@ -14,9 +14,9 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "prepare": ("task",),
     "export_head": ("plm",),
     "build_memory": ("build_memory", "ray"),
-    "train": ("train",),
-    "generate": ("generate",),
-    "evaluate": ("evaluate",),
+    "train": ("train", "ray"),
+    "generate": ("generate", "ray"),
+    "evaluate": ("evaluate", "ray"),
     "report": (),
 }
 

@@ -43,7 +43,7 @@ def _train(run: Run) -> History:
         raise UserError("train.max_train_pairs needs train.shuffle=global: windows are made of whole shards.")
     share = min(1.0, (c.max_train_pairs or train_memory.manifest.examples) / train_memory.manifest.examples)
     rows = max(1, int(share * len(train_memory)))  # exact but for the length of the pairs that are left out
-    cluster = ray_cluster(run.config.ray, c.cpus_per_worker, c.gpus_per_worker, c.workers)
+    cluster = ray_cluster(run.config.ray, c.cpus_per_worker, c.gpus_per_worker, c.min_workers or c.workers)
     with cluster, track("training", _steps(c, rows)) as bar:
         if c.published:
             job = replace(job, train_memory=_published(c.published, train_memory))

@@ -53,13 +53,17 @@ def test_processes_share_out_the_batches_of_one(make_rows, count: int, size: int
     assert len(shared) == one.steps_per_epoch == feeds[0].steps_per_epoch
 
 
-@given(st.lists(st.integers(8, 30), min_size=4, max_size=12), st.integers(1, 5), st.integers(1, 3), st.integers(2, 8))
+@given(st.lists(st.integers(1, 30), min_size=4, max_size=12), st.integers(1, 5), st.integers(1, 3), st.integers(2, 12))
 def test_windows_show_a_row_at_most_once_and_all_but_what_is_left_over(
     make_rows, counts: list[int], window: int, world: int, size: int
 ):
     size = size * world
     rows = marked(make_rows, sum(counts))
-    feeds = [WindowShuffle(Shards(rows, counts), window, size, 2, 7, rank, world) for rank in range(world)]
+    try:
+        feeds = [WindowShuffle(Shards(rows, counts), window, size, 2, 7, rank, world) for rank in range(world)]
+    except UserError as refused:  # too few rows for a batch
+        assert "holds less than a worker's part" in str(refused) or "nothing to do" in str(refused)  # noqa: PT017
+        return
     for epoch in range(2):
         seen = [targets(feed, epoch) for feed in feeds]
         assert {len(batches) for batches in seen} == {feeds[0].steps_per_epoch}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -357,9 +358,8 @@ def test_adam_for_stage_1_needs_all_rows_at_hand(make_trainer):
 # ── several processes ───────────────────────────────────────────────────────
 
 
-def _train_in_a_process(rank: int, world: int, parts: tuple, meeting: str) -> None:
+def _train_in_a_process(rank: int, world: int, parts: tuple, meeting: str, port: int) -> None:
     torch.set_num_threads(1)
-    port = 20_000 + hash(meeting) % 20_000
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
@@ -377,7 +377,10 @@ def _train_in_a_process(rank: int, world: int, parts: tuple, meeting: str) -> No
 def run_in_processes(trainer: Trainer, world: int, meeting: Path) -> tuple[PemaAdapter, History]:
     t = trainer
     parts = (t.adapter_config, t.config, t.head, t.train, t.dev, t.run_dir, t.seed)
-    torch.multiprocessing.spawn(_train_in_a_process, (world, parts, str(meeting)), nprocs=world)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_train_in_a_process, (world, parts, str(meeting), port), nprocs=world)
     adapter = PemaAdapter(t.adapter_config)
     adapter.load_state_dict(load_file(t.run_dir / "best.safetensors"))
     return adapter, History.from_dict(torch.load(f"{meeting}.history"))

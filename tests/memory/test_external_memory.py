@@ -93,8 +93,8 @@ def test_no_memory_is_told_apart_from_a_damaged_one(folder: Path, tmp_path: Path
         path.write_text(damage)
         with pytest.raises(UserError, match="damaged manifest: .*Run build-memory again"):
             ExternalMemory.open(folder)
-    path.write_text(json.dumps(json.loads(whole) | {"schema_version": 2}))
-    with pytest.raises(UserError, match="schema version 2, this version reads 1"):
+    path.write_text(json.dumps(json.loads(whole) | {"schema_version": 1}))
+    with pytest.raises(UserError, match="schema version 1, this version reads 2"):
         ExternalMemory.open(folder)
 
 

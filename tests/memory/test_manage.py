@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -174,3 +175,24 @@ def test_arrays_of_another_size_dtype_or_vocabulary_are_refused(tmp_path: Path):
     with pytest.raises(UserError, match=r"row 5 holds -3, no token of tiny \(0 to 49\). Is int16 its dtype\?"):
         import_memmaps(keys, targets, 8, CARD, tmp_path / "m", "float16", "int16")
     assert not (tmp_path / "m" / MANIFEST).exists()
+
+
+def test_merging_a_weighted_memory_with_a_plain_one_gives_every_row_a_weight(tmp_path: Path):
+    plain, weighted = make(tmp_path / "plain", range(10)), make(tmp_path / "weighted", range(20, 30))
+    memory = ExternalMemory.open(weighted)
+    infos = []
+    for info in memory.manifest.shards:  # weights of one throughout: as many rows as there are
+        rows = memory.shard(info)
+        size, digest = write_shard(weighted / info.name, replace(rows, weight=np.ones(len(rows), np.int32)))
+        infos.append(info.model_copy(update={"bytes": size, "sha256": digest, "represents": len(rows)}))
+    memory.manifest.model_copy(update={"shards": tuple(infos)}).save(weighted)
+    merge([plain, weighted], tmp_path / "both")
+    both = ExternalMemory.open(tmp_path / "both")
+    assert verify(tmp_path / "both") == []
+    assert both.load().weight.tolist() == both.view().weight.tolist() == [1] * len(both)
+
+
+def test_blocks_of_which_some_have_weights_count_the_others_once(tmp_path: Path):
+    rows = rows_of(make(tmp_path / "m", range(10)))
+    some = replace(rows, weight=np.full(len(rows), 3, np.int32))
+    assert MemoryRows.concatenate([rows, some]).weight.tolist() == [1] * len(rows) + [3] * len(rows)
