@@ -268,9 +268,11 @@ def describe(memory: PublishedMemory) -> Published:
 
 def store_state() -> StoreState:
     """How full the cluster's object stores are, and what they have spilled to disk."""
+    import ray
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
-    stats = get_memory_info_reply(get_state_from_address(None)).store_stats
+    address = ray.get_runtime_context().gcs_address  # else Ray looks for any cluster on this machine
+    stats = get_memory_info_reply(get_state_from_address(address)).store_stats
     return StoreState(stats.object_store_bytes_avail, stats.object_store_bytes_used, stats.spilled_bytes_total)
 
 
