@@ -109,8 +109,8 @@ class TrainConfig(Section):
     """Stage 1, reconstruction: exact, by gradient, or skipped (random A, zero B)."""
     kappa: float = Field(default=0.2, ge=0, le=1)
     """Weight of the reconstruction loss in stage 3; 0 is the paper's stage 2, prediction alone."""
-    dropout: float = Field(default=0.1, ge=0, lt=1)
-    """On the adapter's input."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """On the adapter's input (published: 0.2)."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Adam's."""
     final_learning_rate: float | None = None

@@ -166,7 +166,8 @@ def open_published(name: str, card: ModelCard | None = None) -> PublishedMemory:
     except ValueError:
         known = ", ".join(_names()) or "none"
         raise UserError(
-            f"{SCHEME}{name}: no memory of that name is published on this cluster; there: {known}."
+            f"{SCHEME}{name}: no memory of that name is published on this cluster (the one you mean? "
+            f"ray.address, --address); there: {known}."
         ) from None
     entry: Any = ray.get(register.entry.remote())
     memory = PublishedMemory(name, entry)
