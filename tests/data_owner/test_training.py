@@ -435,7 +435,7 @@ def test_processes_take_up_what_others_left(make_trainer, tmp_path: Path):
     close(one, two, 1e-4)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_deepspeed_trains_as_one_process_would_and_resumes(make_trainer, tmp_path: Path, stage: int):
     alike = {"dropout": 0.0, "epochs": 2, "clip": 0.1}
     one, history = make_trainer("one", **alike).run()
