@@ -1,0 +1,70 @@
+"""LoRA learns by changing linear layers alone, and what it learned stays when it is merged."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from pema_ray.baselines.lora import LoraSettings, _loss, train_lora
+from pema_ray.config import PLMConfig
+from pema_ray.errors import UserError
+from pema_ray.plm_owner import InProcessPLM, load_plm
+from pema_ray.tasks import EncodedPair
+
+pytest.importorskip("peft")
+
+
+@pytest.fixture
+def source(tiny_plm_folder) -> InProcessPLM:
+    """A model of its own: training changes it."""
+    return InProcessPLM(load_plm(PLMConfig(name=tiny_plm_folder("llama"), dtype="float32", device="cpu", threads=1)))
+
+
+def pairs(count: int = 24) -> list[EncodedPair]:
+    """The target repeats the prompt's last token, three times."""
+    draw = np.random.default_rng(0)
+    prompts = [draw.integers(3, 40, draw.integers(2, 7)).tolist() for _ in range(count)]
+    return [EncodedPair(i, prompt, [prompt[-1]] * 3) for i, prompt in enumerate(prompts)]
+
+
+def test_it_learns_and_leaves_embeddings_norms_and_head_alone(source: InProcessPLM):
+    plm, head, told = source.plm, source.lm_head().head, []
+    before = {name: tensor.clone() for name, tensor in plm.model.state_dict().items()}
+    loss = float(_loss(plm, head, pairs()))
+    settings = LoraSettings(rank=8, epochs=30, learning_rate=1e-2, max_batch_tokens=120)
+    tuned, training = train_lora(plm, head, pairs(), settings, on_step=lambda *step: told.append(step))
+    assert tuned.name == f"{plm.name}+LoRA" and len(told) == len(training.losses) == told[0][1]
+    with torch.no_grad():
+        after = float(_loss(tuned, head, pairs()))
+    assert after < 0.5 * loss
+    state = tuned.model.state_dict()
+    assert state.keys() == before.keys()
+    changed = {name for name, tensor in state.items() if not torch.equal(tensor, before[name])}
+    assert changed and all("proj" in name for name in changed)
+    assert "lm_head.weight" not in changed
+    assert training.trained_parameters < sum(t.numel() for t in before.values()) / 2
+    assert not any(parameter.requires_grad for parameter in tuned.model.parameters())
+
+
+def test_the_loss_is_that_of_the_models_own_logits(source: InProcessPLM):
+    plm, (first, *_) = source.plm, pairs()
+    with torch.no_grad():
+        logits = plm.model(torch.tensor([first.prompt + first.target])).logits[0, len(first.prompt) - 1 :]
+        gold = torch.tensor([*first.target, plm.eos_token_ids[0]])
+        expected = torch.nn.functional.cross_entropy(logits, gold)
+        torch.testing.assert_close(_loss(plm, source.lm_head().head, [first]), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_one_seed_gives_one_model(source: InProcessPLM, tiny_plm_folder):
+    other = InProcessPLM(load_plm(PLMConfig(name=tiny_plm_folder("llama"), dtype="float32", device="cpu", threads=1)))
+    runs = [train_lora(s.plm, s.lm_head().head, pairs(), LoraSettings(epochs=2), seed=3)[1] for s in (source, other)]
+    assert runs[0].losses == runs[1].losses
+
+
+def test_a_missing_library_is_named(source: InProcessPLM, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match="pip install peft"):
+        train_lora(source.plm, source.lm_head().head, pairs(), LoraSettings())
