@@ -29,7 +29,7 @@ class LoraSettings(Section):
     """Of the low-rank updates, on every linear layer but the LM head."""
 
     rank: int = Field(default=16, ge=1)
-    alpha: float = Field(default=32, gt=0)
+    alpha: int = Field(default=32, ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     learning_rate: float = Field(default=5e-4, gt=0)
     """AdamW's, after a warm-up of a twentieth of the steps, falling to zero as a cosine."""
