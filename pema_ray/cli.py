@@ -106,6 +106,12 @@ _command(
 _command(
     "train", "train", "Data owner: train the adapter on the memory with Ray Train (closed form, then joint). Resumes."
 )
+_command(
+    "compare",
+    "compare",
+    "PEMA beside its peers on the same pairs: PLM alone, few-shot, kNN-LM, PEMA's variants, LoRA with the weights. "
+    "Trains and answers for each; what is finished is kept.",
+)
 _command("generate", "generate", "Data owner: answer the test split by Gradual Unrolling.")
 _command(
     "evaluate", "evaluate", "Compare PEMA with the PLM alone, few-shot prompting and copying: sBLEU, chrF, NLL over λ."

@@ -246,6 +246,59 @@ class EvaluateConfig(Section):
         return lambdas
 
 
+class LoraSettings(Section):
+    """Of the low-rank updates, on every linear layer but the LM head."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: int = Field(default=32, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    learning_rate: float = Field(default=5e-4, gt=0)
+    """AdamW's, after a warm-up of a twentieth of the steps, falling to zero as a cosine."""
+    epochs: int = Field(default=1, ge=1)
+    max_batch_tokens: int = Field(default=2048, ge=1)
+    """Most token positions of a step, padding included."""
+
+
+class KnnSettings(Section):
+    """Of kNN-LM; temperature and λ are those with the lowest NLL on the dev memory."""
+
+    neighbours: int = Field(default=32, ge=1)
+    temperatures: tuple[float, ...] = (10.0, 30.0, 100.0, 300.0)
+    """Tried, in squared distance after the PLM's final norm."""
+    lambdas: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+    """Tried; λ is the weight of the neighbours."""
+    index: Literal["flat", "inverted"] = "flat"
+    """`flat` compares with every row, `inverted` with those of the nearest lists."""
+    probes: int = Field(default=16, ge=1)
+    """Lists that `inverted` looks into."""
+    dev_rows: int = Field(default=4096, ge=1)
+    """Rows of the dev memory to choose by."""
+
+
+SYSTEMS = (
+    "copy", "plm", "few_shot", "knn", "pema", "pema_kappa_0", "pema_no_stage_1", "pema_adam", "lora",
+)  # fmt: skip
+
+
+class CompareConfig(Section):
+    """PEMA beside its peers on the same pairs, decoded as `generate` says."""
+
+    systems: tuple[str, ...] = SYSTEMS
+    """Which; leave out what takes too long (`lora` trains the whole PLM, `pema_adam` solves stage 1 by gradient)."""
+    few_shot: int = Field(default=3, ge=1)
+    """Examples shown to the few-shot PLM."""
+    knn: KnnSettings = KnnSettings()
+    lora: LoraSettings = LoraSettings()
+
+    @field_validator("systems")
+    @classmethod
+    def _are_known(cls, systems: tuple[str, ...]) -> tuple[str, ...]:
+        for name in systems:
+            if name not in SYSTEMS:
+                raise ValueError(f"'{name}' is no system.{nearest(name, SYSTEMS)}")
+        return systems
+
+
 class ExperimentConfig(Section):
     """A whole experiment; every stage reads its own section and the shared ones."""
 
@@ -258,6 +311,7 @@ class ExperimentConfig(Section):
     train: TrainConfig = TrainConfig()
     generate: GenerateConfig = GenerateConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    compare: CompareConfig = CompareConfig()
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> ExperimentConfig:

@@ -6,6 +6,8 @@ prints it without a traceback and leaves with exit code 2. Anything else that es
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 USER_ERROR_EXIT_CODE = 2
 
 
@@ -34,7 +36,7 @@ def _rebuild_mismatch(message: str, found: str, expected: str) -> FingerprintMis
     return error
 
 
-def nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: Sequence[str]) -> str:
     """A ` Did you mean 'x'?` suffix for an unknown name, or nothing when none is close."""
     import difflib
 

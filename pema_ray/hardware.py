@@ -51,6 +51,17 @@ def set_threads(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held so far: of the GPU's memory on one, else of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    import sys
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
 def describe_machine() -> dict[str, object]:
     """What a benchmark's figures were measured on."""
     import os

@@ -14,28 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 
-from pema_ray.config import Section
+from pema_ray.config import LoraSettings
 from pema_ray.errors import UserError
 from pema_ray.line import LMHead
 from pema_ray.memory.plan import plan_batches
 from pema_ray.plm_owner.load import LoadedPLM
 from pema_ray.plm_owner.states import capture_state
 from pema_ray.tasks import EncodedPair
-
-
-class LoraSettings(Section):
-    """Of the low-rank updates, on every linear layer but the LM head."""
-
-    rank: int = Field(default=16, ge=1)
-    alpha: int = Field(default=32, ge=1)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    learning_rate: float = Field(default=5e-4, gt=0)
-    """AdamW's, after a warm-up of a twentieth of the steps, falling to zero as a cosine."""
-    epochs: int = Field(default=1, ge=1)
-    max_batch_tokens: int = Field(default=2048, ge=1)
-    """Most token positions of a step, padding included."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 
-from pema_ray.data_owner.adapter import PemaAdapter
 from pema_ray.data_owner.unrolling import UnrollingSchedule, mix
 from pema_ray.line import ContextSource, DecodingSession, ExtractBatch, LMHead
 
@@ -70,6 +69,14 @@ class Generated:
     trace: list[TokenTrace] = field(default_factory=list)
 
 
+class Expert(Protocol):
+    """What is mixed with the PLM: an adapter, or a memory's neighbours."""
+
+    def log_probs(self, state_NH: torch.Tensor, head: LMHead) -> torch.Tensor:
+        """float32 log-probabilities `[N, V]` of the next token."""
+        ...
+
+
 class Generator:
     """Decodes batches of requests.
 
@@ -86,7 +93,7 @@ class Generator:
         self,
         source: ContextSource,
         head: LMHead,
-        adapter: PemaAdapter | None,
+        adapter: Expert | None,
         detokenize: Callable[[Sequence[int]], str],
         eos: Sequence[int],
         stop: Sequence[str] = (),

@@ -8,21 +8,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pema_ray.config import KnnSettings
 from pema_ray.data_owner.adapter import PemaAdapter
 from pema_ray.data_owner.generation import Decoding, Generated, Generator, Request
+from pema_ray.data_owner.knn import NearestNeighbours
 from pema_ray.errors import UserError
 from pema_ray.hardware import pick_device
 from pema_ray.line import ContextSource, LMHeadBundle
+from pema_ray.memory import ExternalMemory
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """What kNN-LM mixes in: every actor indexes the memory for itself."""
+
+    memory: Path
+    settings: KnnSettings
+    temperature: float
 
 
 @dataclass(frozen=True)
 class GenerationJob:
-    """Answers wanted from one system: with an adapter, or with the PLM alone when `adapter` is None."""
+    """Answers wanted from one system: with an adapter (or a memory's neighbours), or with the PLM alone."""
 
     system: str
     keys: list[int]
     requests: list[Request]
-    adapter: Path | None
+    adapter: Path | Neighbours | None
     decoding: Decoding
     stop: tuple[str, ...] = ()
     explain: bool = False
@@ -101,7 +113,7 @@ class _Actor:
     ) -> None:
         import ray
 
-        self._adapters: dict[Path, PemaAdapter] = {}
+        self._adapters: dict[Path | Neighbours, PemaAdapter | NearestNeighbours] = {}
         self._batches: list[GenerationJob] = ray.get(batches) if isinstance(batches, ray.ObjectRef) else batches
         self._refusal = ""
         try:
@@ -134,12 +146,20 @@ class _Actor:
         seconds = (time.perf_counter() - started) / len(generated)
         return [Answer(job.system, key, g, seconds) for key, g in zip(job.keys, generated, strict=True)]
 
-    def _adapter(self, path: Path | None) -> PemaAdapter | None:
-        if path is None:
+    def _adapter(self, wanted: Path | Neighbours | None) -> PemaAdapter | NearestNeighbours | None:
+        if wanted is None:
             return None
-        if path not in self._adapters:
-            self._adapters[path] = PemaAdapter.from_pretrained(path, self.card).to(self.head.weight.device)
-        return self._adapters[path]
+        if wanted not in self._adapters:
+            if isinstance(wanted, Neighbours):
+                rows = ExternalMemory.open(wanted.memory, self.card).view()
+                chosen = wanted.settings
+                self._adapters[wanted] = NearestNeighbours(
+                    rows, self.head, chosen.neighbours, wanted.temperature, chosen.index, chosen.probes
+                )
+            else:
+                loaded = PemaAdapter.from_pretrained(wanted, self.card)
+                self._adapters[wanted] = loaded.to(self.head.weight.device)
+        return self._adapters[wanted]
 
     def _text(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)

@@ -28,6 +28,7 @@ from pema_ray.data_owner.objectives import JointObjective, ReconstructionObjecti
 from pema_ray.data_owner.reconstruction import SecondMoment, reconstruction_error, solve
 from pema_ray.data_owner.strategies import Place, Strategy, make_strategy
 from pema_ray.errors import UserError
+from pema_ray.hardware import peak_memory
 from pema_ray.line import LMHead
 from pema_ray.memory.shards import atomic_file
 
@@ -60,6 +61,8 @@ class History:
     rows: int = 0
     total_steps: int = 0
     stopped_early: bool = False
+    peak_bytes: int = 0
+    """Most memory that the leading process has held, its rows included (its GPU's, where it has one)."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -106,6 +109,7 @@ class Trainer:
         strategy = make_strategy(self.config, self.place, objective)
         strategy.load_optimizer_state(moments)
         self._optimise(objective, strategy, history, step)
+        history.peak_bytes = peak_memory(device)
         self._meet()  # the leading process may still be writing its best
         best = PemaAdapter(self.adapter_config)
         best.load_state_dict(load_file(self._best))

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pema_ray.config import ExperimentConfig, GenerateConfig
+from pema_ray.config import ExperimentConfig, GenerateConfig, PLMConfig
 from pema_ray.data_owner.generation import Decoding, Request
-from pema_ray.data_owner.ray_generation import Answer, GenerationJob, generate
+from pema_ray.data_owner.ray_generation import Answer, GenerationJob, Neighbours, generate
 from pema_ray.data_owner.unrolling import UnrollingSchedule
 from pema_ray.errors import UserError
 from pema_ray.memory.shards import atomic_file
@@ -23,7 +23,12 @@ from pema_ray.tasks.postprocess import tidy
 
 
 def make_job(
-    run: Run, system: str, pairs: Sequence[Pair], prompter: Prompter, options: GenerateConfig, adapter: Path | None
+    run: Run,
+    system: str,
+    pairs: Sequence[Pair],
+    prompter: Prompter,
+    options: GenerateConfig,
+    adapter: Path | Neighbours | None,
 ) -> GenerationJob:
     """Prompts and limits of one system. A prompt that leaves no room for an answer is refused."""
     alone = UnrollingSchedule(0.0)
@@ -55,8 +60,14 @@ def _request(run: Run, pair: Pair, prompter: Prompter, options: GenerateConfig, 
     return Request(prompt, most, schedule, max(1, length))
 
 
-def run_jobs(config: ExperimentConfig, run: Run, jobs: Sequence[GenerationJob], title: str) -> dict[str, list[Answer]]:
-    """All answers, by system, in the order of their keys' jobs."""
+def run_jobs(
+    config: ExperimentConfig, run: Run, jobs: Sequence[GenerationJob], title: str, plm: PLMConfig | None = None
+) -> dict[str, list[Answer]]:
+    """All answers, by system, in the order of their keys' jobs.
+
+    Args:
+        plm: another PLM that answers instead of the run's, with the same tokenizer, norm and head.
+    """
     options = config.generate
     wanted = sum(len(job.requests) for job in jobs)
     answers: dict[str, dict[int, Answer]] = {job.system: {} for job in jobs}
@@ -66,7 +77,7 @@ def run_jobs(config: ExperimentConfig, run: Run, jobs: Sequence[GenerationJob], 
     ):
         batches = generate(
             jobs,
-            factory(config.plm, options.cpus_per_actor, run.bundle.card),
+            factory(plm or config.plm, options.cpus_per_actor, None if plm else run.bundle.card),
             run.path("export_head", "lm_head").resolve(),
             options.batch_size,
             options.actors,

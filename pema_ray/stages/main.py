@@ -32,6 +32,15 @@ def stages() -> dict[str, Stage]:
     return {module.__name__.rsplit(".", 1)[-1]: module.run for module in modules}
 
 
+def find_stage(name: str) -> Stage:
+    """A stage of the chain, or one beside it."""
+    if name == "compare":
+        from pema_ray.stages import compare
+
+        return compare.run
+    return stages()[name]
+
+
 def guarded(work: Callable[[], object]) -> int:
     """Run `work`; a user's mistake becomes one line on stderr and exit code 2, Ctrl-C leaves with 130."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -58,7 +67,7 @@ def guarded(work: Callable[[], object]) -> int:
 
 def run_stage(name: str, config: Path | None, overrides: Sequence[str]) -> int:
     """One stage of an experiment; returns the exit code."""
-    return guarded(lambda: stages()[name](load_config(config, overrides)))
+    return guarded(lambda: find_stage(name)(load_config(config, overrides)))
 
 
 def job(name: str) -> None:
@@ -67,7 +76,7 @@ def job(name: str) -> None:
         f"  {one.key}{'=' + one.default if one.default else ''}\n      {one.meaning}" for one in settings_of(name)
     )
     parser = argparse.ArgumentParser(
-        description=stages()[name].__doc__,
+        description=find_stage(name).__doc__,
         epilog=f"settings:\n{settings}" if settings else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -16,14 +16,20 @@ def connect(config: PLMConfig) -> ContextSource:
     return InProcessPLM(load_plm(config))
 
 
-def factory(config: PLMConfig, cpus: float, card: ModelCard) -> Callable[[], ContextSource]:
-    """A picklable maker of PLM owners, for Ray actors that were given `cpus`; each must turn out to be `card`'s PLM."""
+def factory(config: PLMConfig, cpus: float, card: ModelCard | None) -> Callable[[], ContextSource]:
+    """A picklable maker of PLM owners, for Ray actors that were given `cpus`.
+
+    Args:
+        card: the PLM that each must turn out to be; None takes any.
+    """
     threads = config.threads or max(1, int(cpus))
     return partial(_connect_to, config.model_copy(update={"threads": threads}), card)
 
 
-def _connect_to(config: PLMConfig, card: ModelCard) -> ContextSource:
+def _connect_to(config: PLMConfig, card: ModelCard | None) -> ContextSource:
     source = connect(config)
+    if card is None:
+        return source
     found = source.describe()
     if found.fingerprint != card.fingerprint:
         raise FingerprintMismatch(f"plm.name={config.name}", found.label, card.label)

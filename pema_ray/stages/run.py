@@ -34,6 +34,10 @@ STAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "evaluate": (("evaluate",), ("generate",)),
     "report": ((), ("evaluate",)),
 }
+# Beside the chain: done when it is asked for.
+_EXTRA: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "compare": (("compare", "train", "generate"), ("build_memory",)),
+}
 # What must lie in a stage's folder for its metrics to be believed (a memory is asked shard by shard).
 _EVIDENCE: dict[str, tuple[str, ...]] = {
     "prepare": ("train.parquet", "dev.parquet", "test.parquet"),
@@ -42,6 +46,7 @@ _EVIDENCE: dict[str, tuple[str, ...]] = {
     "generate": ("answers.jsonl",),
     "evaluate": ("evaluation.json",),
     "report": ("report.html",),
+    "compare": ("comparison.json", "table.md"),
 }
 # Settings that change how fast a stage goes, not what it makes.
 _INCIDENTAL = {
@@ -75,7 +80,7 @@ class Run:
 
     def stamp(self, stage: str) -> str:
         """What the stage's result depends on, as 16 hex digits."""
-        sections, parents = STAGES[stage]
+        sections, parents = (STAGES | _EXTRA)[stage]
         settings = {
             name: {k: v for k, v in getattr(self.config, name).model_dump(mode="json").items() if k not in _INCIDENTAL}
             for name in sections
@@ -174,7 +179,7 @@ class Run:
 
     def _require_parents(self, stage: str) -> None:
         """All that a stage is made from, near and far: a later `prepare` may have replaced the pairs."""
-        for parent in STAGES[stage][1]:
+        for parent in (STAGES | _EXTRA)[stage][1]:
             self.metrics(parent)
             self._require_parents(parent)
 

@@ -18,6 +18,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "generate": ("generate", "ray"),
     "evaluate": ("evaluate", "ray"),
     "report": (),
+    "compare": ("compare", "ray"),
 }
 
 

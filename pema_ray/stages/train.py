@@ -36,7 +36,7 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
 def _train(run: Run) -> History:
     """Train on the finished memory."""
     c, card = run.config.train, run.bundle.card
-    job = _job(run)
+    job = training_job(run)
     train_memory = ExternalMemory.open(job.train_memory, card)
     ExternalMemory.open(job.dev_memory, card)
     if c.shuffle == "window" and c.max_train_pairs:
@@ -73,7 +73,7 @@ def _while_building(run: Run) -> dict[str, Any]:
         with ray_cluster(run.config.ray, cpus, gpus, readers=1):
             manifests = run_builds([build for split, build in builds.items() if split != "train"], make_source)
             stream = stream_shards(builds["train"], make_source)
-            job = replace(_job(run), streamed_rows=rows)
+            job = replace(training_job(run), streamed_rows=rows)
             _forget_other_settings(job.run_dir, run.stamp("train"))
             with track("building and training", _steps(c, rows)) as bar:
                 trained.append(fit(job, _showing(bar, c.batch_size), stream))
@@ -89,7 +89,8 @@ def _while_building(run: Run) -> dict[str, Any]:
     return run.perform("train", lambda: _measure(trained[0], c.batch_size))
 
 
-def _job(run: Run) -> TrainingJob:
+def training_job(run: Run) -> TrainingJob:
+    """Training as the run's settings describe it."""
     c, card = run.config.train, run.bundle.card
     adapter = AdapterConfig(
         hidden_size=card.hidden_size,

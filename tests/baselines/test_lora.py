@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from pema_ray.baselines.lora import LoraSettings, _loss, train_lora
-from pema_ray.config import PLMConfig
+from pema_ray.baselines.lora import _loss, train_lora
+from pema_ray.config import LoraSettings, PLMConfig
 from pema_ray.errors import UserError
 from pema_ray.plm_owner import InProcessPLM, load_plm
 from pema_ray.tasks import EncodedPair

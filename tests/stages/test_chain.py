@@ -19,9 +19,10 @@ import pytest
 from pema_ray.config import load_config
 from pema_ray.data_owner import PemaAdapter
 from pema_ray.errors import UserError
+from pema_ray.evaluation.comparison import Comparison
 from pema_ray.evaluation.results import Evaluation
 from pema_ray.memory import ExternalMemory, published
-from pema_ray.stages.main import stages
+from pema_ray.stages.main import find_stage, stages
 
 ROOT = Path(__file__).parents[2]
 JOBS = ("prepare", "export_head", "build_memory", "train_adapter", "generate", "evaluate", "report")
@@ -117,6 +118,42 @@ def test_a_published_memory_is_trained_on_where_it_lies(experiment, ray_cluster)
             stages()["train"](load_config(path, ["train.published=chain"]))
     finally:
         published.drop("chain")
+
+
+def test_pema_is_compared_with_its_peers(experiment, ray_cluster, capsys):
+    pytest.importorskip("faiss")
+    pytest.importorskip("peft")
+    compare = {
+        "few_shot": 1,
+        "knn": {"neighbours": 8, "temperatures": [10.0, 100.0], "lambdas": [0.2, 0.6]},
+        "lora": {"rank": 2, "max_batch_tokens": 200},
+    }
+    path = experiment(compare=compare, train={"reconstruction_epochs": 2})
+    config = load_config(path)
+    for name in ("prepare", "export_head", "build_memory", "train"):
+        stages()[name](config)
+    measured = find_stage("compare")(config)
+    run = Path(config.run_dir)
+    found = Comparison.model_validate_json((run / "compare" / "comparison.json").read_bytes())
+    peers = dict(zip(config.compare.systems, found.peers, strict=True))
+    assert len(peers) == 9 and found.test_pairs == 5
+    assert {name for name, peer in peers.items() if peer.nll is not None} == {*peers} - {"copy", "few_shot"}
+    assert {name for name, peer in peers.items() if peer.train_seconds} == {
+        "pema", "pema_kappa_0", "pema_no_stage_1", "pema_adam", "lora",
+    }  # fmt: skip
+    assert len({round(peer.nll, 6) for peer in peers.values() if peer.nll}) == 7  # all of them differ
+    assert all(peer.seconds_per_token > 0 for name, peer in peers.items() if name != "copy")
+    assert all(peer.peak_bytes > 2**20 for peer in peers.values() if peer.train_seconds)
+    table = (run / "compare" / "table.md").read_text()
+    assert all(f"| {peer.name} |" in table for peer in found.peers) and "chosen on the dev memory" in table
+    assert find_stage("compare")(config) == measured
+    (run / "compare" / "metrics.json").unlink()
+    (run / "compare" / "knn" / "peer.json").unlink()
+    capsys.readouterr()
+    again = find_stage("compare")(config)
+    assert again["bleu"] == measured["bleu"] and capsys.readouterr().out.count("measured before") == 8
+    with pytest.raises(UserError, match=r"'lorra' is no system. Did you mean 'lora'\?"):
+        load_config(path, ["compare.systems=[plm, lorra]"])
 
 
 def test_two_training_workers_reach_what_one_reaches(experiment, ray_cluster):
