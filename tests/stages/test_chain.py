@@ -88,6 +88,7 @@ def test_training_may_run_while_the_memory_is_built(experiment, ray_cluster):
         stages()["train"](load_config(path, ["build_memory.context=generated"]))
 
 
+@pytest.mark.slow
 def test_a_memory_of_the_generated_context_trains_too(experiment, ray_cluster):
     config = load_config(experiment(build_memory={"context": "generated", "sequences": 4}))
     measured = {name: stage(config) for name, stage in stages().items()}
@@ -156,6 +157,7 @@ def test_pema_is_compared_with_its_peers(experiment, ray_cluster, capsys):
         load_config(path, ["compare.systems=[plm, lorra]"])
 
 
+@pytest.mark.slow
 def test_two_training_workers_reach_what_one_reaches(experiment, ray_cluster):
     found = {}
     path = experiment(train={"dropout": 0.0})
