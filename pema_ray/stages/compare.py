@@ -57,7 +57,7 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
             train_pairs=config.train.max_train_pairs or pairs["train"],
             test_pairs=len(run.pairs(options.split)),
             decoding=options.decoding + beams,
-            bleu_signature=_scorer(run).signatures[0],
+            bleu_signature=_signature(run),
             peers=peers,
         )
         with atomic_file(run.path("compare", "comparison.json")) as temporary:
@@ -169,9 +169,8 @@ class _Bench:
         most = config.train.max_train_pairs
         train = [prompter.encode_pair(pair) for pair in self.run.pairs("train")[:most]]
         test = [prompter.encode_pair(pair) for pair in self.pairs]
-        task = ray.remote(_train_lora).options(
-            num_cpus=config.train.cpus_per_worker, num_gpus=config.train.gpus_per_worker, max_calls=1
-        )
+        asked = {"num_cpus": config.train.cpus_per_worker, "num_gpus": config.train.gpus_per_worker}
+        task: Any = ray.remote(max_calls=1, **asked)(_train_lora)  # a process of its own: its peak memory is LoRA's
         with track("training lora", config.compare.lora.epochs, "epochs"):
             threads = max(1, int(config.train.cpus_per_worker))
             plm = config.plm.model_copy(update={"threads": config.plm.threads or threads})
@@ -268,6 +267,13 @@ def _train_lora(plm: PLMConfig, settings, train, test, folder: str, seed: int) -
 
 def _seconds_per_token(answers: list[Answer]) -> float:
     return sum(answer.seconds for answer in answers) / max(1, sum(len(answer.generated.tokens) for answer in answers))
+
+
+def _signature(run: Run) -> str:
+    """sacreBLEU's own words for how it scored; it has them once it has scored something."""
+    scorer = _scorer(run)
+    scorer.score([pair.source for pair in run.pairs(run.config.generate.split)])
+    return scorer.signatures[0]
 
 
 def _scorer(run: Run) -> Scorer:
