@@ -169,12 +169,12 @@ class _Bench:
         most = config.train.max_train_pairs
         train = [prompter.encode_pair(pair) for pair in self.run.pairs("train")[:most]]
         test = [prompter.encode_pair(pair) for pair in self.pairs]
-        asked = {"num_cpus": config.train.cpus_per_worker, "num_gpus": config.train.gpus_per_worker}
+        asked: dict[str, Any] = {"num_cpus": config.train.cpus_per_worker, "num_gpus": config.train.gpus_per_worker}
         task: Any = ray.remote(max_calls=1, **asked)(_train_lora)  # a process of its own: its peak memory is LoRA's
         with track("training lora", config.compare.lora.epochs, "epochs"):
             threads = max(1, int(config.train.cpus_per_worker))
             plm = config.plm.model_copy(update={"threads": config.plm.threads or threads})
-            found = ray.get(task.remote(plm, config.compare.lora, train, test, str(folder), config.seed))
+            found: Any = ray.get(task.remote(plm, config.compare.lora, train, test, str(folder), config.seed))
         if found["error"]:
             raise UserError(found["error"])
         name = f"LoRA, r = {config.compare.lora.rank}, all linear layers"
