@@ -288,7 +288,9 @@ class CompareConfig(Section):
     few_shot: int = Field(default=3, ge=1)
     """Examples shown to the few-shot PLM."""
     knn: KnnSettings = KnnSettings()
+    """Of kNN-LM."""
     lora: LoraSettings = LoraSettings()
+    """Of LoRA."""
 
     @field_validator("systems")
     @classmethod
