@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pema_ray.environment import quiet_libraries
-from pema_ray.hardware import describe_machine, set_threads
+from pema_ray.hardware import describe_machine, peak_memory, set_threads
 
 quiet_libraries()  # here, because every benchmark imports this module before Ray and transformers
 
@@ -129,14 +128,14 @@ class PeakMemory:
             self.baseline = torch.cuda.memory_allocated()
         else:
             _reset_high_water_mark()
-            self.baseline = _status("VmRSS") or _maxrss()
+            self.baseline = _status("VmRSS") or peak_memory(torch.device("cpu"))
 
     def taken(self) -> int:
         """Bytes."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             return torch.cuda.max_memory_allocated() - self.baseline
-        return (_status("VmHWM") or _maxrss()) - self.baseline
+        return (_status("VmHWM") or peak_memory(torch.device("cpu"))) - self.baseline
 
 
 def _reset_high_water_mark() -> None:
@@ -150,11 +149,6 @@ def _status(field: str) -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
-
-
-def _maxrss() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def memory_available(device: torch.device) -> int | None:

@@ -1,4 +1,7 @@
-"""`pema-ray memory …`: look at finished memories, and make new ones of them. A thin skin over `memory.manage`."""
+"""`pema-ray memory …`: look at finished memories, make new ones of them, publish them.
+
+A thin skin over `memory.manage` and `memory.published`.
+"""
 
 from __future__ import annotations
 

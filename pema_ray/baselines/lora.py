@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers import get_cosine_schedule_with_warmup
 
 from pema_ray.config import LoraSettings
 from pema_ray.errors import UserError
@@ -63,17 +64,17 @@ def train_lora(
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate)
     batches = list(plan_batches(pairs, settings.max_batch_tokens))
     steps, losses, started = len(batches) * settings.epochs, [], time.perf_counter()
+    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 20), steps)
     head = head.to(plm.device)
     wrapped.train()
     for epoch in range(settings.epochs):
         for number in np.random.default_rng([seed, epoch]).permutation(len(batches)):
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * _rate(len(losses), steps)
             loss = _loss(plm, head, batches[number])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
+            schedule.step()
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
                 raise UserError(f"LoRA: the loss became no number at step {len(losses)}: lower its learning_rate.")
@@ -82,14 +83,6 @@ def train_lora(
     count = sum(parameter.numel() for parameter in trained)
     merged = wrapped.merge_and_unload().eval().requires_grad_(False)
     return LoadedPLM(f"{plm.name}+LoRA", merged, plm.tokenizer), LoraTraining(losses, count, seconds)
-
-
-def _rate(step: int, steps: int) -> float:
-    """Share of the learning rate: up in a straight line for a twentieth of the steps, then half a cosine."""
-    warm_up = max(1, steps // 20)
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
 def _loss(plm: LoadedPLM, head: LMHead, batch: Sequence[EncodedPair]) -> torch.Tensor:

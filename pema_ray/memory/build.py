@@ -76,7 +76,7 @@ class MemoryBuild:
         }
         if self.context == "generated":
             settings["sequences"] = self.config.sequences
-        if self.config.deduplicate:
+        if self.config.deduplicate and self.split == "train":
             settings["deduplicate"] = True
         return plan_hash(self.accepted, settings)
 

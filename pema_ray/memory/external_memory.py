@@ -123,7 +123,7 @@ class RowsView:
         return self
 
     def __getitem__(self, index: np.ndarray | slice) -> np.ndarray:
-        rows = np.arange(len(self))[index] if isinstance(index, slice) else np.asarray(index)
+        rows = np.arange(*index.indices(len(self))) if isinstance(index, slice) else np.asarray(index)
         shard = np.searchsorted(self._ends, rows, side="right")
         found = np.empty((len(rows), self._keys[0].shape[1]), np.float32)
         for number in np.unique(shard):

@@ -49,6 +49,7 @@ class _Holder:
 
     def __init__(self, folder: str, shards: Sequence[str]) -> None:
         self._folder, self._shards = folder, list(shards)
+        self._memory: ExternalMemory | None = None
         self._held: dict[str, tuple[Any, int]] = {}
 
     def load(self) -> None:
@@ -70,9 +71,9 @@ class _Holder:
         import ray
 
         if name not in self._held:
-            memory = ExternalMemory.open(self._folder)
-            (info,) = (info for info in memory.manifest.shards if info.name == name)
-            rows = memory.shard(info)
+            self._memory = self._memory or ExternalMemory.open(self._folder)
+            (info,) = (info for info in self._memory.manifest.shards if info.name == name)
+            rows = self._memory.shard(info)
             self._held[name] = ray.put(rows), rows.nbytes
         return self._held[name][0]
 
@@ -130,7 +131,8 @@ class PublishedMemory(ExternalMemory):
                 if isinstance(error.cause, UserError):  # a holder that started again found its shard damaged
                     raise error.cause from None
                 raise
-            except RayError as error:  # it died, and its objects with it: a new one is on its way
+            except RayError as error:  # it died with its objects: a new one comes, unless it was dropped
+                self._actors.clear()
                 if time.monotonic() > deadline:
                     raise UserError(
                         f"{SCHEME}{self.name}: shard {info.name} is out of reach for {_PATIENCE:.0f} s "

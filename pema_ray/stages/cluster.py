@@ -82,8 +82,9 @@ def _common() -> dict[str, Any]:
 
 
 def _quieten() -> None:
+    import ray.data  # noqa: F401  first: importing it sets the levels back
 
-    for noisy in ("ray", "ray.data", "ray.train", "ray._private"):  # set again: importing Ray resets them
+    for noisy in ("ray", "ray.data", "ray.train", "ray._private"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 

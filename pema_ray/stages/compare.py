@@ -31,7 +31,7 @@ from pema_ray.stages.answers import make_job, run_jobs, to_row
 from pema_ray.stages.cluster import ray_cluster
 from pema_ray.stages.progress import console, track
 from pema_ray.stages.run import Run
-from pema_ray.stages.train import training_job
+from pema_ray.stages.train import forget_other_settings, training_job
 
 _SERVICE = "LM head, representations"
 _VARIANTS: dict[str, dict[str, Any]] = {
@@ -158,6 +158,7 @@ class _Bench:
         job = training_job(self.run)
         adapter = replace(job.adapter, kappa=c.kappa)
         job = replace(job, adapter=adapter, config=c, run_dir=self.folder.resolve())
+        forget_other_settings(job.run_dir, f"{self.name} {self.run.stamp('train')}")  # else it would be resumed
         with track(f"training {self.name}", c.epochs, "epochs"):
             return fit(job)
 

@@ -47,7 +47,7 @@ def _train(run: Run) -> History:
     with cluster, track("training", _steps(c, rows)) as bar:
         if c.published:
             job = replace(job, train_memory=_published(c.published, train_memory))
-        _forget_other_settings(job.run_dir, run.stamp("train"))  # once nothing is left to be refused for
+        forget_other_settings(job.run_dir, run.stamp("train"))  # once nothing is left to be refused for
         return fit(job, _showing(bar, c.batch_size))
 
 
@@ -74,14 +74,15 @@ def _while_building(run: Run) -> dict[str, Any]:
             manifests = run_builds([build for split, build in builds.items() if split != "train"], make_source)
             stream = stream_shards(builds["train"], make_source)
             job = replace(training_job(run), streamed_rows=rows)
-            _forget_other_settings(job.run_dir, run.stamp("train"))
+            forget_other_settings(job.run_dir, run.stamp("train"))
             with track("building and training", _steps(c, rows)) as bar:
                 trained.append(fit(job, _showing(bar, c.batch_size), stream))
             manifests.append(run_build(builds["train"], make_source))  # what an early stop has left to do
         seconds = time.perf_counter() - started
         measured = measure_memory(manifests, manifests[-1].rows if not already else 0, seconds)
-        first = json.loads((run.path("train") / FIRST_STEP).read_text())
-        return measured | {"shards_at_first_step": first["shards"], "train_shards": len(manifests[-1].shards)}
+        told = run.path("train", FIRST_STEP)
+        first = json.loads(told.read_text())["shards"] if told.exists() else None  # a death just after it took it along
+        return measured | {"shards_at_first_step": first, "train_shards": len(manifests[-1].shards)}
 
     run.perform("build_memory", work)
     if not trained:  # another process has finished it meanwhile
@@ -137,7 +138,7 @@ def _published(name: str, memory: ExternalMemory) -> str:
     return SCHEME + name
 
 
-def _forget_other_settings(folder: Path, stamp: str) -> None:
+def forget_other_settings(folder: Path, stamp: str) -> None:
     """A checkpoint is resumed only by a run with the very settings that wrote it."""
     marker = folder / "stamp"
     if not marker.exists() or marker.read_text() != stamp:

@@ -82,6 +82,8 @@ def test_what_is_read_back_is_what_was_published_and_shares_its_memory(clean, tm
     assert entry.nbytes == sum(part.nbytes for part in memory.shards())
     drop("bible")
     assert list_published() == []
+    with pytest.raises(UserError, match="ray://bible: has been dropped. Publish it again."):
+        found.shard(found.manifest.shards[0])
     with pytest.raises(
         UserError, match="ray://bible: no memory of that name is published on this cluster .*there: none"
     ):
