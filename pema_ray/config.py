@@ -88,12 +88,20 @@ class BuildMemoryConfig(Section):
     """Sequences that an actor decodes together when the context is generated."""
     deduplicate: bool = False
     """Keep equal rows (same text before, same token) of the training split once, with their number as a weight."""
+    prompts: bool = False
+    """Keep the representations of every prompt too, beyond what all prompts begin with; `train.context` needs them."""
     splits: tuple[Split, ...] = ("train", "dev", "test")
     """`train` needs train and dev, `evaluate` needs `generate.split`."""
     max_rejected: int = Field(default=0, ge=0)
     """Bad examples (too long, empty target) of a split that are set aside; more of them fail the build."""
     overwrite: bool = False
     """Throw away a memory that was built with other settings, instead of refusing."""
+
+    @model_validator(mode="after")
+    def _keeps_whole_sequences(self) -> BuildMemoryConfig:
+        if self.prompts and (self.context != "teacher_forced" or self.deduplicate):
+            raise ValueError("prompts keeps whole sequences: it needs context teacher_forced and no deduplicate")
+        return self
 
 
 class TrainConfig(Section):
@@ -105,6 +113,11 @@ class TrainConfig(Section):
     """Where the adapter acts: after the final norm, or before it (as published)."""
     residual: bool = False
     """`h_pd = f + B A f`: the adapter learns a low-rank correction."""
+    look_back: int = Field(default=0, ge=0)
+    """Attention blocks over all representations of a sequence, its prompt's too (`build_memory.prompts`), before the
+    adapter's maps; 0 is published PEMA."""
+    look_back_width: int = Field(default=256, ge=4, multiple_of=4)
+    """Of these blocks."""
     solver: Literal["closed_form", "adam", "none"] = "closed_form"
     """Stage 1, reconstruction: exact, by gradient, or skipped (random A, zero B)."""
     kappa: float = Field(default=0.2, ge=0, le=1)
@@ -177,6 +190,15 @@ class TrainConfig(Section):
         ):
             if self.stream and value != needed:
                 raise ValueError(f"stream does not go with this '{name}': leave it at its default")
+        return self
+
+    @model_validator(mode="after")
+    def _looks_back_at_sequences(self) -> TrainConfig:
+        if self.look_back and (self.stream or self.shuffle == "window" or self.solver == "adam"):
+            raise ValueError(
+                "look_back learns from whole sequences at hand: it needs shuffle global, a solver other than adam and "
+                "no stream"
+            )
         return self
 
     @model_validator(mode="after")

@@ -40,6 +40,7 @@ def describe(folder: Folder) -> None:
             "task, split": f"{manifest.task}, {manifest.split}",
             "context": manifest.context,
             "rows": f"{manifest.rows:,} of {manifest.hidden_size} {manifest.key_dtype}",
+            "rows of prompts": f"{sum(shard.prompt_rows for shard in manifest.shards):,}",
             "examples": f"{manifest.examples:,}, {manifest.rejected:,} set aside",
             "shards": f"{len(manifest.shards):,}",
             "bytes": f"{size:,} ({size / max(1, manifest.rows):,.0f} a row)",

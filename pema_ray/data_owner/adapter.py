@@ -1,5 +1,7 @@
 """The PEMA adapter: `h_rct = B_rct A x`, `h_pd = B_pd A x` (paper section 3.3). N rows, H hidden, R rank, V vocabulary.
 
+With `look_back_layers` it looks back over the sequence before its maps (`look_back`), which published PEMA does not.
+
 On disk a folder: `adapter_config.json`, `adapter_model.safetensors`, `README.md`.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -16,9 +19,12 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
+from pema_ray.data_owner.look_back import LookBack
+from pema_ray.data_owner.reading import Reading, Stateless
 from pema_ray.errors import FingerprintMismatch, UserError
-from pema_ray.line import LMHead, ModelCard
+from pema_ray.line import ContextSource, ExtractBatch, LMHead, ModelCard
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 
@@ -38,6 +44,10 @@ class AdapterConfig:
     dropout: float = 0.0
     kappa: float = 0.2
     task: str = ""
+    look_back_layers: int = 0
+    look_back_width: int = 256
+    prompt_from: int = 0
+    """The first token of a prompt that it looks back at."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.rank <= self.hidden_size:
@@ -46,6 +56,11 @@ class AdapterConfig:
             )
         if not 0 <= self.kappa <= 1:
             raise UserError(f"train.kappa={self.kappa}: κ must lie in [0, 1].")
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether it needs whole sequences."""
+        return self.look_back_layers > 0
 
 
 class PemaAdapter(nn.Module):
@@ -62,6 +77,9 @@ class PemaAdapter(nn.Module):
         self.B_pd = nn.Parameter(torch.zeros(config.hidden_size, config.rank))
         self.B_rct = nn.Parameter(torch.zeros(config.hidden_size, config.rank), requires_grad=False)
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as published
+        self.look_back: LookBack | None = None
+        if config.looks_back:
+            self.look_back = LookBack(config.hidden_size, config.look_back_layers, config.look_back_width)
 
     def start_from_reconstruction(self, A: torch.Tensor, B_rct: torch.Tensor) -> None:
         """Take stage 1's solution and let prediction start from it, so that PEMA starts as the PLM.
@@ -91,10 +109,40 @@ class PemaAdapter(nn.Module):
         h = F.linear(self.project(x_NH, drop), self.B_pd)
         return x_NH + h if self.config.residual else h
 
-    def log_probs(self, state_NH: torch.Tensor, head: LMHead) -> torch.Tensor:
-        """float32 log P_PEMA `[N, V]` of representations as the PLM owner sends them (equation 4)."""
-        h_pd = self.predict(self.enter(state_NH, head))
-        return head.log_probs(self.leave(h_pd, head))
+    def look(self, x_NH: torch.Tensor, target_N: torch.Tensor, example_N: torch.Tensor, head: LMHead) -> torch.Tensor:
+        """Each row after a look at the rows before it in its sequence, `[N, H]`; itself in an adapter that does not.
+
+        Args:
+            example_N: which sequence a row belongs to; rows of one lie together and in order.
+        """
+        if self.look_back is None:
+            return x_NH
+        lengths = torch.unique_consecutive(example_N, return_counts=True)[1]
+        pieces = lengths.tolist()
+        x_BTH, target_BT = (pad_sequence(list(all_of.split(pieces)), batch_first=True) for all_of in (x_NH, target_N))
+        real_BT = torch.arange(target_BT.shape[1], device=lengths.device) < lengths[:, None]
+        return self.look_back(x_BTH, target_BT, head.weight)[real_BT]
+
+    def log_probs(
+        self,
+        state_NH: torch.Tensor,
+        head: LMHead,
+        target_N: torch.Tensor | None = None,
+        example_N: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """float32 log P_PEMA `[N, V]` of representations as the PLM owner sends them (equation 4).
+
+        Args:
+            target_N, example_N: of whole sequences, as `look` takes them.
+        """
+        x = self.enter(state_NH, head)
+        if target_N is not None and example_N is not None:
+            x = self.look(x, target_N, example_N, head)
+        return head.log_probs(self.leave(self.predict(x), head))
+
+    def begin(self, source: ContextSource, prompts: Sequence[Sequence[int]], head: LMHead) -> Reading:
+        """Go along with sequences that are being decoded."""
+        return _LookingBack(self, source, prompts, head) if self.look_back else Stateless(self, head)
 
     # ── on disk ─────────────────────────────────────────────────────────────
 
@@ -112,11 +160,13 @@ class PemaAdapter(nn.Module):
     def model_card(self, figures: str = "") -> str:
         """The adapter's README: what it is, whose PLM it needs, how it is loaded."""
         c = self.config
+        looks = f", looks back through {c.look_back_layers} × {c.look_back_width}" if c.looks_back else ""
         return (
             f"# PEMA adapter for {c.task or 'an unnamed task'}\n\n"
             f"- PLM: {c.plm_name}, fingerprint `{c.fingerprint}`. It works with no other.\n"
             f"- rank {c.rank}, hidden size {c.hidden_size}, {c.space.replace('_', '-')}"
-            f"{', residual' if c.residual else ''}, κ = {c.kappa}, dropout {c.dropout}\n\n{figures}"
+            f"{', residual' if c.residual else ''}"
+            f"{looks}, κ = {c.kappa}, dropout {c.dropout}\n\n{figures}"
             "```python\nfrom pema_ray.data_owner import PemaAdapter\n\n"
             'adapter = PemaAdapter.from_pretrained("this/folder")\n```\n\n'
             "It holds what was learned from the data owner's text; treat it as you would treat that text.\n"
@@ -180,6 +230,45 @@ class PemaAdapter(nn.Module):
             if reconstruction is not None:
                 adapter.B_rct.copy_(_read_published(Path(reconstruction), card)[1] / config.rank)
         return adapter.eval()
+
+
+class _LookingBack:
+    """An adapter beside a decoding session: what it looks back at grows with every token."""
+
+    def __init__(
+        self, adapter: PemaAdapter, source: ContextSource, prompts: Sequence[Sequence[int]], head: LMHead
+    ) -> None:
+        assert adapter.look_back is not None
+        self._adapter, self._head = adapter, head
+        self._cache = adapter.look_back.begin(len(prompts))
+        self._take_in(source, [list(prompt) for prompt in prompts])
+
+    def _take_in(self, source: ContextSource, prompts: list[list[int]]) -> None:
+        """All positions of the prompts but their last, which the session will send; aligned at their ends."""
+        first = [min(self._adapter.config.prompt_from, len(prompt) - 1) for prompt in prompts]
+        longest = max(len(prompt) - 1 - f for prompt, f in zip(prompts, first, strict=True))
+        if not longest:
+            return
+        device = self._head.weight.device
+        states = source.extract(ExtractBatch(prompts, first)).to(device)
+        lengths = [len(prompt) - f for prompt, f in zip(prompts, first, strict=True)]
+        rows = torch.arange(len(prompts), device=device)
+        x = self._adapter.enter(states, self._head).split(lengths)
+        for back in range(longest, 0, -1):  # so many positions before the last
+            real = torch.tensor([length > back for length in lengths], device=device)
+            at = [-1 - back if length > back else 0 for length in lengths]
+            self._cache.step(torch.stack([mine[place] for mine, place in zip(x, at, strict=True)]))
+            token = [prompt[-back] if len(prompt) >= back else 0 for prompt in prompts]
+            self._cache.follow(rows, torch.tensor(token, device=device), self._head.weight, real)
+
+    def log_probs(self, state_BH: torch.Tensor) -> torch.Tensor:
+        adapter, head = self._adapter, self._head
+        x = self._cache.step(adapter.enter(state_BH.to(head.weight.device), head))
+        return head.log_probs(adapter.leave(adapter.predict(x), head))
+
+    def follow(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        device = self._head.weight.device
+        self._cache.follow(torch.tensor(rows, device=device), torch.tensor(tokens, device=device), self._head.weight)
 
 
 def _read_published(path: Path, card: ModelCard) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,7 @@ would have seen.
 - `GlobalShuffle`: every epoch is a permutation of all rows; they must be at hand one by one (in RAM, or in the
   object store). The batch of n processes is the batch of one, dealt out.
 - `StreamShuffle`: the first epoch takes shards as a build produces them.
+- `SequenceShuffle`: the same with whole sequences, prompts included, for adapters that look back.
 - `WindowShuffle`: a process reads whole shards, in an order drawn anew every epoch, and shuffles the rows of a few of
   them together: for memories that fit no process.
 """
@@ -24,6 +25,7 @@ from pema_ray.errors import UserError
 
 CHUNK = 8192  # rows handled at once where no gradient is kept
 _FIELDS = ("key", "target", "share")
+_SEQUENCE_ROWS = 2048  # of whole sequences handled at once where no gradient is kept: they are padded to the longest
 
 
 class Representations(Protocol):
@@ -42,6 +44,19 @@ class Rows(Protocol):
     def target(self) -> np.ndarray: ...
     @property
     def weight(self) -> np.ndarray | None: ...
+
+
+class Sequences(Rows, Protocol):
+    """Rows that lie together and in order, sequence by sequence.
+
+    Attributes:
+        example_id: `[N]`, the sequence; position: `[N]`, its place there, negative in the prompt.
+    """
+
+    @property
+    def example_id(self) -> np.ndarray: ...
+    @property
+    def position(self) -> np.ndarray: ...
 
 
 class ShardedRows(Protocol):
@@ -64,11 +79,31 @@ class Batch:
         key: `[n, H]` float32; target: `[n]` int64.
         share: `[n]` float32, each row's share of the loss. The mean over processes of Σ share · loss is the
             weighted mean over the whole batch (with windows: the mean of each process's weighted mean).
+        example: `[n]` int64, the sequence of each row, where whole ones are wanted; rows of a prompt have share 0.
     """
 
     key: np.ndarray
     target: np.ndarray
     share: np.ndarray
+    example: np.ndarray | None = None
+
+    @property
+    def wanted(self) -> np.ndarray:
+        """`[n]`: which rows' targets are to be predicted."""
+        return self.share > 0
+
+    def split(self, parts: int) -> list[Batch]:
+        """The batch in so many parts, or as many as it has rows (sequences)."""
+        if self.example is None:
+            borders = np.arange(len(self.target) + 1)
+        else:
+            borders = np.append(_starts(self.example), len(self.target))
+        pieces = np.array_split(np.arange(len(borders) - 1), min(parts, len(borders) - 1))
+        return [self._part(slice(borders[piece[0]], borders[piece[-1] + 1])) for piece in pieces]
+
+    def _part(self, part: slice) -> Batch:
+        example = None if self.example is None else self.example[part]
+        return Batch(self.key[part], self.target[part], self.share[part], example)
 
 
 @runtime_checkable
@@ -112,6 +147,72 @@ class GlobalShuffle:
     def once(self) -> Iterator[Rows]:
         for start in range(self._rank * CHUNK, self.rows, self._world * CHUNK):
             yield _Block(self._rows, slice(start, min(self.rows, start + CHUNK)))
+
+
+class SequenceShuffle:
+    """Batches of a permutation of all sequences: as many as have about `batch_size` rows of targets."""
+
+    def __init__(self, rows: Sequences, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
+        self._rows, self._seed, self._rank, self._world = rows, seed, rank, world
+        self._starts = _starts(rows.example_id)
+        self._ends = np.append(self._starts[1:], len(rows.target))
+        self._wanted = rows.position >= 0
+        self.rows = int(self._wanted.sum())
+        sequences = len(self._starts)
+        each = self.rows / sequences
+        self._sequences = _shared_out(sequences, max(1, round(batch_size / each)), world, "sequences")
+        self.batch_size = round(self._sequences * each)
+        self.steps_per_epoch = max(1, sequences // self._sequences)
+
+    def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._starts))
+        for step in range(first, self.steps_per_epoch):
+            everyones = order[step * self._sequences : (step + 1) * self._sequences]
+            rows = sum(int(self._wanted[self._starts[n] : self._ends[n]].sum()) for n in everyones)
+            yield self._batch(np.sort(everyones[self._rank :: self._world]), self._world / rows)
+
+    def _batch(self, sequences: np.ndarray, share: float) -> Batch:
+        index = np.concatenate([np.arange(int(self._starts[n]), int(self._ends[n])) for n in sequences])
+        return Batch(
+            np.ascontiguousarray(self._rows.key[index]),
+            self._rows.target[index].astype(np.int64),
+            np.where(self._wanted[index], share, 0).astype(np.float32),
+            self._rows.example_id[index],
+        )
+
+    def once(self) -> Iterator[Rows]:
+        """Rows of targets: what stage 1 reconstructs."""
+        index = np.flatnonzero(self._wanted)
+        for start in range(self._rank * CHUNK, len(index), self._world * CHUNK):
+            yield _Block(self._rows, index[start : start + CHUNK])
+
+    def in_order(self, most: int) -> Iterator[Batch]:
+        """Whole sequences, in their order, until they hold `most` rows of targets; shares are equal."""
+        held: list[int] = []
+        waiting = found = 0
+        for n in range(len(self._starts)):
+            held.append(n)
+            waiting += self._ends[n] - self._starts[n]
+            found += int(self._wanted[self._starts[n] : self._ends[n]].sum())
+            if waiting >= _SEQUENCE_ROWS or found >= most or n + 1 == len(self._starts):
+                rows = sum(int(self._wanted[self._starts[m] : self._ends[m]].sum()) for m in held)
+                yield self._batch(np.array(held), 1 / rows)
+                held, waiting = [], 0
+            if found >= most:
+                return
+
+
+def in_order(rows: Rows, most: int | None = None, size: int = CHUNK) -> Iterator[Batch]:
+    """The first `most` rows, in their order, `size` at a time; shares are equal."""
+    total = len(rows.target) if most is None else min(most, len(rows.target))
+    for start in range(0, total, size):
+        part = np.arange(start, min(total, start + size))
+        yield _batch(rows, part, part, 1)
+
+
+def sequences_in_order(rows: Sequences, most: int | None = None) -> Iterator[Batch]:
+    """The same with whole sequences, until they hold `most` rows of targets."""
+    return SequenceShuffle(rows, 1, 0).in_order(len(rows.target) if most is None else most)
 
 
 class WindowShuffle:
@@ -258,7 +359,7 @@ class _Waiting:
 class _Block:
     """Some consecutive rows, decoded."""
 
-    def __init__(self, rows: Rows, part: slice) -> None:
+    def __init__(self, rows: Rows, part: slice | np.ndarray) -> None:
         self.key, self.target = rows.key[part], rows.target[part]
         self.weight = None if rows.weight is None else rows.weight[part]
 
@@ -272,12 +373,17 @@ def _batch(rows: Rows, mine: np.ndarray, everyones: np.ndarray, world: int) -> B
     return Batch(np.ascontiguousarray(rows.key[mine]), rows.target[mine].astype(np.int64), share)
 
 
-def _shared_out(rows: int, batch_size: int, world: int) -> int:
+def _starts(example_N: np.ndarray) -> np.ndarray:
+    """Where each sequence begins."""
+    return np.flatnonzero(np.diff(example_N, prepend=example_N[0] - 1))
+
+
+def _shared_out(rows: int, batch_size: int, world: int, what: str = "rows") -> int:
     """The batch of all processes: a memory smaller than one is a single batch."""
     size = min(batch_size, rows) // world * world
     if size == 0:
         raise UserError(
-            f"train.workers={world}: {rows} rows in batches of {batch_size} give a worker nothing to do. "
+            f"train.workers={world}: {rows} {what} in batches of {batch_size} give a worker nothing to do. "
             "Use fewer workers or a larger train.batch_size."
         )
     return size

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 
+from pema_ray.data_owner.reading import Reading
 from pema_ray.data_owner.unrolling import UnrollingSchedule, mix
 from pema_ray.line import ContextSource, DecodingSession, ExtractBatch, LMHead
 
@@ -72,8 +73,8 @@ class Generated:
 class Expert(Protocol):
     """What is mixed with the PLM: an adapter, or a memory's neighbours."""
 
-    def log_probs(self, state_NH: torch.Tensor, head: LMHead) -> torch.Tensor:
-        """float32 log-probabilities `[N, V]` of the next token."""
+    def begin(self, source: ContextSource, prompts: Sequence[Sequence[int]], head: LMHead) -> Reading:
+        """Go along with sequences that are being decoded."""
         ...
 
 
@@ -125,13 +126,16 @@ class Generator:
 
     # ── distributions ───────────────────────────────────────────────────────
 
-    def _distributions(self, state_BH: torch.Tensor, lam_B: torch.Tensor, both: bool):
+    def _begin(self, prompts: Sequence[Sequence[int]]) -> Reading | None:
+        return None if self.adapter is None else self.adapter.begin(self.source, prompts, self.head)
+
+    def _distributions(self, reading: Reading | None, state_BH: torch.Tensor, lam_B: torch.Tensor, both: bool):
         """`(log P, log P_PEMA or None, log P_LM or None)`, each `[B, V]`; what λ = 0 or 1 does not need is left out."""
         device = self.head.weight.device
         state = state_BH.to(device)
-        use_pema = self.adapter is not None and (both or bool((lam_B > 0).any()))
-        use_plm = both or self.adapter is None or bool((lam_B < 1).any())
-        log_pema = self.adapter.log_probs(state, self.head) if use_pema and self.adapter is not None else None
+        use_plm = both or reading is None or bool((lam_B < 1).any())
+        use_pema = both or bool((lam_B > 0).any())  # λ never rises: who is not asked now is not asked again
+        log_pema = reading.log_probs(state) if use_pema and reading is not None else None
         log_plm = self.head.log_probs(self.head.norm(state)) if use_plm else None
         if log_pema is None or log_plm is None:
             only = log_plm if log_pema is None else log_pema
@@ -152,11 +156,12 @@ class Generator:
         answers = [Generated() for _ in requests]
         draw = [_random_stream(decoding.seed, stream) for stream in streams]
         alive = list(range(len(requests)))
+        reading = self._begin([request.prompt for request in requests])
         session = DecodingSession(self.source, [request.prompt for request in requests])
         try:
             for step in range(max(request.max_new_tokens for request in requests)):
                 lam = self._lambda([requests[i] for i in alive], step)
-                log_p, log_pema, log_plm = self._distributions(session.state_BH, lam, both=explain)
+                log_p, log_pema, log_plm = self._distributions(reading, session.state_BH, lam, both=explain)
                 chosen = self._choose(log_p, decoding, [draw[i] for i in alive])
                 kept: list[int] = []
                 for row, (i, token) in enumerate(zip(alive, chosen, strict=True)):
@@ -173,6 +178,8 @@ class Generator:
                     break
                 tokens = [chosen[row] for row in kept]
                 session.extend(kept, tokens)
+                if reading is not None:
+                    reading.follow(kept, tokens)
                 alive = [alive[row] for row in kept]
         finally:
             session.close()
@@ -211,11 +218,12 @@ class Generator:
         """K beams of every request, all in one session; their rows lie together, request by request."""
         searches = [_BeamSearch(request, decoding) for request in requests]
         alive = searches
+        reading = self._begin([request.prompt for request in requests])
         session = DecodingSession(self.source, [request.prompt for request in requests])
         try:
             for step in range(max(request.max_new_tokens for request in requests)):
                 lam = self._lambda([search.request for search in alive for _ in search.beams], step)
-                log_p, _, _ = self._distributions(session.state_BH, lam, both=False)
+                log_p, _, _ = self._distributions(reading, session.state_BH, lam, both=False)
                 rows, tokens, first = [], [], 0
                 for search in alive:
                     held = len(search.beams)
@@ -227,6 +235,8 @@ class Generator:
                 if not alive:
                     break
                 session.extend(rows, tokens)
+                if reading is not None:
+                    reading.follow(rows, tokens)
         finally:
             session.close()
         return [search.finished[0][1] for search in searches]
@@ -238,16 +248,22 @@ class Generator:
             [len(request.prompt) - 1 for request in requests],
         )
         states = self.source.extract(batch).split([len(answer.tokens) for answer in answers])
-        for request, answer, state in zip(requests, answers, states, strict=True):
-            steps = range(len(answer.tokens))
-            lam = torch.cat([self._lambda([request], step) for step in steps])
-            _, log_pema, log_plm = self._distributions(state, lam, both=True)
+        reading = self._begin([request.prompt for request in requests])
+        alive = list(range(len(requests)))
+        for step in range(max(len(answer.tokens) for answer in answers)):
+            lam = self._lambda([requests[i] for i in alive], step)
+            state = torch.stack([states[i][step] for i in alive])
+            _, log_pema, log_plm = self._distributions(reading, state, lam, both=True)
             assert log_plm is not None
             pema = log_plm if log_pema is None else log_pema
-            answer.trace = [
-                TokenTrace(token, float(lam[t]), float(pema[t, token]), float(log_plm[t, token]))
-                for t, token in enumerate(answer.tokens)
-            ]
+            tokens = [answers[i].tokens[step] for i in alive]
+            for row, (i, token) in enumerate(zip(alive, tokens, strict=True)):
+                trace = TokenTrace(token, float(lam[row]), float(pema[row, token]), float(log_plm[row, token]))
+                answers[i].trace.append(trace)
+            kept = [row for row, i in enumerate(alive) if len(answers[i].tokens) > step + 1]
+            if kept and reading is not None:
+                reading.follow(kept, [tokens[row] for row in kept])
+            alive = [alive[row] for row in kept]
 
 
 class _BeamSearch:

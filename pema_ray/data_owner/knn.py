@@ -6,14 +6,16 @@ wherever answers are made. N rows asked about, M rows in memory, H hidden, K nei
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from pema_ray.data_owner.feed import CHUNK, Rows
+from pema_ray.data_owner.reading import Reading, Stateless
 from pema_ray.errors import UserError
-from pema_ray.line import LMHead
+from pema_ray.line import ContextSource, LMHead
 
 _ROWS_PER_LIST = 64  # of an inverted file's training sample, as faiss advises at least 39
 
@@ -79,6 +81,10 @@ class NearestNeighbours:
         share = score.softmax(-1)
         found = torch.zeros(len(row), head.vocab_size).scatter_add_(1, self._target[row], share)
         return found.log().to(head.weight.device)
+
+    def begin(self, source: ContextSource, prompts: Sequence[Sequence[int]], head: LMHead) -> Reading:
+        """Go along with sequences that are being decoded."""
+        return Stateless(self, head)
 
 
 @torch.no_grad()

@@ -95,15 +95,24 @@ class JointObjective(nn.Module):
         self.adapter, self.head, self.kappa = adapter, head, kappa
 
     def forward(
-        self, state_NH: torch.Tensor, target_N: torch.Tensor, share_N: torch.Tensor | None = None
+        self,
+        state_NH: torch.Tensor,
+        target_N: torch.Tensor,
+        share_N: torch.Tensor | None = None,
+        example_N: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`(L, L_rct, L_pd)` of a batch; dropout is on exactly while the module is in training mode.
 
         Args:
             share_N: each row's share of the losses; 1/N by default.
+            example_N: the sequence of each row, for adapters that look back; rows of share 0 are only looked at.
         """
         adapter = self.adapter
         x = adapter.enter(state_NH, self.head)
+        if example_N is not None and share_N is not None:
+            wanted = share_N > 0
+            x = adapter.look(x, target_N, example_N, self.head)[wanted]
+            target_N, share_N = target_N[wanted], share_N[wanted]
         down = adapter.project(x, drop=self.training)
         h_pd = F.linear(down, adapter.B_pd)
         h_pd = x + h_pd if adapter.config.residual else h_pd

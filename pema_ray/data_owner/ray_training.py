@@ -148,7 +148,9 @@ def _train(job: TrainingJob) -> History:
     set_threads(max(1, int(job.config.cpus_per_worker)))
     bundle = LMHeadBundle.load(job.bundle)
     train = _training_rows(job, bundle.card)
-    dev = ExternalMemory.open(job.dev_memory, bundle.card).view(max_rows=job.config.validation_rows)
+    looks_back = job.adapter.looks_back
+    most = None if looks_back else job.config.validation_rows
+    dev = ExternalMemory.open(job.dev_memory, bundle.card).view(max_rows=most, prompts=looks_back)
     place = Place(rank, world, device)
     head = bundle.head.to(pick_dtype(job.config.dtype, device))
     config = job.config.model_copy(update={"resume": True})  # `fit` has seen to what the user wants
@@ -165,7 +167,9 @@ def _training_rows(job: TrainingJob, card: ModelCard) -> Any:
     if job.streamed_rows is not None:
         return _streamed(job, job.streamed_rows)
     memory = ExternalMemory.open(job.train_memory, card)
-    return memory if job.config.shuffle == "window" else memory.view(max_examples=job.config.max_train_pairs)
+    if job.config.shuffle == "window":
+        return memory
+    return memory.view(max_examples=job.config.max_train_pairs, prompts=job.adapter.looks_back)
 
 
 def _streamed(job: TrainingJob, rows: int) -> StreamShuffle:
@@ -180,10 +184,10 @@ def _streamed(job: TrainingJob, rows: int) -> StreamShuffle:
             if row["error"]:
                 raise UserError(row["error"])
             info = ShardInfo.model_validate_json(row["info"])
-            yield read_shard(folder / info.name, info.sha256)
+            yield read_shard(folder / info.name, info.sha256).of_targets
 
     def finished() -> RowsView:
-        return RowsView([read_shard(folder / info.name, info.sha256) for info in finished_shards(folder)])
+        return RowsView([read_shard(folder / info.name, info.sha256).of_targets for info in finished_shards(folder)])
 
     return StreamShuffle(rows, arrivals, finished, job.config.batch_size, job.seed)
 

@@ -19,6 +19,7 @@ from pema_ray.data_owner.objectives import JointObjective
 from pema_ray.errors import UserError
 
 Losses = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]  # what `JointObjective.forward` takes
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -38,7 +39,7 @@ class Place:
 class Strategy(Protocol):
     """An objective wrapped for all processes, with its optimiser."""
 
-    def learn(self, state_NH: torch.Tensor, target_N: torch.Tensor, share_N: torch.Tensor, last: bool) -> Losses:
+    def learn(self, part: Part, last: bool) -> Losses:
         """Add these rows' gradients; the `last` rows of a batch exchange them. The losses come back detached."""
         ...
 
@@ -72,9 +73,9 @@ class _DataParallel:
             devices = [place.device] if place.device.type == "cuda" else None
             self._module = DistributedDataParallel(objective, device_ids=devices, broadcast_buffers=False)
 
-    def learn(self, state_NH: torch.Tensor, target_N: torch.Tensor, share_N: torch.Tensor, last: bool) -> Losses:
+    def learn(self, part: Part, last: bool) -> Losses:
         with nullcontext() if last else self._alone():
-            losses = self._module(state_NH, target_N, share_N)
+            losses = self._module(*part)
             self._backward(losses[0])
         return tuple(loss.detach() for loss in losses)
 
@@ -139,7 +140,8 @@ class _DeepSpeed:
         except ImportError as error:
             raise UserError(f"train.strategy=deepspeed: deepspeed cannot be imported: {error}.") from None
         self._named = _trained(objective)
-        self._hidden, self._device = objective.adapter.config.hidden_size, place.device
+        adapter = objective.adapter.config
+        self._hidden, self._looks_back, self._device = adapter.hidden_size, adapter.looks_back, place.device
         settings = {
             "train_micro_batch_size_per_gpu": max(1, config.batch_size // place.world // config.accumulate),
             "gradient_accumulation_steps": config.accumulate,
@@ -154,9 +156,9 @@ class _DeepSpeed:
         made = deepspeed.initialize(model=objective, optimizer=optimizer, model_parameters=named, config=settings)
         self._engine: Any = made[0]
 
-    def learn(self, state_NH: torch.Tensor, target_N: torch.Tensor, share_N: torch.Tensor, last: bool) -> Losses:
+    def learn(self, part: Part, last: bool) -> Losses:
         self._engine.set_gradient_accumulation_boundary(last)
-        losses = self._engine(state_NH, target_N, share_N)
+        losses = self._engine(*part)
         self._engine.backward(losses[0], scale_wrt_gas=False)
         if not last:
             self._engine.step()  # counts the part; nothing moves before the boundary
@@ -187,7 +189,8 @@ class _DeepSpeed:
             return
         # ZeRO has places for the moments only after a first step: one that moves nothing.
         nothing = torch.zeros(1, self._hidden, device=self._device)
-        self.learn(nothing, nothing[:, 0].long(), nothing[:, 0], last=True)
+        token = nothing[:, 0].long()
+        self.learn((nothing, token, nothing[:, 0], token if self._looks_back else None), last=True)
         self.step(0.0, None)
         for name, parameter in self._named.items():
             for moment in _MOMENTS:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,10 +23,21 @@ from safetensors.torch import load_file, save_file
 
 from pema_ray.config import TrainConfig
 from pema_ray.data_owner.adapter import AdapterConfig, PemaAdapter
-from pema_ray.data_owner.feed import CHUNK, Batch, Feed, GlobalShuffle, Rows, ShardedRows, WindowShuffle
+from pema_ray.data_owner.feed import (
+    Batch,
+    Feed,
+    GlobalShuffle,
+    Rows,
+    Sequences,
+    SequenceShuffle,
+    ShardedRows,
+    WindowShuffle,
+    in_order,
+    sequences_in_order,
+)
 from pema_ray.data_owner.objectives import JointObjective, ReconstructionObjective
 from pema_ray.data_owner.reconstruction import SecondMoment, reconstruction_error, solve
-from pema_ray.data_owner.strategies import Place, Strategy, make_strategy
+from pema_ray.data_owner.strategies import Part, Place, Strategy, make_strategy
 from pema_ray.errors import UserError
 from pema_ray.hardware import peak_memory
 from pema_ray.line import LMHead
@@ -78,7 +89,8 @@ class Trainer:
     """Trains one adapter.
 
     Args:
-        train: rows at hand, shards to be read (for `config.shuffle: window`), or a feed made elsewhere.
+        train: rows at hand (whole sequences for an adapter that looks back, and so in `dev`), shards to be read (for
+            `config.shuffle: window`), or a feed made elsewhere.
         run_dir: holds `checkpoint.safetensors` (resume) and `best.safetensors`; every process sees the same folder.
         on_point: called by the leading process with each training or validation point.
     """
@@ -121,6 +133,8 @@ class Trainer:
         c, place = self.config, self.place
         if isinstance(self.train, Feed):
             return self.train
+        if self.adapter_config.looks_back:
+            return SequenceShuffle(cast(Sequences, self.train), c.batch_size, self.seed, place.rank, place.world)
         if isinstance(self.train, Rows):
             return GlobalShuffle(self.train, c.batch_size, self.seed, place.rank, place.world)
         return WindowShuffle(self.train, c.window_shards, c.batch_size, c.epochs, self.seed, place.rank, place.world)
@@ -139,7 +153,7 @@ class Trainer:
             adapter.start_from_reconstruction(*self._reconstruct_by_gradient(adapter))
         history.reconstruction_seconds = time.perf_counter() - started
         if self.config.solver != "none":
-            dev = (self._enter(adapter, self.dev.key[part]) for part in _parts(len(self.dev.target)))
+            dev = (self._enter(adapter, batch.key[batch.wanted]) for batch in self._dev(None))
             history.reconstruction_error = reconstruction_error(adapter.A, adapter.B_rct, dev)
 
     @torch.no_grad()
@@ -231,22 +245,29 @@ class Trainer:
     def _learn(self, strategy: Strategy, batch: Batch) -> torch.Tensor:
         """Gradients of a batch, part by part; its losses `[3]` as `Point` names them."""
         total = torch.zeros(3, dtype=torch.float64, device=self.place.device)
-        parts = np.array_split(np.arange(len(batch.target)), min(self.config.accumulate, len(batch.target)))
+        parts = batch.split(self.config.accumulate)
         for number, part in enumerate(parts):
-            share = self._tensor(batch.share[part])
-            target = torch.from_numpy(batch.target[part]).to(self.place.device)
-            losses = strategy.learn(self._tensor(batch.key[part]), target, share, last=number == len(parts) - 1)
-            total += torch.stack(losses)
+            total += torch.stack(strategy.learn(self._tensors(part), last=number == len(parts) - 1))
         return total
+
+    def _tensors(self, batch: Batch) -> Part:
+        target = torch.from_numpy(batch.target).to(self.place.device)
+        example = None if batch.example is None else torch.from_numpy(batch.example).to(self.place.device)
+        return self._tensor(batch.key), target, self._tensor(batch.share), example
+
+    def _dev(self, most: int | None) -> Iterator[Batch]:
+        if self.adapter_config.looks_back:
+            return sequences_in_order(cast(Sequences, self.dev), most)
+        return in_order(self.dev, most)
 
     @torch.no_grad()
     def _validate(self, objective: JointObjective, history: History, step: int) -> None:
         objective.eval()
-        rows, losses = min(len(self.dev.target), self.config.validation_rows), np.zeros(3)
-        for part in _parts(rows):
-            targets = torch.from_numpy(self.dev.target[part].astype(np.int64)).to(self.place.device)
-            found = objective(self._tensor(self.dev.key[part]), targets)
-            losses += np.array([float(loss) for loss in found]) * len(targets)
+        rows, losses = 0, np.zeros(3)
+        for batch in self._dev(self.config.validation_rows):
+            found, held = objective(*self._tensors(batch)), int(batch.wanted.sum())
+            losses += np.array([float(loss) for loss in found]) * held
+            rows += held
         point = Point(step, *self._agree(losses / rows))
         history.validation.append(point)
         if point.prediction < history.best_prediction:
@@ -318,11 +339,6 @@ class Trainer:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as temporary:
             save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, described)
-
-
-def _parts(rows: int) -> Iterator[slice]:
-    for start in range(0, rows, CHUNK):
-        yield slice(start, min(rows, start + CHUNK))
 
 
 def _mix_seed(seed: int, *numbers: int) -> int:

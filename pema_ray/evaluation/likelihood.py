@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from pema_ray.line import LMHead
-
-_CHUNK = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,25 +29,33 @@ class TokenLikelihood:
         return float(-mixed.mean())
 
 
-LogProbs = Callable[[torch.Tensor], torch.Tensor]
+class Block(Protocol):
+    """Some rows of a memory: `key [n, H]`, `target [n]`, and which of them are asked about."""
+
+    @property
+    def key(self) -> np.ndarray: ...
+    @property
+    def target(self) -> np.ndarray: ...
+    @property
+    def wanted(self) -> np.ndarray: ...
 
 
 @torch.inference_mode()
 def token_likelihood(
-    key_NH: np.ndarray, target_N: np.ndarray, eos: Sequence[int], head: LMHead, pema_log_probs: LogProbs
+    blocks: Iterable[Block], eos: Sequence[int], head: LMHead, pema_log_probs: Callable[[Any], torch.Tensor]
 ) -> TokenLikelihood:
-    """Both likelihoods of every row.
+    """Both likelihoods of every row that is asked about.
 
     Args:
-        pema_log_probs: representations `[n, H]` → log P_PEMA `[n, V]`.
+        pema_log_probs: a block → log P_PEMA of its wanted rows `[n, V]`.
     """
-    log_pema, log_plm = [], []
-    for start in range(0, len(target_N), _CHUNK):
-        device = head.weight.device
-        state = torch.from_numpy(np.ascontiguousarray(key_NH[start : start + _CHUNK])).to(device).float()
-        target = torch.from_numpy(target_N[start : start + _CHUNK].astype(np.int64)).to(device)[:, None]
-        log_pema.append(pema_log_probs(state).gather(1, target)[:, 0].cpu().numpy())
+    log_pema, log_plm, targets = [], [], []
+    for block in blocks:
+        device, wanted = head.weight.device, block.wanted
+        target = torch.from_numpy(block.target[wanted].astype(np.int64)).to(device)[:, None]
+        log_pema.append(pema_log_probs(block).gather(1, target)[:, 0].cpu().numpy())
+        state = torch.from_numpy(np.ascontiguousarray(block.key[wanted])).to(device).float()
         log_plm.append(head.log_probs(head.norm(state)).gather(1, target)[:, 0].cpu().numpy())
-    return TokenLikelihood(
-        np.concatenate(log_pema).astype(np.float64), np.concatenate(log_plm).astype(np.float64), np.isin(target_N, eos)
-    )
+        targets.append(block.target[wanted])
+    pema, plm = (np.concatenate(some).astype(np.float64) for some in (log_pema, log_plm))
+    return TokenLikelihood(pema, plm, np.isin(np.concatenate(targets), eos))

@@ -40,6 +40,8 @@ class MemoryBuild:
     task: str
     split: str
     config: BuildMemoryConfig
+    shared_tokens: int = 0
+    """How many tokens all prompts of the task begin with."""
 
     @cached_property
     def _sorted(self) -> tuple[list[EncodedPair], list[Rejected]]:
@@ -64,7 +66,12 @@ class MemoryBuild:
         weights = None
         if self.config.deduplicate and self.split == "train":
             weights = count_duplicates(self.accepted, self.card.eos_token_ids[0], self.context)
-        return plan_shards(self.accepted, self.config.examples_per_shard, self.context, weights)
+        return plan_shards(self.accepted, self.config.examples_per_shard, self.context, weights, self.prompt_from)
+
+    @property
+    def prompt_from(self) -> int | None:
+        """The first token of prompts that has a row, where prompts have any."""
+        return self.shared_tokens if self.config.prompts else None
 
     def hash(self) -> str:
         settings: dict[str, object] = {
@@ -78,6 +85,8 @@ class MemoryBuild:
             settings["sequences"] = self.config.sequences
         if self.config.deduplicate and self.split == "train":
             settings["deduplicate"] = True
+        if self.config.prompts:
+            settings["prompt_from"] = self.shared_tokens
         return plan_hash(self.accepted, settings)
 
     def check(self) -> None:
@@ -200,6 +209,7 @@ def _write_manifest(build: MemoryBuild, done: Sequence[ShardInfo]) -> Manifest:
         context=build.context,
         key_dtype=build.config.key_dtype,
         plan_hash=build.hash(),
+        prompt_from=build.prompt_from,
         rows=sum(info.rows for info in done),
         examples=sum(info.examples for info in done),
         rejected=len(build.rejected),
@@ -316,9 +326,11 @@ class _ShardActor:
             rows = weighted(rows, shard.weights)
         path = folder / shard.name
         size, digest = write_shard(path, rows)
+        of_targets = int((rows.position >= 0).sum())
         info = ShardInfo(
             name=shard.name,
-            rows=len(rows),
+            rows=of_targets,
+            prompt_rows=len(rows) - of_targets,
             represents=rows.represents,
             examples=len(np.unique(rows.example_id)),
             tokens=tokens,

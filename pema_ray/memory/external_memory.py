@@ -46,22 +46,25 @@ class ExternalMemory:
     def __len__(self) -> int:
         return self.manifest.rows
 
-    def shards(self, verify: bool = True) -> Iterator[MemoryRows]:
+    def shards(self, verify: bool = True, prompts: bool = False) -> Iterator[MemoryRows]:
         """Rows shard by shard, each checked against the manifest unless `verify` is off.
+
+        Args:
+            prompts: with the rows of prompts, where the memory has them.
 
         Raises:
             UserError: a shard is missing, damaged, or has not the rows the manifest promises.
         """
         for info in self.manifest.shards:
-            yield self.shard(info, verify)
+            yield self.shard(info, verify, prompts)
 
-    def shard(self, info: ShardInfo, verify: bool = True) -> MemoryRows:
-        """One shard's rows; raises as `shards` does."""
-        path, hidden = self.folder / info.name, self.manifest.hidden_size
+    def shard(self, info: ShardInfo, verify: bool = True, prompts: bool = False) -> MemoryRows:
+        """One shard's rows; arguments and errors as in `shards`."""
+        path, expected = self.folder / info.name, (info.rows + info.prompt_rows, self.manifest.hidden_size)
         rows = read_shard(path, info.sha256 if verify else None)
-        if rows.key.shape != (info.rows, hidden):
-            raise UserError(f"{path}: holds rows {rows.key.shape}, the manifest says {(info.rows, hidden)}.")
-        return rows
+        if rows.key.shape != expected:
+            raise UserError(f"{path}: holds rows {rows.key.shape}, the manifest says {expected}.")
+        return rows if prompts else rows.of_targets
 
     @property
     def counts(self) -> list[int]:
@@ -81,13 +84,25 @@ class ExternalMemory:
         """
         return MemoryRows.concatenate(list(self._first(max_examples, max_rows)))
 
-    def view(self, max_examples: int | None = None, max_rows: int | None = None) -> RowsView:
-        """The same rows without the copy that makes one block of them: shards stay as they were read."""
-        return RowsView(list(self._first(max_examples, max_rows)))
+    def view(self, max_examples: int | None = None, max_rows: int | None = None, prompts: bool = False) -> RowsView:
+        """The same rows without the copy that makes one block of them: shards stay as they were read.
 
-    def _first(self, max_examples: int | None, max_rows: int | None) -> Iterator[MemoryRows]:
+        Args:
+            prompts: with the rows of prompts, so that every example is a whole sequence.
+
+        Raises:
+            UserError: the memory has no rows of prompts.
+        """
+        if prompts and self.manifest.prompt_from is None:
+            raise UserError(
+                f"{self.folder}: has no rows of prompts, which an adapter that looks back needs. "
+                "Build it with build_memory.prompts=true."
+            )
+        return RowsView(list(self._first(max_examples, max_rows, prompts)))
+
+    def _first(self, max_examples: int | None, max_rows: int | None, prompts: bool = False) -> Iterator[MemoryRows]:
         examples, rows = 0, 0
-        for part in self.shards():
+        for part in self.shards(prompts=prompts):
             if max_examples is not None:
                 starts = np.flatnonzero(np.diff(part.example_id, prepend=part.example_id[0] - 1))
                 if len(starts) > max_examples - examples:
@@ -105,13 +120,15 @@ class RowsView:
     """Rows of several shards, as if they were one block.
 
     Attributes:
-        target: `[N]`; weight: `[N]` or None; these are copied, the keys are not.
+        target, example_id, position: `[N]`; weight: `[N]` or None; these are copied, the keys are not.
     """
 
     def __init__(self, parts: Sequence[MemoryRows]) -> None:
         self._keys = [part.key for part in parts]
         self._ends = np.cumsum([len(part) for part in parts])
-        self.target = np.concatenate([part.target for part in parts])
+        self.target, self.example_id, self.position = (
+            np.concatenate([getattr(part, name) for part in parts]) for name in ("target", "example_id", "position")
+        )
         self.weight = weights_of(parts)
 
     def __len__(self) -> int:

@@ -34,12 +34,13 @@ def verify(folder: Path, on_shard: Progress = lambda info: None) -> list[str]:
     memory, problems = ExternalMemory.open(folder), []
     for info in memory.manifest.shards:
         try:
-            problems += [f"{folder / info.name}: {problem}" for problem in _faults(memory.shard(info), memory.manifest)]
+            rows = memory.shard(info, prompts=True)
+            problems += [f"{folder / info.name}: {problem}" for problem in _faults(rows, memory.manifest)]
         except UserError as error:
             problems.append(str(error))
         on_shard(info)
-    rows, examples = (sum(getattr(info, name) for info in memory.manifest.shards) for name in ("rows", "examples"))
-    for name, found, told in (("rows", rows, len(memory)), ("examples", examples, memory.manifest.examples)):
+    total, examples = (sum(getattr(info, name) for info in memory.manifest.shards) for name in ("rows", "examples"))
+    for name, found, told in (("rows", total, len(memory)), ("examples", examples, memory.manifest.examples)):
         if found != told:
             problems.append(f"{folder / MANIFEST}: {told:,} {name} in all, but its shards have {found:,}")
     return problems
@@ -70,7 +71,7 @@ def convert(source: Path, target: Path, key_dtype: KeyDtype, on_shard: Progress 
     _claim(target)
     shards = []
     for info in memory.manifest.shards:
-        rows = memory.shard(info)
+        rows = memory.shard(info, prompts=True)
         changed = replace(rows, key=encode(rows.key[:], key_dtype))
         shards.append(_write(target, info.name, changed, info))
         on_shard(shards[-1])
@@ -93,7 +94,7 @@ def merge(sources: Sequence[Path], target: Path, on_shard: Progress = lambda inf
         other = memory.manifest
         if other.fingerprint != first.fingerprint:
             raise FingerprintMismatch(f"The memory {memory.folder}", other.plm_label, first.plm_label)
-        for name in ("key_dtype", "eos_token_id", "context"):
+        for name in ("key_dtype", "eos_token_id", "context", "prompt_from"):
             mine, theirs = getattr(first, name), getattr(other, name)
             if mine != theirs:
                 way = " Convert one of them first." if name == "key_dtype" else ""
@@ -104,7 +105,7 @@ def merge(sources: Sequence[Path], target: Path, on_shard: Progress = lambda inf
     weighted = any(info.represents is not None for memory in memories for info in memory.manifest.shards)
     for place, memory in enumerate(memories):
         for info in memory.manifest.shards:
-            rows = memory.shard(info)
+            rows = memory.shard(info, prompts=True)
             if weighted and rows.weight is None:
                 rows = replace(rows, weight=np.ones(len(rows), np.int32))
             for example in np.unique(rows.example_id).tolist():
@@ -210,9 +211,11 @@ def _write(folder: Path, name: str, rows: MemoryRows, of: ShardInfo | None = Non
     size, digest = write_shard(folder / name, rows)
     examples = of.examples if of else len(rows)
     counts = (of.tokens, of.padded_tokens) if of else (0, 0)
+    of_targets = int((rows.position >= 0).sum())
     return ShardInfo(
         name=name,
-        rows=len(rows),
+        rows=of_targets,
+        prompt_rows=len(rows) - of_targets,
         represents=rows.represents,
         examples=examples,
         tokens=counts[0],

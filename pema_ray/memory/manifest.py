@@ -24,6 +24,9 @@ class ShardInfo(Section):
 
     name: str
     rows: int
+    """Of targets."""
+    prompt_rows: int = 0
+    """Of prompts, at negative positions."""
     represents: int | None = None
     """Rows before equal ones were counted together; none: they were not looked for."""
     examples: int
@@ -49,7 +52,10 @@ class Manifest(Section):
     context: str
     key_dtype: str
     plan_hash: str
+    prompt_from: int | None = None
+    """Prompts have rows too, from this token of theirs on; none: targets only."""
     rows: int
+    """Of targets."""
     examples: int
     rejected: int = 0
     """Examples that could not become rows; `rejected.parquet` names them."""

@@ -27,6 +27,8 @@ class ShardPlan:
     context: Context = "teacher_forced"
     weights: Weights | None = None
     """How often each row of an example occurs, where that is not once; None: the shard's rows carry no weights."""
+    prompt_from: int | None = None
+    """Rows of prompts are kept too, from this token of theirs on; None: of targets only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,7 @@ def plan_shards(
     examples_per_shard: int,
     context: Context = "teacher_forced",
     weights: Weights | None = None,
+    prompt_from: int | None = None,
 ) -> list[ShardPlan]:
     """Cut the examples, in their order, into shards; those without a row of their own are left out."""
     if weights is not None:
@@ -70,7 +73,7 @@ def plan_shards(
         of_mine = (
             None if weights is None else {e.example_id: weights[e.example_id] for e in mine if e.example_id in weights}
         )
-        shards.append(ShardPlan(f"shard-{number:05d}.parquet", mine, context, of_mine))
+        shards.append(ShardPlan(f"shard-{number:05d}.parquet", mine, context, of_mine, prompt_from))
     return shards
 
 

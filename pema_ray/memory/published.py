@@ -73,7 +73,7 @@ class _Holder:
         if name not in self._held:
             self._memory = self._memory or ExternalMemory.open(self._folder)
             (info,) = (info for info in self._memory.manifest.shards if info.name == name)
-            rows = self._memory.shard(info)
+            rows = self._memory.shard(info, prompts=True)
             self._held[name] = ray.put(rows), rows.nbytes
         return self._held[name][0]
 
@@ -112,7 +112,7 @@ class PublishedMemory(ExternalMemory):
         self._holder_of = {shard: holder for holder, shards in entry["holders"].items() for shard in shards}
         self._actors: dict[str, Any] = {}
 
-    def shard(self, info: ShardInfo, verify: bool = True) -> MemoryRows:
+    def shard(self, info: ShardInfo, verify: bool = True, prompts: bool = False) -> MemoryRows:
         """One shard's rows. They were checked when their holder read them; `verify` changes nothing.
 
         Raises:
@@ -126,7 +126,8 @@ class PublishedMemory(ExternalMemory):
             try:
                 holder = self._holder(self._holder_of[info.name])
                 (ref,) = ray.get(holder.ref.remote(info.name), timeout=_PATIENCE)
-                return ray.get(ref, timeout=_PATIENCE)
+                rows: MemoryRows = ray.get(ref, timeout=_PATIENCE)
+                return rows if prompts else rows.of_targets
             except RayTaskError as error:
                 if isinstance(error.cause, UserError):  # a holder that started again found its shard damaged
                     raise error.cause from None

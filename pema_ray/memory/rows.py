@@ -6,6 +6,9 @@ with the target's tokens and then EOS (paper section 3.2; the published code sto
 - `teacher_forced`: of prompt and gold target, one pass a batch.
 - `generated`: of the prompt and the PLM's own greedy continuation, as published: the PLM owner sees no target.
   A continuation that meets its EOS gives no further rows (the published code goes on, and stores junk).
+
+A plan may ask for rows of the prompt too, for adapters that look back: (representation, the prompt's next token) at
+negative positions, -1 being the one before the target's first row.
 """
 
 from __future__ import annotations
@@ -32,24 +35,37 @@ class Extractor(Protocol):
     def extract(self, batch: ExtractBatch) -> torch.Tensor: ...
 
 
-def rows_of_batch(source: Extractor, batch: Sequence[EncodedPair], eos: int, key_dtype: KeyDtype) -> MemoryRows:
-    """All rows of the examples, teacher-forced, example after example."""
-    request = ExtractBatch(
-        token_ids=[example.prompt + example.target for example in batch],
-        first=[len(example.prompt) - 1 for example in batch],
-    )
+def rows_of_batch(
+    source: Extractor, batch: Sequence[EncodedPair], eos: int, key_dtype: KeyDtype, prompt_from: int | None = None
+) -> MemoryRows:
+    """All rows of the examples, teacher-forced, example after example.
+
+    Args:
+        prompt_from: rows of prompts are wanted too, from this token of theirs on.
+    """
+    last = [len(example.prompt) - 1 for example in batch]
+    first = last if prompt_from is None else [min(prompt_from, place) for place in last]
+    request = ExtractBatch([example.prompt + example.target for example in batch], first)
     keys = encode(source.extract(request).float().numpy(), key_dtype)
-    return _pair(keys, batch, eos, [len(example.target) + 1 for example in batch])
+    return _pair(keys, batch, eos, [len(e.target) + 1 for e in batch], first)
 
 
-def _pair(keys: Keys, batch: Sequence[EncodedPair], eos: int, counts: Sequence[int]) -> MemoryRows:
-    """Put the first so many of each example's gold tokens beside its representations."""
-    targets = [np.array([*e.target, eos][:n], np.int32) for e, n in zip(batch, counts, strict=True)]
+def _pair(
+    keys: Keys, batch: Sequence[EncodedPair], eos: int, counts: Sequence[int], first: Sequence[int] | None = None
+) -> MemoryRows:
+    """Put the first so many of each example's gold tokens beside its representations, after its prompt's own.
+
+    Args:
+        first: the prompt's first token that has a row; by default its last.
+    """
+    before = [0] * len(batch) if first is None else [len(e.prompt) - 1 - f for e, f in zip(batch, first, strict=True)]
+    parts = list(zip(batch, counts, before, strict=True))
+    targets = [np.array([*e.prompt[len(e.prompt) - b :], *[*e.target, eos][:n]], np.int32) for e, n, b in parts]
     return MemoryRows(
         key=keys,
         target=np.concatenate(targets),
-        example_id=np.repeat(np.array([e.example_id for e in batch], np.int64), counts),
-        position=np.concatenate([np.arange(n, dtype=np.int32) for n in counts]),
+        example_id=np.concatenate([np.full(n + b, e.example_id, np.int64) for e, n, b in parts]),
+        position=np.concatenate([np.arange(-b, n, dtype=np.int32) for _, n, b in parts]),
     )
 
 
@@ -64,7 +80,7 @@ def rows_of_shard(
     shared = common_prompt_prefix(shard.examples)
     parts, tokens, padded = [], 0, 0
     for batch in plan_batches(shard.examples, max_batch_tokens, shared):
-        parts.append(rows_of_batch(source, batch, eos, key_dtype))
+        parts.append(rows_of_batch(source, batch, eos, key_dtype, shard.prompt_from))
         lengths = [len(e.prompt) + len(e.target) - shared for e in batch]
         tokens += sum(lengths)
         padded += max(lengths) * len(lengths)

@@ -55,6 +55,12 @@ class MemoryRows:
         """Rows before equal ones were counted together; none without weights."""
         return None if self.weight is None else int(self.weight.sum())
 
+    @property
+    def of_targets(self) -> MemoryRows:
+        """Without the rows of prompts."""
+        found = self.position >= 0
+        return self if found.all() else self.take(found)
+
     def take(self, index: np.ndarray | slice) -> MemoryRows:
         weight = None if self.weight is None else self.weight[index]
         return MemoryRows(

@@ -49,6 +49,7 @@ def plan_memory(run: Run, split: str) -> MemoryBuild:
         task=run.task.name,
         split=split,
         config=run.config.build_memory,
+        shared_tokens=prompter.shared_tokens,
     )
 
 

@@ -22,13 +22,13 @@ from pema_ray.data_owner.ray_training import fit
 from pema_ray.data_owner.training import History
 from pema_ray.errors import UserError
 from pema_ray.evaluation.comparison import Comparison, Peer, markdown
-from pema_ray.evaluation.likelihood import TokenLikelihood, token_likelihood
+from pema_ray.evaluation.likelihood import TokenLikelihood
 from pema_ray.evaluation.scores import Scorer
-from pema_ray.hardware import pick_device
 from pema_ray.memory import ExternalMemory
 from pema_ray.memory.shards import atomic_file
 from pema_ray.stages.answers import make_job, run_jobs, to_row
 from pema_ray.stages.cluster import ray_cluster
+from pema_ray.stages.likelihood import likelihood_of
 from pema_ray.stages.progress import console, track
 from pema_ray.stages.run import Run
 from pema_ray.stages.train import forget_other_settings, training_job
@@ -203,21 +203,7 @@ class _Bench:
         return Peer(name=name, given=given, bleu=s.bleu, chrf=s.chrf, archaic_share=s.archaic_share, **figures)
 
     def _test_likelihood(self, expert: PemaAdapter | NearestNeighbours | None) -> TokenLikelihood:
-        return self._likelihood(self.config.generate.split, None, expert)
-
-    def _likelihood(
-        self, split: str, rows: int | None, expert: PemaAdapter | NearestNeighbours | None
-    ) -> TokenLikelihood:
-        head, card = self.run.bundle.head.to(pick_device(self.config.plm.device)), self.run.bundle.card
-        memory = ExternalMemory.open(self.run.path("build_memory", split), card)
-        found = memory.load(max_rows=rows)
-        if isinstance(expert, PemaAdapter):
-            expert = expert.to(head.weight.device)
-
-        def log_probs(state):
-            return head.log_probs(head.norm(state)) if expert is None else expert.log_probs(state, head)
-
-        return token_likelihood(found.key[:], found.target, [memory.manifest.eos_token_id], head, log_probs)
+        return likelihood_of(self.run, self.config.generate.split, expert)
 
     def _neighbours(self, temperature: float) -> NearestNeighbours:
         chosen, card = self.config.compare.knn, self.run.bundle.card
@@ -232,7 +218,7 @@ class _Bench:
         found: dict[tuple[float, float], float] = {}
         for temperature in chosen.temperatures:
             knn.temperature = temperature
-            likelihood = self._likelihood("dev", chosen.dev_rows, knn)
+            likelihood = likelihood_of(self.run, "dev", knn, chosen.dev_rows)
             found |= {(temperature, lam): likelihood.nll(lam) for lam in chosen.lambdas}
         return min(found, key=lambda settings: found[settings])
 

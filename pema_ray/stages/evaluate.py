@@ -10,7 +10,6 @@ from pema_ray.config import ExperimentConfig, GenerateConfig
 from pema_ray.data_owner import PemaAdapter, UnrollingSchedule
 from pema_ray.data_owner.ray_generation import Answer, GenerationJob
 from pema_ray.errors import UserError
-from pema_ray.evaluation.likelihood import token_likelihood
 from pema_ray.evaluation.results import (
     Evaluation,
     Example,
@@ -22,10 +21,10 @@ from pema_ray.evaluation.results import (
     TrainingPoint,
 )
 from pema_ray.evaluation.scores import Scorer
-from pema_ray.hardware import pick_device
 from pema_ray.memory import ExternalMemory
 from pema_ray.memory.shards import atomic_file
 from pema_ray.stages.answers import make_job, read_rows, run_jobs, to_row, write_rows
+from pema_ray.stages.likelihood import likelihood_of
 from pema_ray.stages.progress import console
 from pema_ray.stages.run import Run
 from pema_ray.tasks import Pair
@@ -162,13 +161,8 @@ def _share(scorer: Scorer, texts: list[str]) -> float | None:
 
 
 def _sweep(run: Run) -> LambdaSweep:
-    card, head = run.bundle.card, run.bundle.head.to(pick_device(run.config.plm.device))
-    memory = ExternalMemory.open(run.path("build_memory", run.config.generate.split), card)
-    adapter = PemaAdapter.from_pretrained(run.path("train", "adapter"), card).to(head.weight.device)
-    rows = memory.load()
-    likelihood = token_likelihood(
-        rows.key[:], rows.target, [memory.manifest.eos_token_id], head, lambda state: adapter.log_probs(state, head)
-    )
+    adapter = PemaAdapter.from_pretrained(run.path("train", "adapter"), run.bundle.card)
+    likelihood = likelihood_of(run, run.config.generate.split, adapter)
     lambdas = tuple(sorted({*run.config.evaluate.lambdas, run.config.generate.lambda_max}))
     return LambdaSweep(
         lambdas=lambdas,
@@ -177,7 +171,7 @@ def _sweep(run: Run) -> LambdaSweep:
         pema=likelihood.nll(1.0),
         eos_plm=likelihood.nll(0.0, eos=True),
         eos_pema=likelihood.nll(1.0, eos=True),
-        rows=len(rows),
+        rows=len(likelihood.is_eos),
     )
 
 

@@ -36,6 +36,8 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
 def _train(run: Run) -> History:
     """Train on the finished memory."""
     c, card = run.config.train, run.bundle.card
+    if c.look_back and not run.config.build_memory.prompts:
+        raise UserError("train.look_back needs build_memory.prompts=true: the memory must hold rows of prompts too.")
     job = training_job(run)
     train_memory = ExternalMemory.open(job.train_memory, card)
     ExternalMemory.open(job.dev_memory, card)
@@ -103,6 +105,9 @@ def training_job(run: Run) -> TrainingJob:
         dropout=c.dropout,
         kappa=c.kappa,
         task=run.task.name,
+        look_back_layers=c.look_back,
+        look_back_width=c.look_back_width,
+        prompt_from=run.prompter().shared_tokens if c.look_back else 0,
     )
     return TrainingJob(
         train_memory=run.path("build_memory", "train").resolve(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from jinja2 import TemplateError
@@ -74,6 +75,12 @@ class Prompter:
             raise UserError(
                 f"Task '{self.task.name}': the tokenizer's chat template refuses its prompts: {error}"
             ) from None
+
+    @cached_property
+    def shared_tokens(self) -> int:
+        """How many tokens all prompts begin with, whatever the source (none of them says where it begins)."""
+        one, other = (self.encode_prompt(source) for source in ("a", "1"))
+        return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
 
     def encode_prompt(self, source: str) -> list[int]:
         """Token ids `[p]` to generate from."""

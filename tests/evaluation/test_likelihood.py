@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,7 @@ from pema_ray.evaluation.likelihood import TokenLikelihood, token_likelihood
 from pema_ray.line import LMHead
 from pema_ray.line.lm_head import HeadSpec
 
-N, H, V, EOS = 2100, 6, 11, 1  # more rows than two chunks hold
+N, H, V, EOS = 2100, 6, 11, 1
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +31,29 @@ def head() -> LMHead:
     return LMHead(HeadSpec("rms_norm", 1e-5), tensors)
 
 
+@dataclass
+class Block:
+    key: np.ndarray
+    target: np.ndarray
+    wanted: np.ndarray
+
+
+def blocks(rows: tuple[np.ndarray, np.ndarray]) -> Iterator[Block]:
+    """The rows in three pieces, with a row before each that nobody asks about."""
+    key, target = rows
+    for part in np.array_split(np.arange(N), 3):
+        unasked = np.zeros((1, H), np.float32)
+        wanted = np.arange(len(part) + 1) > 0
+        yield Block(np.concatenate([unasked, key[part]]), np.concatenate([[EOS], target[part]]), wanted)
+
+
+def wanted_states(block: Block) -> torch.Tensor:
+    return torch.from_numpy(block.key[block.wanted])
+
+
 @pytest.fixture(scope="module")
 def measured(rows, head) -> TokenLikelihood:
-    return token_likelihood(*rows, eos=[EOS], head=head, pema_log_probs=lambda state: head.log_probs(-state))
+    return token_likelihood(blocks(rows), [EOS], head, lambda block: head.log_probs(-wanted_states(block)))
 
 
 def by_hand(rows, head) -> tuple[np.ndarray, np.ndarray]:
@@ -63,7 +86,7 @@ def test_nll_is_that_of_the_mixture_over_text_or_eos_rows(rows, head, measured, 
 
 
 def test_every_eos_of_the_plm_counts_as_one(rows, head):
-    several = token_likelihood(*rows, eos=[EOS, 5], head=head, pema_log_probs=head.log_probs)
+    several = token_likelihood(blocks(rows), [EOS, 5], head, lambda block: head.log_probs(wanted_states(block)))
     assert np.array_equal(several.is_eos, np.isin(rows[1], [1, 5]))
 
 

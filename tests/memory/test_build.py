@@ -25,7 +25,8 @@ SETTINGS = {"examples_per_shard": 2, "cpus_per_actor": 0.5, "max_batch_tokens": 
 
 
 def build(folder: Path, **changes) -> MemoryBuild:
-    return MemoryBuild(folder, EXAMPLES, CARD, "task", "train", BuildMemoryConfig(**{**SETTINGS, **changes}))
+    config = BuildMemoryConfig(**{**SETTINGS, **changes})
+    return MemoryBuild(folder, EXAMPLES, CARD, "task", "train", config, shared_tokens=1)
 
 
 def counting_factory(fail_on: int | None = None, refuse: str = "") -> Callable:
@@ -67,6 +68,32 @@ def in_this_process(build: MemoryBuild, numbers: list[int] | None = None, factor
 
 
 # ── without Ray ─────────────────────────────────────────────────────────────
+
+
+def test_rows_of_prompts_lie_before_those_of_targets(tmp_path: Path):
+    """What all prompts begin with (here one token) has no rows; whoever asks for no prompts sees none."""
+    in_this_process(build(tmp_path / "plain"))
+    in_this_process(build(tmp_path / "whole", prompts=True))
+    manifest = run_build(build(tmp_path / "whole", prompts=True), counting_factory())
+    assert (manifest.rows, manifest.prompt_from) == (33, 1)
+    assert sum(info.prompt_rows for info in manifest.shards) == 10
+    run_build(build(tmp_path / "plain"), counting_factory())
+    plain, whole = ExternalMemory.open(tmp_path / "plain").load(), ExternalMemory.open(tmp_path / "whole")
+    same = whole.load()
+    assert all(
+        np.array_equal(getattr(plain, name), getattr(same, name)) for name in ("target", "example_id", "position")
+    )
+    assert np.array_equal(plain.key[:], same.key[:])
+    first = next(whole.shards(prompts=True))
+    assert first.position[:3].tolist() == [-1, 0, 1] and first.target[:3].tolist() == [30, 4, 1]
+    assert first.key[:2].tolist() == [[30.0, 1.0], [60.0, 2.0]]
+    assert verify(tmp_path / "whole") == []
+
+
+def test_rows_of_prompts_need_whole_sequences():
+    for other in ({"context": "generated"}, {"deduplicate": True}):
+        with pytest.raises(ValueError, match="prompts keeps whole sequences"):
+            BuildMemoryConfig(prompts=True, **other)
 
 
 def test_the_parts_of_a_finished_memory_agree(tmp_path: Path):

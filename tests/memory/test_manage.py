@@ -20,25 +20,27 @@ H, V = 6, 50
 CARD = ModelCard("tiny", "a" * 16, H, V, 96, (1,))
 
 
-def make(folder: Path, examples: range, fingerprint: str = "a" * 16, seed: int = 0, **changes) -> Path:
-    """A memory of three rows an example, four examples a shard."""
+def make(folder: Path, examples: range, fingerprint: str = "a" * 16, seed: int = 0, prompt: int = 0, **changes) -> Path:
+    """A memory of three rows an example, the first `prompt` of them its prompt's; four examples a shard."""
     folder.mkdir(parents=True)
     random, shards = np.random.default_rng(seed), []
     for number, start in enumerate(range(examples.start, examples.stop, 4)):
         ids = np.repeat(np.arange(start, min(start + 4, examples.stop)), 3)
-        position = np.tile(np.arange(3, dtype=np.int32), len(ids) // 3)
+        position = np.tile(np.arange(-prompt, 3 - prompt, dtype=np.int32), len(ids) // 3)
         key = encode(random.normal(size=(len(ids), H)).astype(np.float32), "float32")
         rows = MemoryRows(key, random.integers(0, V, len(ids), dtype=np.int32), ids.astype(np.int64), position)
         name = f"shard-{number:05d}.parquet"
         size, digest = write_shard(folder / name, rows)
         shards.append(
-            {"name": name, "rows": len(rows), "examples": len(rows) // 3, "tokens": 9, "padded_tokens": 9,
+            {"name": name, "rows": int((position >= 0).sum()), "prompt_rows": int((position < 0).sum()),
+             "examples": len(rows) // 3, "tokens": 9, "padded_tokens": 9,
              "bytes": size, "sha256": digest}
         )  # fmt: skip
     described = {
         "plm_name": "tiny", "fingerprint": fingerprint, "hidden_size": H, "vocab_size": V, "eos_token_id": 1,
         "task": "t", "split": "train", "context": "teacher_forced", "key_dtype": "float32", "plan_hash": "0" * 16,
-        "rows": len(examples) * 3, "examples": len(examples), "shards": shards,
+        "rows": len(examples) * (3 - prompt), "prompt_from": 1 if prompt else None,
+        "examples": len(examples), "shards": shards,
     }  # fmt: skip
     manifest = Manifest.model_validate(described | changes)
     manifest.save(folder)
@@ -196,3 +198,16 @@ def test_blocks_of_which_some_have_weights_count_the_others_once(tmp_path: Path)
     rows = rows_of(make(tmp_path / "m", range(10)))
     some = replace(rows, weight=np.full(len(rows), 3, np.int32))
     assert MemoryRows.concatenate([rows, some]).weight.tolist() == [1] * len(rows) + [3] * len(rows)
+
+
+def test_rows_of_prompts_are_kept(tmp_path: Path):
+    one, other = make(tmp_path / "one", range(8), prompt=2), make(tmp_path / "two", range(8, 12), prompt=2)
+    assert verify(one) == []
+    halved = convert(one, tmp_path / "half", "float16")
+    both = merge([one, other], tmp_path / "both")
+    for manifest, folder, examples in ((halved, "half", 8), (both, "both", 12)):
+        assert verify(tmp_path / folder) == []
+        assert (manifest.rows, manifest.prompt_from) == (examples, 1)
+        assert sum(len(rows) for rows in ExternalMemory.open(tmp_path / folder).shards(prompts=True)) == 3 * examples
+    with pytest.raises(UserError, match="prompt_from is None"):
+        merge([one, make(tmp_path / "plain", range(20, 24))], tmp_path / "no")

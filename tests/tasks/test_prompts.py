@@ -113,6 +113,15 @@ def test_shots_are_shown_before_every_source(tokenizer):
     )
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_it_knows_what_all_prompts_begin_with(tokenizer, chat: bool):
+    prompter = Prompter(tokenizer, load_task("gyafc"), [Pair(7, "old one", "new one")], chat)
+    prompts = [prompter.encode_prompt(source) for source in ("Thou art", "1 fish", "Ünd?")]
+    shared = prompter.shared_tokens
+    assert shared > 5 and all(prompt[:shared] == prompts[0][:shared] for prompt in prompts)
+    assert len({prompt[shared] for prompt in prompts}) == 3
+
+
 def test_braces_in_a_source_are_text(tokenizer):
     assert Prompter(tokenizer, Task(name="t", template="{source}:")).text("{a} {0}") == "{a} {0}:"
 

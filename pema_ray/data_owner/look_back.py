@@ -1,0 +1,167 @@
+"""Lets an adapter look back: causal attention over all representations of a sequence, the prompt's among them.
+
+The PLM owner has no part in it: the data owner has received every representation and knows every token. Published PEMA
+sees one representation at a time. B sequences, T positions, H hidden, D width.
+
+At position t the input is `x_t`, which says what the PLM expects next, and the token read last. A position looks at
+itself and at those before it, and of those before it also sees the token that followed: what may have to be copied,
+or put into other words.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+_HEADS = 4
+
+
+class LookBack(nn.Module):
+    """`x + Σ blocks`, the identity before training.
+
+    Args:
+        layers: blocks, one after the other.
+        width: D of the attention, divisible by 4; the feed-forward layers are four times as wide.
+    """
+
+    def __init__(self, hidden_size: int, layers: int, width: int) -> None:
+        super().__init__()
+        self.hidden_size, self.width = hidden_size, width
+        self.token_norm = nn.RMSNorm(hidden_size)
+        self.blocks = nn.ModuleList(_Block(hidden_size, width) for _ in range(layers))
+
+    def forward(self, x_BTH: torch.Tensor, follows_BT: torch.Tensor, embedding_VH: torch.Tensor) -> torch.Tensor:
+        """What the adapter goes on with, `[B, T, H]`. Sequences are padded on their right.
+
+        Args:
+            follows_BT: the token after each position.
+            embedding_VH: the LM head's weight: it names tokens in the same space.
+        """
+        follows_BTH = self._embed(follows_BT, embedding_VH)
+        read_BTH = F.pad(follows_BTH, (0, 0, 1, 0))[:, :-1]  # what the first position read is not known
+        past = torch.ones(x_BTH.shape[1], x_BTH.shape[1], dtype=torch.bool, device=x_BTH.device).tril(-1)
+        for block in self._blocks():
+            x_BTH = block(x_BTH, read_BTH, follows_BTH, past)
+        return x_BTH
+
+    def _blocks(self) -> list[_Block]:
+        return [cast(_Block, block) for block in self.blocks]
+
+    def _embed(self, token: torch.Tensor, embedding_VH: torch.Tensor) -> torch.Tensor:
+        return self.token_norm(F.embedding(token, embedding_VH).float())
+
+    def begin(self, rows: int) -> LookBackCache:
+        """A cache of `rows` sequences that have no position yet."""
+        return LookBackCache(self, rows)
+
+
+class _Block(nn.Module):
+    """Attention with a key of nothing, then a feed-forward layer, each added to its input."""
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.norm, self.inner_norm = nn.RMSNorm(hidden_size), nn.RMSNorm(hidden_size)
+        self.query = nn.Linear(2 * hidden_size, width, bias=False)
+        self.key = nn.Linear(2 * hidden_size, width, bias=False)
+        self.value = nn.Linear(2 * hidden_size, width, bias=False)
+        self.nothing = nn.Parameter(torch.zeros(2, width))  # its key and value
+        self.out = nn.Linear(width, hidden_size, bias=False)
+        self.up, self.down = nn.Linear(hidden_size, 4 * width), nn.Linear(4 * width, hidden_size)
+        for closing in (self.out.weight, self.down.weight, self.down.bias):
+            nn.init.zeros_(closing)
+
+    def forward(
+        self, x_BTH: torch.Tensor, read_BTH: torch.Tensor, follows_BTH: torch.Tensor, past_TT: torch.Tensor
+    ) -> torch.Tensor:
+        normed = self.norm(x_BTH)
+        key, value = self.remember(normed, read_BTH, follows_BTH)
+        return self.finish(x_BTH, self.attend(normed, read_BTH, key, value, past_TT))
+
+    def remember(
+        self, normed_BTH: torch.Tensor, read_BTH: torch.Tensor, follows_BTH: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of positions, `[B, heads, T, D / heads]` each, once it is known what followed them."""
+        key = self.key(torch.cat([normed_BTH, read_BTH], -1))
+        return _by_head(key), _by_head(self.value(torch.cat([normed_BTH, follows_BTH], -1)))
+
+    def attend(
+        self,
+        normed_BTH: torch.Tensor,
+        read_BTH: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        seen: torch.Tensor,
+    ) -> torch.Tensor:
+        """What positions find among keys, `[B, T, D]`.
+
+        Args:
+            seen: which keys a position may look at, broadcast to `[B, heads, T, keys]`; nothing is always among them.
+        """
+        query = _by_head(self.query(torch.cat([normed_BTH, read_BTH], -1)))
+        none_key, none_value = (_by_head(row[None, None].expand(len(query), 1, -1)) for row in self.nothing)
+        found = F.scaled_dot_product_attention(
+            query, torch.cat([none_key, key], 2), torch.cat([none_value, value], 2), F.pad(seen, (1, 0), value=True)
+        )
+        return found.transpose(1, 2).flatten(2)
+
+    def finish(self, x_BTH: torch.Tensor, found_BTD: torch.Tensor) -> torch.Tensor:
+        x_BTH = x_BTH + self.out(found_BTD)
+        return x_BTH + self.down(F.gelu(self.up(self.inner_norm(x_BTH))))
+
+
+def _by_head(rows_BTD: torch.Tensor) -> torch.Tensor:
+    return rows_BTD.unflatten(-1, (_HEADS, -1)).transpose(1, 2)
+
+
+class LookBackCache:
+    """Keys and values of what has been seen while decoding, so that a step costs one position.
+
+    `step` gives what the adapter goes on with at the newest position; `follow` then says which tokens came, and which
+    sequences go on. Sequences are aligned at their ends.
+    """
+
+    def __init__(self, look_back: LookBack, rows: int) -> None:
+        self._look_back = look_back
+        device = look_back.token_norm.weight.device
+        empty = torch.zeros(rows, _HEADS, 0, look_back.width // _HEADS, device=device)
+        self._held = [(empty, empty) for _ in look_back.blocks]
+        self._read = torch.zeros(rows, 1, look_back.hidden_size, device=device)
+        self._seen = torch.zeros(rows, 0, dtype=torch.bool, device=device)
+        self._newest: list[torch.Tensor] = []
+
+    def step(self, x_BH: torch.Tensor) -> torch.Tensor:
+        """The newest position of every sequence, `[B, H]` in and out."""
+        x = x_BH[:, None]
+        self._newest = []
+        for block, (key, value) in zip(self._look_back._blocks(), self._held, strict=True):
+            normed = block.norm(x)
+            self._newest.append(normed)
+            x = block.finish(x, block.attend(normed, self._read, key, value, self._seen[:, None, None]))
+        return x[:, 0]
+
+    def follow(
+        self,
+        rows: torch.Tensor,
+        token_N: torch.Tensor,
+        embedding_VH: torch.Tensor,
+        real_N: torch.Tensor | None = None,
+    ) -> None:
+        """Sequence i is from now on what `rows[i]` was, followed by `token_N[i]`.
+
+        Args:
+            real_N: False where the newest position was padding, which nobody will see; all are real by default.
+        """
+        if not self._newest:  # nobody asked what comes next, and nobody will: λ is 0 from here on
+            return
+        follows = self._look_back._embed(token_N, embedding_VH)[:, None]
+        real = torch.ones_like(token_N, dtype=torch.bool) if real_N is None else real_N
+        for number, (block, normed) in enumerate(zip(self._look_back._blocks(), self._newest, strict=True)):
+            key, value = self._held[number]
+            new_key, new_value = block.remember(normed[rows], self._read[rows], follows)
+            self._held[number] = torch.cat([key[rows], new_key], 2), torch.cat([value[rows], new_value], 2)
+        self._seen = torch.cat([self._seen[rows], real[:, None]], 1)
+        self._read = torch.where(real[:, None, None], follows, 0)
+        self._newest = []

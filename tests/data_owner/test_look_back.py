@@ -1,0 +1,276 @@
+"""Looking back: causal, nothing before it is trained, and the same step by step as in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pema_ray.config import TrainConfig
+from pema_ray.data_owner import AdapterConfig, PemaAdapter
+from pema_ray.data_owner.feed import SequenceShuffle, sequences_in_order
+from pema_ray.data_owner.generation import Decoding, Generator, Request
+from pema_ray.data_owner.look_back import LookBack
+from pema_ray.data_owner.training import Trainer
+from pema_ray.data_owner.unrolling import UnrollingSchedule
+from pema_ray.errors import UserError
+from pema_ray.line import ExtractBatch
+from pema_ray.memory import MemoryRows
+from pema_ray.memory.codec import encode
+
+H, V, WIDTH = 16, 40, 8
+
+
+def stirred(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """The module with every parameter moved: nothing is left at a zero that would hide a fault."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=draw)
+    return module.eval()
+
+
+@pytest.fixture
+def look_back() -> LookBack:
+    module = stirred(LookBack(H, 2, WIDTH))
+    assert isinstance(module, LookBack)
+    return module
+
+
+@pytest.fixture
+def sequence() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`x [3, 7, H]`, the tokens that follow `[3, 7]`, and an embedding `[V, H]`."""
+    draw = torch.Generator().manual_seed(1)
+    size = (3, 7)
+    return (
+        torch.randn(*size, H, generator=draw),
+        torch.randint(0, V, size, generator=draw),
+        torch.randn(V, H, generator=draw),
+    )
+
+
+def test_it_is_nothing_before_it_is_trained(sequence):
+    x, follows, embedding = sequence
+    assert torch.equal(LookBack(H, 3, WIDTH)(x, follows, embedding), x)
+
+
+@pytest.mark.parametrize("at", range(7))
+def test_nothing_is_seen_of_what_comes_later(look_back, sequence, at: int):
+    """Not even the token that follows the position itself: it is what is to be predicted."""
+    x, follows, embedding = sequence
+    before = look_back(x, follows, embedding)
+    other_x, other_follows = x.clone(), follows.clone()
+    other_x[:, at + 1 :] += 1
+    other_follows[:, at:] = (other_follows[:, at:] + 1) % V
+    after = look_back(other_x, other_follows, embedding)
+    torch.testing.assert_close(after[:, : at + 1], before[:, : at + 1])
+    if at < 6:
+        assert not torch.allclose(after[:, at + 1], before[:, at + 1])
+
+
+def test_tokens_and_states_that_came_before_are_seen(look_back, sequence):
+    x, follows, embedding = sequence
+    before = look_back(x, follows, embedding)
+    other = follows.clone()
+    other[:, 1] = (other[:, 1] + 1) % V
+    assert not torch.allclose(look_back(x, other, embedding)[:, 4], before[:, 4])
+    moved = x.clone()
+    moved[:, 1] += 1
+    assert not torch.allclose(look_back(moved, follows, embedding)[:, 4], before[:, 4])
+
+
+def test_steps_give_what_one_pass_gives(look_back, sequence):
+    x, follows, embedding = sequence
+    expected = look_back(x, follows, embedding)
+    cache, rows = look_back.begin(3), torch.arange(3)
+    for t in range(7):
+        torch.testing.assert_close(cache.step(x[:, t]), expected[:, t])
+        cache.follow(rows, follows[:, t], embedding)
+
+
+def test_sequences_of_other_lengths_are_aligned_at_their_ends(look_back, sequence):
+    """Sequence i begins at step i; the steps before it are padding."""
+    x, follows, embedding = sequence
+    expected = [look_back(x[i : i + 1, i:], follows[i : i + 1, i:], embedding)[0] for i in range(3)]
+    cache, rows = look_back.begin(3), torch.arange(3)
+    for t in range(7):
+        found = cache.step(x[:, t])
+        for i in range(min(t, 2) + 1):
+            torch.testing.assert_close(found[i], expected[i][t - i])
+        cache.follow(rows, follows[:, t], embedding, torch.tensor([t >= i for i in range(3)]))
+
+
+def test_rows_fork_and_are_dropped(look_back, sequence):
+    x, follows, embedding = sequence
+    cache = look_back.begin(3)
+    cache.step(x[:, 0])
+    cache.follow(torch.tensor([2, 0, 2]), torch.tensor([5, 6, 7]), embedding)
+    chosen = torch.tensor([2, 0, 2])
+    found = cache.step(x[chosen, 1])
+    told = torch.stack([torch.tensor([5, 6, 7]), follows[chosen, 1]], 1)
+    torch.testing.assert_close(found, look_back(x[chosen, :2], told, embedding)[:, 1])
+
+
+# ── in an adapter ───────────────────────────────────────────────────────────
+
+
+def copies(count: int, seed: int, hidden: int = H) -> MemoryRows:
+    """Sequences whose targets repeat their prompts' tokens; a state tells its place alone, no token."""
+    draw = np.random.default_rng(seed)
+    places = np.random.default_rng(0).normal(size=(12, hidden)).astype(np.float32)
+    keys, targets, examples, positions = [], [], [], []
+    for example in range(count):
+        length = int(draw.integers(2, 6))
+        tokens = draw.integers(3, V, length)
+        for half in (0, 1):  # the prompt's rows, then the target's: place k of each is the same state
+            keys += [places[k + 6 * half] for k in range(length)]
+            targets += tokens.tolist()
+            positions += [k - length * (1 - half) for k in range(length)]
+        examples += [example] * 2 * length
+    as_int = [np.array(some, kind) for some, kind in ((targets, np.int32), (examples, np.int64), (positions, np.int32))]
+    return MemoryRows(encode(np.array(keys, np.float32), "float32"), *as_int)
+
+
+def make_trainer(head, folder: Path, look_back: int) -> Trainer:
+    config = TrainConfig(
+        rank=6, batch_size=128, epochs=12, validate_every=20, learning_rate=1e-2, look_back=look_back,
+        look_back_width=32, solver="none", residual=True,
+    )  # fmt: skip
+    adapter = AdapterConfig(H, 6, "tiny", "a" * 16, residual=True, look_back_layers=look_back, look_back_width=32)
+    train, dev = copies(400, 1), copies(60, 2)
+    if not look_back:
+        train, dev = train.of_targets, dev.of_targets
+    return Trainer(adapter, config, head, train, dev, folder, seed=5)
+
+
+def test_it_learns_what_no_single_state_tells(make_head, tmp_path: Path):
+    _, blind = make_trainer(make_head(), tmp_path / "blind", 0).run()
+    adapter, seeing = make_trainer(make_head(), tmp_path / "seeing", 1).run()
+    assert blind.best_prediction > 3.0  # 37 tokens, each as likely as another: 3.6 nats
+    assert seeing.best_prediction < 0.5 * blind.best_prediction
+    again = PemaAdapter.from_pretrained(adapter.save_pretrained(tmp_path / "adapter"))
+    assert again.config.looks_back and "looks back through 1 × 32" in (tmp_path / "adapter/README.md").read_text()
+    for name, tensor in adapter.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_training_goes_on_as_if_it_had_never_stopped(make_head, tmp_path: Path):
+    class Killed(Exception):
+        pass
+
+    def kill(kind, point):
+        if point.step == 47:
+            raise Killed
+
+    undisturbed, _ = make_trainer(make_head(), tmp_path / "one", 1).run()
+    dying = make_trainer(make_head(), tmp_path / "two", 1)
+    dying.on_point = kill
+    with pytest.raises(Killed):
+        dying.run()
+    resumed, _ = make_trainer(make_head(), tmp_path / "two", 1).run()
+    for name, tensor in undisturbed.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
+def test_batches_are_whole_sequences_and_processes_share_them():
+    rows = copies(50, 3)
+    whole = SequenceShuffle(rows, 36, seed=1)
+    parts = [SequenceShuffle(rows, 36, seed=1, rank=rank, world=2) for rank in range(2)]
+    assert whole.rows == int((rows.position >= 0).sum())
+    seen: list[int] = []
+    for one, *others in zip(whole.batches(3), *(part.batches(3) for part in parts), strict=True):
+        assert sorted(np.concatenate([b.example for b in others])) == sorted(one.example)
+        assert one.share.sum() == pytest.approx(1) and sum(b.share.sum() for b in others) == pytest.approx(2)
+        for example in np.unique(one.example):
+            assert (one.example == example).sum() == (rows.example_id == example).sum()
+        assert one.wanted.sum() * 2 == len(one.target)
+        seen += np.unique(one.example).tolist()
+    assert len(seen) == len(set(seen)) >= 40
+    once = np.concatenate([block.target for part in parts for block in part.once()])
+    assert sorted(once) == sorted(rows.target[rows.position >= 0])
+
+
+def test_a_batch_is_split_between_sequences():
+    (batch, *_) = SequenceShuffle(copies(9, 4), 1000, seed=1).batches(0)
+    assert batch.example is not None
+    parts = batch.split(4)
+    assert len(parts) == 4 and sum(len(part.target) for part in parts) == len(batch.target)
+    assert sum(len(np.unique(part.example)) for part in parts) == len(np.unique(batch.example))
+
+
+def test_sequences_in_order_end_where_enough_is_predicted():
+    rows = copies(30, 6)
+    found = list(sequences_in_order(rows, 20))
+    wanted = sum(int(batch.wanted.sum()) for batch in found)
+    assert 20 <= wanted < 26
+    every = list(sequences_in_order(rows))
+    assert np.array_equal(np.concatenate([batch.target for batch in every]), rows.target)
+
+
+# ── while decoding ──────────────────────────────────────────────────────────
+
+PROMPTS = [[5, 9, 3, 44, 7, 21], [5, 9, 3, 8], [5, 9, 3, 30, 31, 32, 33, 34, 35]]
+
+
+@pytest.fixture
+def looking(tiny_source) -> tuple[object, PemaAdapter]:
+    source = tiny_source("llama")
+    card = source.describe()
+    config = AdapterConfig(
+        card.hidden_size, 4, card.name, card.fingerprint, residual=True, look_back_layers=2, look_back_width=8,
+        prompt_from=3,
+    )  # fmt: skip
+    adapter = stirred(PemaAdapter(config), 3)
+    assert isinstance(adapter, PemaAdapter)
+    return source, adapter
+
+
+def by_hand(source, adapter: PemaAdapter, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+    """log P of every token, each from one pass over the whole sequence."""
+    head, ids = source.lm_head().head, [*prompt, *tokens]
+    first = min(adapter.config.prompt_from, len(prompt) - 1)
+    state = source.extract(ExtractBatch([ids[:-1]], [first]))
+    target, example = torch.tensor(ids[first + 1 :]), torch.zeros(len(state), dtype=torch.long)
+    return adapter.log_probs(state, head, target, example)[-len(tokens) :]
+
+
+@pytest.mark.parametrize("decoding", [Decoding("greedy"), Decoding("beam", beams=3)], ids=lambda d: d.kind)
+@torch.inference_mode()
+def test_answers_are_those_of_whole_passes(looking, decoding: Decoding):
+    source, adapter = looking
+    text: Callable = lambda tokens: " ".join(map(str, tokens))  # noqa: E731
+    generator = Generator(source, source.lm_head().head, adapter, text, [1])
+    requests = [
+        Request(prompt, steps, UnrollingSchedule(1.0)) for prompt, steps in zip(PROMPTS, (6, 9, 4), strict=True)
+    ]
+    answers = generator.generate(requests, decoding, explain=True)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        log_p = by_hand(source, adapter, prompt, answer.tokens)
+        told = torch.tensor([trace.log_pema for trace in answer.trace])
+        torch.testing.assert_close(told, log_p[range(len(told)), answer.tokens], atol=1e-4, rtol=1e-4)
+        assert answer.log_prob == pytest.approx(float(told.sum()), abs=1e-3)
+        if decoding.kind == "greedy":
+            assert log_p.argmax(-1).tolist() == answer.tokens
+
+
+@torch.inference_mode()
+def test_nobody_looks_back_at_lambda_0(looking):
+    source, adapter = looking
+    head = source.lm_head().head
+
+    def answer(expert):
+        generator = Generator(source, head, expert, str, [1])
+        return generator.generate([Request(p, 5, UnrollingSchedule(0.0)) for p in PROMPTS], Decoding())
+
+    assert [found.tokens for found in answer(adapter)] == [found.tokens for found in answer(None)]
+
+
+def test_a_memory_without_prompts_is_refused(tmp_path: Path, make_rows, card):
+    from pema_ray.memory import ExternalMemory
+    from tests.memory.test_manage import make
+
+    with pytest.raises(UserError, match=r"build_memory\.prompts=true"):
+        ExternalMemory.open(make(tmp_path / "m", range(4))).view(prompts=True)
