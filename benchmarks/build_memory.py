@@ -75,7 +75,7 @@ def _options() -> argparse.Namespace:
 def _measure(o: argparse.Namespace, scratch: Path) -> None:
     device = device_of(o)
     experiment = load_config(CONFIG)
-    name = _tiny_model(scratch / "tiny") if o.smoke else o.model
+    name = tiny_model(scratch / "tiny") if o.smoke else o.model
     plm_config = PLMConfig(name=name, dtype=o.dtype, device=str(device), threads=o.threads)
     started = time.perf_counter()
     source = InProcessPLM(load_plm(plm_config))
@@ -86,20 +86,20 @@ def _measure(o: argparse.Namespace, scratch: Path) -> None:
         examples_per_shard=o.examples_per_shard,
         max_batch_tokens=o.batch_tokens or experiment.build_memory.max_batch_tokens,
     )
-    examples = _examples(source, experiment, o.pairs)
+    examples = packaged_examples(source, experiment, o.pairs)
     shards = plan_shards(examples, settings.examples_per_shard)
     rows = {shard.name: sum(len(e.target) + 1 for e in shard.examples) for shard in shards}
     eos = source.describe().eos_token_ids[0]
     ray_config = RayConfig(num_cpus=max(4, o.threads + 2))
 
-    _in_process(source, shards[:1], eos, settings, scratch)  # warm-up of kernels, allocator and file system
+    in_process(source, shards[:1], eos, settings, scratch)  # warm-up of kernels, allocator and file system
     _bare(source.plm, shards[:1], settings, cached_prefix=True)
     turns: dict[str, list[Seconds]] = {"bare": [], "bare_cached": [], "in_process": [], "ray_data": []}
     startup, published_rates = [], []
     for turn in range(o.repeats):
         console.print(f"[dim]turn {turn + 1} of {o.repeats}[/]")
         turns["bare"].append(_bare(source.plm, shards, settings, cached_prefix=False))
-        turns["in_process"].append(_in_process(source, shards, eos, settings, scratch))
+        turns["in_process"].append(in_process(source, shards, eos, settings, scratch))
         turns["bare_cached"].append(_bare(source.plm, shards, settings, cached_prefix=True))
         build = MemoryBuild(scratch / f"ray-{turn}", examples, source.describe(), "bible_modern", "train", settings)
         steady, seconds = _ray_data(build, plm_config, ray_config, rows)
@@ -161,7 +161,7 @@ def _speed(ours: Sequence[Seconds], theirs: Sequence[Seconds]) -> float:
 # ── data ────────────────────────────────────────────────────────────────────
 
 
-def _examples(source: InProcessPLM, experiment: ExperimentConfig, pairs: int) -> list[EncodedPair]:
+def packaged_examples(source: InProcessPLM, experiment: ExperimentConfig, pairs: int) -> list[EncodedPair]:
     """The quickstart's prompts over the packaged task."""
     task = load_task(experiment.task.name)
     found = load_pairs(task, limits={**experiment.task.limits, "train": pairs}, seed=experiment.seed)["train"]
@@ -170,7 +170,7 @@ def _examples(source: InProcessPLM, experiment: ExperimentConfig, pairs: int) ->
     return [prompter.encode_pair(pair) for pair in found]
 
 
-def _tiny_model(folder: Path) -> str:
+def tiny_model(folder: Path) -> str:
     """A random llama of two layers that speaks the packaged model's tokens."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -199,7 +199,7 @@ def _tiny_model(folder: Path) -> str:
 # ── ours ────────────────────────────────────────────────────────────────────
 
 
-def _in_process(
+def in_process(
     source: InProcessPLM, shards: Sequence[ShardPlan], eos: int, settings: BuildMemoryConfig, scratch: Path
 ) -> Seconds:
     """`rows_of_shard` and `write_shard`, shard after shard: what an actor does, without Ray."""

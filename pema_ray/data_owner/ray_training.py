@@ -26,6 +26,7 @@ from pema_ray.memory.shards import atomic_file, read_shard
 
 _PROGRESS = "progress.jsonl"
 _REFUSAL = "refusal.txt"
+_FAILURE = "failure"
 FIRST_STEP = "first_step.json"  # of a streamed training: how much of the memory was there
 
 
@@ -78,7 +79,8 @@ def fit(
     )
     job.run_dir.mkdir(parents=True, exist_ok=True)
     refusal = job.run_dir / _REFUSAL
-    refusal.unlink(missing_ok=True)
+    for told in (refusal, *job.run_dir.glob(f"{_FAILURE}-*.json")):
+        told.unlink(missing_ok=True)
     if not c.resume:  # once, here: a worker that dies goes on from the checkpoint all the same
         (job.run_dir / CHECKPOINT).unlink(missing_ok=True)
     with _following(job.run_dir / _PROGRESS, on_point):
@@ -132,10 +134,38 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
         return {"error": "", "history": _train(job).to_dict()}
     except UserError as error:
         if ray.train.get_context().get_world_size() > 1:
-            with atomic_file(refusal) as temporary:
-                temporary.write_text(str(error))
+            _write(refusal, str(error))
             raise
         return {"error": str(error), "history": {}}
+    except Exception as error:
+        if said := _said_before(job, error):
+            _write(refusal, said)
+        raise
+
+
+def _said_before(job: TrainingJob, error: Exception) -> str:
+    """What to tell the user when this worker failed in these words at this very step before: it would for ever."""
+    import ray.train
+
+    step = _last_step(job.run_dir / _PROGRESS)
+    words = f"{type(error).__name__}: {error}"
+    record = job.run_dir / f"{_FAILURE}-{ray.train.get_context().get_world_rank()}.json"
+    now = json.dumps({"step": step, "error": words})
+    if record.exists() and record.read_text() == now:
+        return f"{job.run_dir}: a training worker fails the same way every time, after step {step}: {words}"
+    _write(record, now)
+    return ""
+
+
+def _last_step(progress: Path) -> int:
+    """The last step that the leading worker told of."""
+    lines = progress.read_text().split("\n") if progress.exists() else []
+    return next((json.loads(line)["step"] for line in reversed(lines[:-1]) if line), 0)
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(text)
 
 
 def _train(job: TrainingJob) -> History:

@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 
+from tests.data_owner.conftest import make_rows  # noqa: F401  a fixture
+from tests.data_owner.test_ray_training import write_memory
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-def smoke(name: str, results: Path) -> dict[str, Any]:
+def smoke(name: str, results: Path, *more: str) -> dict[str, Any]:
     """Run a benchmark in its smallest size, in a process of its own, and read its results."""
     command = [
         sys.executable,
@@ -25,6 +28,7 @@ def smoke(name: str, results: Path) -> dict[str, Any]:
         "1",
         "--results-dir",
         str(results),
+        *more,
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -66,3 +70,30 @@ def test_row_formats_measures_every_format(tmp_path: Path):
     figures = smoke("row_formats", tmp_path)["figures"]
     assert set(figures["dev_loss"]) == set(figures["bytes"]) == {"float32", "float16", "bfloat16", "int8"}
     assert set(figures["seconds_to_read"]) == {"memmap", *figures["bytes"]}
+
+
+@pytest.mark.slow
+def test_stage3_memory_measures_every_size(tmp_path: Path):
+    figures = smoke("stage3_memory", tmp_path)["figures"]
+    assert set(figures["peak_bytes"]) == set(figures["sizes"])
+
+
+def test_shuffle_measures_every_order(tmp_path: Path, tiny_source, make_rows):  # noqa: F811
+    bundle = tiny_source("llama").lm_head()
+    bundle.save(tmp_path / "export_head" / "lm_head")
+    (tmp_path / "build_memory").mkdir()
+    for split, count in (("train", 640), ("dev", 100)):
+        write_memory(
+            tmp_path / "build_memory" / split, bundle.card, make_rows(count, 1, bundle.card.hidden_size), split
+        )
+    figures = smoke("shuffle", tmp_path, "--run", str(tmp_path), "--batch", "64")["figures"]
+    assert set(figures["dev_loss"]) == {"global", "window", "one_shard"}
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_ray_overhead_measures_a_build_and_a_training(tmp_path: Path):
+    figures = smoke("ray_overhead", tmp_path)["figures"]
+    assert set(figures["seconds"]) == {
+        "build_process", "build_ray", "build_one", "build_two", "train_ray", "train_process",
+    }  # fmt: skip

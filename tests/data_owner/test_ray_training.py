@@ -169,6 +169,26 @@ def test_a_damaged_shard_is_refused_by_name(make_job, monkeypatch):
     assert "shard-00001.parquet: this shard is missing" in _worker({"job": job})["error"]
 
 
+def test_a_failure_that_comes_back_is_told_and_not_tried_for_ever(make_job, monkeypatch):
+    """The first time it may be the machine's; in the same words at the same step it is the program's."""
+    alone = types.SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+    monkeypatch.setattr("ray.train.get_context", lambda: alone)
+    monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))
+    words = iter(["out of luck", "out of memory", "out of memory"])
+
+    def fail(trainer):
+        raise RuntimeError(next(words))
+
+    monkeypatch.setattr(Trainer, "run", fail)
+    job = make_job()
+    (job.run_dir).mkdir()
+    for _ in range(3):
+        with pytest.raises(RuntimeError):
+            _worker({"job": job})
+    told = _worker({"job": job})["error"]
+    assert "fails the same way every time, after step 0: RuntimeError: out of memory" in told
+
+
 def test_a_rank_above_the_hidden_size_is_refused_before_anything_starts(make_job):
     job = make_job()
     with pytest.raises(UserError, match="train.rank=33: the rank must lie between 1 and the PLM's hidden size 32"):

@@ -5,7 +5,9 @@ Together these tests kill 20 times and more; each asserts that its kills did str
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -24,7 +26,7 @@ import torch
 from pema_ray.config import BuildMemoryConfig, TrainConfig
 from pema_ray.data_owner import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.ray_training import TrainingJob, fit
-from pema_ray.data_owner.training import Trainer
+from pema_ray.data_owner.training import History, Trainer
 from pema_ray.line import LMHeadBundle, ModelCard
 from pema_ray.memory import ExternalMemory
 from pema_ray.memory.build import MemoryBuild, run_build
@@ -207,31 +209,85 @@ def test_nodes_are_killed(undisturbed, tmp_path: Path):
     assert_whole(tmp_path / "m", undisturbed)
 
 
-def test_train_workers_are_killed(ray_cluster, tiny_source, make_rows, tmp_path: Path):  # noqa: F811
-    """One worker, float32: the adapter is bit for bit that of an undisturbed run."""
+def training(tiny_source, make_rows, folder: Path, **changes) -> tuple[LMHeadBundle, TrainingJob]:  # noqa: F811
+    """A job of some thousand steps."""
     bundle: LMHeadBundle = tiny_source("llama").lm_head()
     card = bundle.card
     config = TrainConfig(
         rank=6, batch_size=32, epochs=400, validate_every=25, learning_rate=1e-3, dropout=0.1, cpus_per_worker=0.5,
         dtype="float32", patience=1000, max_failures=20,
     )  # fmt: skip
+    config = config.model_copy(update=changes)
     adapter = AdapterConfig(card.hidden_size, config.rank, card.name, card.fingerprint, dropout=config.dropout)
     job = TrainingJob(
-        train_memory=write_memory(tmp_path / "train", card, make_rows(640, 1, card.hidden_size), "train"),
-        dev_memory=write_memory(tmp_path / "dev", card, make_rows(100, 2, card.hidden_size), "dev"),
-        bundle=bundle.save(tmp_path / "lm_head"),
-        run_dir=tmp_path / "run",
+        train_memory=write_memory(folder / "train", card, make_rows(640, 1, card.hidden_size), "train"),
+        dev_memory=write_memory(folder / "dev", card, make_rows(100, 2, card.hidden_size), "dev"),
+        bundle=bundle.save(folder / "lm_head"),
+        run_dir=folder / "run",
         adapter=adapter,
         config=config,
     )
+    return bundle, job
+
+
+def undisturbed_training(bundle: LMHeadBundle, job: TrainingJob, folder: Path) -> tuple[PemaAdapter, History]:
+    """The same training in one process that nobody kills."""
+    rows = (ExternalMemory.open(path).view() for path in (job.train_memory, job.dev_memory))
+    torch.set_num_threads(1)
+    return Trainer(job.adapter, job.config, bundle.head, *rows, folder).run()
+
+
+def test_train_workers_are_killed(ray_cluster, tiny_source, make_rows, tmp_path: Path):  # noqa: F811
+    """One worker, float32: the adapter is bit for bit that of an undisturbed run."""
+    bundle, job = training(tiny_source, make_rows, tmp_path)
     with killing("RayTrainWorker", 5, 4, (3.0, 6.0)) as struck:
         history = fit(job)
     assert len(struck) == 4
-    rows = (ExternalMemory.open(path).view() for path in (job.train_memory, job.dev_memory))
-    torch.set_num_threads(1)
-    expected, alone = Trainer(adapter, config, bundle.head, *rows, tmp_path / "alone").run()
-    found = PemaAdapter.from_pretrained(job.run_dir / "adapter", card)
+    expected, alone = undisturbed_training(bundle, job, tmp_path / "alone")
+    found = PemaAdapter.from_pretrained(job.run_dir / "adapter", bundle.card)
     for name, tensor in expected.state_dict().items():
         assert torch.equal(tensor, found.state_dict()[name]), name
     assert [p.prediction for p in history.validation] == [p.prediction for p in alone.validation]
     assert len(history.train) == history.total_steps
+
+
+@pytest.mark.slow
+def test_training_goes_on_with_fewer_workers_when_a_node_goes(tiny_source, make_rows, tmp_path: Path):  # noqa: F811
+    """Two workers on two nodes; one node dies for good, and the other ends what both began."""
+    changes = {"dropout": 0.0, "workers": 2, "min_workers": 1, "cpus_per_worker": 1.0}
+    bundle, job = training(tiny_source, make_rows, tmp_path, **changes)
+    (tmp_path / "job.pickle").write_bytes(pickle.dumps(job))
+    program = textwrap.dedent(
+        f"""
+        import os, pickle, threading, time, ray
+        from pathlib import Path
+        from ray.cluster_utils import Cluster
+        from pema_ray.data_owner.ray_training import fit
+        here = Path({str(tmp_path)!r})
+        job = pickle.loads((here / "job.pickle").read_bytes())
+        small = {{"num_cpus": 1, "object_store_memory": 90 * 2**20}}
+        cluster = Cluster(initialize_head=True, connect=True, head_node_args=small)
+        node = cluster.add_node(**small)
+        taught = []
+        thread = threading.Thread(target=lambda: fit(job, lambda kind, point: taught.append(point.step)))
+        thread.start()
+        while not taught or taught[-1] < 200:
+            time.sleep(0.1)
+        workers = sum("RayTrainWorker" in (actor.class_name or "") and actor.state == "ALIVE"
+                      for actor in ray.util.state.list_actors())
+        cluster.remove_node(node, allow_graceful=False)
+        thread.join()
+        (here / "told").write_text(f"{{workers}} {{len(ray.nodes())}} {{sum(n['Alive'] for n in ray.nodes())}}")
+        os._exit(0)
+        """
+    )
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "told").read_text() == "2 2 1"
+    expected, alone = undisturbed_training(bundle, job, tmp_path / "alone")
+    history = History.from_dict(json.loads((job.run_dir / "history.json").read_text()))
+    assert len(history.train) == history.total_steps == alone.total_steps
+    found = PemaAdapter.from_pretrained(job.run_dir / "adapter", bundle.card)
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(tensor, found.state_dict()[name], atol=1e-4, rtol=1e-3, msg=name)

@@ -1,0 +1,146 @@
+"""What Ray costs, and what a second actor brings: a build and a training, on Ray and in one process.
+
+Both sides do the whole job from a standing start, model loading included, but for the cluster, which is up already. The
+overhead is a matter of seconds, not of rows, so its share falls as a job grows: seconds are told beside the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+from _harness import Aim, console, device_of, options, show, write_results
+from build_memory import CONFIG, PACKAGED, in_process, packaged_examples, tiny_model
+
+from pema_ray.config import BuildMemoryConfig, PLMConfig, RayConfig, TrainConfig, load_config
+from pema_ray.data_owner.adapter import AdapterConfig
+from pema_ray.data_owner.ray_training import TrainingJob, fit
+from pema_ray.data_owner.training import Trainer
+from pema_ray.hardware import pick_dtype
+from pema_ray.line import LMHeadBundle
+from pema_ray.memory import ExternalMemory
+from pema_ray.memory.build import MemoryBuild, run_build
+from pema_ray.memory.plan import plan_shards
+from pema_ray.plm_owner import InProcessPLM, load_plm
+from pema_ray.stages.cluster import ray_cluster
+from pema_ray.stages.plm import factory
+
+NAME = "ray_overhead"
+AIMS = {
+    "build_two_actors_over_one": Aim(1.8),
+    "build_on_ray_over_process_seconds": Aim(1.1, at_most=True),
+    "train_on_ray_over_process_seconds": Aim(1.1, at_most=True),
+}
+
+
+def main() -> None:
+    parser = options("Seconds that Ray adds to a build and to a training; what a second actor brings.")
+    parser.add_argument("--model", default=PACKAGED, help="as plm.name in a configuration")
+    parser.add_argument("--pairs", type=int, default=400)
+    parser.add_argument("--examples-per-shard", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=4, help="of training on the memory that was built")
+    parser.add_argument("--rank", type=int, default=512)
+    parser.add_argument("--scratch", type=Path, default=None, help="where memories are written (default: temporary)")
+    o = parser.parse_args()
+    if o.smoke:
+        o.pairs, o.examples_per_shard, o.epochs, o.rank = 12, 2, 1, 4
+    with tempfile.TemporaryDirectory(prefix="ro", dir=o.scratch) as scratch:
+        _measure(o, Path(scratch))
+
+
+def _measure(o: argparse.Namespace, scratch: Path) -> None:
+    device = device_of(o)
+    name = tiny_model(scratch / "tiny") if o.smoke else o.model
+    plm = PLMConfig(name=name, device=str(device), threads=o.threads)
+    seconds: dict[str, float] = {}
+    settings = BuildMemoryConfig(
+        cpus_per_actor=o.threads,
+        gpus_per_actor=int(o.gpu),
+        examples_per_shard=o.examples_per_shard,
+        max_batch_tokens=load_config(CONFIG).build_memory.max_batch_tokens,
+    )
+    # in one process, from the loading of the model on
+    started = time.perf_counter()
+    source = InProcessPLM(load_plm(plm))
+    examples = packaged_examples(source, load_config(CONFIG), o.pairs)
+    card, eos = source.describe(), source.describe().eos_token_ids[0]
+    shards = plan_shards(examples, settings.examples_per_shard)
+    in_process(source, shards, eos, settings, scratch)
+    seconds["build_process"] = time.perf_counter() - started
+    bundle = source.lm_head().save(scratch / "lm_head")
+    del source
+    rows = sum(len(e.target) + 1 for e in examples)
+
+    steady: dict[int, float] = {}
+    with ray_cluster(RayConfig(num_cpus=max(4, o.threads + 2)), o.threads, int(o.gpu)):
+        for folder, changes in (
+            ("ray", {}),
+            ("one", {"actors": 1, "cpus_per_actor": 1}),
+            ("two", {"actors": 2, "cpus_per_actor": 1}),
+        ):
+            config = settings.model_copy(update=changes)
+            threads = o.threads if folder == "ray" else 1
+            build = MemoryBuild(scratch / folder, examples, card, "bible_modern", "train", config)
+            started = time.perf_counter()
+            run_build(build, factory(plm.model_copy(update={"threads": threads}), config.cpus_per_actor, card))
+            seconds[f"build_{folder}"] = time.perf_counter() - started
+            if folder != "ray":
+                steady[config.actors] = _steady_rate(scratch / folder, config.actors)
+        job = TrainingJob(
+            train_memory=scratch / "ray",
+            dev_memory=scratch / "one",
+            bundle=bundle,
+            run_dir=scratch / "run",
+            adapter=AdapterConfig(card.hidden_size, o.rank, card.name, card.fingerprint),
+            config=TrainConfig(rank=o.rank, epochs=o.epochs, validate_every=10**9, cpus_per_worker=o.threads),
+        )
+        started = time.perf_counter()
+        fit(job)
+        seconds["train_ray"] = time.perf_counter() - started
+    started = time.perf_counter()
+    loaded = LMHeadBundle.load(bundle)
+    train, dev = (ExternalMemory.open(path).view() for path in (job.train_memory, job.dev_memory))
+    head = loaded.head.to(pick_dtype("auto", device))
+    Trainer(job.adapter, job.config, head, train, dev, scratch / "alone").run()
+    seconds["train_process"] = time.perf_counter() - started
+
+    ratios = {
+        "build_two_actors_over_one": steady[2] / steady[1],
+        "build_on_ray_over_process_seconds": seconds["build_ray"] / seconds["build_process"],
+        "train_on_ray_over_process_seconds": seconds["train_ray"] / seconds["train_process"],
+    }
+    notes = [
+        "Two actors have a thread each, and so has one; rates are from the first finished shards to the last.",
+        "Seconds are of the whole job, model loading included; the cluster was up before.",
+    ]
+    figures = {
+        "seconds": seconds,
+        "rows_per_second": {f"{actors} actors of one thread": rate for actors, rate in steady.items()},
+        "rows": rows,
+        "pairs": o.pairs,
+        "shards": len(shards),
+        "epochs": o.epochs,
+        "threads": o.threads,
+        "device": str(device),
+        "smoke": o.smoke,
+        "aims": {name: str(aim) for name, aim in AIMS.items()},
+        "notes": notes,
+    }
+    path = write_results(NAME, ratios, figures, o.results_dir)
+    show("What Ray costs", ratios, AIMS, notes)
+    console.print("  ".join(f"{what} {value:,.1f} s" for what, value in seconds.items()))
+    console.print(f"written: {path}")
+
+
+def _steady_rate(folder: Path, actors: int) -> float:
+    """Rows per second once every actor has finished its first shard."""
+    shards = {folder / info.name: info.rows for info in ExternalMemory.open(folder).manifest.shards}
+    done = sorted(shards, key=lambda path: path.stat().st_mtime_ns)
+    span = (done[-1].stat().st_mtime_ns - done[actors - 1].stat().st_mtime_ns) / 1e9
+    return sum(shards[path] for path in done[actors:]) / span
+
+
+if __name__ == "__main__":
+    main()
