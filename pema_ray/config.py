@@ -118,6 +118,8 @@ class TrainConfig(Section):
     adapter's maps; 0 is published PEMA."""
     look_back_width: int = Field(default=256, ge=4, multiple_of=4)
     """Of these blocks."""
+    look_back_dropout: float = Field(default=0.2, ge=0, lt=1)
+    """In these blocks; small memories are learned by heart without it."""
     solver: Literal["closed_form", "adam", "none"] = "closed_form"
     """Stage 1, reconstruction: exact, by gradient, or skipped (random A, zero B)."""
     kappa: float = Field(default=0.2, ge=0, le=1)
@@ -299,14 +301,16 @@ class KnnSettings(Section):
 
 SYSTEMS = (
     "copy", "plm", "few_shot", "knn", "pema", "pema_kappa_0", "pema_no_stage_1", "pema_adam", "lora",
+    "pema_look_back",
 )  # fmt: skip
 
 
 class CompareConfig(Section):
     """PEMA beside its peers on the same pairs, decoded as `generate` says."""
 
-    systems: tuple[str, ...] = SYSTEMS
-    """Which; leave out what takes too long (`lora` trains the whole PLM, `pema_adam` solves stage 1 by gradient)."""
+    systems: tuple[str, ...] = SYSTEMS[:-1]
+    """Which; leave out what takes too long (`lora` trains the whole PLM, `pema_adam` solves stage 1 by gradient).
+    `pema_look_back` needs `build_memory.prompts`."""
     few_shot: int = Field(default=3, ge=1)
     """Examples shown to the few-shot PLM."""
     knn: KnnSettings = KnnSettings()

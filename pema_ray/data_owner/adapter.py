@@ -46,6 +46,7 @@ class AdapterConfig:
     task: str = ""
     look_back_layers: int = 0
     look_back_width: int = 256
+    look_back_dropout: float = 0.0
     prompt_from: int = 0
     """The first token of a prompt that it looks back at."""
 
@@ -79,7 +80,9 @@ class PemaAdapter(nn.Module):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as published
         self.look_back: LookBack | None = None
         if config.looks_back:
-            self.look_back = LookBack(config.hidden_size, config.look_back_layers, config.look_back_width)
+            self.look_back = LookBack(
+                config.hidden_size, config.look_back_layers, config.look_back_width, config.look_back_dropout
+            )
 
     def start_from_reconstruction(self, A: torch.Tensor, B_rct: torch.Tensor) -> None:
         """Take stage 1's solution and let prediction start from it, so that PEMA starts as the PLM.

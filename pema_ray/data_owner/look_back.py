@@ -25,13 +25,14 @@ class LookBack(nn.Module):
     Args:
         layers: blocks, one after the other.
         width: D of the attention, divisible by 4; the feed-forward layers are four times as wide.
+        dropout: while training, of what goes into a block and of what its two layers add.
     """
 
-    def __init__(self, hidden_size: int, layers: int, width: int) -> None:
+    def __init__(self, hidden_size: int, layers: int, width: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.hidden_size, self.width = hidden_size, width
-        self.token_norm = nn.RMSNorm(hidden_size)
-        self.blocks = nn.ModuleList(_Block(hidden_size, width) for _ in range(layers))
+        self.token_norm, self.drop = nn.RMSNorm(hidden_size), nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(_Block(hidden_size, width, dropout) for _ in range(layers))
 
     def forward(self, x_BTH: torch.Tensor, follows_BT: torch.Tensor, embedding_VH: torch.Tensor) -> torch.Tensor:
         """What the adapter goes on with, `[B, T, H]`. Sequences are padded on their right.
@@ -51,7 +52,7 @@ class LookBack(nn.Module):
         return [cast(_Block, block) for block in self.blocks]
 
     def _embed(self, token: torch.Tensor, embedding_VH: torch.Tensor) -> torch.Tensor:
-        return self.token_norm(F.embedding(token, embedding_VH).float())
+        return self.drop(self.token_norm(F.embedding(token, embedding_VH).float()))
 
     def begin(self, rows: int) -> LookBackCache:
         """A cache of `rows` sequences that have no position yet."""
@@ -61,9 +62,9 @@ class LookBack(nn.Module):
 class _Block(nn.Module):
     """Attention with a key of nothing, then a feed-forward layer, each added to its input."""
 
-    def __init__(self, hidden_size: int, width: int) -> None:
+    def __init__(self, hidden_size: int, width: int, dropout: float) -> None:
         super().__init__()
-        self.norm, self.inner_norm = nn.RMSNorm(hidden_size), nn.RMSNorm(hidden_size)
+        self.norm, self.inner_norm, self.drop = nn.RMSNorm(hidden_size), nn.RMSNorm(hidden_size), nn.Dropout(dropout)
         self.query = nn.Linear(2 * hidden_size, width, bias=False)
         self.key = nn.Linear(2 * hidden_size, width, bias=False)
         self.value = nn.Linear(2 * hidden_size, width, bias=False)
@@ -76,7 +77,7 @@ class _Block(nn.Module):
     def forward(
         self, x_BTH: torch.Tensor, read_BTH: torch.Tensor, follows_BTH: torch.Tensor, past_TT: torch.Tensor
     ) -> torch.Tensor:
-        normed = self.norm(x_BTH)
+        normed = self.drop(self.norm(x_BTH))
         key, value = self.remember(normed, read_BTH, follows_BTH)
         return self.finish(x_BTH, self.attend(normed, read_BTH, key, value, past_TT))
 
@@ -108,8 +109,8 @@ class _Block(nn.Module):
         return found.transpose(1, 2).flatten(2)
 
     def finish(self, x_BTH: torch.Tensor, found_BTD: torch.Tensor) -> torch.Tensor:
-        x_BTH = x_BTH + self.out(found_BTD)
-        return x_BTH + self.down(F.gelu(self.up(self.inner_norm(x_BTH))))
+        x_BTH = x_BTH + self.out(self.drop(found_BTD))
+        return x_BTH + self.down(self.drop(F.gelu(self.up(self.inner_norm(x_BTH)))))
 
 
 def _by_head(rows_BTD: torch.Tensor) -> torch.Tensor:

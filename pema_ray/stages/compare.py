@@ -39,6 +39,14 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "pema_kappa_0": {"kappa": 0.0},
     "pema_no_stage_1": {"solver": "none"},
     "pema_adam": {"solver": "adam"},
+    "pema_look_back": {"look_back": 1},
+}
+_LABELS = {
+    "pema": "PEMA",
+    "pema_kappa_0": "PEMA, κ = 0",
+    "pema_no_stage_1": "PEMA without stage 1",
+    "pema_adam": "PEMA, stage 1 by Adam",
+    "pema_look_back": "PEMA that looks back",
 }
 
 
@@ -141,8 +149,7 @@ class _Bench:
             history = self._train(_VARIANTS[self.name])
         adapter = folder / "adapter"
         options, card = self.config.generate, self.run.bundle.card
-        label = {"pema": "PEMA", "pema_kappa_0": "PEMA, κ = 0", "pema_no_stage_1": "PEMA without stage 1"}
-        name = f"{label.get(self.name, 'PEMA, stage 1 by Adam')}, λ {options.lambda_max:g}"
+        name = f"{_LABELS[self.name]}, λ {options.lambda_max:g}"
         job = make_job(self.run, name, self.pairs, self.run.prompter(), options, adapter.resolve())
         loaded = PemaAdapter.from_pretrained(adapter, card)
         return self._answered(
@@ -155,9 +162,7 @@ class _Bench:
 
     def _train(self, changes: dict[str, Any]) -> History:
         c: TrainConfig = self.config.train.model_copy(update={**changes, "stream": False})
-        job = training_job(self.run)
-        adapter = replace(job.adapter, kappa=c.kappa)
-        job = replace(job, adapter=adapter, config=c, run_dir=self.folder.resolve())
+        job = replace(training_job(self.run, c), run_dir=self.folder.resolve())
         forget_other_settings(job.run_dir, f"{self.name} {self.run.stamp('train')}")  # else it would be resumed
         with track(f"training {self.name}", c.epochs, "epochs"):
             return fit(job)

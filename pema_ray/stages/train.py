@@ -36,8 +36,6 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
 def _train(run: Run) -> History:
     """Train on the finished memory."""
     c, card = run.config.train, run.bundle.card
-    if c.look_back and not run.config.build_memory.prompts:
-        raise UserError("train.look_back needs build_memory.prompts=true: the memory must hold rows of prompts too.")
     job = training_job(run)
     train_memory = ExternalMemory.open(job.train_memory, card)
     ExternalMemory.open(job.dev_memory, card)
@@ -92,9 +90,11 @@ def _while_building(run: Run) -> dict[str, Any]:
     return run.perform("train", lambda: _measure(trained[0], c.batch_size))
 
 
-def training_job(run: Run) -> TrainingJob:
-    """Training as the run's settings describe it."""
-    c, card = run.config.train, run.bundle.card
+def training_job(run: Run, c: TrainConfig | None = None) -> TrainingJob:
+    """Training as the run's settings describe it, or with settings of its own."""
+    c, card = c or run.config.train, run.bundle.card
+    if c.look_back and not run.config.build_memory.prompts:
+        raise UserError("An adapter that looks back needs build_memory.prompts=true: rows of prompts in the memory.")
     adapter = AdapterConfig(
         hidden_size=card.hidden_size,
         rank=c.rank,
@@ -107,6 +107,7 @@ def training_job(run: Run) -> TrainingJob:
         task=run.task.name,
         look_back_layers=c.look_back,
         look_back_width=c.look_back_width,
+        look_back_dropout=c.look_back_dropout,
         prompt_from=run.prompter().shared_tokens if c.look_back else 0,
     )
     return TrainingJob(
