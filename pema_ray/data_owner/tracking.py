@@ -28,19 +28,23 @@ class Tracker(Protocol):
 
 
 class TensorBoardTracker:
-    """Event files in `tensorboard/`."""
+    """Event files in `tensorboard/`; what a run that died had logged past its checkpoint is not shown twice."""
 
     def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._folder = folder / "tensorboard"
+        self._writer: Any = None
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._folder), purge_step=step)
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 class MLflowTracker:

@@ -32,6 +32,22 @@ def test_tensorboard(tmp_path: Path):
     assert {event.step: event.value for event in events.Scalars("train/loss")} == CURVE
 
 
+def test_tensorboard_shows_once_what_is_logged_again(tmp_path: Path):
+    """A run that died at step 5 goes on from its checkpoint at step 2."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, last, value in ((1, 5, 3.0), (3, 7, 2.0)):
+        (tracker,) = make_trackers(["tensorboard"], tmp_path, "x", {})
+        for step in range(first, last + 1):
+            tracker.log(step, {"train/loss": value})
+        tracker.close()
+        time.sleep(1.1)  # event files are read in the order of their names, which end in seconds
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert shown == [(1, 3.0), (2, 3.0), *((step, 2.0) for step in range(3, 8))]
+
+
 def test_mlflow_in_the_runs_folder(tmp_path: Path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -8,6 +8,7 @@ from pema_ray.config import load_config
 from pema_ray.errors import UserError
 from pema_ray.stages.answers import read_rows, write_rows
 from pema_ray.stages.run import STAGES, Run
+from pema_ray.stages.train import forget_other_settings
 
 
 def test_answers_with_unicode_line_separators_are_read_back(tmp_path):
@@ -71,3 +72,18 @@ def test_a_refused_stage_keeps_the_metrics_of_the_run_before(experiment):
     with pytest.raises(KeyboardInterrupt):
         run.perform("prepare", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     assert not run.path("prepare", "metrics.json").exists()
+
+
+def test_a_checkpoint_is_taken_up_under_the_settings_that_wrote_it_alone(tmp_path):
+    """Of `train`, and of every variant that `compare` trains."""
+    folder = tmp_path / "train"
+    forget_other_settings(folder, "pema one")
+    (folder / "checkpoint.safetensors").touch()
+    forget_other_settings(folder, "pema one")
+    assert (folder / "checkpoint.safetensors").exists()
+    forget_other_settings(folder, "pema another")
+    assert [path.name for path in folder.iterdir()] == ["stamp"]
+    (folder / "stamp").unlink()
+    (folder / "checkpoint.safetensors").touch()
+    forget_other_settings(folder, "pema another")
+    assert [path.name for path in folder.iterdir()] == ["stamp"]
