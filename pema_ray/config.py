@@ -210,6 +210,21 @@ class TrainConfig(Section):
         return self
 
 
+class NeighboursConfig(Section):
+    """The training memory's nearest rows, mixed into the adapter's distribution (kNN-LM)."""
+
+    weight: float = Field(default=0.0, ge=0, lt=1)
+    """Of the neighbours; 0: the memory is not asked."""
+    neighbours: int = Field(default=32, ge=1)
+    """k."""
+    temperature: float = Field(default=100.0, gt=0)
+    """In squared distance after the PLM's final norm."""
+    index: Literal["flat", "inverted"] = "flat"
+    """`flat` compares with every row, `inverted` with those of the nearest lists."""
+    probes: int = Field(default=16, ge=1)
+    """Lists that `inverted` looks into."""
+
+
 class GenerateConfig(Section):
     """Gradual Unrolling (paper section 3.4) and the decoding loop."""
 
@@ -223,6 +238,8 @@ class GenerateConfig(Section):
     """What a falling schedule is stretched over; `reference` is an oracle, to reproduce published figures."""
     floor: float = Field(default=0.0, ge=0, le=1)
     """Lowest λ of a falling schedule."""
+    neighbours: NeighboursConfig = NeighboursConfig()
+    """Of the training memory, beside the adapter."""
     decoding: Literal["greedy", "sample", "beam"] = "greedy"
     """How the next token is chosen from the mixture."""
     temperature: float = Field(default=1.0, gt=0)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
 
+from pema_ray.data_owner.experts import Expert
 from pema_ray.data_owner.reading import Reading
 from pema_ray.data_owner.unrolling import UnrollingSchedule, mix
 from pema_ray.line import ContextSource, DecodingSession, ExtractBatch, LMHead
@@ -68,14 +69,6 @@ class Generated:
     finish: Literal["eos", "stop", "length"] = "length"
     log_prob: float = 0.0
     trace: list[TokenTrace] = field(default_factory=list)
-
-
-class Expert(Protocol):
-    """What is mixed with the PLM: an adapter, or a memory's neighbours."""
-
-    def begin(self, source: ContextSource, prompts: Sequence[Sequence[int]], head: LMHead) -> Reading:
-        """Go along with sequences that are being decoded."""
-        ...
 
 
 class Generator:

@@ -8,33 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pema_ray.config import KnnSettings
-from pema_ray.data_owner.adapter import PemaAdapter
+from pema_ray.data_owner.experts import Expert, ExpertSpec
 from pema_ray.data_owner.generation import Decoding, Generated, Generator, Request
-from pema_ray.data_owner.knn import NearestNeighbours
 from pema_ray.errors import UserError
 from pema_ray.hardware import pick_device
 from pema_ray.line import ContextSource, LMHeadBundle
-from pema_ray.memory import ExternalMemory
-
-
-@dataclass(frozen=True)
-class Neighbours:
-    """What kNN-LM mixes in: every actor indexes the memory for itself."""
-
-    memory: Path
-    settings: KnnSettings
-    temperature: float
 
 
 @dataclass(frozen=True)
 class GenerationJob:
-    """Answers wanted from one system: with an adapter (or a memory's neighbours), or with the PLM alone."""
+    """Answers wanted from one system: with an expert, or with the PLM alone."""
 
     system: str
     keys: list[int]
     requests: list[Request]
-    adapter: Path | Neighbours | None
+    expert: ExpertSpec | None
     decoding: Decoding
     stop: tuple[str, ...] = ()
     explain: bool = False
@@ -100,7 +88,7 @@ def _batches(job: GenerationJob, size: int) -> Iterator[GenerationJob]:
             job.system,
             [job.keys[i] for i in chosen],
             [job.requests[i] for i in chosen],
-            job.adapter,
+            job.expert,
             job.decoding,
             job.stop,
             job.explain,
@@ -113,7 +101,7 @@ class _Actor:
     ) -> None:
         import ray
 
-        self._adapters: dict[Path | Neighbours, PemaAdapter | NearestNeighbours] = {}
+        self._experts: dict[ExpertSpec, Expert] = {}
         self._batches: list[GenerationJob] = ray.get(batches) if isinstance(batches, ray.ObjectRef) else batches
         self._refusal = ""
         try:
@@ -140,26 +128,18 @@ class _Actor:
 
         started = time.perf_counter()
         generator = Generator(
-            self.source, self.head, self._adapter(job.adapter), self._text, self.card.eos_token_ids, job.stop
+            self.source, self.head, self._expert(job.expert), self._text, self.card.eos_token_ids, job.stop
         )
         generated = generator.generate(job.requests, job.decoding, job.explain, streams=job.keys)
         seconds = (time.perf_counter() - started) / len(generated)
         return [Answer(job.system, key, g, seconds) for key, g in zip(job.keys, generated, strict=True)]
 
-    def _adapter(self, wanted: Path | Neighbours | None) -> PemaAdapter | NearestNeighbours | None:
+    def _expert(self, wanted: ExpertSpec | None) -> Expert | None:
         if wanted is None:
             return None
-        if wanted not in self._adapters:
-            if isinstance(wanted, Neighbours):
-                rows = ExternalMemory.open(wanted.memory, self.card).view()
-                chosen = wanted.settings
-                self._adapters[wanted] = NearestNeighbours(
-                    rows, self.head, chosen.neighbours, wanted.temperature, chosen.index, chosen.probes
-                )
-            else:
-                loaded = PemaAdapter.from_pretrained(wanted, self.card)
-                self._adapters[wanted] = loaded.to(self.head.weight.device)
-        return self._adapters[wanted]
+        if wanted not in self._experts:
+            self._experts[wanted] = wanted.load(self.card, self.head)
+        return self._experts[wanted]
 
     def _text(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)

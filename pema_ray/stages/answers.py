@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pema_ray.config import ExperimentConfig, GenerateConfig, PLMConfig
+from pema_ray.data_owner.experts import ExpertSpec
 from pema_ray.data_owner.generation import Decoding, Request
-from pema_ray.data_owner.ray_generation import Answer, GenerationJob, Neighbours, generate
+from pema_ray.data_owner.ray_generation import Answer, GenerationJob, generate
 from pema_ray.data_owner.unrolling import UnrollingSchedule
 from pema_ray.errors import UserError
 from pema_ray.memory.shards import atomic_file
@@ -28,17 +29,24 @@ def make_job(
     pairs: Sequence[Pair],
     prompter: Prompter,
     options: GenerateConfig,
-    adapter: Path | Neighbours | None,
+    expert: ExpertSpec | None,
 ) -> GenerationJob:
     """Prompts and limits of one system. A prompt that leaves no room for an answer is refused."""
     alone = UnrollingSchedule(0.0)
-    schedule = UnrollingSchedule(options.lambda_max, options.schedule, options.floor) if adapter else alone
+    schedule = UnrollingSchedule(options.lambda_max, options.schedule, options.floor) if expert else alone
     requests = [_request(run, pair, prompter, options, schedule) for pair in pairs]
     decoding = Decoding(
         options.decoding, options.temperature, options.top_p, options.beams, options.length_penalty, run.config.seed
     )
     stop = (*run.task.stop, *options.stop)
-    return GenerationJob(system, [pair.example_id for pair in pairs], requests, adapter, decoding, stop, explain=True)
+    return GenerationJob(system, [pair.example_id for pair in pairs], requests, expert, decoding, stop, explain=True)
+
+
+def expert_of(run: Run, adapter: Path | None = None) -> ExpertSpec:
+    """The run's adapter, or another one, with its memory's neighbours where `generate.neighbours` wants them."""
+    chosen = run.config.generate.neighbours
+    memory = run.path("build_memory", "train").resolve() if chosen.weight > 0 else None
+    return ExpertSpec((adapter or run.path("train", "adapter")).resolve(), memory, chosen)
 
 
 def _request(run: Run, pair: Pair, prompter: Prompter, options: GenerateConfig, schedule: UnrollingSchedule) -> Request:

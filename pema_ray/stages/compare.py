@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from pema_ray.config import CompareConfig, ExperimentConfig, PLMConfig, TrainConfig
-from pema_ray.data_owner import PemaAdapter
+from pema_ray.config import CompareConfig, ExperimentConfig, NeighboursConfig, PLMConfig, TrainConfig
+from pema_ray.data_owner.experts import ExpertSpec
 from pema_ray.data_owner.knn import NearestNeighbours
-from pema_ray.data_owner.ray_generation import Answer, GenerationJob, Neighbours
+from pema_ray.data_owner.ray_generation import Answer, GenerationJob
 from pema_ray.data_owner.ray_training import fit
 from pema_ray.data_owner.training import History
 from pema_ray.errors import UserError
@@ -26,9 +26,9 @@ from pema_ray.evaluation.likelihood import TokenLikelihood
 from pema_ray.evaluation.scores import Scorer
 from pema_ray.memory import ExternalMemory
 from pema_ray.memory.shards import atomic_file
-from pema_ray.stages.answers import make_job, run_jobs, to_row
+from pema_ray.stages.answers import expert_of, make_job, run_jobs, to_row
 from pema_ray.stages.cluster import ray_cluster
-from pema_ray.stages.likelihood import likelihood_of
+from pema_ray.stages.likelihood import AnyExpert, likelihood_of
 from pema_ray.stages.progress import console, track
 from pema_ray.stages.run import Run
 from pema_ray.stages.train import forget_other_settings, training_job
@@ -132,9 +132,11 @@ class _Bench:
 
     def _knn(self) -> Peer:
         memory, (temperature, lam) = self.run.path("build_memory", "train"), self._tune_knn()
-        spec = Neighbours(memory.resolve(), self.config.compare.knn, temperature)
+        chosen = self.config.compare.knn
+        asked = chosen.model_dump(include={"neighbours", "index", "probes"})
+        spec = ExpertSpec(None, memory.resolve(), NeighboursConfig(temperature=temperature, **asked))
         options = self.config.generate.model_copy(update={"lambda_max": lam, "schedule": "constant"})
-        name = f"kNN-LM, k = {spec.settings.neighbours}"
+        name = f"kNN-LM, k = {chosen.neighbours}"
         job = make_job(self.run, name, self.pairs, self.run.prompter(), options, spec)
         likelihood = self._test_likelihood(self._neighbours(temperature))
         note = f"temperature {temperature:g} and λ {lam:g} chosen on the dev memory"
@@ -150,8 +152,8 @@ class _Bench:
         adapter = folder / "adapter"
         options, card = self.config.generate, self.run.bundle.card
         name = f"{_LABELS[self.name]}, λ {options.lambda_max:g}"
-        job = make_job(self.run, name, self.pairs, self.run.prompter(), options, adapter.resolve())
-        loaded = PemaAdapter.from_pretrained(adapter, card)
+        job = make_job(self.run, name, self.pairs, self.run.prompter(), options, expert_of(self.run, adapter))
+        loaded = expert_of(self.run, adapter).load(card, self.run.bundle.head)
         return self._answered(
             job,
             _SERVICE,
@@ -207,7 +209,7 @@ class _Bench:
         s = _scorer(self.run).score(texts)
         return Peer(name=name, given=given, bleu=s.bleu, chrf=s.chrf, archaic_share=s.archaic_share, **figures)
 
-    def _test_likelihood(self, expert: PemaAdapter | NearestNeighbours | None) -> TokenLikelihood:
+    def _test_likelihood(self, expert: AnyExpert | None) -> TokenLikelihood:
         return likelihood_of(self.run, self.config.generate.split, expert)
 
     def _neighbours(self, temperature: float) -> NearestNeighbours:

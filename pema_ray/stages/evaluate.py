@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pema_ray.config import ExperimentConfig, GenerateConfig
-from pema_ray.data_owner import PemaAdapter, UnrollingSchedule
+from pema_ray.data_owner import UnrollingSchedule
 from pema_ray.data_owner.ray_generation import Answer, GenerationJob
 from pema_ray.errors import UserError
 from pema_ray.evaluation.results import (
@@ -23,7 +23,7 @@ from pema_ray.evaluation.results import (
 from pema_ray.evaluation.scores import Scorer
 from pema_ray.memory import ExternalMemory
 from pema_ray.memory.shards import atomic_file
-from pema_ray.stages.answers import make_job, read_rows, run_jobs, to_row, write_rows
+from pema_ray.stages.answers import expert_of, make_job, read_rows, run_jobs, to_row, write_rows
 from pema_ray.stages.likelihood import likelihood_of
 from pema_ray.stages.progress import console
 from pema_ray.stages.run import Run
@@ -79,7 +79,7 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
 def _other_systems(run: Run, pairs: Sequence[Pair]) -> list[GenerationJob]:
     """The PLM with the same prompts, with other prompts, and PEMA at other λ."""
     config = run.config
-    adapter = run.path("train", "adapter").resolve()
+    expert = expert_of(run)
     prompter = run.prompter()
     jobs = [make_job(run, _ALONE, pairs, prompter, config.generate, None)]
     shots = config.evaluate.few_shot
@@ -94,7 +94,7 @@ def _other_systems(run: Run, pairs: Sequence[Pair]) -> list[GenerationJob]:
     for lam in config.evaluate.generate_lambdas:
         options = config.generate.model_copy(update={"lambda_max": lam, "schedule": "constant"})
         if lam > 0 and _name(options) != _name(config.generate):
-            jobs.append(make_job(run, _name(options), pairs, prompter, options, adapter))
+            jobs.append(make_job(run, _name(options), pairs, prompter, options, expert))
     return jobs
 
 
@@ -161,8 +161,8 @@ def _share(scorer: Scorer, texts: list[str]) -> float | None:
 
 
 def _sweep(run: Run) -> LambdaSweep:
-    adapter = PemaAdapter.from_pretrained(run.path("train", "adapter"), run.bundle.card)
-    likelihood = likelihood_of(run, run.config.generate.split, adapter)
+    expert = expert_of(run).load(run.bundle.card, run.bundle.head)
+    likelihood = likelihood_of(run, run.config.generate.split, expert)
     lambdas = tuple(sorted({*run.config.evaluate.lambdas, run.config.generate.lambda_max}))
     return LambdaSweep(
         lambdas=lambdas,

@@ -6,8 +6,7 @@ from collections import Counter
 from typing import Any
 
 from pema_ray.config import ExperimentConfig
-from pema_ray.data_owner import PemaAdapter
-from pema_ray.stages.answers import make_job, run_jobs, to_row, write_rows
+from pema_ray.stages.answers import expert_of, make_job, run_jobs, to_row, write_rows
 from pema_ray.stages.run import Run
 
 
@@ -17,10 +16,10 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
 
     def work() -> dict[str, Any]:
         options = config.generate
-        adapter = run.path("train", "adapter").resolve()
-        PemaAdapter.from_pretrained(adapter, run.bundle.card)  # refused here rather than in every actor
+        expert = expert_of(run)
+        expert.load(run.bundle.card, run.bundle.head)  # refused here rather than in every actor
         pairs = run.pairs(options.split)
-        job = make_job(run, "pema", pairs, run.prompter(), options, adapter)
+        job = make_job(run, "pema", pairs, run.prompter(), options, expert)
         answers = run_jobs(config, run, [job], "answers")["pema"]
         rows = [to_row(run, pair, answer) for pair, answer in zip(pairs, answers, strict=True)]
         write_rows(run.path("generate", "answers.jsonl"), rows)

@@ -12,6 +12,7 @@ import torch
 
 from pema_ray.config import PLMConfig
 from pema_ray.data_owner import AdapterConfig, PemaAdapter, UnrollingSchedule
+from pema_ray.data_owner.experts import ExpertSpec
 from pema_ray.data_owner.generation import Decoding, Generator, Request
 from pema_ray.data_owner.ray_generation import Answer, GenerationJob, _Actor, _batches, generate
 from pema_ray.errors import FingerprintMismatch, UserError
@@ -53,14 +54,14 @@ def job(adapter: Path | None, **changes) -> GenerationJob:
     requests = [
         Request(prompt, 8, UnrollingSchedule(0.9, "linear"), length=3 + place) for place, prompt in enumerate(PROMPTS)
     ]
-    made = GenerationJob("pema", KEYS, requests, adapter, Decoding(), explain=True)
+    made = GenerationJob("pema", KEYS, requests, adapter and ExpertSpec(adapter), Decoding(), explain=True)
     return replace(made, **changes)
 
 
 def in_process(tiny_source, job: GenerationJob) -> dict[int, list[int]]:
     source = tiny_source("llama")
     bundle = source.lm_head()
-    loaded = job.adapter and PemaAdapter.from_pretrained(job.adapter)
+    loaded = job.expert and job.expert.load(bundle.card, bundle.head)
     ours = Generator(source, bundle.head, loaded, source.plm.tokenizer.decode, bundle.card.eos_token_ids, job.stop)
     made = [ours.generate([r], job.decoding, streams=[k])[0] for r, k in zip(job.requests, job.keys, strict=True)]
     return {key: answer.tokens for key, answer in zip(job.keys, made, strict=True)}
