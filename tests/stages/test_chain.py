@@ -27,6 +27,8 @@ from pema_ray.stages.main import find_stage, stages
 ROOT = Path(__file__).parents[2]
 JOBS = ("prepare", "export_head", "build_memory", "train_adapter", "generate", "evaluate", "report")
 
+LOOKING_BACK = {"build_memory": {"prompts": True}, "train": {"look_back": 1, "look_back_width": 8, "dropout": 0.0}}
+
 pytestmark = pytest.mark.cluster
 
 
@@ -70,6 +72,7 @@ def test_an_experiment_runs_from_text_to_report_and_is_reused(experiment, ray_cl
     assert stages()["train"](other)["stamp"] != measured["train"]["stamp"]
 
 
+@pytest.mark.slow  # what it rests on is tested in tests/data_owner/test_ray_training.py
 def test_training_may_run_while_the_memory_is_built(experiment, ray_cluster):
     path = experiment(build_memory={"examples_per_shard": 2, "cpus_per_actor": 1}, train={"stream": True})
     config = load_config(path)
@@ -99,7 +102,7 @@ def test_a_memory_of_the_generated_context_trains_too(experiment, ray_cluster):
 
 
 def test_a_published_memory_is_trained_on_where_it_lies(experiment, ray_cluster):
-    path = experiment(train={"dropout": 0.0})
+    path = experiment(**LOOKING_BACK)
     config = load_config(path)
     for name in ("prepare", "export_head", "build_memory"):
         stages()[name](config)
@@ -130,7 +133,7 @@ def test_pema_is_compared_with_its_peers(experiment, ray_cluster, capsys):
         "knn": {"neighbours": 8, "temperatures": [10.0, 100.0], "lambdas": [0.2, 0.6]},
         "lora": {"rank": 2, "max_batch_tokens": 200},
     }
-    path = experiment(compare=compare, train={"reconstruction_epochs": 2})
+    path = experiment(compare=compare, build_memory={"prompts": True}, train={"reconstruction_epochs": 2})
     config = load_config(path)
     for name in ("prepare", "export_head", "build_memory", "train"):
         stages()[name](config)
@@ -138,12 +141,12 @@ def test_pema_is_compared_with_its_peers(experiment, ray_cluster, capsys):
     run = Path(config.run_dir)
     found = Comparison.model_validate_json((run / "compare" / "comparison.json").read_bytes())
     peers = dict(zip(config.compare.systems, found.peers, strict=True))
-    assert len(peers) == 8 and found.test_pairs == 5
+    assert len(peers) == 9 and found.test_pairs == 5
     assert {name for name, peer in peers.items() if peer.nll is not None} == {*peers} - {"copy"}
     assert {name for name, peer in peers.items() if peer.train_seconds} == {
-        "pema", "pema_kappa_0", "pema_no_stage_1", "pema_adam", "lora",
+        "pema", "pema_kappa_0", "pema_no_stage_1", "pema_adam", "pema_look_back", "lora",
     }  # fmt: skip
-    assert len({round(peer.nll, 6) for peer in peers.values() if peer.nll}) == 7  # all of them differ
+    assert len({round(peer.nll, 6) for peer in peers.values() if peer.nll}) == 8  # all of them differ
     assert all(peer.seconds_per_token > 0 for name, peer in peers.items() if name != "copy")
     assert all(peer.peak_bytes > 2**20 for peer in peers.values() if peer.train_seconds)
     table = (run / "compare" / "table.md").read_text()
@@ -153,7 +156,7 @@ def test_pema_is_compared_with_its_peers(experiment, ray_cluster, capsys):
     (run / "compare" / "knn" / "peer.json").unlink()
     capsys.readouterr()
     again = find_stage("compare")(config)
-    assert again["bleu"] == measured["bleu"] and capsys.readouterr().out.count("measured before") == 7
+    assert again["bleu"] == measured["bleu"] and capsys.readouterr().out.count("measured before") == 8
     with pytest.raises(UserError, match="task.shots=3, but only 0 training pairs"):
         find_stage("compare")(load_config(path, ["compare.systems=[few_shot]"]))
     with pytest.raises(UserError, match=r"'lorra' is no system. Did you mean 'lora'\?"):
@@ -229,7 +232,7 @@ def submitted(command: list[str], environment: dict[str, str]) -> subprocess.Com
 
 def test_the_chain_runs_under_ray_job_submit(experiment, local_cluster, tmp_path):
     address, environment = local_cluster
-    path = experiment()
+    path = experiment(**LOOKING_BACK, generate={"neighbours": {"weight": 0.1, "neighbours": 8}})
     working = tmp_path / "working"  # what a user submits: scripts, no data
     shutil.copytree(ROOT / "jobs", working / "jobs")
     for job in JOBS:
