@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="a run folder with memories")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--rank", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=256, help="small: a window's rest, less than a batch, is left out")
     parser.add_argument("--window", type=int, default=4, help="shards shuffled together")
     parser.add_argument("--seeds", type=int, default=2)
     o = parser.parse_args()
@@ -47,6 +47,7 @@ def _measure(o: argparse.Namespace) -> None:
     head = bundle.head.to(pick_dtype("auto", device))
     adapter = AdapterConfig(bundle.card.hidden_size, o.rank, bundle.card.name, bundle.card.fingerprint, residual=True)
     losses: dict[str, list[float]] = {"global": [], "window": [], "one_shard": []}
+    steps: dict[str, int] = {}
     for seed in range(o.seeds):
         for order, found in losses.items():
             config = TrainConfig(
@@ -65,6 +66,7 @@ def _measure(o: argparse.Namespace) -> None:
                 place = Place(device=device)
                 _, history = Trainer(adapter, config, head, rows, dev, Path(folder), seed, place).run()
             found.append(history.validation[-1].prediction)
+            steps[order] = history.total_steps
             console.print(f"[dim]seed {seed}, {order}: {found[-1]:.4f}[/]")
     ratios = {
         "window_over_global": mean(losses["window"]) / mean(losses["global"]),
@@ -72,6 +74,7 @@ def _measure(o: argparse.Namespace) -> None:
     }
     figures = {
         "dev_loss": losses,
+        "steps": steps,
         "rows": len(memory),
         "shards": len(memory.counts),
         **{name: getattr(o, name) for name in ("window", "epochs", "rank", "batch", "seeds", "threads", "smoke")},

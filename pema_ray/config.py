@@ -89,7 +89,7 @@ class BuildMemoryConfig(Section):
     deduplicate: bool = False
     """Keep equal rows (same text before, same token) of the training split once, with their number as a weight."""
     prompts: bool = False
-    """Keep the representations of every prompt too, beyond what all prompts begin with; `train.context` needs them."""
+    """Keep rows of every prompt too, from where prompts begin to differ; `train.look_back` needs them."""
     splits: tuple[Split, ...] = ("train", "dev", "test")
     """`train` needs train and dev, `evaluate` needs `generate.split`."""
     max_rejected: int = Field(default=0, ge=0)
@@ -210,8 +210,8 @@ class TrainConfig(Section):
         return self
 
 
-class NeighboursConfig(Section):
-    """The training memory's nearest rows, mixed into the adapter's distribution (kNN-LM)."""
+class KnnMixConfig(Section):
+    """kNN-LM over the training memory, mixed into the adapter's distribution."""
 
     weight: float = Field(default=0.0, ge=0, lt=1)
     """Of the neighbours; 0: the memory is not asked."""
@@ -238,8 +238,8 @@ class GenerateConfig(Section):
     """What a falling schedule is stretched over; `reference` is an oracle, to reproduce published figures."""
     floor: float = Field(default=0.0, ge=0, le=1)
     """Lowest λ of a falling schedule."""
-    neighbours: NeighboursConfig = NeighboursConfig()
-    """Of the training memory, beside the adapter."""
+    knn: KnnMixConfig = KnnMixConfig()
+    """Neighbours from the training memory, beside the adapter."""
     decoding: Literal["greedy", "sample", "beam"] = "greedy"
     """How the next token is chosen from the mixture."""
     temperature: float = Field(default=1.0, gt=0)
@@ -357,6 +357,14 @@ class ExperimentConfig(Section):
     generate: GenerateConfig = GenerateConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     compare: CompareConfig = CompareConfig()
+
+    @model_validator(mode="after")
+    def _has_prompts_to_look_back_at(self) -> ExperimentConfig:
+        wanted = {"train.look_back": self.train.look_back, "pema_look_back": "pema_look_back" in self.compare.systems}
+        for name, is_wanted in wanted.items():
+            if is_wanted and not self.build_memory.prompts:
+                raise ValueError(f"{name} needs build_memory.prompts=true: rows of prompts in the memory")
+        return self
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> ExperimentConfig:

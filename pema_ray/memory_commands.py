@@ -33,17 +33,17 @@ def describe(folder: Folder) -> None:
         from pema_ray.stages.progress import console
 
         manifest = ExternalMemory.open(folder).manifest
-        size = sum(shard.bytes for shard in manifest.shards)
+        size, prompts = (sum(getattr(shard, name) for shard in manifest.shards) for name in ("bytes", "prompt_rows"))
         table = Table(show_header=False, box=None)
         for name, value in {
             "PLM": manifest.plm_label,
             "task, split": f"{manifest.task}, {manifest.split}",
             "context": manifest.context,
             "rows": f"{manifest.rows:,} of {manifest.hidden_size} {manifest.key_dtype}",
-            "rows of prompts": f"{sum(shard.prompt_rows for shard in manifest.shards):,}",
+            "rows of prompts": f"{prompts:,}",
             "examples": f"{manifest.examples:,}, {manifest.rejected:,} set aside",
             "shards": f"{len(manifest.shards):,}",
-            "bytes": f"{size:,} ({size / max(1, manifest.rows):,.0f} a row)",
+            "bytes": f"{size:,} ({size / max(1, manifest.rows + prompts):,.0f} a row)",
         }.items():
             table.add_row(name, value)
         console.print(table)

@@ -116,7 +116,8 @@ class PemaAdapter(nn.Module):
         """Each row after a look at the rows before it in its sequence, `[N, H]`; itself in an adapter that does not.
 
         Args:
-            example_N: which sequence a row belongs to; rows of one lie together and in order.
+            target_N: `[N]` int64, the token that follows each row.
+            example_N: `[N]` int64, which sequence a row belongs to; rows of one lie together and in order.
         """
         if self.look_back is None:
             return x_NH
@@ -130,17 +131,23 @@ class PemaAdapter(nn.Module):
         self,
         state_NH: torch.Tensor,
         head: LMHead,
-        target_N: torch.Tensor | None = None,
-        example_N: torch.Tensor | None = None,
+        sequences: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """float32 log P_PEMA `[N, V]` of representations as the PLM owner sends them (equation 4).
 
         Args:
-            target_N, example_N: of whole sequences, as `look` takes them.
+            sequences: for an adapter that looks back, `(target_N, example_N, wanted_N)`: the first two as `look` takes
+                them; log P is that of the rows wanted (bool) alone.
+
+        Raises:
+            ValueError: the adapter looks back, and no sequences are given.
         """
         x = self.enter(state_NH, head)
-        if target_N is not None and example_N is not None:
-            x = self.look(x, target_N, example_N, head)
+        if sequences is not None:
+            target_N, example_N, wanted_N = sequences
+            x = self.look(x, target_N, example_N, head)[wanted_N]
+        elif self.look_back is not None:
+            raise ValueError("this adapter looks back: its rows need their sequences")
         return head.log_probs(self.leave(self.predict(x), head))
 
     def begin(self, source: ContextSource, prompts: Sequence[Sequence[int]], head: LMHead) -> Reading:

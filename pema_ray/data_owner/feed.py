@@ -154,7 +154,8 @@ class SequenceShuffle:
 
     def __init__(self, rows: Sequences, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
         self._rows, self._seed, self._rank, self._world = rows, seed, rank, world
-        self._starts = _starts(rows.example_id)
+        self._example = rows.example_id
+        self._starts = _starts(self._example)
         self._ends = np.append(self._starts[1:], len(rows.target))
         self._wanted = rows.position >= 0
         self.rows = int(self._wanted.sum())
@@ -177,7 +178,7 @@ class SequenceShuffle:
             np.ascontiguousarray(self._rows.key[index]),
             self._rows.target[index].astype(np.int64),
             np.where(self._wanted[index], share, 0).astype(np.float32),
-            self._rows.example_id[index],
+            self._example[index],
         )
 
     def once(self) -> Iterator[Rows]:

@@ -77,7 +77,7 @@ class Generator:
     Args:
         source: the PLM owner.
         head: its LM head.
-        adapter: the data owner's adapter; None generates with the PLM alone.
+        expert: what is mixed with the PLM, such as an adapter; None generates with the PLM alone.
         detokenize: token ids → text.
         eos: ids that end an answer.
         stop: strings that end an answer.
@@ -87,12 +87,12 @@ class Generator:
         self,
         source: ContextSource,
         head: LMHead,
-        adapter: Expert | None,
+        expert: Expert | None,
         detokenize: Callable[[Sequence[int]], str],
         eos: Sequence[int],
         stop: Sequence[str] = (),
     ) -> None:
-        self.source, self.head, self.adapter = source, head, adapter
+        self.source, self.head, self.expert = source, head, expert
         self.detokenize, self.eos, self.stop = detokenize, frozenset(eos), tuple(stop)
 
     @torch.inference_mode()
@@ -120,7 +120,7 @@ class Generator:
     # ── distributions ───────────────────────────────────────────────────────
 
     def _begin(self, prompts: Sequence[Sequence[int]]) -> Reading | None:
-        return None if self.adapter is None else self.adapter.begin(self.source, prompts, self.head)
+        return None if self.expert is None else self.expert.begin(self.source, prompts, self.head)
 
     def _distributions(self, reading: Reading | None, state_BH: torch.Tensor, lam_B: torch.Tensor, both: bool):
         """`(log P, log P_PEMA or None, log P_LM or None)`, each `[B, V]`; what λ = 0 or 1 does not need is left out."""
@@ -137,7 +137,7 @@ class Generator:
         return mix(log_pema, log_plm, lam_B), log_pema, log_plm
 
     def _lambda(self, requests: Sequence[Request], step: int) -> torch.Tensor:
-        if self.adapter is None:
+        if self.expert is None:
             return torch.zeros(len(requests))
         return torch.tensor([r.schedule.at(step, r.length) for r in requests])
 

@@ -23,6 +23,19 @@ from pema_ray.line import ContextSource, LMHead
 _ROWS_PER_LIST = 64  # of an inverted file's training sample, as faiss advises at least 39
 
 
+def require_faiss() -> Any:
+    """faiss, which is installed by those who ask for neighbours.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        import faiss
+    except ImportError:
+        raise UserError("kNN-LM needs faiss: pip install faiss-cpu.") from None
+    return faiss
+
+
 class NearestNeighbours:
     """`P_kNN(y | f) ∝ Σ w_i exp(-‖x - x_i‖² / T)` over the K nearest rows i whose target is y.
 
@@ -49,10 +62,7 @@ class NearestNeighbours:
         index: Literal["flat", "inverted"] = "flat",
         probes: int = 16,
     ) -> None:
-        try:
-            import faiss
-        except ImportError:
-            raise UserError("kNN-LM needs faiss: pip install faiss-cpu.") from None
+        faiss = require_faiss()
         count = len(rows.target)
         if neighbours > count:
             raise UserError(f"kNN-LM: {neighbours} neighbours asked of a memory of {count} rows.")
@@ -70,6 +80,9 @@ class NearestNeighbours:
             self._index.train(_normed(rows.key[sample], head))
         for start in range(0, count, CHUNK):
             self._index.add(_normed(rows.key[start : start + CHUNK], head))
+
+    def __len__(self) -> int:
+        return len(self._target)
 
     def search(self, state_NH: torch.Tensor, head: LMHead) -> tuple[torch.Tensor, torch.Tensor]:
         """Squared distances `[N, K]`, nearest first, and the rows they lead to `[N, K]` (-1 where a list ran out)."""

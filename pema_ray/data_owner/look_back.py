@@ -4,8 +4,7 @@ The PLM owner has no part in it: the data owner has received every representatio
 sees one representation at a time. B sequences, T positions, H hidden, D width.
 
 At position t the input is `x_t`, which says what the PLM expects next, and the token read last. A position looks at
-itself and at those before it, and of those before it also sees the token that followed: what may have to be copied,
-or put into other words.
+those before it, and of each also sees the token that followed: what may have to be copied, or put into other words.
 """
 
 from __future__ import annotations

@@ -108,17 +108,21 @@ class JointObjective(nn.Module):
             example_N: the sequence of each row, for adapters that look back; rows of share 0 are only looked at.
         """
         adapter = self.adapter
-        x = adapter.enter(state_NH, self.head)
-        if example_N is not None and share_N is not None:
+        x = seen = adapter.enter(state_NH, self.head)
+        if adapter.config.looks_back:
+            if example_N is None or share_N is None:
+                raise ValueError("this adapter looks back: its rows need their sequences and shares")
             wanted = share_N > 0
-            x = adapter.look(x, target_N, example_N, self.head)[wanted]
-            target_N, share_N = target_N[wanted], share_N[wanted]
-        down = adapter.project(x, drop=self.training)
+            seen = adapter.look(x, target_N, example_N, self.head)[wanted]
+            x, target_N, share_N = x[wanted], target_N[wanted], share_N[wanted]
+        down = adapter.project(seen, drop=self.training)
         h_pd = F.linear(down, adapter.B_pd)
-        h_pd = x + h_pd if adapter.config.residual else h_pd
+        h_pd = seen + h_pd if adapter.config.residual else h_pd
         prediction = head_cross_entropy(self.head, adapter.leave(h_pd, self.head), target_N, share_N)
         if self.kappa == 0 and self.training:
             return prediction, prediction.new_zeros(()), prediction.detach()
+        if seen is not x:  # what is reconstructed is what the PLM owner sent
+            down = adapter.project(x, drop=self.training)
         reconstruction = _squared_error(F.linear(down, adapter.B_rct), x, share_N)
         loss = self.kappa * reconstruction + (1 - self.kappa) * prediction
         return loss, reconstruction.detach(), prediction.detach()

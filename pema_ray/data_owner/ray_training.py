@@ -27,6 +27,7 @@ from pema_ray.memory.shards import atomic_file, read_shard
 _PROGRESS = "progress.jsonl"
 _REFUSAL = "refusal.txt"
 _FAILURE = "failure"
+_SAME_FAILURES = 2  # after the first, before it is believed
 FIRST_STEP = "first_step.json"  # of a streamed training: how much of the memory was there
 
 
@@ -144,17 +145,22 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _said_before(job: TrainingJob, error: Exception) -> str:
-    """What to tell the user when this worker failed in these words at this very step before: it would for ever."""
+    """What to tell the user when this worker failed in these words at this very step twice before: it would for ever.
+
+    Failures of files and connections may pass, however often they come in the same words.
+    """
     import ray.train
+    import torch
 
     step = _last_step(job.run_dir / _PROGRESS)
     words = f"{type(error).__name__}: {error}"
     record = job.run_dir / f"{_FAILURE}-{ray.train.get_context().get_world_rank()}.json"
-    now = json.dumps({"step": step, "error": words})
-    if record.exists() and record.read_text() == now:
-        return f"{job.run_dir}: a training worker fails the same way every time, after step {step}: {words}"
-    _write(record, now)
-    return ""
+    told = json.loads(record.read_text()) if record.exists() else {}
+    again = told.get("again", 0) + 1 if (told.get("step"), told.get("error")) == (step, words) else 0
+    _write(record, json.dumps({"step": step, "error": words, "again": again}))
+    if again < _SAME_FAILURES or isinstance(error, OSError | torch.distributed.DistError):
+        return ""
+    return f"{job.run_dir}: a training worker fails the same way every time, after step {step}: {words}"
 
 
 def _last_step(progress: Path) -> int:

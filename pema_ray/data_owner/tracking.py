@@ -31,14 +31,14 @@ class TensorBoardTracker:
     """Event files in `tensorboard/`; what a run that died had logged past its checkpoint is not shown twice."""
 
     def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
-        self._folder = folder / "tensorboard"
-        self._writer: Any = None
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._make: Any = SummaryWriter
+        self._folder, self._writer = str(folder / "tensorboard"), None
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(self._folder), purge_step=step)
+            self._writer = self._make(self._folder, purge_step=step)
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
 

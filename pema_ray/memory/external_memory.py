@@ -120,19 +120,28 @@ class RowsView:
     """Rows of several shards, as if they were one block.
 
     Attributes:
-        target, example_id, position: `[N]`; weight: `[N]` or None; these are copied, the keys are not.
+        target: `[N]`; weight: `[N]` or None; these are copied, the keys are not.
     """
 
     def __init__(self, parts: Sequence[MemoryRows]) -> None:
         self._keys = [part.key for part in parts]
         self._ends = np.cumsum([len(part) for part in parts])
-        self.target, self.example_id, self.position = (
-            np.concatenate([getattr(part, name) for part in parts]) for name in ("target", "example_id", "position")
-        )
+        self.target = np.concatenate([part.target for part in parts])
         self.weight = weights_of(parts)
+        self._places = [(part.example_id, part.position) for part in parts]
 
     def __len__(self) -> int:
         return len(self.target)
+
+    @property
+    def example_id(self) -> np.ndarray:
+        """`[N]`, copied anew whenever it is asked for."""
+        return np.concatenate([example for example, _ in self._places])
+
+    @property
+    def position(self) -> np.ndarray:
+        """`[N]`, copied anew whenever it is asked for."""
+        return np.concatenate([position for _, position in self._places])
 
     @property
     def key(self) -> RowsView:

@@ -43,10 +43,11 @@ def make_job(
 
 
 def expert_of(run: Run, adapter: Path | None = None) -> ExpertSpec:
-    """The run's adapter, or another one, with its memory's neighbours where `generate.neighbours` wants them."""
-    chosen = run.config.generate.neighbours
-    memory = run.path("build_memory", "train").resolve() if chosen.weight > 0 else None
-    return ExpertSpec((adapter or run.path("train", "adapter")).resolve(), memory, chosen)
+    """The run's adapter, or another one, with neighbours from its training memory where `generate.knn` wants them."""
+    knn = run.config.generate.knn
+    memory = run.path("build_memory", "train").resolve() if knn.weight > 0 else None
+    adapter = (adapter or run.path("train", "adapter")).resolve()
+    return ExpertSpec(adapter, memory, knn, run.config.train.max_train_pairs)
 
 
 def _request(run: Run, pair: Pair, prompter: Prompter, options: GenerateConfig, schedule: UnrollingSchedule) -> Request:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pema_ray.config import CompareConfig, ExperimentConfig, NeighboursConfig, PLMConfig, TrainConfig
+from pema_ray.config import CompareConfig, ExperimentConfig, KnnMixConfig, PLMConfig, TrainConfig, validate
 from pema_ray.data_owner.experts import ExpertSpec
 from pema_ray.data_owner.knn import NearestNeighbours
 from pema_ray.data_owner.ray_generation import Answer, GenerationJob
@@ -28,7 +28,7 @@ from pema_ray.memory import ExternalMemory
 from pema_ray.memory.shards import atomic_file
 from pema_ray.stages.answers import expert_of, make_job, run_jobs, to_row
 from pema_ray.stages.cluster import ray_cluster
-from pema_ray.stages.likelihood import AnyExpert, likelihood_of
+from pema_ray.stages.likelihood import likelihood_of
 from pema_ray.stages.progress import console, track
 from pema_ray.stages.run import Run
 from pema_ray.stages.train import forget_other_settings, training_job
@@ -39,7 +39,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "pema_kappa_0": {"kappa": 0.0},
     "pema_no_stage_1": {"solver": "none"},
     "pema_adam": {"solver": "adam"},
-    "pema_look_back": {"look_back": 1},
+    "pema_look_back": {},  # `train.look_back` blocks, or one
 }
 _LABELS = {
     "pema": "PEMA",
@@ -55,6 +55,9 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
     run = Run(config)
 
     def work() -> dict[str, Any]:
+        for name in config.compare.systems:
+            if name in _VARIANTS:
+                _variant(config.train, name)  # refused now rather than when the others are done
         with ray_cluster(config.ray, max(config.train.cpus_per_worker, config.generate.cpus_per_actor), readers=1):
             peers = tuple(_Bench(run, name).peer() for name in config.compare.systems)
         options, pairs = config.generate, run.metrics("prepare")["pairs"]
@@ -81,6 +84,12 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
         }
 
     return run.perform("compare", work)
+
+
+def _variant(config: TrainConfig, name: str) -> TrainConfig:
+    """The run's training with one thing changed; refused where the change does not go with the rest."""
+    changes = {"look_back": max(1, config.look_back)} if name == "pema_look_back" else _VARIANTS[name]
+    return validate(TrainConfig, {**config.model_dump(), **changes, "stream": False}, f"compare.systems: {name}: train")
 
 
 class _Bench:
@@ -134,11 +143,12 @@ class _Bench:
         memory, (temperature, lam) = self.run.path("build_memory", "train"), self._tune_knn()
         chosen = self.config.compare.knn
         asked = chosen.model_dump(include={"neighbours", "index", "probes"})
-        spec = ExpertSpec(None, memory.resolve(), NeighboursConfig(temperature=temperature, **asked))
+        knn = KnnMixConfig(temperature=temperature, **asked)
+        spec = ExpertSpec(None, memory.resolve(), knn, self.config.train.max_train_pairs)
         options = self.config.generate.model_copy(update={"lambda_max": lam, "schedule": "constant"})
         name = f"kNN-LM, k = {chosen.neighbours}"
         job = make_job(self.run, name, self.pairs, self.run.prompter(), options, spec)
-        likelihood = self._test_likelihood(self._neighbours(temperature))
+        likelihood = self._test_likelihood(spec)
         note = f"temperature {temperature:g} and λ {lam:g} chosen on the dev memory"
         return self._answered(job, f"{_SERVICE}; the memory to answer with", nll=likelihood.nll(lam), note=note)
 
@@ -148,22 +158,22 @@ class _Bench:
             folder = self.run.path("train")
             history = History.from_dict(json.loads((folder / "history.json").read_text()))
         else:
-            history = self._train(_VARIANTS[self.name])
+            history = self._train()
         adapter = folder / "adapter"
-        options, card = self.config.generate, self.run.bundle.card
-        name = f"{_LABELS[self.name]}, λ {options.lambda_max:g}"
-        job = make_job(self.run, name, self.pairs, self.run.prompter(), options, expert_of(self.run, adapter))
-        loaded = expert_of(self.run, adapter).load(card, self.run.bundle.head)
+        options, spec = self.config.generate, expert_of(self.run, adapter)
+        asks = f" and k = {options.knn.neighbours} neighbours" if spec.memory else ""
+        name = f"{_LABELS[self.name]}{asks}, λ {options.lambda_max:g}"
+        job = make_job(self.run, name, self.pairs, self.run.prompter(), options, spec)
         return self._answered(
             job,
-            _SERVICE,
-            nll=self._test_likelihood(loaded).nll(options.lambda_max),
+            f"{_SERVICE}; the memory to answer with" if spec.memory else _SERVICE,
+            nll=self._test_likelihood(spec).nll(options.lambda_max),
             train_seconds=history.reconstruction_seconds + history.seconds,
             peak_bytes=history.peak_bytes,
         )
 
-    def _train(self, changes: dict[str, Any]) -> History:
-        c: TrainConfig = self.config.train.model_copy(update={**changes, "stream": False})
+    def _train(self) -> History:
+        c = _variant(self.config.train, self.name)
         job = replace(training_job(self.run, c), run_dir=self.folder.resolve())
         forget_other_settings(job.run_dir, f"{self.name} {self.run.stamp('train')}")  # else it would be resumed
         with track(f"training {self.name}", c.epochs, "epochs"):
@@ -209,13 +219,15 @@ class _Bench:
         s = _scorer(self.run).score(texts)
         return Peer(name=name, given=given, bleu=s.bleu, chrf=s.chrf, archaic_share=s.archaic_share, **figures)
 
-    def _test_likelihood(self, expert: AnyExpert | None) -> TokenLikelihood:
+    def _test_likelihood(self, spec: ExpertSpec | None) -> TokenLikelihood:
+        """The expert is loaded for this alone: actors load their own."""
+        expert = spec.load(self.run.bundle.card, self.run.bundle.head) if spec else None
         return likelihood_of(self.run, self.config.generate.split, expert)
 
     def _neighbours(self, temperature: float) -> NearestNeighbours:
         chosen, card = self.config.compare.knn, self.run.bundle.card
-        rows = ExternalMemory.open(self.run.path("build_memory", "train"), card).view()
-        head = self.run.bundle.head
+        memory = ExternalMemory.open(self.run.path("build_memory", "train"), card)
+        rows, head = memory.view(max_examples=self.config.train.max_train_pairs), self.run.bundle.head
         return NearestNeighbours(rows, head, chosen.neighbours, temperature, chosen.index, chosen.probes)
 
     def _tune_knn(self) -> tuple[float, float]:

@@ -101,7 +101,8 @@ def _other_systems(run: Run, pairs: Sequence[Pair]) -> list[GenerationJob]:
 def _name(options: GenerateConfig) -> str:
     beams = f", {options.beams} beams" if options.decoding == "beam" else ""
     sampled = ", sampled" if options.decoding == "sample" else ""
-    return f"PEMA, λ {options.lambda_max:g} {options.schedule}{beams}{sampled}"
+    asks = f", k = {options.knn.neighbours}" if options.knn.weight else ""
+    return f"PEMA, λ {options.lambda_max:g} {options.schedule}{beams}{sampled}{asks}"
 
 
 def _score(

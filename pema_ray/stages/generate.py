@@ -17,7 +17,7 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
     def work() -> dict[str, Any]:
         options = config.generate
         expert = expert_of(run)
-        expert.load(run.bundle.card, run.bundle.head)  # refused here rather than in every actor
+        expert.check(run.bundle.card)  # refused here rather than in every actor
         pairs = run.pairs(options.split)
         job = make_job(run, "pema", pairs, run.prompter(), options, expert)
         answers = run_jobs(config, run, [job], "answers")["pema"]

@@ -13,7 +13,7 @@ from pema_ray.memory import ExternalMemory
 from pema_ray.stages.run import Run
 
 AnyExpert = PemaAdapter | NearestNeighbours | WithNeighbours
-_ROWS = 1024  # whose probabilities over the whole vocabulary are held at once
+_ROWS = 1024  # whose probabilities over the whole vocabulary are held at once; of whole sequences, some more
 
 
 def likelihood_of(run: Run, split: str, expert: AnyExpert | None, most: int | None = None) -> TokenLikelihood:
@@ -33,17 +33,16 @@ def likelihood_of(run: Run, split: str, expert: AnyExpert | None, most: int | No
     if isinstance(adapter, PemaAdapter):
         adapter = adapter.to(device)
 
-    def of_adapter(batch: Batch, state: torch.Tensor) -> torch.Tensor:
-        if adapter is None:
-            return head.log_probs(head.norm(state))
-        if batch.example is None or not isinstance(adapter, PemaAdapter):
-            return adapter.log_probs(state, head)
-        target, example = (torch.from_numpy(ids).to(device) for ids in (batch.target, batch.example))
-        return adapter.log_probs(state, head, target, example)[torch.from_numpy(batch.wanted).to(device)]
-
     def log_probs(batch: Batch) -> torch.Tensor:
         state = torch.from_numpy(batch.key).to(device).float()
-        found = of_adapter(batch, state)
-        return mixed.mix(found, state[torch.from_numpy(batch.wanted).to(device)], head) if mixed else found
+        wanted = torch.from_numpy(batch.wanted).to(device)
+        if adapter is None:
+            return head.log_probs(head.norm(state))
+        if isinstance(adapter, PemaAdapter) and batch.example is not None:
+            target, example = (torch.from_numpy(ids).to(device) for ids in (batch.target, batch.example))
+            found = adapter.log_probs(state, head, (target, example, wanted))
+        else:
+            found = adapter.log_probs(state, head)
+        return mixed.mix(found, state[wanted], head) if mixed else found
 
     return token_likelihood(batches, [memory.manifest.eos_token_id], head, log_probs)

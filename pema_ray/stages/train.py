@@ -66,20 +66,22 @@ def _while_building(run: Run) -> dict[str, Any]:
             build.check()
         make_source = factory(run.config.plm, chosen.cpus_per_actor, run.bundle.card)
         rows = planned_rows(builds["train"])
-        started, already = time.perf_counter(), len(finished_shards(builds["train"].folder))
+        train_folder = builds["train"].folder
+        already = len(finished_shards(train_folder))
         # Actors and the worker run side by side here, beside the one CPU that Ray Data reads with.
         cpus = chosen.actors * chosen.cpus_per_actor + c.cpus_per_worker
         gpus = chosen.actors * chosen.gpus_per_actor + c.gpus_per_worker
         with ray_cluster(run.config.ray, cpus, gpus, readers=1):
             manifests = run_builds([build for split, build in builds.items() if split != "train"], make_source)
+            started = time.time()
             stream = stream_shards(builds["train"], make_source)
             job = replace(training_job(run), streamed_rows=rows)
             forget_other_settings(job.run_dir, run.stamp("train"))
             with track("building and training", _steps(c, rows)) as bar:
                 trained.append(fit(job, _showing(bar, c.batch_size), stream))
             manifests.append(run_build(builds["train"], make_source))  # what an early stop has left to do
-        seconds = time.perf_counter() - started
-        measured = measure_memory(manifests, manifests[-1].rows if not already else 0, seconds)
+        ended = max((train_folder / shard.name).stat().st_mtime for shard in manifests[-1].shards)  # training goes on
+        measured = measure_memory(manifests, manifests[-1].rows if not already else 0, max(1e-3, ended - started))
         told = run.path("train", FIRST_STEP)
         first = json.loads(told.read_text())["shards"] if told.exists() else None  # a death just after it took it along
         return measured | {"shards_at_first_step": first, "train_shards": len(manifests[-1].shards)}
@@ -93,8 +95,6 @@ def _while_building(run: Run) -> dict[str, Any]:
 def training_job(run: Run, c: TrainConfig | None = None) -> TrainingJob:
     """Training as the run's settings describe it, or with settings of its own."""
     c, card = c or run.config.train, run.bundle.card
-    if c.look_back and not run.config.build_memory.prompts:
-        raise UserError("An adapter that looks back needs build_memory.prompts=true: rows of prompts in the memory.")
     adapter = AdapterConfig(
         hidden_size=card.hidden_size,
         rank=c.rank,

@@ -78,7 +78,7 @@ class Prompter:
 
     @cached_property
     def shared_tokens(self) -> int:
-        """How many tokens all prompts begin with, whatever the source (none of them says where it begins)."""
+        """How many tokens all prompts begin with, whatever the source; found by comparing two prompts."""
         one, other = (self.encode_prompt(source) for source in ("a", "1"))
         return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pema_ray.config import NeighboursConfig
+from pema_ray.config import KnnMixConfig
 from pema_ray.data_owner import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.experts import ExpertSpec
 from pema_ray.data_owner.knn import NearestNeighbours, WithNeighbours
@@ -90,7 +90,7 @@ def test_an_adapter_may_ask_the_memory_too(make_head, make_rows, card):
 def test_an_expert_is_named_by_what_lies_on_disk(make_head, make_rows, card, tmp_path):
     adapter = PemaAdapter(AdapterConfig(16, 4, card.name, card.fingerprint)).save_pretrained(tmp_path / "adapter")
     memory = write_memory(tmp_path / "memory", card, make_rows(300, 1), "train")
-    asked = NeighboursConfig(weight=0.25, neighbours=8, temperature=2.0)
+    asked = KnnMixConfig(weight=0.25, neighbours=8, temperature=2.0)
     assert isinstance(ExpertSpec(adapter).load(card, make_head()), PemaAdapter)
     assert isinstance(ExpertSpec(None, memory, asked).load(card, make_head()), NearestNeighbours)
     both = ExpertSpec(adapter, memory, asked)
@@ -98,7 +98,14 @@ def test_an_expert_is_named_by_what_lies_on_disk(make_head, make_rows, card, tmp
     assert isinstance(loaded, WithNeighbours)
     assert (loaded.neighbours.neighbours, loaded.neighbours.temperature) == (8, 2.0)
     assert {both: 1}[ExpertSpec(adapter, memory, asked)] == 1  # actors keep what they have loaded by it
+    assert isinstance(ExpertSpec(adapter, memory).load(card, make_head()), PemaAdapter)  # weight 0
+    few = ExpertSpec(None, memory, asked, max_examples=20).load(card, make_head())
+    assert isinstance(few, NearestNeighbours) and len(few) == 20
+    both.check(card)
     with pytest.raises(UserError, match="an adapter, a memory, or both"):
-        ExpertSpec().load(card, make_head())
-    with pytest.raises(UserError, match="no memory|manifest"):
-        ExpertSpec(adapter, tmp_path / "nothing", asked).load(card, make_head())
+        ExpertSpec()
+    for refuse in (ExpertSpec(adapter, tmp_path / "nothing", asked), ExpertSpec(tmp_path / "nothing")):
+        with pytest.raises(UserError, match="nothing: "):
+            refuse.check(card)
+        with pytest.raises(UserError, match="nothing: "):
+            refuse.load(card, make_head())

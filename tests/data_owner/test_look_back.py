@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from pema_ray.config import TrainConfig
+from pema_ray.config import ExperimentConfig, TrainConfig
 from pema_ray.data_owner import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.feed import SequenceShuffle, sequences_in_order
 from pema_ray.data_owner.generation import Decoding, Generator, Request
 from pema_ray.data_owner.look_back import LookBack
+from pema_ray.data_owner.objectives import JointObjective
 from pema_ray.data_owner.training import Trainer
 from pema_ray.data_owner.unrolling import UnrollingSchedule
 from pema_ray.errors import UserError
@@ -212,7 +213,12 @@ def test_sequences_in_order_end_where_enough_is_predicted():
 
 # ── while decoding ──────────────────────────────────────────────────────────
 
-PROMPTS = [[5, 9, 3, 44, 7, 21], [5, 9, 3, 8], [5, 9, 3, 30, 31, 32, 33, 34, 35]]
+PROMPTS = [
+    [5, 9, 3, 44, 7, 21],
+    [5, 9, 3, 8],
+    [5, 9, 3, 30, 31, 32, 33, 34, 35],
+    [6, 4],
+]  # the last: no row but its own
 
 
 @pytest.fixture
@@ -234,7 +240,7 @@ def by_hand(source, adapter: PemaAdapter, prompt: list[int], tokens: list[int]) 
     first = min(adapter.config.prompt_from, len(prompt) - 1)
     state = source.extract(ExtractBatch([ids[:-1]], [first]))
     target, example = torch.tensor(ids[first + 1 :]), torch.zeros(len(state), dtype=torch.long)
-    return adapter.log_probs(state, head, target, example)[-len(tokens) :]
+    return adapter.log_probs(state, head, (target, example, torch.arange(len(state)) >= len(state) - len(tokens)))
 
 
 @pytest.mark.parametrize("decoding", [Decoding("greedy"), Decoding("beam", beams=3)], ids=lambda d: d.kind)
@@ -244,7 +250,7 @@ def test_answers_are_those_of_whole_passes(looking, decoding: Decoding):
     text: Callable = lambda tokens: " ".join(map(str, tokens))  # noqa: E731
     generator = Generator(source, source.lm_head().head, adapter, text, [1])
     requests = [
-        Request(prompt, steps, UnrollingSchedule(1.0)) for prompt, steps in zip(PROMPTS, (6, 9, 4), strict=True)
+        Request(prompt, steps, UnrollingSchedule(1.0)) for prompt, steps in zip(PROMPTS, (6, 9, 4, 5), strict=True)
     ]
     answers = generator.generate(requests, decoding, explain=True)
     for prompt, answer in zip(PROMPTS, answers, strict=True):
@@ -274,3 +280,43 @@ def test_a_memory_without_prompts_is_refused(tmp_path: Path, make_rows, card):
 
     with pytest.raises(UserError, match=r"build_memory\.prompts=true"):
         ExternalMemory.open(make(tmp_path / "m", range(4))).view(prompts=True)
+
+
+def test_rows_without_their_sequences_are_refused(make_head):
+    adapter = PemaAdapter(AdapterConfig(H, 4, "tiny", "a" * 16, look_back_layers=1, look_back_width=8))
+    state = torch.randn(3, H)
+    with pytest.raises(ValueError, match="its rows need their sequences"):
+        adapter.log_probs(state, make_head())
+    with pytest.raises(ValueError, match="its rows need their sequences"):
+        JointObjective(adapter, make_head(), 0.2)(state, torch.zeros(3, dtype=torch.long))
+
+
+KEPT = {"prompts": True}
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"train": {"look_back": 1}}, "train.look_back needs build_memory.prompts=true"),
+        ({"compare": {"systems": ["pema_look_back"]}}, "pema_look_back needs build_memory.prompts=true"),
+        ({"build_memory": KEPT, "train": {"look_back": 1, "stream": True}}, "whole sequences at hand"),
+        ({"build_memory": KEPT, "train": {"look_back": 1, "solver": "adam"}}, "whole sequences at hand"),
+        (
+            {"build_memory": KEPT, "train": {"look_back": 1, "shuffle": "window"}},
+            "whole sequences at hand",
+        ),
+    ],
+)
+def test_settings_that_give_it_no_sequences_are_refused(section: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        ExperimentConfig(**section)
+
+
+def test_parts_of_a_batch_add_up_to_it(make_head, tmp_path: Path):
+    found = []
+    for accumulate in (1, 3):
+        trainer = make_trainer(make_head(), tmp_path / str(accumulate), 1)
+        trainer.config = trainer.config.model_copy(update={"accumulate": accumulate, "epochs": 2})
+        found.append(trainer.run()[0].state_dict())
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, atol=1e-5, rtol=1e-4)

@@ -232,7 +232,7 @@ def submitted(command: list[str], environment: dict[str, str]) -> subprocess.Com
 
 def test_the_chain_runs_under_ray_job_submit(experiment, local_cluster, tmp_path):
     address, environment = local_cluster
-    path = experiment(**LOOKING_BACK, generate={"neighbours": {"weight": 0.1, "neighbours": 8}})
+    path = experiment(**LOOKING_BACK, generate={"knn": {"weight": 0.1, "neighbours": 8}})
     working = tmp_path / "working"  # what a user submits: scripts, no data
     shutil.copytree(ROOT / "jobs", working / "jobs")
     for job in JOBS:
