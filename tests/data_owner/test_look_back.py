@@ -21,6 +21,7 @@ from pema_ray.errors import UserError
 from pema_ray.line import ExtractBatch
 from pema_ray.memory import MemoryRows
 from pema_ray.memory.codec import encode
+from tests.data_owner.test_training import assert_one_curve, close, run_in_processes
 
 H, V, WIDTH = 16, 40, 8
 
@@ -320,3 +321,19 @@ def test_parts_of_a_batch_add_up_to_it(make_head, tmp_path: Path):
         found.append(trainer.run()[0].state_dict())
     for name, tensor in found[0].items():
         torch.testing.assert_close(found[1][name], tensor, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"strategy": "deepspeed", "accumulate": 2}], ids=str)
+def test_processes_share_whole_sequences(make_head, tmp_path: Path, settings: dict):
+    def trainer(folder: str, **changes) -> Trainer:
+        made = make_trainer(make_head(), tmp_path / folder, 1)
+        rows_of_40 = round(40 * made.feed.rows / 400)
+        del made.feed  # made again, of whole forties
+        update = {"epochs": 2, "batch_size": rows_of_40, **changes}
+        made.config = made.config.model_copy(update=update)
+        return made
+
+    one, history = trainer("one").run()
+    many, shared = run_in_processes(trainer("many", **settings), 2, tmp_path / "meeting")
+    assert_one_curve(history, shared)
+    close(one, many, 1e-4)
