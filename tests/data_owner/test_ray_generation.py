@@ -129,7 +129,7 @@ def test_answers_over_ray_are_those_of_one_process(ray_cluster, tiny_source, bun
         expected = in_process(tiny_source, work)
         assert {key: answer.generated.tokens for key, answer in told[work.system].items()} == expected
         traces = [answer.generated.trace for answer in told[work.system].values()]
-        assert [trace[0].lam for trace in traces] == pytest.approx([0.9 if work.adapter else 0.0] * len(KEYS))
+        assert [trace[0].lam for trace in traces] == pytest.approx([0.9 if work.expert else 0.0] * len(KEYS))
     assert [told["pema"][key].generated.tokens for key in KEYS] != [told["plm"][key].generated.tokens for key in KEYS]
 
 
