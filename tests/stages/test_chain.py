@@ -65,6 +65,16 @@ def test_an_experiment_runs_from_text_to_report_and_is_reused(experiment, ray_cl
     assert adapter_file.exists()  # a refusal leaves what is there
     assert {name: stage(config) for name, stage in stages().items()} == measured
 
+    (run / "train" / "metrics.json").unlink()
+    published.publish(run / "build_memory" / "train", "whole")
+    try:
+        found = stages()["train"](load_config(path, ["train.published=whole", "train.resume=false"]))
+    finally:
+        published.drop("whole")
+    assert (
+        found["dev_prediction"] == measured["train"]["dev_prediction"] and found["stamp"] == measured["train"]["stamp"]
+    )
+
     other = load_config(path, ["train.kappa=0.5"])
     stages()["build_memory"](other)
     with pytest.raises(Exception, match="stage 'train' was run with other settings"):
@@ -101,6 +111,7 @@ def test_a_memory_of_the_generated_context_trains_too(experiment, ray_cluster):
     assert measured["train"]["steps"] >= 1 and measured["evaluate"]["nll"]
 
 
+@pytest.mark.slow  # a whole experiment trains on a published memory above
 def test_a_published_memory_is_trained_on_where_it_lies(experiment, ray_cluster):
     path = experiment(**LOOKING_BACK)
     config = load_config(path)
