@@ -59,19 +59,28 @@ class LookBack(nn.Module):
 
 
 class _Block(nn.Module):
-    """Attention with a key of nothing, then a feed-forward layer, each added to its input."""
+    """Attention with a key of nothing, then a feed-forward layer, each added to its input.
+
+    It begins by looking for tokens that the PLM expects next: a query is `x_t`, a key the token that followed, and
+    their product is large where the PLM would say that token again. What is found is not used before training.
+    """
 
     def __init__(self, hidden_size: int, width: int, dropout: float) -> None:
         super().__init__()
         self.norm, self.inner_norm, self.drop = nn.RMSNorm(hidden_size), nn.RMSNorm(hidden_size), nn.Dropout(dropout)
         self.query = nn.Linear(2 * hidden_size, width, bias=False)
-        self.key = nn.Linear(2 * hidden_size, width, bias=False)
+        self.key = nn.Linear(3 * hidden_size, width, bias=False)
         self.value = nn.Linear(2 * hidden_size, width, bias=False)
         self.nothing = nn.Parameter(torch.zeros(2, width))  # its key and value
         self.out = nn.Linear(width, hidden_size, bias=False)
         self.up, self.down = nn.Linear(hidden_size, 4 * width), nn.Linear(4 * width, hidden_size)
         for closing in (self.out.weight, self.down.weight, self.down.bias):
             nn.init.zeros_(closing)
+        shared = nn.init.orthogonal_(torch.empty(width, hidden_size))
+        with torch.no_grad():
+            for linear, part in ((self.query, slice(0, hidden_size)), (self.key, slice(-hidden_size, None))):
+                linear.weight.zero_()[:, part] = shared
+            self.value.weight.zero_()[:, hidden_size:] = shared
 
     def forward(
         self, x_BTH: torch.Tensor, read_BTH: torch.Tensor, follows_BTH: torch.Tensor, past_TT: torch.Tensor
@@ -84,7 +93,7 @@ class _Block(nn.Module):
         self, normed_BTH: torch.Tensor, read_BTH: torch.Tensor, follows_BTH: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of positions, `[B, heads, T, D / heads]` each, once it is known what followed them."""
-        key = self.key(torch.cat([normed_BTH, read_BTH], -1))
+        key = self.key(torch.cat([normed_BTH, read_BTH, follows_BTH], -1))
         return _by_head(key), _by_head(self.value(torch.cat([normed_BTH, follows_BTH], -1)))
 
     def attend(
