@@ -330,7 +330,13 @@ class Trainer:
         for name, tensor in tensors.items():
             room, _, rest = name.partition(".")
             rooms[room][rest] = tensor
-        adapter.load_state_dict(rooms["adapter"])
+        try:
+            adapter.load_state_dict(rooms["adapter"])
+        except RuntimeError:
+            raise UserError(
+                f"{self._checkpoint}: holds an adapter of another shape, from another version perhaps. "
+                "Delete it to start over."
+            ) from None
         step = int(described["step"])
         logger.info("training resumes at step %d", step)
         return step, History.from_dict(json.loads(described["history"])), rooms["optimizer"]

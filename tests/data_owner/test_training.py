@@ -449,3 +449,12 @@ def test_deepspeed_trains_as_one_process_would_and_resumes(make_trainer, tmp_pat
     close(one, many, 1e-4)
     again, _ = make_trainer("many", **alike, resume=True).run()  # what it left is everyone's checkpoint
     close(again, many, 0.0)
+
+
+def test_a_checkpoint_of_another_shape_is_named(make_trainer):
+    dying = make_trainer("dying")
+    dying.on_point = kill_at("train", 7)
+    with pytest.raises(Killed):
+        dying.run()
+    with pytest.raises(UserError, match=r"checkpoint.safetensors: holds an adapter of another shape.*Delete it"):
+        make_trainer("dying", rank=4).run()
