@@ -1,8 +1,9 @@
 """Writes one shard of rows, atomically, and reads it back, checked. N rows, H hidden.
 
-Parquet columns: `key` (fixed-size list of H numbers), `target`, `example_id`, `position`; `scale` for int8 keys;
+Parquet columns: `key` (fixed-size list of H numbers; bytes for int8 and bfloat16), `target`, `example_id`,
+`position`; `scale` for int8 keys;
 `weight` where equal rows were counted together.
-Plain pyarrow reads them; bfloat16 keys are their 16 bits, as uint16.
+Plain pyarrow reads them; bfloat16 keys are their 16 bits, little-endian.
 """
 
 from __future__ import annotations
@@ -24,9 +25,8 @@ from pema_ray.memory.codec import KeyDtype, Keys
 _ARROW: dict[KeyDtype, pa.DataType] = {
     "float32": pa.float32(),
     "float16": pa.float16(),
-    "bfloat16": pa.uint16(),
-    "int8": pa.int8(),
 }
+_AS_BYTES: dict[KeyDtype, type] = {"bfloat16": np.uint16, "int8": np.int8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +102,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 def write_shard(path: Path, rows: MemoryRows) -> tuple[int, str]:
     """Write rows as one Parquet file; returns `(bytes, sha256)`. Same rows, same bytes."""
-    flat = pa.array(np.ascontiguousarray(rows.key.data).reshape(-1), type=_ARROW[rows.key.dtype])
     columns = {
-        "key": pa.FixedSizeListArray.from_arrays(flat, rows.key.shape[1]),
+        "key": _key_column(rows.key),
         "target": pa.array(rows.target, pa.int32()),
         "example_id": pa.array(rows.example_id, pa.int64()),
         "position": pa.array(rows.position, pa.int32()),
@@ -117,6 +116,33 @@ def write_shard(path: Path, rows: MemoryRows) -> tuple[int, str]:
         pq.write_table(pa.table(columns), temporary, compression="none", use_dictionary=False, write_statistics=False)
         size, digest = temporary.stat().st_size, sha256_of(temporary)
     return size, digest
+
+
+def _key_column(keys: Keys) -> pa.Array:
+    """Lists of numbers where Parquet has the number, else bytes: it would keep an int8 or uint16 in four of them."""
+    data = np.ascontiguousarray(keys.data)
+    if keys.dtype in _AS_BYTES:
+        width = data.shape[1] * data.itemsize
+        return pa.Array.from_buffers(pa.binary(width), len(data), [None, pa.py_buffer(data)])
+    return pa.FixedSizeListArray.from_arrays(pa.array(data.reshape(-1), type=_ARROW[keys.dtype]), data.shape[1])
+
+
+def _key_numbers(path: Path, column: pa.Array, scaled: bool) -> tuple[KeyDtype, np.ndarray]:
+    """What `_key_column` wrote: the number format and `[N, H]`."""
+    if pa.types.is_fixed_size_binary(column.type):
+        dtype: KeyDtype = "int8" if scaled else "bfloat16"
+        width, number = column.type.byte_width, np.dtype(_AS_BYTES[dtype])
+        if width % number.itemsize:
+            raise UserError(f"{path}: not a readable shard: its keys have {width} bytes, no whole number of {dtype}.")
+        raw = np.frombuffer(column.buffers()[1], np.uint8)[column.offset * width :][: len(column) * width]
+        return dtype, raw.view(number).reshape(len(column), width // number.itemsize)
+    if not pa.types.is_fixed_size_list(column.type):
+        raise UserError(f"{path}: not a readable shard: its keys are {column.type}, not lists of one length.")
+    found: KeyDtype | None = next((name for name, arrow in _ARROW.items() if arrow == column.type.value_type), None)
+    if found is None:
+        known = ", ".join((*_ARROW, *_AS_BYTES))
+        raise UserError(f"{path}: not a readable shard: keys of {column.type.value_type}; known are {known}.")
+    return found, column.flatten().to_numpy(zero_copy_only=False).reshape(-1, column.type.list_size)
 
 
 def read_shard(path: Path, sha256: str | None = None) -> MemoryRows:
@@ -138,18 +164,13 @@ def read_shard(path: Path, sha256: str | None = None) -> MemoryRows:
         raise UserError(f"{path}: not a readable shard: {str(error).splitlines()[0]}") from None
     if key is None:
         raise UserError(f"{path}: the shard holds no rows.")
-    if not pa.types.is_fixed_size_list(key.type):
-        raise UserError(f"{path}: not a readable shard: its keys are {key.type}, not lists of one length.")
-    dtype: KeyDtype | None = next((name for name, arrow in _ARROW.items() if arrow == key.type.value_type), None)
-    if dtype is None:
-        raise UserError(f"{path}: not a readable shard: keys of {key.type.value_type}; known are {', '.join(_ARROW)}.")
+    dtype, data = _key_numbers(path, key, "scale" in table.column_names)
     names = ["target", "example_id", "position", *(["scale"] if dtype == "int8" else [])]
     missing = [name for name in names if name not in table.column_names]
     if missing:
         raise UserError(f"{path}: not a readable shard: it has no column '{missing[0]}'.")
     names += ["weight"] if "weight" in table.column_names else []
     plain = {name: table.column(name).to_numpy() for name in names}
-    data = key.flatten().to_numpy(zero_copy_only=False).reshape(-1, key.type.list_size)
     return MemoryRows(Keys(dtype, data, plain.pop("scale", None)), **plain)
 
 
