@@ -326,11 +326,10 @@ class _ShardActor:
             rows = weighted(rows, shard.weights)
         path = folder / shard.name
         size, digest = write_shard(path, rows)
-        of_targets = int((rows.position >= 0).sum())
         info = ShardInfo(
             name=shard.name,
-            rows=of_targets,
-            prompt_rows=len(rows) - of_targets,
+            rows=rows.target_rows,
+            prompt_rows=len(rows) - rows.target_rows,
             represents=rows.represents,
             examples=len(np.unique(rows.example_id)),
             tokens=tokens,

@@ -64,9 +64,8 @@ class ExternalMemory:
         rows = read_shard(path, info.sha256 if verify else None)
         if rows.key.shape != expected:
             raise UserError(f"{path}: holds rows {rows.key.shape}, the manifest says {expected}.")
-        targets = int((rows.position >= 0).sum())
-        if targets != info.rows:
-            raise UserError(f"{path}: holds {targets} rows of targets, the manifest says {info.rows}.")
+        if rows.target_rows != info.rows:
+            raise UserError(f"{path}: holds {rows.target_rows} rows of targets, the manifest says {info.rows}.")
         return rows if prompts else rows.of_targets
 
     @property

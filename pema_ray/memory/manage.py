@@ -211,11 +211,10 @@ def _write(folder: Path, name: str, rows: MemoryRows, of: ShardInfo | None = Non
     size, digest = write_shard(folder / name, rows)
     examples = of.examples if of else len(rows)
     counts = (of.tokens, of.padded_tokens) if of else (0, 0)
-    of_targets = int((rows.position >= 0).sum())
     return ShardInfo(
         name=name,
-        rows=of_targets,
-        prompt_rows=len(rows) - of_targets,
+        rows=rows.target_rows,
+        prompt_rows=len(rows) - rows.target_rows,
         represents=rows.represents,
         examples=examples,
         tokens=counts[0],

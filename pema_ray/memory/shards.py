@@ -56,6 +56,11 @@ class MemoryRows:
         return None if self.weight is None else int(self.weight.sum())
 
     @property
+    def target_rows(self) -> int:
+        """How many are of targets; the others are of prompts."""
+        return int((self.position >= 0).sum())
+
+    @property
     def of_targets(self) -> MemoryRows:
         """Without the rows of prompts."""
         found = self.position >= 0
