@@ -16,7 +16,12 @@ from pema_ray.errors import UserError
 
 KeyDtype = Literal["float32", "float16", "bfloat16", "int8"]
 KEY_DTYPES: tuple[KeyDtype, ...] = get_args(KeyDtype)
-_STORAGE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "int8": np.int8}
+STORAGE: dict[KeyDtype, np.dtype] = {
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype("<u2"),
+    "int8": np.dtype("i1"),
+}
 _INT8_MOST = 127
 
 
@@ -35,8 +40,8 @@ class Keys:
     scale: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        if self.data.ndim != 2 or self.data.dtype != _STORAGE[self.dtype]:
-            raise ValueError(f"{self.dtype} keys are a {_STORAGE[self.dtype].__name__} matrix, not {self.data.dtype}")
+        if self.data.ndim != 2 or self.data.dtype != STORAGE[self.dtype]:
+            raise ValueError(f"{self.dtype} keys are a {STORAGE[self.dtype].name} matrix, not {self.data.dtype}")
         if (None if self.scale is None else len(self.scale)) != (len(self) if self.dtype == "int8" else None):
             raise ValueError("int8 keys have a scale for each row, other keys have none")
 

@@ -18,6 +18,7 @@ class ExternalMemory:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
+        self._checked: dict[str, tuple[int, int]] = {}
 
     @classmethod
     def open(cls, path: str | Path, card: ModelCard | None = None) -> ExternalMemory:
@@ -43,11 +44,17 @@ class ExternalMemory:
         if card is not None and not self.manifest.belongs_to(card):
             raise FingerprintMismatch(f"The memory {self.folder}", self.manifest.plm_label, card.label)
 
+    def __getstate__(self) -> dict[str, object]:
+        """Another process checks files by itself."""
+        return {**self.__dict__, "_checked": {}}
+
     def __len__(self) -> int:
         return self.manifest.rows
 
     def shards(self, verify: bool = True, prompts: bool = False) -> Iterator[MemoryRows]:
         """Rows shard by shard, each checked against the manifest unless `verify` is off.
+
+        A file's checksum is computed when it is first read, and again only when its size or time has changed.
 
         Args:
             prompts: with the rows of prompts, where the memory has them.
@@ -61,12 +68,20 @@ class ExternalMemory:
     def shard(self, info: ShardInfo, verify: bool = True, prompts: bool = False) -> MemoryRows:
         """One shard's rows; arguments and errors as in `shards`."""
         path, expected = self.folder / info.name, (info.rows + info.prompt_rows, self.manifest.hidden_size)
-        rows = read_shard(path, info.sha256 if verify else None)
+        rows = self._read(path, info.sha256) if verify else read_shard(path)
         if rows.key.shape != expected:
             raise UserError(f"{path}: holds rows {rows.key.shape}, the manifest says {expected}.")
         if rows.target_rows != info.rows:
             raise UserError(f"{path}: holds {rows.target_rows} rows of targets, the manifest says {info.rows}.")
         return rows if prompts else rows.of_targets
+
+    def _read(self, path: Path, sha256: str) -> MemoryRows:
+        found = path.stat() if path.exists() else None
+        seen = None if found is None else (found.st_size, found.st_mtime_ns)
+        rows = read_shard(path, None if seen is not None and self._checked.get(path.name) == seen else sha256)
+        if seen is not None:
+            self._checked[path.name] = seen
+        return rows
 
     @property
     def counts(self) -> list[int]:

@@ -11,7 +11,7 @@ import pytest
 
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import ModelCard
-from pema_ray.memory import ExternalMemory, Manifest, MemoryRows, ShardInfo
+from pema_ray.memory import ExternalMemory, Manifest, MemoryRows, ShardInfo, shards
 from pema_ray.memory.codec import encode
 from pema_ray.memory.shards import write_shard
 
@@ -96,6 +96,25 @@ def test_no_memory_is_told_apart_from_a_damaged_one(folder: Path, tmp_path: Path
     path.write_text(json.dumps(json.loads(whole) | {"schema_version": 1}))
     with pytest.raises(UserError, match="schema version 1, this version reads 2"):
         ExternalMemory.open(folder)
+
+
+def test_a_file_is_checked_when_first_read_and_again_when_it_changed(folder: Path, monkeypatch):
+    checked: list[str] = []
+    digest = shards.sha256_of
+    monkeypatch.setattr(shards, "sha256_of", lambda path: checked.append(path.name) or digest(path))
+    memory = ExternalMemory.open(folder)
+    for _ in range(3):
+        memory.load()
+    names = [info.name for info in memory.manifest.shards]
+    assert checked == names
+    kept = (folder / names[1]).read_bytes()
+    (folder / names[1]).write_bytes(kept[:-1] + b"?")
+    for _ in range(2):
+        with pytest.raises(UserError, match="shard-00001.parquet: damaged shard"):
+            memory.load()
+    (folder / names[1]).write_bytes(kept)
+    assert len(memory.load()) == len(memory)
+    assert checked == [*names, *[names[1]] * 3]
 
 
 def test_missing_changed_and_swapped_shards_are_refused(folder: Path):

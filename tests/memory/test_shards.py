@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -60,12 +61,10 @@ def test_plain_pyarrow_reads_a_shard(dtype: KeyDtype, tmp_path: Path):
     write_shard(tmp_path / "s.parquet", rows)
     table = pq.read_table(tmp_path / "s.parquet")
     assert table.column_names == ["key", "target", "example_id", "position"] + ["scale"] * (dtype == "int8")
-    keys = table.column("key").to_pylist()
-    if dtype in ("int8", "bfloat16"):  # Parquet would take four bytes for each of their numbers
-        keys = [np.frombuffer(key, rows.key.data.dtype).tolist() for key in keys]
-        size = (tmp_path / "s.parquet").stat().st_size
-        assert size < rows.key.nbytes + 2500 + 24 * len(rows)
+    assert table.schema.metadata[b"key_dtype"].decode() == dtype
+    keys = [np.frombuffer(key, rows.key.data.dtype).tolist() for key in table.column("key").to_pylist()]
     assert keys == rows.key.data.tolist()
+    assert (tmp_path / "s.parquet").stat().st_size < rows.key.nbytes + 2500 + 24 * len(rows)
     assert table.column("target").to_pylist() == rows.target.tolist()
 
 
@@ -101,8 +100,6 @@ def test_a_truncated_shard_is_refused_with_and_without_its_checksum(keep: int, t
 
 
 def test_missing_swapped_and_foreign_files_are_refused(tmp_path: Path):
-    import pyarrow as pa
-
     _, digest = write_shard(tmp_path / "a.parquet", some_rows())
     write_shard(tmp_path / "b.parquet", some_rows(seed=1))
     with pytest.raises(UserError, match="gone.parquet: this shard is missing"):
@@ -117,6 +114,32 @@ def test_missing_swapped_and_foreign_files_are_refused(tmp_path: Path):
     )
     with pytest.raises(UserError, match="not a readable shard"):
         read_shard(tmp_path / "flat.parquet")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_keys_in_lists_are_read_too(dtype: KeyDtype, tmp_path: Path):
+    rows = some_rows(dtype=dtype)
+    columns = {"key": pa.FixedSizeListArray.from_arrays(rows.key.data.reshape(-1), rows.key.shape[1])}
+    columns |= {name: pa.array(getattr(rows, name)) for name in ("target", "example_id", "position")}
+    pq.write_table(pa.table(columns), tmp_path / "lists.parquet")
+    assert_same(read_shard(tmp_path / "lists.parquet"), rows)
+
+
+@pytest.mark.parametrize(
+    ("named", "width", "problem"),
+    [
+        (None, 8, "names no number format"),
+        (b"float8", 8, "names an unknown number"),
+        (b"float32", 6, "no whole number"),
+    ],
+)
+def test_bytes_without_a_known_number_format_are_refused(named, width: int, problem: str, tmp_path: Path):
+    columns = {"key": pa.array([b"x" * width], pa.binary(width))}
+    columns |= {"target": pa.array([1]), "example_id": pa.array([1]), "position": pa.array([1])}
+    table = pa.table(columns).replace_schema_metadata(None if named is None else {"key_dtype": named})
+    pq.write_table(table, tmp_path / "bytes.parquet")
+    with pytest.raises(UserError, match=f"bytes.parquet: not a readable shard: .*{problem}"):
+        read_shard(tmp_path / "bytes.parquet")
 
 
 def full_disk(*_args, **_kwargs):
