@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from pema_ray import memory_commands
+from pema_ray.errors import UserError
 from pema_ray.stages.main import guarded, run_stage, stages
 from pema_ray.stages.settings import settings_of
 
@@ -117,6 +118,54 @@ _command(
     "evaluate", "evaluate", "Compare PEMA with the PLM alone, few-shot prompting and copying: sBLEU, chrF, NLL over λ."
 )
 _command("report", "report", "Write the HTML report and print the comparison.")
+
+
+@app.command("serve")
+def serve(
+    overrides: Overrides = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help="An experiment whose PLM and trained adapter are served together."),
+    ] = None,
+    topology: Annotated[
+        Path | None, typer.Option("--topology", "-t", help="Or a Serve config file, such as serve_configs/local.yaml.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Where the API listens.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Where the API listens.")] = 8000,
+) -> None:
+    """Serve both owners on this machine until Ctrl-C: OpenAI's API over an experiment's adapter."""
+
+    def work() -> None:
+        from pema_ray.serving.run import serve_experiment, serve_topology
+
+        if topology is not None:
+            if config is not None or overrides:
+                raise UserError("--topology names a file that says everything; leave out --config and settings.")
+            serve_topology(topology)
+        else:
+            serve_experiment(config, overrides or [], host, port)
+
+    raise typer.Exit(guarded(work))
+
+
+@app.command("serve-key")
+def serve_key(
+    keys: Annotated[Path, typer.Argument(help="The file of keys; it is made when there is none.")],
+    name: Annotated[str, typer.Argument(help="The data owner's name; a known one gets a new key.")],
+    rows_per_minute: Annotated[int | None, typer.Option(help="Representations a minute.")] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(help="Tokens a minute.")] = None,
+    sessions: Annotated[int | None, typer.Option(help="Sessions at a time.")] = None,
+) -> None:
+    """PLM owner: let a data owner in. Prints its key, once; the file keeps a hash."""
+
+    def work() -> None:
+        from pema_ray.config import validate
+        from pema_ray.plm_owner.access import Quota, add_client
+
+        asked = {"rows_per_minute": rows_per_minute, "tokens_per_minute": tokens_per_minute, "sessions": sessions}
+        typer.echo(add_client(keys, name, validate(Quota, asked, "quota")))
+
+    raise typer.Exit(guarded(work))
 
 
 def main() -> None:

@@ -147,7 +147,7 @@ class Generator:
         self, requests: Sequence[Request], decoding: Decoding, explain: bool, streams: Sequence[int]
     ) -> list[Generated]:
         answers = [Generated() for _ in requests]
-        draw = [_random_stream(decoding.seed, stream) for stream in streams]
+        draw = [random_stream(decoding.seed, stream) for stream in streams]
         alive = list(range(len(requests)))
         reading = self._begin([request.prompt for request in requests])
         session = DecodingSession(self.source, [request.prompt for request in requests])
@@ -155,7 +155,7 @@ class Generator:
             for step in range(max(request.max_new_tokens for request in requests)):
                 lam = self._lambda([requests[i] for i in alive], step)
                 log_p, log_pema, log_plm = self._distributions(reading, session.state_BH, lam, both=explain)
-                chosen = self._choose(log_p, decoding, [draw[i] for i in alive])
+                chosen = choose(log_p, decoding, [draw[i] for i in alive])
                 kept: list[int] = []
                 for row, (i, token) in enumerate(zip(alive, chosen, strict=True)):
                     answer = answers[i]
@@ -177,17 +177,6 @@ class Generator:
         finally:
             session.close()
         return answers
-
-    def _choose(self, log_p_BV: torch.Tensor, decoding: Decoding, draw: Sequence[torch.Generator]) -> list[int]:
-        if decoding.kind == "greedy":
-            return log_p_BV.argmax(-1).tolist()
-        scaled = (log_p_BV / decoding.temperature).softmax(-1)
-        if decoding.top_p < 1:
-            ordered, place = scaled.sort(dim=-1, descending=True)
-            ordered[ordered.cumsum(-1) - ordered >= decoding.top_p] = 0  # the first token past the mass stays
-            scaled = torch.zeros_like(scaled).scatter(-1, place, ordered)
-        rows = zip(scaled.cpu(), draw, strict=True)
-        return [int(torch.multinomial(row, 1, generator=generator)) for row, generator in rows]
 
     def _finish(self, answer: Generated, max_new_tokens: int) -> bool:
         """Whether the answer is complete; sets its text and reason if so."""
@@ -294,7 +283,21 @@ class _BeamSearch:
         return log_prob / tokens**self.penalty
 
 
-def _random_stream(seed: int, stream: int) -> torch.Generator:
+def choose(log_p_BV: torch.Tensor, decoding: Decoding, draw: Sequence[torch.Generator]) -> list[int]:
+    """The next token of every row: the most probable one, or drawn by temperature and from the nucleus `top_p`."""
+    if decoding.kind == "greedy":
+        return log_p_BV.argmax(-1).tolist()
+    scaled = (log_p_BV / decoding.temperature).softmax(-1)
+    if decoding.top_p < 1:
+        ordered, place = scaled.sort(dim=-1, descending=True)
+        ordered[ordered.cumsum(-1) - ordered >= decoding.top_p] = 0  # the first token past the mass stays
+        scaled = torch.zeros_like(scaled).scatter(-1, place, ordered)
+    rows = zip(scaled.cpu(), draw, strict=True)
+    return [int(torch.multinomial(row, 1, generator=generator)) for row, generator in rows]
+
+
+def random_stream(seed: int, stream: int) -> torch.Generator:
+    """Random draws of one sequence, named by a seed and a number."""
     mixed = np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(mixed >> np.uint64(1)))
 

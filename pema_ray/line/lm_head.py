@@ -158,6 +158,23 @@ class LMHeadBundle:
             )
         return cls(card, head, files)
 
+    def to_files(self) -> dict[str, bytes]:
+        """What `save` writes, by name, to be sent."""
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = self.save(Path(scratch) / "bundle")
+            found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+            return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes]) -> LMHeadBundle:
+        """What `to_files` gave; raises as `load` does."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in files.items():
+                path = Path(folder) / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+            return cls.load(folder)
+
     def tokenizer(self):
         """The PLM's tokenizer, rebuilt from the bundle's files."""
         from transformers import AutoTokenizer

@@ -80,6 +80,10 @@ class InProcessPLM:
             wanted[row, first - shared : len(ids) - shared] = True
         return state_BTH[wanted.to(state_BTH.device)].cpu()
 
+    def forget_prefix(self) -> None:
+        """Forget what the last batches began with."""
+        self._prefix = None
+
     def _prefix_cache(self, prefix: tuple[int, ...]) -> DynamicCache:
         if self._prefix is None or self._prefix[0] != prefix:
             cache = growing_cache(self.plm.model.config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import threading
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from pema_ray.plm_owner.gguf import converted
 
 logger = logging.getLogger(__name__)
 _PACKAGE = "package:"
+_LOADING = threading.Lock()  # transformers patches torch while it loads, and two loads at once leave it patched
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ def load_plm(config: PLMConfig) -> LoadedPLM:
     try:
         readable = str(converted(Path(where) / gguf)) if gguf else where
         tokenizer = AutoTokenizer.from_pretrained(readable, trust_remote_code=config.trust_remote_code)
-        model: Any = AutoModelForCausalLM.from_pretrained(readable, **options)
+        with _LOADING:
+            model: Any = AutoModelForCausalLM.from_pretrained(readable, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"plm.name={config.name}: cannot be loaded as a causal LM: {reason}") from error

@@ -97,3 +97,9 @@ def test_ray_overhead_measures_a_build_and_a_training(tmp_path: Path):
     assert set(figures["seconds"]) == {
         "build_process", "build_ray", "build_one", "build_two", "train_ray", "train_process",
     }  # fmt: skip
+
+
+def test_serving(tmp_path: Path):
+    figures = smoke("serving", tmp_path)["figures"]
+    assert set(figures["tokens_per_second"]) >= {"many", "one", "plm alone", "generate", "draft 8_50ms"}
+    assert figures["milliseconds"]["a token, median"] > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,13 @@ def test_dtype_and_device_are_as_configured(tiny_plm_folder):
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="no CUDA device is visible"):
             load_plm(PLMConfig(name=tiny_plm_folder("llama"), device="cuda"))
+
+
+def test_plms_may_be_loaded_in_several_threads_at_once(tiny_plm_folder):
+    """transformers patches torch while it loads; two loads at once once left every later model broken."""
+    config = PLMConfig(name=tiny_plm_folder("qwen2"), dtype="float32", device="cpu", threads=1)
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(load_plm, [config] * 12))
+    for plm in [*loaded, load_plm(config)]:
+        assert not any(parameter.is_meta for parameter in plm.model.parameters())
+        assert plm.model.get_output_embeddings().weight is plm.model.get_input_embeddings().weight

@@ -241,12 +241,13 @@ def submitted(command: list[str], environment: dict[str, str]) -> subprocess.Com
             return done
 
 
-def test_the_chain_runs_under_ray_job_submit(experiment, local_cluster, tmp_path):
+@pytest.mark.parametrize("stages", [3, pytest.param(len(JOBS), marks=pytest.mark.slow)])
+def test_the_chain_runs_under_ray_job_submit(stages, experiment, local_cluster, tmp_path):
     address, environment = local_cluster
     path = experiment(**LOOKING_BACK, generate={"knn": {"weight": 0.1, "neighbours": 8}})
     working = tmp_path / "working"  # what a user submits: scripts, no data
     shutil.copytree(ROOT / "jobs", working / "jobs")
-    for job in JOBS:
+    for job in JOBS[:stages]:
         submit = [
             sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", address,
             "--working-dir", str(working), "--",
@@ -254,7 +255,8 @@ def test_the_chain_runs_under_ray_job_submit(experiment, local_cluster, tmp_path
         ]  # fmt: skip
         done = submitted(submit, environment)
         assert done.returncode == 0, f"{job}: {done.stdout[-3000:]}{done.stderr[-2000:]}"
-    assert (tmp_path / "run" / "report" / "report.html").exists()
+    assert (tmp_path / "run" / "build_memory" / "train" / "manifest.json").exists()
+    assert (tmp_path / "run" / "report" / "report.html").exists() == (stages == len(JOBS))
 
     bad = [*submit[:-4], f"jobs/{JOBS[0]}.py", "--config", str(path), "train.rang=3"]
     failed = submitted(bad, environment)

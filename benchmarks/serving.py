@@ -1,0 +1,214 @@
+"""What serving costs and brings: many sessions against one and against `generate`, PEMA on against off, drafts.
+
+The PLM owner's engine and the data owner's unroller run in one process, with the line's bytes between them and, for
+drafts, a round trip as long as between two organisations. Every answer is greedy; speeds are of whole answers, prompts
+included. Answers of the first three ratios are all of one length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import tempfile
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from _harness import Aim, console, device_of, options, show, write_results
+from build_memory import CONFIG, PACKAGED, packaged_examples, tiny_model
+
+from pema_ray.config import PLMConfig, load_config
+from pema_ray.data_owner.adapter import AdapterConfig, PemaAdapter
+from pema_ray.data_owner.serving.unroller import Order, Token, Unroller
+from pema_ray.data_owner.unrolling import UnrollingSchedule
+from pema_ray.errors import UserError
+from pema_ray.line import LMHeadBundle, ModelCard, codec
+from pema_ray.line.stepping import Step, Stepped
+from pema_ray.plm_owner import InProcessPLM, load_plm
+from pema_ray.plm_owner.service import PLMEngine
+
+NAME = "serving"
+AIMS = {
+    "many_sessions_over_one": Aim(5),
+    "engine_over_generate": Aim(0.95),
+    "pema_over_plm_alone": Aim(0.9),
+    "drafted_over_not": Aim(1.5),
+    "drafted_over_not_50ms": Aim(3),
+}
+
+
+class Line:
+    """The line in one process: a `Stepper` that waits a round trip before it answers."""
+
+    def __init__(self, engine: PLMEngine, round_trip: float = 0.0) -> None:
+        self.engine, self.round_trip = engine, round_trip
+
+    async def describe(self) -> ModelCard:
+        return ModelCard.from_dict(
+            {k: v for k, v in (await self.engine.describe()).items() if k != "max_session_tokens"}
+        )
+
+    async def step(self, steps: Sequence[Step]) -> list[Stepped | Exception]:
+        await asyncio.sleep(self.round_trip)
+        _, body = await self.engine.step("benchmark", codec.encode_steps(steps))
+        return codec.decode_stepped(body, UserError)
+
+    async def close(self, sessions: Sequence[str]) -> None:
+        await self.engine.close("benchmark", sessions)
+
+
+def main() -> None:
+    parser = options("Tokens a second of served answers.")
+    parser.add_argument("--model", default=PACKAGED, help="as plm.name in a configuration")
+    parser.add_argument(
+        "--adapter", type=Path, default=None, help="a trained adapter (default: one that changes nothing)"
+    )
+    parser.add_argument("--sessions", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=48, help="of every answer")
+    parser.add_argument(
+        "--drafts", type=int, default=8, help="answers that drafts are measured on, one after the other"
+    )
+    parser.add_argument("--repeats", type=int, default=3)
+    o = parser.parse_args()
+    if o.smoke:
+        o.sessions, o.tokens, o.drafts, o.repeats = 3, 4, 2, 1
+    with tempfile.TemporaryDirectory(prefix="serving") as scratch:
+        asyncio.run(_measure(o, Path(scratch)))
+
+
+async def _measure(o: argparse.Namespace, scratch: Path) -> None:
+    device = device_of(o)
+    name = tiny_model(scratch / "tiny") if o.smoke else o.model
+    plm = PLMConfig(name=name, device=str(device), threads=o.threads)
+    source = InProcessPLM(load_plm(plm))
+    experiment = load_config(CONFIG)
+    prompts = [example.prompt for example in packaged_examples(source, experiment, max(o.sessions, o.drafts))]
+    bundle = source.lm_head()
+    adapter = _adapter(o.adapter, bundle)
+    settings = {"slots": o.sessions + 1, "max_tokens": max(map(len, prompts)) + max(o.tokens, 128)}
+    engine = PLMEngine(plm.model_dump(), settings)
+    await engine.describe()
+    figures: dict[str, Any] = {}
+
+    batch = prompts[: o.sessions]
+    speeds: dict[str, list[float]] = {}
+    for _ in range(o.repeats):  # in turns
+        for what, chosen, with_adapter in (
+            ("many", batch, True),
+            ("one", batch[:1], True),
+            ("plm alone", batch, False),
+        ):
+            orders = [_order(p, o.tokens, "it" if with_adapter else None) for p in chosen]
+            speed, latencies = await _run(Line(engine), bundle, adapter, orders, eos=False, together=True)
+            speeds.setdefault(what, []).append(speed)
+            if what == "many":
+                figures["milliseconds"] = latencies
+        speeds.setdefault("generate", []).append(_generate(source, batch, o.tokens))
+    speed = {what: median(found) for what, found in speeds.items()}
+    ratios = {
+        "many_sessions_over_one": speed["many"] / speed["one"],
+        "engine_over_generate": speed["plm alone"] / speed["generate"],
+        "pema_over_plm_alone": speed["many"] / speed["plm alone"],
+    }
+    for suffix, round_trip in (("", 0.0), ("_50ms", 0.05)):
+        found: dict[int, list[float]] = {0: [], 8: []}
+        for _ in range(o.repeats):
+            for draft, kept in found.items():
+                orders = [_order(p, 64 if not o.smoke else 4, "it", draft) for p in prompts[: o.drafts]]
+                line = Line(engine, round_trip)
+                kept.append((await _run(line, bundle, adapter, orders, eos=True, together=False))[0])
+        speed |= {f"draft {draft}{suffix}": median(kept) for draft, kept in found.items()}
+        ratios[f"drafted_over_not{suffix}"] = median(found[8]) / median(found[0])
+    await (await engine._engine()).stop()
+    figures |= {
+        "tokens_per_second": speed,
+        "sessions": o.sessions,
+        "tokens": o.tokens,
+        "adapter": str(o.adapter) if o.adapter else "none that was trained",
+        "prompt_tokens": median(map(len, batch)),
+        "device": str(device),
+        "threads": o.threads,
+        "smoke": o.smoke,
+        "aims": {name: str(AIMS[name]) for name in ratios},
+    }
+    path = write_results(NAME, ratios, figures, o.results_dir)
+    show("Serving", ratios, AIMS)
+    console.print("tokens/s: " + "  ".join(f"{what} {value:.1f}" for what, value in speed.items()))
+    console.print(
+        "milliseconds: " + "  ".join(f"{what} {value:.0f}" for what, value in figures["milliseconds"].items())
+    )
+    console.print(f"written: {path}")
+
+
+def _adapter(folder: Path | None, bundle: LMHeadBundle) -> PemaAdapter:
+    if folder is not None:
+        return PemaAdapter.from_pretrained(folder, bundle.card).eval()
+    card = bundle.card
+    rank = min(512, card.hidden_size)
+    return PemaAdapter(AdapterConfig(card.hidden_size, rank, card.name, card.fingerprint, residual=True)).eval()
+
+
+def _order(prompt: list[int], tokens: int, adapter: str | None, draft: int = 0) -> Order:
+    return Order(prompt, tokens, UnrollingSchedule(0.9), adapter, tokens, draft=draft)
+
+
+async def _run(
+    line: Line, bundle: LMHeadBundle, adapter: PemaAdapter, orders: Sequence[Order], eos: bool, together: bool
+) -> tuple[float, dict[str, float]]:
+    """Tokens a second, and milliseconds to the first token and between tokens."""
+    tokenizer = bundle.tokenizer()
+    ends = bundle.card.eos_token_ids if eos else ()
+    unroller = Unroller(line, bundle.head, lambda ids: tokenizer.decode(ids), ends)
+    unroller.adapters = {"it": adapter}
+    times: list[list[float]] = []
+
+    async def one(order: Order) -> None:
+        mine = [time.perf_counter()]
+        async for token in unroller.answer(order, timeout=3600):
+            assert isinstance(token, Token)
+            mine.append(time.perf_counter())
+        times.append(mine)
+
+    started = time.perf_counter()
+    if together:
+        await asyncio.gather(*(one(order) for order in orders))
+    else:
+        for order in orders:
+            await one(order)
+    seconds = time.perf_counter() - started
+    await unroller.stop()
+    first = [mine[1] - mine[0] for mine in times]
+    between = sorted(b - a for mine in times for a, b in pairwise(mine[1:]))
+    milliseconds = {
+        "to the first token, median": 1e3 * median(first),
+        "a token, median": 1e3 * median(between) if between else 0.0,
+        "a token, 99th percentile": 1e3 * between[int(0.99 * (len(between) - 1))] if between else 0.0,
+    }
+    return sum(len(mine) - 1 for mine in times) / seconds, milliseconds
+
+
+@torch.inference_mode()
+def _generate(source: InProcessPLM, prompts: Sequence[list[int]], tokens: int) -> float:
+    """Tokens a second of transformers' own greedy `generate` on the same prompts, padded on their left."""
+    model, longest = source.plm.model, max(map(len, prompts))
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    device = source.plm.device
+    started = time.perf_counter()
+    out = model.generate(
+        ids.to(device), attention_mask=mask.to(device), do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens
+    )
+    seconds = time.perf_counter() - started
+    assert out.shape[1] == longest + tokens
+    return len(prompts) * tokens / seconds
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""OpenAI's language, as far as it is spoken here; what is not understood is refused by name rather than passed over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from pema_ray.data_owner.generation import Decoding
+from pema_ray.data_owner.unrolling import UnrollingSchedule
+
+_MOST_ANSWERS = 16
+_AS_GOOD_AS_GREEDY = 1e-3  # a temperature; below it probabilities overflow
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Unrolled(BaseModel):
+    """What both kinds of request take; the last six are this project's own (`extra_body` in OpenAI's client)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    n: int = Field(default=1, ge=1, le=_MOST_ANSWERS)
+    stop: str | list[str] | None = None
+    stream: bool = False
+    stream_options: dict[str, bool] | None = None
+    temperature: Finite = Field(default=1.0, ge=0, le=10)
+    top_p: Finite = Field(default=1.0, gt=0, le=1)
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    user: str | None = None
+    presence_penalty: Literal[0] = 0
+    frequency_penalty: Literal[0] = 0
+
+    lambda_max: Finite | None = Field(default=None, ge=0, le=1)
+    """Weight of the adapter at the first token."""
+    schedule: Literal["constant", "linear", "quadratic"] | None = None
+    length: int | None = Field(default=None, ge=1, le=1_000_000)
+    """Tokens over which a falling λ reaches its floor; the longest answer by default."""
+    floor: Finite | None = Field(default=None, ge=0, le=1)
+    explain: bool = False
+    """Tell λ, both probabilities and both most probable tokens for every token."""
+    draft: int | None = Field(default=None, ge=0, le=16)
+    """Most tokens guessed ahead; answers are the same with any number."""
+
+    @field_validator("presence_penalty", "frequency_penalty", mode="before")
+    @classmethod
+    def _no_penalty(cls, value: Any) -> Any:
+        return 0 if value in (0, None) else value
+
+    @field_validator("temperature", "top_p", "n", "stream", mode="before")
+    @classmethod
+    def _none_is_the_default(cls, value: Any, info: Any) -> Any:
+        return cls.model_fields[info.field_name].default if value is None else value
+
+    @field_validator("stop")
+    @classmethod
+    def _at_most_four(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        each = [stop] if isinstance(stop, str) else stop or []
+        if len(each) > 4 or any(not s or len(s) > 500 for s in each):
+            raise ValueError("at most four stop strings, of 1 to 500 characters each")
+        return stop
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def tells_usage(self) -> bool:
+        return bool((self.stream_options or {}).get("include_usage"))
+
+    def decoding(self, default_seed: int) -> Decoding:
+        """Greedy at temperature 0, as OpenAI has it."""
+        seed = self.seed if self.seed is not None else default_seed
+        if self.temperature < _AS_GOOD_AS_GREEDY:
+            return Decoding("greedy", seed=seed)
+        return Decoding("sample", self.temperature, self.top_p, seed=seed)
+
+    def unrolling(self, default: UnrollingSchedule) -> UnrollingSchedule:
+        """This request's λ; what it does not say is as the service is set.
+
+        Raises:
+            UserError: a floor above λ_max.
+        """
+        lam = default.lambda_max if self.lambda_max is None else self.lambda_max
+        floor = min(default.floor, lam) if self.floor is None else self.floor
+        return UnrollingSchedule(lam, self.schedule or default.kind, floor)
+
+
+class CompletionRequest(_Unrolled):
+    """`POST /v1/completions`."""
+
+    prompt: str | list[str] | list[int] | list[list[int]] = Field(default="", max_length=1_000_000)
+    max_tokens: int = Field(default=16, ge=1, le=1_000_000)
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    echo: Literal[False] = False
+    best_of: Literal[1, None] = None
+    suffix: None = None
+    source: str | None = Field(default=None, min_length=1, max_length=1_000_000)
+    """Instead of a prompt: what the adapter's own prompt is made of."""
+
+    @property
+    def prompts(self) -> Sequence[str | list[int]]:
+        """Each prompt, as text or as token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return self.prompt  # type: ignore[return-value]
+
+    @field_validator("prompt")
+    @classmethod
+    def _some(cls, prompt: Any) -> Any:
+        if prompt == "":
+            return prompt  # where a source is given
+        if not prompt or (isinstance(prompt, list) and len(prompt) > 64 and not isinstance(prompt[0], int)):
+            raise ValueError("1 to 64 prompts, none of them empty")
+        return prompt
+
+    @model_validator(mode="after")
+    def _prompt_or_source(self) -> CompletionRequest:
+        if (self.source is None) == (self.prompt == ""):
+            raise ValueError("a prompt or a source is needed, and not both; 1 to 64 prompts, none of them empty")
+        return self
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(_Unrolled):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
+    max_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
+
+    @model_validator(mode="after")
+    def _top_needs_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs=true")
+        return self
+
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+
+def error_body(message: str, kind: str = "invalid_request_error", code: str | None = None) -> dict[str, Any]:
+    """An error as OpenAI's clients read it."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}

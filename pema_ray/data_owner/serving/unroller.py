@@ -1,0 +1,472 @@
+"""Decodes many sequences together, token by token, over a `Stepper`: Gradual Unrolling as a service.
+
+Every sequence is at a step of its own: it waits for representations from the PLM owner, or for its next token to be
+chosen. Whatever has arrived is chosen for together (one product with the LM head for all), and goes on in one message.
+A lost session is said again whole; nothing of it shows but time. S sequences, N rows, V vocabulary, H hidden.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from pema_ray.data_owner.adapter import PemaAdapter
+from pema_ray.data_owner.generation import Decoding, choose, random_stream
+from pema_ray.data_owner.serving.drafts import PromptLookup
+from pema_ray.data_owner.serving.text import TextStream
+from pema_ray.data_owner.unrolling import UnrollingSchedule, mix
+from pema_ray.errors import UserError
+from pema_ray.line import LMHead, SessionLost
+from pema_ray.line.stepping import Busy, Step, Stepped, Stepper
+from pema_ray.metrics import Metrics, NoMetrics
+
+logger = logging.getLogger(__name__)
+_REPLAYS = 20  # of one sequence without a new token before it is given up
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0  # seconds between two attempts at a busy PLM owner
+_OPENINGS = 16  # under way at once: those that wait for a slot must not take up the line of those that have one
+_PATIENCE = 1.5  # round trips, as long as they were lately
+_MOST_ROWS = 128  # of one product with the LM head
+
+
+class GivenUp(Exception):
+    """An answer that could not be finished in time: the PLM owner is busy or gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One answer that is wanted.
+
+    Attributes:
+        adapter: its name; none answers with the PLM alone.
+        length: steps that a falling λ is stretched over.
+        top: so many most probable tokens are told with every token.
+        explain: tell λ, both distributions' probabilities and their most probable tokens.
+        draft: most tokens guessed ahead; 0 guesses none.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    schedule: UnrollingSchedule
+    adapter: str | None = None
+    length: int = 1
+    decoding: Decoding = field(default_factory=Decoding)
+    stop: tuple[str, ...] = ()
+    top: int = 0
+    explain: bool = False
+    draft: int = 4
+    seed_stream: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """Who decided a token: λ_t, the log-probability that each gave it, and what each would have said."""
+
+    lam: float
+    log_pema: float
+    log_plm: float
+    top_pema: list[tuple[int, float]]
+    top_plm: list[tuple[int, float]]
+
+    @property
+    def decided_by(self) -> Literal["pema", "plm"]:
+        """Whose share of the mixture is the greater."""
+        import math
+
+        pema = self.lam * math.exp(self.log_pema)
+        return "pema" if pema >= (1 - self.lam) * math.exp(self.log_plm) else "plm"
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token of an answer.
+
+    Attributes:
+        text: what may be shown now, which is not always this token's own text.
+        finish: why the answer ends here, on its last token alone.
+        top: most probable tokens and their log-probabilities.
+    """
+
+    id: int
+    text: str
+    log_prob: float
+    finish: Literal["eos", "stop", "length"] | None = None
+    top: list[tuple[int, float]] = field(default_factory=list)
+    explained: Explained | None = None
+
+
+@dataclass(eq=False)
+class _Sequence:
+    order: Order
+    adapter: PemaAdapter | None
+    text: TextStream
+    drafts: PromptLookup | None
+    draw: torch.Generator
+    deadline: float
+    out: asyncio.Queue[Token | Exception] = field(default_factory=asyncio.Queue)
+    session: str = field(default_factory=lambda: uuid.uuid4().hex)
+    ids: list[int] = field(default_factory=list)
+    """Prompt and answer so far."""
+    told: int = 0
+    """Tokens that the PLM owner has heard and that stand."""
+    guessed: list[int] = field(default_factory=list)
+    state_NH: torch.Tensor | None = None
+    replays: int = 0
+    trip: asyncio.Task[None] | None = None
+    """The round trip of an opening, which is its own."""
+    gone: bool = False
+
+    @property
+    def step(self) -> int:
+        """Tokens answered so far: t of the schedule."""
+        return len(self.ids) - len(self.order.prompt)
+
+
+class Unroller:
+    """Answers orders. All methods belong to the event loop it was started on.
+
+    Args:
+        head: the PLM's LM head, on the device where distributions are computed.
+        detokenize: token ids → text.
+        eos: tokens that end an answer.
+        most_live: answers at a time.
+    """
+
+    def __init__(
+        self,
+        stepper: Stepper,
+        head: LMHead,
+        detokenize: Callable[[Sequence[int]], str],
+        eos: Sequence[int],
+        most_live: int = 256,
+    ) -> None:
+        self._most_live, self._openings = most_live, asyncio.Semaphore(_OPENINGS)
+        self.head, self._stepper, self._detokenize, self._eos = head, stepper, detokenize, frozenset(eos)
+        self.adapters: Mapping[str, PemaAdapter] = {}
+        self.metrics: Metrics = NoMetrics()
+        self.counts: Counter[str] = Counter()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="unroller")
+        self._arrived: list[_Sequence] = []
+        self._flying, self._trip = 0, 0.0
+        self._wake = asyncio.Event()
+        self._sequences: set[_Sequence] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.create_task(self._serve(), name="unroller")
+
+    @property
+    def live(self) -> int:
+        """Answers that are being made."""
+        return len(self._sequences)
+
+    async def stop(self) -> None:
+        """End; answers that are being made are given up."""
+        self._loop.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(self._loop, *self._tasks, return_exceptions=True)
+        for sequence in list(self._sequences):
+            sequence.out.put_nowait(GivenUp("the data owner's service ends"))
+        self._thread.shutdown(wait=True)
+
+    async def answer(self, order: Order, timeout: float = 300.0) -> AsyncGenerator[Token, None]:
+        """The tokens of an answer as they are chosen. Who stops listening gives its slot back at once.
+
+        Args:
+            timeout: seconds for the whole answer.
+
+        Raises:
+            UserError: an unknown adapter, or a prompt that is too long.
+            Busy: as many answers are being made as may be.
+            GivenUp: the PLM owner was busy or gone until the time was over.
+        """
+        if len(self._sequences) >= self._most_live:
+            raise Busy(f"{len(self._sequences)} answers are being made, which is as many as may be; come again")
+        sequence = self._begin(order, time.monotonic() + timeout)
+        self._sequences.add(sequence)
+        try:
+            sequence.trip = self._send([sequence])
+            before, what = time.monotonic(), "first_token_seconds"
+            while True:
+                left = sequence.deadline - time.monotonic()
+                try:
+                    got = await asyncio.wait_for(sequence.out.get(), max(left, 0.001))
+                except TimeoutError:
+                    raise GivenUp(f"the answer was not finished within {timeout:g} seconds") from None
+                if isinstance(got, Exception):
+                    raise got
+                now = time.monotonic()
+                self.metrics.observe(what, now - before)
+                before, what = now, "token_seconds"
+                yield got
+                if got.finish is not None:
+                    return
+        finally:
+            sequence.gone = True
+            self._sequences.discard(sequence)
+            if sequence.trip is not None:
+                sequence.trip.cancel()
+            self._spawn(self._forget(sequence.session))
+
+    def _begin(self, order: Order, deadline: float) -> _Sequence:
+        if order.adapter is not None and order.adapter not in self.adapters:
+            raise UserError(f"There is no adapter '{order.adapter}'; there are {', '.join(self.adapters) or 'none'}.")
+        adapter = None if order.adapter is None else self.adapters[order.adapter]  # held until the answer is finished
+        guesses = PromptLookup(order.prompt, order.draft) if order.draft else None
+        draw = random_stream(order.decoding.seed, order.seed_stream)
+        text = TextStream(self._detokenize, order.stop)
+        return _Sequence(order, adapter, text, guesses, draw, deadline, ids=list(order.prompt))
+
+    # ── round trips ─────────────────────────────────────────────────────────
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _send(self, sequences: Sequence[_Sequence]) -> asyncio.Task[None]:
+        return self._spawn(self._round_trip(list(sequences)))
+
+    async def _round_trip(self, sequences: list[_Sequence]) -> None:
+        if any(not sequence.told for sequence in sequences):
+            async with self._openings:
+                outcomes = await self._step(sequences)
+        else:
+            started = time.perf_counter()
+            self._flying += 1
+            try:
+                outcomes = await self._step(sequences)
+            finally:
+                self._flying -= 1
+                self._trip = 0.8 * self._trip + 0.2 * (time.perf_counter() - started)
+        self.counts["round_trips"] += 1
+        for sequence, outcome in zip(sequences, outcomes, strict=True):
+            if sequence.gone:
+                self._spawn(self._forget(sequence.session))  # it may just have been opened again
+            elif isinstance(outcome, Stepped):
+                sequence.told = len(sequence.ids)
+                if outcome.drafted:
+                    sequence.guessed = list(outcome.drafted)
+                sequence.state_NH, sequence.replays = outcome.state_NH, 0
+                self._arrived.append(sequence)
+            elif isinstance(outcome, SessionLost):
+                self._replay(sequence)
+            elif isinstance(outcome, Busy):  # a step may be said twice: the session stays as it is
+                self.counts["busy"] += 1
+                self._later(sequence, outcome.retry_after)
+            else:
+                sequence.out.put_nowait(outcome)
+        self._wake.set()
+
+    async def _step(self, sequences: Sequence[_Sequence]) -> list[Stepped | Exception]:
+        try:
+            return await self._stepper.step([self._next_step(sequence) for sequence in sequences])
+        except (Busy, OSError) as error:
+            return [Busy(str(error), getattr(error, "retry_after", 0.2))] * len(sequences)
+        except Exception as error:  # of the line as a whole: no fault of any answer
+            logger.error("the PLM owner refuses this service: %s", error)
+            return [GivenUp("the PLM owner refuses this service")] * len(sequences)
+
+    def _replay(self, sequence: _Sequence) -> None:
+        """Say a lost session again, whole and under another name."""
+        self._spawn(self._forget(sequence.session))
+        sequence.told, sequence.guessed = 0, []
+        sequence.session = uuid.uuid4().hex
+        sequence.replays += 1
+        self.counts["replays"] += 1
+        if sequence.replays > _REPLAYS:
+            sequence.out.put_nowait(GivenUp("the PLM owner loses this session every time"))
+        else:
+            self._later(sequence, 0.05 * 2 ** (sequence.replays - 1))
+
+    def _later(self, sequence: _Sequence, pause: float) -> None:
+        async def later() -> None:
+            await asyncio.sleep(min(max(pause, _SHORTEST_PAUSE), _LONGEST_PAUSE))
+            if not sequence.gone:
+                await self._round_trip([sequence])
+
+        sequence.trip = self._spawn(later())
+
+    def _next_step(self, sequence: _Sequence) -> Step:
+        fresh = sequence.ids[sequence.told :]
+        tokens = [*fresh, *sequence.guessed]
+        return Step(sequence.session, sequence.told, tokens, 1 + len(sequence.guessed))
+
+    async def _forget(self, session: str) -> None:
+        with suppress(Exception):  # a PLM owner that is gone forgets by itself
+            await self._stepper.close([session])
+
+    # ── choosing ────────────────────────────────────────────────────────────
+
+    async def _serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            if self._arrived:
+                await self._gather()
+            batch = [sequence for sequence in self._arrived if not sequence.gone]
+            self._arrived = []
+            if not batch:
+                continue
+            try:
+                chosen = await loop.run_in_executor(self._thread, self._choose, batch)
+            except Exception as error:
+                for sequence in batch:
+                    sequence.out.put_nowait(error)
+                continue
+            on: list[_Sequence] = []
+            for sequence, tokens in zip(batch, chosen, strict=True):
+                if isinstance(tokens, Exception):
+                    sequence.out.put_nowait(tokens)
+                    continue
+                for token in tokens:
+                    sequence.out.put_nowait(token)
+                if not sequence.gone and tokens[-1].finish is None:
+                    sequence.trip = None
+                    on.append(sequence)
+            if on:
+                self._send(on)
+
+    async def _gather(self) -> None:
+        """Wait for those who are on their way, but for openings: all in one message cost the PLM little more than one.
+
+        Two halves that took turns would each wait for the other's forward pass.
+        """
+        end = time.perf_counter() + _PATIENCE * self._trip
+        while self._flying and (left := end - time.perf_counter()) > 0:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), left)
+            self._wake.clear()
+
+    def _choose(self, batch: Sequence[_Sequence]) -> list[list[Token] | Exception]:
+        """The next tokens of every sequence, `_MOST_ROWS` states at a time."""
+        found: list[list[Token] | Exception] = []
+        part: list[_Sequence] = []
+        rows = 0
+        for sequence in batch:
+            held = 0 if sequence.state_NH is None else len(sequence.state_NH)
+            if part and rows + held > _MOST_ROWS:
+                found += self._choose_together(part)
+                part, rows = [], 0
+            part.append(sequence)
+            rows += held
+        return found + self._choose_together(part)
+
+    @torch.inference_mode()
+    def _choose_together(self, batch: Sequence[_Sequence]) -> list[list[Token] | Exception]:
+        """As many tokens of each sequence as its guesses came true, and one more."""
+        device = self.head.weight.device
+        counts = [0 if s.state_NH is None else len(s.state_NH) for s in batch]
+        state_NH = torch.cat([s.state_NH for s in batch if s.state_NH is not None]).to(device)
+        lam = [self._lam(s, s.step + i) for s, n in zip(batch, counts, strict=True) for i in range(n)]
+        lam_N = torch.tensor(lam)
+        asks = torch.tensor([s.order.explain for s, n in zip(batch, counts, strict=True) for _ in range(n)])
+        log_plm = log_pema = None
+        if bool((asks | (lam_N < 1)).any()):
+            log_plm = self.head.log_probs(self.head.norm(state_NH))
+        if bool((asks | (lam_N > 0)).any()):
+            log_pema = self._pema(batch, counts, state_NH, asks | (lam_N > 0))
+        if log_plm is None or log_pema is None:
+            log_p = log_plm if log_pema is None else log_pema
+            assert log_p is not None
+        else:
+            log_p = mix(log_pema, log_plm, lam_N)
+        found: list[list[Token] | Exception] = []
+        begin = 0
+        for sequence, n in zip(batch, counts, strict=True):
+            rows = slice(begin, begin + n)
+            pema, plm = (None if log is None else log[rows] for log in (log_pema, log_plm))
+            try:
+                found.append(self._follow(sequence, log_p[rows], lam[rows], pema, plm))
+            except Exception as error:  # one answer's own fault
+                found.append(error)
+            begin += n
+        return found
+
+    @staticmethod
+    def _lam(sequence: _Sequence, step: int) -> float:
+        return 0.0 if sequence.adapter is None else sequence.order.schedule.at(step, sequence.order.length)
+
+    def _pema(
+        self, batch: Sequence[_Sequence], counts: Sequence[int], state_NH: torch.Tensor, wanted_N: torch.Tensor
+    ) -> torch.Tensor:
+        """float32 log P_PEMA `[N, V]`, adapter by adapter; zeros where λ is 0 and nobody asks."""
+        whose = [sequence.adapter for sequence, n in zip(batch, counts, strict=True) for _ in range(n)]
+        adapters = list(dict.fromkeys(a for a in whose if a is not None))
+        if len(adapters) == 1 and all(a is not None for a in whose):
+            return adapters[0].log_probs(state_NH, self.head)
+        found = torch.zeros(len(state_NH), self.head.vocab_size, device=state_NH.device)
+        for adapter in adapters:
+            rows = torch.tensor([a is adapter for a in whose]) & wanted_N
+            if bool(rows.any()):
+                found[rows] = adapter.log_probs(state_NH[rows], self.head)
+        return found
+
+    def _follow(
+        self,
+        sequence: _Sequence,
+        log_p_NV: torch.Tensor,
+        lam_N: Sequence[float],
+        log_pema_NV: torch.Tensor | None,
+        log_plm_NV: torch.Tensor | None,
+    ) -> list[Token]:
+        order, tokens, guessed = sequence.order, [], sequence.guessed
+        for row in range(len(log_p_NV)):
+            (chosen,) = choose(log_p_NV[row : row + 1], order.decoding, [sequence.draw])
+            told = sequence.text.push(chosen) if chosen not in self._eos else ""
+            finish = self._finished(sequence, chosen)
+            explained = None
+            if order.explain and log_plm_NV is not None:
+                pema = log_plm_NV if sequence.adapter is None or log_pema_NV is None else log_pema_NV
+                explained = Explained(
+                    lam_N[row],
+                    float(pema[row, chosen]),
+                    float(log_plm_NV[row, chosen]),
+                    _top(pema[row], max(order.top, 5)),
+                    _top(log_plm_NV[row], max(order.top, 5)),
+                )
+            if finish is not None:
+                told += sequence.text.finish()
+            top = _top(log_p_NV[row], order.top) if order.top else []
+            tokens.append(Token(chosen, told, float(log_p_NV[row, chosen]), finish, top, explained))
+            sequence.ids.append(chosen)
+            self.counts["tokens"] += 1
+            if sequence.adapter is not None:
+                self.metrics.observe("lambda", lam_N[row])
+            if sequence.drafts is not None:
+                sequence.drafts.follow(chosen)
+            if finish is not None or row >= len(guessed) or guessed[row] != chosen:
+                break
+        accepted = len(tokens) - 1
+        self.counts["drafted"] += len(guessed)
+        self.counts["accepted"] += accepted
+        sequence.told += accepted
+        if sequence.drafts is not None:
+            sequence.drafts.learn(len(guessed), accepted)
+            room = order.max_new_tokens - sequence.step - 1
+            sequence.guessed = sequence.drafts.guess(room) if room > 0 else []
+        else:
+            sequence.guessed = []
+        return tokens
+
+    def _finished(self, sequence: _Sequence, token: int) -> Literal["eos", "stop", "length"] | None:
+        if token in self._eos:
+            return "eos"
+        if sequence.text.stopped:
+            return "stop"
+        return "length" if sequence.step + 1 >= sequence.order.max_new_tokens else None
+
+
+def _top(log_p_V: torch.Tensor, count: int) -> list[tuple[int, float]]:
+    values, places = log_p_V.topk(min(count, len(log_p_V)))
+    return list(zip(places.tolist(), values.tolist(), strict=True))

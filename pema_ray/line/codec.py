@@ -1,0 +1,318 @@
+"""The bytes of the line: a small typed header and raw little-endian arrays. Never pickle, never numbers as text.
+
+A frame is `PEMA`, a version byte, the header's length (4 bytes) and MessagePack header, then the arrays' bytes, one
+after the other. The header says what every array is; all sizes are checked against the bytes that came, before any
+memory is taken. N rows, H hidden.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+import numpy as np
+import torch
+
+from pema_ray.line.messages import ExtractBatch
+from pema_ray.line.source import SessionLost
+from pema_ray.line.stepping import Busy, Step, Stepped
+
+MEDIA_TYPE = "application/x-pema-line"
+_MAGIC, _VERSION = b"PEMA", 1
+_HEAD = struct.Struct("<4sBI")
+_LARGEST_HEADER = 8 * 2**20
+_Many = msgspec.Meta(max_length=2**17)
+_LARGEST_SIDE = 2**31
+_TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NUMPY = {"float32": "<f4", "bfloat16": "<u2", "float16": "<f2", "int32": "<i4", "uint8": "u1"}
+
+
+class BadFrame(ValueError):
+    """Bytes that are no frame of this kind; the message says why."""
+
+
+class _Array(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class _Header(msgspec.Struct, forbid_unknown_fields=True):
+    arrays: Annotated[list[_Array], msgspec.Meta(max_length=4096)]
+
+
+class _ExtractHeader(_Header, tag="extract"):
+    lengths: Annotated[list[int], _Many]
+    first: Annotated[list[int], _Many]
+
+
+class _RowsHeader(_Header, tag="rows"):
+    pass
+
+
+class _StepHeader(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    session: str
+    position: int
+    tokens: int
+    states: int
+    draft: int
+
+
+class _StepsHeader(_Header, tag="steps"):
+    steps: Annotated[list[_StepHeader], _Many]
+
+
+class _Outcome(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    states: int
+    drafted: tuple[int, ...] = ()
+    error: str = ""
+    message: str = ""
+    retry_after: float = 0.0
+
+
+class _SteppedHeader(_Header, tag="stepped"):
+    outcomes: Annotated[list[_Outcome], _Many]
+
+
+class _FilesHeader(_Header, tag="files"):
+    names: list[str]
+
+
+_AnyHeader = _ExtractHeader | _RowsHeader | _StepsHeader | _SteppedHeader | _FilesHeader
+_H = TypeVar("_H", bound=_AnyHeader)
+
+
+# ── frames ──────────────────────────────────────────────────────────────────────
+
+
+def _frame(header: _AnyHeader, arrays: Sequence[np.ndarray]) -> bytes:
+    packed = msgspec.msgpack.encode(header)
+    return b"".join([_HEAD.pack(_MAGIC, _VERSION, len(packed)), packed, *(a.tobytes() for a in arrays)])
+
+
+def _parse(data: bytes, kind: type[_H]) -> tuple[_H, list[np.ndarray]]:
+    if len(data) < _HEAD.size:
+        raise BadFrame(f"{len(data)} bytes are no frame.")
+    magic, version, length = _HEAD.unpack_from(data)
+    if magic != _MAGIC:
+        raise BadFrame("The bytes do not begin as a frame of the line does.")
+    if version != _VERSION:
+        raise BadFrame(f"The frame has version {version}, this side speaks {_VERSION}.")
+    if length > min(_LARGEST_HEADER, len(data) - _HEAD.size):
+        raise BadFrame(f"The frame promises a header of {length} bytes, more than there are.")
+    begin = _HEAD.size + length
+    try:
+        header = msgspec.msgpack.decode(data[_HEAD.size : begin], type=kind)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise BadFrame(f"The frame's header: {error}") from None
+    arrays = []
+    for number, array in enumerate(header.arrays):
+        if array.dtype not in _NUMPY:
+            raise BadFrame(f"Array {number} is of {array.dtype!r}; known are {', '.join(_NUMPY)}.")
+        dtype = np.dtype(_NUMPY[array.dtype])
+        if len(array.shape) > 2 or any(not 0 <= size < _LARGEST_SIDE for size in array.shape):
+            raise BadFrame(f"Array {number} has shape {array.shape}.")
+        size = prod(array.shape) * dtype.itemsize
+        if size > len(data) - begin:
+            raise BadFrame(f"Array {number} should have {size} bytes, {len(data) - begin} are left.")
+        arrays.append(np.frombuffer(data, dtype, prod(array.shape), begin).reshape(array.shape))
+        begin += size
+    if begin != len(data):
+        raise BadFrame(f"{len(data) - begin} bytes follow the last array.")
+    return header, arrays
+
+
+def _only(arrays: Sequence[np.ndarray], dimensions: int, *dtypes: str) -> np.ndarray:
+    if len(arrays) != 1 or arrays[0].ndim != dimensions or arrays[0].dtype not in [np.dtype(_NUMPY[d]) for d in dtypes]:
+        found = ", ".join(f"{a.dtype}{list(a.shape)}" for a in arrays) or "none"
+        raise BadFrame(f"One array of {' or '.join(dtypes)} with {dimensions} dimensions is expected, found {found}.")
+    return arrays[0]
+
+
+def _tokens(ids: Sequence[int]) -> np.ndarray:
+    return np.asarray(ids, "<i4").reshape(-1)
+
+
+def _ids(array: np.ndarray) -> list[int]:
+    if len(array) and array.min() < 0:
+        raise BadFrame(f"Token ids are not negative; there is {array.min()}.")
+    return array.tolist()
+
+
+# ── what is asked ───────────────────────────────────────────────────────────────
+
+
+def encode_extract(batch: ExtractBatch) -> bytes:
+    """A request for the representations of a batch."""
+    ids = _tokens([token for sequence in batch.token_ids for token in sequence])
+    lengths = [len(sequence) for sequence in batch.token_ids]
+    return _frame(_ExtractHeader([_Array("int32", ids.shape)], lengths, list(batch.first)), [ids])
+
+
+def decode_extract(data: bytes) -> ExtractBatch:
+    """Read what `encode_extract` wrote.
+
+    Raises:
+        BadFrame: it did not write this.
+    """
+    header, arrays = _parse(data, _ExtractHeader)
+    flat = _only(arrays, 1, "int32")
+    if any(length < 1 for length in header.lengths) or sum(header.lengths) != len(flat):
+        raise BadFrame(f"Sequences of {sum(header.lengths)} tokens are promised, {len(flat)} came.")
+    ids, ends = _ids(flat), np.cumsum(header.lengths).tolist()
+    try:
+        return ExtractBatch([ids[e - n : e] for e, n in zip(ends, header.lengths, strict=True)], header.first)
+    except ValueError as error:
+        raise BadFrame(str(error)) from None
+
+
+def encode_steps(steps: Sequence[Step]) -> bytes:
+    """Steps of any number of sessions."""
+    ids = _tokens([token for step in steps for token in step.tokens])
+    described = [_StepHeader(s.session, s.position, len(s.tokens), s.states, s.draft) for s in steps]
+    return _frame(_StepsHeader([_Array("int32", ids.shape)], described), [ids])
+
+
+def decode_steps(data: bytes) -> list[Step]:
+    """Read what `encode_steps` wrote.
+
+    Raises:
+        BadFrame: it did not write this, or a step makes no sense.
+    """
+    header, arrays = _parse(data, _StepsHeader)
+    flat = _ids(_only(arrays, 1, "int32"))
+    if any(step.tokens < 1 for step in header.steps) or sum(step.tokens for step in header.steps) != len(flat):
+        raise BadFrame(f"Steps of {sum(step.tokens for step in header.steps)} tokens are promised, {len(flat)} came.")
+    steps, begin = [], 0
+    for s in header.steps:
+        try:
+            steps.append(Step(s.session, s.position, flat[begin : begin + s.tokens], s.states, s.draft))
+        except ValueError as error:
+            raise BadFrame(str(error)) from None
+        begin += s.tokens
+    names = [step.session for step in steps]
+    if len(set(names)) < len(names):
+        raise BadFrame("One message takes one step of a session; a session is named twice.")
+    return steps
+
+
+# ── what is answered ────────────────────────────────────────────────────────────
+
+
+def encode_rows(state_NH: torch.Tensor) -> bytes:
+    """Representations `[N, H]` in float32, bfloat16 or float16."""
+    described, raw = _described(state_NH)
+    return _frame(_RowsHeader([described]), [raw])
+
+
+def decode_rows(data: bytes) -> torch.Tensor:
+    """Read what `encode_rows` wrote.
+
+    Raises:
+        BadFrame: it did not write this.
+    """
+    header, arrays = _parse(data, _RowsHeader)
+    return _states(header.arrays, arrays)
+
+
+def encode_stepped(outcomes: Sequence[Stepped | Exception]) -> bytes:
+    """What steps gave, in their order; errors by their kind and words."""
+    given = [o.state_NH for o in outcomes if isinstance(o, Stepped)]
+    told = []
+    for o in outcomes:
+        if isinstance(o, Stepped):
+            told.append(_Outcome(len(o.state_NH), o.drafted))
+        elif isinstance(o, SessionLost):
+            told.append(_Outcome(0, error="lost"))
+        elif isinstance(o, Busy):
+            told.append(_Outcome(0, error="busy", message=str(o), retry_after=o.retry_after))
+        else:
+            told.append(_Outcome(0, error="refused", message=str(o)))
+    if not given:
+        return _frame(_SteppedHeader([], told), [])
+    described, raw = _described(torch.cat(given))
+    return _frame(_SteppedHeader([described], told), [raw])
+
+
+def decode_stepped(data: bytes, refused: type[Exception]) -> list[Stepped | Exception]:
+    """Read what `encode_stepped` wrote.
+
+    Args:
+        refused: made with the words of an error that is neither a lost session nor a busy owner.
+
+    Raises:
+        BadFrame: it did not write this.
+    """
+    header, arrays = _parse(data, _SteppedHeader)
+    if any(outcome.states < 0 for outcome in header.outcomes):
+        raise BadFrame("An outcome has fewer than no states.")
+    promised = sum(outcome.states for outcome in header.outcomes)
+    states = torch.empty(0, 0)
+    if promised or arrays:
+        states = _states(header.arrays, arrays)
+        if len(states) != promised:
+            raise BadFrame(f"{promised} states are promised, {len(states)} came.")
+    found: list[Stepped | Exception] = []
+    begin = 0
+    for o in header.outcomes:
+        if o.error:
+            found.append(
+                SessionLost() if o.error == "lost"
+                else Busy(o.message, o.retry_after) if o.error == "busy"
+                else refused(o.message)
+            )  # fmt: skip
+            continue
+        if not o.states:
+            raise BadFrame("An outcome has neither states nor an error.")
+        found.append(Stepped(states[begin : begin + o.states], o.drafted))
+        begin += o.states
+    return found
+
+
+def encode_files(files: Mapping[str, bytes]) -> bytes:
+    """Small files by name, such as an LM-head bundle's."""
+    raw = [np.frombuffer(content, np.uint8) for content in files.values()]
+    return _frame(_FilesHeader([_Array("uint8", array.shape) for array in raw], list(files)), raw)
+
+
+def decode_files(data: bytes) -> dict[str, bytes]:
+    """Read what `encode_files` wrote.
+
+    Raises:
+        BadFrame: it did not write this, or a name leads out of the folder.
+    """
+    header, arrays = _parse(data, _FilesHeader)
+    if len(header.names) != len(arrays) or len(set(header.names)) < len(header.names):
+        raise BadFrame(f"{len(arrays)} files have {len(set(header.names))} names.")
+    for name in header.names:
+        if not name or name.startswith("/") or "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
+            raise BadFrame(f"{name!r} is no name of a file here.")
+    if any(array.ndim != 1 or array.dtype != np.uint8 for array in arrays):
+        raise BadFrame("Files are arrays of bytes.")
+    return {name: array.tobytes() for name, array in zip(header.names, arrays, strict=True)}
+
+
+def _described(state_NH: torch.Tensor) -> tuple[_Array, np.ndarray]:
+    state = state_NH.detach().to("cpu").contiguous()
+    name = next((name for name, dtype in _TORCH.items() if dtype == state.dtype), None)
+    if name is None or state.ndim != 2:
+        raise ValueError(f"representations are rows of {', '.join(_TORCH)}, not {state.dtype}{list(state.shape)}")
+    raw = state.view(torch.uint16).numpy() if name == "bfloat16" else state.numpy()
+    return _Array(name, tuple(state.shape)), raw
+
+
+def _states(described: Sequence[_Array], arrays: Sequence[np.ndarray]) -> torch.Tensor:
+    raw = _only(arrays, 2, *_TORCH)
+    name = described[0].dtype
+    tensor = torch.from_numpy(np.array(raw))  # a copy: the bytes that came cannot be written to
+    return tensor.view(_TORCH[name]) if name == "bfloat16" else tensor
+
+
+def as_error(data: Any) -> str:
+    """The sentence of an error answer `{"error": {"message": …}}`, or what there is of it."""
+    try:
+        return str(msgspec.json.decode(data)["error"]["message"])
+    except (msgspec.MsgspecError, KeyError, TypeError):
+        return bytes(data)[:200].decode("utf-8", "replace")

@@ -1,0 +1,74 @@
+"""Prometheus metrics of both owners' services, through Ray. Knows names, units and buckets; never a session or a text.
+
+`docs/serving.md` lists them. Totals and levels are sampled from what the services count anyway; only what has a
+distribution is told one by one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+_EVERY = 2.0  # seconds between two samples
+_SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]
+_SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+HISTOGRAMS: dict[str, tuple[str, list[float]]] = {
+    "first_token_seconds": ("From an order to its first token", _SECONDS),
+    "token_seconds": ("Between two tokens of an answer", _SECONDS),
+    "lambda": ("Weight of the adapter in a token's mixture", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]),
+    "pass_sequences": ("Sequences of a forward pass", [float(size) for size in _SIZES]),
+    "pass_tokens": ("Tokens of a forward pass", [float(size) for size in _SIZES]),
+}
+
+
+class Metrics(Protocol):
+    """Where a service tells its figures."""
+
+    def observe(self, name: str, value: float) -> None:
+        """One value of a distribution that `HISTOGRAMS` names."""
+        ...
+
+
+class NoMetrics:
+    """Tells nobody."""
+
+    def observe(self, name: str, value: float) -> None:
+        pass
+
+
+class RayMetrics:
+    """Ray's own exporter, on every node's metrics port; names begin with `pema_<owner>_`."""
+
+    def __init__(self, owner: str) -> None:
+        from ray.util.metrics import Counter, Gauge, Histogram
+
+        self._prefix = f"pema_{owner}_"
+        self._made: dict[str, Any] = {}
+        self._seen: dict[str, float] = {}
+        self._counter, self._gauge, self._histogram = Counter, Gauge, Histogram
+
+    def observe(self, name: str, value: float) -> None:
+        if name not in self._made:
+            described, buckets = HISTOGRAMS[name]
+            self._made[name] = self._histogram(self._prefix + name, description=described, boundaries=buckets)
+        self._made[name].observe(value)
+
+    def sample(self, totals: Mapping[str, float], levels: Mapping[str, float]) -> None:
+        """Totals that only grow, and levels that come and go."""
+        for name, total in totals.items():
+            if name not in self._made:
+                self._made[name] = self._counter(f"{self._prefix}{name}_total", description=name.replace("_", " "))
+            if (more := total - self._seen.get(name, 0.0)) > 0:
+                self._made[name].inc(more)
+                self._seen[name] = total
+        for name, level in levels.items():
+            if name not in self._made:
+                self._made[name] = self._gauge(self._prefix + name, description=name.replace("_", " "))
+            self._made[name].set(level)
+
+    async def keep_sampling(self, read: Callable[[], tuple[Mapping[str, float], Mapping[str, float]]]) -> None:
+        """Sample what `read` says, for ever."""
+        while True:
+            self.sample(*read())
+            await asyncio.sleep(_EVERY)

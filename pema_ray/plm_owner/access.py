@@ -1,0 +1,260 @@
+"""Who may use a PLM owner's public service, and how much: keys, quotas, and a log of who did what, without contents.
+
+A key is a random string that is shown once; only its SHA-256 is kept. Quotas are counted over a sliding minute.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, field_validator
+
+from pema_ray.config import Section, validate
+from pema_ray.errors import UserError
+
+logger = logging.getLogger(__name__)
+_PREFIX = "pema-"
+_MINUTE = 60.0
+
+
+class Quota(Section):
+    """What one data owner may use; none is without limit."""
+
+    rows_per_minute: int | None = Field(default=None, ge=0)
+    """Representations sent down the line, by extraction and by steps."""
+    tokens_per_minute: int | None = Field(default=None, ge=0)
+    """Tokens sent up the line."""
+    sessions: int | None = Field(default=None, ge=0)
+    """Open at the same time."""
+
+
+class Client(Section):
+    """A data owner that is known."""
+
+    name: str = Field(min_length=1, max_length=100)
+    key_sha256: str
+    quota: Quota = Quota()
+
+    @field_validator("key_sha256")
+    @classmethod
+    def _is_a_hash(cls, value: str) -> str:
+        if len(value) != 64 or set(value) - set("0123456789abcdef"):
+            raise ValueError("64 hexadecimal digits are expected, as `pema-ray serve-key` prints them")
+        return value
+
+
+class Clients(Section):
+    """The file of keys."""
+
+    clients: tuple[Client, ...] = ()
+
+    @field_validator("clients")
+    @classmethod
+    def _are_distinct(cls, clients: tuple[Client, ...]) -> tuple[Client, ...]:
+        for told in ("name", "key_sha256"):
+            values = [getattr(client, told) for client in clients]
+            if len(set(values)) < len(values):
+                raise ValueError(f"two clients have the same {told}")
+        return clients
+
+
+def new_key() -> tuple[str, str]:
+    """A fresh key, and the hash that is kept of it."""
+    key = _PREFIX + secrets.token_urlsafe(32)
+    return key, hash_of(key)
+
+
+def hash_of(key: str) -> str:
+    """SHA-256: enough for 256 random bits, which nobody can guess one by one."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+class Refused(Exception):
+    """A request that is not served: its HTTP status and the words for the caller.
+
+    Attributes:
+        retry_after: seconds after which the same request may be served; none: never.
+    """
+
+    def __init__(self, status: int, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.status, self.retry_after = status, retry_after
+
+
+class Account:
+    """What one data owner has used of its quota in the last minute."""
+
+    def __init__(self, client: Client, clock: Callable[[], float] = time.monotonic) -> None:
+        self.client, self._clock = client, clock
+        self._used: dict[str, deque[tuple[float, int]]] = {"rows": deque(), "tokens": deque()}
+        self._sums = {"rows": 0, "tokens": 0}
+        self.sessions: dict[str, float] = {}
+
+    def spend(self, rows: int, tokens: int, opens: set[str]) -> None:
+        """Count a request before it is done; nothing is counted of one that is refused.
+
+        Raises:
+            Refused: 413 what would never fit, 429 what does not fit now.
+        """
+        quota, now = self.client.quota, self._clock()
+        for name, amount, most in (
+            ("rows", rows, quota.rows_per_minute),
+            ("tokens", tokens, quota.tokens_per_minute),
+        ):
+            self._forget(name, now)
+            if most is None:
+                continue
+            if amount > most:
+                raise Refused(413, f"{amount} {name} in one request; your quota is {most} a minute.")
+            if self._sums[name] + amount > most:
+                wait = self._until(name, amount, most, now)
+                raise Refused(429, f"Your quota is {most} {name} a minute; come again in {wait:.0f} s.", wait)
+        fresh = opens - self.sessions.keys()
+        if quota.sessions is not None and len(self.sessions) + len(fresh) > quota.sessions:
+            raise Refused(429, f"Your quota is {quota.sessions} sessions at a time; close one first.", 1.0)
+        for name, amount in (("rows", rows), ("tokens", tokens)):
+            self._used[name].append((now, amount))
+            self._sums[name] += amount
+        self.sessions |= dict.fromkeys(opens, now)
+
+    def forget_idle(self, seconds: float) -> None:
+        """Count sessions no more that were not heard of for so long."""
+        oldest = self._clock() - seconds
+        self.sessions = {name: at for name, at in self.sessions.items() if at >= oldest}
+
+    def _forget(self, name: str, now: float) -> None:
+        used = self._used[name]
+        while used and used[0][0] <= now - _MINUTE:
+            self._sums[name] -= used.popleft()[1]
+
+    def _until(self, name: str, amount: int, most: int, now: float) -> float:
+        """Seconds until so much is free again."""
+        over = self._sums[name] + amount - most
+        for at, used in self._used[name]:
+            over -= used
+            if over <= 0:
+                return max(1.0, at + _MINUTE - now)
+        return _MINUTE
+
+
+class Access:
+    """All data owners that are known.
+
+    Args:
+        keys: the YAML file of keys (`Clients`).
+        audit: a file that gets one JSON line a request; none keeps no log.
+    """
+
+    def __init__(self, keys: Path, audit: Path | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._keys, self._audit, self._clock = keys, audit, clock
+        self._accounts: dict[str, Account] = {}
+        self._read_at: tuple[int, int] | None = None
+        self.reload()
+
+    def reload(self) -> None:
+        """Read the file of keys again; who stays keeps what it has used. A changed file is read at the next request.
+
+        Raises:
+            UserError: the file is missing or broken; then nothing changes.
+        """
+        self._read_at = self._changed_at()
+        clients = _read(self._keys)
+        accounts = {}
+        for client in clients:
+            before = next((a for a in self._accounts.values() if a.client.name == client.name), None)
+            account = before or Account(client, self._clock)
+            account.client = client
+            accounts[client.key_sha256] = account
+        self._accounts = accounts
+
+    def account(self, authorization: str | None) -> Account:
+        """Whose request this is.
+
+        Raises:
+            Refused: 401 no key, or one that is not known.
+        """
+        if self._changed_at() != self._read_at:
+            try:
+                self.reload()
+            except UserError as error:  # whoever was known stays known until the file is whole again
+                logger.error("%s", error)
+        scheme, _, key = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not key:
+            raise Refused(401, "A key is needed: Authorization: Bearer pema-…")
+        found = None
+        for known, account in self._accounts.items():  # all of them, so that time tells nothing
+            if secrets.compare_digest(known, hash_of(key.strip())):
+                found = account
+        if found is None:
+            raise Refused(401, "This key is not known here.")
+        return found
+
+    def _changed_at(self) -> tuple[int, int] | None:
+        try:
+            found = self._keys.stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size
+
+    def log(self, **entry: Any) -> None:
+        """One line of the audit log: who, what, how much, how long; never a token, a state or a key."""
+        if self._audit is not None:
+            line = json.dumps({"time": round(time.time(), 3), **entry})
+            try:
+                with self._audit.open("a") as file:
+                    file.write(line + "\n")
+            except OSError as error:  # a full disk must not end the service, but it must be heard of
+                logger.error("%s: the audit log cannot be written: %s; lost: %s", self._audit, error.strerror, line)
+
+
+def add_client(keys: Path, name: str, quota: Quota) -> str:
+    """Add a data owner to the file of keys, or give a known one a new key; returns the key, which is kept nowhere.
+
+    Args:
+        quota: of a known data owner, only what is given changes.
+
+    Raises:
+        UserError: the file is broken, or cannot be written.
+    """
+    known = _read(keys) if keys.exists() else ()
+    before = next((client.quota for client in known if client.name == name), Quota())
+    quota = before.model_copy(update=quota.model_dump(exclude_none=True))
+    key, hashed = new_key()
+    client = Client(name=name, key_sha256=hashed, quota=quota)
+    kept = [other for other in known if other.name != name]
+    whole = Clients(clients=(*kept, client)).model_dump(exclude_none=True)
+    whole["clients"] = list(whole["clients"])
+    _write_private(keys, yaml.safe_dump(whole, sort_keys=False))
+    return key
+
+
+def _read(keys: Path) -> tuple[Client, ...]:
+    try:
+        data = yaml.safe_load(keys.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{keys}: cannot be read: {reason}. `pema-ray serve-key` makes such a file.") from None
+    return validate(Clients, data or {}, str(keys)).clients
+
+
+def _write_private(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}.") from None
+    finally:
+        temporary.unlink(missing_ok=True)

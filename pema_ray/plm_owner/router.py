@@ -1,0 +1,33 @@
+"""Sends every step of a session to the replica that holds its cache.
+
+A request whose session id begins with a replica's name and `/` goes to that replica alone; any other, or one whose
+replica is gone, goes where Serve's consistent hashing sends it. Affinity is an optimisation: a step that comes to
+another replica is answered `SessionLost`, and said again whole. It leans on private parts of Ray 2.60, which is why Ray
+is pinned.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.serve._private.common import ReplicaID
+from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
+
+
+class HomeRouter(ConsistentHashRouter):
+    """Serve's consistent-hash router, but who names a home goes there."""
+
+    def _lookup_ranked_replicas(self, routing_key: str) -> list[ReplicaID]:
+        home, slash, _ = routing_key.partition("/")
+        if slash:
+            for replica in self._replica_set_snapshot:
+                if replica.unique_id == home:
+                    return [replica]
+        return super()._lookup_ranked_replicas(routing_key)
+
+    def _get_pending_request_matching_internal_request_id(self, request_metadata: Any = None) -> Any:
+        """The request that was routed, told apart by itself: calls of one parent share Serve's own identifier."""
+        for pending in self._pending_requests_to_fulfill:
+            if not pending.future.done() and pending.metadata is request_metadata:
+                return pending
+        return None

@@ -1,0 +1,280 @@
+"""OpenAI's own client works unchanged against the API, over real HTTP; mistakes come back as its exceptions."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+import uvicorn
+from serving_kit import DirectHandle
+
+from pema_ray.data_owner.adapter import AdapterConfig, PemaAdapter
+from pema_ray.data_owner.serving.api import make_api
+from pema_ray.data_owner.serving.service import DataOwner
+from pema_ray.errors import FingerprintMismatch, UserError
+from pema_ray.plm_owner.replicas import Replicas
+from pema_ray.plm_owner.service import PLMEngine
+
+
+def save_adapter(tiny_source, folder: Path, seed: int, architecture: str = "llama") -> str:
+    card = tiny_source(architecture).describe()
+    torch.manual_seed(seed)
+    adapter = PemaAdapter(AdapterConfig(card.hidden_size, 8, card.name, card.fingerprint, residual=True))
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    adapter.save_pretrained(folder)
+    return str(folder)
+
+
+class Service:
+    """The data owner's API on a port of this machine."""
+
+    def __init__(self, plm_folder: str, adapters: dict[str, str]) -> None:
+        plm = {"name": plm_folder, "dtype": "float32", "device": "cpu", "threads": 1}
+        self.handle = DirectHandle(lambda: PLMEngine(plm, {"slots": 8, "max_tokens": 80}))
+        self.owner = DataOwner(lambda: Replicas(self.handle), {"lambda_max": 0.7, "timeout_seconds": 20})
+        self._adapters = adapters
+
+    async def __aenter__(self) -> Service:
+        prompts = {"modern": {"text": "Rewrite: {source}\nModern:", "stop": ["\n\n"]}}
+        await self.owner.change({"adapters": self._adapters, "prompts": prompts})
+        await self.owner.start()
+        config = uvicorn.Config(make_api(self.owner), port=0, log_level="warning")
+        self._server = uvicorn.Server(config)
+        self._task = asyncio.create_task(self._server.serve())
+        while not self._server.started:
+            await asyncio.sleep(0.01)
+        port = self._server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.client = openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.client.close()
+        self._server.should_exit = True
+        await self._task
+        await self.owner.unroller.stop()
+        for replica in self.handle.replicas.values():
+            await (await replica._engine()).stop()
+
+    async def until_idle(self) -> None:
+        for _ in range(200):
+            states = [await replica.state() for replica in self.handle.replicas.values()]
+            if not self.owner.unroller.live and not any(state["live_sessions"] for state in states):
+                return
+            await asyncio.sleep(0.02)
+        raise AssertionError("sessions are left")
+
+
+@pytest.fixture
+async def service(tiny_plm_folder, tiny_source, tmp_path, anyio_backend):
+    folders = {name: save_adapter(tiny_source, tmp_path / name, seed) for seed, name in enumerate(["modern", "formal"])}
+    async with Service(tiny_plm_folder("llama"), folders) as service:
+        yield service
+        await service.until_idle()
+
+
+async def test_models_are_adapters_and_the_plm_alone(service):
+    listed = [model.id for model in (await service.client.models.list()).data]
+    assert listed == ["modern", "formal", service.owner.card.name]
+    assert (await service.client.models.retrieve("formal")).owned_by == "data-owner"
+    with pytest.raises(openai.NotFoundError, match="no model 'modem'.*Did you mean 'modern'"):
+        await service.client.models.retrieve("modem")
+
+
+async def test_completions_stream_the_text_that_they_give_whole(service):
+    asked = {"model": "modern", "prompt": "Rewrite each", "max_tokens": 20, "temperature": 0}
+    whole = await service.client.completions.create(**asked, logprobs=2)
+    (choice,) = whole.choices
+    assert whole.object == "text_completion"
+    assert choice.finish_reason in ("length", "stop")
+    prompt = len(service.owner.tokenizer("Rewrite each").input_ids)
+    assert whole.usage.prompt_tokens == prompt
+    assert whole.usage.completion_tokens == len(choice.logprobs.tokens) <= 20
+    assert all(p <= 0 for p in choice.logprobs.token_logprobs)
+    for token, p, top in zip(choice.logprobs.tokens, choice.logprobs.token_logprobs, choice.logprobs.top_logprobs):
+        assert top[token] == p == max(top.values())
+    stream = await service.client.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    pieces = [piece async for piece in stream]
+    assert "".join(piece.choices[0].text for piece in pieces if piece.choices) == choice.text
+    assert pieces[-1].usage == whole.usage
+    assert [p.choices[0].finish_reason for p in pieces[:-1]][-1] == choice.finish_reason
+    assert {piece.id for piece in pieces} == {pieces[0].id} != {whole.id}
+
+
+async def test_chat_takes_the_models_template_and_tells_log_probabilities(service):
+    asked = {
+        "model": "modern",
+        "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Rewrite"}],
+        "max_tokens": 8,
+        "temperature": 0,
+        "logprobs": True,
+        "top_logprobs": 3,
+    }
+    whole = await service.client.chat.completions.create(**asked)
+    text = service.owner.tokenizer.apply_chat_template(asked["messages"], add_generation_prompt=True, tokenize=False)
+    prompt = service.owner.tokenizer(text, add_special_tokens=False).input_ids
+    assert whole.usage.prompt_tokens == len(prompt)
+    raw = await service.client.completions.create(model="modern", prompt=prompt, max_tokens=8, temperature=0)
+    assert whole.choices[0].message.content == raw.choices[0].text
+    assert whole.choices[0].message.role == "assistant"
+    for token in whole.choices[0].logprobs.content:
+        assert len(token.top_logprobs) == 3
+        assert token.top_logprobs[0].logprob == token.logprob
+    stream = await service.client.chat.completions.create(**asked, stream=True)
+    deltas = [piece.choices[0].delta async for piece in stream]
+    assert deltas[0].role == "assistant"
+    assert "".join(delta.content for delta in deltas) == whole.choices[0].message.content
+
+
+async def test_several_prompts_and_several_answers_to_each(service):
+    many = await service.client.completions.create(
+        model="formal", prompt=["Rewrite", "Formal"], n=2, max_tokens=5, temperature=1, seed=3
+    )
+    again = await service.client.completions.create(
+        model="formal", prompt=["Rewrite", "Formal"], n=2, max_tokens=5, temperature=1, seed=3
+    )
+    assert [choice.index for choice in many.choices] == [0, 1, 2, 3]
+    assert [c.text for c in many.choices] == [c.text for c in again.choices]
+    assert many.choices[0].text != many.choices[1].text
+    other = await service.client.completions.create(model="formal", prompt="Rewrite", max_tokens=5, seed=4)
+    assert other.choices[0].text != many.choices[0].text
+
+
+async def test_a_temperature_that_is_next_to_nothing_is_greedy(service):
+    asked = {"model": "modern", "prompt": "Rewrite each", "max_tokens": 10}
+    greedy = await service.client.completions.create(**asked, temperature=0)
+    assert (await service.client.completions.create(**asked, temperature=1e-50)).choices == greedy.choices
+
+
+async def test_a_stop_string_ends_an_answer_before_itself(service):
+    asked = {"model": "modern", "prompt": "Rewrite each", "max_tokens": 30, "temperature": 0}
+    whole = (await service.client.completions.create(**asked)).choices[0].text
+    stop = whole[len(whole) // 2 :][:2]
+    cut = await service.client.completions.create(**asked, stop=[stop, "never said"])
+    assert cut.choices[0].text == whole[: whole.index(stop)]
+    assert cut.choices[0].finish_reason == "stop"
+    stream = await service.client.completions.create(**asked, stop=stop, stream=True)
+    assert "".join([piece.choices[0].text async for piece in stream]) == whole[: whole.index(stop)]
+
+
+async def test_lambda_and_explanations_are_asked_for_in_the_extra_body(service):
+    asked = {"prompt": "Rewrite each", "max_tokens": 6, "temperature": 0}
+    plm = await service.client.completions.create(model=service.owner.card.name, **asked)
+    zero = await service.client.completions.create(model="modern", **asked, extra_body={"lambda_max": 0})
+    assert zero.choices[0].text == plm.choices[0].text
+    wanted = {"lambda_max": 1.0, "schedule": "linear", "length": 3, "floor": 0.2, "explain": True, "draft": 0}
+    told = await service.client.completions.create(model="modern", **asked, extra_body=wanted)
+    explanation = told.choices[0].explanation
+    lams = [one["lambda"] for one in explanation]
+    assert lams[:4] == pytest.approx([1.0, 0.2 + 0.8 * 2 / 3, 0.2 + 0.8 / 3, 0.2][: len(lams)])
+    assert {one["decided_by"] for one in explanation} <= {"pema", "plm"}
+    assert all(len(one["top_pema"]) == len(one["top_plm"]) == 5 for one in explanation)
+    assert all(math.isfinite(one["logprob_plm"]) for one in explanation)
+
+
+async def test_a_source_is_put_into_the_adapters_own_prompt(service):
+    asked = {"model": "modern", "max_tokens": 8, "temperature": 0}
+    by_source = await service.client.completions.create(prompt="", **asked, extra_body={"source": "the {source}"})
+    whole = await service.client.completions.create(prompt="Rewrite: the {source}\nModern:", **asked, stop="\n\n")
+    assert by_source.choices[0].text == whole.choices[0].text
+    assert by_source.usage == whole.usage
+    with pytest.raises(openai.BadRequestError, match="'formal' does not say how it is asked"):
+        await service.client.completions.create(**{**asked, "model": "formal"}, prompt="", extra_body={"source": "x"})
+    with pytest.raises(openai.BadRequestError, match="and not both"):
+        await service.client.completions.create(**asked, prompt="x", extra_body={"source": "x"})
+    async with httpx.AsyncClient(base_url=service.url) as http:
+        assert (await http.get("/playground/models")).json()["models"] == ["modern"]
+        assert "<html" in (await http.get("/playground")).text
+
+
+async def test_a_client_that_goes_away_frees_its_slot(service):
+    stream = await service.client.completions.create(model="modern", prompt="Rewrite", max_tokens=60, stream=True)
+    async for _ in stream:
+        break
+    await stream.close()
+    await service.until_idle()
+
+
+async def test_adapters_are_swapped_while_answers_stream(service, tiny_source, tmp_path):
+    asked = {"model": "modern", "prompt": "Rewrite each", "max_tokens": 30, "temperature": 0}
+    before = (await service.client.completions.create(**asked)).choices[0].text
+    stream = await service.client.completions.create(**asked, stream=True)
+    first = await anext(aiter(stream))
+    newer = save_adapter(tiny_source, tmp_path / "newer", seed=9)
+    await service.owner.change({"adapters": {"modern": newer}})
+    rest = "".join([piece.choices[0].text async for piece in stream])
+    assert first.choices[0].text + rest == before
+    assert (await service.client.completions.create(**asked)).choices[0].text != before
+    with pytest.raises(openai.NotFoundError):
+        await service.client.completions.create(**{**asked, "model": "formal"})
+
+
+async def test_a_change_that_is_refused_changes_nothing(service, tiny_source, tmp_path):
+    adapters = dict(service.owner.unroller.adapters)
+    foreign = save_adapter(tiny_source, tmp_path / "foreign", seed=1, architecture="gpt2")
+    for folders, error in (
+        ({"modern": foreign}, FingerprintMismatch),
+        ({"modern": str(tmp_path / "nowhere")}, UserError),
+        ({service.owner.card.name: foreign}, UserError),
+    ):
+        with pytest.raises(error):
+            await service.owner.change({"adapters": folders})
+        assert service.owner.unroller.adapters == adapters
+
+
+WRONG = [
+    ({"model": "nobody"}, 404, "no model 'nobody'"),
+    ({"prompt": ""}, 400, "none of them empty"),
+    ({"prompt": [1, 99999]}, 400, "99999 is no token"),
+    ({"prompt": [-1]}, 400, "-1 is no token"),
+    ({"prompt": "Rewrite " * 60}, 400, "tokens and 5 more are asked for; prompt and answer together may have 80"),
+    ({"max_tokens": 0}, 400, "max_tokens: Input should be greater than or equal to 1"),
+    ({"max_tokens": 5000}, 400, "5000 more are asked for"),
+    ({"n": 10**9}, 400, "n: Input should be less than or equal to 16"),
+    ({"temperature": -1}, 400, "temperature: Input should be greater than or equal to 0"),
+    ({"top_p": 0}, 400, "top_p: "),
+    ({"lambda_max": -0.1}, 400, "lambda_max: Input should be greater than or equal to 0"),
+    ({"lambda_max": 0.2, "floor": 0.5, "schedule": "linear"}, 400, "floor=0.5 lies above"),
+    ({"stop": ["a"] * 5}, 400, "at most four stop strings"),
+    ({"presence_penalty": 0.5}, 400, "presence_penalty"),
+    ({"echo": True}, 400, "echo"),
+    ({"prompt": ["Rewrite"] * 9, "n": 8}, 400, "at most 64 answers"),
+    ({"prompt": "x" * (2 << 20)}, 413, "longer than 2 MiB"),
+    ({"draft": 17}, 400, "draft: Input should be less than or equal to 16"),
+    ({"lamda_max": 0.5}, 400, "lamda_max: Extra inputs are not permitted"),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_mistakes_are_told_in_words(service, stream):
+    async with httpx.AsyncClient(base_url=service.url) as http:
+        for change, status, words in WRONG:
+            asked = {"model": "modern", "prompt": "Rewrite", "max_tokens": 5, "stream": stream} | change
+            got = await http.post("/v1/completions", json=asked)
+            assert got.status_code == status, (change, got.text)
+            error = got.json()["error"]
+            assert words in error["message"], (change, error)
+            assert error["type"] == "invalid_request_error"
+        nan = '{"model": "modern", "prompt": "x", "lambda_max": NaN}'
+        for content, words in ((nan, "lambda_max"), ("{", "JSON"), ("[]", "dictionary"), ("", "")):
+            got = await http.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
+            assert got.status_code == 400, content
+            assert words in got.json()["error"]["message"]
+
+
+async def test_a_plm_owner_that_is_gone_is_a_503_with_a_time_to_come_again(service):
+    service.owner.timeout_seconds = 0.5
+    service.handle.kill("r0")
+    with pytest.raises(openai.InternalServerError) as raised:
+        await service.client.completions.create(model="modern", prompt="Rewrite", max_tokens=5)
+    assert raised.value.status_code == 503
+    assert int(raised.value.response.headers["retry-after"]) >= 1
+    with pytest.raises(openai.InternalServerError):
+        await service.client.completions.create(model="modern", prompt="Rewrite", max_tokens=5, stream=True)

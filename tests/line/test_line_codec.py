@@ -1,0 +1,161 @@
+"""What crosses the line arrives as it was sent; anything else is refused by name, and takes no memory."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pema_ray.errors import UserError
+from pema_ray.line import ExtractBatch, SessionLost, codec
+from pema_ray.line.codec import BadFrame
+from pema_ray.line.stepping import Busy, Step, Stepped
+
+IDS = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=9)
+DECODERS = {
+    "extract": codec.decode_extract,
+    "steps": codec.decode_steps,
+    "rows": codec.decode_rows,
+    "stepped": lambda data: codec.decode_stepped(data, UserError),
+    "files": codec.decode_files,
+}
+GOOD = {
+    "extract": codec.encode_extract(ExtractBatch([[1, 2, 3], [4]], [1, 0])),
+    "steps": codec.encode_steps([Step("a", 0, [1, 2, 3], 2), Step("b", 7, [4], draft=3)]),
+    "rows": codec.encode_rows(torch.arange(6.0).reshape(2, 3)),
+    "stepped": codec.encode_stepped([Stepped(torch.ones(2, 3), (5,)), SessionLost("b"), Busy("full", 2.0)]),
+    "files": codec.encode_files({"a.json": b"{}", "tokenizer/b": b"\0\1"}),
+}
+
+
+@given(sequences=st.lists(IDS, min_size=1, max_size=5), data=st.data())
+def test_a_batch_arrives_as_it_was_sent(sequences, data):
+    batch = ExtractBatch(sequences, [data.draw(st.integers(0, len(ids) - 1)) for ids in sequences])
+    assert codec.decode_extract(codec.encode_extract(batch)) == batch
+
+
+@given(data=st.data(), names=st.lists(st.text(min_size=1, max_size=200), unique=True, max_size=4))
+def test_steps_arrive_as_they_were_sent(data, names):
+    steps = []
+    for name in names:
+        tokens = data.draw(IDS)
+        states = data.draw(st.integers(1, len(tokens)))
+        steps.append(Step(name, data.draw(st.integers(0, 2**40)), tokens, states, data.draw(st.integers(0, 99))))
+    assert codec.decode_steps(codec.encode_steps(steps)) == steps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_arrive_bit_for_bit(dtype):
+    rows = torch.randn(5, 7).to(dtype)
+    rows[0, 0], rows[1, 1] = float("nan"), float("-inf")
+    got = codec.decode_rows(codec.encode_rows(rows))
+    assert got.dtype == dtype
+    assert torch.equal(got.view(torch.uint8), rows.view(torch.uint8))
+    got += 1  # what arrived is the receiver's own
+
+
+def test_outcomes_arrive_with_their_errors():
+    sent = [Stepped(torch.randn(2, 4), (7, 8)), SessionLost("x"), Busy("full", 2.5), UserError("too long"),
+            Stepped(torch.randn(1, 4))]  # fmt: skip
+    first, lost, busy, refused, last = codec.decode_stepped(codec.encode_stepped(sent), UserError)
+    assert isinstance(first, Stepped) and torch.equal(first.state_NH, sent[0].state_NH) and first.drafted == (7, 8)
+    assert isinstance(last, Stepped) and torch.equal(last.state_NH, sent[4].state_NH)
+    assert isinstance(lost, SessionLost)
+    assert isinstance(busy, Busy) and busy.retry_after == 2.5
+    assert isinstance(refused, UserError) and str(refused) == "too long"
+    assert [type(o) for o in codec.decode_stepped(codec.encode_stepped([SessionLost("x")]), UserError)] == [SessionLost]
+
+
+def test_files_arrive_and_never_lead_out_of_their_folder():
+    files = {"bundle.json": b"{}", "tokenizer/vocab.txt": bytes(range(256)), "empty": b""}
+    assert codec.decode_files(codec.encode_files(files)) == files
+    for name in ("../a", "/etc/passwd", "a/../../b", "", "a//b", "a\\b", "."):
+        with pytest.raises(BadFrame, match="no name of a file|names"):
+            codec.decode_files(codec.encode_files({name: b"x"}))
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_frames_of_another_kind_are_refused(kind):
+    for other, frame in GOOD.items():
+        if other == kind:
+            DECODERS[kind](frame)
+        else:
+            with pytest.raises(BadFrame):
+                DECODERS[kind](frame)
+
+
+@settings(max_examples=400)
+@given(data=st.data(), kind=st.sampled_from(sorted(GOOD)))
+def test_damaged_frames_are_refused_by_name_or_still_make_sense(data, kind):
+    frame = bytearray(GOOD[kind])
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(frame) - 1))
+        frame[at] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(frame)))
+    for damaged in (bytes(frame), bytes(frame[:cut]), bytes(frame) + b"x"):
+        with suppress(BadFrame):
+            DECODERS[kind](damaged)
+
+
+@settings(max_examples=300)
+@given(noise=st.binary(max_size=200), kind=st.sampled_from(sorted(GOOD)), framed=st.booleans())
+def test_noise_is_refused_by_name(noise, kind, framed):
+    data = struct.pack("<4sBI", b"PEMA", 1, len(noise)) + noise if framed else noise
+    with pytest.raises(BadFrame):
+        DECODERS[kind](data)
+
+
+class Exploding:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('unpickled')",))
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_a_pickle_is_bytes_like_any_other(kind):
+    with pytest.raises(BadFrame, match="do not begin"):
+        DECODERS[kind](pickle.dumps(Exploding()))
+
+
+def test_promised_sizes_are_checked_before_memory_is_taken():
+    frame = GOOD["rows"]
+    grown = frame.replace(b"\x92\x02\x03", b"\x92\xce\x7f\xff\xff\xff\xce\x7f\xff\xff\xff"[:0] + b"\x92\x7f\x7f")
+    assert grown != frame
+    with pytest.raises(BadFrame, match=r"should have 64516 bytes, 24 are left"):
+        codec.decode_rows(grown)
+
+
+def test_shapes_that_no_array_can_have_are_refused():
+    import msgspec
+
+    for shape in ([2**63, 0], [2**31], [-1, 4], [1, 2, 3]):
+        packed = msgspec.msgpack.encode({"type": "rows", "arrays": [["float32", shape]]})
+        with pytest.raises(BadFrame, match="has shape|should have|header"):
+            codec.decode_rows(struct.pack("<4sBI", b"PEMA", 1, len(packed)) + packed)
+
+
+@pytest.mark.parametrize(
+    ("header", "tokens", "problem"),
+    [
+        ({"type": "steps", "steps": [["a", 0, 2, 1, 0], ["a", 0, 1, 1, 0]]}, 3, "named twice"),
+        ({"type": "steps", "steps": [["a", 0, 2, 1, 0]]}, 3, "2 tokens are promised, 3 came"),
+        ({"type": "steps", "steps": [["a", -1, 3, 1, 0]]}, 3, "must not be negative"),
+        ({"type": "steps", "steps": [["a", 0, 3, 9, 0]]}, 3, "9 states of 3 tokens"),
+        ({"type": "steps", "steps": [["", 0, 3, 1, 0]]}, 3, "needs a name"),
+        ({"type": "steps", "steps": [["a", 0, -3, 1, 0], ["b", 0, 6, 1, 0]]}, 3, "promised"),
+        ({"type": "steps", "steps": [["a", 0, 3, 1, 0]], "more": 1}, 3, "header"),
+        ({"type": "steps", "steps": [["a", "0", 3, 1, 0]]}, 3, "header"),
+    ],
+)
+def test_steps_that_make_no_sense_are_refused(header, tokens, problem):
+    import msgspec
+
+    packed = msgspec.msgpack.encode({"arrays": [["int32", [tokens]]], **header})
+    frame = struct.pack("<4sBI", b"PEMA", 1, len(packed)) + packed + np.arange(tokens, dtype="<i4").tobytes()
+    with pytest.raises(BadFrame, match=problem):
+        codec.decode_steps(frame)

@@ -1,0 +1,218 @@
+"""A session's states are those of its own text alone, whoever else joins, goes on, is cut short or leaves."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from pema_ray.errors import UserError
+from pema_ray.line import SessionLost
+from pema_ray.line.stepping import Busy, Step, Stepped
+from pema_ray.plm_owner.engine import Batcher, BatchSettings
+from pema_ray.plm_owner.engine.batcher import Job
+from pema_ray.plm_owner.export import export_lm_head
+from pema_ray.plm_owner.states import capture_state
+
+CLOSE: dict[str, Any] = {"atol": 2e-4, "rtol": 2e-4}
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def batcher_of(tiny_plm, clock):
+    def make(architecture: str, **settings) -> Batcher:
+        plm = tiny_plm(architecture)
+        return Batcher(plm, export_lm_head(plm).head, BatchSettings(**settings), clock)
+
+    return make
+
+
+def finish(batcher: Batcher, jobs: list[Job]) -> list[Any]:
+    for _ in range(200):
+        if all(job.result is not None for job in jobs):
+            return [job.result for job in jobs]
+        batcher.run()
+    raise AssertionError("the steps are never done")
+
+
+def plain(plm, ids: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        return capture_state(plm, input_ids=torch.tensor([ids]), use_cache=False)[0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_mixture_of_sessions_gives_the_states_of_each_text_alone(architecture: str, batcher_of, tiny_plm, seed):
+    """Random joins, extensions by several tokens, rewinds, repeats, drafts, closings and evictions."""
+    draw = random.Random(f"{architecture} {seed}")
+    batcher, plm = batcher_of(architecture, slots=4, prefill_tokens=24, idle_seconds=0.0), tiny_plm(architecture)
+    prefix = [draw.randrange(3, 300) for _ in range(20)]
+    texts: dict[str, list[int]] = {}
+    lost = 0
+    for round_ in range(25):
+        steps: list[tuple[Step, list[int]]] = []
+        for name in draw.sample(sorted(texts), min(len(texts), draw.randrange(4))):
+            text = texts[name]
+            position = len(text) if draw.random() < 0.6 else draw.randrange(1, len(text) + 1)
+            new = [draw.randrange(3, 300) for _ in range(draw.choice([1, 1, 1, 2, 5, 20]))]
+            whole = [*text[:position], *new]
+            if len(whole) <= 80:
+                draft = draw.choice([0, 0, 0, 3])
+                steps.append((Step(name, position, new, draw.randrange(1, len(new) + 1), draft), whole))
+        for number in range(draw.randrange(3)):
+            ids = [*prefix[: draw.choice([0, 9, 20])], *(draw.randrange(3, 300) for _ in range(draw.randrange(1, 30)))]
+            steps.append((Step(f"{round_}.{number}", 0, ids, draw.randrange(1, len(ids) + 1)), ids))
+        jobs = [batcher.submit("me", step) for step, _ in steps]
+        for (step, whole), result in zip(steps, finish(batcher, jobs), strict=True):
+            if isinstance(result, SessionLost):
+                assert step.position > 0
+                lost += 1
+                texts.pop(step.session)
+                continue
+            assert isinstance(result, Stepped)
+            whole = [*whole, *result.drafted]
+            assert len(result.drafted) == step.draft
+            expected = plain(plm, whole)[-step.states - step.draft :]
+            torch.testing.assert_close(result.state_NH, expected, **CLOSE)
+            texts[step.session] = whole
+            if step.draft:
+                logits = plm.model(torch.tensor([whole])).logits[0, -step.draft - 1 : -1]
+                chosen = logits.gather(-1, torch.tensor(result.drafted)[:, None])[:, 0]
+                torch.testing.assert_close(chosen, logits.max(-1).values, **CLOSE)
+        if texts and draw.random() < 0.3:
+            gone = draw.choice(sorted(texts))
+            batcher.close("me", gone)
+            del texts[gone]
+        assert batcher.live_sessions <= 4
+    assert lost  # slots were scarce, so that eviction was tried too
+    for name in texts:
+        batcher.close("me", name)
+    assert batcher.live_sessions == 0
+    assert not batcher.busy
+
+
+def test_all_who_wait_for_a_token_are_served_by_one_pass(batcher_of):
+    batcher = batcher_of("llama", slots=8)
+    finish(batcher, [batcher.submit("me", Step(f"s{i}", 0, range(3, 5 + i))) for i in range(6)])
+    jobs = [batcher.submit("me", Step(f"s{i}", 2 + i, [9])) for i in range(6)]
+    assert len(batcher.run()) == 6
+    assert batcher.passes == [(6, 6)]
+    assert all(isinstance(job.result, Stepped) for job in jobs)
+
+
+def test_a_long_prompt_is_prefilled_in_pieces_between_the_steps_of_others(batcher_of):
+    batcher = batcher_of("llama", slots=2, prefill_tokens=20)
+    finish(batcher, [batcher.submit("me", Step("short", 0, [5]))])
+    long = batcher.submit("me", Step("long", 0, range(3, 73)))
+    for position in range(1, 4):
+        short = batcher.submit("me", Step("short", position, [7]))
+        assert batcher.run() == [short]  # served in the same run as a piece of the prompt
+        assert batcher.passes == [(1, 1), (1, 20)]
+        assert long.result is None
+    finish(batcher, [long])
+
+
+def test_a_prompt_that_begins_as_another_is_computed_from_where_they_part(batcher_of, tiny_plm):
+    batcher = batcher_of("llama", slots=4, prefill_tokens=200)
+    prefix = list(range(3, 83))
+    first = [batcher.submit("me", Step(f"s{i}", 0, [*prefix, 100 + i])) for i in range(3)]
+    tokens = 0
+    while batcher.busy:
+        batcher.run()
+        tokens += sum(count for _, count in batcher.passes)
+    assert tokens == 81 + 2  # the other two waited for the first one's cache
+    for i, job in enumerate(first):
+        expected = plain(tiny_plm("llama"), [*prefix, 100 + i])[-1:]
+        torch.testing.assert_close(job.result.state_NH, expected, **CLOSE)
+    other = batcher.submit("somebody else", Step("s", 0, [*prefix, 7]))
+    batcher.run()
+    assert batcher.passes == [(1, 81)]  # caches of different owners never meet
+    assert isinstance(other.result, Stepped)
+
+
+def test_a_step_said_twice_gives_the_same_and_costs_one_token(batcher_of):
+    batcher = batcher_of("llama", slots=2)
+    finish(batcher, [batcher.submit("me", Step("s", 0, range(3, 40)))])
+    first, again = (finish(batcher, [batcher.submit("me", Step("s", 37, [4, 5]))])[0] for _ in range(2))
+    torch.testing.assert_close(first.state_NH, again.state_NH, **CLOSE)
+    reopened = finish(batcher, [batcher.submit("me", Step("s", 0, [*range(3, 40), 4, 5]))])[0]
+    assert batcher.passes == [(1, 1)]
+    torch.testing.assert_close(reopened.state_NH, first.state_NH, **CLOSE)
+
+
+def test_unknown_and_forgotten_sessions_and_gaps_are_lost(batcher_of, clock):
+    batcher = batcher_of("llama", slots=1, idle_seconds=5.0)
+    assert isinstance(finish(batcher, [batcher.submit("me", Step("never", 3, [5]))])[0], SessionLost)
+    finish(batcher, [batcher.submit("me", Step("a", 0, [5, 6]))])
+    assert isinstance(finish(batcher, [batcher.submit("me", Step("a", 3, [5]))])[0], SessionLost)
+    assert isinstance(finish(batcher, [batcher.submit("you", Step("a", 2, [5]))])[0], SessionLost)
+    waiting = batcher.submit("me", Step("b", 0, [5, 6]))
+    batcher.run()
+    assert waiting.result is None  # the only slot is taken, and its session was heard of just now
+    clock.now = 5.0
+    assert isinstance(finish(batcher, [waiting])[0], Stepped)
+    assert isinstance(finish(batcher, [batcher.submit("me", Step("a", 2, [5]))])[0], SessionLost)
+    batcher.close("me", "a")  # gone already
+
+
+def test_who_gets_no_slot_in_time_is_told_so(batcher_of, clock):
+    batcher = batcher_of("llama", slots=1)
+    finish(batcher, [batcher.submit("me", Step("a", 0, [5]))])
+    late = batcher.submit("me", Step("b", 0, [5]), deadline=2.0)
+    batcher.run()
+    assert late.result is None
+    clock.now = 2.5
+    assert batcher.run() == [late]
+    assert isinstance(late.result, Busy)
+    assert not batcher.busy
+
+
+def test_a_closed_session_leaves_its_slot_in_the_middle_of_its_prompt(batcher_of):
+    batcher = batcher_of("llama", slots=1, prefill_tokens=20)
+    gone, next_ = batcher.submit("me", Step("a", 0, range(3, 90))), batcher.submit("me", Step("b", 0, [5]))
+    batcher.run()
+    assert gone.result is None
+    batcher.close("me", "a")
+    assert isinstance(finish(batcher, [next_])[0], Stepped)
+    assert isinstance(gone.result, SessionLost)
+    assert batcher.live_sessions == 1
+
+
+def test_texts_that_are_too_long_are_refused_and_hurt_nobody(batcher_of):
+    batcher = batcher_of("llama", slots=2, max_tokens=30)
+    good = batcher.submit("me", Step("a", 0, range(3, 30)))
+    long = batcher.submit("me", Step("b", 0, range(3, 34)))
+    finish(batcher, [good, long])
+    assert isinstance(long.result, UserError)
+    assert "31 tokens is longer than" in str(long.result)
+    assert batcher.live_sessions == 1
+    drafted = batcher.submit("me", Step("a", 27, [3, 4], draft=2))
+    assert "31 tokens" in str(finish(batcher, [drafted])[0])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"session": ""},
+        {"position": -1},
+        {"tokens": []},
+        {"states": 0},
+        {"states": 3},
+        {"draft": -1},
+    ],
+)
+def test_steps_that_make_no_sense_are_not_made(wrong):
+    with pytest.raises(ValueError, match=r"session|position|states"):
+        Step(**({"session": "s", "position": 0, "tokens": [1, 2]} | wrong))

@@ -1,0 +1,87 @@
+"""The event loop never waits for torch, who goes away leaves the engine, and a failed engine leaves nobody waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from pema_ray.line import SessionLost
+from pema_ray.line.stepping import Busy, Step, Stepped
+from pema_ray.plm_owner.engine import Batcher, BatchSettings, Engine
+from pema_ray.plm_owner.export import export_lm_head
+
+
+@pytest.fixture
+async def engine(tiny_plm, anyio_backend):
+    plm = tiny_plm("llama")
+    settings = BatchSettings(slots=2, prefill_tokens=16)
+    engine = await Engine(lambda: Batcher(plm, export_lm_head(plm).head, settings)).start()
+    yield engine
+    await engine.stop()
+
+
+def slowly(engine: Engine, seconds: float) -> None:
+    """Let every pass take so long."""
+    run = engine.batcher.run
+
+    def slow():
+        time.sleep(seconds)
+        return run()
+
+    engine.batcher.run = slow
+
+
+async def test_the_event_loop_goes_on_during_a_pass(engine):
+    slowly(engine, 0.3)
+    step = asyncio.create_task(engine.step("me", [Step("a", 0, [5])]))
+    longest, before = 0.0, time.perf_counter()
+    while not step.done():
+        await asyncio.sleep(0.005)
+        now = time.perf_counter()
+        longest, before = max(longest, now - before), now
+    assert isinstance(step.result()[0], Stepped)
+    assert longest < 0.25
+
+
+async def test_who_goes_away_during_a_prompt_leaves_no_session(engine):
+    slowly(engine, 0.02)
+    step = asyncio.create_task(engine.step("me", [Step("a", 0, [5] * 90), Step("b", 0, [6] * 90)]))
+    await asyncio.sleep(0.05)
+    step.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await step
+    for _ in range(50):
+        if not engine.batcher.busy:
+            break
+        await asyncio.sleep(0.02)
+    assert engine.batcher.live_sessions == 0
+
+
+async def test_a_failed_engine_tells_all_who_wait_and_all_who_come(engine):
+    def fail():
+        time.sleep(0.1)
+        raise MemoryError("no room")
+
+    engine.batcher.run = fail
+    early = asyncio.create_task(engine.step("me", [Step("a", 0, [5])]))
+    await asyncio.sleep(0.03)
+    late = asyncio.create_task(engine.step("me", [Step("b", 0, [5])]))  # comes during the pass that fails
+    for waiting in (early, late):
+        (answer,) = await asyncio.wait_for(waiting, 5)
+        assert isinstance(answer, Busy)
+        assert "no room" in str(answer)
+    assert not engine.healthy
+    with pytest.raises(Busy, match="the engine has failed"):
+        await engine.step("me", [Step("c", 0, [5])])
+
+
+async def test_an_engine_that_is_stopped_loses_its_sessions(tiny_plm):
+    plm = tiny_plm("llama")
+    engine = await Engine(lambda: Batcher(plm, export_lm_head(plm).head, BatchSettings())).start()
+    slowly(engine, 0.2)
+    waiting = asyncio.create_task(engine.step("me", [Step("a", 0, [5])]))
+    await asyncio.sleep(0.05)
+    await engine.stop()
+    assert isinstance((await waiting)[0], SessionLost)

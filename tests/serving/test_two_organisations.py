@@ -1,0 +1,226 @@
+"""Two Ray clusters in two network namespaces, each with its own owner's files alone, joined by HTTPS and a key."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_line_over_https import certificate
+
+from pema_ray.data_owner.adapter import AdapterConfig, PemaAdapter
+from pema_ray.data_owner.generation import Decoding, Generator, Request
+from pema_ray.data_owner.unrolling import UnrollingSchedule
+from pema_ray.plm_owner.access import Quota, add_client
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+SCRIPT = Path(__file__).with_name("organisation.py")
+ADDRESS = {"plm": "10.77.31.1", "data": "10.77.31.2"}
+MOST = 25
+
+
+def run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True)
+
+
+@pytest.fixture
+def namespaces() -> Iterator[dict[str, str]]:
+    """A namespace for each organisation, and a wire between them."""
+    names = {owner: f"pema-{owner}-{os.getpid()}" for owner in ADDRESS}
+    made: list[str] = []
+    try:
+        try:
+            for name in names.values():
+                run("ip", "netns", "add", name)
+                made.append(name)
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("network namespaces need root and iproute2")
+        run("ip", "link", "add", "pv0", "netns", names["plm"], "type", "veth", "peer", "pv1", "netns", names["data"])
+        for owner, device in (("plm", "pv0"), ("data", "pv1")):
+            inside = ("ip", "-n", names[owner])
+            run(*inside, "addr", "add", f"{ADDRESS[owner]}/24", "dev", device)
+            run(*inside, "link", "set", device, "up")
+            run(*inside, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in made:
+            subprocess.run(["ip", "netns", "del", name], check=False)
+
+
+class Organisation:
+    """A cluster in a namespace, with a home and a working folder of its own."""
+
+    def __init__(self, namespace: str, folder: Path, wanted: dict) -> None:
+        self.folder = folder
+        wanted = {**wanted, "temporary": str(folder / "r")}
+        environment = {
+            **os.environ, "HOME": str(folder), "TMPDIR": str(folder), "RAY_AUTH_MODE": "disabled",
+            "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        command = ["ip", "netns", "exec", namespace, sys.executable, str(SCRIPT), json.dumps(wanted)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=(folder / "err").open("w"), text=True,
+            cwd=folder, env=environment,
+        )  # fmt: skip
+
+    def wait(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.strip() == "up":
+                return
+        raise AssertionError((self.folder / "err").read_text()[-3000:])
+
+    def processes(self, namespace: str) -> list[int]:
+        found = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=True)
+        return [int(pid) for pid in found.stdout.split()]
+
+    def end(self, namespace: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        for pid in self.processes(namespace):
+            if psutil.pid_exists(pid):
+                psutil.Process(pid).kill()
+
+
+def holders(pids: list[int], secret: bytes) -> list[int]:
+    """Processes whose memory holds these bytes."""
+    found = []
+    for pid in pids:
+        try:
+            with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", 0) as memory:
+                for line in maps:
+                    where, rights, *_ = line.split()
+                    if not rights.startswith("rw"):
+                        continue
+                    begin, end = (int(part, 16) for part in where.split("-"))
+                    try:
+                        memory.seek(begin)
+                        left = end - begin
+                        tail = b""
+                        while left:
+                            block = memory.read(min(left, 2**26))
+                            if not block:
+                                break
+                            if secret in tail + block:
+                                found.append(pid)
+                                left = 0
+                                break
+                            left -= len(block)
+                            tail = block[-len(secret) :]
+                    except (OSError, ValueError):
+                        continue
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return sorted(set(found))
+
+
+def files_with(folder: Path, secret: bytes) -> list[Path]:
+    return [p for p in folder.rglob("*") if p.is_file() and not p.is_symlink() and secret in p.read_bytes()]
+
+
+def test_each_organisation_keeps_its_own(namespaces, tiny_plm_folder, tiny_source):
+    base = Path(tempfile.mkdtemp(prefix="po", dir="/tmp"))
+    folders = {owner: base / owner for owner in ADDRESS}
+    for folder in folders.values():
+        folder.mkdir()
+    card = tiny_source("llama").describe()
+    torch.manual_seed(3)
+    adapter = PemaAdapter(AdapterConfig(card.hidden_size, 8, card.name, card.fingerprint, residual=True))
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    adapter.save_pretrained(folders["data"] / "adapter")
+    shutil.copytree(tiny_plm_folder("llama"), folders["plm"] / "plm")
+    crt, private = certificate(folders["plm"], "server", address=ADDRESS["plm"])
+    shutil.copy(crt, folders["data"] / "ca.crt")
+    key = add_client(folders["plm"] / "keys.yaml", "them", Quota(rows_per_minute=5000))
+    (folders["data"] / "key").write_text(key)
+    url = f"https://{ADDRESS['plm']}:8443"
+    organisations: dict[str, Organisation] = {}
+    try:
+        organisations["plm"] = Organisation(
+            namespaces["plm"], folders["plm"],
+            {
+                "builder": "plm_owner", "address": ADDRESS["plm"], "port": 8443,
+                "tls": {"ssl_certfile": crt, "ssl_keyfile": private},
+                "args": {
+                    "plm": {"name": str(folders["plm"] / "plm"), "dtype": "float32", "device": "cpu"},
+                    "engine": {"slots": 4, "max_tokens": 90}, "keys": str(folders["plm"] / "keys.yaml"),
+                    "audit": str(folders["plm"] / "audit.jsonl"), "plm_owner": {"cpus": 0.1}, "api_cpus": 0.1,
+                },
+            },
+        )  # fmt: skip
+        organisations["plm"].wait()
+        organisations["data"] = Organisation(
+            namespaces["data"], folders["data"],
+            {
+                "builder": "data_owner", "address": ADDRESS["data"], "port": 8001,
+                "args": {
+                    "line": {"url": url, "key_file": str(folders["data"] / "key"), "fingerprint": card.fingerprint,
+                             "ca_file": str(folders["data"] / "ca.crt"), "timeout_seconds": 10},
+                    "unroller": {"lambda_max": 0.7, "timeout_seconds": 8}, "data_owner": {"cpus": 0.1},
+                    "live": {"adapters": {"mine": str(folders["data"] / "adapter")}},
+                },
+            },
+        )  # fmt: skip
+        organisations["data"].wait()
+
+        wire = f"http://{ADDRESS['data']}:8001/v1"
+        prompt = "Rewrite each Bible verse"
+        ask = (
+            "import openai, sys; c = openai.OpenAI(base_url=sys.argv[1], api_key='x', max_retries=0, timeout=60)\n"
+            "try: print(c.completions.create(model='mine', prompt=sys.argv[2], max_tokens=int(sys.argv[3]),"
+            " temperature=0).choices[0].text, end='')\n"
+            "except openai.APIStatusError as e: print('status', e.status_code, end='')"
+        )
+
+        def asked() -> str:
+            command = ["ip", "netns", "exec", namespaces["data"], sys.executable, "-c", ask, wire, prompt, str(MOST)]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        source = tiny_source("llama")
+        bundle = source.lm_head()
+        tokenizer = bundle.tokenizer()
+        generator = Generator(
+            source, bundle.head, adapter.eval(), lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+            card.eos_token_ids,
+        )  # fmt: skip
+        request = Request(tokenizer(prompt).input_ids, MOST, UnrollingSchedule(0.7))
+        assert asked() == generator.generate([request], Decoding())[0].text
+
+        weights = load_file(folders["plm"] / "plm" / "model.safetensors")
+        layer = next(name for name in weights if "mlp" in name)
+        weight = weights[layer].float().numpy().tobytes()[:64]
+        learned = load_file(folders["data"] / "adapter" / "adapter_model.safetensors")["A"].numpy().tobytes()[:64]
+        at = {o: organisations[o].processes(namespaces[o]) for o in ADDRESS}
+        assert holders(at["plm"], weight)  # the search finds what is there
+        assert holders(at["data"], learned)
+        assert not holders(at["data"], weight)
+        assert not holders(at["plm"], learned)
+        assert not files_with(folders["data"], weight)
+        assert not files_with(folders["plm"], learned)
+        assert not files_with(folders["plm"], prompt.encode())
+        assert not files_with(folders["plm"], key.encode())
+        audit = [json.loads(line) for line in (folders["plm"] / "audit.jsonl").read_text().splitlines()]
+        assert {entry["client"] for entry in audit} == {"them"}
+        assert {"model", "lm-head", "step"} <= {entry["what"] for entry in audit}
+
+        run("ip", "-n", namespaces["plm"], "link", "set", "pv0", "down")  # the line is dead
+        assert asked().startswith("status 503")
+    finally:
+        for owner, organisation in organisations.items():
+            organisation.end(namespaces[owner])
+        shutil.rmtree(base, ignore_errors=True)
