@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pema_ray.config import TrainConfig
 from pema_ray.data_owner.adapter import AdapterConfig
@@ -62,22 +62,26 @@ def fit(
 
     c = job.config
     resources = {"CPU": c.cpus_per_worker} | ({"GPU": c.gpus_per_worker} if c.gpus_per_worker else {})
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config={"job": job},
-        datasets={} if stream is None else {"train": stream},
-        scaling_config=ScalingConfig(
-            num_workers=c.workers if c.min_workers is None else (c.min_workers, c.workers),
-            use_gpu=c.gpus_per_worker > 0,
-            resources_per_worker=resources,
-        ),
-        torch_config=TorchConfig(backend="nccl" if c.gpus_per_worker else "gloo"),
-        run_config=RunConfig(
-            name="ray_train",
-            storage_path=str(job.run_dir.resolve()),
-            failure_config=FailureConfig(max_failures=c.max_failures),
-        ),
-    )
+
+    def run() -> dict[str, Any]:
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"job": job},
+            datasets={} if stream is None else {"train": stream},
+            scaling_config=ScalingConfig(
+                num_workers=c.workers if c.min_workers is None else (c.min_workers, c.workers),
+                use_gpu=c.gpus_per_worker > 0,
+                resources_per_worker=resources,
+            ),
+            torch_config=TorchConfig(backend="nccl" if c.gpus_per_worker else "gloo"),
+            run_config=RunConfig(
+                name="ray_train",
+                storage_path=str(job.run_dir.resolve()),
+                failure_config=FailureConfig(max_failures=c.max_failures),
+            ),
+        )
+        return cast(dict[str, Any], trainer.fit().return_value)  # what `_worker` returned on rank 0
+
     job.run_dir.mkdir(parents=True, exist_ok=True)
     refusal = job.run_dir / _REFUSAL
     for told in (refusal, *job.run_dir.glob(f"{_FAILURE}-*.json")):
@@ -86,7 +90,7 @@ def fit(
         (job.run_dir / CHECKPOINT).unlink(missing_ok=True)
     with _following(job.run_dir / _PROGRESS, on_point):
         try:
-            outcome = _apart(lambda: trainer.fit().return_value)  # what `_worker` returned on rank 0
+            outcome = _apart(lambda: _past_deaths_at_start(run, c.max_failures))
         except TrainingFailedError as error:
             if refusal.exists():
                 raise UserError(refusal.read_text()) from None
@@ -98,6 +102,23 @@ def fit(
     if outcome["error"]:
         raise UserError(outcome["error"])
     return History.from_dict(outcome["history"])
+
+
+def _past_deaths_at_start(run: Callable[[], dict[str, Any]], most: int) -> dict[str, Any]:
+    """`run()`, begun anew, at most `most` times, when a worker dies before its first step.
+
+    Ray Train starts workers again that die at work, but takes one that dies while the group is being set up for a fault of its own.
+    """
+    from ray.exceptions import RayActorError
+    from ray.train import ControllerError
+
+    for _ in range(most):
+        try:
+            return run()
+        except ControllerError as error:
+            if not isinstance(error.controller_failure, RayActorError):
+                raise
+    return run()
 
 
 def _apart(work: Callable[[], Any]) -> Any:
