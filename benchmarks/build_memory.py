@@ -19,6 +19,7 @@ from statistics import median
 import torch
 from _harness import Aim, clock, console, device_of, options, show, write_results
 
+from pema_ray.cluster import ray_cluster
 from pema_ray.config import BuildMemoryConfig, ExperimentConfig, PLMConfig, RayConfig, load_config
 from pema_ray.hardware import dtype_name
 from pema_ray.line import ExtractBatch
@@ -28,7 +29,6 @@ from pema_ray.memory.rows import rows_of_shard
 from pema_ray.memory.shards import write_shard
 from pema_ray.plm_owner import InProcessPLM, LoadedPLM, load_plm
 from pema_ray.plm_owner.in_process import shared_prefix
-from pema_ray.stages.cluster import ray_cluster
 from pema_ray.stages.plm import factory
 from pema_ray.tasks import EncodedPair, Prompter, load_pairs, load_task
 from pema_ray.tasks.sources import first_shots

@@ -14,6 +14,7 @@ from pathlib import Path
 from _harness import Aim, console, device_of, options, show, write_results
 from build_memory import CONFIG, PACKAGED, in_process, packaged_examples, tiny_model
 
+from pema_ray.cluster import ray_cluster
 from pema_ray.config import BuildMemoryConfig, PLMConfig, RayConfig, TrainConfig, load_config
 from pema_ray.data_owner.adapter import AdapterConfig
 from pema_ray.data_owner.ray_training import TrainingJob, fit
@@ -24,7 +25,6 @@ from pema_ray.memory import ExternalMemory
 from pema_ray.memory.build import MemoryBuild, run_build
 from pema_ray.memory.plan import plan_shards
 from pema_ray.plm_owner import InProcessPLM, load_plm
-from pema_ray.stages.cluster import ray_cluster
 from pema_ray.stages.plm import factory
 
 NAME = "ray_overhead"

@@ -65,9 +65,9 @@ def quickstart(
     def work() -> None:
         from contextlib import nullcontext
 
+        from pema_ray.cluster import ray_cluster
         from pema_ray.config import load_config
-        from pema_ray.stages.cluster import ray_cluster
-        from pema_ray.stages.progress import console
+        from pema_ray.progress import console
         from pema_ray.stages.run import STAGES, Run
 
         experiment = load_config(config, overrides or [])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pema_ray.errors import UserError, nearest
 
 Split = Literal["train", "dev", "test"]
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class Section(BaseModel):
@@ -368,7 +369,12 @@ class ExperimentConfig(Section):
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """Read an experiment from YAML and apply `section.key=value` overrides.
+    """A PEMA experiment from YAML, with `section.key=value` overrides; raises as `read_config` does."""
+    return read_config(ExperimentConfig, path, overrides)
+
+
+def read_config(model: type[Model], path: str | Path | None, overrides: Sequence[str] = ()) -> Model:
+    """Read an experiment of any kind from YAML and apply `section.key=value` overrides.
 
     Raises:
         UserError: the file is missing or broken, a key is unknown, or a value is out of range.
@@ -376,7 +382,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Exper
     data = _read_yaml(Path(path)) if path else {}
     for override in overrides:
         _apply_override(data, override)
-    return validate(ExperimentConfig, data, str(path or "configuration"))
+    return validate(model, data, str(path or "configuration"))
 
 
 def validate(model: type[BaseModel], data: Any, where: str) -> Any:

@@ -107,7 +107,8 @@ def fit(
 def _past_deaths_at_start(run: Callable[[], dict[str, Any]], most: int) -> dict[str, Any]:
     """`run()`, begun anew, at most `most` times, when a worker dies before its first step.
 
-    Ray Train starts workers again that die at work, but takes one that dies while the group is being set up for a fault of its own.
+    Ray Train starts workers again that die at work, but takes one that dies while the group is being set up for a
+    fault of its own.
     """
     from ray.exceptions import RayActorError
     from ray.train import ControllerError

@@ -8,10 +8,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from pema_ray.cluster import ray_cluster
 from pema_ray.config import ExperimentConfig, load_config
 from pema_ray.errors import UserError
-from pema_ray.stages.cluster import ray_cluster
-from pema_ray.stages.progress import console
+from pema_ray.progress import console
 from pema_ray.stages.run import Run
 
 _CPUS = 3  # Serve's proxy and the two deployments

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pema_ray.cluster import ray_cluster
 from pema_ray.config import ExperimentConfig, GenerateConfig, PLMConfig
 from pema_ray.data_owner.experts import ExpertSpec
 from pema_ray.data_owner.generation import Decoding, Request
@@ -15,9 +16,8 @@ from pema_ray.data_owner.ray_generation import Answer, GenerationJob, generate
 from pema_ray.data_owner.unrolling import UnrollingSchedule
 from pema_ray.errors import UserError
 from pema_ray.memory.shards import atomic_file
-from pema_ray.stages.cluster import ray_cluster
+from pema_ray.progress import track
 from pema_ray.stages.plm import factory
-from pema_ray.stages.progress import track
 from pema_ray.stages.run import Run
 from pema_ray.tasks import Pair, Prompter
 from pema_ray.tasks.postprocess import tidy

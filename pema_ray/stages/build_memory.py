@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from pema_ray.cluster import ray_cluster
 from pema_ray.config import ExperimentConfig
 from pema_ray.memory.build import MemoryBuild, prepare_folder, run_builds
 from pema_ray.memory.manifest import Manifest
-from pema_ray.stages.cluster import ray_cluster
+from pema_ray.progress import track
 from pema_ray.stages.plm import factory
-from pema_ray.stages.progress import track
 from pema_ray.stages.run import Run
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from pema_ray.cluster import ray_cluster
 from pema_ray.config import CompareConfig, ExperimentConfig, KnnMixConfig, PLMConfig, TrainConfig, validate
 from pema_ray.data_owner.experts import ExpertSpec
 from pema_ray.data_owner.knn import NearestNeighbours
@@ -26,10 +27,9 @@ from pema_ray.evaluation.likelihood import TokenLikelihood
 from pema_ray.evaluation.scores import Scorer
 from pema_ray.memory import ExternalMemory
 from pema_ray.memory.shards import atomic_file
+from pema_ray.progress import console, track
 from pema_ray.stages.answers import expert_of, make_job, run_jobs, to_row
-from pema_ray.stages.cluster import ray_cluster
 from pema_ray.stages.likelihood import likelihood_of
-from pema_ray.stages.progress import console, track
 from pema_ray.stages.run import Run
 from pema_ray.stages.train import forget_other_settings, training_job
 

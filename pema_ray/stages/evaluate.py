@@ -23,9 +23,9 @@ from pema_ray.evaluation.results import (
 from pema_ray.evaluation.scores import Scorer
 from pema_ray.memory import ExternalMemory
 from pema_ray.memory.shards import atomic_file
+from pema_ray.progress import console
 from pema_ray.stages.answers import expert_of, make_job, read_rows, run_jobs, to_row, write_rows
 from pema_ray.stages.likelihood import likelihood_of
-from pema_ray.stages.progress import console
 from pema_ray.stages.run import Run
 from pema_ray.tasks import Pair
 

@@ -20,7 +20,7 @@ from pema_ray.errors import UserError
 from pema_ray.line import LMHeadBundle
 from pema_ray.memory.manifest import Manifest
 from pema_ray.memory.shards import atomic_file, sha256_of
-from pema_ray.stages.progress import console
+from pema_ray.progress import console
 from pema_ray.tasks import Pair, Prompter, Task, load_task
 from pema_ray.tasks.sources import first_shots
 

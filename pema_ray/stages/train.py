@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pema_ray.cluster import ray_cluster
 from pema_ray.config import ExperimentConfig, TrainConfig
 from pema_ray.data_owner.adapter import AdapterConfig
 from pema_ray.data_owner.ray_training import FIRST_STEP, TrainingJob, fit
@@ -18,10 +19,9 @@ from pema_ray.errors import UserError
 from pema_ray.memory import ExternalMemory
 from pema_ray.memory.build import finished_shards, planned_rows, run_build, run_builds, stream_shards
 from pema_ray.memory.published import SCHEME, open_published
+from pema_ray.progress import Tracker, track
 from pema_ray.stages.build_memory import measure_memory, plan_memory
-from pema_ray.stages.cluster import ray_cluster
 from pema_ray.stages.plm import factory
-from pema_ray.stages.progress import Tracker, track
 from pema_ray.stages.run import Run
 
 
