@@ -105,7 +105,42 @@ class BuildMemoryConfig(Section):
         return self
 
 
-class TrainConfig(Section):
+class TrainingConfig(Section):
+    """What trainings of any model have in common: their processes, their gradients, where their curves go."""
+
+    warm_up_steps: int = Field(default=0, ge=0)
+    """Steps in which the learning rate rises from zero, in a straight line."""
+    clip: float | None = Field(default=None, gt=0)
+    """Largest norm of the gradient; none leaves it as it is."""
+    accumulate: int = Field(default=1, ge=1)
+    """Parts in which a worker computes its rows of a step: less memory, the same gradient."""
+    strategy: Literal["ddp", "accelerate", "deepspeed"] = "ddp"
+    """Who carries gradients between workers."""
+    zero_stage: Literal[1, 2] = 1
+    """Of deepspeed: what it partitions over workers, optimiser state alone or gradients too."""
+    workers: int = Field(default=1, ge=1)
+    """Training processes."""
+    min_workers: int | None = Field(default=None, ge=1)
+    """Fewest workers to go on with when nodes go; more join, up to `workers`, as nodes come. None: always `workers`."""
+    cpus_per_worker: float = Field(default=2, gt=0)
+    """CPUs that one worker asks of Ray."""
+    gpus_per_worker: float = Field(default=0, ge=0)
+    """GPUs that one worker asks of Ray."""
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ("tensorboard",)
+    """Where the curves go."""
+    resume: bool = True
+    """Go on from a checkpoint of the same settings. A finished training is reused either way."""
+    max_failures: int = Field(default=8, ge=-1)
+    """Deaths of a worker that training survives; -1: any number."""
+
+    @model_validator(mode="after")
+    def _has_room_to_shrink(self) -> TrainingConfig:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers ({self.min_workers}) must not exceed workers ({self.workers})")
+        return self
+
+
+class TrainConfig(TrainingConfig):
     """The adapter: its shape, its stages, its optimiser (paper section 3; settings of section 4)."""
 
     rank: int = Field(default=512, ge=1)
@@ -131,14 +166,8 @@ class TrainConfig(Section):
     """Adam's."""
     final_learning_rate: float | None = None
     """Where the cosine ends; none keeps `learning_rate` constant, as published."""
-    warm_up_steps: int = Field(default=0, ge=0)
-    """Steps in which the learning rate rises from zero, in a straight line."""
-    clip: float | None = Field(default=None, gt=0)
-    """Largest norm of the gradient; none leaves it as it is."""
     batch_size: int = Field(default=2048, ge=1)
     """Rows per step, over all workers."""
-    accumulate: int = Field(default=1, ge=1)
-    """Parts in which a worker computes its rows of a step: less memory, the same gradient."""
     shuffle: Literal["global", "window"] = "global"
     """`global`: a worker holds all rows and every epoch permutes them. `window`: it holds a few shards at a time."""
     window_shards: int = Field(default=8, ge=1)
@@ -161,26 +190,8 @@ class TrainConfig(Section):
     """Name under which the training memory was published (`pema-ray memory publish`): workers read it from there."""
     max_train_pairs: int | None = Field(default=None, ge=1)
     """Train on the first so many pairs of the memory only."""
-    strategy: Literal["ddp", "accelerate", "deepspeed"] = "ddp"
-    """Who carries gradients between workers."""
-    zero_stage: Literal[1, 2] = 1
-    """Of deepspeed: what it partitions over workers, optimiser state alone or gradients too."""
-    workers: int = Field(default=1, ge=1)
-    """Training processes."""
-    min_workers: int | None = Field(default=None, ge=1)
-    """Fewest workers to go on with when nodes go; more join, up to `workers`, as nodes come. None: always `workers`."""
-    cpus_per_worker: float = Field(default=2, gt=0)
-    """CPUs that one worker asks of Ray."""
-    gpus_per_worker: float = Field(default=0, ge=0)
-    """GPUs that one worker asks of Ray."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the LM head; the adapter is float32."""
-    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ("tensorboard",)
-    """Where the curves go."""
-    resume: bool = True
-    """Go on from a checkpoint of the same settings. A finished training is reused either way."""
-    max_failures: int = Field(default=8, ge=-1)
-    """Deaths of a worker that training survives; -1: any number."""
 
     @model_validator(mode="after")
     def _streams_to_one(self) -> TrainConfig:
@@ -202,12 +213,6 @@ class TrainConfig(Section):
                 "look_back learns from whole sequences at hand: it needs shuffle global, a solver other than adam and "
                 "no stream"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _has_room_to_shrink(self) -> TrainConfig:
-        if self.min_workers is not None and self.min_workers > self.workers:
-            raise ValueError(f"min_workers ({self.min_workers}) must not exceed workers ({self.workers})")
         return self
 
 

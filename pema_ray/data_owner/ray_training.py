@@ -14,7 +14,6 @@ from pema_ray.config import TrainConfig
 from pema_ray.data_owner.adapter import AdapterConfig
 from pema_ray.data_owner.feed import StreamShuffle
 from pema_ray.data_owner.strategies import Place
-from pema_ray.data_owner.tracking import make_trackers
 from pema_ray.data_owner.training import CHECKPOINT, History, Point, Trainer
 from pema_ray.errors import UserError
 from pema_ray.hardware import pick_dtype, set_threads
@@ -23,6 +22,7 @@ from pema_ray.memory import ExternalMemory, MemoryRows, ShardInfo
 from pema_ray.memory.build import finished_shards
 from pema_ray.memory.external_memory import RowsView
 from pema_ray.memory.shards import atomic_file, read_shard
+from pema_ray.training.tracking import make_trackers
 
 _PROGRESS = "progress.jsonl"
 _REFUSAL = "refusal.txt"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pema_ray.data_owner.tracking import make_trackers
 from pema_ray.errors import UserError
+from pema_ray.training.tracking import make_trackers
 
 CURVE = {1: 3.0, 2: 2.5, 5: 2.25}
 

@@ -1,0 +1,327 @@
+"""How training processes share the work: plain DDP, accelerate or DeepSpeed, behind one small protocol. Knows no Ray.
+
+Whichever is chosen, gradients are averaged over processes, and parameters are float32. The optimiser's state that a
+checkpoint needs comes out, and goes in, by parameter name, whatever the optimiser: `<parameter>.<entry>`, so that any
+strategy takes up what another left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from pema_ray.errors import UserError
+
+StrategyName = Literal["ddp", "accelerate", "deepspeed"]
+MakeOptimizer = Callable[[Sequence[tuple[str, nn.Parameter]]], Optimizer]
+"""Makes an optimiser of named parameters; it may sort them into groups (weight decay) by their names."""
+
+_NUMBER = ":number"  # marks an entry that is a Python number and no tensor
+_GROUP = "group:"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among the training processes; they have met already (`torch.distributed`)."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+
+class Strategy(Protocol):
+    """A module wrapped for all processes, with its optimiser."""
+
+    def learn(self, inputs: tuple[Any, ...], last: bool) -> tuple[Tensor, ...]:
+        """Add the gradients of `module(*inputs)`; the `last` part of a batch exchanges them.
+
+        Every process calls this equally often. Returns what the module did, detached; the loss comes first.
+        """
+        ...
+
+    def step(self, learning_rate: float, clip: float | None) -> None:
+        """Clip the gradient's norm, move the parameters (every group at this rate), forget the gradients."""
+        ...
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """`<parameter>.<entry>`, whole, on the CPU, until the next step changes it; every process must ask."""
+        ...
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what `optimizer_state` gave, here or under another strategy; every process must call.
+
+        Raises:
+            UserError: it is the state of another model or optimiser.
+        """
+        ...
+
+
+def make_strategy(
+    kind: StrategyName,
+    place: Place,
+    module: nn.Module,
+    make_optimizer: MakeOptimizer,
+    *,
+    batch_size: int = 1,
+    accumulate: int = 1,
+    clip: float | None = None,
+    zero_stage: int = 1,
+    idle_inputs: Callable[[], tuple[Any, ...]] | None = None,
+    unused_parameters: bool = False,
+) -> Strategy:
+    """The strategy around a module that lies on the place's device; evaluate with the module itself.
+
+    Args:
+        module: `forward(*inputs)` returns a tuple with the loss first, or the loss alone. Losses are averaged over
+            processes, never summed. It may use collectives of its own, with gradients too, if every process does
+            the same ones in the same order.
+        make_optimizer: is given the named parameters that require a gradient. Under `deepspeed` the optimiser sees
+            flat pieces of them: it must act on every element alone (SGD, Adam, AdamW; not LAMB).
+        batch_size: of a step, over all processes; DeepSpeed wants to know.
+        accumulate: calls of `learn` in a step.
+        clip: what `step` will be given; DeepSpeed must know at the beginning.
+        zero_stage: of DeepSpeed, 1 or 2.
+        idle_inputs: makes some valid inputs. DeepSpeed has places for a loaded state only after a first step, which
+            is done with them at learning rate 0; without them it cannot resume.
+        unused_parameters: some parameters may get no gradient in some steps.
+
+    Raises:
+        UserError: the strategy's package is missing, or its environment disagrees.
+    """
+    options = _Options(batch_size, accumulate, clip, zero_stage, idle_inputs, unused_parameters)
+    kinds = {"ddp": _DataParallel, "accelerate": _Accelerated, "deepspeed": _DeepSpeed}
+    return kinds[kind](place, module, make_optimizer, options)
+
+
+@dataclass(frozen=True)
+class _Options:
+    batch_size: int
+    accumulate: int
+    clip: float | None
+    zero_stage: int
+    idle_inputs: Callable[[], tuple[Any, ...]] | None
+    unused_parameters: bool
+
+
+class _DataParallel:
+    """torch's DistributedDataParallel; a single process needs none."""
+
+    def __init__(self, place: Place, module: nn.Module, make_optimizer: MakeOptimizer, options: _Options) -> None:
+        self._named = _trained(module)
+        self._optimizer: Any = make_optimizer(list(self._named.items()))
+        self._module: Any = module
+        if place.world > 1:  # buffers, such as a frozen head, are every process's own: they need not be sent round
+            devices = [place.device] if place.device.type == "cuda" else None
+            unused = options.unused_parameters
+            self._module = DistributedDataParallel(
+                module, device_ids=devices, broadcast_buffers=False, find_unused_parameters=unused
+            )
+
+    def learn(self, inputs: tuple[Any, ...], last: bool) -> tuple[Tensor, ...]:
+        with nullcontext() if last else self._alone():
+            found = _as_tuple(self._module(*inputs))
+            self._backward(found[0])
+        return tuple(value.detach() for value in found)
+
+    def _alone(self) -> Any:
+        """Gradients stay in this process for now."""
+        return self._module.no_sync() if isinstance(self._module, DistributedDataParallel) else nullcontext()
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self, learning_rate: float, clip: float | None) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(list(self._named.values()), clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        found = _counted(self._optimizer)
+        for name, parameter in self._named.items():
+            held = self._optimizer.state.get(parameter, {})
+            found |= {f"{name}.{entry}": value.cpu() for entry, value in _entries(held)}
+        return found
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        if not state:
+            return
+        by_name = _by_name(state, self._named, self._optimizer)
+        places = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        names = {parameter: name for name, parameter in self._named.items()}
+        held = {i: by_name[names[parameter]] for i, parameter in enumerate(places) if names[parameter] in by_name}
+        for i, entries in held.items():
+            for entry, value in entries.items():
+                if isinstance(value, Tensor) and value.numel() > 1 and value.shape != places[i].shape:
+                    raise _foreign(f"{names[places[i]]}.{entry}")
+        # torch's own way in knows which entries belong on which device, and in which number format.
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": held})
+
+
+class _Accelerated(_DataParallel):
+    """Hugging Face accelerate over the processes that have met already."""
+
+    def __init__(self, place: Place, module: nn.Module, make_optimizer: MakeOptimizer, options: _Options) -> None:
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs
+
+        self._named = _trained(module)
+        ways = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=options.unused_parameters)
+        self._accelerator = Accelerator(cpu=place.device.type == "cpu", kwargs_handlers=[ways])
+        if self._accelerator.num_processes != place.world:
+            raise UserError(
+                f"train.strategy=accelerate: {place.world} workers, but accelerate counts "
+                f"{self._accelerator.num_processes}. Is an ACCELERATE_* variable set in the workers' environment?"
+            )
+        self._module, wrapped = self._accelerator.prepare(module, make_optimizer(list(self._named.items())))
+        self._optimizer = wrapped.optimizer
+
+    def _backward(self, loss: Tensor) -> None:
+        self._accelerator.backward(loss)
+
+
+class _DeepSpeed:
+    """DeepSpeed's engine: the optimiser holds one flat piece of every group, and its state is put together to save."""
+
+    def __init__(self, place: Place, module: nn.Module, make_optimizer: MakeOptimizer, options: _Options) -> None:
+        try:
+            import deepspeed
+        except ImportError as error:
+            raise UserError(f"train.strategy=deepspeed: deepspeed cannot be imported: {error}.") from None
+        self._named, self._idle_inputs = _trained(module), options.idle_inputs
+        settings = {
+            "train_micro_batch_size_per_gpu": max(1, options.batch_size // place.world // options.accumulate),
+            "gradient_accumulation_steps": options.accumulate,
+            "gradient_clipping": options.clip or 0.0,
+            "zero_optimization": {"stage": options.zero_stage},
+            "zero_allow_untested_optimizer": True,
+        }
+        if not torch.distributed.is_initialized():
+            deepspeed.init_distributed(dist_backend="nccl" if place.device.type == "cuda" else "gloo")
+        optimizer = make_optimizer(list(self._named.items()))
+        group_of = {p: number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        self._group = {name: group_of[parameter] for name, parameter in self._named.items()}
+        named: Any = list(self._named.values())  # typed as a module there, documented as parameters
+        made = deepspeed.initialize(model=module, optimizer=optimizer, model_parameters=named, config=settings)
+        self._engine: Any = made[0]
+
+    def learn(self, inputs: tuple[Any, ...], last: bool) -> tuple[Tensor, ...]:
+        self._engine.set_gradient_accumulation_boundary(last)
+        found = _as_tuple(self._engine(*inputs))
+        self._engine.backward(found[0], scale_wrt_gas=False)
+        if not last:
+            self._engine.step()  # counts the part; nothing moves before the boundary
+        return tuple(value.detach() for value in found)
+
+    def step(self, learning_rate: float, clip: float | None) -> None:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        found = _counted(self._inner)
+        for name, parameter in self._named.items():
+            flat, held = self._piece(name)
+            for entry, value in _entries(held):
+                whole = safe_get_full_optimizer_state(parameter, entry) if value.shape == flat.shape else value
+                assert whole is not None, f"DeepSpeed keeps no {entry} of {name}"
+                found[f"{name}.{entry}"] = whole.detach().cpu().clone()
+        return found
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        if not state:
+            return
+        assert self._idle_inputs is not None, "a DeepSpeed training can only be resumed with idle inputs"
+        self.learn(self._idle_inputs(), last=True)
+        self.step(0.0, None)
+        for name, entries in _by_name(state, self._named, self._inner).items():
+            flat, held = self._piece(name)
+            for entry, value in entries.items():
+                if entry not in held:
+                    raise _foreign(f"{name}.{entry}")
+                there = held[entry]
+                if isinstance(there, Tensor) and isinstance(value, Tensor) and there.shape == flat.shape:
+                    parameter = self._named[name]
+                    if value.shape != parameter.shape:
+                        raise _foreign(f"{name}.{entry}")
+                    safe_set_full_optimizer_state(parameter, value.to(parameter.device), entry)
+                else:
+                    held[entry] = value
+
+    @property
+    def _inner(self) -> Any:
+        return self._engine.optimizer.optimizer
+
+    def _piece(self, name: str) -> tuple[Tensor, dict[str, Any]]:
+        """This process's flat piece of the parameter's group, and its state."""
+        (flat,) = self._inner.param_groups[self._group[name]]["params"]
+        return flat, self._inner.state.get(flat, {})
+
+
+def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def _as_tuple(found: Any) -> tuple[Tensor, ...]:
+    return tuple(found) if isinstance(found, tuple | list) else (found,)
+
+
+def _entries(held: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """An optimiser's state of one parameter; numbers as tensors, under a name that says so."""
+    for entry, value in held.items():
+        if isinstance(value, Tensor):
+            yield entry, value.detach()
+        elif value is not None:  # a momentum that has not begun
+            assert isinstance(value, int | float), f"an optimiser's state '{entry}' of {type(value)} cannot be saved"
+            yield entry + _NUMBER, torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
+
+
+def _counted(optimizer: Any) -> dict[str, Tensor]:
+    """Steps that an optimiser counts by group (LAMB, often)."""
+    counts = {number: group["step"] for number, group in enumerate(optimizer.param_groups) if "step" in group}
+    return {f"{_GROUP}{number}.{entry}": t for number, n in counts.items() for entry, t in _entries({"step": n})}
+
+
+def _by_name(
+    state: Mapping[str, Tensor], named: Mapping[str, nn.Parameter], optimizer: Any
+) -> dict[str, dict[str, Tensor | float]]:
+    """`{parameter: {entry: value}}` of its own; what was counted by group goes straight into the groups."""
+    found: dict[str, dict[str, Tensor | float]] = {}
+    for key, tensor in state.items():
+        name, _, entry = key.rpartition(".")
+        value = tensor.item() if entry.endswith(_NUMBER) else tensor.clone()
+        entry = entry.removesuffix(_NUMBER)
+        if name.startswith(_GROUP):
+            number = int(name.removeprefix(_GROUP))
+            if number >= len(optimizer.param_groups):
+                raise _foreign(key)
+            optimizer.param_groups[number][entry] = value
+        elif name in named:
+            found.setdefault(name, {})[entry] = value
+        else:
+            raise _foreign(key)
+    return found
+
+
+def _foreign(key: str) -> UserError:
+    return UserError(
+        f"The checkpoint's optimiser state '{key}' is of another model or optimiser. "
+        "Delete the checkpoint to start over."
+    )
