@@ -1,0 +1,233 @@
+"""One TRIME experiment, typed: `read_config(TrimeConfig, path, overrides)`. Knows pydantic and no stage.
+
+Words used: a *segment* is L consecutive tokens; a *group* is the segments whose positions share one memory (and go
+through the model together); an *update* is one step of the optimiser.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pema_ray.config import RayConfig, Section, TrainingConfig
+from pema_ray.errors import nearest
+from pema_ray.training.schedules import Schedule
+
+Split = Literal["train", "dev", "test"]
+MemoryKind = Literal["none", "local", "long", "ext"]
+
+
+class PrepareConfig(Section):
+    """The corpus: documents of text, a vocabulary made from the training split, token ids in Parquet shards."""
+
+    corpus: Literal["files", "bible"] = "files"
+    """`files`: the user's own; `bible`: translations that come as Python packages (extra `demo`)."""
+    files: dict[str, tuple[str, ...]] = {}
+    """Split -> files: `.txt`, or `.jsonl` with `text` and, if there is one, `title`. The split `all` is dealt out by
+    `shares`."""
+    shares: dict[Literal["dev", "test"], float] = {}
+    """Of the split `all`: what part of its documents, by length, goes to dev and to test (drawn with `seed`)."""
+    document_start: str | None = r"^ ?= [^=].*[^=] = ?$"
+    """Of `.txt`: a regular expression for the line that begins a document; none: a file is one document. The
+    default finds WikiText's articles."""
+    translations: tuple[str, ...] = ("kjv", "asv", "web")
+    """Of `bible`: package names without `pythonbible-`. The last one's held-out books are dev and test."""
+    books: tuple[str, ...] = ()
+    """Of `bible`: only these; none: all that every translation has."""
+    dev_books: tuple[str, ...] = ("Mark",)
+    """Of `bible`: held out of the last translation; the others' stay in the training split."""
+    test_books: tuple[str, ...] = ("Luke",)
+    """As `dev_books`."""
+    vocabulary: Literal["word", "bpe", "character", "byte"] = "word"
+    """`word`: what `words` splits; `byte`: UTF-8 bytes, as enwik8 is measured."""
+    words: Literal["space", "punctuation"] = "space"
+    """Of `word`: split at white space, or punctuation marks from words as well."""
+    lowercase: bool = False
+    """Before anything else."""
+    line_ends: bool = True
+    """Every line's end is a token `<eos>` (WikiText); of `byte` and `character` it is the line's own `\\n`."""
+    min_count: int = Field(default=1, ge=1)
+    """Of `word` and `character`: rarer ones are `<unk>`."""
+    max_words: int | None = Field(default=None, ge=2)
+    """Largest vocabulary, `<eos>` and `<unk>` included; of `bpe` its size (8192 if none)."""
+    max_unknown: float = Field(default=0.05, ge=0, le=1)
+    """Share of a held-out split's tokens that may be missing from the vocabulary; more of them are refused."""
+    tokens_per_shard: int = Field(default=1 << 20, ge=1)
+    """Roughly: the unit of work and of resuming."""
+
+    @field_validator("files")
+    @classmethod
+    def _are_splits(cls, files: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        for name in files:
+            if name not in ("train", "dev", "test", "all"):
+                raise ValueError(f"'{name}' is no split.{nearest(name, ('train', 'dev', 'test', 'all'))}")
+        return files
+
+    @model_validator(mode="after")
+    def _shares_leave_something(self) -> PrepareConfig:
+        if any(not 0 < share < 1 for share in self.shares.values()) or sum(self.shares.values()) >= 1:
+            raise ValueError("shares must be positive and leave something to train on")
+        if ("all" in self.files) != bool(self.shares):
+            raise ValueError("the split 'all' and shares go together: what part of it is dev, what part test")
+        return self
+
+
+class DecoderShape(Section):
+    """Layers, sizes, dropout of the decoder."""
+
+    layers: int = Field(default=2, ge=1)
+    hidden_size: int = Field(default=96, ge=2)
+    """d, the size of states and keys."""
+    ffn_size: int = Field(default=384, ge=1)
+    """Of the feed-forward blocks."""
+    heads: int = Field(default=4, ge=1)
+    """Of attention."""
+    cutoffs: tuple[int, ...] | None = None
+    """Where the bands of adaptive input and softmax end; none: one embedding for all words, tied to the softmax."""
+    factor: float = Field(default=1.0, ge=1)
+    """By which each further band's embeddings are smaller."""
+    tie_projections: bool = True
+    """Input and softmax share the maps of the bands as well, not the embeddings alone."""
+    tail_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """In the softmax's tail clusters."""
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Of what the blocks add, and of embeddings."""
+    attention_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Of attention weights."""
+    activation_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Within the feed-forward blocks."""
+    final_norm: bool = True
+    """A layer norm after the last layer."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> DecoderShape:
+        if self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of heads ({self.heads})")
+        if self.cutoffs is not None and list(self.cutoffs) != sorted(set(self.cutoffs)):
+            raise ValueError("cutoffs must rise")
+        return self
+
+
+class ModelConfig(Section):
+    """Which language model is trained."""
+
+    name: str = "decoder"
+    """`decoder` (shaped by `shape`), a published shape (`247m`, `150m`, `enwik8-38m`, `7m`), or
+    `transformers:<hub name or folder>`."""
+    shape: DecoderShape = DecoderShape()
+    """Of `decoder`."""
+    fresh: bool = False
+    """Of `transformers:`: take the architecture and train its weights from random numbers."""
+
+
+class BatchesConfig(Section):
+    """Which segments share a memory, and in which order they come."""
+
+    segment: int = Field(default=128, ge=2)
+    """L, tokens of a segment."""
+    order: Literal["random", "keep", "bm25"] = "random"
+    """`random`: another permutation every epoch; `keep`: consecutive segments form a group; `bm25`: similar ones do.
+    The last two permute whole groups."""
+    group: int = Field(default=8, ge=1)
+    """Segments that share a memory: m = group × segment."""
+    groups_per_update: int = Field(default=1, ge=1)
+    """Tokens of an update = groups_per_update × group × segment, whatever the number of workers."""
+    across_workers: bool = True
+    """A group is spread over all workers, which exchange keys and their gradients; else each has groups of its own."""
+    neighbours: int = Field(default=20, ge=1)
+    """Of `bm25`: how many nearest segments are kept for the walk."""
+    actors: int = Field(default=1, ge=1)
+    """Of `bm25`: processes that search."""
+    cpus_per_actor: float = Field(default=1, gt=0)
+    """CPUs that one of them asks of Ray."""
+
+
+class TrimeTrainConfig(TrainingConfig):
+    """The objective and the optimiser."""
+
+    memory: MemoryKind = "local"
+    """TrimeLM (`local`), TrimeLM_long, TrimeLM_ext; `none` is the plain language model (cross-entropy)."""
+    hide_local: float = Field(default=0.9, ge=0, le=1)
+    """p of `ext`: how often an update sees other segments only (`cross-sent-ratio`)."""
+    across_documents: bool = False
+    """Of `long`: a memory goes on over the end of a document, as the published code's does."""
+    ce_epochs: float = Field(default=0, ge=0)
+    """Epochs of plain cross-entropy before the memory comes in (`ce-warmup-epoch`)."""
+    updates: int = Field(default=900, ge=1)
+    """Steps of the optimiser."""
+    optimizer: Literal["nag", "adam", "adamw"] = "adamw"
+    """`nag` is SGD with Nesterov's momentum; `adamw` is what fairseq calls adam (weight decay apart)."""
+    learning_rate: float = Field(default=2e-3, gt=0)
+    """At its highest."""
+    schedule: Schedule = "cosine"
+    """After `warm_up_steps`."""
+    final_learning_rate: float = Field(default=0.0, ge=0)
+    """Where `cosine` and `polynomial` end."""
+    momentum: float = Field(default=0.99, ge=0, lt=1)
+    """Of `nag`."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Of `adam` and `adamw`."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """On all parameters, as fairseq's."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of matrix products; weights, norms and sums of exponentials are float32."""
+    validate_every: int = Field(default=100, ge=1)
+    """Updates between two validations; a checkpoint is written with each."""
+    validation_groups: int = Field(default=64, ge=1)
+    """The first so many groups of the dev split."""
+    patience: int | None = Field(default=None, ge=1)
+    """Validations without a better one before training stops; none: never."""
+    keep_checkpoints: bool = False
+    """Keep the model of every validation, not only the best and the last."""
+
+    @model_validator(mode="after")
+    def _accumulates_groups(self) -> TrimeTrainConfig:
+        if self.accumulate != 1:
+            raise ValueError("accumulate follows from batches.groups_per_update: set that, and leave this at 1")
+        return self
+
+
+class PlanConfig(Section):
+    """What `train --dry-run` counts with before the corpus has been prepared."""
+
+    vocabulary: int | None = Field(default=None, ge=2)
+    """Words of the vocabulary."""
+    tokens: int | None = Field(default=None, ge=1)
+    """Tokens of the training split."""
+    flops_per_second: float = Field(default=5e10, gt=0)
+    """What one worker sustains: a CPU core 2e10 to 1e11 in float32, a GPU 5e12 to 2e14."""
+
+
+class DatastoreConfig(Section):
+    """The external memory: keys of every training position."""
+
+
+class IndexConfig(Section):
+    """How the datastore is searched."""
+
+
+class EvaluateConfig(Section):
+    """Windows, memories, calibration."""
+
+
+class TrimeConfig(Section):
+    """A whole TRIME experiment; every stage reads its own section and the shared ones."""
+
+    run_dir: str = "runs/trime"
+    seed: int = Field(default=0, ge=0)
+    ray: RayConfig = RayConfig()
+    prepare: PrepareConfig = PrepareConfig()
+    model: ModelConfig = ModelConfig()
+    batches: BatchesConfig = BatchesConfig()
+    train: TrimeTrainConfig = TrimeTrainConfig()
+    plan: PlanConfig = PlanConfig()
+    datastore: DatastoreConfig = DatastoreConfig()
+    index: IndexConfig = IndexConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _memory_and_order_agree(self) -> TrimeConfig:
+        if self.train.memory == "long" and self.batches.order != "keep":
+            raise ValueError("train.memory=long needs batches.order=keep: consecutive segments in a group")
+        return self
