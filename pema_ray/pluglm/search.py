@@ -1,0 +1,139 @@
+"""Exact search for the entries with the largest q · key, or cosine. Mathematics: knows torch alone.
+
+A matrix product in float32 proposes candidates; these are scored again, number by number in one order in float64, and
+ranked by (score, entry id). So a score is the same number wherever an entry stands, and neither the number of shards
+nor their borders ever change a result.
+
+Shapes: B queries, Q their size, K wanted, N keys, C keys of a chunk, M candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 16  # keys whose scores lie in memory at a time
+_SPARE = 8  # candidates beyond k, so that rounding seldom asks for a second look
+
+
+class Found(NamedTuple):
+    """The best entries of every query, best first; equal scores by entry id."""
+
+    entry_BK: Tensor
+    """Entry ids, int64 on the CPU; -1 where there were fewer than k."""
+    score_BK: Tensor
+    """float64 on the CPU; -inf where there is no entry."""
+
+
+class KeyTable:
+    """Keys to be searched, of a whole memory or of one shard.
+
+    Args:
+        key_NQ: in any number format; scores are of the numbers as stored.
+        entry_N: their ids, ascending.
+        document_N: codes of the documents they belong to, for self-exclusion.
+    """
+
+    def __init__(self, key_NQ: Tensor, entry_N: Tensor, document_N: Tensor) -> None:
+        self._key_NQ, self._entry_N = key_NQ, entry_N
+        self._by_document = torch.argsort(document_N, stable=True)
+        self._document_N = document_N[self._by_document]
+        self._norm_N: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self._entry_N)
+
+    @torch.no_grad()
+    def top(self, query_BQ: Tensor, k: int, own_B: Tensor | None = None, cosine: bool = False) -> Found:
+        """The `k` best entries of each query, without those of its own document (`own_B`, codes)."""
+        query_BQ = query_BQ.detach().float().cpu()
+        best = Found(
+            torch.full((len(query_BQ), k), -1), torch.full((len(query_BQ), k), -torch.inf, dtype=torch.float64)
+        )
+        hidden = self._rows_of(own_B) if own_B is not None else None
+        for start in range(0, len(self), _CHUNK):
+            best = merge([best, self._chunk(query_BQ, k, start, hidden, cosine, best.score_BK[:, -1])], k)
+        return best
+
+    def _chunk(
+        self, query_BQ: Tensor, k: int, start: int, hidden: tuple[Tensor, Tensor] | None, cosine: bool, least_B: Tensor
+    ) -> Found:
+        """The best of some keys. `least_B`: what an entry must reach to be among the best k of those before."""
+        key_CQ = self._key_NQ[start : start + _CHUNK].float()
+        norm_C = self._norms()[start : start + _CHUNK]
+        rough_BC = query_BQ @ key_CQ.T
+        if cosine:
+            rough_BC /= norm_C.float().clamp_min(_TINY)
+        if hidden is not None:
+            query, row = hidden
+            here = (row >= start) & (row < start + len(key_CQ))
+            rough_BC[query[here], row[here] - start] = -torch.inf
+        # |rough - exact| ≤ 2 Q u |q| |key| with u = 2⁻²⁴: what the candidates may have missed by.
+        reach = 1.0 if cosine else float(norm_C.max())
+        slack_B = 2 * query_BQ.shape[1] * 2.0**-24 * query_BQ.double().norm(dim=1) * reach
+        rough_BM, place_BM = rough_BC.topk(min(k + _SPARE, len(key_CQ)), dim=1)
+        found = self._ranked(query_BQ, key_CQ, place_BM, rough_BM, start, k, cosine)
+        if rough_BM.shape[1] < len(key_CQ):
+            least_B = torch.maximum(least_B, found.score_BK[:, -1])
+            last_B = rough_BM[:, -1].double()
+            for b in torch.nonzero((last_B + slack_B >= least_B) & last_B.isfinite()).flatten().tolist():
+                place_1M = torch.nonzero(rough_BC[b].double() + slack_B[b] >= least_B[b]).T
+                again = self._ranked(query_BQ[b : b + 1], key_CQ, place_1M, rough_BC[b][place_1M], start, k, cosine)
+                found.entry_BK[b], found.score_BK[b] = again.entry_BK[0], again.score_BK[0]
+        return found
+
+    def _ranked(
+        self, query_BQ: Tensor, key_CQ: Tensor, place_BM: Tensor, rough_BM: Tensor, start: int, k: int, cosine: bool
+    ) -> Found:
+        """Candidates, scored exactly and in order; those that were hidden (-inf) are none."""
+        score_BM = exact_scores(query_BQ, key_CQ[place_BM], cosine)
+        gone_BM = rough_BM == -torch.inf
+        entry_BM = self._entry_N[place_BM + start].masked_fill(gone_BM, -1)
+        return merge([Found(entry_BM, score_BM.masked_fill(gone_BM, -torch.inf))], k)
+
+    def _norms(self) -> Tensor:
+        if self._norm_N is None:
+            parts = [part.double().norm(dim=1) for part in self._key_NQ.split(_CHUNK)]
+            self._norm_N = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+        return self._norm_N
+
+    def _rows_of(self, document_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Pairs (query, row) of entries that belong to a query's document."""
+        document_B = document_B.cpu()
+        first = torch.searchsorted(self._document_N, document_B)
+        count = torch.searchsorted(self._document_N, document_B, right=True) - first
+        query = torch.arange(len(document_B)).repeat_interleave(count)
+        within = torch.arange(len(query)) - (count.cumsum(0) - count).repeat_interleave(count)
+        return query, self._by_document[first.repeat_interleave(count) + within]
+
+
+_TINY = 1e-30
+
+
+def exact_scores(query_BQ: Tensor, key_BMQ: Tensor, cosine: bool) -> Tensor:
+    """q · key, or their cosine, `[B, M]` float64, summed in one order whatever the shapes: equal keys score equally."""
+    query_B1Q, key_BMQ = query_BQ.double().unsqueeze(1), key_BMQ.double()
+    score_BM = _sum(query_B1Q * key_BMQ)
+    if not cosine:
+        return score_BM
+    return score_BM / (_sum(query_B1Q**2).sqrt() * _sum(key_BMQ**2).sqrt()).clamp_min(_TINY)
+
+
+def _sum(x_BMQ: Tensor) -> Tensor:
+    """Over the last dimension, one number after the other: a sum's order may depend on shapes, a running sum's not."""
+    return x_BMQ.cumsum(-1)[..., -1]
+
+
+def merge(parts: Sequence[Found], k: int) -> Found:
+    """The best `k` of several results; fewer are filled up with -1."""
+    entry, score = (torch.cat(columns, 1) for columns in zip(*parts))
+    if (missing := k - entry.shape[1]) > 0:
+        entry = torch.nn.functional.pad(entry, (0, missing), value=-1)
+        score = torch.nn.functional.pad(score, (0, missing), value=-torch.inf)
+    by_entry = entry.argsort(1)
+    entry, score = entry.gather(1, by_entry), score.gather(1, by_entry)
+    order = score.argsort(1, descending=True, stable=True)[:, :k]
+    return Found(entry.gather(1, order), score.gather(1, order))
