@@ -5,6 +5,7 @@ Shapes: M documents, L tokens, Q query size, D hidden size.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ class DocumentEncoder:
     """A PlugLM model's knowledge encoder with its tokenizer: what writes into memories.
 
     Args:
-        model: any PlugLM model; it is encoded with as it is now, in evaluation mode.
+        model: any PlugLM model; later changes of its weights are not seen by `fingerprint`: make another one then.
         name: what messages and manifests call it.
 
     Raises:
@@ -38,40 +39,46 @@ class DocumentEncoder:
     """
 
     def __init__(self, model: PlugLMPreTrainedModel, tokenizer: Any, name: str = "pluglm") -> None:
-        self.encoder, self.tokenizer, self.name = model.encoder, tokenizer, name
-        self.fingerprint = self.encoder.encoder_fingerprint()
+        encoder = model.encoder
+        self.name, self.tokenizer = name, tokenizer
+        self.sizes = (encoder.config.query_size, encoder.config.hidden_size)  # (Q, D)
+        self.max_tokens: int = encoder.config.max_document_tokens
+        self.fingerprint = encoder.encoder_fingerprint()
+        self.digest = encoder.encoder_fingerprint(torch.float32)  # of the very weights: names files
+        self.tokenizer_fingerprint = fingerprint_of_tokenizer(tokenizer)
+        self._documents = encoder.document_model()
         if (reads := model.config.memory_fingerprint) and reads != self.fingerprint:
             raise UserError(
-                f"{name}: was trained on a memory of encoder '{reads}' and has moved away from it ('{self.fingerprint}'). "
-                "It can read that memory, but write with the model that it was fine-tuned from."
+                f"{name}: was trained on a memory of encoder '{reads}' and has moved away from it "
+                f"('{self.fingerprint}'). It can read that memory; write with the model that it was fine-tuned from."
             )
-        self.tokenizer_fingerprint = fingerprint_of_tokenizer(tokenizer)
 
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """(Q, D)"""
-        return self.encoder.config.query_size, self.encoder.config.hidden_size
+    def copied(self) -> DocumentEncoder:
+        """Apart from the model, on the CPU: to be sent to other processes, or kept while the model goes on learning."""
+        other = copy.copy(self)
+        other._documents = copy.deepcopy(self._documents).cpu().eval()
+        return other
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of documents, special tokens included, cut at `max_document_tokens`."""
-        return tokenize(self.tokenizer, texts, self.encoder.config.max_document_tokens)
+        return tokenize(self.tokenizer, texts, self.max_tokens)
 
     @torch.no_grad()
     def encode(self, documents: Sequence[Sequence[int]]) -> Vectors:
         """Keys and values of token ids, in order. The same documents give the same bits, on one kind of machine."""
-        encoder = self.encoder
-        was_training, device = encoder.training, next(encoder.parameters()).device
-        encoder.eval()
+        model, (Q, D) = self._documents, self.sizes
+        was_training, device = model.training, next(model.parameters()).device
+        keys, values = [torch.zeros(0, Q)], [torch.zeros(0, D)]
+        model.eval()
         try:
-            parts = [
-                encoder.encode_documents(*(t.to(device) for t in padded(documents[start : start + _BATCH])))
-                for start in range(0, len(documents), _BATCH)
-            ]
+            for start in range(0, len(documents), _BATCH):
+                token_ML, mask_ML = padded(documents[start : start + _BATCH])
+                key_MQ, value_MD = model(token_ML.to(device), mask_ML.to(device))
+                keys.append(key_MQ.float().cpu())
+                values.append(value_MD.float().cpu())
         finally:
-            encoder.train(was_training)
-        Q, D = self.sizes
-        keys, values = zip(*parts) if parts else ([torch.zeros(0, Q)], [torch.zeros(0, D)])
-        return Vectors(torch.cat([k.float().cpu() for k in keys]), torch.cat([v.float().cpu() for v in values]))
+            model.train(was_training)
+        return Vectors(torch.cat(keys), torch.cat(values))
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], most: int) -> list[list[int]]:

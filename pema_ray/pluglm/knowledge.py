@@ -18,10 +18,7 @@ import torch
 from torch import Tensor
 
 from pema_ray.errors import UserError
-from pema_ray.pluglm.search import Found, KeyTable
-
-NO_DOCUMENT = 0
-"""The code of a sequence that was cut from no document of the memory."""
+from pema_ray.pluglm.search import NO_DOCUMENT, Found, KeyTable
 
 
 class Tokens(NamedTuple):
@@ -150,7 +147,8 @@ class HeldKnowledge:
             return torch.full_like(document_B, -1)
         codes = self.document_N[order]
         place = torch.searchsorted(codes, document_B).clamp_max(len(codes) - 1)
-        return torch.where(codes[place] == document_B, self.entry_N[order[place]], -1)
+        known = (codes[place] == document_B) & (document_B != NO_DOCUMENT)
+        return torch.where(known, self.entry_N[order[place]], -1)
 
     def rows(self, entry_M: Tensor) -> Tensor:
         """Where entries stand. Raises `UserError` for one that is not there."""

@@ -5,18 +5,15 @@ Shapes: M documents, L tokens, D hidden size, Q query size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
 
 from pema_ray.pluglm.attention import AttentivePooling
 
 
 class KnowledgeEncoder(nn.Module):
-    """Document → the model's own embeddings → attentive pool e; key = W_k e + b, value = W_v e + b.
+    """Embedded document → attentive pool e; key = W_k e + b, value = W_v e + b. One memory serves all layers.
 
-    The embeddings belong to the model and are handed over with every call, so that they are saved, moved and
-    trained once.
+    With a value pooler, a departure from the paper, values come from a pool of their own.
     """
 
     def __init__(self, hidden_size: int, query_size: int, value_pooler: bool) -> None:
@@ -26,9 +23,28 @@ class KnowledgeEncoder(nn.Module):
         self.key = nn.Linear(hidden_size, query_size)
         self.value = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, embed: Callable[[Tensor], Tensor], token_ML: Tensor, mask_ML: Tensor) -> tuple[Tensor, Tensor]:
-        """(keys `[M, Q]`, values `[M, D]`) of documents `token_ML` (int64, padded where `mask_ML` is 0)."""
-        embedded_MLD = embed(token_ML)
+    def forward(self, embedded_MLD: Tensor, mask_ML: Tensor) -> tuple[Tensor, Tensor]:
+        """(keys `[M, Q]`, values `[M, D]`)."""
         pooled_MD = self.pooler(embedded_MLD, mask_ML)
         read_MD = pooled_MD if self.value_pooler is None else self.value_pooler(embedded_MLD, mask_ML)
         return self.key(pooled_MD), self.value(read_MD)
+
+
+class DocumentModel(nn.Module):
+    """Token ids to keys and values: the knowledge encoder over the language model's own embeddings.
+
+    Args:
+        embeddings: the backbone's (word, position, type, norm); shared with it, so that they are trained by both.
+        project: the backbone's map from a narrower embedding, of ELECTRA.
+    """
+
+    def __init__(self, embeddings: nn.Module, project: nn.Module | None, encoder: KnowledgeEncoder) -> None:
+        super().__init__()
+        self.embeddings, self.project, self.encoder = embeddings, project, encoder
+
+    def forward(self, token_ML: Tensor, mask_ML: Tensor) -> tuple[Tensor, Tensor]:
+        """(keys `[M, Q]`, values `[M, D]`) of documents `token_ML` (int64, padded where `mask_ML` is 0)."""
+        embedded_MLD = self.embeddings(input_ids=token_ML)
+        if self.project is not None:
+            embedded_MLD = self.project(embedded_MLD)
+        return self.encoder(embedded_MLD, mask_ML)

@@ -1,13 +1,15 @@
-"""Takes the ordinary parts of a PlugLM model from a BERT-family checkpoint. Knows transformers alone."""
+"""Loads saved PlugLM models, and makes new ones around a BERT-family checkpoint. Knows transformers alone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
 from pema_ray.errors import UserError
 from pema_ray.pluglm.model_config import BACKBONES, PlugLMConfig
@@ -33,6 +35,29 @@ _HEADS: dict[str, dict[str, str]] = {
     "camembert": _ROBERTA_HEAD,
     "electra": _ELECTRA_HEAD,
 }
+
+
+def load_pluglm(folder: str | Path, kind: Any = None) -> tuple[Any, Any]:
+    """(model, tokenizer) that `save_pretrained` left in a folder.
+
+    Args:
+        kind: the model's class; by default `PlugLMForMaskedLM`.
+
+    Raises:
+        UserError: the folder holds no PlugLM model.
+    """
+    from pema_ray.pluglm.model import PlugLMForMaskedLM
+
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"{folder}: no PlugLM model here (config.json is missing).")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        if config.model_type != "pluglm":
+            raise UserError(f"{folder}: a '{config.model_type}' model, no PlugLM; begin with one by model.backbone.")
+        model = (kind or PlugLMForMaskedLM).from_pretrained(folder)
+        return model.eval(), AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
 def load_backbone(kind: type[Model], name: str, seed: int, settings: Mapping[str, Any]) -> Model:

@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 from pema_ray.errors import UserError
 from pema_ray.pluglm.attention import KnowledgeAttention
 from pema_ray.pluglm.knowledge import Knowledge, require_entries
-from pema_ray.pluglm.knowledge_encoder import KnowledgeEncoder
+from pema_ray.pluglm.knowledge_encoder import DocumentModel, KnowledgeEncoder
 from pema_ray.pluglm.memory_layer import Fetched, MemoryLayer, Retrieved
 from pema_ray.pluglm.model_config import PlugLMConfig
 
@@ -96,7 +96,7 @@ class PlugLMPreTrainedModel(PreTrainedModel):
         return self.encoder._knowledge
 
     def fingerprint(self) -> str:
-        """16 hex digits that name the memories this model reads: its own encoder's, unless it was trained away from it."""
+        """16 hex digits: whose memories this model reads, its own encoder's unless it was trained away from that."""
         return self.config.memory_fingerprint or self.encoder.encoder_fingerprint()
 
 
@@ -147,7 +147,7 @@ class PlugLMModel(PlugLMPreTrainedModel):
         """
         if not self._is_told:
             raise UserError(
-                "This PlugLM model has no memory yet: call model.attach(knowledge), or model.attach(None) to go without."
+                "This PlugLM model has no memory yet: model.attach(knowledge), or model.attach(None) to go without."
             )
         embedded_BTD = self._embed(input_ids, token_type_ids, position_ids, inputs_embeds)
         mask_BT = (
@@ -177,23 +177,24 @@ class PlugLMModel(PlugLMPreTrainedModel):
 
     # ── the memory ──────────────────────────────────────────────────────────
 
+    def document_model(self) -> DocumentModel:
+        """What encodes documents, sharing its weights with this model."""
+        project = getattr(self.backbone, "embeddings_project", None)
+        return DocumentModel(self.backbone.embeddings, project, self.knowledge_encoder)
+
     def encode_documents(self, token_ML: Tensor, mask_ML: Tensor) -> tuple[Tensor, Tensor]:
         """(keys `[M, Q]`, values `[M, D]`) of documents, with gradients to the encoder and the embeddings."""
-        return self.knowledge_encoder(self._embed, token_ML, mask_ML)
+        return self.document_model()(token_ML, mask_ML)
 
-    def encoder_fingerprint(self) -> str:
-        """16 hex digits that name the knowledge encoder: its weights and the embeddings', as bfloat16.
+    def encoder_fingerprint(self, dtype: torch.dtype = torch.bfloat16) -> str:
+        """16 hex digits that name the knowledge encoder: its weights and the embeddings', rounded to `dtype`.
 
-        So a model saved as float32 and loaded as bfloat16 goes on reading its memories.
+        As bfloat16, a model saved as float32 and loaded as bfloat16 goes on reading its memories.
         """
         digest = hashlib.sha256(f"pluglm {self.config.query_size} {self.config.max_document_tokens}".encode())
-        parts = {"embeddings": self.backbone.embeddings, "encoder": self.knowledge_encoder}
-        if (projection := getattr(self.backbone, "embeddings_project", None)) is not None:
-            parts["projection"] = projection
-        for part, module in parts.items():
-            for name, tensor in sorted(module.state_dict().items()):
-                digest.update(f"{part}.{name} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+        for name, tensor in sorted(self.document_model().state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().to(dtype).contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def _attach(self, knowledge: Knowledge | None, allow_stale: bool) -> None:
@@ -222,7 +223,8 @@ class PlugLMModel(PlugLMPreTrainedModel):
             stored_key, stored_value = (t.to(query_BQ) for t in knowledge.vectors(entry_BK))
             key_BKQ = key_BKQ if fresh_keys else stored_key
             value_BKD = value_BKD if fresh_values else stored_value
-        assert key_BKQ is not None and value_BKD is not None
+        assert key_BKQ is not None
+        assert value_BKD is not None
         return Fetched(entry_BK, score_BK, key_BKQ, value_BKD)
 
     def _embed(
@@ -275,7 +277,7 @@ class PlugLMForMaskedLM(PlugLMPreTrainedModel):
             name: a hub name or folder.
             settings: fields of `PlugLMConfig`.
         """
-        from pema_ray.pluglm.backbones import load_backbone
+        from pema_ray.pluglm.loading import load_backbone
 
         return load_backbone(cls, name, seed, settings)
 
@@ -307,10 +309,8 @@ class PlugLMForMaskedLM(PlugLMPreTrainedModel):
 def feed_forward(backbone_config: Any, width: int) -> nn.Sequential:
     """An ordinary layer's feed-forward network of another width, without its residual and norm."""
     D, act = backbone_config.hidden_size, backbone_config.hidden_act
-    dropout = nn.Dropout(backbone_config.hidden_dropout_prob)
-    return nn.Sequential(
-        nn.Linear(D, width), ACT2FN[act] if isinstance(act, str) else act, nn.Linear(width, D), dropout
-    )
+    activation, dropout = ACT2FN[act] if isinstance(act, str) else act, nn.Dropout(backbone_config.hidden_dropout_prob)
+    return nn.Sequential(nn.Linear(D, width), activation, nn.Linear(width, D), dropout)
 
 
 AutoConfig.register("pluglm", PlugLMConfig)

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+NO_DOCUMENT = 0
+"""The code of what belongs to no document: it is hidden from nothing."""
 _CHUNK = 1 << 16  # keys whose scores lie in memory at a time
 _SPARE = 8  # candidates beyond k, so that rounding seldom asks for a second look
 
@@ -50,9 +52,7 @@ class KeyTable:
     def top(self, query_BQ: Tensor, k: int, own_B: Tensor | None = None, cosine: bool = False) -> Found:
         """The `k` best entries of each query, without those of its own document (`own_B`, codes)."""
         query_BQ = query_BQ.detach().float().cpu()
-        best = Found(
-            torch.full((len(query_BQ), k), -1), torch.full((len(query_BQ), k), -torch.inf, dtype=torch.float64)
-        )
+        best = nothing(len(query_BQ), k)
         hidden = self._rows_of(own_B) if own_B is not None else None
         for start in range(0, len(self), _CHUNK):
             best = merge([best, self._chunk(query_BQ, k, start, hidden, cosine, best.score_BK[:, -1])], k)
@@ -105,12 +105,18 @@ class KeyTable:
         document_B = document_B.cpu()
         first = torch.searchsorted(self._document_N, document_B)
         count = torch.searchsorted(self._document_N, document_B, right=True) - first
+        count[document_B == NO_DOCUMENT] = 0
         query = torch.arange(len(document_B)).repeat_interleave(count)
         within = torch.arange(len(query)) - (count.cumsum(0) - count).repeat_interleave(count)
         return query, self._by_document[first.repeat_interleave(count) + within]
 
 
 _TINY = 1e-30
+
+
+def nothing(queries: int, k: int) -> Found:
+    """The result of searching no entries."""
+    return Found(torch.full((queries, k), -1), torch.full((queries, k), -torch.inf, dtype=torch.float64))
 
 
 def exact_scores(query_BQ: Tensor, key_BMQ: Tensor, cosine: bool) -> Tensor:
@@ -135,5 +141,5 @@ def merge(parts: Sequence[Found], k: int) -> Found:
         score = torch.nn.functional.pad(score, (0, missing), value=-torch.inf)
     by_entry = entry.argsort(1)
     entry, score = entry.gather(1, by_entry), score.gather(1, by_entry)
-    order = score.argsort(1, descending=True, stable=True)[:, :k]
+    order = score.argsort(dim=1, descending=True, stable=True)[:, :k]
     return Found(entry.gather(1, order), score.gather(1, order))

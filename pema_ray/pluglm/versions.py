@@ -1,0 +1,154 @@
+"""The versions of a memory: each one manifest, published whole or not at all, never changed.
+
+`versions/<number>.json` lists the segments that a version consists of. The current version is the one with the highest
+number: there is no pointer that could disagree. A version is published by giving its file a name that must be free, so
+of two editors who build on the same parent one succeeds, and the other is told.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pema_ray.config import Section, validate
+from pema_ray.errors import UserError
+from pema_ray.memory.shards import atomic_file
+from pema_ray.pluglm.entries import FileInfo, Segment
+
+VERSIONS = "versions"
+SCHEMA_VERSION = 1
+_CHECKSUM = "checksum"
+_PRUNED = '{"pruned": true}\n'
+
+
+class VersionConflict(UserError):
+    """Somebody else published on top of the same version."""
+
+    def __init__(self, folder: str, parent: int, current: int) -> None:
+        super().__init__(
+            f"{folder}: your edit builds on version {parent}, but version {current} is current by now. "
+            "Look at what changed, and edit that one."
+        )
+        self.folder, self.parent, self.current = folder, parent, current
+
+    def __reduce__(self):
+        return (VersionConflict, (self.folder, self.parent, self.current))
+
+
+class Version(Section):
+    """What a memory is at one point of its history."""
+
+    schema_version: int = SCHEMA_VERSION
+    version: int
+    parent: int | None
+    """The version that was edited; none: built."""
+    action: str
+    """What was done to the parent, in words."""
+    encoder: str
+    """Name of the encoder of keys and values."""
+    fingerprint: str
+    """Of it."""
+    tokenizer_fingerprint: str
+    query_size: int
+    hidden_size: int
+    dtype: str
+    """Number format of keys and values."""
+    next_id: int
+    """Of the next entry; ids are never given twice."""
+    segments: tuple[Segment, ...]
+
+    @property
+    def entries(self) -> int:
+        return sum(segment.entries for segment in self.segments)
+
+    @property
+    def files(self) -> dict[str, FileInfo]:
+        """By name."""
+        return {info.name: info for segment in self.segments for info in (segment.documents, segment.vectors)}
+
+    @property
+    def encoder_label(self) -> str:
+        return f"{self.encoder} ({self.fingerprint})"
+
+
+def numbers(folder: Path) -> list[int]:
+    """All versions ever published, the pruned ones too."""
+    return sorted(int(path.stem) for path in (folder / VERSIONS).glob("*.json") if path.stem.isdigit())
+
+
+def is_pruned(folder: Path, version: int) -> bool:
+    path = _path(folder, version)
+    return path.stat().st_size == len(_PRUNED) and path.read_text() == _PRUNED
+
+
+def read(folder: Path, version: int | None = None) -> Version:
+    """A version, by default the current one.
+
+    Raises:
+        UserError: there is no memory, no such version, or it is damaged.
+    """
+    known = numbers(folder)
+    if not known:
+        raise UserError(f"{folder}: no knowledge memory here. Make one: pema-ray pluglm memory build.")
+    version = known[-1] if version is None else version
+    if version not in known:
+        raise UserError(f"{folder}: no version {version}; there are {known[0]} to {known[-1]}.")
+    path = _path(folder, version)
+    text = path.read_text()
+    if text == _PRUNED:
+        raise UserError(f"{folder}: version {version} was pruned; version {known[-1]} is current.")
+    try:
+        found = json.loads(text)
+        damaged = found.pop(_CHECKSUM, None) != _checksum(found)
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: damaged: {error}. Open an older version, and publish it again by swap.") from None
+    if damaged:
+        raise UserError(
+            f"{path}: damaged: its checksum is not that of its contents. Open an older version, and publish it again "
+            "by swap."
+        )
+    if found.get("schema_version") != SCHEMA_VERSION:
+        raise UserError(f"{path}: schema version {found.get('schema_version')}, this version reads {SCHEMA_VERSION}.")
+    return validate(Version, found, str(path))
+
+
+def publish(folder: Path, version: Version) -> None:
+    """Make `version` the current one, if its parent still is.
+
+    Raises:
+        VersionConflict: another version was published on top of the parent.
+    """
+    path = _path(folder, version.version)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert version.version == (version.parent or 0) + 1
+    fields = version.model_dump(mode="json")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+    try:
+        with temporary.open("w") as file:
+            file.write(json.dumps({**fields, _CHECKSUM: _checksum(fields)}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(temporary, path)  # fails where the name is taken: this is the comparing and swapping
+    except FileExistsError:
+        raise VersionConflict(str(folder), version.parent or 0, numbers(folder)[-1]) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be published: {error.strerror or error}. Nothing was changed.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def forget(folder: Path, version: int) -> None:
+    """Empty a version's manifest. Its number stays taken, so that nobody publishes on top of an older one."""
+    with atomic_file(_path(folder, version)) as temporary:
+        temporary.write_text(_PRUNED)
+
+
+def _path(folder: Path, version: int) -> Path:
+    return folder / VERSIONS / f"{version:08d}.json"
+
+
+def _checksum(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
