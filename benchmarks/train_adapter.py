@@ -37,11 +37,11 @@ from _harness import (
 
 from pema_ray.config import TrainConfig
 from pema_ray.data_owner.adapter import AdapterConfig
-from pema_ray.data_owner.strategies import Place
 from pema_ray.data_owner.training import Point, Trainer
 from pema_ray.hardware import dtype_name, pick_dtype
 from pema_ray.line import LMHead
 from pema_ray.line.lm_head import HeadSpec
+from pema_ray.training.strategies import Place
 
 NAME = "train_adapter"
 LEARNING_RATE, KAPPA, EPSILON = 1e-3, 0.2, 1e-5

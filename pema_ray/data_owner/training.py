@@ -6,7 +6,6 @@ step goes on exactly as if it had never stopped.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -18,7 +17,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from pema_ray.config import TrainConfig
@@ -37,14 +35,16 @@ from pema_ray.data_owner.feed import (
 )
 from pema_ray.data_owner.objectives import JointObjective, ReconstructionObjective
 from pema_ray.data_owner.reconstruction import SecondMoment, reconstruction_error, solve
-from pema_ray.data_owner.strategies import Part, Place, Strategy, make_strategy
 from pema_ray.errors import UserError
 from pema_ray.hardware import peak_memory
 from pema_ray.line import LMHead
 from pema_ray.memory.shards import atomic_file
+from pema_ray.training import schedules
+from pema_ray.training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
+from pema_ray.training.strategies import Place, Strategy, make_strategy
 
 logger = logging.getLogger(__name__)
-CHECKPOINT = "checkpoint.safetensors"
+Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]  # what `JointObjective.forward` takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ class Trainer:
         else:
             self._reconstruct(adapter, history)
         objective = JointObjective(adapter, self.head, self.config.kappa).to(device)
-        strategy = make_strategy(self.config, self.place, objective)
+        strategy = self._strategy(objective)
         strategy.load_optimizer_state(moments)
         self._optimise(objective, strategy, history, step)
         history.peak_bytes = peak_memory(device)
@@ -208,14 +208,35 @@ class Trainer:
 
     def learning_rate(self, step: int) -> float:
         """Constant as published, or a cosine down to `final_learning_rate`; a straight line up to it at first."""
-        first, last = self.config.learning_rate, self.config.final_learning_rate
-        warm_up = self.config.warm_up_steps
-        if step < warm_up:
-            return first * (step + 1) / warm_up
-        if last is None:
-            return first
-        share = (step - warm_up) / max(1, self.total_steps - warm_up)
-        return last + (first - last) * 0.5 * (1 + math.cos(math.pi * share))
+        c = self.config
+        return schedules.learning_rate(
+            step,
+            "constant" if c.final_learning_rate is None else "cosine",
+            c.learning_rate,
+            total_steps=self.total_steps,
+            warm_up_steps=c.warm_up_steps,
+            last=c.final_learning_rate or 0.0,
+        )
+
+    def _strategy(self, objective: JointObjective) -> Strategy:
+        c = self.config
+        return make_strategy(
+            c.strategy,
+            self.place,
+            objective,
+            lambda named: torch.optim.Adam([parameter for _, parameter in named], lr=c.learning_rate),
+            batch_size=c.batch_size,
+            accumulate=c.accumulate,
+            clip=c.clip,
+            zero_stage=c.zero_stage,
+            idle_inputs=self._nothing,
+        )
+
+    def _nothing(self) -> Part:
+        """A row that no loss counts."""
+        nothing = torch.zeros(1, self.adapter_config.hidden_size, device=self.place.device)
+        token = nothing[:, 0].long()
+        return nothing, token, nothing[:, 0], token if self.adapter_config.looks_back else None
 
     def _optimise(self, objective: JointObjective, strategy: Strategy, history: History, step: int) -> None:
         if step == 0:
@@ -273,7 +294,7 @@ class Trainer:
         if point.prediction < history.best_prediction:
             history.best_prediction, history.best_step, history.stale = point.prediction, step, 0
             if self.place.leads:
-                self._write(self._best, {name: t.detach().cpu() for name, t in objective.adapter.state_dict().items()})
+                self._write_best(objective.adapter)
         else:
             history.stale += 1
             history.stopped_early = history.stale >= self.config.patience
@@ -315,36 +336,25 @@ class Trainer:
         moments = strategy.optimizer_state()  # every process must ask
         if not self.place.leads:
             return
-        tensors = {f"adapter.{name}": t.detach().cpu() for name, t in adapter.state_dict().items()}
-        tensors |= {f"optimizer.{name}": t for name, t in moments.items()}
-        self._write(self._checkpoint, tensors, {"step": str(step), "history": json.dumps(history.to_dict())})
+        groups = {"adapter": adapter.state_dict(), "optimizer": moments}
+        save_checkpoint(self._checkpoint, groups, {"step": step, "history": history.to_dict()})
 
     def _restore(self, adapter: PemaAdapter) -> tuple[int, History, dict[str, torch.Tensor]]:
+        groups, described = load_checkpoint(self._checkpoint)
         try:
-            with safe_open(self._checkpoint, framework="pt") as file:
-                described = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise UserError(f"{self._checkpoint}: damaged checkpoint: {error}. Delete it to start over.") from None
-        rooms: dict[str, dict[str, torch.Tensor]] = {"adapter": {}, "optimizer": {}}
-        for name, tensor in tensors.items():
-            room, _, rest = name.partition(".")
-            rooms[room][rest] = tensor
-        try:
-            adapter.load_state_dict(rooms["adapter"])
+            adapter.load_state_dict(groups.get("adapter", {}))
         except RuntimeError:
             raise UserError(
                 f"{self._checkpoint}: holds an adapter of another shape, from another version perhaps. "
                 "Delete it to start over."
             ) from None
-        step = int(described["step"])
-        logger.info("training resumes at step %d", step)
-        return step, History.from_dict(json.loads(described["history"])), rooms["optimizer"]
+        logger.info("training resumes at step %d", described["step"])
+        return described["step"], History.from_dict(described["history"]), groups.get("optimizer", {})
 
-    def _write(self, path: Path, tensors: dict[str, torch.Tensor], described: dict[str, str] | None = None) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as temporary:
-            save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, described)
+    def _write_best(self, adapter: PemaAdapter) -> None:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        with atomic_file(self._best) as temporary:
+            save_file({name: t.detach().cpu().contiguous() for name, t in adapter.state_dict().items()}, temporary)
 
 
 def _mix_seed(seed: int, *numbers: int) -> int:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import threading
 import types
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,14 +15,15 @@ import torch
 from pema_ray.config import BuildMemoryConfig, TrainConfig
 from pema_ray.data_owner import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.feed import StreamShuffle
-from pema_ray.data_owner.ray_training import FIRST_STEP, TrainingJob, _following, _worker, fit
-from pema_ray.data_owner.training import History, Point, Trainer
+from pema_ray.data_owner.ray_training import FIRST_STEP, TrainingJob, _train, fit
+from pema_ray.data_owner.training import History, Trainer
 from pema_ray.errors import UserError
 from pema_ray.line import LMHeadBundle, ModelCard
 from pema_ray.memory import ExternalMemory, Manifest, MemoryRows, ShardInfo
 from pema_ray.memory.build import MemoryBuild, planned_rows, run_build, stream_shards
 from pema_ray.memory.shards import write_shard
 from pema_ray.tasks import EncodedPair
+from pema_ray.training.ray_loop import _worker
 
 OTHER = ModelCard("huge", "b" * 16, 32, 380, 96, (1,))
 CONFIG = TrainConfig(
@@ -155,6 +154,11 @@ def test_a_memory_of_another_plm_is_refused_and_both_are_named(ray_cluster, make
     assert not (job.run_dir / "adapter").exists()
 
 
+def work(job: TrainingJob) -> str:
+    """The words in which a lone worker refuses."""
+    return _worker({"work": _train, "settings": job, "run_dir": job.run_dir})["error"]
+
+
 def test_a_damaged_shard_is_refused_by_name(make_job, monkeypatch):
     alone = types.SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
     monkeypatch.setattr("ray.train.get_context", lambda: alone)
@@ -164,53 +168,12 @@ def test_a_damaged_shard_is_refused_by_name(make_job, monkeypatch):
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    assert "shard-00001.parquet: damaged shard" in _worker({"job": job})["error"]
+    assert "shard-00001.parquet: damaged shard" in work(job)
     shard.unlink()
-    assert "shard-00001.parquet: this shard is missing" in _worker({"job": job})["error"]
-
-
-def test_a_failure_that_comes_back_is_told_and_not_tried_for_ever(make_job, monkeypatch):
-    """Once or twice it may be the machine's; three times in the same words at the same step it is the program's."""
-    alone = types.SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
-    monkeypatch.setattr("ray.train.get_context", lambda: alone)
-    monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))
-    errors = iter([RuntimeError("out of luck"), *[OSError("no route")] * 4, *[RuntimeError("out of memory")] * 3])
-
-    def fail(trainer):
-        raise next(errors)
-
-    monkeypatch.setattr(Trainer, "run", fail)
-    job = make_job()
-    (job.run_dir).mkdir()
-    for _ in range(8):
-        with pytest.raises((RuntimeError, OSError)):
-            assert not _worker({"job": job})["error"]
-    told = _worker({"job": job})["error"]
-    assert "fails the same way every time, after step 0: RuntimeError: out of memory" in told
+    assert "shard-00001.parquet: this shard is missing" in work(job)
 
 
 def test_a_rank_above_the_hidden_size_is_refused_before_anything_starts(make_job):
     job = make_job()
     with pytest.raises(UserError, match="train.rank=33: the rank must lie between 1 and the PLM's hidden size 32"):
         replace(job.adapter, rank=33)
-
-
-def test_points_are_followed_while_they_are_written_and_only_whole_lines(tmp_path: Path):
-    path, seen, three = tmp_path / "progress.jsonl", [], threading.Event()
-
-    def on_point(kind: str, point: Point) -> None:
-        seen.append((kind, point.step))
-        if len(seen) == 3:
-            three.set()
-
-    def line(step: int) -> str:
-        return json.dumps({"kind": "train", "step": step, "loss": 1.0, "reconstruction": 0.0, "prediction": 1.0}) + "\n"
-
-    path.write_text(line(99))  # left by an earlier run
-    with _following(path, on_point), path.open("w") as file:
-        file.write(line(1) + line(2) + line(3) + line(4)[:20])
-        file.flush()
-        os.fsync(file.fileno())
-        assert three.wait(30)
-        file.write(line(4)[20:] + line(5))
-    assert seen == [("train", step) for step in range(1, 6)]

@@ -17,9 +17,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pema_ray.config import TrainConfig
 from pema_ray.data_owner import AdapterConfig, PemaAdapter
-from pema_ray.data_owner.strategies import Place
 from pema_ray.data_owner.training import History, Point, Trainer
 from pema_ray.errors import UserError
+from pema_ray.training.strategies import Place
 
 H, R = 16, 6
 SETTINGS = {
