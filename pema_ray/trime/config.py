@@ -39,19 +39,22 @@ class PrepareConfig(Section):
     """Of `bible`: held out of the last translation; the others' stay in the training split."""
     test_books: tuple[str, ...] = ("Luke",)
     """As `dev_books`."""
-    vocabulary: Literal["word", "bpe", "character", "byte"] = "word"
-    """`word`: what `words` splits; `byte`: UTF-8 bytes, as enwik8 is measured."""
+    vocabulary: Literal["word", "bpe", "character", "byte", "tokenizer"] = "word"
+    """`word`: what `words` splits; `byte`: UTF-8 bytes, as enwik8 is measured; `tokenizer`: that of a transformers
+    model."""
+    tokenizer: str | None = None
+    """Of `tokenizer`: hub name or folder."""
     words: Literal["space", "punctuation"] = "space"
     """Of `word`: split at white space, or punctuation marks from words as well."""
     lowercase: bool = False
     """Before anything else."""
     line_ends: bool = True
-    """Every line's end is a token `<eos>` (WikiText); of `byte` and `character` it is the line's own `\\n`."""
+    """Of `word` and `bpe`: every line's end is a token `<eos>`, as in WikiText."""
     min_count: int = Field(default=1, ge=1)
     """Of `word` and `character`: rarer ones are `<unk>`."""
     max_words: int | None = Field(default=None, ge=2)
     """Largest vocabulary, `<eos>` and `<unk>` included; of `bpe` its size (8192 if none)."""
-    max_unknown: float = Field(default=0.05, ge=0, le=1)
+    max_unknown: float = Field(default=0.1, ge=0, le=1)
     """Share of a held-out split's tokens that may be missing from the vocabulary; more of them are refused."""
     tokens_per_shard: int = Field(default=1 << 20, ge=1)
     """Roughly: the unit of work and of resuming."""
@@ -65,9 +68,11 @@ class PrepareConfig(Section):
         return files
 
     @model_validator(mode="after")
-    def _shares_leave_something(self) -> PrepareConfig:
+    def _goes_together(self) -> PrepareConfig:
         if any(not 0 < share < 1 for share in self.shares.values()) or sum(self.shares.values()) >= 1:
             raise ValueError("shares must be positive and leave something to train on")
+        if (self.vocabulary == "tokenizer") != (self.tokenizer is not None):
+            raise ValueError("vocabulary 'tokenizer' and the name of a tokenizer go together")
         if ("all" in self.files) != bool(self.shares):
             raise ValueError("the split 'all' and shares go together: what part of it is dev, what part test")
         return self
@@ -202,13 +207,97 @@ class PlanConfig(Section):
 class DatastoreConfig(Section):
     """The external memory: keys of every training position."""
 
+    rows_per_shard: int = Field(default=65_536, ge=1)
+    """Roughly: the unit of work and of resuming."""
+    max_batch_tokens: int = Field(default=8192, ge=1)
+    """Most token positions of one forward pass."""
+    key_dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float16"
+    """Number format of the keys."""
+    actors: int = Field(default=1, ge=1)
+    """Processes that hold the model."""
+    cpus_per_actor: float = Field(default=1, gt=0)
+    """CPUs that one of them asks of Ray."""
+    gpus_per_actor: float = Field(default=0, ge=0)
+    """GPUs that one of them asks of Ray."""
+
 
 class IndexConfig(Section):
     """How the datastore is searched."""
 
+    kind: Literal["exact", "ivf_flat", "ivf_pq"] = "exact"
+    """`exact` compares with every key; `ivf_flat` with those of the nearest lists; `ivf_pq` with their codes of
+    `pq_bytes` bytes."""
+    metric: Literal["inner_product", "l2"] = "inner_product"
+    """TRIME's keys are trained for the first, kNN-LM's paper takes squared distance."""
+    shards_per_part: int = Field(default=16, ge=1)
+    """Datastore shards that are searched together: the unit of building, resuming and sharding."""
+    lists: int | None = Field(default=None, ge=1)
+    """Of `ivf_*`; none: 4 √N, at most one for every 40 keys."""
+    pq_bytes: int | None = Field(default=None, ge=1)
+    """Of `ivf_pq`, a divisor of the key's size; none: the largest up to 64."""
+    train_rows: int = Field(default=500_000, ge=1)
+    """Keys, drawn with `seed`, that lists and codes are learned from."""
+    recall_queries: int = Field(default=256, ge=1)
+    """Keys of dev tokens that recall is measured with."""
+    recall_at: int = Field(default=100, ge=1)
+    """Neighbours of each."""
+    actors: int = Field(default=1, ge=1)
+    """Processes that add keys."""
+    cpus_per_actor: float = Field(default=1, gt=0)
+    """CPUs that one of them asks of Ray."""
+
 
 class EvaluateConfig(Section):
     """Windows, memories, calibration."""
+
+    tokens_per_sample: int | None = Field(default=None, ge=2)
+    """Of a window, its context included; none: `batches.segment`."""
+    context_window: int | None = Field(default=None, ge=0)
+    """Of it, tokens that are context only; none: half."""
+    batch_windows: int = Field(default=16, ge=1)
+    """Windows that go through the model together."""
+    mem_size: int = Field(default=2048, ge=0)
+    """Long memory: the last so many positions before a window."""
+    mem_sizes: tuple[int, ...] = ()
+    """Others, to plot perplexity against memory size; 0 (local memory alone) and `mem_size` are always there."""
+    count_context_twice: bool = False
+    """A window's context stands in the long memory as well, as in the published code."""
+    reset_at_documents: bool = False
+    """No token sees a memory entry of another document."""
+    neighbours: int = Field(default=256, ge=1)
+    """k of the external memory."""
+    neighbour_counts: tuple[int, ...] = ()
+    """Others, for the plot of perplexity against k."""
+    taus: tuple[float, ...] = (0.7, 0.8, 0.9, 1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.4, 1.6, 2.0)
+    """τ to choose from, where memory and vocabulary share a normaliser."""
+    cache_taus: tuple[float, ...] = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 2.5, 3.2, 4.0, 6.0)
+    """The same for the continuous cache of a plain language model: over final states, which are larger than keys."""
+    interp_temps: tuple[float, ...] = ()
+    """Temperatures of the raw similarity in the second interpolation; none: √H (inner product) or H (l2) times
+    0.05 to 4."""
+    probes: int = Field(default=32, ge=1)
+    """Lists that an `ivf_*` index looks into."""
+    rescore: bool = True
+    """Compare with the keys themselves what an `ivf_*` index found."""
+    oversample: int = Field(default=2, ge=1)
+    """Candidates for each neighbour, where they are rescored."""
+    search_actors: int = Field(default=0, ge=0)
+    """Ray actors that share the datastore's parts; 0: this process holds them all."""
+    max_tokens: dict[Literal["dev", "test"], int] = {}
+    """Only the first so many tokens of a split."""
+    datastores: dict[str, str] = {}
+    """Name -> folder of further datastores of the same model (another domain's), evaluated beside the run's own."""
+    corpus: str | None = None
+    """Another run's folder, prepared with this run's vocabulary, whose dev and test text is evaluated instead."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:N`; `auto` takes a GPU where one is visible."""
+
+    @field_validator("taus", "cache_taus", "interp_temps")
+    @classmethod
+    def _are_temperatures(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not value > 0 for value in values):
+            raise ValueError("temperatures must be positive")
+        return tuple(sorted(set(values)))
 
 
 class TrimeConfig(Section):
