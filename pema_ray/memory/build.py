@@ -42,10 +42,12 @@ class MemoryBuild:
     config: BuildMemoryConfig
     shared_tokens: int = 0
     """How many tokens all prompts of the task begin with."""
+    eos_row: bool = True
+    """Each example ends with a row of EOS; off where examples are pieces of one text."""
 
     @cached_property
     def _sorted(self) -> tuple[list[EncodedPair], list[Rejected]]:
-        return sort_out(self.examples, self.card.max_positions)
+        return sort_out(self.examples, self.card.max_positions + (not self.eos_row))  # the last token is no input then
 
     @property
     def accepted(self) -> list[EncodedPair]:
@@ -66,7 +68,9 @@ class MemoryBuild:
         weights = None
         if self.config.deduplicate and self.split == "train":
             weights = count_duplicates(self.accepted, self.card.eos_token_ids[0], self.context)
-        return plan_shards(self.accepted, self.config.examples_per_shard, self.context, weights, self.prompt_from)
+        return plan_shards(
+            self.accepted, self.config.examples_per_shard, self.context, weights, self.prompt_from, self.eos_row
+        )
 
     @property
     def prompt_from(self) -> int | None:
@@ -87,6 +91,8 @@ class MemoryBuild:
             settings["deduplicate"] = True
         if self.config.prompts:
             settings["prompt_from"] = self.shared_tokens
+        if not self.eos_row:
+            settings["eos_row"] = False
         return plan_hash(self.accepted, settings)
 
     def check(self) -> None:
@@ -240,7 +246,7 @@ def planned_rows(build: MemoryBuild) -> int:
         weights = shard.weights or {}
         for example in shard.examples:
             counts = weights.get(example.example_id)
-            found += len(example.target) + 1 if counts is None else sum(count > 0 for count in counts)
+            found += len(example.target) + build.eos_row if counts is None else sum(count > 0 for count in counts)
     return found
 
 

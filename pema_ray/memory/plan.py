@@ -29,6 +29,8 @@ class ShardPlan:
     """How often each row of an example occurs, where that is not once; None: the shard's rows carry no weights."""
     prompt_from: int | None = None
     """Rows of prompts are kept too, from this token of theirs on; None: of targets only."""
+    eos_row: bool = True
+    """The last row of an example pairs all of it with EOS; off where it is a piece of a longer text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ def plan_shards(
     context: Context = "teacher_forced",
     weights: Weights | None = None,
     prompt_from: int | None = None,
+    eos_row: bool = True,
 ) -> list[ShardPlan]:
     """Cut the examples, in their order, into shards; those without a row of their own are left out."""
     if weights is not None:
@@ -73,7 +76,7 @@ def plan_shards(
         of_mine = (
             None if weights is None else {e.example_id: weights[e.example_id] for e in mine if e.example_id in weights}
         )
-        shards.append(ShardPlan(f"shard-{number:05d}.parquet", mine, context, of_mine, prompt_from))
+        shards.append(ShardPlan(f"shard-{number:05d}.parquet", mine, context, of_mine, prompt_from, eos_row))
     return shards
 
 

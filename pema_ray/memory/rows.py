@@ -36,22 +36,27 @@ class Extractor(Protocol):
 
 
 def rows_of_batch(
-    source: Extractor, batch: Sequence[EncodedPair], eos: int, key_dtype: KeyDtype, prompt_from: int | None = None
+    source: Extractor,
+    batch: Sequence[EncodedPair],
+    eos: int | None,
+    key_dtype: KeyDtype,
+    prompt_from: int | None = None,
 ) -> MemoryRows:
     """All rows of the examples, teacher-forced, example after example.
 
     Args:
+        eos: what follows an example; none: nothing does, its last token is its last row's.
         prompt_from: rows of prompts are wanted too, from this token of theirs on.
     """
     last = [len(example.prompt) - 1 for example in batch]
     first = last if prompt_from is None else [min(prompt_from, place) for place in last]
-    request = ExtractBatch([example.prompt + example.target for example in batch], first)
-    keys = encode(source.extract(request).float().numpy(), key_dtype)
-    return _pair(keys, batch, eos, [len(e.target) + 1 for e in batch], first)
+    inputs = [e.prompt + (e.target[:-1] if eos is None else e.target) for e in batch]
+    keys = encode(source.extract(ExtractBatch(inputs, first)).float().numpy(), key_dtype)
+    return _pair(keys, batch, eos, [len(e.target) + (eos is not None) for e in batch], first)
 
 
 def _pair(
-    keys: Keys, batch: Sequence[EncodedPair], eos: int, counts: Sequence[int], first: Sequence[int] | None = None
+    keys: Keys, batch: Sequence[EncodedPair], eos: int | None, counts: Sequence[int], first: Sequence[int] | None = None
 ) -> MemoryRows:
     """Put the first so many of each example's gold tokens beside its representations, after its prompt's own.
 
@@ -80,8 +85,8 @@ def rows_of_shard(
     shared = common_prompt_prefix(shard.examples)
     parts, tokens, padded = [], 0, 0
     for batch in plan_batches(shard.examples, max_batch_tokens, shared):
-        parts.append(rows_of_batch(source, batch, eos, key_dtype, shard.prompt_from))
-        lengths = [len(e.prompt) + len(e.target) - shared for e in batch]
+        parts.append(rows_of_batch(source, batch, eos if shard.eos_row else None, key_dtype, shard.prompt_from))
+        lengths = [len(e.prompt) + len(e.target) - (not shard.eos_row) - shared for e in batch]
         tokens += sum(lengths)
         padded += max(lengths) * len(lengths)
     return _in_order(MemoryRows.concatenate(parts), shard), tokens, padded

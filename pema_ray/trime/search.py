@@ -1,0 +1,214 @@
+"""Nearest entries of a datastore: part by part, and merged so that the answer does not depend on who holds which part.
+
+A part is some consecutive shards of the datastore, the unit of everything here: similarities are always computed
+over the same rows together, so that they come out bit for bit alike. Equal similarities go to the lower row. Imports no
+Ray. Shapes: N queries, M entries of a part, K neighbours, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pema_ray.errors import UserError
+from pema_ray.memory.codec import Keys
+
+Metric = Literal["inner_product", "l2"]
+_GATHERED = 2**24  # numbers of keys decoded at a time while rescoring
+
+
+def require_faiss() -> Any:
+    """faiss, which those install who ask for neighbours.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import faiss
+    except ImportError:
+        raise UserError("Searching a datastore needs faiss: pip install faiss-cpu.") from None
+    return faiss
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Neighbours, the most similar first; where there are fewer than K: similarity -inf, token and row -1.
+
+    Attributes:
+        similarity_NK: float32, inner product or negative squared distance; token_NK, row_NK: int64.
+    """
+
+    similarity_NK: Tensor
+    token_NK: Tensor
+    row_NK: Tensor
+
+
+class Neighbours(Protocol):
+    """Whoever finds the nearest entries of a datastore."""
+
+    def __len__(self) -> int: ...
+
+    def search(self, query_NH: np.ndarray, k: int) -> Found:
+        """The k nearest entries of each query (float32 `[N, H]`)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SearchOptions:
+    """How a part is asked.
+
+    Attributes:
+        probes: inverted lists looked into.
+        rescore: compare with the keys themselves what an approximate index found.
+        oversample: candidates per neighbour that are fetched to be rescored.
+    """
+
+    metric: Metric = "inner_product"
+    probes: int = 32
+    rescore: bool = True
+    oversample: int = 2
+
+
+class Part:
+    """Consecutive rows of a datastore, and their index if it has one.
+
+    Args:
+        keys: `[M, H]` as stored; token_M: int; first_row: the number of the first of them in the datastore.
+        index: a faiss index over these rows, in their order; None: every row is compared.
+    """
+
+    def __init__(
+        self, keys: Keys, token_M: np.ndarray, first_row: int, options: SearchOptions, index: Any = None
+    ) -> None:
+        self.faiss = require_faiss()
+        self.first_row, self.options, self.index = first_row, options, index
+        self.keys = keys if index is not None else Keys("float32", np.ascontiguousarray(keys[:]))
+        self._token_M = np.asarray(token_M, np.int64)
+        if index is not None:
+            if index.ntotal != len(keys) or index.d != keys.shape[1]:
+                raise UserError(
+                    f"The index holds {index.ntotal:,} keys of {index.d}, the datastore's rows {first_row:,} … hold "
+                    f"{len(keys):,} of {keys.shape[1]}: they do not belong together. Build the index again."
+                )
+            if hasattr(index, "nprobe"):
+                index.nprobe = min(options.probes, index.nlist)
+
+    def __len__(self) -> int:
+        return len(self._token_M)
+
+    def search(self, query_NH: np.ndarray, k: int) -> Found:
+        """At most k neighbours among these rows."""
+        query_NH = np.ascontiguousarray(query_NH, np.float32)
+        if query_NH.ndim != 2 or query_NH.shape[1] != self.keys.shape[1]:
+            raise UserError(
+                f"Queries of {query_NH.shape[-1]} numbers for a datastore whose keys have {self.keys.shape[1]}: "
+                "it was built by a model of another size."
+            )
+        similarity, row = self._exact(query_NH, k) if self.index is None else self._approximate(query_NH, k)
+        token = np.where(row >= 0, self._token_M[row], -1)
+        row = np.where(row >= 0, row + self.first_row, -1)
+        return Found(torch.from_numpy(similarity), torch.from_numpy(token), torch.from_numpy(row))
+
+    def _exact(self, query_NH: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        kept, asked = min(k, len(self)), min(k + 1, len(self))
+        code = self.faiss.METRIC_INNER_PRODUCT if self.options.metric == "inner_product" else self.faiss.METRIC_L2
+        distance, row = self.faiss.knn(query_NH, self.keys.data, asked, metric=code)
+        similarity = distance if self.options.metric == "inner_product" else -distance
+        if asked > kept:  # where the cut falls among equals, faiss keeps any of them
+            for torn in np.flatnonzero(similarity[:, kept - 1] == similarity[:, kept]):
+                self._cut_among_equals(query_NH[torn], similarity[torn], row[torn], kept)
+        return _ordered(similarity[:, :kept], row[:, :kept].astype(np.int64))
+
+    def _cut_among_equals(self, query_H: np.ndarray, similarity_K: np.ndarray, row_K: np.ndarray, kept: int) -> None:
+        """Put the lowest rows of those as similar as the last kept one in its place, and in its equals'."""
+        last = similarity_K[kept - 1]
+        compared_M = exact_similarity(query_H[None], self.keys.data[None], self.options.metric)[0]
+        above = row_K[:kept][similarity_K[:kept] > last]
+        close_M = np.flatnonzero(np.isclose(compared_M, last, rtol=1e-6, atol=1e-6))  # another order of summation
+        equals = np.setdiff1d(close_M, above)[: kept - len(above)]
+        if len(above) + len(equals) == kept:
+            row_K[:kept] = np.concatenate([above, equals])
+            similarity_K[:kept] = np.concatenate([similarity_K[: len(above)], np.full(len(equals), last)])
+
+    def _approximate(self, query_NH: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        options = self.options
+        asked = min(k * (options.oversample if options.rescore else 1), len(self))
+        distance, row = self.index.search(query_NH, asked)
+        similarity = distance if options.metric == "inner_product" else -distance
+        if options.rescore:
+            similarity = self._rescored(query_NH, row)
+        similarity = np.where(row >= 0, similarity, -np.inf).astype(np.float32)
+        similarity, row = _ordered(similarity, row)
+        kept = min(k, asked)
+        return similarity[:, :kept].copy(), row[:, :kept].copy()
+
+    def _rescored(self, query_NH: np.ndarray, row_NK: np.ndarray) -> np.ndarray:
+        """Exact similarities of candidates; approximate distances cost up to 1.3 perplexity in the paper."""
+        exact_NK = np.empty(row_NK.shape, np.float32)
+        step = max(1, _GATHERED // max(1, row_NK.shape[1] * query_NH.shape[1]))
+        for begin in range(0, len(query_NH), step):
+            rows = row_NK[begin : begin + step]
+            key_nKH = self.keys[np.maximum(rows, 0).ravel()].reshape(*rows.shape, -1)
+            exact_NK[begin : begin + step] = exact_similarity(
+                query_NH[begin : begin + step], key_nKH, self.options.metric
+            )
+        return exact_NK
+
+
+def exact_similarity(query_NH: np.ndarray, key_NKH: np.ndarray, metric: Metric) -> np.ndarray:
+    """Similarity of each query to keys of its own: float32 `[N, K]`."""
+    if metric == "inner_product":
+        return np.matmul(key_NKH, query_NH[:, :, None])[:, :, 0]
+    return -np.square(key_NKH - query_NH[:, None]).sum(-1)
+
+
+def _ordered(similarity_NK: np.ndarray, row_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The most similar first, of equals the lower row."""
+    order = np.lexsort((row_NK, -similarity_NK), axis=1)
+    return np.take_along_axis(similarity_NK, order, 1), np.take_along_axis(row_NK, order, 1)
+
+
+def merge(answers: Sequence[Found], k: int) -> Found:
+    """The k nearest of several parts' nearest: exactly what one search over all of them gives."""
+    similarity, token, row = (
+        torch.cat([getattr(answer, name) for answer in answers], 1) for name in ("similarity_NK", "token_NK", "row_NK")
+    )
+    order = torch.from_numpy(np.lexsort((row.numpy(), -similarity.numpy()), axis=1)[:, :k])
+    return Found(similarity.gather(1, order), token.gather(1, order), row.gather(1, order))
+
+
+class OnePieceSearch:
+    """All parts of a datastore in this process."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = list(parts)
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self._parts)
+
+    def search(self, query_NH: np.ndarray, k: int) -> Found:
+        """The k nearest entries.
+
+        Raises:
+            UserError: k exceeds the number of entries, or the queries have another width than the keys.
+        """
+        check_k(k, len(self))
+        return merge([part.search(query_NH, k) for part in self._parts], k)
+
+
+def check_k(k: int, entries: int) -> None:
+    if k > entries:
+        raise UserError(
+            f"{k:,} neighbours asked of a datastore of {entries:,} entries. Lower evaluate.neighbours to at most that."
+        )
+
+
+def recall(found: Found, exact: Found) -> float:
+    """The share of the exact neighbours that were found."""
+    both = zip(found.row_NK.numpy(), exact.row_NK.numpy(), strict=True)
+    return float(np.mean([len(np.intersect1d(mine, all_)) / len(all_) for mine, all_ in both]))

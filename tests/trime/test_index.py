@@ -1,0 +1,167 @@
+"""An index is built in parts, goes on where it stopped to the same bytes, and belongs to one datastore."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pema_ray.errors import UserError
+from pema_ray.line import ModelCard
+from pema_ray.memory import ExternalMemory, Manifest, ShardInfo
+from pema_ray.memory.codec import encode
+from pema_ray.memory.shards import MemoryRows, write_shard
+from pema_ray.trime.config import IndexConfig
+from pema_ray.trime.index import IndexBuild, build_index, load_parts
+from pema_ray.trime.search import OnePieceSearch, SearchOptions, recall
+from tests.trime.kit import HIDDEN, VOCABULARY, keys_of
+
+CARD = ModelCard("tiny", "f" * 16, HIDDEN, VOCABULARY, 96, (0,))
+
+
+def store_of(folder: Path, count: int = 3000, shards: int = 6, dtype: str = "float16", fingerprint: str = "f" * 16):
+    """A datastore of clustered keys."""
+    torch.manual_seed(1)
+    centre_CH, token_M = keys_of(40, HIDDEN, 7)[0], keys_of(count)[1]
+    key_MH = centre_CH[torch.randint(0, 40, (count,))] * 2 + torch.randn(count, HIDDEN) * 0.5
+    folder.mkdir(parents=True, exist_ok=True)
+    infos = []
+    for number, rows in enumerate(np.array_split(np.arange(count), shards)):
+        name, n = f"shard-{number:05d}.parquet", len(rows)
+        keys = encode(key_MH[rows].numpy(), dtype)  # type: ignore[arg-type]
+        target = token_M[rows].numpy().astype(np.int32)
+        size, digest = write_shard(folder / name, MemoryRows(keys, target, rows, np.zeros(n, np.int32)))
+        infos.append(ShardInfo(name=name, rows=n, examples=n, tokens=n, padded_tokens=n, bytes=size, sha256=digest))
+    Manifest(
+        plm_name="tiny", fingerprint=fingerprint, hidden_size=HIDDEN, vocab_size=VOCABULARY, eos_token_id=0, task="t",
+        split="train", context="teacher_forced", key_dtype=dtype, plan_hash="p" * 16, rows=count, examples=count,
+        shards=tuple(infos),
+    ).save(folder)  # fmt: skip
+    return ExternalMemory.open(folder)
+
+
+def config(kind: str, **changes) -> IndexConfig:
+    return IndexConfig(**{"kind": kind, "shards_per_part": 2, "train_rows": 2000, **changes})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("metric", ["inner_product", "l2"])
+@pytest.mark.parametrize("kind", ["ivf_flat", "ivf_pq"])
+def test_indices_find_most_of_what_an_exact_search_finds(kind: str, metric: str, dtype: str, tmp_path: Path):
+    store = store_of(tmp_path / "store", dtype=dtype)
+    build_index(IndexBuild(tmp_path / "index", store, config(kind, metric=metric), 0))
+    options = SearchOptions(metric=metric, probes=32, rescore=True, oversample=4)  # type: ignore[arg-type]
+    query_NH = keys_of(50, HIDDEN, 9)[0].numpy() * 2
+    exact = OnePieceSearch(load_parts(store, None, options)).search(query_NH, 20)
+    found = OnePieceSearch(load_parts(store, tmp_path / "index", options)).search(query_NH, 20)
+    assert recall(found, exact) > 0.8
+    common = found.row_NK == exact.row_NK  # rescored: the similarity of a true neighbour is the exact one
+    assert torch.allclose(found.similarity_NK[common], exact.similarity_NK[common], rtol=1e-4, atol=1e-4)
+
+
+def test_all_lists_and_exact_codes_are_an_exact_search(tmp_path: Path):
+    store, options = store_of(tmp_path / "store"), SearchOptions(probes=10_000)
+    build_index(IndexBuild(tmp_path / "index", store, config("ivf_flat"), 0))
+    query_NH = keys_of(50, HIDDEN, 9)[0].numpy()
+    exact, found = (
+        OnePieceSearch(load_parts(store, folder, options)).search(query_NH, 20) for folder in (None, tmp_path / "index")
+    )
+    assert recall(found, exact) == 1
+
+
+def test_a_stopped_build_goes_on_to_the_same_bytes(tmp_path: Path):
+    store = store_of(tmp_path / "store")
+    build_index(IndexBuild(tmp_path / "undisturbed", store, config("ivf_pq"), 0))
+
+    def stop(number: int):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_index(IndexBuild(tmp_path / "stopped", store, config("ivf_pq"), 0), stop)
+    assert not (tmp_path / "stopped" / "index.json").exists()
+    finished = (tmp_path / "stopped" / "part-00000.faiss").stat().st_mtime_ns
+    (tmp_path / "stopped" / ".part-00001.faiss.1.tmp").write_bytes(b"torn")
+    again = IndexBuild(tmp_path / "stopped", store, config("ivf_pq"), 0)
+    assert again.missing == [1, 2]
+    build_index(again)
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "undisturbed")
+    assert (tmp_path / "stopped" / "part-00000.faiss").stat().st_mtime_ns == finished
+
+
+def test_other_settings_begin_anew(tmp_path: Path):
+    store = store_of(tmp_path / "store")
+    build_index(IndexBuild(tmp_path / "index", store, config("ivf_pq"), 0))
+    assert len(IndexBuild(tmp_path / "index", store, config("ivf_pq"), 0).missing) == 0
+    info = build_index(IndexBuild(tmp_path / "index", store, config("ivf_pq", pq_bytes=8), 0))
+    assert info.pq_bytes == 8
+    build_index(IndexBuild(tmp_path / "index", store, config("exact"), 0))
+    assert sorted(contents(tmp_path / "index")) == ["index.json", "plan.json"]
+
+
+def test_parts_held_apart_are_the_whole(tmp_path: Path):
+    from pema_ray.trime.search import merge
+
+    store, options = store_of(tmp_path / "store"), SearchOptions(probes=8)
+    build_index(IndexBuild(tmp_path / "index", store, config("ivf_pq"), 0))
+    query_NH = keys_of(30, HIDDEN, 9)[0].numpy()
+    whole = OnePieceSearch(load_parts(store, tmp_path / "index", options)).search(query_NH, 20)
+    apart = merge(
+        [OnePieceSearch(load_parts(store, tmp_path / "index", options, n)).search(query_NH, 20) for n in ([1], [0, 2])],
+        20,
+    )
+    assert torch.equal(whole.row_NK, apart.row_NK)
+    assert torch.equal(whole.similarity_NK, apart.similarity_NK)
+
+
+def test_an_index_of_another_datastore_is_refused(tmp_path: Path):
+    store = store_of(tmp_path / "store")
+    build_index(IndexBuild(tmp_path / "index", store, config("exact"), 0))
+    other = store_of(tmp_path / "other", 2000)
+    with pytest.raises(UserError, match="the index of another datastore than"):
+        load_parts(other, tmp_path / "index", SearchOptions())
+    stranger = store_of(tmp_path / "stranger", fingerprint="a" * 16)
+    with pytest.raises(UserError, match="of a datastore of model f{16}, but .*stranger was made by"):
+        load_parts(stranger, tmp_path / "index", SearchOptions())
+    with pytest.raises(UserError, match="no index here"):
+        load_parts(store, tmp_path / "nowhere", SearchOptions())
+
+
+def test_damage_is_named(tmp_path: Path):
+    store = store_of(tmp_path / "store")
+    build_index(IndexBuild(tmp_path / "index", store, config("ivf_flat"), 0))
+    part = tmp_path / "index" / "part-00001.faiss"
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match="part-00001.faiss: damaged"):
+        load_parts(store, tmp_path / "index", SearchOptions())
+    part.unlink()
+    with pytest.raises(UserError, match="part-00001.faiss: this part of the index is missing"):
+        load_parts(store, tmp_path / "index", SearchOptions())
+    told = json.loads((tmp_path / "index" / "index.json").read_text())
+    (tmp_path / "index" / "index.json").write_text(json.dumps({**told, "colour": 1}))
+    with pytest.raises(UserError, match="index.json: damaged"):
+        load_parts(store, tmp_path / "index", SearchOptions())
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"kind": "ivf_flat", "lists": 5000}, "index.lists=5,000: the datastore has 3,000 keys"),
+        ({"kind": "ivf_pq", "pq_bytes": 7}, "index.pq_bytes=7 does not divide the keys' size 16"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changes, complaint: str, tmp_path: Path):
+    with pytest.raises(UserError, match=complaint):
+        IndexBuild(tmp_path / "index", store_of(tmp_path / "store"), IndexConfig(**changes), 0)
+
+
+def test_too_few_keys_for_codes_are_refused(tmp_path: Path):
+    with pytest.raises(UserError, match="ivf_pq needs 256 keys at least, there are 200: take exact"):
+        IndexBuild(tmp_path / "index", store_of(tmp_path / "store", 200, 1), IndexConfig(kind="ivf_pq"), 0)
