@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from pema_ray import memory_commands
+from pema_ray import memory_commands, pluglm_commands, trime_commands
 from pema_ray.errors import UserError
 from pema_ray.stages.main import guarded, run_stage, stages
 from pema_ray.stages.settings import settings_of
@@ -22,6 +22,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(memory_commands.app, name="memory")
+app.add_typer(trime_commands.app, name="trime")
+app.add_typer(pluglm_commands.app, name="pluglm")
 Config = Annotated[
     Path | None,
     typer.Option(

@@ -29,25 +29,20 @@ class Places(NamedTuple):
     """The document that a position belongs to."""
 
 
-def local_memory(key_BLH: Tensor, label_BL: Tensor, hidden: bool = False) -> MemoryScore:
+def local_memory(key_BLH: Tensor, label_BL: Tensor) -> MemoryScore:
     """Strictly earlier positions of the same segment: B small triangles, never one large square. `[B, L]`.
 
     Padding stands at the end of a segment, where no position that counts looks.
     """
-    return memory_score(key_BLH, key_BLH, label_BL, label_BL, _earlier(key_BLH.shape[1], key_BLH.device, hidden))
+    return memory_score(key_BLH, key_BLH, label_BL, label_BL, _earlier(key_BLH.device))
 
 
-def long_memory(
-    key_BLH: Tensor, label_BL: Tensor, places: Places, across_documents: bool, gather: bool
-) -> tuple[MemoryScore, Tensor]:
-    """All earlier positions: those of earlier segments, and earlier ones of the same. `[N]`.
+def long_memory(key_BLH: Tensor, label_BL: Tensor, places: Places, across_documents: bool, gather: bool) -> MemoryScore:
+    """All earlier positions: those of earlier segments, and earlier ones of the same. `[N]`, padding left out.
 
     Args:
         across_documents: or only those of the query's own document.
         gather: segments of all processes, in their order; else those of this one.
-
-    Returns:
-        the score of the positions that are no padding, and which they are (bool `[B, L]`).
     """
     counts_BL = label_BL != PADDING
     key_NH, label_N, document_N = key_BLH[counts_BL], label_BL[counts_BL], places.document_BL[counts_BL]
@@ -64,18 +59,14 @@ def long_memory(
             seen_CM &= document_M[:columns] == document_N[rows, None]
         return seen_CM[None]
 
-    return _whole(key_NH, memory.key_MH, label_N, label_M, Visibility(mask, columns)), counts_BL
+    return _whole(key_NH, memory.key_MH, label_N, label_M, Visibility(mask, columns))
 
 
-def external_memory(
-    key_BLH: Tensor, label_BL: Tensor, places: Places, hide_local: bool, gather: bool
-) -> tuple[MemoryScore, Tensor]:
+def external_memory(key_BLH: Tensor, label_BL: Tensor, places: Places, hide_local: bool, gather: bool) -> MemoryScore:
     """All positions of other segments, later ones too, and the local memory unless it is hidden. `[N]`.
 
     Args:
         hide_local: the coin of `cross-sent-ratio`, the same for all processes: only other segments are seen.
-
-    Returns: as `long_memory`.
     """
     counts_BL = label_BL != PADDING
     key_NH, label_N, segment_N = key_BLH[counts_BL], label_BL[counts_BL], places.segment_BL[counts_BL]
@@ -89,7 +80,7 @@ def external_memory(
             seen_CM |= torch.arange(columns, device=key_BLH.device) < here[:, None]
         return seen_CM[None]
 
-    return _whole(key_NH, memory.key_MH, label_N, label_M, Visibility(mask, lambda rows: len(label_M))), counts_BL
+    return _whole(key_NH, memory.key_MH, label_N, label_M, Visibility(mask, lambda rows: len(label_M)))
 
 
 def _whole(key_NH: Tensor, key_MH: Tensor, label_N: Tensor, label_M: Tensor, visibility: Visibility) -> MemoryScore:
@@ -98,9 +89,9 @@ def _whole(key_NH: Tensor, key_MH: Tensor, label_N: Tensor, label_M: Tensor, vis
     return MemoryScore(score.log_positive[0], score.log_normaliser[0])
 
 
-def _earlier(length: int, device: torch.device, hidden: bool) -> Visibility:
+def _earlier(device: torch.device) -> Visibility:
     def mask(rows: slice, columns: int) -> Tensor:
         here = torch.arange(rows.start, rows.stop, device=device)
         return (torch.arange(columns, device=device) < here[:, None])[None]
 
-    return Visibility(mask, lambda rows: 0 if hidden else rows.stop - 1)
+    return Visibility(mask, lambda rows: rows.stop - 1)

@@ -86,7 +86,7 @@ class Segments:
         """The tokens of one segment, without padding."""
         return self.stream.token_T[number * self.length : (number + 1) * self.length]
 
-    def batch(self, numbers: Sequence[int], first: int = 0) -> SegmentBatch:
+    def batch(self, numbers: Sequence[int] | np.ndarray, first: int = 0) -> SegmentBatch:
         """Segments by number, in this order; `first` is the place of the first one in a larger batch."""
         position_BL = np.asarray(numbers, np.int64)[:, None] * self.length + np.arange(self.length)
         there_BL = position_BL < len(self.stream)
