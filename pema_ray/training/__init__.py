@@ -1,6 +1,7 @@
 """Training processes of any model under Ray Train. Knows torch, no owner, and of the memory only its atomic files.
 
-`strategies.py` shares the work among processes, `schedules.py` says the learning rate of a step, `checkpoint.py` keeps
-what a resumed run needs, `tracking.py` draws the curves; none of them imports Ray. `ray_loop.py` alone does: it runs
-the processes, starts them again when they die, and brings back what they refuse.
+`strategies.py` shares the work among processes, `optimizer_state.py` names what they must keep, `schedules.py` says the
+learning rate of a step, `checkpoint.py` writes what a resumed run needs, `tracking.py` draws the curves; none of them
+imports Ray. `ray_loop.py` alone does: it runs the processes, starts them again when they die, and brings back what they
+refuse.
 """

@@ -7,7 +7,7 @@ strategy takes up what another left.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -18,13 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from pema_ray.errors import UserError
+from pema_ray.training.optimizer_state import by_name, counted, entries, foreign
 
 StrategyName = Literal["ddp", "accelerate", "deepspeed"]
 MakeOptimizer = Callable[[Sequence[tuple[str, nn.Parameter]]], Optimizer]
 """Makes an optimiser of named parameters; it may sort them into groups (weight decay) by their names."""
-
-_NUMBER = ":number"  # marks an entry that is a Python number and no tensor
-_GROUP = "group:"
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Strategy(Protocol):
         """Take up what `optimizer_state` gave, here or under another strategy; every process must call.
 
         Raises:
-            UserError: it is the state of another model or optimiser.
+            UserError: it is the state of another model.
         """
         ...
 
@@ -85,7 +83,7 @@ def make_strategy(
     Args:
         module: `forward(*inputs)` returns a tuple with the loss first, or the loss alone. Losses are averaged over
             processes, never summed. It may use collectives of its own, with gradients too, if every process does
-            the same ones in the same order.
+            the same ones in the same order. A parameter that is one number is of shape [1]: DeepSpeed takes no other.
         make_optimizer: is given the named parameters that require a gradient. Under `deepspeed` the optimiser sees
             flat pieces of them: it must act on every element alone (SGD, Adam, AdamW; not LAMB).
         batch_size: of a step, over all processes; DeepSpeed wants to know.
@@ -94,7 +92,8 @@ def make_strategy(
         zero_stage: of DeepSpeed, 1 or 2.
         idle_inputs: makes some valid inputs. DeepSpeed has places for a loaded state only after a first step, which
             is done with them at learning rate 0; without them it cannot resume.
-        unused_parameters: some parameters may get no gradient in some steps.
+        unused_parameters: some parameters may get no gradient in some steps; they stay where they are, but DeepSpeed
+            takes the gradient to be zero, so that weight decay and momentum still move them.
 
     Raises:
         UserError: the strategy's package is missing, or its environment disagrees.
@@ -150,23 +149,19 @@ class _DataParallel:
         self._optimizer.zero_grad(set_to_none=True)
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        found = _counted(self._optimizer)
+        found = counted(self._optimizer)
         for name, parameter in self._named.items():
             held = self._optimizer.state.get(parameter, {})
-            found |= {f"{name}.{entry}": value.cpu() for entry, value in _entries(held)}
+            found |= {f"{name}.{entry}": value.cpu() for entry, value in entries(held)}
         return found
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         if not state:
             return
-        by_name = _by_name(state, self._named, self._optimizer)
+        named = by_name(state, self._named, self._optimizer)
         places = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         names = {parameter: name for name, parameter in self._named.items()}
-        held = {i: by_name[names[parameter]] for i, parameter in enumerate(places) if names[parameter] in by_name}
-        for i, entries in held.items():
-            for entry, value in entries.items():
-                if isinstance(value, Tensor) and value.numel() > 1 and value.shape != places[i].shape:
-                    raise _foreign(f"{names[places[i]]}.{entry}")
+        held = {i: named[names[parameter]] for i, parameter in enumerate(places) if names[parameter] in named}
         # torch's own way in knows which entries belong on which device, and in which number format.
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": held})
 
@@ -202,6 +197,7 @@ class _DeepSpeed:
         except ImportError as error:
             raise UserError(f"train.strategy=deepspeed: deepspeed cannot be imported: {error}.") from None
         self._named, self._idle_inputs = _trained(module), options.idle_inputs
+        assert all(p.dim() for p in module.parameters()), "DeepSpeed takes no parameter of no dimension"
         settings = {
             "train_micro_batch_size_per_gpu": max(1, options.batch_size // place.world // options.accumulate),
             "gradient_accumulation_steps": options.accumulate,
@@ -234,10 +230,11 @@ class _DeepSpeed:
     def optimizer_state(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        found = _counted(self._inner)
+        found = counted(self._inner)
+        self._link_states()
         for name, parameter in self._named.items():
             flat, held = self._piece(name)
-            for entry, value in _entries(held):
+            for entry, value in entries(held):
                 whole = safe_get_full_optimizer_state(parameter, entry) if value.shape == flat.shape else value
                 assert whole is not None, f"DeepSpeed keeps no {entry} of {name}"
                 found[f"{name}.{entry}"] = whole.detach().cpu().clone()
@@ -251,16 +248,17 @@ class _DeepSpeed:
         assert self._idle_inputs is not None, "a DeepSpeed training can only be resumed with idle inputs"
         self.learn(self._idle_inputs(), last=True)
         self.step(0.0, None)
-        for name, entries in _by_name(state, self._named, self._inner).items():
+        self._link_states()
+        for name, told in by_name(state, self._named, self._inner).items():
             flat, held = self._piece(name)
-            for entry, value in entries.items():
+            for entry, value in told.items():
                 if entry not in held:
-                    raise _foreign(f"{name}.{entry}")
+                    raise foreign(f"{name}.{entry}")
                 there = held[entry]
                 if isinstance(there, Tensor) and isinstance(value, Tensor) and there.shape == flat.shape:
                     parameter = self._named[name]
                     if value.shape != parameter.shape:
-                        raise _foreign(f"{name}.{entry}")
+                        raise foreign(f"{name}.{entry}")
                     safe_set_full_optimizer_state(parameter, value.to(parameter.device), entry)
                 else:
                     held[entry] = value
@@ -268,6 +266,11 @@ class _DeepSpeed:
     @property
     def _inner(self) -> Any:
         return self._engine.optimizer.optimizer
+
+    def _link_states(self) -> None:
+        """Let every parameter find its part of the state; DeepSpeed itself does it too early for the second group."""
+        self._engine.optimizer._hp_optimizer_states_linked = False
+        self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _piece(self, name: str) -> tuple[Tensor, dict[str, Any]]:
         """This process's flat piece of the parameter's group, and its state."""
@@ -281,47 +284,3 @@ def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def _as_tuple(found: Any) -> tuple[Tensor, ...]:
     return tuple(found) if isinstance(found, tuple | list) else (found,)
-
-
-def _entries(held: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """An optimiser's state of one parameter; numbers as tensors, under a name that says so."""
-    for entry, value in held.items():
-        if isinstance(value, Tensor):
-            yield entry, value.detach()
-        elif value is not None:  # a momentum that has not begun
-            assert isinstance(value, int | float), f"an optimiser's state '{entry}' of {type(value)} cannot be saved"
-            yield entry + _NUMBER, torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
-
-
-def _counted(optimizer: Any) -> dict[str, Tensor]:
-    """Steps that an optimiser counts by group (LAMB, often)."""
-    counts = {number: group["step"] for number, group in enumerate(optimizer.param_groups) if "step" in group}
-    return {f"{_GROUP}{number}.{entry}": t for number, n in counts.items() for entry, t in _entries({"step": n})}
-
-
-def _by_name(
-    state: Mapping[str, Tensor], named: Mapping[str, nn.Parameter], optimizer: Any
-) -> dict[str, dict[str, Tensor | float]]:
-    """`{parameter: {entry: value}}` of its own; what was counted by group goes straight into the groups."""
-    found: dict[str, dict[str, Tensor | float]] = {}
-    for key, tensor in state.items():
-        name, _, entry = key.rpartition(".")
-        value = tensor.item() if entry.endswith(_NUMBER) else tensor.clone()
-        entry = entry.removesuffix(_NUMBER)
-        if name.startswith(_GROUP):
-            number = int(name.removeprefix(_GROUP))
-            if number >= len(optimizer.param_groups):
-                raise _foreign(key)
-            optimizer.param_groups[number][entry] = value
-        elif name in named:
-            found.setdefault(name, {})[entry] = value
-        else:
-            raise _foreign(key)
-    return found
-
-
-def _foreign(key: str) -> UserError:
-    return UserError(
-        f"The checkpoint's optimiser state '{key}' is of another model or optimiser. "
-        "Delete the checkpoint to start over."
-    )
