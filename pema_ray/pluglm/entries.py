@@ -8,6 +8,7 @@ vectors beside the same documents. Names follow from contents, so that what a bu
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,6 +57,29 @@ class Entry:
     document_id: str
     tags: tuple[str, ...]
     token_ids: tuple[int, ...]
+
+
+def read_entries(path: Path) -> list[NewEntry]:
+    """Entries from JSON Lines: `text`, and `source`, `document_id`, `tags` where wanted. `UserError` names the line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}.") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            tags = row.pop("tags", [])
+            if isinstance(tags, str) or not all(isinstance(one, str) for one in (*row.values(), *tags)):
+                raise TypeError("text, source and document_id are strings, tags a list of them")
+            found.append(NewEntry(**row, tags=tuple(tags)))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path}, line {number}: no entry: {str(error).removeprefix('NewEntry.__init__() ')}."
+            ) from None
+    return found
 
 
 class FileInfo(Section):

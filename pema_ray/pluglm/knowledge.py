@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -112,7 +113,11 @@ class HeldKnowledge:
 
     def __post_init__(self) -> None:
         assert bool((self.entry_N[1:] > self.entry_N[:-1]).all()), "entry ids must ascend"
-        object.__setattr__(self, "_table", KeyTable(self.key_NQ, self.entry_N, self.document_N))
+
+    @cached_property
+    def table(self) -> KeyTable:
+        """What is searched."""
+        return KeyTable(self.key_NQ, self.entry_N, self.document_N)
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -123,7 +128,7 @@ class HeldKnowledge:
 
     def search(self, query_BQ: Tensor, k: int, own_B: Tensor | None = None, cosine: bool = False) -> Found:
         require_entries(self.name, len(self), k)
-        found = self._table.top(query_BQ, k, own_B, cosine)  # pyright: ignore[reportAttributeAccessIssue]
+        found = self.table.top(query_BQ, k, own_B, cosine)
         require_found(self.name, found)
         return found
 

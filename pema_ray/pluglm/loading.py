@@ -60,6 +60,17 @@ def load_pluglm(folder: str | Path, kind: Any = None) -> tuple[Any, Any]:
         raise UserError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
+def load_tokenizer(name: str | Path) -> Any:
+    """A tokenizer by hub name or folder. Raises `UserError` if it cannot be read, or has no mask token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: no tokenizer that transformers can read: {str(error).splitlines()[0]}") from None
+    if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None or not tokenizer.is_fast:
+        raise UserError(f"{name}: PlugLM needs a fast tokenizer with a mask token and a padding token.")
+    return tokenizer
+
+
 def load_backbone(kind: type[Model], name: str, seed: int, settings: Mapping[str, Any]) -> Model:
     """A model of `kind` (`PlugLMForMaskedLM`) around the checkpoint `name`.
 

@@ -1,0 +1,157 @@
+"""Settings of PlugLM's jobs, typed: YAML in, frozen sections out (`pema_ray.config.read_config`). Knows pydantic."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pema_ray.config import RayConfig, Section, TrainingConfig
+
+
+class TextConfig(Section):
+    """Texts in Parquet or JSON Lines, read by Ray Data."""
+
+    files: tuple[str, ...] = ()
+    """Files, folders or patterns (`corpus/*.parquet`), read in this order."""
+    text_column: str = "text"
+    document_column: str | None = None
+    """Which document a text is of; none: texts are told apart by what they say."""
+    source_column: str | None = None
+    """Where a text comes from, for reports; none: the name below."""
+    source: str = ""
+    """The name of all texts' source, where no column has it."""
+
+    @field_validator("files", mode="before")
+    @classmethod
+    def _is_a_list(cls, files: Any) -> Any:
+        return (files,) if isinstance(files, str) else files
+
+
+class ModelSettings(Section):
+    """The encoder and its memory layers (`model_config.PlugLMConfig`)."""
+
+    backbone: str | None = None
+    """A BERT-family checkpoint to begin with, by hub name or folder; a PlugLM folder goes on training that model."""
+    sizes: dict[str, Any] = {}
+    """Of a backbone with random weights instead: `model_type`, `hidden_size`, `num_hidden_layers`, …"""
+    tokenizer: str | None = None
+    """By hub name or folder; none: the backbone's."""
+    memory_layers: int = Field(default=1, ge=1)
+    """M."""
+    memory_feed_forward: int = Field(default=768, ge=0)
+    """Width of the feed-forward network beside knowledge attention; 0: replaced by it."""
+    knowledge_attention: Literal["multi_head", "sentence_level"] = "multi_head"
+    """Token by token, or one mixture of values for all tokens."""
+    query_size: int = Field(default=128, ge=1)
+    """d_q."""
+    query_norm: bool = True
+    """BatchNorm on queries."""
+    top_k: int = Field(default=5, ge=1)
+    """k."""
+    max_document_tokens: int = Field(default=288, ge=3)
+    """Longer documents become several entries."""
+    retrieval: Literal["inner_product", "cosine"] = "inner_product"
+    """`inner_product` as published; `cosine` (a departure) ranks by what the attention's bias measures."""
+    value_pooler: bool = False
+    """A pooler of its own for values (a departure)."""
+    exclude_own: bool = True
+    """A text does not retrieve the document it was cut from (a departure: the published code lets it)."""
+
+    @model_validator(mode="after")
+    def _has_one_beginning(self) -> ModelSettings:
+        if bool(self.backbone) == bool(self.sizes):
+            raise ValueError("give either 'backbone' (a checkpoint) or 'sizes' (random weights)")
+        if self.sizes and not self.tokenizer:
+            raise ValueError("'sizes' needs a 'tokenizer'")
+        return self
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """The fields that `PlugLMConfig` has too."""
+        return self.model_dump(exclude={"backbone", "sizes", "tokenizer"})
+
+
+class MemorySettings(Section):
+    """The knowledge memory of a training: how it is kept and searched."""
+
+    dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    """Number format of keys and values."""
+    entries_per_segment: int = Field(default=4096, ge=1)
+    """Entries in a file: the unit of encoding anew."""
+    shards: int = Field(default=1, ge=1)
+    """Actors that hold and search it; never changes a result."""
+    cpus_per_shard: float = Field(default=1, ge=0)
+    """CPUs that each asks of Ray."""
+    refresh_workers: int = Field(default=1, ge=0)
+    """Actors that encode it anew, by Ray Data; 0: the leading training process does it."""
+    cpus_per_refresh_worker: float = Field(default=1, gt=0)
+    """CPUs that each asks of Ray."""
+
+
+class PretrainSettings(TrainingConfig):
+    """Masked language modelling with a memory (published settings: configs/pluglm/published.yaml)."""
+
+    steps: int = Field(default=8000, ge=1)
+    """Optimisation steps."""
+    batch_size: int = Field(default=256, ge=1)
+    """Sequences per step, over all workers."""
+    max_tokens: int = Field(default=128, ge=3)
+    """Longest sequence; longer texts are cut into several."""
+    optimizer: Literal["lamb", "adamw"] = "adamw"
+    """`lamb` for very large batches, as published; it does not go with deepspeed, which cuts tensors up."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """At the end of the warm-up (`warm_up_steps`)."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Of matrices; biases and norms have none."""
+    schedule: Literal["polynomial", "cosine", "inverse_sqrt", "constant"] = "polynomial"
+    """How the learning rate falls after the warm-up."""
+    power: float = Field(default=0.5, gt=0)
+    """Of the polynomial; published .5."""
+    masking: Literal["static", "dynamic"] = "dynamic"
+    """`static`: the same tokens of a sequence are masked in every epoch."""
+    mask_share: float = Field(default=0.15, gt=0, lt=1)
+    """Tokens of a sequence to be predicted."""
+    refresh_every: int = Field(default=200, ge=1)
+    """Steps between two encodings of the whole memory."""
+    contrastive_steps: int = Field(default=0, ge=0)
+    """Steps at the beginning in which queries are taught to find their own document's key (a departure)."""
+    contrastive_weight: float = Field(default=1.0, gt=0)
+    """Of that loss."""
+    contrastive_temperature: float = Field(default=1.0, gt=0)
+    """Scores are q · key / (temperature · √d_q), or cos / temperature."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What forward passes compute in; weights stay float32."""
+    checkpoint_every: int = Field(default=200, ge=1)
+    """Steps between two checkpoints."""
+    validate_every: int = Field(default=200, ge=1)
+    """Steps between two validations, if there is a text to validate on."""
+    validation_sequences: int = Field(default=1024, ge=1)
+    """The first so many of it."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> PretrainSettings:
+        if self.optimizer == "lamb" and self.strategy == "deepspeed":
+            raise ValueError("lamb needs whole tensors, deepspeed cuts them up: use ddp or accelerate, or adamw")
+        if self.batch_size % (self.workers * self.accumulate):
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be shared by {self.workers} workers in {self.accumulate} parts"
+            )
+        return self
+
+
+class PretrainConfig(Section):
+    """One pre-training run."""
+
+    run_dir: str = "runs/pluglm"
+    seed: int = Field(default=0, ge=0)
+    ray: RayConfig = RayConfig()
+    model: ModelSettings
+    documents: TextConfig
+    """What the memory is built from."""
+    text: TextConfig
+    """What is learned from."""
+    validation: TextConfig | None = None
+    """What is validated on."""
+    memory: MemorySettings = MemorySettings()
+    train: PretrainSettings = PretrainSettings()
