@@ -23,7 +23,8 @@ from build_memory import CONFIG, PACKAGED, packaged_examples, tiny_model
 
 from pema_ray.config import PLMConfig, load_config
 from pema_ray.data_owner.adapter import AdapterConfig, PemaAdapter
-from pema_ray.data_owner.serving.unroller import Order, Token, Unroller
+from pema_ray.data_owner.serving.orders import Order, Token
+from pema_ray.data_owner.serving.unroller import Unroller
 from pema_ray.data_owner.unrolling import UnrollingSchedule
 from pema_ray.errors import UserError
 from pema_ray.line import LMHeadBundle, ModelCard, codec

@@ -49,7 +49,11 @@ def application(ray_cluster, tiny_plm_folder, adapter):
     args = {
         "plm": plm,
         "engine": {"slots": 8, "max_tokens": 90},
-        "unroller": {"lambda_max": 0.7, "timeout_seconds": 60},
+        "unroller": {
+            "lambda_max": 0.7,
+            "timeout_seconds": 60,
+            "dtype": "float32",
+        },  # as exact as what it is compared with
         "live": {"adapters": {"mine": str(adapter)}},
         "plm_owner": {"replicas": 2, "cpus": 0.1},
         "data_owner": {"cpus": 0.1},

@@ -171,7 +171,8 @@ def test_each_organisation_keeps_its_own(namespaces, tiny_plm_folder, tiny_sourc
                 "args": {
                     "line": {"url": url, "key_file": str(folders["data"] / "key"), "fingerprint": card.fingerprint,
                              "ca_file": str(folders["data"] / "ca.crt"), "timeout_seconds": 10},
-                    "unroller": {"lambda_max": 0.7, "timeout_seconds": 8}, "data_owner": {"cpus": 0.1},
+                    "unroller": {"lambda_max": 0.7, "timeout_seconds": 8, "dtype": "float32"},
+                    "data_owner": {"cpus": 0.1},
                     "live": {"adapters": {"mine": str(folders["data"] / "adapter")}},
                 },
             },

@@ -20,9 +20,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from pema_ray.data_owner.serving.orders import Explained, GivenUp, Order, Token
 from pema_ray.data_owner.serving.protocol import ChatRequest, CompletionRequest, error_body
 from pema_ray.data_owner.serving.service import PromptTemplate
-from pema_ray.data_owner.serving.unroller import Explained, GivenUp, Order, Token, Unroller
+from pema_ray.data_owner.serving.unroller import Unroller
 from pema_ray.data_owner.unrolling import UnrollingSchedule
 from pema_ray.errors import UserError, nearest
 from pema_ray.line import ModelCard

@@ -12,11 +12,13 @@ from pydantic import Field
 
 from pema_ray.config import Section, validate
 from pema_ray.data_owner.adapter import PemaAdapter
+from pema_ray.data_owner.serving.drafts import MemoryLookup
 from pema_ray.data_owner.serving.unroller import Unroller
 from pema_ray.data_owner.unrolling import UnrollingSchedule
-from pema_ray.errors import UserError
+from pema_ray.errors import UserError, nearest
 from pema_ray.hardware import pick_device, pick_dtype, set_threads
 from pema_ray.line import LMHeadBundle, ModelCard
+from pema_ray.memory import ExternalMemory
 from pema_ray.metrics import RayMetrics
 
 
@@ -28,8 +30,10 @@ class UnrollerConfig(Section):
     floor: float = Field(default=0.0, ge=0, le=1)
     timeout_seconds: float = Field(default=300.0, gt=0)
     """For a whole answer."""
-    draft: int = Field(default=4, ge=0, le=16)
-    """Most tokens guessed ahead from the text itself."""
+    draft: int = Field(default=8, ge=0, le=16)
+    """Most tokens guessed ahead; how many it really is follows from what guesses cost and how often they come true."""
+    draft_by_plm: bool = True
+    """Let the PLM owner guess as well, where round trips are long."""
     max_live: int = Field(default=256, ge=1)
     """Answers at a time; who comes then is told to come again."""
     device: str = "auto"
@@ -58,6 +62,8 @@ class Live(Section):
     """Name -> folder of an adapter."""
     prompts: dict[str, PromptTemplate] = {}
     """Name of an adapter -> how it is asked."""
+    memories: dict[str, str] = {}
+    """Name of an adapter -> folder of a memory that its answers are guessed from. Guesses go to the PLM owner."""
 
 
 class DataOwner:
@@ -100,9 +106,12 @@ class DataOwner:
         device = pick_device(self.config.device)
         head = bundle.head.to(device, pick_dtype(self.config.dtype, device))
         self.card, self.tokenizer = bundle.card, bundle.tokenizer()
-        self.max_tokens = int((await line.limits())["max_session_tokens"])
+        limits = await line.limits()
+        self.max_tokens = int(limits["max_session_tokens"])
         self.unroller = Unroller(line, head, self._text, self.card.eos_token_ids, self.config.max_live)
-        self.unroller.adapters = self._loaded(self._live.adapters)
+        if self.config.draft_by_plm:
+            self.unroller.most_drafted = min(self.config.draft, limits.get("limits", {}).get("max_draft", self.draft))
+        self.unroller.adapters, self.unroller.memories = await asyncio.to_thread(self._loaded, self._live)
 
     @property
     def prompts(self) -> Mapping[str, PromptTemplate]:
@@ -127,17 +136,19 @@ class DataOwner:
         wanted = validate(Live, dict(live), "user_config")
         async with self._loading:
             if self.ready:
-                adapters = await asyncio.get_running_loop().run_in_executor(None, self._loaded, wanted.adapters)
-                self.unroller.adapters = adapters
+                loaded = await asyncio.to_thread(self._loaded, wanted)
+                self.unroller.adapters, self.unroller.memories = loaded
             self._live = wanted
 
-    def _loaded(self, folders: Mapping[str, str]) -> dict[str, PemaAdapter]:
-        found = {}
-        for name, folder in folders.items():
+    def _loaded(self, live: Live) -> tuple[dict[str, PemaAdapter], dict[str, MemoryLookup]]:
+        adapters, memories = {}, {}
+        for name, folder in live.adapters.items():
             if name == self.card.name:
                 raise UserError(f"adapters.{name}: this is the PLM's own name; choose another.")
             adapter = PemaAdapter.from_pretrained(Path(folder), self.card)
-            if adapter.config.looks_back:
-                raise UserError(f"adapters.{name}: {folder} looks back over the sequence, which is not served yet.")
-            found[name] = adapter.to(self.unroller.head.weight.device).eval()
-        return found
+            adapters[name] = adapter.to(self.unroller.head.weight.device).eval()
+        for name, folder in live.memories.items():
+            if name not in adapters:
+                raise UserError(f"memories.{name}: there is no adapter of this name.{nearest(name, list(adapters))}")
+            memories[name] = MemoryLookup.of(ExternalMemory.open(folder, self.card))
+        return adapters, memories

@@ -15,16 +15,20 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
 
 from pema_ray.data_owner.adapter import PemaAdapter
-from pema_ray.data_owner.generation import Decoding, choose, random_stream
-from pema_ray.data_owner.serving.drafts import PromptLookup
+from pema_ray.data_owner.generation import choose, random_stream
+from pema_ray.data_owner.reading import Reading
+from pema_ray.data_owner.serving.drafts import LONGEST_MATCH, MemoryLookup, PromptLookup
+from pema_ray.data_owner.serving.orders import Explained, GivenUp, Order, Token
+from pema_ray.data_owner.serving.pace import Bet, Pace
 from pema_ray.data_owner.serving.text import TextStream
-from pema_ray.data_owner.unrolling import UnrollingSchedule, mix
+from pema_ray.data_owner.unrolling import mix
 from pema_ray.errors import UserError
 from pema_ray.line import LMHead, SessionLost
 from pema_ray.line.stepping import Busy, Step, Stepped, Stepper
@@ -38,78 +42,13 @@ _PATIENCE = 1.5  # round trips, as long as they were lately
 _MOST_ROWS = 128  # of one product with the LM head
 
 
-class GivenUp(Exception):
-    """An answer that could not be finished in time: the PLM owner is busy or gone."""
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """One answer that is wanted.
-
-    Attributes:
-        adapter: its name; none answers with the PLM alone.
-        length: steps that a falling λ is stretched over.
-        top: so many most probable tokens are told with every token.
-        explain: tell λ, both distributions' probabilities and their most probable tokens.
-        draft: most tokens guessed ahead; 0 guesses none.
-    """
-
-    prompt: Sequence[int]
-    max_new_tokens: int
-    schedule: UnrollingSchedule
-    adapter: str | None = None
-    length: int = 1
-    decoding: Decoding = field(default_factory=Decoding)
-    stop: tuple[str, ...] = ()
-    top: int = 0
-    explain: bool = False
-    draft: int = 4
-    seed_stream: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Explained:
-    """Who decided a token: λ_t, the log-probability that each gave it, and what each would have said."""
-
-    lam: float
-    log_pema: float
-    log_plm: float
-    top_pema: list[tuple[int, float]]
-    top_plm: list[tuple[int, float]]
-
-    @property
-    def decided_by(self) -> Literal["pema", "plm"]:
-        """Whose share of the mixture is the greater."""
-        import math
-
-        pema = self.lam * math.exp(self.log_pema)
-        return "pema" if pema >= (1 - self.lam) * math.exp(self.log_plm) else "plm"
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """One token of an answer.
-
-    Attributes:
-        text: what may be shown now, which is not always this token's own text.
-        finish: why the answer ends here, on its last token alone.
-        top: most probable tokens and their log-probabilities.
-    """
-
-    id: int
-    text: str
-    log_prob: float
-    finish: Literal["eos", "stop", "length"] | None = None
-    top: list[tuple[int, float]] = field(default_factory=list)
-    explained: Explained | None = None
-
-
 @dataclass(eq=False)
 class _Sequence:
     order: Order
     adapter: PemaAdapter | None
     text: TextStream
     drafts: PromptLookup | None
+    memory: MemoryLookup | None
     draw: torch.Generator
     deadline: float
     out: asyncio.Queue[Token | Exception] = field(default_factory=asyncio.Queue)
@@ -118,12 +57,20 @@ class _Sequence:
     """Prompt and answer so far."""
     told: int = 0
     """Tokens that the PLM owner has heard and that stand."""
+    bet: Bet = field(default_factory=Bet)
     guessed: list[int] = field(default_factory=list)
+    """Tokens sent along, or what the PLM has guessed."""
+    reading: Reading | None = None
+    """Of an adapter that looks back, once the prompt's representations have come."""
     state_NH: torch.Tensor | None = None
     replays: int = 0
     trip: asyncio.Task[None] | None = None
     """The round trip of an opening, which is its own."""
     gone: bool = False
+
+    @property
+    def looks_back(self) -> bool:
+        return self.adapter is not None and self.adapter.config.looks_back
 
     @property
     def step(self) -> int:
@@ -139,6 +86,12 @@ class Unroller:
         detokenize: token ids → text.
         eos: tokens that end an answer.
         most_live: answers at a time.
+
+    Attributes:
+        adapters, memories: by name; the memory of an adapter's name is what its answers are guessed from. May be
+            replaced at any time: answers that have begun keep theirs.
+        most_drafted: tokens that the PLM owner may be asked to guess at a time.
+        pace: decides how far to guess.
     """
 
     def __init__(
@@ -152,6 +105,9 @@ class Unroller:
         self._most_live, self._openings = most_live, asyncio.Semaphore(_OPENINGS)
         self.head, self._stepper, self._detokenize, self._eos = head, stepper, detokenize, frozenset(eos)
         self.adapters: Mapping[str, PemaAdapter] = {}
+        self.memories: Mapping[str, MemoryLookup] = {}
+        self.most_drafted = 0
+        self.pace = Pace()
         self.metrics: Metrics = NoMetrics()
         self.counts: Counter[str] = Counter()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="unroller")
@@ -220,10 +176,12 @@ class Unroller:
         if order.adapter is not None and order.adapter not in self.adapters:
             raise UserError(f"There is no adapter '{order.adapter}'; there are {', '.join(self.adapters) or 'none'}.")
         adapter = None if order.adapter is None else self.adapters[order.adapter]  # held until the answer is finished
-        guesses = PromptLookup(order.prompt, order.draft) if order.draft else None
+        guesses = memory = None
+        if order.draft and not (adapter is not None and adapter.config.looks_back):  # it reads one token after another
+            guesses, memory = PromptLookup(order.prompt), self.memories.get(order.adapter or "")
         draw = random_stream(order.decoding.seed, order.seed_stream)
         text = TextStream(self._detokenize, order.stop)
-        return _Sequence(order, adapter, text, guesses, draw, deadline, ids=list(order.prompt))
+        return _Sequence(order, adapter, text, guesses, memory, draw, deadline, ids=list(order.prompt))
 
     # ── round trips ─────────────────────────────────────────────────────────
 
@@ -241,13 +199,17 @@ class Unroller:
             async with self._openings:
                 outcomes = await self._step(sequences)
         else:
+            tokens, drafted = sum(1 + len(s.guessed) for s in sequences), max(s.bet.draft for s in sequences)
             started = time.perf_counter()
             self._flying += 1
             try:
                 outcomes = await self._step(sequences)
             finally:
                 self._flying -= 1
-                self._trip = 0.8 * self._trip + 0.2 * (time.perf_counter() - started)
+                took = time.perf_counter() - started
+                self._trip = 0.8 * self._trip + 0.2 * took
+            if all(isinstance(outcome, Stepped) for outcome in outcomes):
+                self.pace.took(took, tokens, drafted)
         self.counts["round_trips"] += 1
         for sequence, outcome in zip(sequences, outcomes, strict=True):
             if sequence.gone:
@@ -256,6 +218,7 @@ class Unroller:
                 sequence.told = len(sequence.ids)
                 if outcome.drafted:
                     sequence.guessed = list(outcome.drafted)
+                sequence.bet = replace(sequence.bet, draft=0)
                 sequence.state_NH, sequence.replays = outcome.state_NH, 0
                 self._arrived.append(sequence)
             elif isinstance(outcome, SessionLost):
@@ -279,7 +242,7 @@ class Unroller:
     def _replay(self, sequence: _Sequence) -> None:
         """Say a lost session again, whole and under another name."""
         self._spawn(self._forget(sequence.session))
-        sequence.told, sequence.guessed = 0, []
+        sequence.told, sequence.guessed, sequence.bet = 0, [], Bet()
         sequence.session = uuid.uuid4().hex
         sequence.replays += 1
         self.counts["replays"] += 1
@@ -297,9 +260,12 @@ class Unroller:
         sequence.trip = self._spawn(later())
 
     def _next_step(self, sequence: _Sequence) -> Step:
-        fresh = sequence.ids[sequence.told :]
-        tokens = [*fresh, *sequence.guessed]
-        return Step(sequence.session, sequence.told, tokens, 1 + len(sequence.guessed))
+        tokens = [*sequence.ids[sequence.told :], *sequence.guessed]
+        states = 1 + len(sequence.guessed)
+        if sequence.looks_back and sequence.reading is None:
+            assert sequence.adapter is not None
+            states = len(tokens) - min(sequence.adapter.config.prompt_from, len(tokens) - 1)
+        return Step(sequence.session, sequence.told, tokens, states, sequence.bet.draft)
 
     async def _forget(self, session: str) -> None:
         with suppress(Exception):  # a PLM owner that is gone forgets by itself
@@ -349,7 +315,8 @@ class Unroller:
             self._wake.clear()
 
     def _choose(self, batch: Sequence[_Sequence]) -> list[list[Token] | Exception]:
-        """The next tokens of every sequence, `_MOST_ROWS` states at a time."""
+        """The next tokens of every sequence, `_MOST_ROWS` states at a time, and what each sends along with them."""
+        self._read_prompts(batch)
         found: list[list[Token] | Exception] = []
         part: list[_Sequence] = []
         rows = 0
@@ -360,7 +327,37 @@ class Unroller:
                 part, rows = [], 0
             part.append(sequence)
             rows += held
-        return found + self._choose_together(part)
+        found += self._choose_together(part)
+        self._bet([s for s, t in zip(batch, found, strict=True) if isinstance(t, list) and t[-1].finish is None])
+        return found
+
+    @torch.inference_mode()
+    def _read_prompts(self, batch: Sequence[_Sequence]) -> None:
+        """Let adapters that look back take in the prompts of sequences that begin."""
+        for sequence in batch:
+            if sequence.looks_back and sequence.reading is None and sequence.state_NH is not None:
+                assert sequence.adapter is not None
+                sent: Any = _Sent(sequence.state_NH)
+                sequence.reading = sequence.adapter.begin(sent, [sequence.ids], self.head)
+                sequence.state_NH = sequence.state_NH[-1:]
+
+    def _bet(self, going_on: Sequence[_Sequence]) -> None:
+        """Decide what every sequence guesses next."""
+        offers = []
+        for sequence in going_on:
+            sequence.bet, sequence.guessed = Bet(), []
+            order, guesses = sequence.order, []
+            most = min(order.draft, order.max_new_tokens - sequence.step - 1)
+            if sequence.drafts is None or most < 1:
+                offers.append(([], 0, 0))
+                continue
+            guesses = sequence.drafts.guesses(most)
+            if sequence.memory is not None:
+                guesses += sequence.memory.guesses(sequence.ids[len(order.prompt) :][-LONGEST_MATCH:], most)
+            offers.append((guesses, most, min(most, self.most_drafted)))
+        if any(most for _, most, _ in offers):
+            for sequence, bet in zip(going_on, self.pace.choose(offers), strict=True):
+                sequence.bet, sequence.guessed = bet, list(bet.tokens)
 
     @torch.inference_mode()
     def _choose_together(self, batch: Sequence[_Sequence]) -> list[list[Token] | Exception]:
@@ -402,11 +399,14 @@ class Unroller:
     ) -> torch.Tensor:
         """float32 log P_PEMA `[N, V]`, adapter by adapter; zeros where λ is 0 and nobody asks."""
         whose = [sequence.adapter for sequence, n in zip(batch, counts, strict=True) for _ in range(n)]
-        adapters = list(dict.fromkeys(a for a in whose if a is not None))
-        if len(adapters) == 1 and all(a is not None for a in whose):
-            return adapters[0].log_probs(state_NH, self.head)
+        alone = list(dict.fromkeys(a for a in whose if a is not None and not a.config.looks_back))
+        if len(alone) == 1 and all(a is alone[0] for a in whose):
+            return alone[0].log_probs(state_NH, self.head)
         found = torch.zeros(len(state_NH), self.head.vocab_size, device=state_NH.device)
-        for adapter in adapters:
+        for row, sequence in zip(accumulate(counts, initial=0), batch, strict=False):
+            if sequence.reading is not None and bool(wanted_N[row]):
+                found[row] = sequence.reading.log_probs(state_NH[row : row + 1])[0]
+        for adapter in alone:
             rows = torch.tensor([a is adapter for a in whose]) & wanted_N
             if bool(rows.any()):
                 found[rows] = adapter.log_probs(state_NH[rows], self.head)
@@ -445,18 +445,16 @@ class Unroller:
                 self.metrics.observe("lambda", lam_N[row])
             if sequence.drafts is not None:
                 sequence.drafts.follow(chosen)
+            if sequence.reading is not None:
+                sequence.reading.follow([0], [chosen])
             if finish is not None or row >= len(guessed) or guessed[row] != chosen:
                 break
         accepted = len(tokens) - 1
         self.counts["drafted"] += len(guessed)
         self.counts["accepted"] += accepted
         sequence.told += accepted
-        if sequence.drafts is not None:
-            sequence.drafts.learn(len(guessed), accepted)
-            room = order.max_new_tokens - sequence.step - 1
-            sequence.guessed = sequence.drafts.guess(room) if room > 0 else []
-        else:
-            sequence.guessed = []
+        if tokens[-1].finish is None or accepted == len(guessed):  # else nobody knows how far it was right
+            self.pace.came_true(sequence.bet.kind, len(guessed), accepted)
         return tokens
 
     def _finished(self, sequence: _Sequence, token: int) -> Literal["eos", "stop", "length"] | None:
@@ -465,6 +463,16 @@ class Unroller:
         if sequence.text.stopped:
             return "stop"
         return "length" if sequence.step + 1 >= sequence.order.max_new_tokens else None
+
+
+class _Sent:
+    """Representations of a prompt that have come, where an adapter would ask a PLM owner for them."""
+
+    def __init__(self, state_NH: torch.Tensor) -> None:
+        self._state_NH = state_NH
+
+    def extract(self, _: Any) -> torch.Tensor:
+        return self._state_NH
 
 
 def _top(log_p_V: torch.Tensor, count: int) -> list[tuple[int, float]]:

@@ -11,7 +11,8 @@ from serving_kit import DirectHandle
 
 from pema_ray.data_owner.adapter import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.generation import Decoding, Generator, Request
-from pema_ray.data_owner.serving.unroller import GivenUp, Order, Token, Unroller
+from pema_ray.data_owner.serving.orders import GivenUp, Order, Token
+from pema_ray.data_owner.serving.unroller import Unroller
 from pema_ray.data_owner.unrolling import UnrollingSchedule
 from pema_ray.errors import UserError
 from pema_ray.line.stepping import Busy

@@ -1,0 +1,184 @@
+"""Whatever is guessed, by whom and how far, answers stay what they are: greedy ones token for token, others in law."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from test_unroller import PROMPTS, SCHEDULES, World, offline, orders
+
+from pema_ray.data_owner.adapter import AdapterConfig, PemaAdapter
+from pema_ray.data_owner.generation import Decoding
+from pema_ray.data_owner.serving.drafts import Guess, MemoryLookup
+from pema_ray.data_owner.serving.orders import Order
+from pema_ray.data_owner.serving.pace import BY_PLM, Bet, Pace
+from pema_ray.data_owner.unrolling import UnrollingSchedule, mix
+from pema_ray.line import ExtractBatch
+
+
+class Whim(Pace):
+    """Bets at random: what was guessed, the PLM's guesses, nothing, or nonsense."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._draw = random.Random(seed)
+        self.bets: Counter[str] = Counter()
+
+    def choose(self, offers: Sequence[tuple[Sequence[Guess], int, int]]) -> list[Bet]:
+        return [self._one(*offer) for offer in offers]
+
+    def _one(self, guesses: Sequence[Guess], most: int, by_plm: int) -> Bet:
+        what = self._draw.choice(["text", "plm", "nothing", "nonsense"])
+        if what == "text" and guesses:
+            guess = self._draw.choice(guesses)
+            bet = Bet(guess.kind, tuple(guess.tokens[: self._draw.randrange(1, most + 1)]))
+        elif what == "plm" and by_plm:
+            bet = Bet(BY_PLM, (), self._draw.randrange(1, by_plm + 1))
+        elif what == "nonsense" and most:
+            bet = Bet("nonsense", tuple(self._draw.randrange(3, 300) for _ in range(self._draw.randrange(1, most + 1))))
+        else:
+            return Bet()
+        self.bets[bet.kind.split()[0]] += 1
+        return bet
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_source) -> PemaAdapter:
+    return make_adapter(tiny_source)
+
+
+def make_adapter(tiny_source, **more) -> PemaAdapter:
+    card = tiny_source("llama").describe()
+    torch.manual_seed(3)
+    adapter = PemaAdapter(AdapterConfig(card.hidden_size, 8, card.name, card.fingerprint, residual=True, **more))
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return adapter.eval()
+
+
+def memory_of(answers: list[list[int]]) -> MemoryLookup:
+    token = np.array([token for answer in answers for token in answer])
+    return MemoryLookup(token, np.array([i == 0 for answer in answers for i in range(len(answer))]))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("decoding", [Decoding(), Decoding("sample", 0.8, 0.9, seed=5)], ids=["greedy", "sampled"])
+async def test_any_guesses_change_no_answer_even_when_replicas_die(
+    tiny_plm_folder, tiny_source, adapter, decoding, seed
+):
+    wanted = orders(6, decoding)
+    expected = offline(tiny_source, adapter, wanted)
+    draw = random.Random(seed)
+    async with World(tiny_plm_folder("llama"), adapter, replicas=2) as world:
+
+        def before(method: str) -> None:
+            if method == "step" and seed and draw.random() < 0.05:
+                world.handle.kill(draw.choice(sorted(world.handle.replicas)))
+                world.handle.add()
+
+        world.handle.before = before
+        world.unroller.pace = whim = Whim(seed)
+        world.unroller.most_drafted, world.unroller.memories = 6, {"mine": memory_of(expected)}
+        assert await world.all(wanted) == expected
+        assert whim.bets["plm"] and whim.bets["nonsense"] and whim.bets["memory"] + whim.bets["text"]
+        assert world.unroller.counts["accepted"] > 0
+        assert await world.live_sessions() == 0
+
+
+async def test_a_memory_of_the_right_answers_spares_most_round_trips(tiny_plm_folder, tiny_source, adapter):
+    wanted = [order for order in orders(8) if order.adapter]
+    expected = offline(tiny_source, adapter, wanted)
+    trips = []
+    for memories in ({}, {"mine": memory_of(expected)}):
+        async with World(tiny_plm_folder("llama"), adapter) as world:
+            world.unroller.memories = memories
+            assert [(await world.all([order]))[0] for order in wanted] == expected
+            trips.append(world.unroller.counts["round_trips"])
+    assert trips[1] < 0.6 * trips[0]
+
+
+async def test_where_round_trips_are_long_the_plm_owner_guesses_too(tiny_plm_folder, tiny_source, adapter):
+    wanted = Order(PROMPTS[0], 40, SCHEDULES[3], "mine", 40, draft=8)  # λ = 0: the PLM's guesses are always right
+    (expected,) = offline(tiny_source, adapter, [wanted])
+    async with World(tiny_plm_folder("llama"), adapter) as world:
+        world.unroller.most_drafted = 8
+        step = world.line.step
+
+        async def far_away(steps):
+            await asyncio.sleep(0.05)
+            return await step(steps)
+
+        world.line.step = far_away
+        assert await world.all([wanted]) == [expected]
+        assert world.unroller.counts["round_trips"] < 0.5 * len(expected)
+
+
+async def test_an_adapter_that_looks_back_is_served_as_it_generates(tiny_plm_folder, tiny_source, adapter):
+    looking = make_adapter(tiny_source, look_back_layers=2, look_back_width=16, prompt_from=2)
+    wanted = orders(4)
+    expected = offline(tiny_source, looking, wanted)
+    assert expected != offline(tiny_source, make_adapter(tiny_source), wanted)
+    draw = random.Random(1)
+    async with World(tiny_plm_folder("llama"), looking, replicas=2) as world:
+
+        def before(method: str) -> None:
+            if method == "step" and draw.random() < 0.05:
+                world.handle.kill(draw.choice(sorted(world.handle.replicas)))
+                world.handle.add()
+
+        world.handle.before = before
+        world.unroller.adapters = {"mine": looking, "other": adapter}
+        mixed = [*wanted, Order(PROMPTS[0], 10, SCHEDULES[0], "other", 10)]
+        got = await world.all(mixed)
+        assert got[:-1] == expected
+        assert got[-1] == offline(tiny_source, adapter, mixed[-1:])[0]
+        assert await world.live_sessions() == 0
+
+
+@pytest.mark.parametrize("by", ["the PLM", "whim"])
+async def test_drafted_samples_have_the_distribution_of_the_mixture(tiny_plm_folder, tiny_source, adapter, by):
+    """χ² of the second and third tokens, each after the commonest beginning, against the exact mixture."""
+    prompt, lam, count = PROMPTS[0], 0.6, 1500
+    decoding = [Decoding("sample", 0.7, 0.8, seed=seed) for seed in range(count)]
+    wanted = [Order(prompt, 3, UnrollingSchedule(lam), "mine", 3, decoding=d, draft=2) for d in decoding]
+    async with World(tiny_plm_folder("llama"), adapter, slots=64) as world:
+        world.unroller.most_drafted = 2
+        world.unroller.pace = _Always() if by == "the PLM" else Whim(0)
+        answers = [a for begin in range(0, count, 250) for a in await world.all(wanted[begin : begin + 250])]
+        assert world.unroller.counts["accepted"] > 20
+    source = tiny_source("llama")
+    head = source.lm_head().head
+    for place in (1, 2):
+        (begin, seen), *_ = Counter(tuple(answer[:place]) for answer in answers if len(answer) > place).most_common(1)
+        found = Counter(answer[place] for answer in answers if len(answer) > place and tuple(answer[:place]) == begin)
+        state = source.extract(ExtractBatch([[*prompt, *begin]], [len(prompt) + place - 1]))
+        with torch.inference_mode():
+            log_p = mix(adapter.log_probs(state, head), head.log_probs(head.norm(state)), torch.tensor([lam]))[0]
+        scaled = (log_p / 0.7).softmax(-1)
+        ordered, where = scaled.sort(descending=True)
+        nucleus = where[ordered.cumsum(0) - ordered < 0.8]
+        share = scaled[nucleus] / scaled[nucleus].sum()
+        assert set(found) <= set(nucleus.tolist())
+        common = share * seen >= 5  # rarer ones are taken together
+        expected = torch.cat([share[common], share[~common].sum()[None]]).double() * seen
+        observed = [found[int(token)] for token in nucleus[common]]
+        observed = torch.tensor([*observed, seen - sum(observed)]).double()
+        if expected[-1] < 5:
+            expected, observed = expected[:-1], observed[:-1]
+        chi = float(((observed - expected) ** 2 / expected).sum())
+        freedom = max(1, len(expected) - 1)
+        assert seen > 40
+        assert chi < freedom + 4 * (2 * freedom) ** 0.5, (place, chi, freedom)  # four standard deviations
+
+
+class _Always(Pace):
+    """Lets the PLM guess every time."""
+
+    def choose(self, offers: Sequence[tuple[Sequence[Guess], int, int]]) -> list[Bet]:
+        return [Bet(BY_PLM, (), most) if most else Bet() for _, _, most in offers]
