@@ -1,0 +1,223 @@
+"""Training: no position learns from what it must not see, workers are interchangeable, a stopped run goes on exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from kit import VOCABULARY, tiny_model
+
+from pema_ray.training.checkpoint import load_checkpoint
+from pema_ray.training.strategies import Place
+from pema_ray.trime.config import TrimeConfig
+from pema_ray.trime.memories import PADDING
+from pema_ray.trime.objective import TrimeObjective, Ways
+from pema_ray.trime.segments import Segments, TokenStream
+from pema_ray.trime.training import History, Schedule, Trainer
+
+LENGTH = 8
+
+
+def corpus(tokens: int, seed: int = 0) -> Segments:
+    """Random tokens in documents of 20; the last segment is shorter than the others."""
+    draw = np.random.default_rng(seed)
+    token_T = draw.integers(0, VOCABULARY, tokens).astype(np.int32)
+    return Segments(TokenStream(token_T, np.arange(0, tokens, 20), eos_id=0), LENGTH)
+
+
+def configured(memory: str = "local", group: int = 5, dropout: float = 0.0, batches: dict | None = None, **train):
+    order = "keep" if memory == "long" else "random"
+    settings = {"updates": 6, "validate_every": 3, "learning_rate": 0.01, "warm_up_steps": 2, "clip": 1.0, **train}
+    return TrimeConfig.model_validate(
+        {
+            "model": {"shape": {"hidden_size": 16, "dropout": dropout}},
+            "batches": {"segment": LENGTH, "group": group, "order": order, **(batches or {})},
+            "train": {"memory": memory, **settings},
+        }
+    )
+
+
+def train(config: TrimeConfig, folder: Path, place: Place | None = None, walk_S: np.ndarray | None = None):
+    """Train the tiny model on 83 tokens: 11 segments, so that groups of 5 leave one of a single, short segment."""
+    model = tiny_model(adaptive=True)
+    model.shape = model.shape.model_copy(update={"dropout": config.model.shape.dropout})
+    trainer = Trainer(config, model, corpus(83), corpus(50, seed=1), folder, place or Place(), walk_S=walk_S)
+    return trainer.run(), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+# ── who sees whom ───────────────────────────────────────────────────────────
+
+
+def losses(ways: Ways, segments: Segments, numbers: list[int]) -> torch.Tensor:
+    """-log P of every position, one by one, `[B, L]`."""
+    model = tiny_model(adaptive=True)
+    objective = TrimeObjective(model)
+    batch = segments.batch(numbers)
+    told = [torch.from_numpy(array) for array in batch]
+    found = torch.zeros(batch.label_BL.shape)
+    state, key = model.represent(told[0])
+    score = model.score(state.flatten(0, 1), told[1].clamp(min=0).flatten())
+    from pema_ray.trime.loss import joint_log_prob
+    from pema_ray.trime.memories import Places
+
+    memory = objective._memory(key, told[1], Places(told[3], told[2]), ways)
+    counts = (batch.label_BL != PADDING).flatten()
+    kept = type(score)(*(t[counts] for t in score))
+    found.flatten()[torch.from_numpy(counts)] = -joint_log_prob(kept, memory).detach()
+    return found
+
+
+@pytest.mark.parametrize("memory", ["none", "local", "long"])
+def test_a_later_token_never_changes_an_earlier_probability(memory: str):
+    """Every later token: of the same segment, and of later segments in the batch."""
+    segments = corpus(4 * LENGTH)
+    ways = Ways(memory, across_documents=True)  # type: ignore[arg-type]
+    before_BL = losses(ways, segments, [0, 1, 2, 3])
+    for changed in (3, LENGTH, 2 * LENGTH + 5):
+        token_T = segments.stream.token_T.copy()
+        token_T[changed] = (token_T[changed] + 1) % VOCABULARY
+        other = Segments(TokenStream(token_T, segments.stream.start_D, 0), LENGTH)
+        after_BL = losses(ways, other, [0, 1, 2, 3])
+        torch.testing.assert_close(after_BL.flatten()[:changed], before_BL.flatten()[:changed], atol=0, rtol=0)
+        assert not torch.equal(after_BL.flatten()[changed:], before_BL.flatten()[changed:])
+
+
+def test_external_memory_sees_later_tokens_of_other_segments_alone():
+    segments = corpus(3 * LENGTH)
+    before_BL = losses(Ways("ext"), segments, [0, 1, 2])
+    token_T = segments.stream.token_T.copy()
+    token_T[-1] = (token_T[-1] + 1) % VOCABULARY
+    after_BL = losses(Ways("ext"), Segments(TokenStream(token_T, segments.stream.start_D, 0), LENGTH), [0, 1, 2])
+    torch.testing.assert_close(after_BL[2, :-1], before_BL[2, :-1], atol=0, rtol=0)
+    assert (after_BL[:2] != before_BL[:2]).any()
+
+
+def test_hidden_local_memory_leaves_a_lone_segment_its_vocabulary_only():
+    segments = corpus(LENGTH)
+    plain_BL = losses(Ways("none"), segments, [0])
+    torch.testing.assert_close(losses(Ways("ext", hide_local=True), segments, [0]), plain_BL)
+    assert not torch.allclose(losses(Ways("ext"), segments, [0]), plain_BL)
+    torch.testing.assert_close(losses(Ways("ext"), segments, [0]), losses(Ways("local"), segments, [0]))
+
+
+def test_a_memory_that_ends_with_its_document_is_smaller():
+    segments = corpus(6 * LENGTH)
+    across, within = (losses(Ways("long", across_documents=w), segments, [0, 1, 2, 3, 4, 5]) for w in (True, False))
+    torch.testing.assert_close(across.flatten()[:20], within.flatten()[:20])  # the first document
+    assert not torch.allclose(across.flatten()[20:], within.flatten()[20:])
+
+
+def test_padding_counts_nowhere():
+    """Three tokens of a last segment weigh as three, and what is after them changes nothing."""
+    objective = TrimeObjective(tiny_model())
+    batch = corpus(LENGTH + 3).batch([0, 1])
+    told = [torch.from_numpy(array) for array in batch]
+    for memory in ("none", "local", "long", "ext"):
+        loss, sums = objective(*told, Ways(memory), 1.0)
+        noisy = told[0].clone()
+        noisy[1, 3:] = 5
+        other, _ = objective(noisy, *told[1:], Ways(memory), 1.0)
+        torch.testing.assert_close(loss, other, atol=0, rtol=0)
+        assert float(sums[0]) == pytest.approx(float(loss.detach()), rel=1e-5)
+
+
+# ── updates ─────────────────────────────────────────────────────────────────
+
+
+def test_warm_up_by_cross_entropy_and_the_coin_are_the_same_for_all_and_follow_the_seed():
+    config = configured("ext", group=2, ce_epochs=0.5, hide_local=0.5)
+    schedule = Schedule(config, 11)
+    assert schedule.groups_per_epoch == 6
+    assert [schedule.ways(number, number).memory for number in range(5)] == ["none"] * 3 + ["ext"] * 2
+    coins = [schedule.ways(10, update).hide_local for update in range(200)]
+    assert coins == [Schedule(config, 11).ways(10, update).hide_local for update in range(200)]
+    assert 70 < sum(coins) < 130
+
+
+def test_an_update_may_reach_over_the_end_of_an_epoch():
+    schedule = Schedule(configured(group=4, batches={"groups_per_update": 2}), 11)
+    seen = [segment for update in range(3) for n in schedule.numbers(update) for segment in schedule.group(n)]
+    assert sorted(seen) == sorted([*range(11), *range(11)])
+
+
+@pytest.mark.parametrize("memory", ["local", "long", "ext"])
+@pytest.mark.parametrize("optimizer", ["adamw", "nag"])
+def test_a_run_that_stopped_goes_on_bit_by_bit(memory: str, optimizer: str, tmp_path: Path):
+    settings = {"optimizer": optimizer, "momentum": 0.9, "dropout": 0.2}
+    whole, model = train(configured(memory, **settings), tmp_path / "whole")
+    cut = Trainer.tokens_of
+
+    def dies(self: Trainer, update: int) -> int:
+        if update == 4:
+            raise KeyboardInterrupt
+        return cut(self, update)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "tokens_of", dies)
+        train(configured(memory, **settings), tmp_path / "stopped")
+    assert load_checkpoint(tmp_path / "stopped/checkpoint.safetensors")[1]["step"] == 3
+    resumed, again = train(configured(memory, **settings), tmp_path / "stopped")
+    assert losses_of(resumed) == losses_of(whole)
+    for name, tensor in model.items():
+        assert torch.equal(tensor, again[name]), name
+
+
+def losses_of(history: History) -> list[tuple[str, float]]:
+    kinds = {"train": history.train, "validation": history.validation}
+    return [(f"{kind} {point.step}", point.loss) for kind, points in kinds.items() for point in points]
+
+
+def test_training_learns_and_keeps_the_best(tmp_path: Path):
+    history, model = train(configured(updates=30, validate_every=5, validation_groups=1), tmp_path)
+    assert history.train[-1].loss < history.train[0].loss
+    assert history.best_loss == min(point.loss for point in history.validation)
+    best, _ = load_checkpoint(tmp_path / "best.safetensors")
+    assert all(torch.equal(best["model"][name], tensor) for name, tensor in model.items())
+
+
+# ── several processes ───────────────────────────────────────────────────────
+
+# Not Adam: of gradients that are nothing but rounding (a bias on attention's keys) it makes steps of full length.
+SGD = {"optimizer": "nag", "momentum": 0.9, "learning_rate": 0.3}
+SHARED = {
+    "local": configured("local", **SGD),
+    "long": configured("long", **SGD),
+    "ext": configured("ext", hide_local=0.5, **SGD),
+    "ext, a walk": configured("ext", batches={"order": "bm25"}, **SGD),
+    "two groups": configured("long", group=3, batches={"groups_per_update": 2}, **SGD),
+    "one device": configured("long", group=3, batches={"groups_per_update": 3, "across_workers": False}, **SGD),
+}
+WALK = np.random.default_rng(0).permutation(11)
+
+
+def _in_a_process(rank: int, world: int, meeting: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    try:
+        for name, config in SHARED.items():
+            train(config, Path(folder, name), Place(rank, world), WALK)
+            torch.distributed.barrier()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory) -> Path:
+    """Every kind of memory, trained by two processes whose shares of a group are uneven: 3 and 2 segments, 1 and none."""
+    folder = tmp_path_factory.mktemp("together")
+    torch.multiprocessing.spawn(_in_a_process, (2, str(folder / "meeting"), str(folder)), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_two_processes_train_the_model_of_one(name: str, together: Path, tmp_path: Path):
+    history, _ = train(SHARED[name], tmp_path, walk_S=WALK)
+    for kept in ("checkpoint.safetensors", "best.safetensors"):
+        (alone, _), (shared, _) = (load_checkpoint(folder / kept) for folder in (tmp_path, together / name))
+        for group, tensors in alone.items():
+            for key, tensor in tensors.items():
+                torch.testing.assert_close(shared[group][key], tensor, atol=2e-6, rtol=1e-4, msg=f"{group} {key}")
+    shared = load_checkpoint(together / name / "checkpoint.safetensors")[1]["history"]
+    assert dict(losses_of(History.from_dict(shared))) == pytest.approx(dict(losses_of(history)), rel=1e-5)
