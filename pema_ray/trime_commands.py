@@ -82,7 +82,7 @@ STAGES: dict[str, Stage] = {
     "table": Stage(
         "pema_ray.trime.table",
         ("table", "ray"),
-        "The demonstration: every objective with every seed, at equal steps and at equal time, from corpus to one table. "
+        "The demonstration: every objective with every seed, at equal steps and equal time, from corpus to one table. "
         "Resumes.",
     ),
 }

@@ -6,7 +6,7 @@ through the model together); an *update* is one step of the optimiser.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -16,6 +16,9 @@ from pema_ray.training.schedules import Schedule
 
 Split = Literal["train", "dev", "test"]
 MemoryKind = Literal["none", "local", "long", "ext"]
+SYSTEM_NAMES = (
+    "plain", "cache_local", "cache", "knn", "knn_cache", "local", "long", "ext", "local_knn", "long_knn", "ext_knn",
+)  # fmt: skip
 
 
 class PrepareConfig(Section):
@@ -56,6 +59,10 @@ class PrepareConfig(Section):
     """Largest vocabulary, `<eos>` and `<unk>` included; of `bpe` its size (8192 if none)."""
     max_unknown: float = Field(default=0.1, ge=0, le=1)
     """Share of a held-out split's tokens that may be missing from the vocabulary; more of them are refused."""
+    vocabulary_from: str | None = None
+    """Another run's folder whose vocabulary is taken, so that its model can read this text."""
+    seed: int | None = Field(default=None, ge=0)
+    """What `shares` are drawn with; none: the experiment's `seed`."""
     tokens_per_shard: int = Field(default=1 << 20, ge=1)
     """Roughly: the unit of work and of resuming."""
 
@@ -285,12 +292,23 @@ class EvaluateConfig(Section):
     """Ray actors that share the datastore's parts; 0: this process holds them all."""
     max_tokens: dict[Literal["dev", "test"], int] = {}
     """Only the first so many tokens of a split."""
+    systems: tuple[str, ...] = ()
+    """Which ways of evaluating, of `pema_ray.trime.systems`; none: those that go with `train.memory`."""
+    model: str | None = None
+    """A trained model's folder (`<run>/train/model`) instead of this run's own: another domain's, whose run this one's
+    `prepare.vocabulary_from` names."""
     datastores: dict[str, str] = {}
     """Name -> folder of further datastores of the same model (another domain's), evaluated beside the run's own."""
-    corpus: str | None = None
-    """Another run's folder, prepared with this run's vocabulary, whose dev and test text is evaluated instead."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:N`; `auto` takes a GPU where one is visible."""
+
+    @field_validator("systems")
+    @classmethod
+    def _are_systems(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in SYSTEM_NAMES:
+                raise ValueError(f"'{name}' is no system.{nearest(name, SYSTEM_NAMES)}")
+        return names
 
     @field_validator("taus", "cache_taus", "interp_temps")
     @classmethod
@@ -298,6 +316,19 @@ class EvaluateConfig(Section):
         if any(not value > 0 for value in values):
             raise ValueError("temperatures must be positive")
         return tuple(sorted(set(values)))
+
+
+class TableConfig(Section):
+    """The demonstration: every objective with every seed, at equal steps and at equal time, in one table."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of weights, batches and dropout; the split of the corpus is one for all (`prepare.seed`)."""
+    memories: tuple[MemoryKind, ...] = ("none", "local", "long", "ext")
+    """Objectives; `none` is what the others are measured against, and whose time they are given."""
+    equal_time: bool = True
+    """Train each TRIME model a second time, for as many updates as fit into the plain model's time."""
+    settings: dict[MemoryKind, dict[str, Any]] = {}
+    """Objective -> settings (`section.key`) of it alone."""
 
 
 class TrimeConfig(Section):
@@ -314,6 +345,7 @@ class TrimeConfig(Section):
     datastore: DatastoreConfig = DatastoreConfig()
     index: IndexConfig = IndexConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    table: TableConfig = TableConfig()
 
     @model_validator(mode="after")
     def _memory_and_order_agree(self) -> TrimeConfig:

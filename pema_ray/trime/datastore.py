@@ -7,7 +7,6 @@ fingerprint is the TRIME model's. Imports no Ray. H hidden, N rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -96,19 +95,3 @@ def open_datastore(folder: Path | str, card: ModelCard | None) -> ExternalMemory
     if card is not None and not manifest.belongs_to(card):
         raise FingerprintMismatch(f"The datastore {folder}", manifest.plm_label, card.label)
     return store
-
-
-def factory_of(load: Callable[[], tuple[MemoryLM, torch.device]], threads: int) -> Callable[[], KeySource]:
-    """What an actor calls: loads the model, whatever `load` knows of it."""
-    return _Factory(load, threads)
-
-
-class _Factory:
-    def __init__(self, load: Callable[[], tuple[MemoryLM, torch.device]], threads: int) -> None:
-        self._load, self._threads = load, threads
-
-    def __call__(self) -> KeySource:
-        from pema_ray.hardware import set_threads
-
-        set_threads(self._threads)
-        return KeySource(*self._load())

@@ -50,7 +50,7 @@ def run(config: TrimeConfig) -> dict[str, Any]:
 
 def _prepare(run: TrimeRun) -> dict[str, Any]:
     c, folder = run.config.prepare, run.path("prepare")
-    documents = find_documents(c, run.config.seed, folder / "text")
+    documents = find_documents(c, run.config.seed if c.seed is None else c.seed, folder / "text")
     shards = [shard for split, spans in documents.items() for shard in cut_into_shards(split, spans, c)]
     for split in documents:
         (folder / split).mkdir(exist_ok=True)
@@ -87,6 +87,10 @@ def cut_into_shards(split: Split, spans: Sequence[Span], config: PrepareConfig) 
 
 
 def _make_vocabulary(config: PrepareConfig, shards: Sequence[Shard], tick: Callable[[], None]) -> Vocabulary:
+    if config.vocabulary_from is not None:
+        for _ in shards:
+            tick()
+        return Vocabulary.load(Path(config.vocabulary_from) / "prepare")
     if config.vocabulary in ("bpe", "tokenizer"):
         texts = (span.text() for shard in shards for span in shard.spans)
         made = train_bpe(config, texts) if config.vocabulary == "bpe" else from_tokenizer(config)

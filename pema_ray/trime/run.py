@@ -19,11 +19,13 @@ from pema_ray.errors import UserError
 from pema_ray.memory.shards import atomic_file
 from pema_ray.progress import console
 from pema_ray.trime.config import TrimeConfig
+from pema_ray.trime.models import read_fingerprint
+from pema_ray.trime.systems import asks_a_datastore
 
 # Settings that change how fast a stage goes, not what it makes.
 _INCIDENTAL = {
     "actors", "cpus_per_actor", "gpus_per_actor", "cpus_per_worker", "gpus_per_worker", "resume", "max_failures",
-    "trackers", "min_workers",
+    "trackers", "min_workers", "search_actors", "batch_windows", "device",
 }  # fmt: skip
 
 
@@ -38,10 +40,15 @@ class Stage:
     """What must lie in its folder for its metrics to be believed."""
 
 
+_WINDOWS = ("evaluate.tokens_per_sample", "evaluate.context_window", "batches.segment")
 STAGES: dict[str, Stage] = {
     "prepare": Stage(("prepare",), (), ("vocabulary.json", "corpus.json")),
     "batches": Stage(("batches.segment", "batches.order", "batches.neighbours"), ("prepare",), ("walk.parquet",)),
     "train": Stage(("model", "batches", "train"), ("prepare",), ("model/config.json", "model/model.safetensors")),
+    "datastore": Stage(("datastore", *_WINDOWS), ("train",), ("manifest.json",)),
+    "index": Stage(("index",), ("datastore",), ("index.json",)),
+    "evaluate": Stage(("evaluate", "batches.segment"), ("train",), ("evaluation.json", "table.md")),
+    "report": Stage((), ("evaluate",), ("report.html",)),
 }
 
 
@@ -55,17 +62,33 @@ class TrimeRun:
     def path(self, *parts: str) -> Path:
         return self.folder.joinpath(*parts)
 
+    @property
+    def model_folder(self) -> Path:
+        """The model that is evaluated."""
+        chosen = self.config.evaluate.model
+        return self.path("train", "model") if chosen is None else Path(chosen).absolute()
+
     def parents(self, stage: str) -> tuple[str, ...]:
-        """The stages that it is made from; training asks for BM25's order only where it uses it."""
-        walked = ("batches",) if stage == "train" and self.config.batches.order == "bm25" else ()
-        return STAGES[stage].parents + walked
+        """The stages that it is made from: BM25's order, a training, a datastore only where they are used."""
+        found = STAGES[stage].parents
+        if stage == "train" and self.config.batches.order == "bm25":
+            found += ("batches",)
+        if self.config.evaluate.model is not None:  # a model of another run, on this one's text
+            found = tuple("prepare" if parent == "train" else parent for parent in found)
+        if stage == "evaluate" and asks_a_datastore(self.config):
+            found += ("index",)
+        return found
 
     def stamp(self, stage: str) -> str:
         """What the stage's result depends on, as 16 hex digits."""
         settings = {name: self._settings(name) for name in STAGES[stage].sections}
-        described: list[Any] = [stage, self.config.seed, settings, [self.stamp(p) for p in self.parents(stage)]]
+        c = self.config
+        seed = c.prepare.seed if stage == "prepare" and c.prepare.seed is not None else c.seed
+        described: list[Any] = [stage, seed, settings, [self.stamp(p) for p in self.parents(stage)]]
         if stage == "prepare":
             described.append(self._files())
+        if stage in ("datastore", "evaluate") and c.evaluate.model is not None:
+            described.append(read_fingerprint(self.model_folder))
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
     def _settings(self, name: str) -> Any:

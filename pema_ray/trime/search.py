@@ -7,6 +7,7 @@ Ray. Shapes: N queries, M entries of a part, K neighbours, H hidden.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -28,6 +29,7 @@ def require_faiss() -> Any:
     Raises:
         UserError: it is not installed.
     """
+    logging.getLogger("faiss").setLevel(logging.WARNING)  # it tells at length which instructions it found
     try:
         import faiss
     except ImportError:

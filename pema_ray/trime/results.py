@@ -1,0 +1,114 @@
+"""What an evaluation found, typed: JSON on disk, Markdown for a reader. Knows no model."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from pema_ray.config import Section
+from pema_ray.memory.shards import atomic_file
+
+
+class Chosen(Section):
+    """What was chosen on the dev split, where the system has a use for it."""
+
+    tau: float | None = None
+    weight: float | None = None
+    """λ of `li`."""
+    interp_temp: float | None = None
+    second_weight: float | None = None
+    """lmbda."""
+
+    def __str__(self) -> str:
+        told = {"τ": self.tau, "λ": self.weight, "T": self.interp_temp, "lmbda": self.second_weight}
+        return ", ".join(f"{name} {value:.3g}" for name, value in told.items() if value is not None) or "–"
+
+
+class Scores(Section):
+    """One system on both splits."""
+
+    system: str
+    label: str
+    datastore: str | None = None
+    """Its name; None: the system asks none."""
+    chosen: Chosen
+    dev_nll: float
+    """Nats per token."""
+    test_nll: float
+
+    @property
+    def dev_perplexity(self) -> float:
+        return math.exp(self.dev_nll)
+
+    @property
+    def test_perplexity(self) -> float:
+        return math.exp(self.test_nll)
+
+
+class Curve(Section):
+    """Dev perplexity against one thing that was varied, all else calibrated anew (or, for λ, held)."""
+
+    title: str
+    x_label: str
+    name: str
+    points: tuple[tuple[float, float], ...]
+
+
+class Pass(Section):
+    """How fast one pass over a text was."""
+
+    name: str
+    tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / max(1e-9, self.seconds)
+
+
+class TrimeEvaluation(Section):
+    """`evaluation.json`."""
+
+    model: str
+    fingerprint: str
+    memory: str
+    """What it was trained with."""
+    updates: int | None
+    tokens: dict[str, int]
+    """Scored, by split."""
+    per_character: bool
+    """Tokens are characters or bytes: bits are bits per character."""
+    scores: tuple[Scores, ...]
+    curves: tuple[Curve, ...] = ()
+    passes: tuple[Pass, ...] = ()
+
+    def save(self, folder: Path) -> None:
+        with atomic_file(folder / "evaluation.json") as temporary:
+            temporary.write_text(self.model_dump_json(indent=1) + "\n")
+        with atomic_file(folder / "table.md") as temporary:
+            temporary.write_text(markdown(self), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> TrimeEvaluation:
+        return cls.model_validate_json((folder / "evaluation.json").read_text())
+
+
+def markdown(found: TrimeEvaluation) -> str:
+    """The table of one model."""
+    unit = "bits per character" if found.per_character else "perplexity"
+    lines = [
+        f"{found.model} ({found.fingerprint}), trained with memory `{found.memory}`; {found.tokens['dev']:,} dev and "
+        f"{found.tokens['test']:,} test tokens; τ, λ, T chosen on dev.",
+        "",
+        f"| system | datastore | chosen | dev {unit} | test {unit} |",
+        "|---|---|---|---|---|",
+    ]
+    for one in found.scores:
+        dev, test = (shown(value, found.per_character) for value in (one.dev_nll, one.test_nll))
+        lines.append(f"| {one.label} | {one.datastore or '–'} | {one.chosen} | {dev} | {test} |")
+    speeds = ", ".join(f"{one.name} {one.tokens_per_second:,.0f}" for one in found.passes)
+    return "\n".join(lines) + (f"\n\nTokens a second: {speeds}.\n" if speeds else "\n")
+
+
+def shown(nll: float, per_character: bool) -> str:
+    return f"{nll / math.log(2):.3f}" if per_character else f"{math.exp(nll):.2f}"
