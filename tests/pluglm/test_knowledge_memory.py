@@ -1,0 +1,327 @@
+"""The memory on disk: edits, versions, several editors, damage."""
+
+from __future__ import annotations
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pema_ray.errors import UserError
+from pema_ray.pluglm import editing, versions
+from pema_ray.pluglm.encoding import DocumentEncoder
+from pema_ray.pluglm.entries import Entry, NewEntry
+from pema_ray.pluglm.knowledge import document_code
+from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
+from pema_ray.pluglm.versions import VersionConflict
+
+
+@pytest.fixture
+def memory(tmp_path, facts, encoder) -> KnowledgeMemory:
+    return KnowledgeMemory.build(tmp_path / "memory", facts, encoder, dtype="float32", entries_per_segment=5)
+
+
+@pytest.fixture(scope="module")
+def edits_encoder(make_model, words_tokenizer) -> DocumentEncoder:
+    return DocumentEncoder(make_model(), words_tokenizer)
+
+
+def texts(memory: KnowledgeMemory) -> dict[int, str]:
+    return {entry.entry_id: entry.text for entry in memory.entries()}
+
+
+# ── edits ───────────────────────────────────────────────────────────────────
+
+
+def test_entries_come_back_with_text_tags_and_provenance(memory, facts, words_tokenizer, encoder) -> None:
+    memory = memory.add([NewEntry("w1 w2", "notes", "n1", ("in-task", "train"))], encoder)
+    assert len(memory) == 13
+    assert list(memory.entries([12, 0])) == [
+        Entry(12, "w1 w2", "notes", "n1", ("in-task", "train"), tuple(words_tokenizer("w1 w2")["input_ids"])),
+        Entry(0, facts[0].text, "a", "doc0", (), tuple(words_tokenizer(facts[0].text)["input_ids"])),
+    ]
+
+
+def test_keys_and_values_are_the_encoders(memory, encoder, words_tokenizer, facts) -> None:
+    held = memory.load()
+    vectors = encoder.encode(words_tokenizer([one.text for one in facts])["input_ids"])
+    assert torch.allclose(held.key_NQ, vectors.key_MQ, atol=1e-6)
+    assert torch.allclose(held.value_ND, vectors.value_MD, atol=1e-6)
+    assert held.document_N.tolist() == [document_code(one.document_id) for one in facts]
+
+
+def test_replace_keeps_the_id_and_touches_nothing_else(memory, encoder) -> None:
+    before = memory.load()
+    edited = memory.replace(7, NewEntry("w99 w98 w97", "b"), encoder)
+    after = edited.load()
+    assert texts(edited) == {**texts(memory), 7: "w99 w98 w97"}
+    assert after.entry_N.tolist() == before.entry_N.tolist()
+    same = torch.arange(12) != 7
+    for name in ("key_NQ", "value_ND", "document_N"):
+        assert torch.equal(getattr(after, name)[same], getattr(before, name)[same])
+    assert not torch.equal(after.key_NQ[7], before.key_NQ[7])
+    assert edited.entries([7]).__next__().token_ids == tuple(after.tokens(torch.tensor([7])).token_ML[0].tolist())
+
+
+def test_ids_are_never_given_twice(memory, encoder) -> None:
+    memory = memory.delete([11]).add([NewEntry("w1")], encoder)
+    assert sorted(texts(memory)) == [*range(11), 12]
+    memory = memory.swap(KnowledgeMemory.open(memory.folder, 1)).add([NewEntry("w2")], encoder)
+    assert sorted(texts(memory)) == [*range(12), 13]
+
+
+def test_concat_counts_ids_on_and_swap_restores_exactly(memory, tmp_path, encoder) -> None:
+    other = KnowledgeMemory.build(tmp_path / "other", [NewEntry("w50"), NewEntry("w51")], encoder, dtype="float32")
+    other = other.replace(0, NewEntry("w52"), encoder)
+    both = memory.concat([other, other])
+    assert texts(both) == {**texts(memory), 12: "w52", 13: "w51", 14: "w52", 15: "w51"}
+    swapped = both.swap(other)
+    assert texts(swapped) == {0: "w52", 1: "w51"}
+    back = swapped.swap(KnowledgeMemory.open(memory.folder, memory.version))
+    assert back.version == 4
+    a, b = memory.load(), back.load()
+    for name in ("entry_N", "key_NQ", "value_ND", "token", "end_N", "document_N"):
+        assert torch.equal(getattr(a, name), getattr(b, name))
+    assert not both.verify() and not swapped.verify() and not back.verify()
+
+
+def test_memories_that_do_not_fit_together_are_refused(memory, tmp_path, make_model, words_tokenizer, encoder) -> None:
+    half = KnowledgeMemory.build(tmp_path / "half", [NewEntry("w1")], encoder, dtype="float16")
+    with pytest.raises(UserError, match=r"half: numbers in float16, but .*memory has those of float32"):
+        memory.concat([half])
+    stranger = DocumentEncoder(make_model(seed=5), words_tokenizer, "stranger")
+    foreign = KnowledgeMemory.build(tmp_path / "foreign", [NewEntry("w1")], stranger, dtype="float32")
+    with pytest.raises(UserError, match=rf"keys of encoder stranger \({stranger.fingerprint}\), but .* tiny \("):
+        memory.swap(foreign)
+    assert KnowledgeMemory.open(memory.folder).version == 1
+
+
+def test_refresh_encodes_the_same_documents_anew(memory, make_model, words_tokenizer) -> None:
+    other = DocumentEncoder(make_model(seed=3, query_size=4), words_tokenizer, "other")
+    memory = memory.delete([3])
+    fresh = memory.refresh(other)
+    assert texts(fresh) == texts(memory)
+    assert fresh.fingerprint == other.fingerprint
+    vectors = other.encode([list(one.token_ids) for one in fresh.entries()])
+    assert torch.allclose(fresh.load(other.fingerprint).key_NQ, vectors.key_MQ, atol=1e-6)
+    assert not fresh.verify()
+
+
+def test_entries_are_chosen_by_tag_and_source(memory, encoder) -> None:
+    memory = memory.add([NewEntry("w1", "c", tags=("x",)), NewEntry("w2", "c", tags=("x", "y"))], encoder)
+    assert memory.load(tags=["x"]).entry_N.tolist() == [12, 13]
+    assert memory.load(tags=["x"], without_tags=["y"]).entry_N.tolist() == [12]
+    assert memory.load(without_tags=["x"]).entry_N.tolist() == list(range(12))
+    assert memory.load(sources=["b", "c"]).entry_N.tolist() == [*range(6, 12), 12, 13]
+
+
+def test_parts_are_the_whole(memory, encoder) -> None:
+    memory = memory.replace(2, NewEntry("w5"), encoder).delete([9])
+    whole = memory.load()
+    parts = [memory.load(part=(i, 4)) for i in range(4)]
+    for name in ("entry_N", "key_NQ", "value_ND", "token", "document_N"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+
+
+def test_token_ids_beyond_int16_are_kept(tmp_path, make_model, words_tokenizer) -> None:
+    model = make_model(backbone={"vocab_size": 70_000})
+    encoder = DocumentEncoder(model, words_tokenizer)
+    documents = [[2, 40_000, 69_999, 3], [2, 32_768, 3]]
+    encoder.tokenize = lambda texts: documents  # pyright: ignore[reportAttributeAccessIssue]
+    memory = KnowledgeMemory.build(tmp_path / "memory", [NewEntry("a"), NewEntry("b")], encoder)
+    assert memory.load().tokens(torch.tensor([0, 1])).token_ML.tolist() == [[2, 40_000, 69_999, 3], [2, 32_768, 3, 0]]
+
+
+def test_numbers_that_float16_cannot_hold_are_refused(tmp_path, make_model, words_tokenizer, facts) -> None:
+    model = make_model()
+    model.model.knowledge_encoder.value.bias.data[0] = 1e6
+    encoder = DocumentEncoder(model, words_tokenizer)
+    with pytest.raises(UserError, match=r"a value is not finite in float16\. Use another number format"):
+        KnowledgeMemory.build(tmp_path / "half", facts, encoder, dtype="float16")
+    assert len(KnowledgeMemory.build(tmp_path / "brain", facts, encoder, dtype="bfloat16")) == 12
+
+
+# ── readers and editors at once ─────────────────────────────────────────────
+
+
+def test_an_entry_in_use_may_be_deleted(memory, model, encoder, words_tokenizer) -> None:
+    model.attach(memory.load(model.fingerprint()))
+    inputs = words_tokenizer("w1 w2", return_tensors="pt", return_token_type_ids=False)
+    before = model(**inputs, output_retrieved=True)
+    used = before.retrieved[0].entry_BK[0].tolist()
+    smaller = memory.delete(used)
+    again = model(**inputs, output_retrieved=True)
+    assert torch.equal(again.logits, before.logits)  # who reads version 1 goes on reading it
+    KnowledgeMemory.prune(memory.folder)
+    assert torch.equal(model(**inputs).logits, before.logits)  # even when it is taken from disk
+    model.attach(smaller.load(model.fingerprint()))
+    assert not set(used) & set(model(**inputs, output_retrieved=True).retrieved[0].entry_BK[0].tolist())
+
+
+def test_editors_at_once_lose_nothing(memory, encoder) -> None:
+    """Sixteen editors who all begin at version 1."""
+    start = threading.Barrier(16)
+
+    def edit(number: int) -> int:
+        start.wait()
+        if number < 12:
+            return memory.add([NewEntry(f"w{number + 60}")], encoder).version
+        return memory.delete([number - 12]).version
+
+    with ThreadPoolExecutor(16) as pool:
+        published = sorted(pool.map(edit, range(16)))
+    assert published == list(range(2, 18))  # every edit has a version of its own
+    now = KnowledgeMemory.open(memory.folder)
+    assert now.version == 17
+    assert set(range(4, 12)) == {number for number in texts(now) if number < 12}
+    assert sorted(texts(now)[n] for n in texts(now) if n >= 12) == sorted(f"w{n + 60}" for n in range(12))
+    assert not now.verify()
+
+
+def test_of_two_edits_of_one_entry_the_later_version_holds(memory, encoder) -> None:
+    first = memory.replace(3, NewEntry("w90"), encoder)
+    second = memory.replace(3, NewEntry("w91"), encoder)  # from version 1 too
+    assert (first.version, second.version) == (2, 3)
+    assert texts(KnowledgeMemory.open(memory.folder))[3] == "w91"
+    assert texts(KnowledgeMemory.open(memory.folder, 2))[3] == "w90"  # and the other one is in the history
+
+
+def test_an_editor_may_insist_on_a_version(memory, encoder) -> None:
+    memory.replace(3, NewEntry("w90"), encoder, only_on=1)
+    with pytest.raises(VersionConflict, match="your edit builds on version 1, but version 2 is current by now"):
+        memory.replace(3, NewEntry("w91"), encoder, only_on=1)
+    assert texts(KnowledgeMemory.open(memory.folder))[3] == "w90"
+
+
+def test_an_editor_who_insists_loses_the_race_and_is_told(memory, encoder, monkeypatch) -> None:
+    """Somebody publishes between the look at the current version and the publishing."""
+    publish = versions.publish
+
+    def late(folder, version):
+        monkeypatch.setattr(versions, "publish", publish)
+        memory.delete([0])
+        publish(folder, version)
+
+    monkeypatch.setattr(editing.versions, "publish", late)
+    with pytest.raises(VersionConflict):
+        memory.delete([1], only_on=1)
+    assert sorted(texts(KnowledgeMemory.open(memory.folder))) == list(range(1, 12))
+
+
+def test_an_entry_that_somebody_deleted_cannot_be_replaced(memory, encoder) -> None:
+    memory.delete([3])
+    with pytest.raises(UserError, match="version 2 has no entry 3"):
+        memory.replace(3, NewEntry("w90"), encoder)
+    assert KnowledgeMemory.open(memory.folder).version == 2
+
+
+def test_edits_meet_a_refresh(memory, encoder, make_model, words_tokenizer) -> None:
+    memory.refresh(DocumentEncoder(make_model(seed=9), words_tokenizer, "new"))
+    with pytest.raises(UserError, match="its keys were made by encoder 'new"):
+        memory.add([NewEntry("w1")], encoder)
+
+
+def test_an_old_version_is_published_on_by_nobody_once_it_is_pruned(memory, encoder) -> None:
+    memory.delete([0])
+    memory.delete([1])
+    assert KnowledgeMemory.prune(memory.folder) == [1, 2]
+    assert memory.add([NewEntry("w1")], encoder).version == 4
+    with pytest.raises(UserError, match="version 1 was pruned; version 4 is current"):
+        KnowledgeMemory.open(memory.folder, 1)
+    assert [one.version for one in memory.history()] == [3, 4]
+
+
+def test_pruning_keeps_what_is_named_and_takes_files_nobody_needs(memory, encoder, make_model, words_tokenizer) -> None:
+    fresh = memory.refresh(DocumentEncoder(make_model(seed=4), words_tokenizer, "new"))
+    old, new = (set(one.manifest.files) for one in (memory, fresh))
+    KnowledgeMemory.prune(memory.folder, keep=[1])
+    assert not memory.verify()
+    KnowledgeMemory.prune(memory.folder)
+    left = {path.name for path in memory.folder.iterdir() if path.is_file()}
+    assert left == new
+    assert old - new and not (old - new) & left
+
+
+@given(st.lists(st.tuples(st.sampled_from(["add", "replace", "delete"]), st.integers(0, 30)), max_size=12))
+def test_any_sequence_of_edits_is_what_a_dictionary_would_be(tmp_path_factory, facts, edits_encoder, edits) -> None:
+    memory = KnowledgeMemory.build(tmp_path_factory.mktemp("edits") / "memory", facts, edits_encoder, "float32", 5)
+    encoder = edits_encoder
+    expected, next_id = texts(memory), 12
+    for number, (what, entry) in enumerate(edits):
+        text = f"w{number} w{entry}"
+        if what == "add":
+            memory, expected[next_id], next_id = memory.add([NewEntry(text)], encoder), text, next_id + 1
+        elif entry in expected:
+            if what == "delete":
+                memory = memory.delete([entry])
+                del expected[entry]
+            else:
+                memory, expected[entry] = memory.replace(entry, NewEntry(text), encoder), text
+        else:
+            with pytest.raises(UserError, match=f"has no entry {entry}"):
+                memory.delete([entry])
+    assert texts(memory) == expected
+    held = memory.load()
+    assert held.entry_N.tolist() == sorted(expected)
+    wanted = encoder.encode(encoder.tokenize([expected[n] for n in sorted(expected)]))
+    assert np.allclose(held.key_NQ, wanted.key_MQ, atol=1e-6)
+
+
+# ── bad input and damage ────────────────────────────────────────────────────
+
+
+def test_what_cannot_be_edited_is_named(memory, encoder, tmp_path, facts) -> None:
+    for work, message in (
+        (lambda: memory.delete([4, 77]), "version 1 has no entry 77"),
+        (lambda: memory.replace(-1, NewEntry("w1"), encoder), "has no entry -1"),
+        (lambda: memory.add([], encoder), "nothing to add"),
+        (lambda: memory.add([NewEntry("w1"), NewEntry("  ")], encoder), "entry 1 has no text"),
+        (lambda: list(memory.entries([3, 99])), "has no entry 99"),
+        (lambda: memory.load().vectors(torch.tensor([99])), "has no entry 99"),
+        (lambda: KnowledgeMemory.build(tmp_path / "none", [], encoder), "needs entries, and none were given"),
+        (lambda: KnowledgeMemory.build(memory.folder, facts, encoder), "a knowledge memory is here already"),
+        (lambda: KnowledgeMemory.open(tmp_path / "nowhere"), "no knowledge memory here"),
+        (lambda: KnowledgeMemory.open(memory.folder, 9), "no version 9; there are 1 to 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            work()
+    assert KnowledgeMemory.open(memory.folder).version == 1
+
+
+def test_damage_is_found_and_named(memory) -> None:
+    segment = memory.manifest.segments[1]
+    path = memory.folder / segment.vectors.name
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    assert memory.verify() == [f"{path}: damaged (its checksum is not the version's)"]
+    path.write_bytes(raw[:-4])
+    with pytest.raises(UserError, match="damaged: .* bytes, the version says"):
+        memory.load()
+    path.unlink()
+    with pytest.raises(UserError, match="this file of the memory is missing"):
+        memory.load()
+    assert memory.verify() == [f"{path}: missing"]
+
+
+def test_a_damaged_manifest_is_named_and_older_versions_are_still_there(memory) -> None:
+    memory.delete([0])
+    path = memory.folder / "versions" / "00000002.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({**fields, "next_id": 99}))
+    with pytest.raises(UserError, match=r"00000002.json: damaged: its checksum is not that of its contents"):
+        KnowledgeMemory.open(memory.folder)
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"00000002.json: damaged"):
+        KnowledgeMemory.open(memory.folder)
+    assert len(KnowledgeMemory.open(memory.folder, 1)) == 12
+
+
+def test_two_builds_of_the_same_are_the_same_bytes(memory, tmp_path, facts, encoder) -> None:
+    again = KnowledgeMemory.build(tmp_path / "again", facts, encoder, dtype="float32", entries_per_segment=5)
+    assert again.manifest == memory.manifest

@@ -1,0 +1,229 @@
+"""The pre-training loop in one process: what it learns, and that it goes on where it stopped."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pema_ray.errors import UserError
+from pema_ray.pluglm.config import PretrainSettings
+from pema_ray.pluglm.encoding import DocumentEncoder
+from pema_ray.pluglm.entries import NewEntry
+from pema_ray.pluglm.knowledge import document_code
+from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
+from pema_ray.pluglm.masking import IGNORED, Masker
+from pema_ray.pluglm.pretrain import local_access
+from pema_ray.pluglm.text import Sequences
+from pema_ray.pluglm.training import PretrainLoop
+
+N = 48
+TEXTS = [" ".join(f"w{random.Random(n).randrange(100)} w{n}" for _ in range(3)) for n in range(N)]
+
+
+@pytest.fixture
+def sequences(words_tokenizer) -> Sequences:
+    ids = [np.array(one, np.int32) for one in words_tokenizer(TEXTS)["input_ids"]]
+    documents = np.array([document_code(str(n)) for n in range(N)])
+    return Sequences([np.concatenate(ids)], [np.cumsum([len(one) for one in ids])], [documents], np.array([0, N]))
+
+
+@pytest.fixture
+def loop(make_model, words_tokenizer, sequences, tmp_path):
+    """`loop(folder, **settings)` → (loop, points): a fresh model and memory the first time, then what lies there."""
+
+    def make(folder: str, model_settings: dict | None = None, **settings) -> tuple[PretrainLoop, list[dict]]:
+        model = make_model(
+            backbone={"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}, **(model_settings or {})
+        )
+        run_dir, points = tmp_path / folder, []
+        if not (run_dir / "memory").exists():
+            encoder = DocumentEncoder(model, words_tokenizer)
+            entries = [NewEntry(text, document_id=str(n)) for n, text in enumerate(TEXTS)]
+            KnowledgeMemory.build(run_dir / "memory", entries, encoder, dtype="float32", entries_per_segment=20)
+        chosen = {
+            "steps": 8, "batch_size": 12, "accumulate": 2, "refresh_every": 3, "checkpoint_every": 4,
+            "validate_every": 4, "warm_up_steps": 2, "learning_rate": 3e-3,
+        }  # fmt: skip
+        first = local_access(next(iter([KnowledgeMemory.open(run_dir / "memory")])))
+        made = PretrainLoop(
+            model, words_tokenizer, PretrainSettings(**(chosen | settings)), sequences, sequences, first, run_dir,
+            tell=lambda kind, point: points.append({"kind": kind, **point}),
+        )  # fmt: skip
+        return made, points
+
+    return make
+
+
+def weights(loop: PretrainLoop) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in loop.model.state_dict().items()}
+
+
+def test_the_loss_falls_and_the_memory_belongs_to_the_model_in_the_end(loop) -> None:
+    made, points = loop("run", steps=40, refresh_every=10, checkpoint_every=40, validate_every=20)
+    version = made.run()
+    validated = [point["loss"] for point in points if point["kind"] == "validation"]
+    assert validated[-1] < validated[0] - 0.5
+    memory = KnowledgeMemory.open(made.run_dir / "memory")
+    assert memory.version == version == 5
+    made.model.attach(memory.load(made.model.fingerprint()))
+    assert [point["memory_version"] for point in points if point["kind"] == "train"] == [1] * 10 + [2] * 10 + [
+        3
+    ] * 10 + [4] * 10
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+def test_a_resumed_run_equals_an_undisturbed_one_to_the_bit(loop, optimizer, monkeypatch) -> None:
+    """Stopped after step 5; the checkpoint is of step 4, the memory was refreshed at step 3."""
+    whole, points = loop("whole", optimizer=optimizer, contrastive_steps=6)
+    whole.run()
+    broken, _ = loop("broken", optimizer=optimizer, contrastive_steps=6)
+    step = PretrainLoop._step
+
+    def dies(self, number):
+        if number == 5:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    monkeypatch.setattr(PretrainLoop, "_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        broken.run()
+    monkeypatch.setattr(PretrainLoop, "_step", step)
+    torch.manual_seed(12345)  # whatever the new process's random state is
+    resumed, later = loop("broken", optimizer=optimizer, contrastive_steps=6)
+    resumed.run()
+    assert [p["step"] for p in later if p["kind"] == "train"] == [5, 6, 7, 8]
+    told = {p["step"]: p["loss"] for p in points if p["kind"] == "train"}
+    assert all(p["loss"] == told[p["step"]] for p in later if p["kind"] == "train")
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(resumed)[name]), name
+    assert [p["loss"] for p in resumed.history] == [p["loss"] for p in whole.history]
+    one, two = (KnowledgeMemory.open(each.run_dir / "memory").load() for each in (whole, resumed))
+    assert torch.equal(one.key_NQ, two.key_NQ)
+    assert torch.equal(one.value_ND, two.value_ND)
+
+
+def test_a_finished_run_is_not_run_again(loop) -> None:
+    made, _ = loop("run", steps=4)
+    made.run()
+    again, points = loop("run", steps=4)
+    assert again.run() == made.version
+    assert not points
+
+
+def test_parts_of_a_step_add_up_to_the_same_gradient(loop, monkeypatch) -> None:
+    """Without BatchNorm, whose statistics are a part's own, and without dropout."""
+    sgd = lambda self, named: torch.optim.SGD([parameter for _, parameter in named])  # noqa: E731
+    monkeypatch.setattr(PretrainLoop, "_optimizer", sgd)  # Adam would make noise of gradients that ought to be zero
+    found = []
+    for name, accumulate in (("one", 1), ("three", 3)):
+        made, _ = loop(name, {"query_norm": False}, accumulate=accumulate, steps=2, learning_rate=0.1)
+        for module in made.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        for layer in made.model.model.backbone.encoder.layer:
+            layer.attention.self.dropout.p = 0.0
+        made.run()
+        found.append(weights(made))
+    for name, tensor in found[0].items():
+        assert torch.allclose(tensor, found[1][name], atol=2e-5), name
+
+
+def test_contrastive_warm_up_teaches_retrieval(loop) -> None:
+    made, points = loop(
+        "run", {"value_pooler": True}, steps=60, contrastive_steps=60, refresh_every=60, checkpoint_every=60,
+        validate_every=60, learning_rate=1e-2, accumulate=1,
+    )  # fmt: skip
+    made.run()
+    recall = [point["recall"] for point in points if point["kind"] == "train"]
+    assert np.mean(recall[-5:]) > np.mean(recall[:5]) + 0.3
+
+
+def test_the_last_step_has_a_learning_rate(loop) -> None:
+    made, points = loop("run", steps=5, power=0.5, warm_up_steps=0)
+    made.run()
+    rates = [point["learning_rate"] for point in points if point["kind"] == "train"]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] == pytest.approx(3e-3 * 0.2**0.5)
+    assert all(np.isfinite(rates))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_bfloat16_memories_and_passes_make_no_nan(make_model, words_tokenizer, sequences, tmp_path, precision) -> None:
+    model = make_model()
+    entries = [NewEntry(text, document_id=str(n)) for n, text in enumerate(TEXTS)]
+    memory = KnowledgeMemory.build(
+        tmp_path / "memory", entries, DocumentEncoder(model, words_tokenizer), dtype="bfloat16"
+    )
+    settings = PretrainSettings(steps=4, batch_size=12, refresh_every=2, precision=precision, contrastive_steps=2)
+    PretrainLoop(model, words_tokenizer, settings, sequences, None, local_access(memory), tmp_path).run()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_diverging_run_says_so(loop) -> None:
+    made, _ = loop("run", learning_rate=1e30, warm_up_steps=0, optimizer="adamw", refresh_every=99)
+    with pytest.raises(UserError, match=r"infinite or no number at step \d: lower train.learning_rate"):
+        made.run()
+
+
+def test_a_checkpoint_of_another_model_is_refused(loop) -> None:
+    loop("run", steps=4)[0].run()
+    other, _ = loop("run", {"query_size": 4}, steps=8)
+    with pytest.raises(UserError, match="holds a model of another shape"):
+        other.run()
+
+
+def test_too_few_sequences_for_a_batch_are_refused(loop) -> None:
+    with pytest.raises(UserError, match="batch_size=96: there are only 48"):
+        loop("run", batch_size=96)
+
+
+def test_a_checkpoint_names_its_memory_and_keeps_it(loop) -> None:
+    made, _ = loop("run", steps=8, refresh_every=3, checkpoint_every=4)
+    made.run()
+    kept = [one.version for one in KnowledgeMemory.open(Path(made.run_dir) / "memory").history()]
+    assert kept == [made.version]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_masks_are_of_the_sequence_and_if_dynamic_of_the_epoch(words_tokenizer, dynamic) -> None:
+    masker = Masker.of(words_tokenizer, 0.3, 7, dynamic)
+    tokens = np.array(words_tokenizer(" ".join(f"w{n}" for n in range(60)))["input_ids"])
+    first, labels = masker.mask(tokens, 3, 0)
+    assert all(np.array_equal(a, b) for a, b in zip((first, labels), masker.mask(tokens, 3, 0)))
+    assert not np.array_equal(labels, masker.mask(tokens, 4, 0)[1])
+    assert np.array_equal(labels, masker.mask(tokens, 3, 1)[1]) == (not dynamic)
+    chosen = labels != IGNORED
+    assert chosen.sum() == 18
+    assert not chosen[[0, -1]].any()
+    assert np.array_equal(labels[chosen], tokens[chosen])
+    assert np.array_equal(first[~chosen], tokens[~chosen])
+
+
+def test_masking_follows_berts_recipe(words_tokenizer) -> None:
+    masker = Masker.of(words_tokenizer, 0.15, 0, True)
+    tokens = np.array(words_tokenizer(" ".join(["w5"] * 100))["input_ids"])
+    fates = {"mask": 0, "stays": 0, "random": 0}
+    for sequence in range(200):
+        inputs, labels = masker.mask(tokens, sequence, 0)
+        for token in inputs[labels != IGNORED]:
+            kind = "mask" if token == words_tokenizer.mask_token_id else "stays" if token == tokens[1] else "random"
+            fates[kind] += 1
+    total = sum(fates.values())
+    assert total == 200 * 15
+    assert [fates[kind] / total for kind in ("mask", "random", "stays")] == pytest.approx([0.8, 0.1, 0.1], abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": "lamb", "strategy": "deepspeed"}, "lamb needs whole tensors"),
+        ({"batch_size": 10, "workers": 3}, "cannot be shared by 3 workers"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        PretrainSettings(**settings)
