@@ -31,7 +31,7 @@ from pema_ray.plm_owner import InProcessPLM, LoadedPLM, load_plm
 from pema_ray.plm_owner.in_process import shared_prefix
 from pema_ray.stages.plm import factory
 from pema_ray.tasks import EncodedPair, Prompter, load_pairs, load_task
-from pema_ray.tasks.sources import first_shots
+from pema_ray.tasks.shots import first_shots
 
 NAME = "build_memory"
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"

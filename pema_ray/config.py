@@ -53,6 +53,8 @@ class TaskConfig(Section):
     """Lines with an empty source or target, over all splits, that are set aside; more of them are refused."""
     shots: int = Field(default=0, ge=0)
     """Pairs of the training split shown as examples in every prompt."""
+    show: Literal["first", "similar"] = "first"
+    """Which: the first ones, the same in every prompt, or those whose sources are most like the one asked about."""
     chat: bool = False
     """Render prompts through the tokenizer's chat template."""
 
@@ -323,8 +325,8 @@ class KnnSettings(Section):
 
 
 SYSTEMS = (
-    "copy", "plm", "few_shot", "knn", "pema", "pema_kappa_0", "pema_no_stage_1", "pema_adam", "lora",
-    "pema_look_back",
+    "copy", "plm", "few_shot", "few_shot_similar", "knn", "pema", "pema_kappa_0", "pema_no_stage_1", "pema_adam",
+    "lora", "pema_look_back",
 )  # fmt: skip
 
 
@@ -335,7 +337,7 @@ class CompareConfig(Section):
     """Which; leave out what takes too long (`lora` trains the whole PLM, `pema_adam` solves stage 1 by gradient).
     `pema_look_back` needs `build_memory.prompts`."""
     few_shot: int = Field(default=3, ge=1)
-    """Examples shown to the few-shot PLM."""
+    """Examples shown to the few-shot PLM: the first training pairs, and in `few_shot_similar` the likest."""
     knn: KnnSettings = KnnSettings()
     """Of kNN-LM."""
     lora: LoraSettings = LoraSettings()

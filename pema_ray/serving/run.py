@@ -60,7 +60,8 @@ def arguments_of(experiment: ExperimentConfig) -> dict:
         raise UserError(f"{adapter}: there is no trained adapter. Run the experiment's stages up to train first.")
     g = experiment.generate
     asked = {
-        "text": run.prompter().text("{source}").rstrip(" "),
+        # One text for every source: where examples are chosen for each (task.show: similar), the first ones stand in.
+        "text": run.prompter(show="first").text("{source}").rstrip(" "),
         "special_tokens": not experiment.task.chat,
         "stop": list(run.task.stop),
     }

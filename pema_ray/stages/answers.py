@@ -51,7 +51,7 @@ def expert_of(run: Run, adapter: Path | None = None) -> ExpertSpec:
 
 
 def _request(run: Run, pair: Pair, prompter: Prompter, options: GenerateConfig, schedule: UnrollingSchedule) -> Request:
-    prompt = prompter.encode_prompt(pair.source)
+    prompt = prompter.encode_prompt(pair.source, pair.example_id)
     source = len(run.tokenizer(pair.source, add_special_tokens=False).input_ids)
     card = run.bundle.card
     room = card.max_positions - len(prompt)

@@ -10,7 +10,8 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 
@@ -34,6 +35,7 @@ from pema_ray.stages.run import Run
 from pema_ray.stages.train import forget_other_settings, training_job
 
 _SERVICE = "LM head, representations"
+_FEW_SHOT = ("few_shot", "few_shot_similar")
 _VARIANTS: dict[str, dict[str, Any]] = {
     "pema": {},
     "pema_kappa_0": {"kappa": 0.0},
@@ -110,7 +112,8 @@ class _Bench:
                 return Peer.model_validate(found["peer"])
         self.folder.mkdir(parents=True, exist_ok=True)
         makers: dict[str, Callable[[], Peer]] = {
-            "copy": self._copy, "plm": self._plm, "few_shot": self._few_shot, "knn": self._knn, "lora": self._lora,
+            "copy": self._copy, "plm": self._plm, "few_shot": self._few_shot,
+            "few_shot_similar": partial(self._few_shot, "similar"), "knn": self._knn, "lora": self._lora,
         }  # fmt: skip
         peer = makers.get(self.name, self._pema)()
         with atomic_file(kept) as temporary:
@@ -119,7 +122,8 @@ class _Bench:
 
     def _stamp(self) -> str:
         chosen: CompareConfig = self.config.compare
-        settings = {"knn": chosen.knn, "lora": chosen.lora, "few_shot": chosen.few_shot}.get(self.name)
+        of_each = {"knn": chosen.knn, "lora": chosen.lora} | dict.fromkeys(_FEW_SHOT, chosen.few_shot)
+        settings = of_each.get(self.name)
         described = settings.model_dump(mode="json") if hasattr(settings, "model_dump") else settings  # type: ignore[union-attr]
         whole = [self.name, self.run.stamp("train"), self.run.stamp("generate"), described]
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
@@ -133,11 +137,11 @@ class _Bench:
         job = make_job(self.run, "PLM alone", self.pairs, self.run.prompter(), self.config.generate, None)
         return self._answered(job, "nothing", nll=self._test_likelihood(None).nll(0.0))
 
-    def _few_shot(self) -> Peer:
+    def _few_shot(self, show: Literal["first", "similar"] = "first") -> Peer:
         shots = self.config.compare.few_shot
-        name = f"PLM, {shots} examples"
-        job = make_job(self.run, name, self.pairs, self.run.prompter(shots), self.config.generate, None)
-        return self._answered(job, f"{shots} pairs")
+        name = f"PLM, {shots} {'similar ' if show == 'similar' else ''}examples"
+        job = make_job(self.run, name, self.pairs, self.run.prompter(shots, show), self.config.generate, None)
+        return self._answered(job, f"{shots} pairs a prompt" if show == "similar" else f"{shots} pairs")
 
     def _knn(self) -> Peer:
         memory, (temperature, lam) = self.run.path("build_memory", "train"), self._tune_knn()

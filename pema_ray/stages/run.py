@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pema_ray.config import ExperimentConfig
 from pema_ray.errors import UserError
@@ -22,7 +22,7 @@ from pema_ray.memory.manifest import Manifest
 from pema_ray.memory.shards import atomic_file, sha256_of
 from pema_ray.progress import console
 from pema_ray.tasks import Pair, Prompter, Task, load_task
-from pema_ray.tasks.sources import first_shots
+from pema_ray.tasks.shots import SimilarShots, first_shots
 
 # stage → (settings it depends on, stages it is made from)
 STAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -206,8 +206,11 @@ class Run:
             raise UserError(f"{path}: no such prepared split. Run: pema-ray prepare")
         return [Pair(**row) for row in pq.read_table(path).to_pylist()]
 
-    def prompter(self, shots: int | None = None) -> Prompter:
-        """The prompts of this experiment, or the same with another number of examples."""
-        shots = self.config.task.shots if shots is None else shots
+    def prompter(self, shots: int | None = None, show: Literal["first", "similar"] | None = None) -> Prompter:
+        """The prompts of this experiment, or the same with another number or choice of examples."""
+        task = self.config.task
+        shots, similar = task.shots if shots is None else shots, (show or task.show) == "similar"
+        if shots and similar:
+            return Prompter(self.tokenizer, self.task, SimilarShots(self.pairs("train"), shots), task.chat)
         shown = first_shots(self.pairs("train"), shots) if shots else []
-        return Prompter(self.tokenizer, self.task, shown, self.config.task.chat)
+        return Prompter(self.tokenizer, self.task, shown, task.chat)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from jinja2 import TemplateError
 
 from pema_ray.errors import UserError
+from pema_ray.tasks.shots import SimilarShots
 from pema_ray.tasks.sources import Pair
 from pema_ray.tasks.task import Task
 
@@ -41,31 +42,42 @@ class Prompter:
     """Words prompts for one task and one tokenizer.
 
     Args:
-        shots: pairs shown as worked examples before every source.
+        shots: pairs shown as worked examples before every source, or who chooses them for each.
         chat: render through the tokenizer's chat template, with the task's own chat wording.
     """
 
-    def __init__(self, tokenizer: Tokenizer, task: Task, shots: Sequence[Pair] = (), chat: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, task: Task, shots: Sequence[Pair] | SimilarShots = (), chat: bool = False
+    ) -> None:
         if chat and not getattr(tokenizer, "chat_template", None):
             raise UserError("task.chat is on, but this PLM's tokenizer has no chat template. Set task.chat=false.")
-        self.tokenizer, self.task, self.shots, self.chat = tokenizer, task, tuple(shots), chat
+        self.tokenizer, self.task, self.shots, self.chat = tokenizer, task, shots, chat
 
-    def text(self, source: str) -> str:
-        """The prompt for one source, as the PLM's tokenizer will see it."""
+    def text(self, source: str, example_id: int | None = None) -> str:
+        """The prompt for one source, as the PLM's tokenizer will see it.
+
+        Args:
+            example_id: of a source that is itself among the pairs shown.
+        """
+        if isinstance(self.shots, SimilarShots):
+            return self._text(source, self.shots.like(source, example_id))
+        return self._text(source, self.shots)
+
+    def _text(self, source: str, shots: Sequence[Pair]) -> str:
         if self.chat:
-            return self._chat_text(source)
-        shown = "".join(self._with_target(shot) + "\n\n" for shot in self.shots)
+            return self._chat_text(source, shots)
+        shown = "".join(self._with_target(shot) + "\n\n" for shot in shots)
         return shown + self.task.template.format(source=source)
 
     def _with_target(self, pair: Pair) -> str:
         prompt, lead = split_seam(self.task.template.format(source=pair.source))
         return prompt + lead + pair.target
 
-    def _chat_text(self, source: str) -> str:
+    def _chat_text(self, source: str, shots: Sequence[Pair]) -> str:
         messages = []
         if self.task.chat_system is not None:
             messages.append({"role": "system", "content": self.task.chat_system})
-        for shot in self.shots:
+        for shot in shots:
             messages.append({"role": "user", "content": self.task.chat_user.format(source=shot.source)})
             messages.append({"role": "assistant", "content": shot.target})
         messages.append({"role": "user", "content": self.task.chat_user.format(source=source)})
@@ -79,17 +91,23 @@ class Prompter:
     @cached_property
     def shared_tokens(self) -> int:
         """How many tokens all prompts begin with, whatever the source; found by comparing two prompts."""
-        one, other = (self.encode_prompt(source) for source in ("a", "1"))
+        one, other = (self._prompt_ids(self._text(source, self._shown_to(source))) for source in ("a", "1"))
         return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
 
-    def encode_prompt(self, source: str) -> list[int]:
-        """Token ids `[p]` to generate from."""
-        prompt, _ = split_seam(self.text(source))
-        return self._ids(prompt, special=not self.chat)
+    def _shown_to(self, source: str) -> Sequence[Pair]:
+        """What two prompts show that have nothing in common but what all have."""
+        return [Pair(0, source, source)] if isinstance(self.shots, SimilarShots) else self.shots
+
+    def encode_prompt(self, source: str, example_id: int | None = None) -> list[int]:
+        """Token ids `[p]` to generate from; `example_id` as in `text`."""
+        return self._prompt_ids(self.text(source, example_id))
+
+    def _prompt_ids(self, text: str) -> list[int]:
+        return self._ids(split_seam(text)[0], special=not self.chat)
 
     def encode_pair(self, pair: Pair) -> EncodedPair:
         """Token ids of prompt and target; `prompt + target` tokenises the joint text wherever its seam allows."""
-        text = self.text(pair.source)
+        text = self.text(pair.source, pair.example_id)
         prompt, lead = split_seam(text)
         prompt_ids = self._ids(prompt, special=not self.chat)
         joint_ids = self._ids(prompt + lead + pair.target, special=not self.chat)

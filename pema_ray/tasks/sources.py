@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,15 +195,3 @@ def _parquet(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
     yield from enumerate(rows, start=1)
-
-
-def first_shots(pairs: Sequence[Pair], shots: int, longest: int = 120) -> list[Pair]:
-    """`shots` worked examples: the first pairs, by number, of moderate length whose target differs from the source."""
-    ordered = sorted(pairs, key=lambda pair: pair.example_id)
-    chosen = [pair for pair in ordered if 60 < len(pair.source) < longest and pair.source != pair.target][:shots]
-    if len(chosen) < shots:
-        raise UserError(
-            f"task.shots={shots}, but only {len(chosen)} training pairs are of a length to be shown "
-            f"(60 to {longest} characters)."
-        )
-    return chosen

@@ -128,6 +128,24 @@ def test_a_model_whose_logits_the_head_cannot_express_is_refused_by_name(tiny_pl
     assert plm.name in str(caught.value)
 
 
+def test_a_model_in_bfloat16_is_proved_by_how_far_its_logits_are_off_together(tiny_plm_folder, monkeypatch):
+    """Single large logits are two of bfloat16's steps off; a wrong model is off everywhere."""
+    plm = load_plm(PLMConfig(name=tiny_plm_folder("llama"), dtype="bfloat16", device="cpu", threads=1))
+    with torch.no_grad():
+        plm.model.get_output_embeddings().weight.mul_(64)
+    assert export_lm_head(plm).head.dtype == torch.bfloat16
+    forward = plm.model.forward
+
+    def twisted(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.logits = out.logits + 0.1 * out.logits.flip(-1)
+        return out
+
+    monkeypatch.setattr(plm.model, "forward", twisted)
+    with pytest.raises(UserError, match="computes its logits in a way"):
+        export_lm_head(plm)
+
+
 def test_an_unknown_norm_and_a_missing_head_are_refused_by_name(tiny_plm, monkeypatch):
     plm = replace(tiny_plm("qwen2"), model=deepcopy(tiny_plm("qwen2").model))
     with monkeypatch.context() as patch:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pema_ray.errors import UserError
 from pema_ray.tasks import Pair, Task, load_pairs
-from pema_ray.tasks.sources import _draw, first_shots, read_file
+from pema_ray.tasks.sources import _draw, read_file
 from pema_ray.tasks.task import Columns
 
 COLUMNS = Columns(source="en", target="du")
@@ -156,10 +156,3 @@ def test_limits_are_drawn_with_the_seed_and_checked(tmp_path: Path):
         load_pairs(TASK, files, {"trian": 5})
     with pytest.raises(UserError, match="'dev' must keep at least one pair, got 0"):
         load_pairs(TASK, files, {"dev": 0})
-
-
-def test_shots_are_the_first_pairs_worth_showing_whatever_the_order():
-    pairs = [Pair(9, "x" * 80, "y"), Pair(1, "short", "y"), Pair(4, "z" * 80, "z" * 80), Pair(2, "w" * 80, "y")]
-    assert [pair.example_id for pair in first_shots(pairs, 2)] == [2, 9]
-    with pytest.raises(UserError, match="task.shots=3, but only 2"):
-        first_shots(pairs, 3)
