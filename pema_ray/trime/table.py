@@ -1,0 +1,235 @@
+"""The demonstration: TRIME's objectives beside the plain language model, its cache and kNN-LM, in one table.
+
+For every seed each objective is trained for the same number of updates, and then, for as many as fit into the plain
+model's time; every model is evaluated in all ways that go with it. All runs share one prepared corpus. A run that is
+finished is not done again. Imports no model: it runs the stages.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pema_ray.cluster import ray_cluster
+from pema_ray.config import Section, validate
+from pema_ray.memory.shards import atomic_file
+from pema_ray.progress import console
+from pema_ray.trime import build_datastore, build_index, evaluate, prepare, report, train, walk
+from pema_ray.trime.config import MemoryKind, TrimeConfig
+from pema_ray.trime.results import Scores, TrimeEvaluation, shown
+from pema_ray.trime.run import TrimeRun
+
+_ORDERS: dict[MemoryKind, str] = {"none": "random", "local": "random", "long": "keep", "ext": "bm25"}
+_MODELS: dict[MemoryKind, str] = {"none": "CE", "local": "TrimeLM", "long": "TrimeLM_long", "ext": "TrimeLM_ext"}
+_CHAIN: tuple[tuple[str, Callable[[TrimeConfig], Any]], ...] = (
+    ("datastore", build_datastore.run),
+    ("index", build_index.run),
+    ("evaluate", evaluate.run),
+    ("report", report.run),
+)
+Done = tuple[TrimeEvaluation, dict[str, Any]]  # what a run found, and what its training measured
+STEPS, TIME = "equal steps", "equal time"
+
+
+class Row(Section):
+    """One system of one objective over all seeds."""
+
+    budget: str
+    """`equal steps` or `equal time`."""
+    memory: MemoryKind
+    system: str
+    label: str
+    datastore: str | None
+    dev_nll: tuple[float, ...]
+    test_nll: tuple[float, ...]
+    """Of each seed."""
+    updates: tuple[int, ...]
+    training_seconds: tuple[float, ...]
+
+
+class Table(Section):
+    """`table.json`."""
+
+    corpus: str
+    tokens: dict[str, int]
+    parameters: int
+    segment: int
+    seeds: tuple[int, ...]
+    per_character: bool
+    rows: tuple[Row, ...]
+
+
+def run(config: TrimeConfig) -> dict[str, Any]:
+    """Write `<run_dir>/table.json` and `<run_dir>/table.md`; every run lies in a folder of its own beside them."""
+    c = config
+    root = Path(c.run_dir).absolute()
+    base = validate(TrimeConfig, _with_prepare_seed(c), "table")
+    told: dict[tuple[str, MemoryKind], list[Done]] = {}
+    with ray_cluster(c.ray, max(c.train.cpus_per_worker, c.datastore.cpus_per_actor), readers=1):
+        prepare.run(base)
+        for seed in c.table.seeds:
+            plain_seconds = 0.0
+            for memory in c.table.memories:
+                done = _one(base, root, seed, memory, STEPS, c.train.updates)
+                told.setdefault((STEPS, memory), []).append(done)
+                per_update = done[1]["training_seconds"] / done[1]["updates"]
+                if memory == "none":
+                    plain_seconds = done[1]["training_seconds"]
+                elif c.table.equal_time and plain_seconds:
+                    updates = _kept(root / _name(seed, memory, TIME), max(1, int(plain_seconds / per_update)))
+                    told.setdefault((TIME, memory), []).append(_one(base, root, seed, memory, TIME, updates))
+                _write(root, _table(base, told))
+    found = _table(base, told)
+    console.print(markdown(found), markup=False, highlight=False)
+    return {"summary": f"{len(found.rows)} rows of {len(found.seeds)} seeds: {root / 'table.md'}"}
+
+
+def _write(root: Path, found: Table) -> None:
+    """After every run, so that a table that is still growing can be read."""
+    with atomic_file(root / "table.json") as temporary:
+        temporary.write_text(found.model_dump_json(indent=1) + "\n")
+    with atomic_file(root / "table.md") as temporary:
+        temporary.write_text(markdown(found), encoding="utf-8")
+
+
+def _with_prepare_seed(config: TrimeConfig) -> dict[str, Any]:
+    """The corpus is dealt out alike for every seed."""
+    told = config.model_dump()
+    told["prepare"]["seed"] = config.seed if config.prepare.seed is None else config.prepare.seed
+    return told
+
+
+def _name(seed: int, memory: MemoryKind, budget: str) -> str:
+    return f"seed{seed}_{memory}" + ("_time" if budget == TIME else "")
+
+
+def _kept(folder: Path, updates: int) -> int:
+    """The number of updates that this run was once given: times differ from day to day, and it may be half done."""
+    path = folder / "updates.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as temporary:
+            temporary.write_text(json.dumps(updates))
+    return int(json.loads(path.read_text()))
+
+
+def settings_of(base: TrimeConfig, root: Path, seed: int, memory: MemoryKind, budget: str, updates: int) -> TrimeConfig:
+    """The experiment of one run: the table's own, with its objective and the order of batches that goes with it."""
+    changed = base.model_copy(
+        update={
+            "run_dir": str(root / _name(seed, memory, budget)),
+            "seed": seed,
+            "batches": base.batches.model_copy(update={"order": _ORDERS[memory]}),
+            "train": base.train.model_copy(update={"memory": memory, "updates": updates}),
+        }
+    )
+    told = changed.model_dump()
+    for key, value in base.table.settings.get(memory, {}).items():
+        *sections, last = key.split(".")
+        inner = told
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[last] = value
+    return validate(TrimeConfig, told, f"table.settings.{memory}")
+
+
+def _one(base: TrimeConfig, root: Path, seed: int, memory: MemoryKind, budget: str, updates: int) -> Done:
+    """Train and evaluate one model; what is finished is reused."""
+    config = settings_of(base, root, seed, memory, budget, updates)
+    run = TrimeRun(config)
+    console.print(f"[bold]{_MODELS[memory]}[/], seed {seed}, {budget}: {config.train.updates:,} updates")
+    _share_corpus(base, run)
+    if config.batches.order == "bm25":
+        walk.run(config)
+    train.run(config)
+    for _, stage in _CHAIN:
+        stage(config)
+    return TrimeEvaluation.load(run.path("evaluate")), run.metrics("train")
+
+
+def _share_corpus(base: TrimeConfig, run: TrimeRun) -> None:
+    """`prepare/` of a run is a link to the table's."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    link, shared = run.path("prepare"), TrimeRun(base).path("prepare")
+    if not link.is_symlink():
+        link.symlink_to(shared, target_is_directory=True)
+
+
+def _table(base: TrimeConfig, told: Mapping[tuple[str, MemoryKind], list[Done]]) -> Table:
+    rows = []
+    for (budget, memory), runs in told.items():
+        evaluations, metrics = [found for found, _ in runs], [one for _, one in runs]
+        for place, first in enumerate(evaluations[0].scores):
+            same: list[Scores] = [found.scores[place] for found in evaluations]
+            rows.append(
+                Row(
+                    budget=budget,
+                    memory=memory,
+                    system=first.system,
+                    label=first.label,
+                    datastore=first.datastore,
+                    dev_nll=tuple(one.dev_nll for one in same),
+                    test_nll=tuple(one.test_nll for one in same),
+                    updates=tuple(one["updates"] for one in metrics),
+                    training_seconds=tuple(one["training_seconds"] for one in metrics),
+                )
+            )
+    first, metrics = next(iter(told.values()))[0]
+    splits = TrimeRun(base).metrics("prepare")["splits"]
+    tokens = {split: splits[split]["tokens"] for split in ("train", "dev", "test")}
+    corpus = base.prepare.corpus if base.prepare.corpus != "files" else ", ".join(
+        Path(name).name for names in base.prepare.files.values() for name in names
+    )  # fmt: skip
+    return Table(
+        corpus=corpus,
+        tokens=tokens,
+        parameters=metrics["parameters"],
+        segment=base.batches.segment,
+        seeds=base.table.seeds,
+        per_character=first.per_character,
+        rows=tuple(sorted(rows, key=lambda row: row.budget)),  # stable: steps before time
+    )
+
+
+def markdown(table: Table) -> str:
+    """The table, its budgets one after the other; the plain model's rows stand under both, for they are its measure."""
+    unit = "bits per character" if table.per_character else "perplexity"
+    lines = [
+        f"{table.corpus}: {', '.join(f'{n:,} {split}' for split, n in table.tokens.items())} tokens; "
+        f"{table.parameters:,} parameters, L = {table.segment}; mean ± sd of {_seeds(table)} seeds; "
+        "τ, λ, T chosen on dev.",
+    ]
+    for budget in (STEPS, TIME):
+        rows = [row for row in table.rows if row.budget == budget]
+        if not rows:
+            continue
+        if budget == TIME:
+            rows = [row for row in table.rows if row.memory == "none"] + rows
+        lines += ["", f"**At {budget}**", "", f"| model | evaluated with | updates | dev {unit} | test {unit} |"]
+        lines += ["|---|---|---|---|---|"]
+        best = min(rows, key=lambda row: statistics.mean(row.test_nll))
+        for row in rows:
+            dev, test = (mean_and_sd(nlls, table.per_character) for nlls in (row.dev_nll, row.test_nll))
+            test = f"**{test}**" if row is best else test
+            updates = f"{round(statistics.mean(row.updates)):,}"
+            lines.append(f"| {_MODELS[row.memory]} | {row.label} | {updates} | {dev} | {test} |")
+    return "\n".join(lines) + "\n"
+
+
+def _seeds(table: Table) -> str:
+    """How many each row has; while the table grows, some have one fewer."""
+    counts = sorted({len(row.test_nll) for row in table.rows})
+    return " to ".join(map(str, counts))
+
+
+def mean_and_sd(nlls: Sequence[float], per_character: bool) -> str:
+    """Of what is shown (perplexity or bits), over seeds."""
+    values = [nll / math.log(2) if per_character else math.exp(nll) for nll in nlls]
+    if len(values) == 1:
+        return shown(nlls[0], per_character)
+    digits = 3 if per_character else 2
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
