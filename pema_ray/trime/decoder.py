@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from pema_ray.trime.adaptive import AdaptiveEmbedding, AdaptiveSoftmax, Bands, TiedSoftmax
 from pema_ray.trime.config import DecoderShape
-from pema_ray.trime.model import Representations, VocabularyScore
+from pema_ray.trime.model import Representations, TrainableLM, VocabularyScore
 
 
-class DecoderLM(nn.Module):
+class DecoderLM(TrainableLM):
     """A `MemoryLM`: g(c) is what goes into the last layer's feed-forward block, after its norm.
 
     Args:
@@ -47,9 +47,6 @@ class DecoderLM(nn.Module):
         for layer in self.layers:
             x_BTH, key_BTH = layer(x_BTH)
         return Representations(self.final_norm(x_BTH), key_BTH)
-
-    def forward(self, token_BT: Tensor) -> Representations:
-        return self.represent(token_BT)
 
     def score(self, state_NH: Tensor, target_N: Tensor) -> VocabularyScore:
         return self.softmax.score(state_NH, target_N)

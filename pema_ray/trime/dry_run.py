@@ -12,7 +12,8 @@ from pema_ray.errors import UserError
 from pema_ray.trime.adaptive import AdaptiveEmbedding
 from pema_ray.trime.config import TrimeConfig
 from pema_ray.trime.decoder import DecoderLM
-from pema_ray.trime.models import TrainableLM, count_parameters, make_model
+from pema_ray.trime.model import TrainableLM
+from pema_ray.trime.models import count_parameters, make_model
 from pema_ray.trime.run import TrimeRun
 
 _STATES = {"nag": 1, "adam": 2, "adamw": 2}  # numbers that the optimiser keeps of every parameter

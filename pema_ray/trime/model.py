@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Representations(NamedTuple):
@@ -47,3 +47,26 @@ class MemoryLM(Protocol):
     def log_probs(self, state_NH: Tensor) -> tuple[Tensor, Tensor]:
         """(log-probabilities [N, V], log-normalisers [N]) of the whole vocabulary."""
         ...
+
+
+class TrainableLM(nn.Module):
+    """A `MemoryLM` that is a torch module: what training, saving and loading are about."""
+
+    hidden_size: int
+    vocabulary_size: int
+    max_positions: int
+
+    def represent(self, token_BT: Tensor) -> Representations:
+        """As `MemoryLM.represent`."""
+        raise NotImplementedError
+
+    def score(self, state_NH: Tensor, target_N: Tensor) -> VocabularyScore:
+        """As `MemoryLM.score`."""
+        raise NotImplementedError
+
+    def log_probs(self, state_NH: Tensor) -> tuple[Tensor, Tensor]:
+        """As `MemoryLM.log_probs`."""
+        raise NotImplementedError
+
+    def forward(self, token_BT: Tensor) -> Representations:
+        return self.represent(token_BT)

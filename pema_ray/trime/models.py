@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,7 +20,7 @@ from pema_ray.errors import UserError, nearest
 from pema_ray.memory.shards import atomic_file
 from pema_ray.trime.config import DecoderShape, ModelConfig
 from pema_ray.trime.decoder import DecoderLM
-from pema_ray.trime.model import MemoryLM
+from pema_ray.trime.model import TrainableLM
 
 TRANSFORMERS = "transformers:"
 _CONFIG, _TENSORS = "config.json", "model.safetensors"
@@ -43,10 +43,6 @@ PUBLISHED: dict[str, DecoderShape] = {
 }  # fmt: skip
 
 
-class TrainableLM(nn.Module, MemoryLM):
-    """For types alone: every model here is both."""
-
-
 def shape_of(config: ModelConfig) -> DecoderShape | None:
     """The decoder's shape; none of a transformers model. Raises `UserError` for an unknown name."""
     if config.name.startswith(TRANSFORMERS):
@@ -66,7 +62,7 @@ def make_model(config: ModelConfig, vocabulary_size: int, segment: int) -> Train
     """A model for segments of so many tokens, its weights drawn from torch's generator (or pretrained)."""
     shape = shape_of(config)
     if shape is not None:
-        return cast(TrainableLM, DecoderLM(shape, vocabulary_size, segment))
+        return DecoderLM(shape, vocabulary_size, segment)
     from pema_ray.trime.transformers_model import TransformersLM
 
     made = TransformersLM.from_pretrained(config.name.removeprefix(TRANSFORMERS), config.fresh, vocabulary_size)
@@ -74,7 +70,7 @@ def make_model(config: ModelConfig, vocabulary_size: int, segment: int) -> Train
         raise UserError(
             f"batches.segment ({segment}) is more than the {made.max_positions} positions that {config.name} knows."
         )
-    return cast(TrainableLM, made)
+    return made
 
 
 def save_model(model: TrainableLM, folder: Path) -> None:
@@ -104,7 +100,7 @@ def load_model(folder: Path) -> TrainableLM:
         told = json.loads((folder / _CONFIG).read_text())
         if told["kind"] == "decoder":
             shape = DecoderShape.model_validate(told["shape"])
-            made: Any = DecoderLM(shape, told["vocabulary_size"], told["max_positions"])
+            made: TrainableLM = DecoderLM(shape, told["vocabulary_size"], told["max_positions"])
         else:
             from pema_ray.trime.transformers_model import TransformersLM
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pema_ray.trime.loss import joint_log_prob
 from pema_ray.trime.memories import PADDING, Kind, Places, external_memory, local_memory, long_memory
-from pema_ray.trime.models import TrainableLM
+from pema_ray.trime.model import TrainableLM
 from pema_ray.trime.softmax import MemoryScore
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pema_ray.training.ray_loop import Tell
 from pema_ray.trime.batches import groups_of_epoch, share_of
 from pema_ray.trime.config import TrimeConfig, TrimeTrainConfig
-from pema_ray.trime.models import TrainableLM
+from pema_ray.trime.model import TrainableLM
 from pema_ray.trime.objective import TrimeObjective, Ways
 from pema_ray.trime.segments import PADDING, SegmentBatch, Segments
 

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from pema_ray.errors import UserError
 from pema_ray.trime.adaptive import full_log_probs, full_score
-from pema_ray.trime.model import Representations, VocabularyScore
+from pema_ray.trime.model import Representations, TrainableLM, VocabularyScore
 
 _FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc1")
 _SCALES = {"logit_scale": 1, "logits_scaling": -1}  # cohere multiplies, granite divides
 _TOLERANCE = 1e-3
 
 
-class TransformersLM(nn.Module):
+class TransformersLM(TrainableLM):
     """f(c) is what the LM head is given (scaled, where the model scales its logits), g(c) the last block's MLP input.
 
     Raises:
@@ -87,9 +87,6 @@ class TransformersLM(nn.Module):
         assert self._caught is not None
         key, self._caught = self._caught, None
         return Representations(state_BTH, key.reshape(*token_BT.shape, -1))
-
-    def forward(self, token_BT: Tensor) -> Representations:
-        return self.represent(token_BT)
 
     def score(self, state_NH: Tensor, target_N: Tensor) -> VocabularyScore:
         return full_score(state_NH, self.causal.get_output_embeddings().weight, target_N)

@@ -1,4 +1,4 @@
-"""Training: no position learns from what it must not see, workers are interchangeable, a stopped run goes on exactly."""
+"""Training: nobody learns from what it must not see, workers are interchangeable, a stopped run goes on exactly."""
 
 from __future__ import annotations
 
@@ -154,9 +154,10 @@ def test_a_run_that_stopped_goes_on_bit_by_bit(memory: str, optimizer: str, tmp_
             raise KeyboardInterrupt
         return cut(self, update)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "tokens_of", dies)
-        train(configured(memory, **settings), tmp_path / "stopped")
+        with pytest.raises(KeyboardInterrupt):
+            train(configured(memory, **settings), tmp_path / "stopped")
     assert load_checkpoint(tmp_path / "stopped/checkpoint.safetensors")[1]["step"] == 3
     resumed, again = train(configured(memory, **settings), tmp_path / "stopped")
     assert losses_of(resumed) == losses_of(whole)
@@ -205,7 +206,7 @@ def _in_a_process(rank: int, world: int, meeting: str, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory) -> Path:
-    """Every kind of memory, trained by two processes whose shares of a group are uneven: 3 and 2 segments, 1 and none."""
+    """Every kind of memory, by two processes whose shares of a group are uneven: 3 and 2 segments, 1 and none."""
     folder = tmp_path_factory.mktemp("together")
     torch.multiprocessing.spawn(_in_a_process, (2, str(folder / "meeting"), str(folder)), nprocs=2)
     return folder
