@@ -103,3 +103,10 @@ def test_serving(tmp_path: Path):
     figures = smoke("serving", tmp_path)["figures"]
     assert set(figures["tokens_per_second"]) >= {"many", "one", "plm alone", "generate", "draft 8_50ms"}
     assert figures["milliseconds"]["a token, median"] > 0
+
+
+@pytest.mark.slow
+def test_trime_measures_steps_evaluation_and_retrieval(tmp_path: Path):
+    figures = smoke("trime", tmp_path)["figures"]
+    assert set(figures["step_peak_bytes"]) == {f"{who} {m}" for who in ("ours", "published") for m in ("local", "long")}
+    assert figures["recall"] >= 0.95
