@@ -17,7 +17,7 @@ from torch import Tensor
 
 NO_DOCUMENT = 0
 """The code of what belongs to no document: it is hidden from nothing."""
-_CHUNK = 1 << 16  # keys whose scores lie in memory at a time
+_CHUNK = 1 << 13  # keys whose scores are computed at a time: they and the keys fit in a cache
 _SPARE = 8  # candidates beyond k, so that rounding seldom asks for a second look
 
 

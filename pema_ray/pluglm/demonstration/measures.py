@@ -1,0 +1,152 @@
+"""What a trained model of the facts answers while its memory on disk is edited, and its weights stay as they are.
+
+Shapes: F facts, V values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pema_ray.config import Section
+from pema_ray.pluglm.demonstration.facts import World, weights_hash
+from pema_ray.pluglm.demonstration.learning import answers
+from pema_ray.pluglm.encoding import DocumentEncoder
+from pema_ray.pluglm.knowledge import Knowledge
+from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
+from pema_ray.pluglm.model import PlugLMForMaskedLM
+
+_AIMS = {
+    "edited": (0.98, True), "edited_held_out": (0.90, True), "added": (0.90, True), "old_memory": (0.10, False),
+}  # fmt: skip
+
+
+class FactsFigures(Section):
+    """Accuracies unless said otherwise; chance is one over the number of values."""
+
+    facts: int
+    held_out: int
+    """Facts that training never asked about."""
+    built: float
+    """With the memory as it was built."""
+    edited: float
+    """After every entry was replaced by one with another value, against the new truth."""
+    edited_held_out: float
+    """The same of the facts never asked about."""
+    old_memory: float
+    """The memory from before the edits, against the new truth."""
+    shuffled: float
+    """Keys as they are, values dealt out anew."""
+    none: float
+    """No memory attached."""
+    before_adding: float
+    """Facts never asked about, while their entries are deleted."""
+    added: float
+    """And when they are added again."""
+    single_edits: int
+    """Edits of one entry each, all undone by a swap."""
+    flipped: float
+    """Share of them whose fact was then answered with the new value."""
+    others_changed: int
+    """Answers to other facts that changed, over all single edits."""
+    other_domain: float
+    """With a second domain's memory swapped in, against that domain's truth."""
+    restored: bool
+    """Whether all logits were the same, bit for bit, when the first memory was swapped back, and after each edit."""
+    weights_before: str
+    weights_after: str
+    """SHA-256 of all weights."""
+    versions: int
+    """Of the memory, published by these measurements."""
+
+    @property
+    def missed(self) -> list[str]:
+        """Which aims of the demonstration were not reached, in words."""
+        found = [
+            f"{name} {getattr(self, name):.3f}, aim {'≥' if least else '≤'} {aim}"
+            for name, (aim, least) in _AIMS.items()
+            if (getattr(self, name) < aim) == least and getattr(self, name) != aim
+        ]
+        if self.flipped < 1:
+            found.append(f"{self.flipped:.3f} of the single edits flipped their fact, aim all")
+        if self.others_changed:
+            found.append(f"{self.others_changed} other answers changed by single edits, aim none")
+        if not self.restored:
+            found.append("predictions were not restored exactly")
+        if self.weights_before != self.weights_after:
+            found.append("weights changed")
+        return found
+
+
+def measure(
+    model: PlugLMForMaskedLM, world: World, unseen_F: np.ndarray, folder: Path, seed: int, single_edits: int = 20
+) -> FactsFigures:
+    """Build memories in `folder`, edit them, and ask about every fact after every change."""
+    random = np.random.default_rng([seed, 2])
+    before = weights_hash(model)
+    encoder = DocumentEncoder(model, world.tokenizer(), "facts")
+
+    def attach(memory: KnowledgeMemory) -> Knowledge:
+        knowledge = memory.load(encoder.fingerprint)
+        model.attach(knowledge)
+        return knowledge
+
+    old_F = world.draw(random)
+    new_F = world.draw(random, other_than=old_F)
+    built = KnowledgeMemory.build(folder / "memory", world.entries(old_F), encoder, "float32")
+    attach(built)
+    built_F = answers(model, world)[0]
+    memory = built
+    for fact, value in enumerate(new_F):
+        memory = memory.replace(fact, world.entry(fact, int(value)), encoder)
+    edited = memory
+    knowledge = attach(edited)
+    edited_F, logits_FV = answers(model, world)
+    right_F = edited_F == new_F
+
+    shuffle_F = torch.from_numpy(random.permutation(world.facts))
+    model.attach(replace(knowledge, value_ND=knowledge.value_ND[shuffle_F]))  # pyright: ignore[reportArgumentType]
+    shuffled_F = answers(model, world)[0]
+    model.attach(None)
+    none_F = answers(model, world)[0]
+    attach(built)
+    stale_F = answers(model, world)[0]
+
+    restored, flipped, changed = True, 0, 0
+    facts = random.choice(world.facts, min(single_edits, world.facts), replace=False)
+    for fact in facts.tolist():
+        value = int((new_F[fact] + random.integers(1, world.values)) % world.values)
+        attach(memory.replace(fact, world.entry(fact, value), encoder))
+        found_F = answers(model, world)[0]
+        flipped += int(found_F[fact] == value)
+        changed += int((np.delete(found_F, fact) != np.delete(edited_F, fact)).sum())
+        memory = memory.swap(edited)
+        attach(memory)
+        restored &= torch.equal(answers(model, world)[1], logits_FV)
+
+    unseen = np.flatnonzero(unseen_F)
+    attach(memory.delete(unseen.tolist()))
+    without_F = answers(model, world)[0]
+    attach(memory.add([world.entry(fact, int(new_F[fact])) for fact in unseen.tolist()], encoder))
+    added_F = answers(model, world)[0]
+
+    other_F = world.draw(random)
+    other = KnowledgeMemory.build(folder / "other", world.entries(other_F, "other world"), encoder, "float32")
+    attach(memory.swap(other))
+    swapped_F = answers(model, world)[0]
+    memory = memory.swap(edited)
+    attach(memory)
+    restored &= torch.equal(answers(model, world)[1], logits_FV)
+
+    return FactsFigures(
+        facts=world.facts, held_out=len(unseen), built=float((built_F == old_F).mean()), edited=float(right_F.mean()),
+        edited_held_out=float(right_F[unseen_F].mean()), old_memory=float((stale_F == new_F).mean()),
+        shuffled=float((shuffled_F == new_F).mean()), none=float((none_F == new_F).mean()),
+        before_adding=float((without_F == new_F)[unseen_F].mean()), added=float((added_F == new_F)[unseen_F].mean()),
+        single_edits=len(facts), flipped=flipped / len(facts), others_changed=changed,
+        other_domain=float((swapped_F == other_F).mean()), restored=restored, weights_before=before,
+        weights_after=weights_hash(model), versions=memory.version,
+    )  # fmt: skip
