@@ -157,7 +157,12 @@ class TrainConfig(TrainingConfig):
     look_back_width: int = Field(default=256, ge=4, multiple_of=4)
     """Of these blocks."""
     look_back_dropout: float = Field(default=0.2, ge=0, lt=1)
-    """In these blocks; small memories are learned by heart without it."""
+    """In these blocks and in the local memory's maps; small memories are learned by heart without it."""
+    local_memory: int = Field(default=0, ge=0)
+    """Width of trained query and key maps over the prompt and the text so far (`build_memory.prompts`), whose tokens
+    are mixed in; 0: none."""
+    predict_lambda: bool = False
+    """Fit, on the dev memory, how far each token's state says that the adapter is to be trusted."""
     solver: Literal["closed_form", "adam", "none"] = "closed_form"
     """Stage 1, reconstruction: exact, by gradient, or skipped (random A, zero B)."""
     kappa: float = Field(default=0.2, ge=0, le=1)
@@ -210,12 +215,17 @@ class TrainConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _looks_back_at_sequences(self) -> TrainConfig:
-        if self.look_back and (self.stream or self.shuffle == "window" or self.solver == "adam"):
+        if self.reads_sequences and (self.stream or self.shuffle == "window" or self.solver == "adam"):
             raise ValueError(
-                "look_back learns from whole sequences at hand: it needs shuffle global, a solver other than adam and "
-                "no stream"
+                "look_back and local_memory learn from whole sequences at hand: they need shuffle global, a solver "
+                "other than adam and no stream"
             )
         return self
+
+    @property
+    def reads_sequences(self) -> bool:
+        """Whether training needs rows of prompts."""
+        return self.look_back > 0 or self.local_memory > 0
 
 
 class KnnMixConfig(Section):
@@ -326,16 +336,16 @@ class KnnSettings(Section):
 
 SYSTEMS = (
     "copy", "plm", "few_shot", "few_shot_similar", "knn", "pema", "pema_kappa_0", "pema_no_stage_1", "pema_adam",
-    "lora", "pema_look_back",
+    "pema_predicted_lambda", "lora", "pema_look_back", "pema_local_memory",
 )  # fmt: skip
 
 
 class CompareConfig(Section):
     """PEMA beside its peers on the same pairs, decoded as `generate` says."""
 
-    systems: tuple[str, ...] = SYSTEMS[:-1]
+    systems: tuple[str, ...] = SYSTEMS[:-2]
     """Which; leave out what takes too long (`lora` trains the whole PLM, `pema_adam` solves stage 1 by gradient).
-    `pema_look_back` needs `build_memory.prompts`."""
+    `pema_look_back` and `pema_local_memory` need `build_memory.prompts`."""
     few_shot: int = Field(default=3, ge=1)
     """Examples shown to the few-shot PLM: the first training pairs, and in `few_shot_similar` the likest."""
     knn: KnnSettings = KnnSettings()
@@ -368,7 +378,8 @@ class ExperimentConfig(Section):
 
     @model_validator(mode="after")
     def _has_prompts_to_look_back_at(self) -> ExperimentConfig:
-        wanted = {"train.look_back": self.train.look_back, "pema_look_back": "pema_look_back" in self.compare.systems}
+        wanted = {"train.look_back": self.train.look_back, "train.local_memory": self.train.local_memory}
+        wanted |= {name: name in self.compare.systems for name in ("pema_look_back", "pema_local_memory")}
         for name, is_wanted in wanted.items():
             if is_wanted and not self.build_memory.prompts:
                 raise ValueError(f"{name} needs build_memory.prompts=true: rows of prompts in the memory")

@@ -1,6 +1,8 @@
 """The PEMA adapter: `h_rct = B_rct A x`, `h_pd = B_pd A x` (paper section 3.3). N rows, H hidden, R rank, V vocabulary.
 
-With `look_back_layers` it looks back over the sequence before its maps (`look_back`), which published PEMA does not.
+Three things that published PEMA does not: with `look_back_layers` it looks back over the sequence before its maps
+(`look_back`), with `local_memory_width` it asks what followed at places like this one (`local_memory`), and with
+`predicts_lambda` it says itself how far to trust it (`predicted_lambda`).
 
 On disk a folder: `adapter_config.json`, `adapter_model.safetensors`, `README.md`.
 """
@@ -21,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from pema_ray.data_owner.local_memory import LocalMemory, log_mixture
 from pema_ray.data_owner.look_back import LookBack
 from pema_ray.data_owner.reading import Reading, Stateless
 from pema_ray.errors import FingerprintMismatch, UserError
@@ -47,6 +50,8 @@ class AdapterConfig:
     look_back_layers: int = 0
     look_back_width: int = 256
     look_back_dropout: float = 0.0
+    local_memory_width: int = 0
+    predicts_lambda: bool = False
     prompt_from: int = 0
     """The first token of a prompt that it looks back at."""
 
@@ -61,7 +66,7 @@ class AdapterConfig:
     @property
     def looks_back(self) -> bool:
         """Whether it needs whole sequences."""
-        return self.look_back_layers > 0
+        return self.look_back_layers > 0 or self.local_memory_width > 0
 
 
 class PemaAdapter(nn.Module):
@@ -79,10 +84,18 @@ class PemaAdapter(nn.Module):
         self.B_rct = nn.Parameter(torch.zeros(config.hidden_size, config.rank), requires_grad=False)
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as published
         self.look_back: LookBack | None = None
-        if config.looks_back:
+        if config.look_back_layers:
             self.look_back = LookBack(
                 config.hidden_size, config.look_back_layers, config.look_back_width, config.look_back_dropout
             )
+        self.local_memory: LocalMemory | None = None
+        if config.local_memory_width:
+            self.local_memory = LocalMemory(config.hidden_size, config.local_memory_width, config.look_back_dropout)
+        self.gate: nn.Linear | None = None
+        if config.predicts_lambda:  # set by `fit_gate` when all else is trained: until then λ is one
+            self.gate = nn.Linear(config.hidden_size, 1).requires_grad_(False)
+            nn.init.zeros_(self.gate.weight)
+            nn.init.constant_(self.gate.bias, 20.0)
 
     def start_from_reconstruction(self, A: torch.Tensor, B_rct: torch.Tensor) -> None:
         """Take stage 1's solution and let prediction start from it, so that PEMA starts as the PLM.
@@ -121,11 +134,28 @@ class PemaAdapter(nn.Module):
         """
         if self.look_back is None:
             return x_NH
-        lengths = torch.unique_consecutive(example_N, return_counts=True)[1]
-        pieces = lengths.tolist()
-        x_BTH, target_BT = (pad_sequence(list(all_of.split(pieces)), batch_first=True) for all_of in (x_NH, target_N))
-        real_BT = torch.arange(target_BT.shape[1], device=lengths.device) < lengths[:, None]
+        x_BTH, target_BT, real_BT = _by_sequence(x_NH, target_N, example_N)
         return self.look_back(x_BTH, target_BT, head.weight)[real_BT]
+
+    def recall(
+        self, x_NH: torch.Tensor, target_N: torch.Tensor, example_N: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the local memory leaves to the maps, and what it gives to each row's target: logarithms, `[N]` each.
+
+        Arguments as in `look`; only for an adapter that has a local memory.
+        """
+        assert self.local_memory is not None, "an adapter without a local memory has nothing to recall"
+        x_BTH, target_BT, real_BT = _by_sequence(x_NH, target_N, example_N)
+        rest_BT, found_BT = self.local_memory(x_BTH, target_BT)
+        return rest_BT[real_BT], found_BT[real_BT]
+
+    def trust(self, log_pema_NV: torch.Tensor, state_NH: torch.Tensor, head: LMHead) -> torch.Tensor:
+        """`log(g P_PEMA + (1 - g) P_LM)` where λ is predicted; else `log P_PEMA` as it is."""
+        if self.gate is None:
+            return log_pema_NV
+        score = self.gate(self.enter(state_NH, head))
+        log_plm = head.log_probs(head.norm(state_NH))
+        return torch.logaddexp(log_pema_NV + F.logsigmoid(score), log_plm + F.logsigmoid(-score))
 
     def log_probs(
         self,
@@ -143,16 +173,20 @@ class PemaAdapter(nn.Module):
             ValueError: the adapter looks back, and no sequences are given.
         """
         x = self.enter(state_NH, head)
-        if sequences is not None:
-            target_N, example_N, wanted_N = sequences
-            x = self.look(x, target_N, example_N, head)[wanted_N]
-        elif self.look_back is not None:
-            raise ValueError("this adapter looks back: its rows need their sequences")
-        return head.log_probs(self.leave(self.predict(x), head))
+        if sequences is None:
+            if self.config.looks_back:
+                raise ValueError("this adapter looks back: its rows need their sequences")
+            return self.trust(head.log_probs(self.leave(self.predict(x), head)), state_NH, head)
+        target_N, example_N, wanted_N = sequences
+        seen = self.look(x, target_N, example_N, head)[wanted_N]
+        log_p = head.log_probs(self.leave(self.predict(seen), head))
+        if self.local_memory is not None:
+            log_p = log_mixture(x, log_p, self.local_memory, target_N, example_N, wanted_N)
+        return self.trust(log_p, state_NH[wanted_N], head)
 
     def begin(self, source: ContextSource, prompts: Sequence[Sequence[int]], head: LMHead) -> Reading:
         """Go along with sequences that are being decoded."""
-        return _LookingBack(self, source, prompts, head) if self.look_back else Stateless(self, head)
+        return _LookingBack(self, source, prompts, head) if self.config.looks_back else Stateless(self, head)
 
     # ── on disk ─────────────────────────────────────────────────────────────
 
@@ -170,7 +204,9 @@ class PemaAdapter(nn.Module):
     def model_card(self, figures: str = "") -> str:
         """The adapter's README: what it is, whose PLM it needs, how it is loaded."""
         c = self.config
-        looks = f", looks back through {c.look_back_layers} × {c.look_back_width}" if c.looks_back else ""
+        looks = f", looks back through {c.look_back_layers} × {c.look_back_width}" if c.look_back_layers else ""
+        looks += f", local memory of width {c.local_memory_width}" if c.local_memory_width else ""
+        looks += ", predicts λ" if c.predicts_lambda else ""
         return (
             f"# PEMA adapter for {c.task or 'an unnamed task'}\n\n"
             f"- PLM: {c.plm_name}, fingerprint `{c.fingerprint}`. It works with no other.\n"
@@ -248,9 +284,9 @@ class _LookingBack:
     def __init__(
         self, adapter: PemaAdapter, source: ContextSource, prompts: Sequence[Sequence[int]], head: LMHead
     ) -> None:
-        assert adapter.look_back is not None
         self._adapter, self._head = adapter, head
-        self._cache = adapter.look_back.begin(len(prompts))
+        self._cache = adapter.look_back.begin(len(prompts)) if adapter.look_back else None
+        self._local = adapter.local_memory.begin(len(prompts)) if adapter.local_memory else None
         self._take_in(source, [list(prompt) for prompt in prompts])
 
     def _take_in(self, source: ContextSource, prompts: list[list[int]]) -> None:
@@ -267,18 +303,41 @@ class _LookingBack:
         for back in range(longest, 0, -1):  # so many positions before the last
             real = torch.tensor([length > back for length in lengths], device=device)
             at = [-1 - back if length > back else 0 for length in lengths]
-            self._cache.step(torch.stack([mine[place] for mine, place in zip(x, at, strict=True)]))
+            self._step(torch.stack([mine[place] for mine, place in zip(x, at, strict=True)]))
             token = [prompt[-back] if len(prompt) >= back else 0 for prompt in prompts]
-            self._cache.follow(rows, torch.tensor(token, device=device), self._head.weight, real)
+            self._follow(rows, torch.tensor(token, device=device), real)
+
+    def _step(self, x_BH: torch.Tensor) -> torch.Tensor:
+        if self._local is not None:
+            self._local.step(x_BH)
+        return x_BH if self._cache is None else self._cache.step(x_BH)
+
+    def _follow(self, rows: torch.Tensor, tokens: torch.Tensor, real: torch.Tensor | None = None) -> None:
+        if self._cache is not None:
+            self._cache.follow(rows, tokens, self._head.weight, real)
+        if self._local is not None:
+            self._local.follow(rows, tokens, real)
 
     def log_probs(self, state_BH: torch.Tensor) -> torch.Tensor:
         adapter, head = self._adapter, self._head
-        x = self._cache.step(adapter.enter(state_BH.to(head.weight.device), head))
-        return head.log_probs(adapter.leave(adapter.predict(x), head))
+        state = state_BH.to(head.weight.device)
+        x = self._step(adapter.enter(state, head))
+        log_p = head.log_probs(adapter.leave(adapter.predict(x), head))
+        return adapter.trust(log_p if self._local is None else self._local.mix(log_p), state, head)
 
     def follow(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
         device = self._head.weight.device
-        self._cache.follow(torch.tensor(rows, device=device), torch.tensor(tokens, device=device), self._head.weight)
+        self._follow(torch.tensor(rows, device=device), torch.tensor(tokens, device=device))
+
+
+def _by_sequence(
+    x_NH: torch.Tensor, target_N: torch.Tensor, example_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows as padded sequences: `x [B, T, H]`, targets `[B, T]`, and which places are real `[B, T]`."""
+    lengths = torch.unique_consecutive(example_N, return_counts=True)[1]
+    pieces = lengths.tolist()
+    x_BTH, target_BT = (pad_sequence(list(all_of.split(pieces)), batch_first=True) for all_of in (x_NH, target_N))
+    return x_BTH, target_BT, torch.arange(target_BT.shape[1], device=lengths.device) < lengths[:, None]
 
 
 def _read_published(path: Path, card: ModelCard) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,7 +18,7 @@ _CHUNK = 512  # rows whose logits are held at once
 
 
 class _FrozenHeadCrossEntropy(torch.autograd.Function):
-    """Weighted sum of the cross-entropy of a head that is not trained, and its gradient, in one sweep over chunks.
+    """The cross-entropy of every row under a head that is not trained, and its gradient, in one sweep over chunks.
 
     Because the head is frozen, the gradient `(softmax - onehot) W` needs nothing that the forward pass has not
     already got in hand: each chunk's logits are turned into their own gradient in place and dropped. Two matrix
@@ -27,33 +27,30 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x_NH: torch.Tensor, target_N: torch.Tensor, weight_N: torch.Tensor, head: LMHead
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x_NH: torch.Tensor, target_N: torch.Tensor, head: LMHead) -> torch.Tensor:
         weight = head.weight
         grad = torch.empty_like(x_NH) if ctx.needs_input_grad[0] else None
         buffer = torch.empty(min(_CHUNK, len(x_NH)), head.vocab_size, dtype=weight.dtype, device=weight.device)
-        total = torch.zeros((), dtype=torch.float64, device=weight.device)
+        loss = torch.empty(len(x_NH), device=weight.device)
         for start in range(0, len(x_NH), _CHUNK):
             x, target = x_NH[start : start + _CHUNK].to(weight.dtype), target_N[start : start + _CHUNK, None]
-            share = weight_N[start : start + _CHUNK, None]
             raw = torch.mm(x, weight.T, out=buffer[: len(x)])
             logits = _finish_logits(raw.float(), head)
             log_z = logits.logsumexp(-1, keepdim=True)
-            total += ((log_z - logits.gather(1, target)) * share).sum(dtype=torch.float64)
+            loss[start : start + _CHUNK] = (log_z - logits.gather(1, target))[:, 0]
             if grad is not None:
                 slope = _slope(logits, head)
                 probability = logits.sub_(log_z).exp_()
                 probability.scatter_add_(1, target, -torch.ones_like(target, dtype=probability.dtype))
-                grad[start : start + _CHUNK] = (probability.mul_(slope).to(weight.dtype) @ weight) * share
+                grad[start : start + _CHUNK] = probability.mul_(slope).to(weight.dtype) @ weight
         if grad is not None:
             ctx.save_for_backward(grad)
-        return total.float()
+        return loss
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (grad,) = ctx.saved_tensors
-        return grad * grad_outputs[0], None, None, None
+        return grad * grad_outputs[0][:, None], None, None
 
 
 def _finish_logits(raw: torch.Tensor, head: LMHead) -> torch.Tensor:
@@ -74,17 +71,9 @@ def _slope(logits: torch.Tensor, head: LMHead) -> torch.Tensor | float:
     return (1 - (logits / head.spec.logit_softcap).square()) * head.spec.logit_scale
 
 
-def head_cross_entropy(
-    head: LMHead, normed_NH: torch.Tensor, target_N: torch.Tensor, share_N: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Cross-entropy of the frozen head's prediction, a float32 scalar with a gradient to `normed_NH` alone.
-
-    Args:
-        share_N: each row's share of the sum, float32; 1/N by default, which gives the mean.
-    """
-    if share_N is None:
-        share_N = torch.full((len(normed_NH),), 1 / len(normed_NH), device=normed_NH.device)
-    return _FrozenHeadCrossEntropy.apply(normed_NH, target_N, share_N, head)  # type: ignore[no-any-return]
+def head_cross_entropy(head: LMHead, normed_NH: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the frozen head's prediction, float32 `[N]`, with a gradient to `normed_NH` alone."""
+    return _FrozenHeadCrossEntropy.apply(normed_NH, target_N, head)  # type: ignore[no-any-return]
 
 
 class JointObjective(nn.Module):
@@ -107,25 +96,42 @@ class JointObjective(nn.Module):
             share_N: each row's share of the losses; 1/N by default.
             example_N: the sequence of each row, for adapters that look back; rows of share 0 are only looked at.
         """
-        adapter = self.adapter
+        x, down, loss_N, share_N = self.row_losses(state_NH, target_N, share_N, example_N)
+        prediction = loss_N.mean() if share_N is None else loss_N @ share_N
+        if self.kappa == 0 and self.training:
+            return prediction, prediction.new_zeros(()), prediction.detach()
+        if self.adapter.look_back is not None:  # what is reconstructed is what the PLM owner sent
+            down = self.adapter.project(x, drop=self.training)
+        reconstruction = _squared_error(F.linear(down, self.adapter.B_rct), x, share_N)
+        loss = self.kappa * reconstruction + (1 - self.kappa) * prediction
+        return loss, reconstruction.detach(), prediction.detach()
+
+    def row_losses(
+        self,
+        state_NH: torch.Tensor,
+        target_N: torch.Tensor,
+        share_N: torch.Tensor | None = None,
+        example_N: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """`(x, A x, -log P_PEMA of the target, share)` of the rows that have a share; arguments as in `forward`."""
+        adapter, recalled = self.adapter, None
         x = seen = adapter.enter(state_NH, self.head)
         if adapter.config.looks_back:
             if example_N is None or share_N is None:
                 raise ValueError("this adapter looks back: its rows need their sequences and shares")
             wanted = share_N > 0
             seen = adapter.look(x, target_N, example_N, self.head)[wanted]
+            if adapter.local_memory is not None:
+                recalled = [part[wanted] for part in adapter.recall(x, target_N, example_N)]
             x, target_N, share_N = x[wanted], target_N[wanted], share_N[wanted]
         down = adapter.project(seen, drop=self.training)
         h_pd = F.linear(down, adapter.B_pd)
         h_pd = seen + h_pd if adapter.config.residual else h_pd
-        prediction = head_cross_entropy(self.head, adapter.leave(h_pd, self.head), target_N, share_N)
-        if self.kappa == 0 and self.training:
-            return prediction, prediction.new_zeros(()), prediction.detach()
-        if seen is not x:  # what is reconstructed is what the PLM owner sent
-            down = adapter.project(x, drop=self.training)
-        reconstruction = _squared_error(F.linear(down, adapter.B_rct), x, share_N)
-        loss = self.kappa * reconstruction + (1 - self.kappa) * prediction
-        return loss, reconstruction.detach(), prediction.detach()
+        loss_N = head_cross_entropy(self.head, adapter.leave(h_pd, self.head), target_N)
+        if recalled is not None:
+            rest_N, found_N = recalled
+            loss_N = -torch.logaddexp(rest_N - loss_N, found_N)
+        return x, down, loss_N, share_N
 
 
 def _squared_error(found_NH: torch.Tensor, x_NH: torch.Tensor, share_N: torch.Tensor | None) -> torch.Tensor:

@@ -33,7 +33,8 @@ from pema_ray.data_owner.feed import (
     in_order,
     sequences_in_order,
 )
-from pema_ray.data_owner.objectives import JointObjective, ReconstructionObjective
+from pema_ray.data_owner.objectives import JointObjective, ReconstructionObjective, head_cross_entropy
+from pema_ray.data_owner.predicted_lambda import fit_gate
 from pema_ray.data_owner.reconstruction import SecondMoment, reconstruction_error, solve
 from pema_ray.errors import UserError
 from pema_ray.hardware import peak_memory
@@ -72,6 +73,8 @@ class History:
     rows: int = 0
     total_steps: int = 0
     stopped_early: bool = False
+    lambda_nll: list[float] | None = None
+    """Where λ is predicted: NLL of held-out rows at the best constant λ, and at the predicted one."""
     peak_bytes: int = 0
     """Most memory that the leading process has held, its rows included (its GPU's, where it has one)."""
 
@@ -125,7 +128,9 @@ class Trainer:
         self._meet()  # the leading process may still be writing its best
         best = PemaAdapter(self.adapter_config)
         best.load_state_dict(load_file(self._best))
-        return best.eval(), history
+        if self.config.predict_lambda and self.place.leads:
+            history.lambda_nll = list(self._fit_gate(best.to(device)))
+        return best.eval().cpu(), history
 
     @cached_property
     def feed(self) -> Feed:
@@ -300,6 +305,20 @@ class Trainer:
             history.stopped_early = history.stale >= self.config.patience
         if self.place.leads:
             self.on_point("validation", point)
+
+    @torch.no_grad()
+    def _fit_gate(self, adapter: PemaAdapter) -> tuple[float, float]:
+        """Fit how far to trust the finished adapter, on the dev memory."""
+        assert adapter.gate is not None
+        objective = JointObjective(adapter, self.head, 0.0).eval()
+        rows = []
+        for batch in self._dev(self.config.validation_rows):
+            state, target, share, example = self._tensors(batch)
+            x, _, loss, _ = objective.row_losses(state, target, share, example)
+            wanted = share > 0
+            plain = head_cross_entropy(self.head, self.head.norm(state[wanted]), target[wanted])
+            rows.append((x, -loss, -plain))
+        return fit_gate(adapter.gate, rows)
 
     def _agree(self, losses: np.ndarray) -> list[float]:
         """The leading process's figures, for all: a rounding difference must not stop some workers and not others."""

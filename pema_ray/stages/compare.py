@@ -35,20 +35,25 @@ from pema_ray.stages.run import Run
 from pema_ray.stages.train import forget_other_settings, training_job
 
 _SERVICE = "LM head, representations"
+_LOCAL_MEMORY_WIDTH = 256
 _FEW_SHOT = ("few_shot", "few_shot_similar")
 _VARIANTS: dict[str, dict[str, Any]] = {
     "pema": {},
     "pema_kappa_0": {"kappa": 0.0},
     "pema_no_stage_1": {"solver": "none"},
     "pema_adam": {"solver": "adam"},
+    "pema_predicted_lambda": {"predict_lambda": True},
     "pema_look_back": {},  # `train.look_back` blocks, or one
+    "pema_local_memory": {},  # of width `train.local_memory`, or 256
 }
 _LABELS = {
     "pema": "PEMA",
     "pema_kappa_0": "PEMA, κ = 0",
     "pema_no_stage_1": "PEMA without stage 1",
     "pema_adam": "PEMA, stage 1 by Adam",
+    "pema_predicted_lambda": "PEMA, λ predicted",
     "pema_look_back": "PEMA that looks back",
+    "pema_local_memory": "PEMA with a local memory",
 }
 
 
@@ -90,7 +95,9 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
 
 def _variant(config: TrainConfig, name: str) -> TrainConfig:
     """The run's training with one thing changed; refused where the change does not go with the rest."""
-    changes = {"look_back": max(1, config.look_back)} if name == "pema_look_back" else _VARIANTS[name]
+    widths = {"pema_look_back": {"look_back": config.look_back or 1}}
+    widths |= {"pema_local_memory": {"local_memory": config.local_memory or _LOCAL_MEMORY_WIDTH}}
+    changes = widths.get(name, _VARIANTS[name])
     return validate(TrainConfig, {**config.model_dump(), **changes, "stream": False}, f"compare.systems: {name}: train")
 
 
@@ -165,6 +172,8 @@ class _Bench:
             history = self._train()
         adapter = folder / "adapter"
         options, spec = self.config.generate, expert_of(self.run, adapter)
+        if self.name == "pema_predicted_lambda":  # the prediction stands in λ's place: a constant would lower it again
+            options = options.model_copy(update={"lambda_max": 1.0, "schedule": "constant"})
         asks = f" and k = {options.knn.neighbours} neighbours" if spec.memory else ""
         name = f"{_LABELS[self.name]}{asks}, λ {options.lambda_max:g}"
         job = make_job(self.run, name, self.pairs, self.run.prompter(), options, spec)

@@ -108,7 +108,9 @@ def training_job(run: Run, c: TrainConfig | None = None) -> TrainingJob:
         look_back_layers=c.look_back,
         look_back_width=c.look_back_width,
         look_back_dropout=c.look_back_dropout,
-        prompt_from=run.prompter().shared_tokens if c.look_back else 0,
+        local_memory_width=c.local_memory,
+        predicts_lambda=c.predict_lambda,
+        prompt_from=run.prompter().shared_tokens if c.reads_sequences else 0,
     )
     return TrainingJob(
         train_memory=run.path("build_memory", "train").resolve(),

@@ -222,15 +222,18 @@ PROMPTS = [
 ]  # the last: no row but its own
 
 
-@pytest.fixture
-def looking(tiny_source) -> tuple[object, PemaAdapter]:
+BLOCKS, LOCAL = {"look_back_layers": 2, "look_back_width": 8}, {"local_memory_width": 8}
+
+
+@pytest.fixture(params=[BLOCKS, LOCAL, {**BLOCKS, **LOCAL, "predicts_lambda": True}], ids="+".join)
+def looking(tiny_source, request: pytest.FixtureRequest) -> tuple[object, PemaAdapter]:
     source = tiny_source("llama")
     card = source.describe()
-    config = AdapterConfig(
-        card.hidden_size, 4, card.name, card.fingerprint, residual=True, look_back_layers=2, look_back_width=8,
-        prompt_from=3,
-    )  # fmt: skip
+    named = (card.name, card.fingerprint)
+    config = AdapterConfig(card.hidden_size, 4, *named, residual=True, prompt_from=3, **request.param)
     adapter = stirred(PemaAdapter(config), 3)
+    if adapter.gate is not None:
+        adapter.gate.bias.data.fill_(0.3)
     assert isinstance(adapter, PemaAdapter)
     return source, adapter
 
@@ -300,6 +303,9 @@ KEPT = {"prompts": True}
     [
         ({"train": {"look_back": 1}}, "train.look_back needs build_memory.prompts=true"),
         ({"compare": {"systems": ["pema_look_back"]}}, "pema_look_back needs build_memory.prompts=true"),
+        ({"train": {"local_memory": 64}}, "train.local_memory needs build_memory.prompts=true"),
+        ({"compare": {"systems": ["pema_local_memory"]}}, "pema_local_memory needs build_memory.prompts=true"),
+        ({"build_memory": KEPT, "train": {"local_memory": 8, "stream": True}}, "whole sequences at hand"),
         ({"build_memory": KEPT, "train": {"look_back": 1, "stream": True}}, "whole sequences at hand"),
         ({"build_memory": KEPT, "train": {"look_back": 1, "solver": "adam"}}, "whole sequences at hand"),
         (

@@ -35,9 +35,10 @@ def objective(make_head, kappa: float, dropout: float = 0.0, **changes) -> Joint
 def test_head_cross_entropy_is_cross_entropy_of_the_logits_in_value_and_gradient(make_head, options: dict):
     head, (x, y) = make_head(**options), batch()
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    loss, expected = head_cross_entropy(head, ours, y), F.cross_entropy(head.logits(theirs), y)
-    loss.backward()
-    expected.backward()
+    loss, expected = head_cross_entropy(head, ours, y), F.cross_entropy(head.logits(theirs), y, reduction="none")
+    weight = torch.rand(len(y))
+    (loss @ weight).backward()
+    (expected @ weight).backward()
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-5)
 
@@ -46,7 +47,7 @@ def test_head_cross_entropy_is_cross_entropy_of_the_logits_in_value_and_gradient
 def test_chunks_of_rows_do_not_show(make_head, options: dict):
     head, (x, y) = make_head(**options), batch(2500)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    head_cross_entropy(head, ours, y).backward()
+    head_cross_entropy(head, ours, y).mean().backward()
     F.cross_entropy(head.logits(theirs), y).backward()
     torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-5)
 
@@ -54,8 +55,8 @@ def test_chunks_of_rows_do_not_show(make_head, options: dict):
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_a_bfloat16_head_gives_a_float32_loss(make_head, softcap: float | None):
     head, (x, y) = make_head(softcap=softcap), batch()
-    exact = head_cross_entropy(head, x, y)
-    loss = head_cross_entropy(make_head(softcap=softcap).bfloat16(), x, y)
+    exact = head_cross_entropy(head, x, y).mean()
+    loss = head_cross_entropy(make_head(softcap=softcap).bfloat16(), x, y).mean()
     assert loss.dtype == torch.float32
     assert abs(float(loss - exact)) < 2**-6 * float(exact)  # eight bits of mantissa, twice rounded
 

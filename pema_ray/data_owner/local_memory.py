@@ -1,0 +1,127 @@
+"""A local memory over the prompt and the text so far: what followed at places like this one. Knows torch alone.
+
+TRIME's local memory (Zhong, Lei and Chen, EMNLP 2022, equation 2) on the data owner's side: keys are made of the
+representations that the PLM owner has sent, values are the tokens that followed them, and the maps that make queries
+and keys are trained. One normaliser for all, in which the adapter's distribution stands as one entry more:
+
+    P(w) = a_0 P_PEMA(w) + Σ_{j<t, y_j=w} a_j,    a = softmax(s_0(x_t), q_t · k_1 / √D, …, q_t · k_{t-1} / √D)
+
+B sequences, T positions, H hidden, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+_NEVER = -1e4  # a finite logarithm of nothing: minus infinity has no gradient
+_AT_FIRST = 6.0  # s_0 before training: the memory has about a twentieth of the mass at some dozens of positions
+
+
+class LocalMemory(nn.Module):
+    """Queries, keys and what the adapter itself weighs.
+
+    Args:
+        width: D of queries and keys.
+        dropout: while training, of the representations that they are made of.
+    """
+
+    def __init__(self, hidden_size: int, width: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm, self.drop = nn.RMSNorm(hidden_size), nn.Dropout(dropout)
+        self.query, self.key = (nn.Linear(hidden_size, width, bias=False) for _ in range(2))
+        self.rest = nn.Linear(hidden_size, 1)  # s_0
+        self.scale = 1 / math.sqrt(width)
+        nn.init.zeros_(self.rest.weight)
+        nn.init.constant_(self.rest.bias, _AT_FIRST)
+
+    def forward(self, x_BTH: torch.Tensor, follows_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(log a_0, log Σ a_j over earlier places that were followed by the same token)`, `[B, T]` each.
+
+        Args:
+            follows_BT: the token after each position. Sequences are padded on their right.
+        """
+        normed = self.drop(self.norm(x_BTH))
+        past = torch.ones(x_BTH.shape[1], x_BTH.shape[1], dtype=torch.bool, device=x_BTH.device).tril(-1)
+        log_a = self._log_shares(normed, self.key(normed), past)
+        alike = (follows_BT[:, :, None] == follows_BT[:, None, :]) & past
+        return log_a[..., 0], log_a[..., 1:].masked_fill(~alike, _NEVER).logsumexp(-1)
+
+    def _log_shares(self, normed_BTH: torch.Tensor, key_BSD: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """`log a [B, T, 1 + S]` of the adapter and of S places, of which some may be seen."""
+        score = (self.query(normed_BTH) @ key_BSD.transpose(1, 2)) * self.scale
+        score = score.masked_fill(~seen, _NEVER)
+        return torch.cat([self.rest(normed_BTH), score], -1).log_softmax(-1)
+
+    def begin(self, rows: int) -> LocalMemoryCache:
+        """A cache of `rows` sequences that have no position yet."""
+        return LocalMemoryCache(self, rows)
+
+
+class LocalMemoryCache:
+    """Keys and values of what has been seen while decoding; `step`, then `follow`, as `LookBackCache` has them."""
+
+    def __init__(self, memory: LocalMemory, rows: int) -> None:
+        self._memory = memory
+        device = memory.rest.bias.device
+        self._key = torch.zeros(rows, 0, memory.key.out_features, device=device)
+        self._value = torch.zeros(rows, 0, dtype=torch.long, device=device)
+        self._seen = torch.zeros(rows, 0, dtype=torch.bool, device=device)
+        self._newest: torch.Tensor | None = None
+
+    def step(self, x_BH: torch.Tensor) -> None:
+        """Take in the newest position of every sequence."""
+        self._newest = self._memory.norm(x_BH)[:, None]
+
+    def mix(self, log_pema_BV: torch.Tensor) -> torch.Tensor:
+        """The adapter's log-probabilities and the memory's, at the newest position, `[B, V]`."""
+        assert self._newest is not None, "nothing was taken in"
+        log_a = self._memory._log_shares(self._newest, self._key, self._seen[:, None])[:, 0]
+        found = torch.zeros_like(log_pema_BV).scatter_add_(1, self._value, log_a[:, 1:].exp() * self._seen)
+        return torch.logaddexp(log_pema_BV + log_a[:, :1], found.log())
+
+    def follow(self, rows: torch.Tensor, token_N: torch.Tensor, real_N: torch.Tensor | None = None) -> None:
+        """Sequence i is from now on what `rows[i]` was, followed by `token_N[i]`; padding is not seen again."""
+        if self._newest is None:
+            return
+        real = torch.ones_like(token_N, dtype=torch.bool) if real_N is None else real_N
+        self._key = torch.cat([self._key[rows], self._memory.key(self._newest[rows])], 1)
+        self._value = torch.cat([self._value[rows], token_N[:, None]], 1)
+        self._seen = torch.cat([self._seen[rows], real[:, None]], 1)
+        self._newest = None
+
+
+def log_mixture(
+    x_NH: torch.Tensor,
+    log_pema_NV: torch.Tensor,
+    memory: LocalMemory,
+    target_N: torch.Tensor,
+    example_N: torch.Tensor,
+    wanted_N: torch.Tensor,
+) -> torch.Tensor:
+    """The same over whole sequences: log-probabilities `[n, V]` of the n rows wanted, whose `log_pema_NV` is given.
+
+    Args:
+        target_N: `[N]`, the token after each row; example_N: `[N]`, its sequence; rows of one lie together, in order.
+    """
+    normed, found, row = memory.norm(x_NH), torch.zeros_like(log_pema_NV), 0
+    rest = torch.empty(len(log_pema_NV), 1, device=log_pema_NV.device)
+    for start, end in _borders(example_N):
+        mine = wanted_N[start:end]
+        count = int(mine.sum())
+        if not count:
+            continue
+        past = torch.ones(end - start, end - start, dtype=torch.bool, device=x_NH.device).tril(-1)
+        log_a = memory._log_shares(normed[None, start:end], memory.key(normed[None, start:end]), past)[0][mine]
+        rest[row : row + count] = log_a[:, :1]
+        values = target_N[start:end].expand(count, -1)
+        found[row : row + count].scatter_add_(1, values, log_a[:, 1:].exp() * past[mine])
+        row += count
+    return torch.logaddexp(log_pema_NV + rest, found.log())
+
+
+def _borders(example_N: torch.Tensor) -> list[tuple[int, int]]:
+    ends = torch.unique_consecutive(example_N, return_counts=True)[1].cumsum(0).tolist()
+    return list(zip([0, *ends[:-1]], ends, strict=True))

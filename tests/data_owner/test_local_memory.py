@@ -1,0 +1,188 @@
+"""A local memory: one normaliser, nothing of what comes later, and it learns to copy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pema_ray.config import TrainConfig
+from pema_ray.data_owner import AdapterConfig, PemaAdapter
+from pema_ray.data_owner.local_memory import LocalMemory, log_mixture
+from pema_ray.data_owner.objectives import JointObjective
+from pema_ray.data_owner.training import Trainer
+from tests.data_owner.test_look_back import H, V, copies, stirred
+from tests.data_owner.test_training import assert_one_curve, close, run_in_processes
+
+LENGTHS = (5, 1, 4)
+
+
+@pytest.fixture
+def memory() -> LocalMemory:
+    module = stirred(LocalMemory(H, 8))
+    assert isinstance(module, LocalMemory)
+    with torch.no_grad():
+        module.rest.bias.fill_(0.5)  # neither side rules
+    return module
+
+
+@pytest.fixture
+def rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`x [N, H]`, targets (few, so that they come again), sequences, and log P of the maps `[N, V]`."""
+    draw = torch.Generator().manual_seed(4)
+    n = sum(LENGTHS)
+    example = torch.repeat_interleave(torch.tensor([7, 2, 9]), torch.tensor(LENGTHS))
+    target = torch.randint(0, 3, (n,), generator=draw)
+    return torch.randn(n, H, generator=draw), target, example, torch.randn(n, V, generator=draw).log_softmax(-1)
+
+
+def naive(memory: LocalMemory, x, target, example, log_pema) -> torch.Tensor:
+    """The equation of the module's first lines, row by row, in float64."""
+    found = torch.zeros(len(x), V, dtype=torch.float64)
+    q, k = (linear(memory.norm(x)).double() for linear in (memory.query, memory.key))
+    s_0 = memory.rest(memory.norm(x)).double()[:, 0]
+    for t in range(len(x)):
+        past = [j for j in range(t) if example[j] == example[t]]
+        scores = [s_0[t], *(q[t] @ k[j] / 8**0.5 for j in past)]
+        a = torch.stack(scores).softmax(0)
+        found[t] = a[0] * log_pema[t].double().exp()
+        for share, j in zip(a[1:], past, strict=True):
+            found[t, target[j]] += share
+    return found
+
+
+@torch.no_grad()
+def test_it_is_the_equation_and_sums_to_one(memory, rows):
+    x, target, example, log_pema = rows
+    expected = naive(memory, *rows)
+    found = log_mixture(x, log_pema, memory, target, example, torch.ones(len(x), dtype=torch.bool))
+    torch.testing.assert_close(found.double().exp(), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found.exp().sum(-1), torch.ones(len(x)), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_only_the_rows_that_are_wanted_are_made(memory, rows):
+    x, target, example, log_pema = rows
+    every = log_mixture(x, log_pema, memory, target, example, torch.ones(len(x), dtype=torch.bool))
+    wanted = torch.arange(len(x)) % 3 == 1  # none of the sequence of one row
+    some = log_mixture(x, log_pema[wanted], memory, target, example, wanted)
+    torch.testing.assert_close(some, every[wanted])
+
+
+@torch.no_grad()
+def test_an_adapters_rows_are_those_of_its_loss(make_head, rows):
+    x, target, example, _ = rows
+    objective, share = make_objective(make_head).eval(), torch.full((len(x),), 1 / len(x))
+    log_p = objective.adapter.log_probs(x, objective.head, (target, example, share > 0))
+    torch.testing.assert_close(
+        -log_p.gather(1, target[:, None])[:, 0], objective.row_losses(x, target, share, example)[2]
+    )
+
+
+def make_objective(make_head, **changes) -> JointObjective:
+    config = AdapterConfig(H, 6, "tiny", "a" * 16, residual=True, local_memory_width=8, **changes)
+    adapter = stirred(PemaAdapter(config), 2)
+    assert isinstance(adapter, PemaAdapter) and adapter.local_memory is not None
+    with torch.no_grad():
+        adapter.local_memory.rest.bias.fill_(0.5)
+    return JointObjective(adapter, make_head(), 0.2)
+
+
+@pytest.mark.parametrize("changes", [{}, {"look_back_layers": 1, "look_back_width": 8}], ids=str)
+def test_the_loss_is_that_of_the_distribution_and_has_its_gradient(make_head, rows, changes: dict):
+    x, target, example, _ = rows
+    objective = make_objective(make_head, **changes).eval()
+    adapter, head = objective.adapter, objective.head
+    share = torch.tensor([0, 0, 1, 1, 1, 1, 0, 1, 1, 1]) / 7
+    _, _, loss = objective(x, target, share, example)
+    wanted = share > 0
+    entered = adapter.enter(x, head)
+    log_pema = head.log_probs(adapter.leave(adapter.predict(adapter.look(entered, target, example, head)), head))
+    found = naive(adapter.local_memory, entered, target, example, log_pema)
+    expected = -found[wanted].gather(1, target[wanted, None])[:, 0].log().float() @ share[wanted]
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    named = {name: p for name, p in adapter.named_parameters() if p.requires_grad}
+    ours = torch.autograd.grad(objective.row_losses(x, target, share, example)[2] @ share[wanted], list(named.values()))
+    theirs = torch.autograd.grad(expected, list(named.values()))
+    for name, one, other in zip(named, ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@torch.no_grad()
+def test_what_comes_later_changes_nothing(make_head, rows):
+    x, target, example, _ = rows
+    adapter, head = make_objective(make_head).adapter.eval(), make_head()
+    every = torch.ones(len(x), dtype=torch.bool)
+    before = adapter.log_probs(x, head, (target, example, every))
+    other_x, other_target = x.clone(), target.clone()
+    other_x[3:] += 1
+    other_target[2:] += 1  # the token after row 2 is what row 2 predicts
+    after = adapter.log_probs(other_x, head, (other_target, example, every))
+    torch.testing.assert_close(after[:3], before[:3])
+    assert not torch.allclose(after[4], before[4])
+
+
+def make_trainer(head, folder: Path, width: int) -> Trainer:
+    config = TrainConfig(
+        rank=6, batch_size=128, epochs=12, validate_every=20, learning_rate=1e-2, local_memory=width,
+        look_back_dropout=0.0, solver="none", residual=True, predict_lambda=True,
+    )  # fmt: skip
+    adapter = AdapterConfig(H, 6, "tiny", "a" * 16, residual=True, local_memory_width=width, predicts_lambda=True)
+    train, dev = copies(400, 1), copies(60, 2)
+    if not width:
+        train, dev = train.of_targets, dev.of_targets
+    return Trainer(adapter, config, head, train, dev, folder, seed=5)
+
+
+def test_it_learns_to_copy_and_when_to_trust_itself(make_head, tmp_path: Path):
+    _, blind = make_trainer(make_head(), tmp_path / "blind", 0).run()
+    adapter, seeing = make_trainer(make_head(), tmp_path / "seeing", 16).run()
+    assert blind.best_prediction > 3.0  # 37 tokens, each as likely as another: 3.6 nats
+    assert seeing.best_prediction < 0.5 * blind.best_prediction
+    again = PemaAdapter.from_pretrained(adapter.save_pretrained(tmp_path / "adapter"))
+    described = (tmp_path / "adapter/README.md").read_text()
+    assert "local memory of width 16" in described and "predicts λ" in described
+    for name, tensor in adapter.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert seeing.lambda_nll is not None and again.gate is not None
+    assert seeing.lambda_nll[1] <= seeing.lambda_nll[0]
+    assert float(again.gate.bias) != 20.0  # it was fitted
+
+
+def test_training_goes_on_as_if_it_had_never_stopped(make_head, tmp_path: Path):
+    class Killed(Exception):
+        pass
+
+    def kill(kind, point):
+        if point.step == 47:
+            raise Killed
+
+    undisturbed, _ = make_trainer(make_head(), tmp_path / "one", 16).run()
+    dying = make_trainer(make_head(), tmp_path / "two", 16)
+    dying.on_point = kill
+    with pytest.raises(Killed):
+        dying.run()
+    resumed, _ = make_trainer(make_head(), tmp_path / "two", 16).run()
+    for name, tensor in undisturbed.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
+def test_two_processes_are_one(make_head, tmp_path: Path):
+    def trainer(folder: str) -> Trainer:
+        made = make_trainer(make_head(), tmp_path / folder, 16)
+        rows_of_40 = round(40 * made.feed.rows / 400)
+        del made.feed  # made again, of whole forties
+        made.config = made.config.model_copy(update={"epochs": 2, "batch_size": rows_of_40, "predict_lambda": False})
+        return made
+
+    one, history = trainer("one").run()
+    many, shared = run_in_processes(trainer("many"), 2, tmp_path / "meeting")
+    assert_one_curve(history, shared)
+    close(one, many, 1e-4)
+
+
+def test_it_stays_off_by_default():
+    assert not AdapterConfig(H, 4, "tiny", "a" * 16).looks_back
+    adapter = PemaAdapter(AdapterConfig(H, 4, "tiny", "a" * 16))
+    assert adapter.local_memory is None and adapter.gate is None
