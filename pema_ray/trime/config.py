@@ -31,7 +31,7 @@ class PrepareConfig(Section):
     `shares`."""
     shares: dict[Literal["dev", "test"], float] = {}
     """Of the split `all`: what part of its documents, by length, goes to dev and to test (drawn with `seed`)."""
-    document_start: str | None = r"^ ?= [^=].*[^=] = ?$"
+    document_start: str | None = r"^ ?= [^=](.*[^=])? = ?$"
     """Of `.txt`: a regular expression for the line that begins a document; none: a file is one document. The
     default finds WikiText's articles."""
     translations: tuple[str, ...] = ("kjv", "asv", "web")

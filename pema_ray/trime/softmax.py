@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 22
-"""Logits that are in memory at a time (times a handful of working copies): 16 MiB in float32."""
+CHUNK = 1 << 20
+"""Logits that are in memory at a time on a CPU (and a handful of working copies), 4 MiB in float32: they stay in its
+cache, and a causal memory is computed as a staircase, not a square. A GPU is given 16 times as many."""
 
 
 class Visibility(NamedTuple):
@@ -42,27 +43,30 @@ def memory_score(
     label_SM: Tensor,
     visibility: Visibility,
     scale: float | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> MemoryScore:
     """Both sums over the memory (equation 2), differentiable in queries and keys.
 
     Args:
         label_SN, label_SM: the tokens that follow the queries' and the memories' contexts.
         scale: of the inner products; 1/√H by default.
-        chunk: logits at a time.
+        chunk: logits at a time; by default `CHUNK`.
     """
     scale = 1 / math.sqrt(query_SNH.shape[-1]) if scale is None else scale
-    sums = _MemorySums.apply(query_SNH, key_SMH, label_SN, label_SM, visibility, scale, chunk)
+    sums = _MemorySums.apply(query_SNH, key_SMH, label_SN, label_SM, visibility, scale, chunk or _chunk(query_SNH))
     return MemoryScore(*sums)  # type: ignore[misc]
 
 
-def log_normaliser(state_NH: Tensor, weight_VH: Tensor, chunk: int = CHUNK) -> Tensor:
+def log_normaliser(state_NH: Tensor, weight_VH: Tensor, chunk: int | None = None) -> Tensor:
     """log Σ_w exp(E_w · f) `[N]`, differentiable in states and embeddings."""
-    return _LogSumExp.apply(state_NH, weight_VH, chunk)  # type: ignore[return-value]
+    return _LogSumExp.apply(state_NH, weight_VH, chunk or _chunk(state_NH))  # type: ignore[return-value]
 
 
 class _MemorySums(torch.autograd.Function):
-    """Forward keeps two numbers per query; backward computes the logits once more."""
+    """Forward keeps two numbers per query; backward computes the logits once more.
+
+    Positives are few: they are picked out of a chunk, not masked into a second one.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -75,14 +79,13 @@ class _MemorySums(torch.autograd.Function):
         scale: float,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        wide = _wide(query_SNH)
-        positive_SN = torch.full(label_SN.shape, -math.inf, dtype=wide, device=query_SNH.device)
+        positive_SN = torch.full(label_SN.shape, -math.inf, dtype=_wide(query_SNH), device=query_SNH.device)
         normaliser_SN = torch.full_like(positive_SN, -math.inf)
         for blocks, rows, columns in _chunks(label_SN, visibility, chunk):
-            logits_SCM = _logits(query_SNH, key_SMH, visibility, scale, blocks, rows, columns)
+            logits_SCM, mask = _logits(query_SNH, key_SMH, visibility, scale, blocks, rows, columns)
             normaliser_SN[blocks, rows] = logits_SCM.logsumexp(-1)
-            same_SCM = _same(label_SN, label_SM, blocks, rows, columns)
-            positive_SN[blocks, rows] = logits_SCM.masked_fill_(~same_SCM, -math.inf).logsumexp(-1)
+            index = _positives(label_SN[blocks, rows], label_SM[blocks, :columns], mask)
+            positive_SN[blocks, rows] = _sum_by_query(logits_SCM[index], index, positive_SN[blocks, rows])
         ctx.save_for_backward(query_SNH, key_SMH, label_SN, label_SM, positive_SN, normaliser_SN)
         ctx.asked = (visibility, scale, chunk)
         return positive_SN, normaliser_SN
@@ -91,19 +94,18 @@ class _MemorySums(torch.autograd.Function):
     def backward(ctx: Any, gradient_positive_SN: Tensor, gradient_normaliser_SN: Tensor):  # type: ignore[override]
         query_SNH, key_SMH, label_SN, label_SM, positive_SN, normaliser_SN = ctx.saved_tensors
         visibility, scale, chunk = ctx.asked
-        # A query without a positive, or without a memory, hands no gradient on: exp(x - inf) is 0.
-        positive_SN, normaliser_SN = (
-            torch.where(t == -math.inf, math.inf, t).unsqueeze(-1) for t in (positive_SN, normaliser_SN)
-        )
+        # A query without a memory hands no gradient on: exp(x - inf) is 0.
+        normaliser_SN = torch.where(normaliser_SN == -math.inf, math.inf, normaliser_SN)
         gradient_query, gradient_key = torch.zeros_like(query_SNH), torch.zeros_like(key_SMH)
         for blocks, rows, columns in _chunks(label_SN, visibility, chunk):
-            logits_SCM = _logits(query_SNH, key_SMH, visibility, scale, blocks, rows, columns)
-            weight_SCM = (logits_SCM - normaliser_SN[blocks, rows]).exp_()
+            logits_SCM, mask = _logits(query_SNH, key_SMH, visibility, scale, blocks, rows, columns)
+            index = _positives(label_SN[blocks, rows], label_SM[blocks, :columns], mask)
+            query = index[:2]
+            share = (logits_SCM[index] - positive_SN[blocks, rows][query]).exp_()
+            weight_SCM = logits_SCM.sub_(normaliser_SN[blocks, rows, None]).exp_()
             weight_SCM.mul_(gradient_normaliser_SN[blocks, rows, None])
-            same_SCM = _same(label_SN, label_SM, blocks, rows, columns)
-            share_SCM = (logits_SCM.masked_fill_(~same_SCM, -math.inf) - positive_SN[blocks, rows]).exp_()
-            weight_SCM.add_(share_SCM.mul_(gradient_positive_SN[blocks, rows, None])).mul_(scale)
-            weight_SCM = weight_SCM.to(query_SNH.dtype)
+            weight_SCM[index] += share.mul_(gradient_positive_SN[blocks, rows][query])
+            weight_SCM = weight_SCM.mul_(scale).to(query_SNH.dtype)
             gradient_query[blocks, rows] = weight_SCM @ key_SMH[blocks, :columns]
             gradient_key[blocks, :columns] += weight_SCM.mT @ query_SNH[blocks, rows]
         return gradient_query, gradient_key, None, None, None, None, None
@@ -126,16 +128,30 @@ def _chunks(label_SN: Tensor, visibility: Visibility, chunk: int) -> Iterator[tu
 
 def _logits(
     query_SNH: Tensor, key_SMH: Tensor, visibility: Visibility, scale: float, blocks: slice, rows: slice, columns: int
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
+    """A chunk's logits, -inf where nothing is to be seen; and what is (None: all)."""
     logits_SCM = (query_SNH[blocks, rows] @ key_SMH[blocks, :columns].mT).to(_wide(query_SNH)).mul_(scale)
     mask = visibility.mask(rows, columns)
-    return (
-        logits_SCM if mask is None else logits_SCM.masked_fill_(~mask if len(mask) == 1 else ~mask[blocks], -math.inf)
-    )
+    if mask is not None:
+        mask = mask if len(mask) == 1 else mask[blocks]
+        logits_SCM.masked_fill_(~mask, -math.inf)
+    return logits_SCM, mask
 
 
-def _same(label_SN: Tensor, label_SM: Tensor, blocks: slice, rows: slice, columns: int) -> Tensor:
-    return label_SN[blocks, rows, None] == label_SM[blocks, None, :columns]
+def _positives(label_SC: Tensor, label_SM: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Where query and memory are followed by the same token: (blocks, queries, memories), `[P]` each."""
+    same_SCM = label_SC[:, :, None] == label_SM[:, None, :]
+    if mask is not None:
+        same_SCM &= mask
+    return same_SCM.nonzero(as_tuple=True)  # type: ignore[return-value]
+
+
+def _sum_by_query(logit_P: Tensor, index: tuple[Tensor, ...], like_SC: Tensor) -> Tensor:
+    """logsumexp of each query's positives; -inf of one that has none."""
+    query_P = index[0] * like_SC.shape[1] + index[1]
+    top = torch.full_like(like_SC, -math.inf).flatten().scatter_reduce_(0, query_P, logit_P, "amax")
+    total = torch.zeros_like(top).index_add_(0, query_P, (logit_P - top[query_P]).exp_())
+    return (top + total.log()).view(like_SC.shape)
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -166,6 +182,10 @@ def _rows(rows: int, columns: int, chunk: int) -> Iterator[slice]:
     step = max(1, chunk // max(1, columns))
     for first in range(0, rows, step):
         yield slice(first, min(rows, first + step))
+
+
+def _chunk(tensor: Tensor) -> int:
+    return CHUNK if tensor.device.type == "cpu" else 16 * CHUNK
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -138,7 +138,7 @@ def split_text(text: str, config: PrepareConfig) -> Iterator[str]:
 
 def from_counts(config: PrepareConfig, counts: Counter[str]) -> Vocabulary:
     """The vocabulary of counted tokens, `<eos>` and `<unk>` always among them, the most frequent first."""
-    rare = [token for token, count in counts.items() if count < config.min_count]
+    rare = [token for token, count in counts.items() if count < config.min_count and token != EOS]
     kept = Counter(counts)
     for token in rare:
         del kept[token]

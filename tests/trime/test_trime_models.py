@@ -129,7 +129,9 @@ def test_a_dry_run_counts_parameters_updates_rows_and_bytes(tmp_path: Path):
     assert found.datastore_bytes == 103_227_021 * (2048 + 4)  # the published 211 GB of keys, and token ids
     assert found.epochs == pytest.approx(204.3, abs=0.1)
     assert found.training_bytes == found.parameters * 4 * 3
-    assert found.hours > 100
+    seen = 286_000 * 73_728
+    assert 6 * 201e6 * seen < found.flops < 12 * 201e6 * seen  # six operations for a weight of the layers, and the rest
+    assert found.hours == pytest.approx(found.flops / (4 * 4e13) / 3600)
     assert "286,000 of 73,728 tokens" in [str(cell) for column in found.table().columns for cell in column._cells][3]
 
 
