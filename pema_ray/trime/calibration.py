@@ -20,6 +20,7 @@ from pema_ray.trime.evaluation import Probe, Statistics
 Rule = Literal["none", "gn", "li"]
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _WEIGHT_ERROR = 1e-3
+_GLANCE, _SHORTLIST = 2048, 6  # tokens that rank the grid's temperatures, and how many go on to all tokens
 _ROUNDS = 4  # of two weights in turns; the loss is flat to 1e-4 by then
 
 
@@ -87,24 +88,28 @@ def nll(statistics: Statistics, probe: Probe, mixture: Mixture, settings: Settin
 
 
 def calibrate(statistics: Statistics, probe: Probe, mixture: Mixture) -> Calibrated:
-    """The settings with the lowest NLL: every temperature of the grid, each with its best weights."""
+    """The settings with the lowest NLL: every temperature of the grid, each with its best weights.
+
+    Of a long text, tokens evenly picked rank the temperatures, and the best few are compared on all of it.
+    """
     taus = probe.taus if mixture.rule != "none" else probe.taus[:1]
     temps = probe.interp_temps if mixture.second else probe.interp_temps[:1]
-    best: Calibrated | None = None
-    for tau in taus:
-        first = _first(statistics, probe, mixture, tau)
-        for temp in temps:
-            found = _weights(first, statistics, probe, mixture, Settings(tau=tau, interp_temp=temp))
-            if best is None or found.nll < best.nll:
-                best = found
-    assert best is not None
-    return best
+    grid = [Settings(tau=tau, interp_temp=temp) for tau in taus for temp in temps]
+    stride = len(statistics) // _GLANCE
+    if stride > 1 and len(grid) > _SHORTLIST:
+        grid = _ranked(statistics.take(slice(None, None, stride)), probe, mixture, grid)[:_SHORTLIST]
+    return min((_weighed(statistics, probe, mixture, settings) for settings in grid), key=lambda found: found.nll)
 
 
-def _weights(
-    first: Callable[[float], Tensor], statistics: Statistics, probe: Probe, mixture: Mixture, settings: Settings
-) -> Calibrated:
+def _ranked(statistics: Statistics, probe: Probe, mixture: Mixture, grid: list[Settings]) -> list[Settings]:
+    """The grid's temperatures, the best first."""
+    nlls = [_weighed(statistics, probe, mixture, settings).nll for settings in grid]
+    return [grid[place] for place in sorted(range(len(grid)), key=nlls.__getitem__)]
+
+
+def _weighed(statistics: Statistics, probe: Probe, mixture: Mixture, settings: Settings) -> Calibrated:
     """The best λ and lmbda at given temperatures."""
+    first = _first(statistics, probe, mixture, settings.tau)
     second = _second(statistics, probe, mixture, settings.interp_temp) if mixture.second else None
 
     def loss(weight: float, second_weight: float) -> float:

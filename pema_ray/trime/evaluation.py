@@ -91,6 +91,17 @@ class Statistics:
     def __len__(self) -> int:
         return len(self.position_N)
 
+    def take(self, rows: slice) -> Statistics:
+        """Of some tokens."""
+        return Statistics(
+            self.position_N[rows],
+            self.log_vocab_N[rows],
+            self.log_norm_N[rows],
+            self.context.take(rows),
+            None if self.external is None else self.external.take(rows),
+            None if self.second is None else self.second.take(rows),
+        )
+
     @classmethod
     def concatenate(cls, parts: Sequence[Statistics]) -> Statistics:
         position, vocab, norm = (

@@ -29,6 +29,9 @@ class LogSums:
     def concatenate(cls, parts: Sequence[LogSums]) -> LogSums:
         return cls(torch.cat([part.all_NSG for part in parts]), torch.cat([part.hit_NSG for part in parts]))
 
+    def take(self, rows: slice) -> LogSums:
+        return LogSums(self.all_NSG[rows], self.hit_NSG[rows])
+
     def cpu(self) -> LogSums:
         return LogSums(self.all_NSG.cpu(), self.hit_NSG.cpu())
 

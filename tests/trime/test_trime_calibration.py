@@ -73,3 +73,13 @@ def test_the_model_is_not_asked_again(measured: Statistics):
     log_p = token_log_probs(measured, PROBE, Mixture("gn", 32), Settings(tau=1.0))
     assert log_p.shape == (len(measured),)
     assert bool((log_p <= 1e-9).all())
+
+
+def test_a_long_text_is_calibrated_as_a_short_one(measured: Statistics, monkeypatch):
+    """Thirty times the same tokens have the best settings of one time, found by way of a shortlist."""
+    monkeypatch.setattr("pema_ray.trime.calibration._SHORTLIST", 2)
+    long = Statistics.concatenate([measured] * 30)
+    for mixture in (Mixture("gn", 32), Mixture("li", 32, second=True, neighbours=16)):
+        once, often = (calibrate(statistics, PROBE, mixture) for statistics in (measured, long))
+        assert often.nll == pytest.approx(once.nll, abs=1e-4)
+        assert often.settings.tau == once.settings.tau
