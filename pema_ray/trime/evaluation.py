@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from pema_ray.errors import UserError
 from pema_ray.trime.model import MemoryLM, Representations
 from pema_ray.trime.recent import RecentKeys
-from pema_ray.trime.search import Neighbours
+from pema_ray.trime.search import Found, Neighbours
 from pema_ray.trime.similarity import LogSums, log_sums
 from pema_ray.trime.windows import Window, batches, plan_windows
 
@@ -151,11 +152,25 @@ def measure(
         neighbours: a datastore's search; None: no external memory.
         on_batch: called with the number of tokens scored, batch after batch.
     """
-    parts = []
-    for batch in walk(model, text, probe):
-        parts.append(_statistics(model, text, probe, batch, neighbours))
+    parts: list[Statistics] = []
+
+    def finish(batch: list[Scored], asked: Future[Found] | None) -> None:
+        parts.append(_statistics(model, text, probe, batch, None if asked is None else asked.result()))
         if on_batch:
             on_batch(len(parts[-1]))
+
+    waiting: tuple[list[Scored], Future[Found] | None] | None = None
+    with ThreadPoolExecutor(1) as searching:  # while the model computes the next windows
+        for batch in walk(model, text, probe):
+            asked = None
+            if neighbours is not None:
+                query_NH = torch.cat([one.key_NH for one in batch]).cpu().numpy()
+                asked = searching.submit(neighbours.search, query_NH, probe.neighbours[-1])
+            if waiting is not None:
+                finish(*waiting)
+            waiting = batch, asked
+        if waiting is not None:
+            finish(*waiting)
     return Statistics.concatenate(parts)
 
 
@@ -210,9 +225,7 @@ def _look_back(
     return Scored(window, found.state_BTH[row, new], found.key_BTH[row, new].float(), similarity_NM, entry_M, ends)
 
 
-def _statistics(
-    model: MemoryLM, text: Text, probe: Probe, batch: Sequence[Scored], neighbours: Neighbours | None
-) -> Statistics:
+def _statistics(model: MemoryLM, text: Text, probe: Probe, batch: Sequence[Scored], found: Found | None) -> Statistics:
     position_N = torch.cat([torch.arange(one.window.first, one.window.end) + 1 for one in batch])
     target_N, thetas = text.token_N[position_N.to(text.token_N.device)], probe.thetas(model.hidden_size)
     score = model.score(torch.cat([one.state_NH for one in batch]), target_N)
@@ -221,8 +234,7 @@ def _statistics(
         hit_NM = text.token_N[one.entry_M][None] == target[:, None]
         context.append(log_sums(one.similarity_NM, hit_NM, one.ends, thetas).cpu())
     external = second = None
-    if neighbours is not None:
-        found = neighbours.search(torch.cat([one.key_NH for one in batch]).cpu().numpy(), probe.neighbours[-1])
+    if found is not None:
         hit_NK = found.token_NK == target_N[:, None].cpu()
         external = log_sums(found.similarity_NK, hit_NK, probe.neighbours, thetas)
         second = log_sums(found.similarity_NK, hit_NK, probe.neighbours, probe.interp_temps)
