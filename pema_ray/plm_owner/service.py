@@ -38,6 +38,8 @@ class EngineConfig(Section):
     """Positions, padding included, of one pass of `extract`; larger batches are cut, and sessions go on between."""
     idle_seconds: float = Field(default=30.0, ge=0)
     """A session that is not heard of for so long may lose its slot to another."""
+    forget_seconds: float = Field(default=600.0, gt=0)
+    """A session that is not heard of for so long is forgotten, whether or not its slot is needed."""
     timeout_seconds: float = Field(default=60.0, gt=0)
     """A step that has not begun after so long is told to come again."""
     wire_dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -75,7 +77,7 @@ class PLMEngine:
         loaded = load_plm(self._plm_config)
         self._source = InProcessPLM(loaded)
         c = self.config
-        settings = BatchSettings(c.slots, c.max_tokens, c.prefill_tokens, c.idle_seconds)
+        settings = BatchSettings(c.slots, c.max_tokens, c.prefill_tokens, c.idle_seconds, c.forget_seconds)
         return Batcher(loaded, self._source.lm_head().head, settings)
 
     async def describe(self) -> dict[str, Any]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import socket
 import time
 
+import httpx
+import httpx2
 import openai
 import psutil
 import pytest
@@ -22,6 +25,7 @@ from pema_ray.serving.applications import local
 
 pytestmark = pytest.mark.cluster
 MOST = 30
+BROKEN = (openai.OpenAIError, httpx.HTTPError, httpx2.HTTPError)  # what a client sees of a stream that was cut off
 
 
 def free_port() -> int:
@@ -48,7 +52,7 @@ def application(ray_cluster, tiny_plm_folder, adapter):
     plm = {"name": tiny_plm_folder("llama"), "dtype": "float32", "device": "cpu"}
     args = {
         "plm": plm,
-        "engine": {"slots": 8, "max_tokens": 90},
+        "engine": {"slots": 8, "max_tokens": 90, "forget_seconds": 8},
         "unroller": {
             "lambda_max": 0.7,
             "timeout_seconds": 60,
@@ -88,11 +92,11 @@ def expected(tiny_source, adapter):
     return answer
 
 
-def engines() -> set[int]:
-    """Processes of the PLM owner's replicas."""
+def engines(deployment: str = "PLMEngine") -> set[int]:
+    """Processes of a deployment's replicas."""
     found = set()
     for process in psutil.process_iter(["cmdline"]):
-        if " ".join(process.info["cmdline"] or []).startswith("ray::ServeReplica:pema:PLMEngine"):
+        if " ".join(process.info["cmdline"] or []).startswith(f"ray::ServeReplica:pema:{deployment}"):
             found.add(process.pid)
     return found
 
@@ -130,14 +134,62 @@ async def test_sessions_keep_to_their_replica_and_leave_nothing_behind(applicati
     want = [expected(prompt) for prompt in PROMPTS]
     for _ in range(2):
         assert await asyncio.gather(*(ask(url, prompt) for prompt in PROMPTS)) == want
+    await until_no_session_lives()
+
+
+async def until_no_session_lives(seconds: float = 25) -> None:
     handle = serve.get_deployment_handle("PLMEngine", "pema")
-    deadline = time.monotonic() + 20
+    deadline, states = time.monotonic() + seconds, []
     while time.monotonic() < deadline:
-        states = await asyncio.gather(*(handle.state.remote() for _ in range(8)))
-        if {s["replica"] for s in states} and not any(s["live_sessions"] for s in states):
-            break
+        states = await asyncio.gather(*(handle.state.remote() for _ in range(8)), return_exceptions=True)
+        if all(isinstance(state, dict) and not state["live_sessions"] for state in states):
+            return
         await asyncio.sleep(0.2)
-    assert not any(state["live_sessions"] for state in states)
+    raise AssertionError(states)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+async def test_sixteen_sessions_survive_kills_at_random_moments(application, expected, seed):
+    url, _ = application
+    draw = random.Random(seed)
+    sixteen = [PROMPTS[i % len(PROMPTS)] for i in range(16)]
+    want = [expected(prompt) for prompt in sixteen]
+    answers = asyncio.gather(*(ask(url, prompt) for prompt in sixteen))
+    kills = 0
+    while not answers.done() and kills < 4:
+        await asyncio.sleep(draw.uniform(0.02, 0.4))
+        if alive := sorted(engines()):
+            os.kill(draw.choice(alive), signal.SIGKILL)
+            kills += 1
+    assert kills
+    assert await asyncio.wait_for(answers, 90) == want
+    await until_no_session_lives()
+
+
+@pytest.mark.slow
+async def test_a_data_owner_that_is_killed_comes_back_and_leaves_no_session(application, expected):
+    url, _ = application
+    answers = [asyncio.create_task(ask(url, prompt)) for prompt in PROMPTS]
+    await asyncio.sleep(0.1)
+    for pid in engines("DataOwner"):
+        os.kill(pid, signal.SIGKILL)
+    done = await asyncio.wait_for(asyncio.gather(*answers, return_exceptions=True), 60)
+    for prompt, answer in zip(PROMPTS, done, strict=True):  # told so, or answered before: never wrong, never hanging
+        assert isinstance(answer, openai.OpenAIError | httpx.HTTPError | httpx2.HTTPError) or expected(
+            prompt
+        ).startswith(answer)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            assert await ask(url, PROMPTS[0]) == expected(PROMPTS[0])
+            break
+        except BROKEN:
+            await asyncio.sleep(0.5)
+    else:
+        raise AssertionError("the data owner does not come back")
+    assert await asyncio.gather(*(ask(url, prompt) for prompt in PROMPTS)) == [expected(prompt) for prompt in PROMPTS]
+    await until_no_session_lives()
 
 
 @pytest.mark.slow
@@ -151,3 +203,25 @@ async def test_an_application_deployed_anew_takes_other_adapters(application, ex
     with pytest.raises(openai.NotFoundError):
         await ask(url, PROMPTS[0], model="mine")
     assert ray.is_initialized()
+
+
+@pytest.mark.slow
+async def test_replicas_come_and_go_with_sessions_and_no_answer_changes(application, expected):
+    """1 → 3 → 1 by autoscaling, under way all the time."""
+    url, args = application
+    scale = {"replicas": 1, "max_replicas": 3, "sessions_per_replica": 2, "upscale_seconds": 0, "downscale_seconds": 2}
+    scaled = {**args, "engine": {**args["engine"], "idle_seconds": 1}, "plm_owner": {**scale, "cpus": 0.1}}
+    await asyncio.to_thread(lambda: serve.run(local(scaled), name="pema"))
+    most, until = 1, time.monotonic() + 90
+    while most < 3 and time.monotonic() < until:
+        prompts = PROMPTS * 2
+        assert await asyncio.gather(*(ask(url, prompt) for prompt in prompts)) == [expected(p) for p in prompts]
+        most = max(most, len(engines()))
+    assert most == 3
+    until = time.monotonic() + 90
+    while len(engines()) > 1 and time.monotonic() < until:
+        assert await ask(url, PROMPTS[0]) == expected(PROMPTS[0])
+        await asyncio.sleep(0.5)
+    assert len(engines()) == 1
+    assert await ask(url, PROMPTS[1]) == expected(PROMPTS[1])
+    await until_no_session_lives()

@@ -34,12 +34,14 @@ class BatchSettings:
         max_tokens: of one session; none: what the PLM allows.
         prefill_tokens: positions, padding included, of one pass over prompts.
         idle_seconds: a session that is not heard of for so long may lose its slot to another.
+        forget_seconds: a session that is not heard of for so long is forgotten, even if nobody needs its slot.
     """
 
     slots: int = 32
     max_tokens: int | None = None
     prefill_tokens: int = 512
     idle_seconds: float = 30.0
+    forget_seconds: float = 600.0
 
 
 @dataclass(eq=False)
@@ -113,6 +115,13 @@ class Batcher:
                 job.cancelled = True
         if slot is not None:
             slot.session = None
+
+    def forget_abandoned(self) -> None:
+        """Close sessions whose owner has fallen silent: whoever died could not close them."""
+        oldest = self._clock() - self.settings.forget_seconds
+        for slot in [slot for slot in self._sessions.values() if slot.job is None and slot.used <= oldest]:
+            assert slot.session is not None
+            self.close(slot.owner, slot.session)
 
     @property
     def busy(self) -> bool:

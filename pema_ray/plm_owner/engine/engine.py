@@ -115,9 +115,11 @@ class Engine:
     async def _serve(self) -> None:
         try:
             while True:
+                self.batcher.forget_abandoned()
                 if not self._changes and not self.batcher.busy:
                     self._wake.clear()
-                    await self._wake.wait()
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(self._wake.wait(), self.batcher.settings.forget_seconds / 4)
                 changes, self._changes = self._changes, []
                 for change in changes:
                     change()

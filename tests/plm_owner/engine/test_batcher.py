@@ -167,6 +167,20 @@ def test_unknown_and_forgotten_sessions_and_gaps_are_lost(batcher_of, clock):
     batcher.close("me", "a")  # gone already
 
 
+def test_a_session_whose_owner_has_died_is_forgotten_after_a_while(batcher_of, clock):
+    batcher = batcher_of("llama", slots=4, idle_seconds=1.0, forget_seconds=60.0)
+    finish(batcher, [batcher.submit("me", Step(name, 0, [5, 6])) for name in ("dead", "alive")])
+    clock.now = 59.0
+    finish(batcher, [batcher.submit("me", Step("alive", 2, [7]))])
+    batcher.forget_abandoned()
+    assert batcher.live_sessions == 2
+    clock.now = 60.0
+    batcher.forget_abandoned()
+    assert batcher.live_sessions == 1
+    assert isinstance(finish(batcher, [batcher.submit("me", Step("dead", 2, [5]))])[0], SessionLost)
+    assert isinstance(finish(batcher, [batcher.submit("me", Step("alive", 3, [5]))])[0], Stepped)
+
+
 def test_who_gets_no_slot_in_time_is_told_so(batcher_of, clock):
     batcher = batcher_of("llama", slots=1)
     finish(batcher, [batcher.submit("me", Step("a", 0, [5]))])

@@ -85,3 +85,17 @@ async def test_an_engine_that_is_stopped_loses_its_sessions(tiny_plm):
     await asyncio.sleep(0.05)
     await engine.stop()
     assert isinstance((await waiting)[0], SessionLost)
+
+
+async def test_an_idle_engine_forgets_abandoned_sessions_by_itself(tiny_plm):
+    plm = tiny_plm("llama")
+    settings = BatchSettings(slots=2, forget_seconds=0.2)
+    engine = await Engine(lambda: Batcher(plm, export_lm_head(plm).head, settings)).start()
+    await engine.step("me", [Step("a", 0, [5])])
+    assert engine.batcher.live_sessions == 1
+    for _ in range(200):
+        if not engine.batcher.live_sessions:
+            break
+        await asyncio.sleep(0.01)
+    assert engine.batcher.live_sessions == 0
+    await engine.stop()
