@@ -139,10 +139,11 @@ class Part:
 
     def _approximate(self, query_NH: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         options = self.options
-        asked = min(k * (options.oversample if options.rescore else 1), len(self))
+        rescore = options.rescore and hasattr(self.index, "pq")  # lists without codes hold the keys themselves
+        asked = min(k * (options.oversample if rescore else 1), len(self))
         distance, row = self.index.search(query_NH, asked)
         similarity = distance if options.metric == "inner_product" else -distance
-        if options.rescore:
+        if rescore:
             similarity = self._rescored(query_NH, row)
         similarity = np.where(row >= 0, similarity, -np.inf).astype(np.float32)
         similarity, row = _ordered(similarity, row)
