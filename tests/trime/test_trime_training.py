@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -188,16 +190,21 @@ SHARED = {
     "ext": configured("ext", hide_local=0.5, **SGD),
     "ext, a walk": configured("ext", batches={"order": "bm25"}, **SGD),
     "two groups": configured("long", group=3, batches={"groups_per_update": 2}, **SGD),
+    "accelerate": configured("ext", strategy="accelerate", **SGD),
     "one device": configured("long", group=3, batches={"groups_per_update": 3, "across_workers": False}, **SGD),
 }
 WALK = np.random.default_rng(0).permutation(11)
 
 
-def _in_a_process(rank: int, world: int, meeting: str, folder: str) -> None:
+def _in_a_process(rank: int, world: int, meeting: str, folder: str, shared: dict[str, TrimeConfig], port: int) -> None:
     torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     try:
-        for name, config in SHARED.items():
+        for name, config in shared.items():
             train(config, Path(folder, name), Place(rank, world), WALK)
             torch.distributed.barrier()
     finally:
@@ -208,17 +215,38 @@ def _in_a_process(rank: int, world: int, meeting: str, folder: str) -> None:
 def together(tmp_path_factory) -> Path:
     """Every kind of memory, by two processes whose shares of a group are uneven: 3 and 2 segments, 1 and none."""
     folder = tmp_path_factory.mktemp("together")
-    torch.multiprocessing.spawn(_in_a_process, (2, str(folder / "meeting"), str(folder)), nprocs=2)
+    train_together(folder, SHARED)
     return folder
+
+
+def train_together(folder: Path, shared: dict[str, TrimeConfig]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_in_a_process, (2, str(folder / "meeting"), str(folder), shared, port), nprocs=2)
 
 
 @pytest.mark.parametrize("name", SHARED)
 def test_two_processes_train_the_model_of_one(name: str, together: Path, tmp_path: Path):
-    history, _ = train(SHARED[name], tmp_path, walk_S=WALK)
+    compare_with_one(SHARED[name], tmp_path, together / name)
+
+
+@pytest.mark.slow
+def test_two_processes_under_deepspeed_train_the_model_of_one(tmp_path: Path):
+    """ZeRO-1; nothing that it does between processes may disturb the exchange of keys."""
+    config = configured("ext", strategy="deepspeed", batches={"groups_per_update": 2}, group=3, **SGD)
+    train_together(tmp_path, {"deepspeed": config})
+    alone = configured("ext", batches={"groups_per_update": 2}, group=3, **SGD)
+    compare_with_one(alone, tmp_path / "alone", tmp_path / "deepspeed")
+
+
+def compare_with_one(config: TrimeConfig, alone_folder: Path, shared_folder: Path) -> None:
+    """Train in this process; its model, optimiser and losses are those of the others."""
+    history, _ = train(config, alone_folder, walk_S=WALK)
     for kept in ("checkpoint.safetensors", "best.safetensors"):
-        (alone, _), (shared, _) = (load_checkpoint(folder / kept) for folder in (tmp_path, together / name))
+        (alone, _), (shared, _) = (load_checkpoint(folder / kept) for folder in (alone_folder, shared_folder))
         for group, tensors in alone.items():
             for key, tensor in tensors.items():
                 torch.testing.assert_close(shared[group][key], tensor, atol=2e-6, rtol=1e-4, msg=f"{group} {key}")
-    shared = load_checkpoint(together / name / "checkpoint.safetensors")[1]["history"]
+    shared = load_checkpoint(shared_folder / "checkpoint.safetensors")[1]["history"]
     assert dict(losses_of(History.from_dict(shared))) == pytest.approx(dict(losses_of(history)), rel=1e-5)
