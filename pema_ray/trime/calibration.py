@@ -19,7 +19,8 @@ from pema_ray.trime.evaluation import Probe, Statistics
 
 Rule = Literal["none", "gn", "li"]
 _GOLDEN = (math.sqrt(5) - 1) / 2
-_WEIGHT_ERROR = 1e-3
+_WEIGHT_ERROR = 1e-3  # and at a glance, where settings are only ranked:
+_GLANCE_ERROR = 0.03
 _GLANCE, _SHORTLIST = 2048, 6  # tokens that rank the grid's temperatures, and how many go on to all tokens
 _ROUNDS = 4  # of two weights in turns; the loss is flat to 1e-4 by then
 
@@ -103,11 +104,13 @@ def calibrate(statistics: Statistics, probe: Probe, mixture: Mixture) -> Calibra
 
 def _ranked(statistics: Statistics, probe: Probe, mixture: Mixture, grid: list[Settings]) -> list[Settings]:
     """The grid's temperatures, the best first."""
-    nlls = [_weighed(statistics, probe, mixture, settings).nll for settings in grid]
+    nlls = [_weighed(statistics, probe, mixture, settings, _GLANCE_ERROR).nll for settings in grid]
     return [grid[place] for place in sorted(range(len(grid)), key=nlls.__getitem__)]
 
 
-def _weighed(statistics: Statistics, probe: Probe, mixture: Mixture, settings: Settings) -> Calibrated:
+def _weighed(
+    statistics: Statistics, probe: Probe, mixture: Mixture, settings: Settings, error: float = _WEIGHT_ERROR
+) -> Calibrated:
     """The best λ and lmbda at given temperatures."""
     first = _first(statistics, probe, mixture, settings.tau)
     second = _second(statistics, probe, mixture, settings.interp_temp) if mixture.second else None
@@ -117,11 +120,12 @@ def _weighed(statistics: Statistics, probe: Probe, mixture: Mixture, settings: S
         return float(-(log_p_N if second is None else linear(log_p_N, *second, second_weight)).mean())
 
     weight, other = (0.5 if mixture.rule == "li" else 0.0), (0.3 if mixture.second else 0.0)
-    for _ in range(_ROUNDS if mixture.rule == "li" and mixture.second else 1):
+    rounds = _ROUNDS if error == _WEIGHT_ERROR else 1
+    for _ in range(rounds if mixture.rule == "li" and mixture.second else 1):
         if mixture.rule == "li":
-            weight = golden_section(lambda w: loss(w, other))  # noqa: B023  used at once
+            weight = golden_section(lambda w: loss(w, other), error=error)  # noqa: B023  used at once
         if mixture.second:
-            other = golden_section(lambda w: loss(weight, w))  # noqa: B023
+            other = golden_section(lambda w: loss(weight, w), error=error)  # noqa: B023
     return Calibrated(replace(settings, weight=weight, second_weight=other), loss(weight, other))
 
 
@@ -148,15 +152,17 @@ def _second(statistics: Statistics, probe: Probe, mixture: Mixture, interp_temp:
     return found[0].double(), found[1].double()
 
 
-def golden_section(loss: Callable[[float], float], low: float = 0.0, high: float = 1.0) -> float:
-    """Where a convex function of [low, high] is least, to a thousandth; the ends are looked at too.
+def golden_section(
+    loss: Callable[[float], float], low: float = 0.0, high: float = 1.0, error: float = _WEIGHT_ERROR
+) -> float:
+    """Where a convex function of [low, high] is least, within `error`; the ends are looked at too.
 
     At the end 1 the loss may be infinite: tokens that no memory entry has.
     """
     begin, end = low, high
     left, right = end - _GOLDEN * (end - begin), begin + _GOLDEN * (end - begin)
     at_left, at_right = loss(left), loss(right)
-    while end - begin > _WEIGHT_ERROR:
+    while end - begin > error:
         if at_left <= at_right:
             end, right, at_right = right, left, at_left
             left = end - _GOLDEN * (end - begin)
