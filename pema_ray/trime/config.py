@@ -281,7 +281,7 @@ class EvaluateConfig(Section):
     """The same for the continuous cache of a plain language model: over final states, which are larger than keys."""
     interp_temps: tuple[float, ...] = ()
     """Temperatures of the raw similarity in the second interpolation; none: √H (inner product) or H (l2) times
-    0.05 to 4."""
+    0.008 to 4."""
     probes: int = Field(default=32, ge=1)
     """Lists that an `ivf_*` index looks into."""
     rescore: bool = True

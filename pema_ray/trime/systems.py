@@ -32,7 +32,7 @@ _LABELS = {
     "ext_knn": "local + long + external memory, + kNN, k = {k}",
 }
 # Multiples of √H (inner product of keys) or of H (squared distance).
-_INTERP_TEMPS = (0.05, 0.08, 0.12, 0.18, 0.25, 0.33, 0.45, 0.6, 0.8, 1.1, 1.5, 2.0, 3.0, 4.0)
+_INTERP_TEMPS = (0.008, 0.014, 0.025, 0.05, 0.08, 0.12, 0.18, 0.25, 0.33, 0.45, 0.6, 0.8, 1.1, 1.5, 2.0, 3.0, 4.0)
 
 
 @dataclass(frozen=True, slots=True)
