@@ -22,6 +22,42 @@ HISTOGRAMS: dict[str, tuple[str, list[float]]] = {
 }
 
 
+# What is counted since the start, by whom; `refused_<status>` beside them.
+TOTALS = {
+    "data_owner": {
+        "requests": "Requests to the API, health checks apart",
+        "tokens": "Tokens answered",
+        "drafted": "Tokens guessed ahead",
+        "accepted": "Tokens guessed ahead that came true",
+        "round_trips": "Messages to the PLM owner",
+        "replays": "Sessions that were lost and said again whole",
+        "busy": "Steps that the PLM owner put off",
+    },
+    "plm_owner": {
+        "passes": "Forward passes",
+        "tokens": "Tokens of forward passes",
+        "steps": "Steps taken",
+        "steps_not_taken": "Steps answered by an error: lost, busy, too long",
+    },
+    "plm_owner_api": {
+        "requests": "Requests of data owners",
+        "rows": "Representations asked for",
+        "tokens": "Tokens sent up",
+        "sessions": "Sessions named in requests",
+    },
+}
+LEVELS = {
+    "data_owner": {"live_answers": "Answers that are being made"},
+    "plm_owner": {
+        "live_sessions": "Sessions that hold a slot",
+        "waiting_steps": "Steps that have not begun",
+        "cached_tokens": "Tokens of live sessions whose keys and values are held",
+        "slots": "Sessions that can be held",
+    },
+    "plm_owner_api": {},
+}
+
+
 class Metrics(Protocol):
     """Where a service tells its figures."""
 
@@ -43,7 +79,7 @@ class RayMetrics:
     def __init__(self, owner: str) -> None:
         from ray.util.metrics import Counter, Gauge, Histogram
 
-        self._prefix = f"pema_{owner}_"
+        self._prefix, self._totals, self._levels = f"pema_{owner}_", TOTALS[owner], LEVELS[owner]
         self._made: dict[str, Any] = {}
         self._seen: dict[str, float] = {}
         self._counter, self._gauge, self._histogram = Counter, Gauge, Histogram
@@ -58,13 +94,15 @@ class RayMetrics:
         """Totals that only grow, and levels that come and go."""
         for name, total in totals.items():
             if name not in self._made:
-                self._made[name] = self._counter(f"{self._prefix}{name}_total", description=name.replace("_", " "))
+                self._made[name] = self._counter(
+                    f"{self._prefix}{name}_total", description=self._totals.get(name, name)
+                )
             if (more := total - self._seen.get(name, 0.0)) > 0:
                 self._made[name].inc(more)
                 self._seen[name] = total
         for name, level in levels.items():
             if name not in self._made:
-                self._made[name] = self._gauge(self._prefix + name, description=name.replace("_", " "))
+                self._made[name] = self._gauge(self._prefix + name, description=self._levels.get(name, name))
             self._made[name].set(level)
 
     async def keep_sampling(self, read: Callable[[], tuple[Mapping[str, float], Mapping[str, float]]]) -> None:

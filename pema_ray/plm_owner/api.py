@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
@@ -55,7 +56,8 @@ def make_api(access: Access, limits: Limits, replicas: Callable[[str], Replicas]
     """
     api = FastAPI(title="pema-ray PLM owner", description=__doc__ or "", version="1", docs_url="/docs")
     lines: dict[str, Replicas] = {}
-    api.state.lines = lines
+    counts: Counter[str] = Counter()
+    api.state.lines, api.state.counts = lines, counts
 
     def line_of(account: Account) -> Replicas:
         name = account.client.name
@@ -98,6 +100,7 @@ def make_api(access: Access, limits: Limits, replicas: Callable[[str], Replicas]
             status = status if response is None else response.status_code
             seconds = round(time.perf_counter() - started, 4)
             access.log(id=number, client=name, what=what, status=status, seconds=seconds, **used)
+            counts.update({"requests": 1, f"refused_{status}": status >= 400} | used)
         assert response is not None
         response.headers["X-Request-Id"] = number
         return response

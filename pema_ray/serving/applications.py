@@ -5,6 +5,7 @@ Each takes the `args` of a Serve config file.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from pema_ray.plm_owner.api import Limits
 from pema_ray.plm_owner.api import make_api as make_public_api
 from pema_ray.plm_owner.replicas import Replicas
 from pema_ray.plm_owner.service import EngineConfig, PLMEngine
+from pema_ray.serving.logs import log_as_json
 
 _NEVER = 1_000_000  # of requests; the engine queues by itself and knows when it is full
 
@@ -137,16 +139,25 @@ def plm_owner(args: Mapping[str, Any] | None = None) -> Application:
         num_replicas=1,  # one place that counts quotas
         max_ongoing_requests=_NEVER,
         ray_actor_options={"num_cpus": wanted.api_cpus},
+        user_config={},  # so that `reconfigure` is called
         graceful_shutdown_timeout_s=30,
     )
     @serve.ingress()
     class PLMOwnerAPI:
         def __init__(self, engine: Any, keys: str, audit: str | None, limits: Mapping[str, Any]) -> None:
-            self._engine, self._limits = engine, Limits(**limits)
-            self._access = Access(Path(keys), None if audit is None else Path(audit))
+            log_as_json()
+            access = Access(Path(keys), None if audit is None else Path(audit))
+            self._api = make_public_api(access, Limits(**limits), lambda name: Replicas(engine, name))
+            self._sampling: asyncio.Task[None] | None = None
 
         def __serve_build_asgi_app__(self) -> FastAPI:
-            return make_public_api(self._access, self._limits, lambda name: Replicas(self._engine, name))
+            return self._api
+
+        async def reconfigure(self, _: Any) -> None:
+            if self._sampling is None:
+                state = self._api.state
+                metrics = RayMetrics("plm_owner_api")
+                self._sampling = asyncio.create_task(metrics.keep_sampling(lambda: (state.counts, {})))
 
     return PLMOwnerAPI.bind(engine, wanted.keys, wanted.audit, wanted.limits.model_dump())
 
@@ -172,6 +183,7 @@ def _data_owner(config: UnrollerConfig, scale: Scale, live: Live) -> Any:
     @serve.ingress()
     class Ingress:
         def __init__(self, connect: Any, unroller: Mapping[str, Any], *line: Any) -> None:
+            log_as_json()
             self.owner = DataOwner(lambda: connect(*line), unroller)
 
         def __serve_build_asgi_app__(self) -> FastAPI:

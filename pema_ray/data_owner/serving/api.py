@@ -20,6 +20,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from pema_ray.data_owner.serving.doorkeeper import Doorkeeper
 from pema_ray.data_owner.serving.orders import Explained, GivenUp, Order, Token
 from pema_ray.data_owner.serving.protocol import ChatRequest, CompletionRequest, error_body
 from pema_ray.data_owner.serving.service import PromptTemplate
@@ -59,7 +60,7 @@ def make_api(service: Service) -> FastAPI:
     """The application; `service` may still be starting when it is made."""
     api = FastAPI(title="pema-ray", description="A data owner's service: PEMA by Gradual Unrolling.", docs_url="/docs")
     _errors(api)
-    api.add_middleware(_LimitedBody)
+    api.add_middleware(Doorkeeper, most_bytes=_MOST_BYTES, count=lambda name: _count(service, name))
 
     @api.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -100,29 +101,6 @@ def make_api(service: Service) -> FastAPI:
         return JSONResponse({"ready": service.ready, **state}, 200 if service.ready else 503)
 
     return api
-
-
-class _LimitedBody:
-    """Refuses bodies that are too long, whether they say so beforehand or not."""
-
-    def __init__(self, app: Any) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        size = 0
-
-        async def limited() -> Any:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > _MOST_BYTES:
-                raise HTTPException(413, f"The request is longer than {_MOST_BYTES >> 20} MiB.")
-            return message
-
-        await self._app(scope, limited, send)
 
 
 # ── requests of both kinds ──────────────────────────────────────────────────────
@@ -385,6 +363,11 @@ async def _streamed(service: Service, form: _Form, orders: Sequence[Order]) -> A
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _count(service: Service, name: str) -> None:
+    if service.ready:
+        service.unroller.counts[name] += 1
 
 
 def _event(data: dict[str, Any]) -> str:
