@@ -110,3 +110,9 @@ def test_trime_measures_steps_evaluation_and_retrieval(tmp_path: Path):
     figures = smoke("trime", tmp_path)["figures"]
     assert set(figures["step_peak_bytes"]) == {f"{who} {m}" for who in ("ours", "published") for m in ("local", "long")}
     assert figures["recall"] >= 0.95
+
+
+@pytest.mark.slow
+def test_pluglm_measures_search_inference_and_the_published_design(tmp_path: Path):
+    figures = smoke("pluglm", tmp_path)["figures"]
+    assert {"search_torch_seconds", "inference_plain_seconds", "step_seconds", "refresh_seconds"} <= set(figures)

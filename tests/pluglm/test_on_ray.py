@@ -160,7 +160,7 @@ def test_building_and_refreshing_give_the_same_bytes_for_any_number_of_actors(
     manifests = []
     for workers in (0, 2):
         folder = tmp_path / f"memory-{workers}"
-        memory = build(folder, config, first, "float32", entries_per_segment=8, workers=workers)
+        memory = build(folder, config, first, "float32", entries_per_segment=8, workers=0)
         refreshed = refresh(memory.delete([5]), second, workers)
         assert not memory.verify() and not refreshed.verify()
         manifests.append((memory.manifest, refreshed.manifest))
@@ -205,7 +205,9 @@ def config(tmp_path, words_tokenizer) -> Any:
                 "documents": texts,
                 "text": texts,
                 "validation": texts,
-                "memory": {"entries_per_segment": 8, "dtype": "float32", "shards": 2, "cpus_per_shard": 0},
+                "memory": {
+                    "entries_per_segment": 8, "dtype": "float32", "shards": 2, "cpus_per_shard": 0, "refresh_workers": 0,
+                },
                 "train": chosen | train,
             }
         )  # fmt: skip
@@ -226,6 +228,7 @@ def test_a_run_from_files_to_a_model_and_its_memory(config) -> None:
     metrics, weights, memory = trained(config(optimizer="lamb", contrastive_steps=2))
     assert [point["step"] for point in metrics["history"]] == [0, 2, 4]
     assert memory.version == metrics["memory_version"] == 3
+    assert memory.entries().__next__().document_id == "d0"
     assert all(np.isfinite(point["loss"]) for point in metrics["history"])
     again, same, _ = trained(config(optimizer="lamb", contrastive_steps=2))
     assert again == metrics  # finished before: not run again
