@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -17,9 +19,10 @@ from pema_ray.errors import UserError
 from pema_ray.training.checkpoint import load_checkpoint
 from pema_ray.trime import prepare, train, walk
 from pema_ray.trime.config import TrimeConfig
-from pema_ray.trime.models import load_model
+from pema_ray.trime.models import load_model, make_model
 from pema_ray.trime.run import TrimeRun
 from pema_ray.trime.segments import Segments, TokenStream
+from pema_ray.trime.training import Trainer
 
 SHAPE = {"layers": 2, "hidden_size": 16, "ffn_size": 32, "heads": 2, "cutoffs": [8], "factor": 2, "dropout": 0.1}
 
@@ -44,7 +47,9 @@ def corpus(ray_cluster, tmp_path_factory) -> Path:
         words = [" ".join(f"w{n}" for n in draw.integers(0, 28, 9)) for _ in range(lines)]
         text = "".join(f" = Title {n} = \n{line}\n" if n % 6 == 0 else line + "\n" for n, line in enumerate(words))
         (folder / f"{split}.txt").write_text(text)
-    prepare.run(configured(folder))
+    with pytest.MonkeyPatch.context() as patch:  # as Ray Data would, in this process
+        patch.setattr(prepare, "_map", lambda work, shards, tick: [work(shard) for shard in shards])
+        prepare.run(configured(folder))
     return folder
 
 
@@ -57,7 +62,8 @@ def test_training_with_bm25_batches_needs_its_walk_and_then_runs_with_two_worker
     segments = Segments(TokenStream.open(corpus / "prepare", "train"), 16)
     assert sorted(walk.read_walk(corpus / "batches", len(segments))) == list(range(found["segments"]))
     metrics = train.run(config)
-    assert metrics["dev_perplexity"] < 40 and metrics["tokens"] == pytest.approx(8 * 64, abs=64)
+    first = json.loads((corpus / "train/history.json").read_text())["validation"][0]
+    assert metrics["dev_loss"] < first["loss"] and metrics["tokens"] == pytest.approx(8 * 64, abs=64)
     model = load_model(corpus / "train/model")
     best, _ = load_checkpoint(corpus / "train/best.safetensors")
     assert all(torch.equal(tensor, best["model"][name]) for name, tensor in model.state_dict().items())
@@ -66,12 +72,14 @@ def test_training_with_bm25_batches_needs_its_walk_and_then_runs_with_two_worker
 
 @pytest.mark.cluster
 def test_a_killed_worker_is_replaced_and_the_model_is_that_of_an_undisturbed_run(corpus: Path, tmp_path: Path):
-    """One worker, float32: bit for bit."""
-    (tmp_path / "prepare").symlink_to(corpus / "prepare")
-    undisturbed = configured(corpus, updates=30)
-    train.run(undisturbed)
-    expected = load_checkpoint(corpus / "train/checkpoint.safetensors")[0]
-    config = undisturbed.model_copy(update={"run_dir": str(tmp_path)})
+    """One worker, float32: bit for bit, and those of a run in this process."""
+    shutil.copytree(corpus / "prepare", tmp_path / "prepare")
+    config = configured(corpus, updates=400, validate_every=10).model_copy(update={"run_dir": str(tmp_path)})
+    text, dev = (Segments(TokenStream.open(corpus / "prepare", split), 16) for split in ("train", "dev"))
+    torch.manual_seed(config.seed)
+    model = make_model(config.model, TrimeRun(config).metrics("prepare")["vocabulary"], 16)
+    Trainer(config, model, text, dev, tmp_path / "undisturbed").run()
+    expected = load_checkpoint(tmp_path / "undisturbed/checkpoint.safetensors")[0]
     checkpoint, killed = tmp_path / "train/checkpoint.safetensors", []
 
     def kill_once() -> None:
@@ -90,9 +98,9 @@ def test_a_killed_worker_is_replaced_and_the_model_is_that_of_an_undisturbed_run
     killer.start()
     train.run(config)
     killer.join(1)
-    assert killed and killed[0] < 30
+    assert killed and killed[0] < 400
     found, told = load_checkpoint(checkpoint)
-    assert told["step"] == 30
+    assert told["step"] == 400
     for group, tensors in expected.items():
         for name, tensor in tensors.items():
             assert torch.equal(tensor, found[group][name]), name
