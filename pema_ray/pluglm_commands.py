@@ -1,4 +1,4 @@
-"""`pema-ray pluglm …`: pre-train encoders with an editable memory, and edit that memory.
+"""`pema-ray pluglm …`: pre-train and fine-tune encoders with an editable memory, edit that memory, show what it does.
 
 A thin skin over `pluglm.pretrain` and `pluglm.knowledge_memory`.
 """
@@ -43,6 +43,45 @@ def pretrain(
 ) -> None:
     """Masked language modelling with a memory that is encoded anew every n steps, by Ray Train. Resumes."""
     raise typer.Exit(guarded(lambda: _JOBS["pretrain"](config, overrides or [])))
+
+
+@app.command()
+def finetune(
+    config: Annotated[Path, typer.Option("--config", "-c", help="A run's YAML file, as in configs/pluglm/.")],
+    overrides: Overrides = None,
+) -> None:
+    """Fine-tune for a task with a memory that is frozen or not, by Ray Train; scores, answers, what was retrieved."""
+    raise typer.Exit(guarded(lambda: _JOBS["finetune"](config, overrides or [])))
+
+
+@app.command()
+def retrieval(
+    file: Annotated[Path, typer.Argument(help="JSON Lines with 'text', or a text a line.")],
+    folder: Annotated[Path, typer.Option("--memory", help="The memory's folder.")],
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder of retrieval.json and retrieval.html.")] = Path("."),
+    version: Annotated[int | None, typer.Option(help="By default the current one.")] = None,
+) -> None:
+    """Which entries, from which source, each memory layer uses for texts: a page and its figures."""
+
+    def work() -> None:
+        from pema_ray.pluglm.retrieval import report_of_file
+        from pema_ray.progress import console
+
+        console.print(f"{report_of_file(file, folder, model, version).write(out)}")
+
+    raise typer.Exit(guarded(work))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of models, memories and the page.")] = Path("runs/pluglm_demo"),
+    seed: Annotated[int, typer.Option(help="Of facts, weights and edits.")] = 0,
+    faithful: Annotated[bool, typer.Option(help="Train the published objective too, for comparison.")] = True,
+    overrides: Overrides = None,
+) -> None:
+    """Synthetic facts, learned to be looked up: edit the memory and the answers follow, the weights untouched."""
+    raise typer.Exit(guarded(lambda: _demo(out, seed, faithful, overrides or [])))
 
 
 # ── the memory ──────────────────────────────────────────────────────────────
@@ -310,7 +349,44 @@ def _pretrain(config: Path, overrides: Sequence[str]) -> None:
     pretrain(read_config(PretrainConfig, config, overrides))
 
 
-_JOBS: dict[str, Callable[[Path, Sequence[str]], None]] = {"pretrain": _pretrain}
+def _finetune(config: Path, overrides: Sequence[str]) -> None:
+    from pema_ray.config import read_config
+    from pema_ray.pluglm.finetune import finetune
+    from pema_ray.pluglm.finetune_config import FinetuneConfig
+
+    finetune(read_config(FinetuneConfig, config, overrides))
+
+
+def _demo(out: Path, seed: int, faithful: bool, overrides: Sequence[str]) -> None:
+    from rich.table import Table
+
+    from pema_ray.config import read_config
+    from pema_ray.hardware import set_threads
+    from pema_ray.pluglm.demonstration.demo import ROWS, run_demo
+    from pema_ray.pluglm.demonstration.learning import FactsSettings
+    from pema_ray.progress import console, track
+
+    set_threads(1)  # its matrices are so small that threads would wait for each other
+    settings = read_config(FactsSettings, None, overrides)
+    with track("demo", settings.steps * (1 + faithful)) as bar:
+
+        def show(mode: str, point: dict[str, float]) -> None:
+            bar.advance(int(point["step"]) % settings.measure_every or settings.measure_every)
+            told = ", ".join(f"{name} {point[name]:.3f}" for name in ("asked", "held_out", "found"))
+            console.print(f"[dim]{mode}, step {point['step']:.0f}: {told}[/]")
+
+        made = run_demo(out, seed, settings, faithful, show)
+    table = Table("figure", *(mode.name for mode in made.modes), "aim", box=None)
+    for name, meaning, aim in ROWS:
+        values = (getattr(mode.figures, name) for mode in made.modes)
+        table.add_row(meaning, *(f"{one:.3f}" if isinstance(one, float) else str(one) for one in values), aim)
+    console.print(table)
+    for problem in made.modes[0].figures.missed:
+        console.print(f"not reached: {problem}", style="red", highlight=False)
+    console.print(f"{out / 'demo.html'}. The facts are synthetic; the published +3.95 F1 is not claimed.")
+
+
+_JOBS: dict[str, Callable[[Path, Sequence[str]], None]] = {"pretrain": _pretrain, "finetune": _finetune}
 
 
 def job(name: str) -> None:

@@ -123,7 +123,7 @@ def learn(
             group["lr"] = rate
         optimizer.step()
         if (step + 1) % c.measure_every == 0 or step + 1 == c.steps:
-            point = {"step": float(step + 1), "loss": float(loss), "seconds": time.perf_counter() - began}
+            point = {"step": float(step + 1), "loss": loss.item(), "seconds": time.perf_counter() - began}
             points.append(point | _measure(model.eval(), world, world.draw(fresh), unseen_F))
             on_point(points[-1])
             model.attach(held(model, world, value_F), allow_stale=True)

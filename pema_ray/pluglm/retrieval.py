@@ -1,0 +1,199 @@
+"""Which entries, from which source, each memory layer used: for every example, in sum, and as an HTML page.
+
+Shapes: B sequences, K retrieved entries.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, StrictUndefined
+
+from pema_ray.config import Section
+from pema_ray.errors import UserError
+from pema_ray.memory.shards import atomic_file
+from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
+from pema_ray.pluglm.memory_layer import Retrieved
+
+
+class Use(Section):
+    """One entry that one layer used for one input."""
+
+    entry_id: int
+    source: str
+    text: str
+    score: float
+    """What it was ranked by."""
+    weight: float
+    """Its share of the layer's attention, of all K."""
+
+
+class LayerUse(Section):
+    """What one memory layer used, best first; layers count from 0, the first memory layer."""
+
+    layer: int
+    entries: tuple[Use, ...]
+
+
+class InputUse(Section):
+    """What was used for one input. A long example is several inputs."""
+
+    name: str
+    text: str
+    said: str = ""
+    """The model's answer."""
+    layers: tuple[LayerUse, ...]
+
+
+class SourceSum(Section):
+    """A source's share of what a layer used, over all inputs."""
+
+    layer: int
+    source: str
+    entries: int
+    """Retrieved, each time counted."""
+    different: int
+    """Entries among them."""
+    share: float
+    """Of the attention: over all sources of a layer they sum to 1."""
+
+
+class RetrievalReport(Section):
+    """A report of one model over one version of a memory."""
+
+    memory: str
+    """`<memory> version <n>`."""
+    memory_entries: int
+    memory_sources: dict[str, int]
+    inputs: tuple[InputUse, ...]
+    sums: tuple[SourceSum, ...]
+    inputs_in_sum: int
+    """Sums are over all inputs; `inputs` may be the first of them."""
+
+    def write(self, folder: Path, name: str = "retrieval") -> Path:
+        """Write `<name>.json` and `<name>.html`; returns the page's path."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for suffix, text in ((".json", self.model_dump_json(indent=1) + "\n"), (".html", render(self))):
+            with atomic_file(folder / f"{name}{suffix}") as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        return folder / f"{name}.html"
+
+
+@dataclass
+class RetrievalLog:
+    """Collects what a model retrieves; `add` is told of every batch."""
+
+    kept: int = 200
+    """Inputs that are kept one by one."""
+    _inputs: list[tuple[Any, list[list[tuple[int, float, float]]]]] = field(default_factory=list)
+    _sums: dict[tuple[int, int], list[float]] = field(default_factory=lambda: defaultdict(lambda: [0, 0.0]))
+    _count: int = 0
+
+    def add(self, retrieved: Sequence[Retrieved] | None, keys: Sequence[Any]) -> None:
+        """Of a batch: what its memory layers retrieved, and what names its B inputs."""
+        self._count += len(keys)
+        layers = [
+            [list(zip(*row)) for row in zip(*(part.tolist() for part in (one.entry_BK, one.score_BK, one.weight_BK)))]
+            for one in retrieved or ()
+        ]
+        for row, key in enumerate(keys):
+            for layer, one in enumerate(layers):
+                for entry, _, weight in one[row]:
+                    total = self._sums[layer, entry]
+                    total[0], total[1] = total[0] + 1, total[1] + weight
+            if len(self._inputs) < self.kept:
+                self._inputs.append((key, [one[row] for one in layers]))
+
+    def report(
+        self, memory: KnowledgeMemory, texts: Mapping[Any, str], said: Mapping[Any, Any] | None = None
+    ) -> RetrievalReport:
+        """The report, with what the memory knows about its entries.
+
+        Args:
+            texts: by the keys that `add` was given.
+            said: the model's answers.
+        """
+        sources = dict(zip(*memory.table(["source"]).to_pydict().values()))
+        shown = sorted({entry for _, layers in self._inputs for layer in layers for entry, _, _ in layer})
+        entry_texts = {entry.entry_id: entry.text for entry in memory.entries(shown)} if shown else {}
+        inputs = tuple(
+            InputUse(
+                name=str(key), text=texts[key], said=str((said or {}).get(key, "")),
+                layers=tuple(
+                    LayerUse(layer=number, entries=tuple(
+                        Use(entry_id=e, source=sources[e], text=entry_texts[e], score=score, weight=weight)
+                        for e, score, weight in layer
+                    ))
+                    for number, layer in enumerate(layers)
+                ),
+            )
+            for key, layers in self._inputs
+        )  # fmt: skip
+        counted: dict[str, int] = defaultdict(int)
+        for source in sources.values():
+            counted[source] += 1
+        return RetrievalReport(
+            memory=memory.name, memory_entries=len(memory), memory_sources=dict(counted), inputs=inputs,
+            sums=self._summed(sources), inputs_in_sum=self._count,
+        )  # fmt: skip
+
+    def _summed(self, sources: Mapping[int, str]) -> tuple[SourceSum, ...]:
+        found: dict[tuple[int, str], list[float]] = defaultdict(lambda: [0, 0, 0.0])
+        whole: dict[int, float] = defaultdict(float)
+        for (layer, entry), (times, weight) in self._sums.items():
+            total = found[layer, sources[entry]]
+            total[0], total[1], total[2] = total[0] + times, total[1] + 1, total[2] + weight
+            whole[layer] += weight
+        rows = [
+            SourceSum(layer=layer, source=source, entries=int(n), different=int(m), share=weight / whole[layer])
+            for (layer, source), (n, m, weight) in found.items()
+        ]
+        return tuple(sorted(rows, key=lambda one: (one.layer, -one.share, one.source)))
+
+
+def render(report: RetrievalReport) -> str:
+    """The page; it makes no request, and all text in it is escaped."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page = files("pema_ray.pluglm").joinpath("retrieval.html.j2").read_text(encoding="utf-8")
+    return environment.from_string(page).render(report=report)
+
+
+def report_of_file(file: Path, folder: Path, model_folder: Path, version: int | None = None) -> RetrievalReport:
+    """What a model retrieves for the texts of a file (JSON Lines with `text`, or a text a line).
+
+    Raises:
+        UserError: the file, the model or the memory cannot be read, or do not belong together.
+    """
+    from pema_ray.pluglm.loading import load_pluglm
+
+    texts = _texts(file)
+    model, tokenizer = load_pluglm(model_folder)
+    memory = KnowledgeMemory.open(folder, version)
+    model.attach(memory.load(model.fingerprint()))
+    log = RetrievalLog()
+    most = model.config.document_positions
+    with torch.no_grad():
+        for start in range(0, len(texts), 32):
+            part = texts[start : start + 32]
+            inputs = tokenizer(part, padding=True, truncation=True, max_length=most, return_tensors="pt")
+            found = model(inputs["input_ids"], inputs["attention_mask"], output_retrieved=True)
+            log.add(found.retrieved, range(start, start + len(part)))
+    return log.report(memory, dict(enumerate(texts)))
+
+
+def _texts(file: Path) -> list[str]:
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        texts = [json.loads(line)["text"] for line in lines] if file.suffix == ".jsonl" else lines
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: cannot be read as texts: {error!r}.") from None
+    if not texts:
+        raise UserError(f"{file}: holds no text.")
+    return texts

@@ -1,0 +1,148 @@
+"""Scores of tasks, under the names that `evaluate` gives them. Mathematics: knows scikit-learn, scipy and seqeval.
+
+`score("glue/mrpc", …)` asks for what the benchmark reports of that task; `score("f1", …)` for one figure. All are
+fractions between 0 and 1 (correlations between -1 and 1), never percentages.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pema_ray.errors import UserError, nearest
+
+Scores = dict[str, float]
+GLUE: dict[str, tuple[str, ...]] = {
+    "cola": ("matthews_correlation",),
+    "sst2": ("accuracy",),
+    "mrpc": ("accuracy", "f1"),
+    "qqp": ("accuracy", "f1"),
+    "stsb": ("pearson", "spearmanr"),
+    "mnli": ("accuracy",),
+    "qnli": ("accuracy",),
+    "rte": ("accuracy",),
+    "wnli": ("accuracy",),
+}
+"""What GLUE reports of each task."""
+
+
+def _correlation(kind: str) -> Callable[[Any, Any], float]:
+    def of(found: Any, wanted: Any) -> float:
+        from scipy import stats
+
+        if np.ptp(found) == 0 or np.ptp(wanted) == 0:  # a constant has no correlation; GLUE counts it as none
+            return 0.0
+        return float(getattr(stats, kind)(found, wanted).statistic)
+
+    return of
+
+
+def _sklearn(name: str, **options: Any) -> Callable[[Any, Any], float]:
+    def of(found: Any, wanted: Any) -> float:
+        from sklearn import metrics
+
+        return float(getattr(metrics, name)(wanted, found, **options))
+
+    return of
+
+
+METRICS: dict[str, Callable[[Any, Any], float]] = {
+    "accuracy": _sklearn("accuracy_score"),
+    "f1": _sklearn("f1_score", zero_division=0),
+    "macro_f1": _sklearn("f1_score", average="macro", zero_division=0),
+    "micro_f1": _sklearn("f1_score", average="micro", zero_division=0),
+    "matthews_correlation": _sklearn("matthews_corrcoef"),
+    "pearson": _correlation("pearsonr"),
+    "spearmanr": _correlation("spearmanr"),
+    "mse": _sklearn("mean_squared_error"),
+}
+"""Of classes (`f1`: of class 1) or numbers, one for each example."""
+
+
+def metric_names(name: str) -> tuple[str, ...]:
+    """What `name` asks for: one metric, or all of a GLUE task (`glue/mrpc`). Raises `UserError` for an unknown one."""
+    if name.startswith("glue/"):
+        task = name.removeprefix("glue/")
+        if task not in GLUE:
+            raise UserError(f"Metric '{name}': GLUE has {', '.join(GLUE)}.{nearest(task, GLUE)}")
+        return GLUE[task]
+    if name not in METRICS:
+        raise UserError(f"Metric '{name}': use {', '.join(METRICS)}, or glue/<task>.{nearest(name, METRICS)}")
+    return (name,)
+
+
+def score(name: str, found: Sequence[Any], wanted: Sequence[Any]) -> Scores:
+    """Scores of predictions, one for each example."""
+    return {metric: METRICS[metric](np.asarray(found), np.asarray(wanted)) for metric in metric_names(name)}
+
+
+def entity_scores(found: Sequence[Sequence[str]], wanted: Sequence[Sequence[str]]) -> Scores:
+    """seqeval's precision, recall and F1 of whole entities (IOB2 and its like), and accuracy of tags."""
+    from seqeval import metrics
+
+    tags: tuple[Any, Any] = ([list(one) for one in wanted], [list(one) for one in found])
+    return {
+        "precision": float(metrics.precision_score(*tags, zero_division=0)),
+        "recall": float(metrics.recall_score(*tags, zero_division=0)),
+        "f1": float(metrics.f1_score(*tags, zero_division=0)),
+        "accuracy": float(metrics.accuracy_score(*tags)),
+    }
+
+
+# ── answers ─────────────────────────────────────────────────────────────────
+
+
+def normalized(text: str) -> str:
+    """SQuAD's: lower case, no punctuation, no articles, single spaces."""
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def answer_scores(found: Mapping[str, str], wanted: Mapping[str, Sequence[str]]) -> Scores:
+    """SQuAD's exact match and F1, the best over a question's gold answers; no gold answer: the empty one is right."""
+    exact, overlap = [], []
+    for key, golds in wanted.items():
+        said = found.get(key, "")
+        golds = [gold for gold in golds if normalized(gold)] or [""]
+        exact.append(max(float(normalized(said) == normalized(gold)) for gold in golds))
+        overlap.append(max(_overlap(said, gold) for gold in golds))
+    return {"exact_match": float(np.mean(exact)), "f1": float(np.mean(overlap))}
+
+
+def _overlap(said: str, gold: str) -> float:
+    said_words, gold_words = normalized(said).split(), normalized(gold).split()
+    if not said_words or not gold_words:
+        return float(said_words == gold_words)
+    common = sum((Counter(said_words) & Counter(gold_words)).values())
+    if not common:
+        return 0.0
+    precision, recall = common / len(said_words), common / len(gold_words)
+    return 2 * precision * recall / (precision + recall)
+
+
+def factoid_scores(found: Mapping[str, Sequence[str]], wanted: Mapping[str, Sequence[str]]) -> Scores:
+    """BioASQ's: strict and lenient accuracy (right first; right among the first five), and mean reciprocal rank."""
+    ranks = []
+    for key, synonyms in wanted.items():
+        golds = {normalized(one) for one in synonyms}
+        said = [normalized(one) for one in found.get(key, ())][:5]
+        ranks.append(next((rank for rank, one in enumerate(said, 1) if one in golds), 0))
+    rank = np.array(ranks, float)
+    return {
+        "strict_accuracy": float((rank == 1).mean()),
+        "lenient_accuracy": float((rank > 0).mean()),
+        "mrr": float(np.divide(1.0, rank, out=np.zeros_like(rank), where=rank > 0).mean()),
+    }
+
+
+def yes_no_scores(found: Sequence[int], wanted: Sequence[int]) -> Scores:
+    """BioASQ's: accuracy, F1 of "yes" and of "no", and their mean; 1 is yes."""
+    from sklearn.metrics import f1_score
+
+    yes, no = (float(f1_score(wanted, found, pos_label=label, zero_division=0)) for label in (1, 0))
+    return {"accuracy": METRICS["accuracy"](found, wanted), "f1_yes": yes, "f1_no": no, "macro_f1": (yes + no) / 2}

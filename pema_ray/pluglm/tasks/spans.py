@@ -1,0 +1,176 @@
+"""Extractive question answering (SQuAD) and BioASQ's factoid questions: a span of a passage.
+
+Long passages are cut into windows that overlap; position 0 says that a window holds no answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pema_ray.errors import UserError
+from pema_ray.pluglm.scores import answer_scores, factoid_scores, normalized
+from pema_ray.pluglm.tasks.reading import Example, read_bioasq, read_squad
+from pema_ray.pluglm.tasks.task import Feature
+
+_BEST = 20  # starts and ends that are combined
+_KEPT = 10  # spans of a window
+_ANSWERS = 5  # that a factoid question may have
+
+
+class Spans:
+    """SQuAD 1.1 and 2.0.
+
+    Args:
+        stride: tokens that two windows share.
+        longest: of an answer, in tokens.
+        may_be_none: whether "no answer" may win, as in SQuAD 2.0.
+    """
+
+    kind: ClassVar[str] = "answers"
+    main = "f1"
+
+    def __init__(self, stride: int = 64, longest: int = 30, may_be_none: bool | None = None) -> None:
+        self.stride, self.longest, self._may_be_none = stride, longest, may_be_none
+
+    def model_class(self) -> Any:
+        from pema_ray.pluglm.heads import PlugLMForQuestionAnswering
+
+        return PlugLMForQuestionAnswering
+
+    def head(self) -> dict[str, Any]:
+        return {}
+
+    def read(self, path: Path) -> list[Example]:
+        return read_squad(path)
+
+    def prepare(self, train: Sequence[Example]) -> None:
+        if self._may_be_none is None:  # SQuAD 2.0 is known by its questions without answers
+            self._may_be_none = any(not example.label for example in train)
+
+    def features(self, examples: Sequence[Example], tokenizer: Any, max_tokens: int) -> list[Feature]:
+        longest_question = max_tokens // 2
+        questions = [_cut(example.text, tokenizer, longest_question) for example in examples]
+        stride = min(self.stride, max(0, (max_tokens - longest_question) // 2 - 2))
+        found = tokenizer(
+            questions, [example.pair for example in examples], truncation="only_second", max_length=max_tokens,
+            stride=stride, return_overflowing_tokens=True, return_offsets_mapping=True, return_token_type_ids=True,
+        )  # fmt: skip
+        features = []
+        for part, (number, types) in enumerate(zip(found["overflow_to_sample_mapping"], found["token_type_ids"])):
+            which, offsets = found.sequence_ids(part), found["offset_mapping"][part]
+            spans = tuple(tuple(span) if one == 1 else None for one, span in zip(which, offsets))
+            target = self._target(examples[number], spans)
+            features.append(Feature(number, found["input_ids"][part], types, target, spans))
+        return features
+
+    def _target(self, example: Example, spans: Sequence[tuple[int, int] | None]) -> dict[str, Any]:
+        """The first gold answer's first and last token; 0, 0 where this window does not hold it."""
+        if example.label is None:
+            return {}
+        nowhere = {"start_positions": 0, "end_positions": 0}
+        if not example.starts:
+            return nowhere
+        begin = example.starts[0]
+        end = begin + len(_gold_at(example))
+        inside = [place for place, span in enumerate(spans) if span is not None and span[0] < end and span[1] > begin]
+        if not inside or spans[inside[0]][0] > begin or spans[inside[-1]][1] < end:  # pyright: ignore[reportOptionalSubscript]
+            return nowhere
+        return {"start_positions": inside[0], "end_positions": inside[-1]}
+
+    def collate(self, features: Sequence[Feature], length: int) -> dict[str, Tensor]:
+        if any(not one.targets for one in features):
+            return {}
+        names = ("start_positions", "end_positions")
+        return {name: torch.tensor([one.targets[name] for one in features]) for name in names}
+
+    def decode(self, output: Any, features: Sequence[Feature], examples: Sequence[Example]) -> list[Any]:
+        """The best spans of each window, (score above "no answer", text)."""
+        return [
+            self._spans(start, end, one, examples[one.example].pair)
+            for start, end, one in zip(output.start_logits.cpu(), output.end_logits.cpu(), features)
+        ]
+
+    def _spans(self, start_T: Tensor, end_T: Tensor, feature: Feature, passage: str) -> list[tuple[float, str]]:
+        nothing = float(start_T[0] + end_T[0])
+        may_T = torch.tensor([span is not None for span in feature.spans])
+        starts, ends = (
+            one[: len(may_T)].masked_fill(~may_T, -torch.inf).topk(min(_BEST, len(may_T))) for one in (start_T, end_T)
+        )
+        found = []
+        for start, first in zip(starts.values.tolist(), starts.indices.tolist()):
+            for end, last in zip(ends.values.tolist(), ends.indices.tolist()):
+                begin, stop = feature.spans[first], feature.spans[last]
+                if begin is not None and stop is not None and first <= last < first + self.longest:
+                    found.append((start + end - nothing, passage[begin[0] : stop[1]]))
+        return sorted(found, key=lambda one: -one[0])[:_KEPT]
+
+    def answers(self, examples: Sequence[Example], said: Sequence[tuple[int, Any]]) -> dict[str, Any]:
+        best: dict[str, tuple[float, str]] = {}
+        for number, spans in said:
+            for score, text in spans:
+                group = examples[number].group
+                if group not in best or score > best[group][0]:
+                    best[group] = (score, text)
+        least = 0.0 if self._may_be_none else float("-inf")
+        return {group: text if score > least else "" for group, (score, text) in best.items()}
+
+    def scores(self, examples: Sequence[Example], answers: Mapping[str, Any]) -> dict[str, float]:
+        return answer_scores(answers, _golds(examples))
+
+    def told(self, example: Example) -> str:
+        return _gold_at(example) if example.label else "no answer"
+
+
+class Factoid(Spans):
+    """BioASQ's factoid questions: up to five different answers, best first, over all snippets of a question."""
+
+    kind: ClassVar[str] = "factoid"
+    main = "mrr"
+
+    def __init__(self, stride: int = 64, longest: int = 30) -> None:
+        super().__init__(stride, longest, may_be_none=False)
+
+    def read(self, path: Path) -> list[Example]:
+        return read_bioasq(path, "factoid")
+
+    def answers(self, examples: Sequence[Example], said: Sequence[tuple[int, Any]]) -> dict[str, Any]:
+        found: dict[str, list[tuple[float, str]]] = {}
+        for number, spans in said:
+            found.setdefault(examples[number].group, []).extend(tuple(span) for span in spans)
+        answers: dict[str, list[str]] = {}
+        for group, spans in found.items():
+            different: dict[str, str] = {}
+            for _, text in sorted(spans, key=lambda one: -one[0]):
+                different.setdefault(normalized(text), text)
+            answers[group] = list(different.values())[:_ANSWERS]
+        return answers
+
+    def scores(self, examples: Sequence[Example], answers: Mapping[str, Any]) -> dict[str, float]:
+        return factoid_scores(answers, _golds(examples))
+
+
+def _golds(examples: Sequence[Example]) -> dict[str, list[str]]:
+    for example in examples:
+        if example.label is None:
+            raise UserError(f"Question {example.id} has no answers to score against.")
+    return {example.group: example.label for example in examples}
+
+
+def _gold_at(example: Example) -> str:
+    """The gold answer that stands at the first of `starts`, as the passage has it; without one, the first."""
+    if not example.starts:
+        return example.label[0] if example.label else ""
+    rest = example.pair[example.starts[0] :].lower()
+    there = [gold for gold in example.label if rest.startswith(gold.lower())]
+    return example.pair[example.starts[0] : example.starts[0] + len(there[0])]
+
+
+def _cut(text: str, tokenizer: Any, most: int) -> str:
+    """A question's first `most` tokens: its passage needs room too."""
+    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return text if len(spans) <= most else text[: spans[most - 1][1]]

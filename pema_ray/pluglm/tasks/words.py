@@ -1,0 +1,95 @@
+"""Token classification: a tag for each word, scored by whole entities (seqeval)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pema_ray.errors import UserError
+from pema_ray.pluglm.masking import IGNORED
+from pema_ray.pluglm.scores import entity_scores
+from pema_ray.pluglm.tasks.reading import Example, read_words
+from pema_ray.pluglm.tasks.sequences import gold
+from pema_ray.pluglm.tasks.task import Feature
+
+
+class Words:
+    """A word's tag is predicted at its first token. Words beyond `max_tokens` go into further features."""
+
+    kind: ClassVar[str] = "tokens"
+    main = "f1"
+
+    def __init__(self) -> None:
+        self.labels: list[str] = []
+
+    def model_class(self) -> Any:
+        from pema_ray.pluglm.heads import PlugLMForTokenClassification
+
+        return PlugLMForTokenClassification
+
+    def head(self) -> dict[str, Any]:
+        names = dict(enumerate(self.labels))
+        return {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+
+    def read(self, path: Path) -> list[Example]:
+        return read_words(path)
+
+    def prepare(self, train: Sequence[Example]) -> None:
+        self.labels = sorted({tag for example in train for tag in gold(example)})
+
+    def features(self, examples: Sequence[Example], tokenizer: Any, max_tokens: int) -> list[Feature]:
+        found = tokenizer(
+            [list(example.words) for example in examples], is_split_into_words=True, truncation=True,
+            max_length=max_tokens, return_overflowing_tokens=True, return_token_type_ids=True,
+        )  # fmt: skip
+        features, seen = [], {}
+        for part, (number, types) in enumerate(zip(found["overflow_to_sample_mapping"], found["token_type_ids"])):
+            spans: list[tuple[int, int] | None] = []
+            for word in found.word_ids(part):
+                first = word is not None and word > seen.get(number, -1)
+                if first:
+                    seen[number] = word
+                spans.append((word, word + 1) if first else None)
+            features.append(
+                Feature(number, found["input_ids"][part], types, self._target(examples[number], spans), tuple(spans))
+            )
+        return features
+
+    def _target(self, example: Example, spans: Sequence[tuple[int, int] | None]) -> dict[str, Any]:
+        if example.label is None:
+            return {}
+        for tag in example.label:
+            if tag not in self.labels:
+                raise UserError(f"Sentence {example.id}: tag '{tag}' is not in the training examples.")
+        tags = [IGNORED if span is None else self.labels.index(example.label[span[0]]) for span in spans]
+        return {"labels": tags}
+
+    def collate(self, features: Sequence[Feature], length: int) -> dict[str, Tensor]:
+        if any(not one.targets for one in features):
+            return {}
+        rows = [[*one.targets["labels"], *[IGNORED] * (length - len(one.token_ids))] for one in features]
+        return {"labels": torch.tensor(rows)}
+
+    def decode(self, output: Any, features: Sequence[Feature], examples: Sequence[Example]) -> list[Any]:
+        best = output.logits.argmax(-1).tolist()
+        return [
+            [(span[0], self.labels[best[row][place]]) for place, span in enumerate(one.spans) if span is not None]
+            for row, one in enumerate(features)
+        ]
+
+    def answers(self, examples: Sequence[Example], said: Sequence[tuple[int, Any]]) -> dict[str, Any]:
+        found = {example.id: ["O"] * len(example.words) for example in examples}
+        for number, tags in said:
+            for word, tag in tags:
+                found[examples[number].id][word] = tag
+        return found
+
+    def scores(self, examples: Sequence[Example], answers: Mapping[str, Any]) -> dict[str, float]:
+        return entity_scores([answers[one.id] for one in examples], [gold(one) for one in examples])
+
+    def told(self, example: Example) -> str:
+        return " ".join(tag for tag in gold(example) if tag != "O") or "O"

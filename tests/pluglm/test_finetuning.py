@@ -1,0 +1,250 @@
+"""The fine-tuning loop in this process: it learns, keeps the best epoch, resumes, and never reads its own labels."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from pema_ray.errors import UserError
+from pema_ray.pluglm.encoding import DocumentEncoder
+from pema_ray.pluglm.finetune import copy_memory, new_task_model
+from pema_ray.pluglm.finetune_config import FinetuneConfig
+from pema_ray.pluglm.finetuning import Examples, Finetuner
+from pema_ray.pluglm.in_task import entries_of
+from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
+from pema_ray.pluglm.loading import load_pluglm
+from pema_ray.pluglm.pretrain import local_access, save_model
+from pema_ray.pluglm.retrieval import RetrievalLog
+from pema_ray.pluglm.tasks import make_task
+
+KINDS = ("classification", "regression", "tokens", "answers", "yes_no", "factoid", "cloze")
+
+
+@pytest.fixture
+def pretrained(tmp_path, model, words_tokenizer) -> str:
+    save_model(model, words_tokenizer, tmp_path / "pretrained")
+    return str(tmp_path / "pretrained")
+
+
+def write_examples(tmp_path, kind: str) -> str:
+    """Twelve examples; the label follows from the first word."""
+    even = [n % 2 == 0 for n in range(12)]
+    words = [f"w{2 if one else 3} w{40 + n} w{60 + n}" for n, one in enumerate(even)]
+    if kind in ("classification", "regression"):
+        rows = [{"sentence": text, "label": int(one)} for text, one in zip(words, even)]
+    elif kind == "tokens":
+        rows = [{"tokens": text.split(), "tags": ["B-A" if one else "B-B", "O", "O"]} for text, one in zip(words, even)]
+    elif kind == "cloze":
+        rows = [
+            {"masked_sentences": [f"{text} [MASK]"], "obj_label": "w5" if one else "w6"}
+            for text, one in zip(words, even)
+        ]
+    elif kind == "answers":
+        questions = [
+            {"context": text, "qas": [{"id": str(n), "question": "w1", "answers": [{"text": text.split()[1 + one],
+             "answer_start": text.index(text.split()[1 + one])}]}]}
+            for n, (text, one) in enumerate(zip(words, even))
+        ]  # fmt: skip
+        (tmp_path / "squad.json").write_text(json.dumps({"data": [{"paragraphs": questions}]}))
+        return str(tmp_path / "squad.json")
+    else:
+        exact = {
+            "yes_no": lambda text, one: "yes" if one else "no",
+            "factoid": lambda text, one: [[text.split()[1 + one]]],
+        }
+        questions = [
+            {"id": str(n), "type": kind.replace("_", ""), "body": "w1", "exact_answer": exact[kind](text, one),
+             "snippets": [{"text": text}]}
+            for n, (text, one) in enumerate(zip(words, even))
+        ]  # fmt: skip
+        (tmp_path / "bioasq.json").write_text(json.dumps({"questions": questions}))
+        return str(tmp_path / "bioasq.json")
+    path = tmp_path / f"{kind}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def make(tmp_path, pretrained: str, kind: str, name: str = "run", in_task: bool = True, **train: Any) -> Finetuner:
+    """A loop over twelve examples, which are training and validation examples both."""
+    path = write_examples(tmp_path, kind)
+    settings = {"epochs": 12, "batch_size": 6, "max_tokens": 16, "learning_rate": 3e-3, **train}
+    config = FinetuneConfig.model_validate(
+        {
+            "model": pretrained, "task": {"kind": kind, **({"metric": "mse"} if kind == "regression" else {})},
+            "data": {"train": path, "validation": path}, "memory": {"in_task": in_task}, "train": settings,
+        }
+    )  # fmt: skip
+    task = make_task(config.task)
+    examples = task.read(tmp_path / path)
+    task.prepare(examples)
+    first, tokenizer = load_pluglm(pretrained)
+    memory = None
+    folder = tmp_path / f"memory-{name}"
+    if in_task and not folder.exists():
+        encoder = DocumentEncoder(first, tokenizer)
+        memory = KnowledgeMemory.build(folder, entries_of(task, examples, tokenizer, 16), encoder, "float32")
+    elif in_task:
+        memory = KnowledgeMemory.open(folder)
+    fingerprint = memory.fingerprint if memory and config.train.frozen else None
+    model = new_task_model(config, task, fingerprint)
+    data = Examples.of(task, examples, tokenizer, 16)
+    (tmp_path / name).mkdir(exist_ok=True)
+    return Finetuner(
+        model, tokenizer, task, config.train, data, data, local_access(memory) if memory else None, tmp_path / name,
+        keep=lambda model: save_model(model, tokenizer, tmp_path / name / "model"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_task_learns_and_its_model_is_kept(tmp_path, pretrained, kind) -> None:
+    loop = make(tmp_path, pretrained, kind)
+    losses = []
+    loop.tell = lambda kind, point: losses.append(point["loss"]) if kind == "train" else None
+    loop.run()
+    assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
+    assert len(loop.history) == 12
+    kept, tokenizer = load_pluglm(tmp_path / "run" / "model", loop.task.model_class())
+    memory = KnowledgeMemory.open(tmp_path / "memory-run")
+    kept.attach(memory.load(kept.fingerprint()))  # frozen: it reads the memory that it learned with
+    again = Finetuner(
+        kept,
+        tokenizer,
+        loop.task,
+        loop.settings.model_copy(update={"epochs": 0}),
+        None,
+        loop.validation,
+        None,
+        tmp_path,
+    )
+    scores = loop.task.scores(loop.validation.examples, again.predict(loop.validation))
+    assert scores[loop.task.main] == pytest.approx(loop.best)
+
+
+def test_no_example_retrieves_itself_in_training_or_after(tmp_path, pretrained) -> None:
+    loop = make(tmp_path, pretrained, "classification", epochs=1)
+    seen = []
+    search = type(loop.memory.open(1)).search  # pyright: ignore[reportOptionalMemberAccess]
+
+    def watched(self, query_BQ, k, own_B=None, cosine=False):
+        found = search(self, query_BQ, k, own_B, cosine)
+        assert own_B is not None
+        own_entry_B = self.entry_of(own_B)
+        assert bool((own_entry_B >= 0).all())
+        assert not bool((found.entry_BK == own_entry_B[:, None]).any())
+        seen.append(len(own_B))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pema_ray.pluglm.knowledge.HeldKnowledge.search", watched)
+        loop.run()
+    assert sum(seen) == 12 + 12  # one epoch, one validation
+
+
+def test_a_frozen_memory_stays_and_another_follows_the_encoder(tmp_path, pretrained) -> None:
+    frozen = make(tmp_path, pretrained, "classification", "frozen", epochs=2)
+    frozen.run()
+    assert KnowledgeMemory.open(tmp_path / "memory-frozen").version == 1
+    freed = make(tmp_path, pretrained, "classification", "freed", epochs=2, fix_keys=False, fix_values=False)
+    before = freed.model.model.knowledge_encoder.value.weight.detach().clone()
+    freed.run()
+    assert not torch.equal(before, freed.model.model.knowledge_encoder.value.weight)
+    memory = KnowledgeMemory.open(tmp_path / "memory-freed", freed.version)
+    assert memory.version == 3
+    assert (
+        memory.fingerprint == freed.model.fingerprint() != KnowledgeMemory.open(tmp_path / "memory-frozen").fingerprint
+    )
+    best = KnowledgeMemory.open(tmp_path / "memory-freed", freed.best_version)
+    kept, _ = load_pluglm(tmp_path / "freed" / "model", freed.task.model_class())
+    kept.attach(best.load(kept.fingerprint()))
+
+
+def test_without_a_memory(tmp_path, pretrained) -> None:
+    loop = make(tmp_path, pretrained, "classification", in_task=False, epochs=2)
+    loop.run()
+    assert loop.model.knowledge is None
+
+
+def test_a_run_that_resumes_ends_at_the_same_weights(tmp_path, pretrained) -> None:
+    whole = make(tmp_path, pretrained, "classification", "whole", epochs=4)
+    whole.run()
+    broken = make(tmp_path, pretrained, "classification", "broken", epochs=4)
+    end = broken._end_epoch
+
+    def dies(epoch: int) -> None:
+        end(epoch)
+        if epoch == 3:
+            raise KeyboardInterrupt
+
+    broken._end_epoch = dies
+    with pytest.raises(KeyboardInterrupt):
+        broken.run()
+    again = make(tmp_path, pretrained, "classification", "broken", epochs=4)
+    again.run()
+    assert [point["epoch"] for point in again.history] == [1, 2, 3, 4]
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name]), name
+
+
+def test_parts_of_a_step_add_up(tmp_path, pretrained) -> None:
+    """Without BatchNorm, whose statistics are of a part."""
+    weights = []
+    for accumulate in (1, 3):
+        loop = make(tmp_path, pretrained, "classification", f"in-{accumulate}", epochs=1, accumulate=accumulate)
+        loop.model.model.backbone.encoder.layer[-1].query_norm = torch.nn.Identity()
+        loop.run()
+        weights.append(loop.model.classifier.weight.detach())
+    assert torch.allclose(*weights, atol=1e-5)
+
+
+def test_faults_are_named(tmp_path, pretrained) -> None:
+    for change, message in (
+        ({"data": {"validation": "x"}}, "'classification' needs data.train"),
+        ({"train": {"batch_size": 7, "accumulate": 2}}, "cannot be shared"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FinetuneConfig.model_validate(
+                {"model": pretrained, "task": {"kind": "classification"}, "data": {"train": "x", "validation": "x"}}
+                | change
+            )
+    loop = make(tmp_path, pretrained, "classification", "high", epochs=3, learning_rate=1e30, clip=None)
+    with pytest.raises(UserError, match="lower train.learning_rate"):
+        loop.run()
+
+
+def test_a_copied_memory_is_a_memory_of_its_own(tmp_path, facts, encoder) -> None:
+    memory = KnowledgeMemory.build(tmp_path / "memory", facts, encoder)
+    edited = memory.delete([3])
+    copied = copy_memory(edited, tmp_path / "copy")
+    assert [entry.entry_id for entry in copied.entries()] == [entry.entry_id for entry in edited.entries()]
+    assert copied.delete([4]).version == 2
+    assert len(edited) == len(KnowledgeMemory.open(tmp_path / "memory")) == 11
+
+
+def test_what_was_retrieved_is_told_by_source(tmp_path, facts, model, words_tokenizer, encoder) -> None:
+    memory = KnowledgeMemory.build(tmp_path / "memory", facts, encoder, "float32")
+    model.attach(memory.load(encoder.fingerprint))
+    inputs = words_tokenizer(["w1 w2", "w3 w4 w5", "w6"], padding=True, return_tensors="pt")
+    log = RetrievalLog(kept=2)
+    with torch.no_grad():
+        for rows in ([0, 1], [2]):
+            part = {name: inputs[name][rows] for name in ("input_ids", "attention_mask")}
+            found = model(**part, output_retrieved=True)
+            log.add(found.retrieved, rows)
+            if rows == [0, 1]:
+                first = found.retrieved[0]
+    report = log.report(memory, {0: "w1 w2", 1: "<b>w3</b>", 2: "w6"}, {1: "w9"})
+    assert report.inputs_in_sum == 3
+    assert len(report.inputs) == 2
+    uses = report.inputs[1].layers[0].entries
+    assert [one.entry_id for one in uses] == first.entry_BK[1].tolist()
+    assert [one.text for one in uses] == [facts[one.entry_id].text for one in uses]
+    assert {one.source for one in report.sums} <= {"a", "b"}
+    assert sum(one.share for one in report.sums) == pytest.approx(1)
+    assert sum(one.entries for one in report.sums) == 3 * 3
+    page = report.write(tmp_path / "report").read_text()
+    assert "&lt;b&gt;w3&lt;/b&gt;" in page
+    assert "<b>w9</b>" in page
+    assert "http" not in page
