@@ -91,9 +91,8 @@ class AdaptiveSoftmax(nn.Module):
 
     def _tail(self, band: int, state_NH: Tensor) -> Tensor:
         """States `[N, D]` as the tail cluster of a band sees them."""
-        small = F.linear(state_NH, self.maps[band - 1]) if len(self.maps) else (
-            state_NH @ self._tied[0].projections[band].to(state_NH.dtype)
-        )  # fmt: skip
+        tied_HD, dtype = self._tied[0].projections[band], state_NH.dtype
+        small = F.linear(state_NH, self.maps[band - 1].to(dtype)) if len(self.maps) else state_NH @ tied_HD.to(dtype)
         return F.dropout(small, self.tail_dropout, self.training)
 
     def score(self, state_NH: Tensor, target_N: Tensor) -> VocabularyScore:

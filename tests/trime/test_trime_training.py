@@ -13,7 +13,8 @@ from kit import VOCABULARY, tiny_model
 
 from pema_ray.training.checkpoint import load_checkpoint
 from pema_ray.training.strategies import Place
-from pema_ray.trime.config import TrimeConfig
+from pema_ray.trime.config import DecoderShape, TrimeConfig
+from pema_ray.trime.decoder import DecoderLM
 from pema_ray.trime.memories import PADDING
 from pema_ray.trime.objective import TrimeObjective, Ways
 from pema_ray.trime.segments import Segments, TokenStream
@@ -123,6 +124,23 @@ def test_padding_counts_nowhere():
         other, _ = objective(noisy, *told[1:], Ways(memory), 1.0)
         torch.testing.assert_close(loss, other, atol=0, rtol=0)
         assert float(sums[0]) == pytest.approx(float(loss.detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize("memory", ["none", "local", "long", "ext"])
+@pytest.mark.parametrize("tie", [True, False])
+def test_bfloat16_gives_the_loss_and_the_direction_of_float32(memory: str, tie: bool):
+    torch.manual_seed(0)
+    shape = DecoderShape(hidden_size=16, cutoffs=(7, 15), factor=2, tie_projections=tie, dropout=0)
+    model = DecoderLM(shape, VOCABULARY, LENGTH)
+    told = [torch.from_numpy(array) for array in corpus(40).batch([0, 1, 2, 3, 4])]
+    gradients, losses = [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        loss, _ = TrimeObjective(model, dtype)(*told, Ways(memory), 40.0)  # type: ignore[arg-type]
+        found = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+        gradients.append(torch.cat([gradient.flatten() for gradient in found]))
+        losses.append(float(loss.detach()))
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
 
 
 # ── updates ─────────────────────────────────────────────────────────────────
