@@ -1,4 +1,4 @@
-"""Cuts texts into pieces that a model can read. Imports no torch and no Ray: it runs in tasks that should start fast."""
+"""Cuts texts into pieces that a model can read. Imports no torch and no Ray: its tasks should begin fast."""
 
 from __future__ import annotations
 

@@ -206,7 +206,8 @@ def config(tmp_path, words_tokenizer) -> Any:
                 "text": texts,
                 "validation": texts,
                 "memory": {
-                    "entries_per_segment": 8, "dtype": "float32", "shards": 2, "cpus_per_shard": 0, "refresh_workers": 0,
+                    "entries_per_segment": 8, "dtype": "float32", "shards": 2, "cpus_per_shard": 0,
+                    "refresh_workers": 0,
                 },
                 "train": chosen | train,
             }
