@@ -17,6 +17,7 @@ from rich.markup import escape
 
 from pema_ray.config import Section
 from pema_ray.stages.main import guarded
+from pema_ray.trime_mt_commands import register as register_translation
 
 app = typer.Typer(
     help="TRIME: language models trained with memory, and evaluated with local, long and external memory. Stages read "
@@ -210,3 +211,5 @@ def explain(
 
 
 # ── machine translation ─────────────────────────────────────────────────────
+
+register_translation(app)
