@@ -1,4 +1,5 @@
-"""What serving costs and brings: many sessions against one and against `generate`, PEMA on against off, drafts.
+"""What serving costs and brings: many sessions against one, against `generate` and against the published loop, PEMA on
+against off, drafts, the line in a cluster.
 
 The PLM owner's engine and the data owner's unroller run in one process, with the line's bytes between them and, for
 drafts, a round trip as long as between two organisations. Every answer is greedy; speeds are of whole answers, prompts
@@ -11,6 +12,7 @@ import argparse
 import asyncio
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -20,25 +22,30 @@ from typing import Any
 import torch
 from _harness import Aim, console, device_of, options, show, write_results
 from build_memory import CONFIG, PACKAGED, packaged_examples, tiny_model
+from transformers import DynamicCache
 
 from pema_ray.config import PLMConfig, load_config
 from pema_ray.data_owner.adapter import AdapterConfig, PemaAdapter
+from pema_ray.data_owner.serving.drafts import MemoryLookup
 from pema_ray.data_owner.serving.orders import Order, Token
 from pema_ray.data_owner.serving.unroller import Unroller
-from pema_ray.data_owner.unrolling import UnrollingSchedule
+from pema_ray.data_owner.unrolling import UnrollingSchedule, mix
 from pema_ray.errors import UserError
 from pema_ray.line import LMHeadBundle, ModelCard, codec
 from pema_ray.line.stepping import Step, Stepped
+from pema_ray.memory import ExternalMemory
 from pema_ray.plm_owner import InProcessPLM, load_plm
 from pema_ray.plm_owner.service import PLMEngine
+from pema_ray.plm_owner.states import capture_state
 
 NAME = "serving"
-AIMS = {
+AIMS: dict[str, Aim] = {  # the published loop has no number of its own to reach
     "many_sessions_over_one": Aim(5),
     "engine_over_generate": Aim(0.95),
     "pema_over_plm_alone": Aim(0.9),
     "drafted_over_not": Aim(1.5),
     "drafted_over_not_50ms": Aim(3),
+    "line_in_cluster_adds_ms": Aim(2, at_most=True),
 }
 
 
@@ -74,6 +81,9 @@ def main() -> None:
         "--drafts", type=int, default=8, help="answers that drafts are measured on, one after the other"
     )
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--memory", type=Path, default=None, help="a memory that drafts are taken from, too")
+    parser.add_argument("--lambda-max", type=float, default=0.9)
+    parser.add_argument("--no-cluster", action="store_true", help="leave the line in a cluster out")
     o = parser.parse_args()
     if o.smoke:
         o.sessions, o.tokens, o.drafts, o.repeats = 3, 4, 2, 1
@@ -109,23 +119,37 @@ async def _measure(o: argparse.Namespace, scratch: Path) -> None:
             if what == "many":
                 figures["milliseconds"] = latencies
         speeds.setdefault("generate", []).append(_generate(source, batch, o.tokens))
+        speeds.setdefault("published loop", []).append(_published(source, bundle, adapter, batch, o.tokens, scratch))
     speed = {what: median(found) for what, found in speeds.items()}
     ratios = {
         "many_sessions_over_one": speed["many"] / speed["one"],
         "engine_over_generate": speed["plm alone"] / speed["generate"],
         "pema_over_plm_alone": speed["many"] / speed["plm alone"],
+        "engine_over_published_loop": speed["many"] / speed["published loop"],
     }
+    memory = None if o.memory is None else MemoryLookup.of(ExternalMemory.open(o.memory, bundle.card))
+    drafts: dict[str, Any] = {}
     for suffix, round_trip in (("", 0.0), ("_50ms", 0.05)):
-        found: dict[int, list[float]] = {0: [], 8: []}
+        found: dict[int, list[float]] = {0: [], 12: []}
         for _ in range(o.repeats):
             for draft, kept in found.items():
-                orders = [_order(p, 64 if not o.smoke else 4, "it", draft) for p in prompts[: o.drafts]]
+                orders = [_order(p, 64 if not o.smoke else 4, "it", draft, o.lambda_max) for p in prompts[: o.drafts]]
                 line = Line(engine, round_trip)
-                kept.append((await _run(line, bundle, adapter, orders, eos=True, together=False))[0])
+                counts: Counter[str] = Counter()
+                speed_, _ = await _run(
+                    line, bundle, adapter, orders, eos=True, together=False, memory=memory, kept=counts
+                )
+                kept.append(speed_)
+                drafts[f"{draft}{suffix}"] = dict(counts)
         speed |= {f"draft {draft}{suffix}": median(kept) for draft, kept in found.items()}
-        ratios[f"drafted_over_not{suffix}"] = median(found[8]) / median(found[0])
+        ratios[f"drafted_over_not{suffix}"] = median(found[12]) / median(found[0])
     await (await engine._engine()).stop()
+    if not o.no_cluster:
+        figures["line_milliseconds"] = line = await _line_in_a_cluster(scratch, 100 if o.smoke else 1000)
+        ratios["line_in_cluster_adds_ms"] = line["in a cluster, median"] - line["in one process, median"]
     figures |= {
+        "drafts": drafts,
+        "memory": None if o.memory is None else str(o.memory),
         "tokens_per_second": speed,
         "sessions": o.sessions,
         "tokens": o.tokens,
@@ -134,7 +158,7 @@ async def _measure(o: argparse.Namespace, scratch: Path) -> None:
         "device": str(device),
         "threads": o.threads,
         "smoke": o.smoke,
-        "aims": {name: str(AIMS[name]) for name in ratios},
+        "aims": {name: str(AIMS.get(name, "")) for name in ratios},
     }
     path = write_results(NAME, ratios, figures, o.results_dir)
     show("Serving", ratios, AIMS)
@@ -153,18 +177,26 @@ def _adapter(folder: Path | None, bundle: LMHeadBundle) -> PemaAdapter:
     return PemaAdapter(AdapterConfig(card.hidden_size, rank, card.name, card.fingerprint, residual=True)).eval()
 
 
-def _order(prompt: list[int], tokens: int, adapter: str | None, draft: int = 0) -> Order:
-    return Order(prompt, tokens, UnrollingSchedule(0.9), adapter, tokens, draft=draft)
+def _order(prompt: list[int], tokens: int, adapter: str | None, draft: int = 0, lam: float = 0.9) -> Order:
+    return Order(prompt, tokens, UnrollingSchedule(lam), adapter, tokens, draft=draft)
 
 
 async def _run(
-    line: Line, bundle: LMHeadBundle, adapter: PemaAdapter, orders: Sequence[Order], eos: bool, together: bool
+    line: Line,
+    bundle: LMHeadBundle,
+    adapter: PemaAdapter,
+    orders: Sequence[Order],
+    eos: bool,
+    together: bool,
+    memory: MemoryLookup | None = None,
+    kept: Counter[str] | None = None,
 ) -> tuple[float, dict[str, float]]:
     """Tokens a second, and milliseconds to the first token and between tokens."""
     tokenizer = bundle.tokenizer()
     ends = bundle.card.eos_token_ids if eos else ()
     unroller = Unroller(line, bundle.head, lambda ids: tokenizer.decode(ids), ends)
-    unroller.adapters = {"it": adapter}
+    unroller.adapters, unroller.most_drafted = {"it": adapter}, 12
+    unroller.memories = {} if memory is None else {"it": memory}
     times: list[list[float]] = []
 
     async def one(order: Order) -> None:
@@ -181,6 +213,8 @@ async def _run(
         for order in orders:
             await one(order)
     seconds = time.perf_counter() - started
+    if kept is not None:
+        kept.update(unroller.counts)
     await unroller.stop()
     first = [mine[1] - mine[0] for mine in times]
     between = sorted(b - a for mine in times for a, b in pairwise(mine[1:]))
@@ -209,6 +243,97 @@ def _generate(source: InProcessPLM, prompts: Sequence[list[int]], tokens: int) -
     seconds = time.perf_counter() - started
     assert out.shape[1] == longest + tokens
     return len(prompts) * tokens / seconds
+
+
+@torch.inference_mode()
+def _published(
+    source: InProcessPLM,
+    bundle: LMHeadBundle,
+    adapter: PemaAdapter,
+    prompts: Sequence[list[int]],
+    tokens: int,
+    to: Path,
+) -> float:
+    """Tokens a second of the published loop, as described: head and adapter are read anew for every batch, every step
+    computes both distributions for all rows, and what the prompts begin with alike is computed for each of them."""
+    stored = to / "published.pt"
+    if not stored.exists():
+        torch.save({"head": bundle.head.weight, "A": adapter.A.detach(), "B": adapter.B_pd.detach()}, stored)
+    plm, device, longest = source.plm, source.plm.device, max(map(len, prompts))
+    started = time.perf_counter()
+    held = torch.load(stored, map_location=device, weights_only=True)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    ids, mask, cache = ids.to(device), mask.to(device), DynamicCache(config=plm.model.config)
+    for _ in range(tokens):
+        state_BH = capture_state(
+            plm, input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True,
+            position_ids=(mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :],
+        )[:, -1]  # fmt: skip
+        x = bundle.head.norm(state_BH)
+        log_plm = (x.to(held["head"].dtype) @ held["head"].T).float().log_softmax(-1)
+        h = x.float() + x.float() @ held["A"].T @ held["B"].T
+        log_pema = (h.to(held["head"].dtype) @ held["head"].T).float().log_softmax(-1)
+        ids = mix(log_pema, log_plm, torch.full((len(prompts),), 0.9)).argmax(-1, keepdim=True)
+        mask = torch.cat([mask, torch.ones_like(ids)], 1)
+        ids.tolist()  # as each token is looked at for the end of its answer
+    return len(prompts) * tokens / (time.perf_counter() - started)
+
+
+# ── the line in a cluster ───────────────────────────────────────────────────────
+
+
+async def _one_by_one(stepper: Any, count: int) -> list[float]:
+    """Seconds of steps of one token, one after the other, of a session that is 200 tokens long."""
+    await stepper.step([Step("it", 0, [5] * 200)])
+    took = []
+    for _ in range(count):
+        started = time.perf_counter()
+        (outcome,) = await stepper.step([Step("it", 199, [6])])
+        took.append(time.perf_counter() - started)
+        assert isinstance(outcome, Stepped)
+    await stepper.close(["it"])
+    return took[count // 10 :]
+
+
+async def _line_in_a_cluster(scratch: Path, count: int) -> dict[str, float]:
+    """Milliseconds of a step from one replica of Serve to another, and in one process; of a model that costs little."""
+    import ray
+    from ray import serve
+
+    from pema_ray.plm_owner.replicas import Replicas
+    from pema_ray.plm_owner.service import EngineConfig
+    from pema_ray.serving.applications import Scale, plm_engine
+
+    plm = PLMConfig(name=tiny_model(scratch / "tiny"), device="cpu", dtype="float32", threads=1)
+    engine = PLMEngine(plm.model_dump(), {"slots": 4, "max_tokens": 512})
+    within = await _one_by_one(Line(engine), count)
+    await (await engine._engine()).stop()
+
+    class Probe:
+        def __init__(self, handle: Any) -> None:
+            self._line = Replicas(handle)
+
+        async def measure(self, count: int) -> list[float]:
+            return await _one_by_one(self._line, count)
+
+    ray.init(num_cpus=4, object_store_memory=100 * 2**20, include_dashboard=False, log_to_driver=False)
+    try:
+        replicas = plm_engine(plm, EngineConfig(slots=4, max_tokens=512), Scale(cpus=0.5))
+        probe: Any = serve.deployment(Probe)
+        handle = serve.run(probe.bind(replicas), name="line", route_prefix=None)
+        across = await handle.measure.remote(count)
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+    return {
+        f"{where}, {what}": 1e3 * sorted(took)[int(share * (len(took) - 1))]
+        for where, took in (("in one process", within), ("in a cluster", across))
+        for what, share in (("median", 0.5), ("99th percentile", 0.99))
+    }
 
 
 if __name__ == "__main__":

@@ -100,9 +100,18 @@ def test_ray_overhead_measures_a_build_and_a_training(tmp_path: Path):
 
 
 def test_serving(tmp_path: Path):
-    figures = smoke("serving", tmp_path)["figures"]
-    assert set(figures["tokens_per_second"]) >= {"many", "one", "plm alone", "generate", "draft 8_50ms"}
+    figures = smoke("serving", tmp_path, "--no-cluster")["figures"]
+    speeds = {"many", "one", "plm alone", "generate", "published loop", "draft 12_50ms"}
+    assert set(figures["tokens_per_second"]) >= speeds
     assert figures["milliseconds"]["a token, median"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_serving_measures_the_line_in_a_cluster(tmp_path: Path):
+    figures = smoke("serving", tmp_path)["figures"]
+    line = figures["line_milliseconds"]
+    assert line["in a cluster, median"] > line["in one process, median"] > 0
 
 
 @pytest.mark.slow
