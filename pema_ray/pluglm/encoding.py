@@ -67,7 +67,8 @@ class DocumentEncoder:
     def encode(self, documents: Sequence[Sequence[int]]) -> Vectors:
         """Keys and values of token ids, in order. The same documents give the same bits, on one kind of machine."""
         model, (Q, D) = self._documents, self.sizes
-        was_training, device = model.training, next(model.parameters()).device
+        was_training = {module: module.training for module in model.modules()}  # shared with the language model
+        device = next(model.parameters()).device
         keys, values = [torch.zeros(0, Q)], [torch.zeros(0, D)]
         model.eval()
         try:
@@ -77,7 +78,8 @@ class DocumentEncoder:
                 keys.append(key_MQ.float().cpu())
                 values.append(value_MD.float().cpu())
         finally:
-            model.train(was_training)
+            for module, mode in was_training.items():
+                module.training = mode
         return Vectors(torch.cat(keys), torch.cat(values))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedModel, initialization
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import MaskedLMOutput
@@ -70,7 +70,7 @@ class PlugLMPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, KnowledgeAttention):
-            nn.init.ones_(module.beta)
+            initialization.ones_(module.beta)  # transformers' own leaves alone what a checkpoint has filled
 
     @property
     def encoder(self) -> PlugLMModel:

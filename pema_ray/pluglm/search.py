@@ -64,16 +64,19 @@ class KeyTable:
         """The best of some keys. `least_B`: what an entry must reach to be among the best k of those before."""
         key_CQ = self._key_NQ[start : start + _CHUNK].float()
         norm_C = self._norms()[start : start + _CHUNK]
-        rough_BC = query_BQ @ key_CQ.T
+        length_B = query_BQ.double().norm(dim=1)
         if cosine:
-            rough_BC /= norm_C.float().clamp_min(_TINY)
+            unit_BQ = query_BQ / length_B.float().clamp_min(_TINY)[:, None]
+            rough_BC = unit_BQ @ key_CQ.T / norm_C.float().clamp_min(_TINY)
+        else:
+            rough_BC = query_BQ @ key_CQ.T
         if hidden is not None:
             query, row = hidden
             here = (row >= start) & (row < start + len(key_CQ))
             rough_BC[query[here], row[here] - start] = -torch.inf
-        # |rough - exact| ≤ 2 Q u |q| |key| with u = 2⁻²⁴: what the candidates may have missed by.
-        reach = 1.0 if cosine else float(norm_C.max())
-        slack_B = 2 * query_BQ.shape[1] * 2.0**-24 * query_BQ.double().norm(dim=1) * reach
+        # |rough - exact| ≤ 2 (Q + 2) u |q| |key| with u = 2⁻²⁴: what the candidates may have missed by.
+        reach_B = torch.ones_like(length_B) if cosine else length_B * norm_C.max()
+        slack_B = 2 * (query_BQ.shape[1] + 2) * 2.0**-24 * reach_B
         rough_BM, place_BM = rough_BC.topk(min(k + _SPARE, len(key_CQ)), dim=1)
         found = self._ranked(query_BQ, key_CQ, place_BM, rough_BM, start, k, cosine)
         if rough_BM.shape[1] < len(key_CQ):

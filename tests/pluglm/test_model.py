@@ -256,6 +256,16 @@ def test_stale_keys_are_refused_with_both_names(make_model, words_tokenizer, tmp
         memory.add([NewEntry("w1")], DocumentEncoder(other, words_tokenizer, "second"))
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_encoding_leaves_the_model_in_its_mode_and_never_drops_anything(make_model, words_tokenizer, training) -> None:
+    model = make_model(backbone={"hidden_dropout_prob": 0.5}).train(training)
+    encoder = DocumentEncoder(model, words_tokenizer)
+    documents = encoder.tokenize(["w1 w2", "w3"])
+    one, two = encoder.encode(documents), encoder.encode(documents)
+    assert torch.equal(one.key_MQ, two.key_MQ)
+    assert {module.training for module in model.modules()} == {training}
+
+
 def test_a_training_step_makes_keys_stale(model, knowledge, words_tokenizer) -> None:
     model.attach(knowledge)
     model.train()
@@ -298,6 +308,7 @@ def test_a_pass_goes_on_with_the_version_it_began_with(model, encoder, words_tok
 
 
 def test_saved_and_loaded_it_is_the_same_model(model, knowledge, words_tokenizer, tmp_path) -> None:
+    torch.nn.init.normal_(model.model.backbone.encoder.layer[-1].knowledge.beta)
     model.attach(knowledge)
     inputs = batch(words_tokenizer)
     wanted = model(**inputs).logits

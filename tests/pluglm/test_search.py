@@ -106,6 +106,18 @@ def test_equal_scores_are_ordered_by_entry() -> None:
     assert table.top(torch.ones(1, 4), 5).entry_BK.tolist() == [[0, 1, 2, 3, 4]]
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_ties_of_cosines_are_ordered_by_entry_whatever_the_querys_length(monkeypatch, scale) -> None:
+    """All cosines are the same negative number: which candidates a product happens to propose must not matter."""
+    monkeypatch.setattr(search, "_SPARE", 0)
+    key = -torch.ones(50, 4) * torch.arange(1, 51)[:, None]
+    table = KeyTable(key.flip(0), torch.arange(50), torch.zeros(50, dtype=torch.int64))
+    found = table.top(torch.ones(1, 4) * scale, 3, cosine=True)
+    exact = exact_scores(torch.ones(1, 4) * scale, key.flip(0)[None], True)[0]
+    wanted = sorted(range(50), key=lambda n: (-float(exact[n]), n))[:3]
+    assert found.entry_BK[0].tolist() == wanted
+
+
 def test_fewer_entries_than_wanted_are_filled_up_with_none() -> None:
     found = merge([Found(torch.tensor([[4, 2]]), torch.tensor([[1.0, 1.0]], dtype=torch.float64))], 3)
     assert found.entry_BK.tolist() == [[2, 4, -1]]
