@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import signal
 import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import httpx
 import httpx2
@@ -104,10 +108,12 @@ def engines(deployment: str = "PLMEngine") -> set[int]:
 PROMPTS = ["Rewrite each", "Formal:", "Informal: thx", "Rewrite each Bible verse", "I would", "gimme an", "your answer"]
 
 
-async def ask(url: str, prompt: str, model: str = "mine") -> str:
+async def ask(url: str, prompt: str, model: str = "mine", began: list[str] | None = None) -> str:
     async with openai.AsyncOpenAI(base_url=url, api_key="unused", max_retries=0, timeout=90) as client:
         asked = {"model": model, "prompt": prompt, "max_tokens": MOST, "temperature": 0}
-        stream = await client.completions.create(**asked, stream=True)
+        stream = await client.completions.create(**asked, stream=True)  # whose first event has come by then
+        if began is not None:
+            began.append(prompt)
         return "".join([piece.choices[0].text async for piece in stream])
 
 
@@ -196,7 +202,10 @@ async def test_a_data_owner_that_is_killed_comes_back_and_leaves_no_session(appl
 async def test_an_application_deployed_anew_takes_other_adapters(application, expected, tmp_path, adapter):
     url, args = application
     renamed = {**args, "live": {"adapters": {"renamed": str(adapter)}}}
-    answers = asyncio.gather(*(ask(url, prompt) for prompt in PROMPTS))
+    began: list[str] = []
+    answers = asyncio.gather(*(ask(url, prompt, began=began) for prompt in PROMPTS))
+    while len(began) < len(PROMPTS):  # who has not begun is told that there is no such model any more
+        await asyncio.sleep(0.005)
     await asyncio.get_running_loop().run_in_executor(None, lambda: serve.run(local(renamed), name="pema"))
     assert await answers == [expected(prompt) for prompt in PROMPTS]  # the old replica finishes what it has begun
     assert await ask(url, PROMPTS[0], model="renamed") == expected(PROMPTS[0])
@@ -225,3 +234,28 @@ async def test_replicas_come_and_go_with_sessions_and_no_answer_changes(applicat
     assert len(engines()) == 1
     assert await ask(url, PROMPTS[1]) == expected(PROMPTS[1])
     await until_no_session_lives()
+
+
+@pytest.mark.slow
+def test_nodes_that_die_change_no_answer(tiny_plm_folder, adapter, expected, tmp_path):
+    """Two nodes hold a replica each; one dies, another comes, then the other of the two dies, under 16 answers each."""
+    args = {
+        "plm": {"name": tiny_plm_folder("llama"), "dtype": "float32", "device": "cpu"},
+        "engine": {"slots": 16, "max_tokens": 90, "forget_seconds": 8},
+        "unroller": {"lambda_max": 0.7, "timeout_seconds": 110, "dtype": "float32"},
+        "live": {"adapters": {"mine": str(adapter)}},
+        "plm_owner": {"replicas": 2, "cpus": 0.5, "resources": {"weights": 1}},
+        "data_owner": {"cpus": 0.5},
+    }
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(16)]
+    wanted = {"args": args, "prompts": prompts, "port": free_port()}
+    folder = Path(__file__).parent
+    environment = {**os.environ, "HOME": str(tmp_path), "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(folder), str(folder.parent)])
+    command = [sys.executable, str(folder / "node_deaths.py"), json.dumps(wanted)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    want = [expected(prompt) for prompt in prompts]
+    for when in ("undisturbed", "one node died", "the other died too"):
+        assert told[when] == want, when

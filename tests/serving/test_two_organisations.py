@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from pema_ray.plm_owner.access import Quota, add_client
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 SCRIPT = Path(__file__).with_name("organisation.py")
 ADDRESS = {"plm": "10.77.31.1", "data": "10.77.31.2"}
-MOST = 25
+MOST, ROWS = 25, 5000  # of an answer; a minute
 
 
 def run(*command: str) -> None:
@@ -131,6 +132,40 @@ def files_with(folder: Path, secret: bytes) -> list[Path]:
     return [p for p in folder.rglob("*") if p.is_file() and not p.is_symlink() and secret in p.read_bytes()]
 
 
+REFUSALS = """
+import json, pickle, sys, ssl, httpx
+from pema_ray.line import ExtractBatch, codec
+url, ca, key, most = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+trusted = ssl.create_default_context(cafile=ca)
+def ask(name, path="/v1/extract", content=b"", verify=trusted, **headers):
+    headers = {"Authorization": f"Bearer {key}", **{k.replace("_", "-"): v for k, v in headers.items()}}
+    try:
+        with httpx.Client(base_url=url, verify=verify, timeout=30) as http:
+            got = http.post(path, content=content, headers=headers)
+            told[name] = got.status_code, got.text, got.headers.get("retry-after", "")
+    except httpx.HTTPError as error:
+        told[name] = type(error).__name__, str(error), ""
+told = {}
+ask("wrong key", Authorization="Bearer pema-wrong")
+ask("wrong fingerprint", X_PLM_Fingerprint="0" * 16)
+ask("a pickle", content=pickle.dumps({"a": 1}))
+ask("no certificate of its own", verify=True)
+batch = codec.encode_extract(ExtractBatch([[5] * 80] * (most // 80 - 1), [0] * (most // 80 - 1)))
+ask("over quota", content=codec.encode_extract(ExtractBatch([[5] * 80] * (most // 80 + 1), [0] * (most // 80 + 1))))
+ask("nearly all", content=batch)
+ask("over quota, in all", content=batch)
+print(json.dumps(told))
+"""
+
+
+def refusals(namespace: str, url: str, folder: Path, key: str) -> dict[str, tuple]:
+    """What the data owner is told for mistakes, asked from its own namespace."""
+    command = ["ip", "netns", "exec", namespace, sys.executable, "-c", REFUSALS]
+    command += [url, str(folder / "ca.crt"), key, str(ROWS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
 def test_each_organisation_keeps_its_own(namespaces, tiny_plm_folder, tiny_source):
     base = Path(tempfile.mkdtemp(prefix="po", dir="/tmp"))
     folders = {owner: base / owner for owner in ADDRESS}
@@ -146,7 +181,7 @@ def test_each_organisation_keeps_its_own(namespaces, tiny_plm_folder, tiny_sourc
     shutil.copytree(tiny_plm_folder("llama"), folders["plm"] / "plm")
     crt, private = certificate(folders["plm"], "server", address=ADDRESS["plm"])
     shutil.copy(crt, folders["data"] / "ca.crt")
-    key = add_client(folders["plm"] / "keys.yaml", "them", Quota(rows_per_minute=5000))
+    key = add_client(folders["plm"] / "keys.yaml", "them", Quota(rows_per_minute=ROWS))
     (folders["data"] / "key").write_text(key)
     url = f"https://{ADDRESS['plm']}:8443"
     organisations: dict[str, Organisation] = {}
@@ -215,12 +250,22 @@ def test_each_organisation_keeps_its_own(namespaces, tiny_plm_folder, tiny_sourc
         assert not files_with(folders["plm"], learned)
         assert not files_with(folders["plm"], prompt.encode())
         assert not files_with(folders["plm"], key.encode())
+        told = refusals(namespaces["data"], url, folders["data"], key)
+        assert told["wrong key"][0] == 401
+        assert told["wrong fingerprint"][0] == 409 and card.fingerprint in told["wrong fingerprint"][1]
+        assert told["over quota"][0] == 413  # more than a minute's rows in one request
+        assert told["over quota, in all"][0] == 429 and int(told["over quota, in all"][2]) >= 1
+        assert told["a pickle"][0] == 400
+        assert told["no certificate of its own"][0] == "ConnectError"  # the system's authorities do not know it
+
         audit = [json.loads(line) for line in (folders["plm"] / "audit.jsonl").read_text().splitlines()]
         assert {entry["client"] for entry in audit} == {"them"}
         assert {"model", "lm-head", "step"} <= {entry["what"] for entry in audit}
 
         run("ip", "-n", namespaces["plm"], "link", "set", "pv0", "down")  # the line is dead
+        started = time.monotonic()
         assert asked().startswith("status 503")
+        assert time.monotonic() - started < 40  # `timeout_seconds` of the answer, and what a new process costs
     finally:
         for owner, organisation in organisations.items():
             organisation.end(namespaces[owner])
