@@ -19,7 +19,7 @@ def main() -> None:
         object_store_memory=100 * 2**20,
         include_dashboard=False,
         _temp_dir=wanted["temporary"],
-        _node_ip_address=wanted["address"],
+        _node_ip_address=wanted["node"],
         log_to_driver=False,
         logging_level="error",
         runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}},

@@ -25,18 +25,57 @@ from pema_ray.plm_owner.access import Quota, add_client
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 SCRIPT = Path(__file__).with_name("organisation.py")
-ADDRESS = {"plm": "10.77.31.1", "data": "10.77.31.2"}
+OWNERS = ("plm", "data")
+TEXT = b'{"source": "a pair that only the data owner has", "target": "sixteen words of its own"}'
 MOST, ROWS = 25, 5000  # of an answer; a minute
 
 
-def run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True)
+class Apart:
+    """Two organisations on this machine: in a network namespace each, with a wire between, or at two addresses.
+
+    Args:
+        names: the namespaces; none: there are only addresses.
+    """
+
+    def __init__(self, names: dict[str, str] | None) -> None:
+        self._names = names
+        self.address = (
+            {"plm": "10.77.31.1", "data": "10.77.31.2"} if names else {"plm": "127.77.31.1", "data": "127.77.31.2"}
+        )
+        self.node = self.address if names else dict.fromkeys(OWNERS, "127.0.0.1")
+
+    def within(self, owner: str) -> list[str]:
+        """What a command begins with that is to run at an owner's."""
+        return ["ip", "netns", "exec", self._names[owner]] if self._names else []
+
+    def processes(self, owner: str, pid: int) -> list[int]:
+        """All of an owner's, whose first one is `pid`."""
+        if self._names:
+            found = run("ip", "netns", "pids", self._names[owner])
+            return [int(pid) for pid in found.split()]
+        if not psutil.pid_exists(pid):
+            return []
+        return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+
+    def cut(self, organisation: Organisation) -> None:
+        """Let the line be dead."""
+        if self._names:
+            run("ip", "-n", self._names["plm"], "link", "set", "pv0", "down")
+        else:
+            organisation.end()
 
 
-@pytest.fixture
-def namespaces() -> Iterator[dict[str, str]]:
-    """A namespace for each organisation, and a wire between them."""
-    names = {owner: f"pema-{owner}-{os.getpid()}" for owner in ADDRESS}
+def run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture(params=["namespaces", "addresses"])
+def apart(request) -> Iterator[Apart]:
+    """A namespace for each organisation and a wire between them, where root allows; two addresses everywhere."""
+    if request.param == "addresses":
+        yield Apart(None)
+        return
+    names = {owner: f"pema-{owner}-{os.getpid()}" for owner in OWNERS}
     made: list[str] = []
     try:
         try:
@@ -46,28 +85,30 @@ def namespaces() -> Iterator[dict[str, str]]:
         except (OSError, subprocess.CalledProcessError):
             pytest.skip("network namespaces need root and iproute2")
         run("ip", "link", "add", "pv0", "netns", names["plm"], "type", "veth", "peer", "pv1", "netns", names["data"])
+        found = Apart(names)
         for owner, device in (("plm", "pv0"), ("data", "pv1")):
             inside = ("ip", "-n", names[owner])
-            run(*inside, "addr", "add", f"{ADDRESS[owner]}/24", "dev", device)
+            run(*inside, "addr", "add", f"{found.address[owner]}/24", "dev", device)
             run(*inside, "link", "set", device, "up")
             run(*inside, "link", "set", "lo", "up")
-        yield names
+        yield found
     finally:
         for name in made:
             subprocess.run(["ip", "netns", "del", name], check=False)
 
 
 class Organisation:
-    """A cluster in a namespace, with a home and a working folder of its own."""
+    """A cluster of its own, with a home and a working folder of its own."""
 
-    def __init__(self, namespace: str, folder: Path, wanted: dict) -> None:
-        self.folder = folder
-        wanted = {**wanted, "temporary": str(folder / "r")}
+    def __init__(self, apart: Apart, owner: str, folder: Path, wanted: dict) -> None:
+        self.folder, self._apart, self._owner = folder, apart, owner
+        place = {"address": apart.address[owner], "node": apart.node[owner]}
+        wanted = {**wanted, **place, "temporary": str(folder / "r")}
         environment = {
             **os.environ, "HOME": str(folder), "TMPDIR": str(folder), "RAY_AUTH_MODE": "disabled",
             "OMP_NUM_THREADS": "1",
         }  # fmt: skip
-        command = ["ip", "netns", "exec", namespace, sys.executable, str(SCRIPT), json.dumps(wanted)]
+        command = [*apart.within(owner), sys.executable, str(SCRIPT), json.dumps(wanted)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=(folder / "err").open("w"), text=True,
             cwd=folder, env=environment,
@@ -80,19 +121,19 @@ class Organisation:
                 return
         raise AssertionError((self.folder / "err").read_text()[-3000:])
 
-    def processes(self, namespace: str) -> list[int]:
-        found = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=True)
-        return [int(pid) for pid in found.stdout.split()]
+    def processes(self) -> list[int]:
+        return self._apart.processes(self._owner, self.process.pid)
 
-    def end(self, namespace: str) -> None:
+    def end(self) -> None:
         assert self.process.stdin is not None
+        left = self.processes()
         self.process.stdin.close()
         try:
             self.process.wait(30)
         except subprocess.TimeoutExpired:
             self.process.kill()
-        for pid in self.processes(namespace):
-            if psutil.pid_exists(pid):
+        for pid in {*left, *self.processes()}:
+            if pid != self.process.pid and psutil.pid_exists(pid):
                 psutil.Process(pid).kill()
 
 
@@ -158,17 +199,17 @@ print(json.dumps(told))
 """
 
 
-def refusals(namespace: str, url: str, folder: Path, key: str) -> dict[str, tuple]:
-    """What the data owner is told for mistakes, asked from its own namespace."""
-    command = ["ip", "netns", "exec", namespace, sys.executable, "-c", REFUSALS]
+def refusals(apart: Apart, url: str, folder: Path, key: str) -> dict[str, tuple]:
+    """What the data owner is told for mistakes, asked from where it is."""
+    command = [*apart.within("data"), sys.executable, "-c", REFUSALS]
     command += [url, str(folder / "ca.crt"), key, str(ROWS)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
 
-def test_each_organisation_keeps_its_own(namespaces, tiny_plm_folder, tiny_source):
+def test_each_organisation_keeps_its_own(apart, tiny_plm_folder, tiny_source):
     base = Path(tempfile.mkdtemp(prefix="po", dir="/tmp"))
-    folders = {owner: base / owner for owner in ADDRESS}
+    folders = {owner: base / owner for owner in OWNERS}
     for folder in folders.values():
         folder.mkdir()
     card = tiny_source("llama").describe()
@@ -179,17 +220,18 @@ def test_each_organisation_keeps_its_own(namespaces, tiny_plm_folder, tiny_sourc
             parameter.add_(torch.randn_like(parameter) * 0.2)
     adapter.save_pretrained(folders["data"] / "adapter")
     shutil.copytree(tiny_plm_folder("llama"), folders["plm"] / "plm")
-    crt, private = certificate(folders["plm"], "server", address=ADDRESS["plm"])
+    crt, private = certificate(folders["plm"], "server", address=apart.address["plm"])
     shutil.copy(crt, folders["data"] / "ca.crt")
     key = add_client(folders["plm"] / "keys.yaml", "them", Quota(rows_per_minute=ROWS))
     (folders["data"] / "key").write_text(key)
-    url = f"https://{ADDRESS['plm']}:8443"
+    (folders["data"] / "train.jsonl").write_bytes(TEXT)
+    url = f"https://{apart.address['plm']}:8443"
     organisations: dict[str, Organisation] = {}
     try:
         organisations["plm"] = Organisation(
-            namespaces["plm"], folders["plm"],
+            apart, "plm", folders["plm"],
             {
-                "builder": "plm_owner", "address": ADDRESS["plm"], "port": 8443,
+                "builder": "plm_owner", "port": 8443,
                 "tls": {"ssl_certfile": crt, "ssl_keyfile": private},
                 "args": {
                     "plm": {"name": str(folders["plm"] / "plm"), "dtype": "float32", "device": "cpu"},
@@ -200,9 +242,9 @@ def test_each_organisation_keeps_its_own(namespaces, tiny_plm_folder, tiny_sourc
         )  # fmt: skip
         organisations["plm"].wait()
         organisations["data"] = Organisation(
-            namespaces["data"], folders["data"],
+            apart, "data", folders["data"],
             {
-                "builder": "data_owner", "address": ADDRESS["data"], "port": 8001,
+                "builder": "data_owner", "port": 8001,
                 "args": {
                     "line": {"url": url, "key_file": str(folders["data"] / "key"), "fingerprint": card.fingerprint,
                              "ca_file": str(folders["data"] / "ca.crt"), "timeout_seconds": 10},
@@ -214,7 +256,7 @@ def test_each_organisation_keeps_its_own(namespaces, tiny_plm_folder, tiny_sourc
         )  # fmt: skip
         organisations["data"].wait()
 
-        wire = f"http://{ADDRESS['data']}:8001/v1"
+        wire = f"http://{apart.address['data']}:8001/v1"
         prompt = "Rewrite each Bible verse"
         ask = (
             "import openai, sys; c = openai.OpenAI(base_url=sys.argv[1], api_key='x', max_retries=0, timeout=60)\n"
@@ -224,7 +266,7 @@ def test_each_organisation_keeps_its_own(namespaces, tiny_plm_folder, tiny_sourc
         )
 
         def asked() -> str:
-            command = ["ip", "netns", "exec", namespaces["data"], sys.executable, "-c", ask, wire, prompt, str(MOST)]
+            command = [*apart.within("data"), sys.executable, "-c", ask, wire, prompt, str(MOST)]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
         source = tiny_source("llama")
@@ -241,7 +283,7 @@ def test_each_organisation_keeps_its_own(namespaces, tiny_plm_folder, tiny_sourc
         layer = next(name for name in weights if "mlp" in name)
         weight = weights[layer].float().numpy().tobytes()[:64]
         learned = load_file(folders["data"] / "adapter" / "adapter_model.safetensors")["A"].numpy().tobytes()[:64]
-        at = {o: organisations[o].processes(namespaces[o]) for o in ADDRESS}
+        at = {owner: organisations[owner].processes() for owner in OWNERS}
         assert holders(at["plm"], weight)  # the search finds what is there
         assert holders(at["data"], learned)
         assert not holders(at["data"], weight)
@@ -249,8 +291,10 @@ def test_each_organisation_keeps_its_own(namespaces, tiny_plm_folder, tiny_sourc
         assert not files_with(folders["data"], weight)
         assert not files_with(folders["plm"], learned)
         assert not files_with(folders["plm"], prompt.encode())
+        assert not files_with(folders["plm"], TEXT)
+        assert not holders(at["plm"], TEXT)
         assert not files_with(folders["plm"], key.encode())
-        told = refusals(namespaces["data"], url, folders["data"], key)
+        told = refusals(apart, url, folders["data"], key)
         assert told["wrong key"][0] == 401
         assert told["wrong fingerprint"][0] == 409 and card.fingerprint in told["wrong fingerprint"][1]
         assert told["over quota"][0] == 413  # more than a minute's rows in one request
@@ -259,14 +303,15 @@ def test_each_organisation_keeps_its_own(namespaces, tiny_plm_folder, tiny_sourc
         assert told["no certificate of its own"][0] == "ConnectError"  # the system's authorities do not know it
 
         audit = [json.loads(line) for line in (folders["plm"] / "audit.jsonl").read_text().splitlines()]
-        assert {entry["client"] for entry in audit} == {"them"}
+        assert {entry["client"] for entry in audit} == {"them", ""}  # nobody: of the wrong key
         assert {"model", "lm-head", "step"} <= {entry["what"] for entry in audit}
 
-        run("ip", "-n", namespaces["plm"], "link", "set", "pv0", "down")  # the line is dead
+        apart.cut(organisations["plm"])
         started = time.monotonic()
         assert asked().startswith("status 503")
         assert time.monotonic() - started < 40  # `timeout_seconds` of the answer, and what a new process costs
     finally:
-        for owner, organisation in organisations.items():
-            organisation.end(namespaces[owner])
+        for organisation in organisations.values():
+            if organisation.process.poll() is None:
+                organisation.end()
         shutil.rmtree(base, ignore_errors=True)
