@@ -119,8 +119,19 @@ async def test_where_round_trips_are_long_the_plm_owner_guesses_too(tiny_plm_fol
         assert world.unroller.counts["round_trips"] < 0.5 * len(expected)
 
 
-async def test_an_adapter_that_looks_back_is_served_as_it_generates(tiny_plm_folder, tiny_source, adapter):
-    looking = make_adapter(tiny_source, look_back_layers=2, look_back_width=16, prompt_from=2)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"look_back_layers": 2, "look_back_width": 16, "prompt_from": 2},
+        {"local_memory_width": 16},
+        {"look_back_layers": 1, "look_back_width": 16, "local_memory_width": 16, "predicts_lambda": True},
+    ],
+    ids=lambda more: "+".join(more),
+)
+async def test_an_adapter_that_reads_whole_sequences_is_served_as_it_generates(
+    tiny_plm_folder, tiny_source, adapter, more
+):
+    looking = make_adapter(tiny_source, **more)
     wanted = orders(4)
     expected = offline(tiny_source, looking, wanted)
     assert expected != offline(tiny_source, make_adapter(tiny_source), wanted)
