@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from pema_ray.config import PLMConfig
 from pema_ray.errors import UserError
 from pema_ray.line import SessionLost
 from pema_ray.line.stepping import Busy, Step, Stepped
 from pema_ray.plm_owner.engine import Batcher, BatchSettings
 from pema_ray.plm_owner.engine.batcher import Job
 from pema_ray.plm_owner.export import export_lm_head
+from pema_ray.plm_owner.load import load_plm
 from pema_ray.plm_owner.states import capture_state
 
 CLOSE: dict[str, Any] = {"atol": 2e-4, "rtol": 2e-4}
@@ -101,6 +103,31 @@ def test_any_mixture_of_sessions_gives_the_states_of_each_text_alone(architectur
         batcher.close("me", name)
     assert batcher.live_sessions == 0
     assert not batcher.busy
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_bfloat16_states_are_those_of_a_plain_bfloat16_pass(kind, tiny_plm_folder):
+    """As near as bfloat16 is to itself when a batch is computed in another shape."""
+    plm = load_plm(PLMConfig(name=tiny_plm_folder(kind), dtype="bfloat16", device="cpu", threads=1))
+    batcher = Batcher(plm, export_lm_head(plm).head, BatchSettings(slots=4, prefill_tokens=24))
+    draw = random.Random(kind)
+    texts = {name: [draw.randrange(3, 300) for _ in range(length)] for name, length in (("a", 40), ("b", 7), ("c", 23))}
+    states = {name: [] for name in texts}
+    cuts = {"a": (30, 31, 36, 40), "b": (1, 4, 6, 7), "c": (20, 21, 22, 23)}
+    for step in range(4):
+        jobs = {}
+        for name, text in texts.items():
+            begin = cuts[name][step - 1] if step else 0
+            new = text[begin : cuts[name][step]]
+            jobs[name] = batcher.submit("me", Step(name, begin, new, len(new)))
+        finish(batcher, list(jobs.values()))
+        for name, job in jobs.items():
+            assert job.result.state_NH.dtype == torch.bfloat16
+            states[name].append(job.result.state_NH)
+    for name, text in texts.items():
+        expected, found = plain(plm, text).float(), torch.cat(states[name]).float()
+        error = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+        assert error < 0.02, (name, error)
 
 
 def test_all_who_wait_for_a_token_are_served_by_one_pass(batcher_of):
