@@ -17,7 +17,8 @@ async def main(wanted: dict) -> dict:
     from pema_ray.serving import applications
 
     small = {"object_store_memory": 80 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False, **small})
+    head = {"num_cpus": 3, "resources": {"texts": 1}, "include_dashboard": False, **small}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(num_cpus=2, resources={"weights": 1}, **small) for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": wanted["port"]})

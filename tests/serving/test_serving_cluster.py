@@ -245,7 +245,7 @@ def test_nodes_that_die_change_no_answer(tiny_plm_folder, adapter, expected, tmp
         "unroller": {"lambda_max": 0.7, "timeout_seconds": 110, "dtype": "float32"},
         "live": {"adapters": {"mine": str(adapter)}},
         "plm_owner": {"replicas": 2, "cpus": 0.5, "resources": {"weights": 1}},
-        "data_owner": {"cpus": 0.5},
+        "data_owner": {"cpus": 0.5, "resources": {"texts": 1}},  # on the node that stays
     }
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(16)]
     wanted = {"args": args, "prompts": prompts, "port": free_port()}
