@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from kit import tiny_model
+from rich.console import Console
 
 from pema_ray.config import read_config
 from pema_ray.errors import UserError
@@ -133,7 +134,10 @@ def test_a_dry_run_counts_parameters_updates_rows_and_bytes(tmp_path: Path):
     seen = 286_000 * 73_728
     assert 6 * 201e6 * seen < found.flops < 12 * 201e6 * seen  # six operations for a weight of the layers, and the rest
     assert found.hours == pytest.approx(found.flops / (4 * 4e13) / 3600)
-    assert "286,000 of 73,728 tokens" in [str(cell) for column in found.table().columns for cell in column._cells][3]
+    console = Console(width=120)
+    with console.capture() as told:
+        console.print(found.table())
+    assert "286,000 of 73,728 tokens, 204.3 epochs" in told.get()
 
 
 def test_a_dry_run_without_a_corpus_says_what_is_missing(tmp_path: Path):
