@@ -28,6 +28,7 @@ from pema_ray.data_owner.look_back import LookBack
 from pema_ray.data_owner.reading import Reading, Stateless
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import ContextSource, ExtractBatch, LMHead, ModelCard
+from pema_ray.memory.shards import atomic_file
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 
@@ -195,10 +196,13 @@ class PemaAdapter(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().float().cpu().contiguous() for name, t in self.state_dict().items()}
-        save_file(tensors, folder / WEIGHTS)
         described = {"format": "pema", "format_version": 1, **asdict(self.config)}
-        (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
-        (folder / CARD).write_text(model_card or self.model_card())
+        with atomic_file(folder / WEIGHTS) as temporary:
+            save_file(tensors, temporary)
+        with atomic_file(folder / CARD) as temporary:
+            temporary.write_text(model_card or self.model_card(), encoding="utf-8")
+        with atomic_file(folder / CONFIG) as temporary:
+            temporary.write_text(json.dumps(described, indent=2) + "\n")
         return folder
 
     def model_card(self, figures: str = "") -> str:

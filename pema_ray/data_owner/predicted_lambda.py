@@ -12,22 +12,34 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from pema_ray.errors import UserError
+
 _DECAYS = (1.0, 0.1, 0.01, 0.001)  # of the weights, tried in turn
 _STEPS = 60  # of L-BFGS
+_FEWEST = 64  # rows
 
 
 def fit_gate(gate: nn.Linear, rows: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> tuple[float, float]:
     """Set the gate to what makes held-out targets likeliest.
 
-    The first half of the rows is fitted with weights held small in several measures, the second half chooses.
+    The first half of the rows is fitted with weights held small in several measures, the second half chooses: its NLL
+    flatters the choice a little.
 
     Args:
         rows: blocks of `(x [n, H], log P_PEMA of the target [n], log P_LM of the target [n])`.
 
     Returns:
         The second half's NLL with the best constant λ of the first half, and with the gate.
+
+    Raises:
+        UserError: there are too few rows to tell anything by.
     """
     x_NH, log_pema_N, log_plm_N = (torch.cat(part) for part in zip(*rows, strict=True))
+    if len(x_NH) < _FEWEST:
+        raise UserError(
+            f"train.predict_lambda: the dev memory has {len(x_NH)} rows, {_FEWEST} are the least to fit λ by. Give it "
+            "more dev pairs (task.limits), or leave it off."
+        )
     x_NH = x_NH.double()
     scale = x_NH.std() + 1e-9
     x_NH, half = x_NH / scale, len(x_NH) // 2

@@ -348,6 +348,17 @@ class TrimeConfig(Section):
     table: TableConfig = TableConfig()
 
     @model_validator(mode="after")
+    def _equation_2_has_inner_products(self) -> TrimeConfig:
+        names = self.evaluate.systems or (("ext",) if self.train.memory == "ext" else ())
+        joined = [name for name in names if name.startswith("ext")]
+        if self.index.metric == "l2" and joined:
+            raise ValueError(
+                f"index.metric=l2 does not go with '{joined[0]}', which joins neighbours to equation 2, whose memory "
+                "is compared by inner products: take inner_product, or the knn systems alone"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _memory_and_order_agree(self) -> TrimeConfig:
         if self.train.memory == "long" and self.batches.order != "keep":
             raise ValueError("train.memory=long needs batches.order=keep: consecutive segments in a group")

@@ -70,14 +70,21 @@ class IndexBuild:
         if config.kind != "exact":
             most = max(1, rows // _KEYS_PER_LIST)
             self.lists = config.lists or min(int(4 * math.sqrt(rows)), most)
-            if self.lists > rows:
-                raise UserError(f"index.lists={self.lists:,}: the datastore has {rows:,} keys. Lower it.")
+            learned = min(config.train_rows, rows)
+            if self.lists > learned:
+                raise UserError(
+                    f"index.lists={self.lists:,}: they are learned from {learned:,} keys (index.train_rows, of "
+                    f"{rows:,} in the datastore). Lower it."
+                )
         if config.kind == "ivf_pq":
             self.pq_bytes = config.pq_bytes or max(m for m in range(1, _MOST_PQ_BYTES + 1) if self.hidden % m == 0)
             if self.hidden % self.pq_bytes:
                 raise UserError(f"index.pq_bytes={self.pq_bytes} does not divide the keys' size {self.hidden}.")
-            if rows < 2**_BITS:
-                raise UserError(f"index.kind=ivf_pq needs {2**_BITS} keys at least, there are {rows:,}: take exact.")
+            if min(config.train_rows, rows) < 2**_BITS:
+                raise UserError(
+                    f"index.kind=ivf_pq needs {2**_BITS} keys to learn from at least, there are "
+                    f"{min(config.train_rows, rows):,}: take exact, or raise index.train_rows."
+                )
 
     @property
     def parts(self) -> list[range]:
@@ -227,9 +234,12 @@ def _write(index: Any, path: Path) -> None:
 
 def _read(path: Path, info: IndexInfo) -> Any:
     if not path.exists():
-        raise UserError(f"{path}: this part of the index is missing. Run: pema-ray trime index")
+        raise UserError(
+            f"{path}: this part of the index is missing. Delete {path.parent / FILE} and run: pema-ray trime index"
+        )
     if sha256_of(path) != info.files.get(path.name):
         raise UserError(
-            f"{path}: damaged (its checksum is not that of {FILE}). Delete it and run: pema-ray trime index"
+            f"{path}: damaged (its checksum is not that of {FILE}). Delete the folder {path.parent} and run: "
+            "pema-ray trime index"
         )
     return require_faiss().read_index(str(path))

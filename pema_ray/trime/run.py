@@ -136,8 +136,7 @@ class TrimeRun:
 
         What lies in the stage's folder under another stamp is removed first; under the same, `work` may go on with it.
         """
-        for parent in self.parents(stage):
-            self.metrics(parent)
+        self._require_parents(stage)
         if found := self.finished(stage):
             console.print(f"[dim]{stage:10} finished before, reused: {found['summary']}[/]", highlight=False)
             return found
@@ -152,12 +151,19 @@ class TrimeRun:
         console.print(f"[bold]{stage:10}[/] {measured['seconds']:7.1f} s  {measured['summary']}", highlight=False)
         return measured
 
+    def _require_parents(self, stage: str) -> None:
+        """All that a stage is made from, near and far: a later `prepare` may have replaced the text."""
+        for parent in self.parents(stage):
+            self.metrics(parent)
+            self._require_parents(parent)
+
     def _take_folder(self, stage: str) -> str:
         folder, stamp = self.path(stage), self.stamp(stage)
         marker = folder / "stamp"
         if not marker.exists() or marker.read_text() != stamp:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            marker.write_text(stamp)
+            with atomic_file(marker) as temporary:
+                temporary.write_text(stamp)
         self.path(stage, "metrics.json").unlink(missing_ok=True)
         return stamp

@@ -70,7 +70,7 @@ def _train(run: TrimeRun) -> dict[str, Any]:
     rate = history.tokens / max(1e-9, history.seconds)
     return {
         "parameters": told["parameters"],
-        "updates": t.updates,
+        "updates": history.train[-1].step if history.train else 0,
         "best_step": history.best_step,
         "dev_loss": best,
         "dev_perplexity": math.exp(best),

@@ -9,6 +9,7 @@ import torch
 
 from pema_ray.data_owner import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.predicted_lambda import fit_gate
+from pema_ray.errors import UserError
 
 H, N = 16, 2000
 
@@ -38,6 +39,11 @@ def test_a_state_that_tells_nothing_leaves_a_constant():
     assert constant - 0.01 < predicted <= constant
     lam = torch.sigmoid(gate(rows(False, seed=1)[0]))
     assert abs(float(lam.mean()) - 0.7) < 0.08
+
+
+def test_too_few_rows_are_refused():
+    with pytest.raises(UserError, match="the dev memory has 20 rows"):
+        fit_gate(torch.nn.Linear(H, 1), [tuple(part[:20] for part in rows(True))])
 
 
 @torch.no_grad()

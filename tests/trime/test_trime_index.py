@@ -153,7 +153,7 @@ def test_damage_is_named(tmp_path: Path):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"kind": "ivf_flat", "lists": 5000}, "index.lists=5,000: the datastore has 3,000 keys"),
+        ({"kind": "ivf_flat", "lists": 5000}, "index.lists=5,000: they are learned from 3,000 keys"),
         ({"kind": "ivf_pq", "pq_bytes": 7}, "index.pq_bytes=7 does not divide the keys' size 16"),
     ],
 )
@@ -163,5 +163,5 @@ def test_settings_that_do_not_fit_are_refused(changes, complaint: str, tmp_path:
 
 
 def test_too_few_keys_for_codes_are_refused(tmp_path: Path):
-    with pytest.raises(UserError, match="ivf_pq needs 256 keys at least, there are 200: take exact"):
+    with pytest.raises(UserError, match="ivf_pq needs 256 keys to learn from at least, there are 200: take exact"):
         IndexBuild(tmp_path / "index", store_of(tmp_path / "store", 200, 1), IndexConfig(kind="ivf_pq"), 0)

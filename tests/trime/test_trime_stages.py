@@ -331,6 +331,12 @@ def test_unknown_systems_are_refused_with_the_nearest_name(tmp_path: Path):
         settings(tmp_path, "evaluate.systems=[longknn]")
 
 
+def test_squared_distances_never_join_equation_2(tmp_path: Path):
+    with pytest.raises(UserError, match="index.metric=l2 does not go with 'ext_knn'"):
+        settings(tmp_path, "index.metric=l2", "evaluate.systems=[knn,ext_knn]")
+    assert settings(tmp_path, "index.metric=l2", "evaluate.systems=[knn]").index.metric == "l2"
+
+
 def test_a_text_without_a_model_is_told_what_to_run(tmp_path: Path):
     run = prepared(tmp_path / "run")
     run.path("train", "metrics.json").unlink()

@@ -55,6 +55,11 @@ def _generate(run: MtRun) -> dict[str, Any]:
     if "plain" in run.systems:
         translate(Mixing("plain"), None, {})
     asked = [name for name in run.systems if name != "plain"]
+    if c.index.metric == "l2" and "trime" in asked:
+        raise UserError(
+            "index.metric=l2: 'trime' joins neighbours to equation 2, whose memory is compared by inner products. Set "
+            "index.metric=inner_product, or leave 'trime' out of generate.systems."
+        )
     if asked:
         store = open_datastore(run.path("datastore"), card_of(run, model))
         if g.neighbours > len(store):

@@ -170,7 +170,10 @@ def load_translator(folder: Path) -> Translator:
     fingerprint = read_fingerprint(folder)
     made = load_checkpoint_model(str(folder), str(folder)).eval()
     if fingerprint_of(made) != fingerprint:
-        raise UserError(f"{folder}: damaged: its weights are not those that were written. Run: pema-ray trime mt-train")
+        raise UserError(
+            f"{folder}: damaged: its weights are not those that were written. Delete "
+            f"{folder.parent} and run: pema-ray trime mt-train"
+        )
     return made
 
 

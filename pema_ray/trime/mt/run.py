@@ -93,8 +93,7 @@ class MtRun:
 
         What lies in its folder under another stamp is removed first; under the same, `work` may go on with it.
         """
-        for parent in self.parents(stage):
-            self.metrics(parent)
+        self._require_parents(stage)
         stamp, found = self.stamp(stage), self._read(stage)
         if found.get("stamp") == stamp:
             console.print(f"[dim]{stage:10} finished before, reused: {found['summary']}[/]", highlight=False)
@@ -103,7 +102,8 @@ class MtRun:
         if folder.exists() and (not begun.exists() or begun.read_text() != stamp):
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        begun.write_text(stamp)
+        with atomic_file(begun) as temporary:
+            temporary.write_text(stamp)
         started = time.perf_counter()
         measured: dict[str, Any] = {"stage": stage, "stamp": stamp, **work()}
         if stage == "prepare":
@@ -113,3 +113,9 @@ class MtRun:
             temporary.write_text(json.dumps(measured, indent=2) + "\n")
         console.print(f"[bold]{stage:10}[/] {measured['seconds']:7.1f} s  {measured['summary']}", highlight=False)
         return measured
+
+    def _require_parents(self, stage: str) -> None:
+        """All that a stage is made from, near and far: a later preparation may have replaced the text."""
+        for parent in self.parents(stage):
+            self.metrics(parent)
+            self._require_parents(parent)
