@@ -73,6 +73,22 @@ def retrieval(
     raise typer.Exit(guarded(work))
 
 
+@app.command("edit-key")
+def edit_key() -> None:
+    """Make a key that may edit a served memory: it is shown once, and its hash goes into serve_configs/pluglm.yaml."""
+
+    def work() -> None:
+        from pema_ray.pluglm.service import new_key
+        from pema_ray.progress import console
+
+        key, hashed = new_key()
+        console.print(
+            f"key, for the editor: {key}\nhash, for service.editors: {hashed}", highlight=False, soft_wrap=True
+        )
+
+    raise typer.Exit(guarded(work))
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of models, memories and the page.")] = Path("runs/pluglm_demo"),
