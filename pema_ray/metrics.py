@@ -7,9 +7,11 @@ distribution is told one by one.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+logger = logging.getLogger(__name__)
 _EVERY = 2.0  # seconds between two samples
 _SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]
 _SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
@@ -92,7 +94,7 @@ class RayMetrics:
 
     def sample(self, totals: Mapping[str, float], levels: Mapping[str, float]) -> None:
         """Totals that only grow, and levels that come and go."""
-        for name, total in totals.items():
+        for name, total in list(totals.items()):  # its owner's thread goes on counting
             if name not in self._made:
                 self._made[name] = self._counter(
                     f"{self._prefix}{name}_total", description=self._totals.get(name, name)
@@ -108,5 +110,8 @@ class RayMetrics:
     async def keep_sampling(self, read: Callable[[], tuple[Mapping[str, float], Mapping[str, float]]]) -> None:
         """Sample what `read` says, for ever."""
         while True:
-            self.sample(*read())
+            try:
+                self.sample(*read())
+            except Exception:  # figures must not end for the rest of a replica's life
+                logger.exception("metrics could not be sampled")
             await asyncio.sleep(_EVERY)

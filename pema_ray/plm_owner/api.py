@@ -19,6 +19,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import Field
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from pema_ray.config import Section
 from pema_ray.errors import UserError
@@ -93,6 +94,8 @@ def make_api(access: Access, limits: Limits, replicas: Callable[[str], Replicas]
             response = _error(422, str(error))
         except Busy as error:
             response = _error(503, str(error), error.retry_after)
+        except ClientDisconnect:
+            raise
         except Exception:
             status = 500
             raise

@@ -23,6 +23,7 @@ from pema_ray.errors import UserError
 from pema_ray.pluglm.encoding import DocumentEncoder
 from pema_ray.pluglm.finetune_config import FinetuneSettings
 from pema_ray.pluglm.knowledge import document_codes
+from pema_ray.pluglm.scores import ERRORS
 from pema_ray.pluglm.tasks import Feature, Task
 from pema_ray.pluglm.tasks.reading import Example
 from pema_ray.pluglm.training import MemoryAccess, Tell
@@ -100,8 +101,14 @@ class Finetuner:
 
     @property
     def best(self) -> float:
-        """The kept model's main score; -inf before there is one."""
-        return max((point[self.task.main] for point in self.history), default=-math.inf)
+        """The kept model's main score; the worst there is before there is one."""
+        found = [point[self.task.main] for point in self.history]
+        return min(found, default=math.inf) if self._is_error else max(found, default=-math.inf)
+
+    @property
+    def _is_error(self) -> bool:
+        """Whether less of the main score is better."""
+        return self.task.main in ERRORS
 
     def run(self) -> None:
         """Train to the end."""
@@ -131,6 +138,8 @@ class Finetuner:
                     "history": self.history,
                 }  # fmt: skip
                 save_checkpoint(checkpoint, {_MODEL: self.model.state_dict(), _OPTIMIZER: moments}, described)
+                if self.memory is not None:  # only now: a run that dies before goes on with an older version
+                    self.memory.prune([self.version, self.best_version])
 
     @torch.no_grad()
     def predict(
@@ -270,7 +279,8 @@ class Finetuner:
     def _end_epoch(self, epoch: int) -> None:
         scores = self.task.scores(self.validation.examples, self.predict(self.validation))
         point = {"step": epoch * self._per_epoch, "epoch": epoch, **scores}
-        better = scores[self.task.main] > self.best
+        main = scores[self.task.main]
+        better = main < self.best if self._is_error else main > self.best
         self.history.append(point)
         if better:
             self.best_version = self.version
@@ -278,8 +288,6 @@ class Finetuner:
             self.tell("validation", point)
             if better:
                 self.keep(self.model)
-            if self.memory is not None:
-                self.memory.prune([self.version, self.best_version])
 
     def _restore(self, path: Path) -> int:
         groups, described = load_checkpoint(path)

@@ -64,7 +64,7 @@ class PlugLMForSequenceClassification(PlugLMPreTrainedModel):
         self.model = PlugLMModel(config)
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = _dropout(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels or 0)
         self.post_init()
 
     def forward(
@@ -95,7 +95,7 @@ class PlugLMForTokenClassification(PlugLMPreTrainedModel):
         super().__init__(config)
         self.model = PlugLMModel(config)
         self.dropout = _dropout(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels or 0)
         self.post_init()
 
     def forward(

@@ -62,6 +62,8 @@ METRICS: dict[str, Callable[[Any, Any], float]] = {
     "mse": _sklearn("mean_squared_error"),
 }
 """Of classes (`f1`: of class 1) or numbers, one for each example."""
+ERRORS = frozenset({"mse"})
+"""Metrics of which less is better."""
 
 
 def metric_names(name: str) -> tuple[str, ...]:
@@ -69,10 +71,10 @@ def metric_names(name: str) -> tuple[str, ...]:
     if name.startswith("glue/"):
         task = name.removeprefix("glue/")
         if task not in GLUE:
-            raise UserError(f"Metric '{name}': GLUE has {', '.join(GLUE)}.{nearest(task, GLUE)}")
+            raise UserError(f"Metric '{name}': GLUE has {', '.join(GLUE)}.{nearest(task, tuple(GLUE))}")
         return GLUE[task]
     if name not in METRICS:
-        raise UserError(f"Metric '{name}': use {', '.join(METRICS)}, or glue/<task>.{nearest(name, METRICS)}")
+        raise UserError(f"Metric '{name}': use {', '.join(METRICS)}, or glue/<task>.{nearest(name, tuple(METRICS))}")
     return (name,)
 
 
@@ -86,12 +88,11 @@ def entity_scores(found: Sequence[Sequence[str]], wanted: Sequence[Sequence[str]
     from seqeval import metrics
 
     tags: tuple[Any, Any] = ([list(one) for one in wanted], [list(one) for one in found])
-    return {
-        "precision": float(metrics.precision_score(*tags, zero_division=0)),
-        "recall": float(metrics.recall_score(*tags, zero_division=0)),
-        "f1": float(metrics.f1_score(*tags, zero_division=0)),
-        "accuracy": float(metrics.accuracy_score(*tags)),
-    }
+    scorers: dict[str, Any] = {  # typed too narrowly there
+        "precision": metrics.precision_score, "recall": metrics.recall_score, "f1": metrics.f1_score,
+    }  # fmt: skip
+    scores = {name: float(scorer(*tags, zero_division=0)) for name, scorer in scorers.items()}
+    return scores | {"accuracy": float(metrics.accuracy_score(*tags))}
 
 
 # ── answers ─────────────────────────────────────────────────────────────────
@@ -142,7 +143,8 @@ def factoid_scores(found: Mapping[str, Sequence[str]], wanted: Mapping[str, Sequ
 
 def yes_no_scores(found: Sequence[int], wanted: Sequence[int]) -> Scores:
     """BioASQ's: accuracy, F1 of "yes" and of "no", and their mean; 1 is yes."""
-    from sklearn.metrics import f1_score
+    from sklearn import metrics
 
+    f1_score: Any = metrics.f1_score  # typed too narrowly there
     yes, no = (float(f1_score(wanted, found, pos_label=label, zero_division=0)) for label in (1, 0))
     return {"accuracy": METRICS["accuracy"](found, wanted), "f1_yes": yes, "f1_no": no, "macro_f1": (yes + no) / 2}

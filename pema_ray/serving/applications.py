@@ -196,4 +196,8 @@ def _data_owner(config: UnrollerConfig, scale: Scale, live: Live) -> Any:
             if first:
                 self.owner.tell(RayMetrics("data_owner"))
 
+        def check_health(self) -> None:
+            """Raises when nobody answers any more: Serve then replaces the replica."""
+            self.owner.check_health()
+
     return Ingress

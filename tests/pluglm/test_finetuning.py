@@ -113,6 +113,8 @@ def test_every_task_learns_and_its_model_is_kept(tmp_path, pretrained, kind) -> 
     again = Finetuner(kept, tokenizer, loop.task, settings, None, loop.validation, None, tmp_path)
     scores = loop.task.scores(loop.validation.examples, again.predict(loop.validation))
     assert scores[loop.task.main] == pytest.approx(loop.best)
+    if loop.task.main == "mse":
+        assert loop.best == min(point["mse"] for point in loop.history) < loop.history[0]["mse"]
 
 
 def test_no_example_retrieves_itself_in_training_or_after(tmp_path, pretrained) -> None:

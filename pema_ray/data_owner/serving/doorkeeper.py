@@ -53,6 +53,9 @@ class Doorkeeper:
 
         try:
             await self._app(scope, limited, numbered)
+        except Exception:
+            status = 500  # it is answered outside of this
+            raise
         finally:
             if scope["path"] != "/healthz":
                 self._count("requests")

@@ -93,6 +93,11 @@ class DataOwner:
         """Whether answers can be made."""
         return self._starting is not None and self._starting.done() and self._starting.exception() is None
 
+    def check_health(self) -> None:
+        """Raises when answers were made here and no more can be."""
+        if self.ready:
+            self.unroller.check_health()
+
     async def start(self) -> None:
         """Fetch the LM head and begin; adapters that were named before are loaded."""
         if self._starting is None or (self._starting.done() and self._starting.exception() is not None):

@@ -36,7 +36,7 @@ from pema_ray.metrics import Metrics, NoMetrics
 
 logger = logging.getLogger(__name__)
 _REPLAYS = 20  # of one sequence without a new token before it is given up
-_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0  # seconds between two attempts at a busy PLM owner
+_SHORTEST_PAUSE = 0.05  # seconds between two attempts at a busy PLM owner, which may ask for longer ones
 _OPENINGS = 16  # under way at once: those that wait for a slot must not take up the line of those that have one
 _PATIENCE = 1.5  # round trips, as long as they were lately
 _MOST_ROWS = 128  # of one product with the LM head
@@ -122,6 +122,11 @@ class Unroller:
     def live(self) -> int:
         """Answers that are being made."""
         return len(self._sequences)
+
+    def check_health(self) -> None:
+        """Raises when the loop that makes answers has ended."""
+        if self._loop.done():
+            raise RuntimeError("the unroller has stopped")
 
     async def stop(self) -> None:
         """End; answers that are being made are given up."""
@@ -253,7 +258,7 @@ class Unroller:
 
     def _later(self, sequence: _Sequence, pause: float) -> None:
         async def later() -> None:
-            await asyncio.sleep(min(max(pause, _SHORTEST_PAUSE), _LONGEST_PAUSE))
+            await asyncio.sleep(max(pause, _SHORTEST_PAUSE))
             if not sequence.gone:
                 await self._round_trip([sequence])
 

@@ -134,6 +134,8 @@ class Engine:
                     kind = "steps" if isinstance(job.result, Stepped) else "steps_not_taken"
                     self.counts[kind] += 1
                     future = self._futures.pop(job)
+                    if future.cancelled() and job.step.position == 0:  # nobody knows of the session it has just opened
+                        self.batcher.close(job.owner, job.step.session)
                     if not future.done():
                         assert job.result is not None
                         future.set_result(job.result)

@@ -96,6 +96,7 @@ def learn(
     question_FT, code_F = world.questions(), torch.from_numpy(world.codes)
     points: list[Point] = []
     value_F = world.draw(random)
+    token_FT = world.tokens(value_F)
     began = time.perf_counter()
     for step in range(c.steps):
         if step % c.redraw_every == 0:

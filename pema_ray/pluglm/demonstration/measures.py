@@ -15,7 +15,7 @@ from pema_ray.config import Section
 from pema_ray.pluglm.demonstration.facts import World, weights_hash
 from pema_ray.pluglm.demonstration.learning import answers
 from pema_ray.pluglm.encoding import DocumentEncoder
-from pema_ray.pluglm.knowledge import Knowledge
+from pema_ray.pluglm.knowledge import HeldKnowledge, Knowledge
 from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
 from pema_ray.pluglm.model import PlugLMForMaskedLM
 
@@ -108,7 +108,8 @@ def measure(
     right_F = edited_F == new_F
 
     shuffle_F = torch.from_numpy(random.permutation(world.facts))
-    model.attach(replace(knowledge, value_ND=knowledge.value_ND[shuffle_F]))  # pyright: ignore[reportArgumentType]
+    assert isinstance(knowledge, HeldKnowledge)
+    model.attach(replace(knowledge, value_ND=knowledge.value_ND[shuffle_F]))
     shuffled_F = answers(model, world)[0]
     model.attach(None)
     none_F = answers(model, world)[0]

@@ -138,9 +138,10 @@ def read_bioasq(path: Path, kind: str) -> list[Example]:
                 raise UserError(f"{path}, question {key}: exact_answer {exact!r}: expected yes or no.")
             found.append(Example(key, body, label, " ".join(snippets), group=key))
             continue
-        golds = [one for gold in exact or [] for one in ([gold] if isinstance(gold, str) else gold)]
+        listed = [] if exact is None else [[gold] if isinstance(gold, str) else gold for gold in exact]
+        golds = [one for group in listed for one in group] or None  # none: a question to be answered, not scored
         for number, snippet in enumerate(snippets):
-            places = [(gold, snippet.lower().find(gold.lower())) for gold in golds]
+            places = [(gold, snippet.lower().find(gold.lower())) for gold in golds or ()]
             starts = tuple(place for _, place in places if place >= 0)
             found.append(Example(f"{key}.{number}", body, golds, snippet, starts=starts, group=key))
     if not found:

@@ -53,7 +53,7 @@ class Words:
                 first = word is not None and word > seen.get(number, -1)
                 if first:
                     seen[number] = word
-                spans.append((word, word + 1) if first else None)
+                spans.append((word, word + 1) if word is not None and first else None)
             features.append(
                 Feature(number, found["input_ids"][part], types, self._target(examples[number], spans), tuple(spans))
             )

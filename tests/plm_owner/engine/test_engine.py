@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 
 import pytest
@@ -43,6 +44,29 @@ async def test_the_event_loop_goes_on_during_a_pass(engine):
         longest, before = max(longest, now - before), now
     assert isinstance(step.result()[0], Stepped)
     assert longest < 0.25
+
+
+async def test_who_goes_away_during_the_last_pass_of_a_prompt_leaves_no_session(engine):
+    """The pass is under way when its caller goes: what it opens is closed again."""
+    run, opened = engine.batcher.run, threading.Event()
+
+    def slow():
+        done = run()
+        opened.set()
+        time.sleep(0.2)
+        return done
+
+    engine.batcher.run = slow
+    step = asyncio.create_task(engine.step("me", [Step("a", 0, [5])]))
+    await asyncio.to_thread(opened.wait)
+    assert engine.batcher.live_sessions == 1
+    step.cancel()
+    await asyncio.gather(step, return_exceptions=True)
+    for _ in range(100):
+        if not engine.batcher.live_sessions:
+            break
+        await asyncio.sleep(0.02)
+    assert engine.batcher.live_sessions == 0
 
 
 async def test_who_goes_away_during_a_prompt_leaves_no_session(engine):
