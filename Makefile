@@ -77,7 +77,7 @@ quickstart: $(CORE) ## Install what is missing, then run PEMA end to end on the 
 
 .PHONY: test
 test: $(DEV) ## Install what is missing, then run the tests (ARGS="-k memory" narrows them)
-	@$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile -m "not slow and not gpu and not browser" $(ARGS)
+	@$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not browser" $(ARGS)
 
 .PHONY: lint
 lint: $(DEV) ## Rules, formatting and spelling
