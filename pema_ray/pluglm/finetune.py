@@ -28,7 +28,7 @@ from pema_ray.errors import UserError
 from pema_ray.memory.shards import atomic_file, sha256_of
 from pema_ray.pluglm import refresh as refreshing
 from pema_ray.pluglm import versions
-from pema_ray.pluglm.editing import take_files
+from pema_ray.pluglm.editing import publish_on_current, take_files
 from pema_ray.pluglm.encoding import DocumentEncoder
 from pema_ray.pluglm.finetune_config import FinetuneConfig
 from pema_ray.pluglm.finetuning import Examples, Finetuner
@@ -83,9 +83,8 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         with track("fine-tuning", c.epochs) as bar:
             job = _Job(config, run_dir, shards, first)
             result = run_workers(_work, job, run_dir, c, _showing(bar))
-    if first and KnowledgeMemory.open(run_dir / "memory").version != result["memory_version"]:
-        memory = KnowledgeMemory.open(run_dir / "memory")  # the last epoch's, but the kept model reads an older one
-        memory.swap(KnowledgeMemory.open(run_dir / "memory", result["memory_version"]))
+    if first:
+        _make_current(run_dir / "memory", result["memory_version"])
     scores = evaluate(config, run_dir)
     metrics = {"stamp": stamp, **result, "scores": scores, "summary": _summary(scores)}
     with atomic_file(run_dir / _METRICS) as temporary:
@@ -199,6 +198,20 @@ def _memory(folder: Path, config: FinetuneConfig) -> int:
     KnowledgeMemory.prune(beside)
     beside.rename(folder)
     return memory.version
+
+
+def _make_current(folder: Path, version: int) -> None:
+    """Publish again the version that the kept model reads, if a later epoch's is current: with that epoch's encoder,
+    which a swap would refuse.
+    """
+    if versions.read(folder).version == version:
+        return
+    old = versions.read(folder, version)
+    names = ("encoder", "fingerprint", "query_size", "hidden_size")
+    publish_on_current(
+        folder, f"back to version {version}", lambda base: (old.segments, max(base.next_id, old.next_id)), None,
+        {name: getattr(old, name) for name in names},
+    )  # fmt: skip
 
 
 def _access(job: _Job) -> MemoryAccess:

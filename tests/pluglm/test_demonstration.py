@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import torch
+from markupsafe import escape
 
 from pema_ray.pluglm.demonstration.demo import FAITHFUL, ROWS, run_demo
 from pema_ray.pluglm.demonstration.facts import VALUE_PLACE, World, held, weights_hash
@@ -64,7 +65,7 @@ def test_every_figure_is_measured_and_shown(tmp_path) -> None:
     again = run_demo(tmp_path / "again", 0, SMALL, faithful=False)
     assert again.modes[0].figures == ours.figures
     page = (tmp_path / "demo.html").read_text()
-    assert all(meaning in page for _, meaning, _ in ROWS)
+    assert all(str(escape(meaning)) in page for _, meaning, _ in ROWS)
     assert "synthetic" in page
     assert (tmp_path / "demo.svg").read_text().startswith("<svg")
     assert json.loads((tmp_path / "demo.json").read_text())["seed"] == 0
