@@ -82,7 +82,7 @@ class Aim:
         return ratio <= self.value if self.at_most else ratio >= self.value
 
     def __str__(self) -> str:
-        return f"{'≤' if self.at_most else '≥'} {self.value:.3g}"
+        return f"{'≤' if self.at_most else '≥'} {self.value:g}"
 
 
 def show(title: str, ratios: Mapping[str, float], aims: Mapping[str, Aim], notes: Sequence[str] = ()) -> None:

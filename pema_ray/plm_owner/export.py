@@ -20,9 +20,9 @@ from pema_ray.plm_owner.load import LoadedPLM
 from pema_ray.plm_owner.states import capture_state, find_final_norm
 
 _PROBE_TEXT = "In 1999, she said: 'Ça va?' — don't RE-tokenise  double  spaces;\n\tЯ 日本 ½."
-# Of the root mean square error, relative to the logits' spread. (The largest error would say little: bfloat16 logits of
-# 16 and more are an eighth apart, and one in a million is two such steps off.)
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+# Relative to the logits' spread, beyond what the model's own rounding explains: its logits are given in its number
+# format, in which those of 16 and more are an eighth apart (bfloat16).
+_TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def export_lm_head(plm: LoadedPLM) -> LMHeadBundle:
@@ -115,7 +115,8 @@ def _prove(plm: LoadedPLM, lm_head: LMHead) -> None:
     expected = plm.model(input_ids=probe, use_cache=False).logits[0].float().cpu()
     state = capture_state(plm, input_ids=probe, use_cache=False)[0].cpu()
     got = lm_head.logits(lm_head.norm(state))
-    gap = float((got - expected).square().mean().sqrt() / expected.std().clamp_min(1e-6))
+    rounding = torch.finfo(lm_head.dtype).eps * expected.abs()
+    gap = float(((got - expected).abs() - rounding).max() / expected.std().clamp_min(1e-6))
     if gap > _TOLERANCE[lm_head.dtype]:
         raise UserError(
             f"{plm.name}: {type(plm.model).__name__} computes its logits in a way the LM-head bundle does not "
