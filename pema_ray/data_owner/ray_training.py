@@ -76,10 +76,10 @@ def _train(job: TrainingJob) -> dict[str, Any]:
     with reporting(job.run_dir, place, job.config, name, settings) as tell:
 
         def on_point(kind: str, point: Point) -> None:
-            tell(kind, asdict(point))
-            if kind == "train" and point.step == 1 and job.streamed_rows is not None:
+            if kind == "train" and point.step == 1 and job.streamed_rows is not None:  # before trackers take their time
                 built = len(finished_shards(Path(job.train_memory)))
                 (job.run_dir / FIRST_STEP).write_text(json.dumps({"shards": built}))
+            tell(kind, asdict(point))
 
         adapter, history = Trainer(job.adapter, config, head, train, dev, job.run_dir, job.seed, place, on_point).run()
     if place.leads:

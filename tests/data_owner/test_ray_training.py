@@ -123,7 +123,7 @@ def test_training_begins_before_a_tenth_of_the_memory_is_built(
     build = MemoryBuild(tmp_path / "streamed", examples, card, "t", "train", settings)
     config = CONFIG.model_copy(update={"batch_size": 20, "stream": True, "patience": 1000})
     job = make_job(config=config, train_memory=build.folder, streamed_rows=planned_rows(build))
-    history = fit(job, stream=stream_shards(build, slow_factory(tiny_plm_folder("llama"), 0.5)))
+    history = fit(job, stream=stream_shards(build, slow_factory(tiny_plm_folder("llama"), 1.0)))
     assert history.rows == planned_rows(build) == 60 * 13
     assert len(history.train) == history.total_steps == 2 * (780 // 20)
     assert 2 <= json.loads((job.run_dir / FIRST_STEP).read_text())["shards"] <= 6
