@@ -74,8 +74,12 @@ class Knowledge(Protocol):
         """Documents of entries, to be encoded again."""
         ...
 
-    def entry_of(self, document_B: Tensor) -> Tensor:
-        """The first entry of each document (by code); -1 where the memory has none."""
+    def pieces_of(self, document_B: Tensor) -> Tensor:
+        """How many entries each document (by code) has `[B]`."""
+        ...
+
+    def piece_of(self, document_B: Tensor, number_B: Tensor) -> Tensor:
+        """The entry id of each document's `number`-th entry, from 0, by ids `[B]`; -1 where there is none."""
         ...
 
 
@@ -146,14 +150,11 @@ class HeldKnowledge:
         token_ML = self.token[(begin[:, None] + place_L).clamp_max(max(0, len(self.token) - 1))]
         return Tokens(token_ML.long() * mask_ML, mask_ML.long())
 
-    def entry_of(self, document_B: Tensor) -> Tensor:
-        order = torch.argsort(self.document_N, stable=True)
-        if not len(order):
-            return torch.full_like(document_B, -1)
-        codes = self.document_N[order]
-        place = torch.searchsorted(codes, document_B).clamp_max(len(codes) - 1)
-        known = (codes[place] == document_B) & (document_B != NO_DOCUMENT)
-        return torch.where(known, self.entry_N[order[place]], -1)
+    def pieces_of(self, document_B: Tensor) -> Tensor:
+        return self.table.pieces_of(document_B)
+
+    def piece_of(self, document_B: Tensor, number_B: Tensor) -> Tensor:
+        return self.table.piece_of(document_B, number_B)
 
     def rows(self, entry_M: Tensor) -> Tensor:
         """Where entries stand. Raises `UserError` for one that is not there."""

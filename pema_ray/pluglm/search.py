@@ -105,13 +105,31 @@ class KeyTable:
 
     def _rows_of(self, document_B: Tensor) -> tuple[Tensor, Tensor]:
         """Pairs (query, row) of entries that belong to a query's document."""
+        first, count = self._span_of(document_B)
+        query = torch.arange(len(document_B)).repeat_interleave(count)
+        within = torch.arange(len(query)) - (count.cumsum(0) - count).repeat_interleave(count)
+        return query, self._by_document[first.repeat_interleave(count) + within]
+
+    def pieces_of(self, document_B: Tensor) -> Tensor:
+        """How many entries each document has `[B]`."""
+        return self._span_of(document_B)[1]
+
+    def piece_of(self, document_B: Tensor, number_B: Tensor) -> Tensor:
+        """The entry id of each document's `number`-th entry, from 0, by ids `[B]`; -1 where there is none."""
+        first, count = self._span_of(document_B)
+        there = (number_B >= 0) & (number_B < count)
+        if not len(self):
+            return torch.full_like(first, -1)
+        row = self._by_document[(first + number_B).clamp(0, len(self) - 1)]
+        return torch.where(there, self._entry_N[row], -1)
+
+    def _span_of(self, document_B: Tensor) -> tuple[Tensor, Tensor]:
+        """(where a document's rows begin in `_by_document`, how many there are)."""
         document_B = document_B.cpu()
         first = torch.searchsorted(self._document_N, document_B)
         count = torch.searchsorted(self._document_N, document_B, right=True) - first
         count[document_B == NO_DOCUMENT] = 0
-        query = torch.arange(len(document_B)).repeat_interleave(count)
-        within = torch.arange(len(query)) - (count.cumsum(0) - count).repeat_interleave(count)
-        return query, self._by_document[first.repeat_interleave(count) + within]
+        return first, count
 
 
 _TINY = 1e-30

@@ -66,8 +66,11 @@ class KnowledgeShard:
         token_ML, mask_ML = self._held(version).tokens(_tensor(entry_M))
         return token_ML.numpy(), mask_ML.numpy()
 
-    def entry_of(self, version: int, document_B: np.ndarray) -> np.ndarray:
-        return self._held(version).entry_of(_tensor(document_B)).numpy()
+    def pieces_of(self, version: int, document_B: np.ndarray) -> np.ndarray:
+        return self._held(version).pieces_of(_tensor(document_B)).numpy()
+
+    def piece_of(self, version: int, document_B: np.ndarray, number_B: np.ndarray) -> np.ndarray:
+        return self._held(version).piece_of(_tensor(document_B), _tensor(number_B)).numpy()
 
     def _held(self, version: int) -> HeldKnowledge:
         if version not in self._versions:
@@ -139,11 +142,24 @@ class ShardedKnowledge:
             token_ML[place, : token.shape[1]], mask_ML[place, : token.shape[1]] = _tensor(token), _tensor(mask)
         return Tokens(token_ML, mask_ML)
 
-    def entry_of(self, document_B: Tensor) -> Tensor:
-        """As `Knowledge.entry_of`."""
-        found = torch.stack([_tensor(part) for part in self._all("entry_of", document_B.cpu().numpy())])
-        least = torch.where(found < 0, torch.iinfo(torch.int64).max, found).min(0).values
-        return torch.where((found < 0).all(0), -1, least)
+    def pieces_of(self, document_B: Tensor) -> Tensor:
+        """As `Knowledge.pieces_of`."""
+        return self._pieces(document_B).sum(0)
+
+    def piece_of(self, document_B: Tensor, number_B: Tensor) -> Tensor:
+        """As `Knowledge.piece_of`: parts are in the order of ids, so a later part's numbers go on from the former's."""
+        count_SB = self._pieces(document_B)
+        number_SB = number_B.cpu() - (count_SB.cumsum(0) - count_SB)
+        document = document_B.cpu().numpy()
+        asked = [
+            shard.piece_of.remote(self.version, document, number_B.numpy())
+            for shard, number_B in zip(self._shards, number_SB)
+        ]
+        return torch.stack([_tensor(part) for part in _get(asked)]).max(0).values
+
+    def _pieces(self, document_B: Tensor) -> Tensor:
+        """Of each part `[S, B]`."""
+        return torch.stack([_tensor(part) for part in self._all("pieces_of", document_B.cpu().numpy())])
 
     def _all(self, method: str, *arguments: Any) -> list[Any]:
         return _get([getattr(shard, method).remote(self.version, *arguments) for shard in self._shards])

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,19 @@ class Sequences:
         end = self.end[file]
         begin = int(end[row - 1]) if row else 0
         return self.token[file][begin : int(end[row])], int(self.document[file][row])
+
+    def place(self, number: int) -> float:
+        """How far into its document a sequence lies: the middle of its share of it, as if all were equally long."""
+        begin, end = self._run_N[number]
+        return (number - begin + 0.5) / (end - begin)
+
+    @cached_property
+    def _run_N(self) -> np.ndarray:
+        """(first, behind the last) sequence `[N, 2]` of the neighbours that were cut from the same document."""
+        document_N = np.concatenate([np.zeros(0, np.int64), *self.document])
+        border = np.flatnonzero(np.diff(document_N)) + 1
+        begin, end = np.concatenate([[0], border]), np.concatenate([border, [len(document_N)]])
+        return np.stack([begin, end], 1).repeat(end - begin, 0)
 
     @classmethod
     def open(cls, folder: Path) -> Sequences:

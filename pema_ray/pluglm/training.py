@@ -113,14 +113,15 @@ class PretrainLoop:
             step, c.schedule, c.learning_rate, total_steps=c.steps, warm_up_steps=c.warm_up_steps, power=c.power
         )
         parts = list(self._parts(step))
-        predicted = self._sum(float(sum(part.predicted for part in parts)))
+        predicted = self._sum(float(sum(part.predicted for part, _ in parts)))
         warming = step < c.contrastive_steps
         torch.manual_seed(_mix(self.seed, step, place.rank))
         self._objective.train()
         totals = np.zeros(3)
-        for number, part in enumerate(parts):
+        for number, (part, place_B) in enumerate(parts):
             with self._precision():
-                found = self._strategy.learn(self._inputs(part, predicted, warming), last=number == len(parts) - 1)
+                inputs = self._inputs(part, predicted, place_B if warming else None)
+                found = self._strategy.learn(inputs, last=number == len(parts) - 1)
             entropy, contrastive, recall = (float(value) for value in found[1:])
             totals += [entropy / max(1.0, predicted), contrastive / len(parts), recall / len(parts)]
         totals = np.array([self._sum(totals[0]), *(self._sum(one) / place.world for one in totals[1:])])
@@ -141,15 +142,16 @@ class PretrainLoop:
             unused_parameters=model.fix_keys or model.fix_values,
         )  # fmt: skip
 
-    def _parts(self, step: int) -> Iterator[MaskedBatch]:
-        """This process's sequences of a step, in `accumulate` parts."""
+    def _parts(self, step: int) -> Iterator[tuple[MaskedBatch, Tensor]]:
+        """This process's sequences of a step, in `accumulate` parts, and how far into its document each lies."""
         c, place = self.settings, self.place
         per_epoch = len(self.train) // c.batch_size
         epoch, within = divmod(step, per_epoch)
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.train))
         numbers = order[within * c.batch_size : (within + 1) * c.batch_size][place.rank :: place.world]
         for part in np.array_split(numbers, c.accumulate):
-            yield self._batch(self.train, part.tolist(), epoch)
+            place_B = torch.tensor([self.train.place(number) for number in part.tolist()])
+            yield self._batch(self.train, part.tolist(), epoch), place_B
 
     def _batch(self, sequences: Sequences, numbers: Sequence[int], epoch: int) -> MaskedBatch:
         rows, documents = [], []
@@ -159,22 +161,27 @@ class PretrainLoop:
             documents.append(document)
         return collate(rows, documents, self.tokenizer.pad_token_id)
 
-    def _inputs(self, part: MaskedBatch, predicted: float, warming: bool) -> tuple[Any, ...]:
-        """What the objective takes. DDP averages gradients over processes, so that theirs must add up to the step's."""
+    def _inputs(self, part: MaskedBatch, predicted: float, place_B: Tensor | None = None) -> tuple[Any, ...]:
+        """What the objective takes. DDP averages gradients over processes, so that theirs must add up to the step's.
+
+        Args:
+            place_B: how far into its document each sequence lies; none: retrieval is not being warmed up.
+        """
         device, world = self.place.device, self.place.world
         weight = torch.tensor(world / max(1.0, predicted), device=device)
         own: tuple[Any, ...] = (None, None, None)
-        if warming:
-            token_BL, mask_BL = self._own_documents(part.document_B)
+        if place_B is not None:
+            token_BL, mask_BL = self._own_pieces(part.document_B, place_B)
             share = self.settings.contrastive_weight / self.settings.accumulate
             own = (token_BL.to(device), mask_BL.to(device), torch.tensor(share, device=device))
         return (*(tensor.to(device) for tensor in part), weight, *own)
 
-    def _own_documents(self, document_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens of the documents that sequences were cut from; all masked where the memory has none."""
+    def _own_pieces(self, document_B: Tensor, place_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens of the entries that sequences were cut from, or lie nearest to: of its document's entries the one at
+        the same share of the document. All masked where the memory has none."""
         knowledge = self.model.knowledge
         assert knowledge is not None
-        entry_B = knowledge.entry_of(document_B)
+        entry_B = knowledge.piece_of(document_B, (place_B * knowledge.pieces_of(document_B)).long())
         has_B = entry_B >= 0
         if not bool(has_B.any()):
             return torch.zeros(len(entry_B), 1, dtype=torch.int64), torch.zeros(len(entry_B), 1, dtype=torch.int64)
@@ -185,7 +192,7 @@ class PretrainLoop:
         return token_BL, mask_BL
 
     def _idle_inputs(self) -> tuple[Any, ...]:
-        return self._inputs(next(self._parts(0)), 1.0, warming=False)
+        return self._inputs(next(self._parts(0))[0], 1.0)
 
     def _precision(self) -> Any:
         wanted = self.settings.precision == "bfloat16"
@@ -241,7 +248,7 @@ class PretrainLoop:
         for start in range(0, len(mine), size):
             part = self._batch(self.validation, mine[start : start + size], 0)
             with self._precision():
-                found = self._objective(*self._inputs(part, 1.0, warming=False))
+                found = self._objective(*self._inputs(part, 1.0))
             entropy, predicted = entropy + float(found[1]), predicted + part.predicted
         entropy, predicted = self._sum(entropy), self._sum(predicted)
         point = {"step": step, "loss": entropy / max(1.0, predicted), "memory_version": self.version}

@@ -125,7 +125,7 @@ def test_no_example_retrieves_itself_in_training_or_after(tmp_path, pretrained) 
     def watched(self, query_BQ, k, own_B=None, cosine=False):
         found = search(self, query_BQ, k, own_B, cosine)
         assert own_B is not None
-        own_entry_B = self.entry_of(own_B)
+        own_entry_B = self.piece_of(own_B, torch.zeros_like(own_B))
         assert bool((own_entry_B >= 0).all())
         assert not bool((found.entry_BK == own_entry_B[:, None]).any())
         seen.append(len(own_B))

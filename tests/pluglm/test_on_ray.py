@@ -63,7 +63,11 @@ def test_actors_find_what_one_piece_finds(tmp_path, facts, encoder, shards) -> N
     for a, b in zip(held.tokens(torch.tensor([12, 1, 1])), over.tokens(torch.tensor([12, 1, 1]))):
         assert torch.equal(a, b)
     asked = torch.tensor([document_code("twin"), document_code("doc3"), document_code("nobody"), 0])
-    assert over.entry_of(asked).tolist() == held.entry_of(asked).tolist() == [12, 6, -1, -1]
+    assert over.pieces_of(asked).tolist() == held.pieces_of(asked).tolist()
+    for number in range(4):
+        numbers = torch.full_like(asked, number)
+        assert over.piece_of(asked, numbers).tolist() == held.piece_of(asked, numbers).tolist()
+    assert held.piece_of(asked, torch.zeros_like(asked)).tolist() == [12, 6, -1, -1]
     with pytest.raises(UserError, match="has no entry 99"):
         over.vectors(torch.tensor([99]))
     with pytest.raises(UserError, match="16 entries, but the model retrieves top_k=17"):

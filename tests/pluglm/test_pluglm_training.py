@@ -169,6 +169,32 @@ def test_a_diverging_run_says_so(loop) -> None:
         made.run()
 
 
+def test_the_warm_up_aims_at_the_piece_that_a_sequence_was_cut_from(make_model, words_tokenizer, tmp_path) -> None:
+    """Documents of several pieces; and entries twice as long as sequences: the one that holds the sequence."""
+    texts = [f"w{n} w{n + 1}" for n in range(0, 24, 2)]
+    names = [str(n // 4) for n in range(12)]  # three documents of four pieces
+    ids = [np.array(one, np.int32) for one in words_tokenizer(texts)["input_ids"]]
+    codes = np.array([document_code(name) for name in names])
+    sequences = Sequences([np.concatenate(ids)], [np.cumsum([4] * 12)], [codes], np.array([0, 12]))
+    model = make_model()
+    encoder = DocumentEncoder(model, words_tokenizer)
+    for joined in (1, 2):
+        joint = [" ".join(texts[n : n + joined]) for n in range(0, 12, joined)]
+        entries = [NewEntry(text, document_id=names[n * joined]) for n, text in enumerate(joint)]
+        memory = KnowledgeMemory.build(tmp_path / f"memory{joined}", entries, encoder)
+        settings = PretrainSettings(steps=1, batch_size=12)
+        made = PretrainLoop(
+            model, words_tokenizer, settings, sequences, None, local_access(memory), tmp_path / f"run{joined}"
+        )
+        made._attach(1)
+        numbers = [5, 0, 11, 6]
+        place_B = torch.tensor([sequences.place(number) for number in numbers])
+        token_BL, mask_BL = made._own_pieces(torch.from_numpy(codes[numbers]), place_B)
+        assert [words_tokenizer.decode(row[1 : n - 1]) for row, n in zip(token_BL, mask_BL.sum(1).tolist())] == [
+            joint[number // joined] for number in numbers
+        ]
+
+
 def test_a_checkpoint_of_another_model_is_refused(loop) -> None:
     loop("run", steps=4)[0].run()
     other, _ = loop("run", {"query_size": 4}, steps=8)
