@@ -1,32 +1,20 @@
-"""A TRIME run's folder: where each stage keeps its results, and how a finished stage is recognised and reused.
-
-As in `pema_ray.stages.run`, every stage leaves `<run_dir>/<stage>/metrics.json` last of all, with a stamp of its
-settings, the seed and the stamps of the stages it is made from.
-"""
+"""The stages of a TRIME experiment and what each is made from; the run folder is `pema_ray.stage_run`'s."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pema_ray.errors import UserError
-from pema_ray.memory.shards import atomic_file
-from pema_ray.progress import console
+from pema_ray.memory.shards import sha256_of
+from pema_ray.stage_run import HOW_FAST, StageRun, own_folder
 from pema_ray.trime.config import TrimeConfig
 from pema_ray.trime.models import read_fingerprint
 from pema_ray.trime.systems import asks_a_datastore
 
-# Settings that change how fast a stage goes, not what it makes.
-_INCIDENTAL = {
-    "actors", "cpus_per_actor", "gpus_per_actor", "cpus_per_worker", "gpus_per_worker", "resume", "max_failures",
-    "trackers", "min_workers", "search_actors", "batch_windows", "device",
-}  # fmt: skip
+INCIDENTAL = HOW_FAST | {"search_actors", "batch_windows", "device"}
 
 
 @dataclass(frozen=True)
@@ -52,15 +40,10 @@ STAGES: dict[str, Stage] = {
 }
 
 
-class TrimeRun:
+class TrimeRun(StageRun[TrimeConfig]):
     """The folder of one TRIME experiment."""
 
-    def __init__(self, config: TrimeConfig) -> None:
-        self.config = config
-        self.folder = Path(config.run_dir).absolute()  # workers have other working folders
-
-    def path(self, *parts: str) -> Path:
-        return self.folder.joinpath(*parts)
+    incidental = INCIDENTAL
 
     @property
     def model_folder(self) -> Path:
@@ -68,8 +51,11 @@ class TrimeRun:
         chosen = self.config.evaluate.model
         return self.path("train", "model") if chosen is None else Path(chosen).absolute()
 
+    def sections(self, stage: str) -> tuple[str, ...]:
+        return STAGES[stage].sections
+
     def parents(self, stage: str) -> tuple[str, ...]:
-        """The stages that it is made from: BM25's order, a training, a datastore only where they are used."""
+        """BM25's order, a training, a datastore only where they are used."""
         found = STAGES[stage].parents
         if stage == "train" and self.config.batches.order == "bm25":
             found += ("batches",)
@@ -79,91 +65,53 @@ class TrimeRun:
             found += ("index",)
         return found
 
-    def stamp(self, stage: str) -> str:
-        """What the stage's result depends on, as 16 hex digits."""
-        settings = {name: self._settings(name) for name in STAGES[stage].sections}
+    def evidence(self, stage: str) -> tuple[str, ...]:
+        return STAGES[stage].evidence
+
+    def command(self, stage: str) -> str:
+        return f"pema-ray trime {stage}"
+
+    def seed(self, stage: str) -> int:
         c = self.config
-        seed = c.prepare.seed if stage == "prepare" and c.prepare.seed is not None else c.seed
-        described: list[Any] = [stage, seed, settings, [self.stamp(p) for p in self.parents(stage)]]
+        return c.prepare.seed if stage == "prepare" and c.prepare.seed is not None else c.seed
+
+    def others(self, stage: str) -> list[Any]:
+        """The text, and what belongs to other runs: a vocabulary, a model, datastores."""
+        c, found = self.config, []
         if stage == "prepare":
-            described.append(self._files())
+            found.append(self.files)
+            if c.prepare.vocabulary_from is not None:
+                found.append(self.vocabulary_hash)
         if stage in ("datastore", "evaluate") and c.evaluate.model is not None:
-            described.append(read_fingerprint(self.model_folder))
-        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
-
-    def _settings(self, name: str) -> Any:
-        section, _, setting = name.partition(".")
-        told = getattr(self.config, section).model_dump(mode="json")
-        return told[setting] if setting else {k: v for k, v in told.items() if k not in _INCIDENTAL}
-
-    def _files(self) -> list[list[Any]]:
-        """Of the corpus: name, size and time of each file; of those that are gone, as they were when prepared."""
-        names = [name for files in self.config.prepare.files.values() for name in files]
-        found = [[name, (s := Path(name).stat()).st_size, s.st_mtime_ns] for name in names if Path(name).exists()]
-        return found if len(found) == len(names) else self._read("prepare").get("files", found)
-
-    def _read(self, stage: str) -> dict[str, Any]:
-        """What lies in a stage's `metrics.json`; nothing if it is not there or was torn."""
-        try:
-            found = json.loads(self.path(stage, "metrics.json").read_text())
-            return found if isinstance(found, dict) else {}
-        except (OSError, ValueError):
-            return {}
-
-    def metrics(self, stage: str) -> dict[str, Any]:
-        """What a finished stage measured.
-
-        Raises:
-            UserError: it has not been run, or not with these settings.
-        """
-        found, command = self._read(stage), f"pema-ray trime {stage}"
-        if not found:
-            raise UserError(f"{self.folder}: stage '{stage}' has not been run yet. Run: {command}")
-        if found.get("stamp") != self.stamp(stage):
-            raise UserError(f"{self.path(stage)}: was made with other settings than this run's. Run again: {command}")
+            found.append(read_fingerprint(self.model_folder))
+        if stage == "evaluate" and asks_a_datastore(c):
+            found.append({name: _identity(Path(folder)) for name, folder in c.evaluate.datastores.items()})
         return found
 
-    def finished(self, stage: str) -> dict[str, Any] | None:
-        """Its metrics if the stage is done with these very settings."""
-        try:
-            found = self.metrics(stage)
-        except UserError:
-            return None
-        return found if all(self.path(stage, name).exists() for name in STAGES[stage].evidence) else None
+    @property
+    def files(self) -> list[list[Any]]:
+        """Of the corpus: name, size and time of each file; of those that are gone, as they were when prepared."""
+        names = [name for files in self.config.prepare.files.values() for name in files]
+        return described(names, self.recorded("prepare").get("files"))
 
-    def perform(self, stage: str, work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """Do a stage unless it is done: its parents must be; its metrics (a `summary` among them) are written last.
+    @property
+    def vocabulary_hash(self) -> str | None:
+        """sha256 of another run's vocabulary; if that is gone, of the one that was taken."""
+        path = Path(self.config.prepare.vocabulary_from or "") / "prepare" / "vocabulary.json"
+        return sha256_of(path) if path.exists() else self.recorded("prepare").get("vocabulary_hash")
 
-        What lies in the stage's folder under another stamp is removed first; under the same, `work` may go on with it.
-        """
-        self._require_parents(stage)
-        if found := self.finished(stage):
-            console.print(f"[dim]{stage:10} finished before, reused: {found['summary']}[/]", highlight=False)
-            return found
-        started = time.perf_counter()
-        stamp = self._take_folder(stage)
-        measured = {"stage": stage, "stamp": stamp, **work()}
-        if stage == "prepare":
-            measured["files"] = self._files()
-        measured["seconds"] = round(time.perf_counter() - started, 2)
-        with atomic_file(self.path(stage, "metrics.json")) as temporary:
-            temporary.write_text(json.dumps(measured, indent=2) + "\n")
-        console.print(f"[bold]{stage:10}[/] {measured['seconds']:7.1f} s  {measured['summary']}", highlight=False)
-        return measured
+    def under_way(self, stage: str, stamp: str) -> AbstractContextManager[None]:
+        return own_folder(self.path(stage), stamp)
 
-    def _require_parents(self, stage: str) -> None:
-        """All that a stage is made from, near and far: a later `prepare` may have replaced the text."""
-        for parent in self.parents(stage):
-            self.metrics(parent)
-            self._require_parents(parent)
 
-    def _take_folder(self, stage: str) -> str:
-        folder, stamp = self.path(stage), self.stamp(stage)
-        marker = folder / "stamp"
-        if not marker.exists() or marker.read_text() != stamp:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            with atomic_file(marker) as temporary:
-                temporary.write_text(stamp)
-        self.path(stage, "metrics.json").unlink(missing_ok=True)
-        return stamp
+def described(names: Iterable[str], before: list[list[Any]] | None) -> list[list[Any]]:
+    """Name, size and time of files: as they are, or, if one of them is gone, as they were `before`."""
+    wanted = list(names)
+    found = [[name, (s := Path(name).stat()).st_size, s.st_mtime_ns] for name in wanted if Path(name).exists()]
+    return found if len(found) == len(wanted) or before is None else before
+
+
+def _identity(datastore: Path) -> list[str | None]:
+    """Of a datastore and its index; both name their contents by checksums."""
+    parts = (datastore / "manifest.json", datastore.parent / "index" / "index.json")
+    return [sha256_of(path) if path.exists() else None for path in parts]

@@ -131,7 +131,9 @@ def test_stages_refuse_what_is_not_there_and_other_settings(tmp_path: Path):
     run = TrimeRun(config)
     run.path("prepare").mkdir()
     run.path("prepare", "metrics.json").write_text('{"stamp": "0", "summary": ""}')
-    with pytest.raises(UserError, match="made with other settings than this run's. Run again: pema-ray trime prepare"):
+    with pytest.raises(
+        UserError, match="was run with other settings than this run's. Run it again: pema-ray trime prepare"
+    ):
         train.run(config)
 
 

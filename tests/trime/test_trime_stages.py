@@ -162,6 +162,30 @@ def test_a_stranger_among_the_datastores_is_refused(finished: TrimeRun, tmp_path
         evaluate.run(stranger.config)
 
 
+def test_what_belongs_to_other_runs_is_part_of_a_stamp(tmp_path: Path):
+    """Another datastore, index or vocabulary in the same place must give no stale result."""
+    other = prepared(tmp_path / "other")
+    store, index = other.path("datastore"), other.path("index")
+    for folder, name in ((store, "manifest.json"), (index, "index.json")):
+        folder.mkdir()
+        (folder / name).write_text("{}")
+    model = other.path("train", "model")
+    borrowed = (f"evaluate.model={model}", f"evaluate.datastores={{first: {store}}}")
+    run = TrimeRun(settings(tmp_path / "run", f"prepare.vocabulary_from={other.folder}", *borrowed))
+    stamps = [(run.stamp("prepare"), run.stamp("evaluate"))]
+    for path in (store / "manifest.json", index / "index.json", other.path("prepare", "vocabulary.json")):
+        path.write_text(path.read_text() + " ")
+        stamps.append((run.stamp("prepare"), run.stamp("evaluate")))
+    prepare, evaluation = zip(*stamps)
+    assert len(set(evaluation)) == 4
+    assert len(set(prepare)) == 2  # the vocabulary's change alone
+    run.path("prepare").mkdir(parents=True)
+    told = {"stamp": prepare[-1], "summary": "", "vocabulary_hash": run.vocabulary_hash}
+    run.path("prepare", "metrics.json").write_text(json.dumps(told))
+    other.path("prepare", "vocabulary.json").unlink()
+    assert run.metrics("prepare")  # gone since: the one that was taken counts
+
+
 @pytest.mark.cluster
 def test_the_shares_of_entries_add_up_to_the_probability(finished: TrimeRun):
     found = TrimeEvaluation.load(finished.path("evaluate"))

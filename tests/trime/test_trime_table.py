@@ -56,7 +56,7 @@ def test_one_command_makes_the_table_and_goes_on_where_it_stopped(ray_cluster, t
     capsys.readouterr()
     table.run(config)
     told = capsys.readouterr().out
-    assert told.count("train      finished before, reused") == 3  # CE, and TrimeLM at both budgets
+    assert told.count("train         finished before, reused") == 3  # CE, and TrimeLM at both budgets
     found = Table.model_validate_json((tmp_path / "table" / "table.json").read_text())
     assert {(row.budget, row.memory) for row in found.rows} == {
         ("equal steps", "none"), ("equal steps", "local"), ("equal steps", "ext"), ("equal time", "local"),

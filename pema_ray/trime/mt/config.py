@@ -202,3 +202,17 @@ class MtConfig(Section):
     datastore: DatastoreConfig = DatastoreConfig()
     index: IndexConfig = IndexConfig()
     generate: GenerateConfig = GenerateConfig()
+
+    @property
+    def systems(self) -> tuple[System, ...]:
+        """What is decoded with: as configured, or what goes with the training objective."""
+        return self.generate.systems or ("plain", "trime" if self.train.memory == "trime" else "knn")
+
+    @model_validator(mode="after")
+    def _equation_2_has_inner_products(self) -> MtConfig:
+        if self.index.metric == "l2" and "trime" in self.systems:
+            raise ValueError(
+                "index.metric=l2 does not go with 'trime', which joins neighbours to equation 2, whose memory is "
+                "compared by inner products: take inner_product, or leave 'trime' out of generate.systems"
+            )
+        return self

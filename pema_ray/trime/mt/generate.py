@@ -52,14 +52,9 @@ def _generate(run: MtRun) -> dict[str, Any]:
         speed = {"seconds": round(seconds, 2), "tokens_per_second": round(sum(map(len, answers)) / seconds, 1)}
         systems[mixing.system] = {**told, **speed, **more}
 
-    if "plain" in run.systems:
+    if "plain" in c.systems:
         translate(Mixing("plain"), None, {})
-    asked = [name for name in run.systems if name != "plain"]
-    if c.index.metric == "l2" and "trime" in asked:
-        raise UserError(
-            "index.metric=l2: 'trime' joins neighbours to equation 2, whose memory is compared by inner products. Set "
-            "index.metric=inner_product, or leave 'trime' out of generate.systems."
-        )
+    asked = [name for name in c.systems if name != "plain"]
     if asked:
         store = open_datastore(run.path("datastore"), card_of(run, model))
         if g.neighbours > len(store):

@@ -50,7 +50,11 @@ def _prepare(run: MtRun) -> dict[str, Any]:
     told = prepare(c.data, c.model.name, c.seed, run.path("prepare"))
     train = told["train"]
     summary = f"{train['pairs']:,} training pairs, {train['target_tokens']:,} target subwords"
-    return {**told, "summary": summary + f"; {train['left_out']:,} too long" * bool(train["left_out"])}
+    return {
+        **told,
+        "files": run.files,
+        "summary": summary + f"; {train['left_out']:,} too long" * bool(train["left_out"]),
+    }
 
 
 def _train(run: MtRun) -> dict[str, Any]:

@@ -301,11 +301,18 @@ def test_bad_files_are_told_in_words(train: tuple[str, ...], said: str, tmp_path
         ("generate.weights=[1.5]", "weights must lie in"),
         ("model.heads=3", "multiple of heads"),
         ("train.accumulate=2", "groups_per_update"),
+        ("index.metric=l2", "index.metric=l2 does not go with 'trime'"),  # what a trime model is evaluated with
     ],
 )
 def test_bad_settings_are_told_in_words(setting: str, said: str):
     with pytest.raises(UserError, match=said):
         read_config(MtConfig, None, [setting])
+
+
+def test_squared_distances_go_with_knn(tmp_path: Path):
+    config = read_config(MtConfig, None, ["index.metric=l2", "generate.systems=[knn]"])
+    assert config.systems == ("knn",)
+    assert read_config(MtConfig, None, ["index.metric=l2", "train.memory=none"]).systems == ("plain", "knn")
 
 
 def test_missing_files_and_too_long_targets_are_told(tmp_path: Path):

@@ -1,0 +1,174 @@
+"""A run folder: where each stage keeps its results, and how a finished stage is recognised and reused.
+
+Every stage leaves `<run_dir>/<stage>/metrics.json` last of all. Its stamp covers the stage's settings, the seed and
+the stamps of what it was made from, so a stage is done again exactly when something it depends on changed. PEMA, TRIME
+and its translation each say what their stages are; this module knows none of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+from pydantic import BaseModel
+
+from pema_ray.errors import UserError
+from pema_ray.memory.shards import atomic_file
+from pema_ray.progress import console
+
+# Settings that change how fast a stage goes, not what it makes, wherever they stand.
+HOW_FAST = frozenset(
+    {
+        "actors", "cpus_per_actor", "gpus_per_actor", "cpus_per_worker", "gpus_per_worker", "min_workers",
+        "max_failures", "resume", "trackers",
+    }
+)  # fmt: skip
+
+
+class Experiment(Protocol):
+    """What a run needs of a configuration, beside its sections."""
+
+    @property
+    def run_dir(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+
+
+E = TypeVar("E", bound=Experiment)
+
+
+class StageRun(ABC, Generic[E]):
+    """The folder of one experiment. A kind of experiment says what its stages depend on."""
+
+    incidental: ClassVar[frozenset[str]] = HOW_FAST
+
+    def __init__(self, config: E) -> None:
+        self.config = config
+        self.folder = Path(config.run_dir).absolute()  # workers have other working folders
+
+    def path(self, *parts: str) -> Path:
+        return self.folder.joinpath(*parts)
+
+    # ── what a kind of experiment says ──────────────────────────────────────
+
+    @abstractmethod
+    def sections(self, stage: str) -> tuple[str, ...]:
+        """Sections of the configuration that it depends on, or single settings (`batches.segment`)."""
+
+    @abstractmethod
+    def parents(self, stage: str) -> tuple[str, ...]:
+        """The stages that it is made from."""
+
+    @abstractmethod
+    def evidence(self, stage: str) -> tuple[str, ...]:
+        """What must lie in its folder for its metrics to be believed."""
+
+    @abstractmethod
+    def command(self, stage: str) -> str:
+        """What a user types to run it."""
+
+    @abstractmethod
+    def under_way(self, stage: str, stamp: str) -> AbstractContextManager[None]:
+        """Around a stage's work: its folder is there, and has no metrics."""
+
+    def seed(self, stage: str) -> int:
+        """What its stamp covers as the seed."""
+        return self.config.seed
+
+    def others(self, stage: str) -> list[Any]:
+        """What else its result depends on, such as files: JSON."""
+        return []
+
+    # ── finished stages ─────────────────────────────────────────────────────
+
+    def stamp(self, stage: str) -> str:
+        """What the stage's result depends on, as 16 hex digits."""
+        settings = {name: self._settings(name) for name in self.sections(stage)}
+        above = [self.stamp(parent) for parent in self.parents(stage)]
+        described = [stage, self.seed(stage), settings, above, *self.others(stage)]
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _settings(self, name: str) -> Any:
+        section, _, setting = name.partition(".")
+        told: BaseModel = getattr(self.config, section)
+        found = told.model_dump(mode="json")
+        return found[setting] if setting else {k: v for k, v in found.items() if k not in self.incidental}
+
+    def recorded(self, stage: str) -> dict[str, Any]:
+        """What lies in a stage's `metrics.json`, whatever its stamp; nothing if it is not there or was torn."""
+        try:
+            found = json.loads(self.path(stage, "metrics.json").read_text())
+            return found if isinstance(found, dict) else {}
+        except (OSError, ValueError):
+            return {}
+
+    def metrics(self, stage: str) -> dict[str, Any]:
+        """What a finished stage measured.
+
+        Raises:
+            UserError: it has not been run, or not with these settings.
+        """
+        found, name, command = self.recorded(stage), stage.replace("_", "-"), self.command(stage)
+        if not found:
+            raise UserError(f"{self.folder}: stage '{name}' has not been run yet. Run: {command}")
+        if found.get("stamp") != self.stamp(stage):
+            raise UserError(
+                f"{self.path(stage)}: stage '{name}' was run with other settings than this run's. "
+                f"Run it again: {command}"
+            )
+        return found
+
+    def is_whole(self, stage: str) -> bool:
+        """What it left is still there."""
+        return all(self.path(stage, name).exists() for name in self.evidence(stage))
+
+    def finished(self, stage: str) -> dict[str, Any] | None:
+        """Its metrics if the stage is done with these very settings."""
+        try:
+            found = self.metrics(stage)
+        except UserError:
+            return None
+        return found if self.is_whole(stage) else None
+
+    def perform(self, stage: str, work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """Do a stage unless it is done: its parents must be; its metrics (a `summary` among them) are written last."""
+        self._require_parents(stage)
+        if found := self.finished(stage):
+            console.print(f"[dim]{stage:13} finished before, reused: {found['summary']}[/]", highlight=False)
+            return found
+        started, stamp = time.perf_counter(), self.stamp(stage)
+        with self.under_way(stage, stamp):
+            measured = work()
+        seconds = round(time.perf_counter() - started, 2)
+        text = json.dumps({"stage": stage, "stamp": stamp, "seconds": seconds, **measured}, indent=2)
+        with atomic_file(self.path(stage, "metrics.json")) as temporary:
+            temporary.write_text(text + "\n")
+        metrics = json.loads(text)
+        console.print(f"[bold]{stage:13}[/] {seconds:7.1f} s  {metrics['summary']}", highlight=False)
+        return metrics
+
+    def _require_parents(self, stage: str) -> None:
+        """All that a stage is made from, near and far: a later `prepare` may have replaced the text."""
+        for parent in self.parents(stage):
+            self.metrics(parent)
+            self._require_parents(parent)
+
+
+@contextmanager
+def own_folder(folder: Path, stamp: str) -> Iterator[None]:
+    """A stage's folder: what lies there under another stamp is removed first; with the same, work may go on."""
+    marker = folder / "stamp"
+    if not marker.exists() or marker.read_text() != stamp:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        with atomic_file(marker) as temporary:
+            temporary.write_text(stamp)
+    (folder / "metrics.json").unlink(missing_ok=True)
+    yield
