@@ -1,0 +1,112 @@
+"""The demonstration on real text: domains as people have them, held-out texts kept apart, intervals. Tiny texts."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pema_ray.errors import UserError
+from pema_ray.pluglm.demonstration.corpora import read_domain
+from pema_ray.pluglm.demonstration.domains import MEMORIES, OWN, DomainsSettings, compared, run_domains, table_rows
+from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
+
+
+def paragraphs(kind: str, count: int = 20) -> list[str]:
+    return [f"{kind} {number} holds {kind} {number * 7 % count} and more of {kind}" for number in range(count)]
+
+
+def write_dictionary(folder, texts: list[str]):
+    """As dictd has it: places and lengths in base 64; a text may have several headwords."""
+    digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+
+    def number(value: int) -> str:
+        return digits[value] if value < 64 else number(value // 64) + digits[value % 64]
+
+    body, rows = b"about this dictionary\n", [f"00databaseinfo\tA\t{number(22)}"]
+    for place, text in enumerate(texts):
+        one = f"{text}\n".encode()
+        rows += [f"{word}{place}\t{number(len(body))}\t{number(len(one))}" for word in ("word", "also")]
+        body += one
+    with gzip.open(folder / "small.dict.dz", "wb") as file:
+        file.write(body)
+    (folder / "small.index").write_text("\n".join(rows) + "\n")
+    return folder / "small.dict.dz"
+
+
+def test_domains_are_read_as_people_have_them(tmp_path) -> None:
+    texts = paragraphs("é")
+    (tmp_path / "a.txt").write_text("\n\n".join(text.replace(" and", "\nand") for text in texts))
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, texts[0], " "]))
+    pq.write_table(pa.table({"text": texts}), tmp_path / "c.parquet")
+    named = [str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.parquet")]
+    found = [read_domain(name, 0.25, 3) for name in (*named, str(write_dictionary(tmp_path, texts)))]
+    assert [one.name for one in found] == ["a", "b", "c", "small"]
+    for one in found:
+        assert (one.learned, one.held_out) == (found[0].learned, found[0].held_out)
+    assert len(found[0].held_out) == 5
+    assert sorted(found[0].learned + found[0].held_out) == sorted(texts)
+    assert found[0] != read_domain(named[0], 0.25, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.txt", None, r"a.txt: no such file. A domain is kjv, web"),
+        ("a.txt", "one", "a.txt: 1 different texts, too few to hold 10% of them out"),
+        ("a.doc", "one", "a.doc: expected .jsonl"),
+        ("a.jsonl", '{"body": "one"}\n', "a.jsonl: cannot be read as rows with 'text'"),
+        ("a.dict", "one", "a.dict: no dictionary of dictd's format with a.index beside it"),
+    ],
+)
+def test_what_is_no_domain_is_named(tmp_path, name, text, message) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_domain(str(tmp_path / name), 0.1, 0)
+
+
+def test_two_small_domains_are_learned_and_measured(tmp_path) -> None:
+    for name in ("fish", "birds"):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(paragraphs(name)))
+    told = []
+    settings = DomainsSettings(
+        target=str(tmp_path / "fish.txt"), other=str(tmp_path / "birds.txt"), held_out=0.2, vocabulary=60, layers=2,
+        hidden_size=16, heads=2, query_size=8, memory_feed_forward=8, top_k=3, max_tokens=24, steps=4, batch_size=8,
+        contrastive_steps=2, refresh_every=2, resamples=100,
+    )  # fmt: skip
+    demo = run_domains(tmp_path / "out", 0, settings, lambda kind, point: told.append(kind))
+    assert told == ["train"] * 4
+    assert [one.domain for one in demo.domains] == ["fish", "birds"]
+    assert demo.learned == {"fish": 16, "birds": 16}
+    memory = KnowledgeMemory.open(tmp_path / "out" / "memory")
+    assert memory.version == 3  # built, refreshed twice
+    for domain in demo.domains:
+        assert (domain.texts, domain.own_entries) == (4, 0.5)
+        assert [one.memory for one in domain.memories] == list(MEMORIES)
+        own = domain.memories[0]
+        assert (own.memory, own.difference, own.low, own.high) == (OWN, 0, 0, 0)
+        for one in domain.memories:
+            assert one.loss - own.loss == pytest.approx(one.difference)
+            assert one.low <= one.high
+        assert domain.memories[MEMORIES.index("none")].difference != 0
+    held = set(read_domain(settings.target, 0.2, 0).held_out)
+    assert not held & {entry.text for entry in memory.entries()}
+    assert json.loads((tmp_path / "out" / "demo-text.json").read_text())["seed"] == 0
+    assert len(table_rows(demo)) == len(MEMORIES)
+
+
+def test_intervals_are_of_texts_and_paired() -> None:
+    """A difference that all texts share has no width; one text that carries it all has much."""
+    random = np.random.default_rng(0)
+    own_S, masked_S, text_S = random.random(60) * 50, np.full(60, 5), np.repeat(np.arange(20), 3)
+    same = compared("same", own_S + 1.0, own_S, masked_S, text_S, 500, 0)
+    assert (same.difference, same.low, same.high) == pytest.approx((0.2, 0.2, 0.2))
+    one = compared("one", own_S + 20.0 * (text_S == 7), own_S, masked_S, text_S, 500, 0)
+    assert one.difference == pytest.approx(0.2)
+    assert one.low == 0.0
+    assert one.high > 0.3
