@@ -240,7 +240,10 @@ def swap(
     def work() -> None:
         from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
 
-        _tell(_open(folder).swap(KnowledgeMemory.open(other, version), only_on))
+        wanted = KnowledgeMemory.open(other, version)
+        # its own older version: the current one may be damaged, which is what this mends
+        here = wanted if other.resolve() == folder.resolve() else _open(folder)
+        _tell(here.swap(wanted, only_on))
 
     raise typer.Exit(guarded(work))
 

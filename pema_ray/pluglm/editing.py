@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from pema_ray.errors import UserError
 from pema_ray.pluglm import versions
@@ -20,6 +22,7 @@ from pema_ray.pluglm.entries import (
     FileInfo,
     NewEntry,
     Segment,
+    are_sound_vectors,
     described,
     read_documents,
     vectors_path,
@@ -27,11 +30,35 @@ from pema_ray.pluglm.entries import (
     write_vectors,
 )
 from pema_ray.pluglm.model import StaleKeys
-from pema_ray.pluglm.versions import Version, VersionConflict
+from pema_ray.pluglm.versions import DamagedVersion, Version, VersionConflict
 
 _ATTEMPTS = 50  # of publishing while others publish; each failure means that another edit went through
 Made = tuple[tuple[Segment, ...], int]
 """(segments, next id) of a version to be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One change of a memory: entries are added, one takes another's place (`replace`), or entries are deleted.
+
+    Attributes:
+        entry_ids: what goes; of `replace`, the one whose place is taken.
+        entries: what comes.
+    """
+
+    entry_ids: tuple[int, ...] = ()
+    entries: tuple[NewEntry, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert not (self.entry_ids and self.entries) or len(self.entry_ids) == len(self.entries) == 1
+
+    @property
+    def words(self) -> str:
+        """For the history."""
+        if not self.entry_ids:
+            return f"add {len(self.entries):,}"
+        named = ", ".join(map(str, self.entry_ids[:5])) + (", …" if len(self.entry_ids) > 5 else "")
+        return f"{'replace' if self.entries else 'delete'} {named}"
 
 
 def publish_on_current(
@@ -40,19 +67,36 @@ def publish_on_current(
     made: Callable[[Version], Made],
     only_on: int | None,
     changes: dict[str, Any] | None = None,
+    instead: Version | None = None,
 ) -> Version:
     """Publish what `made` makes of the current version; of a newer one when somebody was faster.
 
+    Args:
+        instead: an older version of this memory, to go on from if the current one is damaged.
+
     Raises:
         VersionConflict: `only_on` was given, and another version is current.
+        DamagedVersion: the current one cannot be read.
     """
+    with versions.lock(folder, exclusive=False):
+        return _published(folder, action, made, only_on, changes or {}, instead)
+
+
+def _published(
+    folder: Path,
+    action: str,
+    made: Callable[[Version], Made],
+    only_on: int | None,
+    changes: dict[str, Any],
+    instead: Version | None,
+) -> Version:
     for _ in range(_ATTEMPTS):
-        base = versions.read(folder)
+        base = _current(folder, instead)
         if only_on is not None and base.version != only_on:
             raise VersionConflict(str(folder), only_on, base.version)
         segments, next_id = made(base)
         place = {"version": base.version + 1, "parent": base.version, "action": action}
-        version = base.model_copy(update={**place, "segments": segments, "next_id": next_id, **(changes or {})})
+        version = base.model_copy(update={**place, "segments": segments, "next_id": next_id, **changes})
         try:
             versions.publish(folder, version)
         except VersionConflict:
@@ -61,6 +105,18 @@ def publish_on_current(
             continue
         return version
     raise UserError(f"{folder}: others published {_ATTEMPTS} versions meanwhile; try again.")
+
+
+def _current(folder: Path, instead: Version | None) -> Version:
+    try:
+        return versions.read(folder)
+    except DamagedVersion:
+        if instead is None:
+            raise
+    # What the damaged version gave ids to is not known, but it cannot be more than there are rows.
+    rows = sum(pq.read_metadata(path).num_rows for path in folder.glob("documents-*.parquet"))
+    next_id = max(one.next_id for one in versions.sound(folder)) + rows
+    return instead.model_copy(update={"version": versions.numbers(folder)[-1], "next_id": next_id})
 
 
 def without(folder: Path, base: Version, entry_ids: Sequence[int]) -> tuple[Segment, ...]:
@@ -112,9 +168,9 @@ def new_segment(
 
 
 def encode_segment(folder: Path, documents: FileInfo, encoder: DocumentEncoder, dtype: str) -> FileInfo:
-    """Vectors of a segment's documents; what was finished before is used."""
+    """Vectors of a segment's documents; what was finished before is used, unless it is damaged."""
     path = vectors_path(folder, documents, encoder.digest, dtype)
-    if path.exists():
+    if are_sound_vectors(path):
         return described(path)
     token_ids = read_documents(folder, documents, ["token_ids"])["token_ids"].to_pylist()
     return write_vectors(folder, documents, encoder.digest, dtype, *encoder.encode(token_ids))

@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,6 +29,7 @@ from pema_ray.memory.shards import atomic_file, sha256_of
 from pema_ray.pluglm.knowledge import document_codes
 
 VectorDtype = Literal["float32", "float16", "bfloat16"]
+_CONTENTS = "sha256"  # of a vectors file's numbers, in its header
 _WRITING = threading.Lock()  # a process has one temporary name for each file
 VECTOR_DTYPES: tuple[VectorDtype, ...] = get_args(VectorDtype)
 
@@ -143,10 +145,18 @@ def write_documents(
             digest.update(value)
     path = folder / f"documents-{digest.hexdigest()[:16]}.parquet"
     with _WRITING:
-        if not path.exists():
+        if not _holds(path, table):
             with atomic_file(path) as temporary:
                 pq.write_table(table, temporary, compression="zstd")
     return described(path)
+
+
+def _holds(path: Path, table: pa.Table) -> bool:
+    """Whether a file is there and says this: one that was damaged is written again."""
+    try:
+        return path.exists() and pq.read_table(path).equals(table)
+    except (pa.ArrowException, OSError):
+        return False
 
 
 def write_vectors(
@@ -166,10 +176,28 @@ def write_vectors(
                 "or another encoder: this one may have diverged."
             )
     with _WRITING:
-        if not path.exists():
+        if not are_sound_vectors(path):
             with atomic_file(path) as temporary:
-                save_file(tensors, temporary)
+                save_file(tensors, temporary, {_CONTENTS: _contents(tensors)})
     return described(path)
+
+
+def are_sound_vectors(path: Path) -> bool:
+    """Whether finished vectors are there, and undamaged: the file carries a checksum of its numbers."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in ("key", "value")}
+            return (file.metadata() or {}).get(_CONTENTS) == _contents(tensors)
+    except (SafetensorError, OSError):
+        return False
+
+
+def _contents(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def vectors_path(folder: Path, documents: FileInfo, digest: str, dtype: str) -> Path:

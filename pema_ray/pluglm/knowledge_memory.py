@@ -18,6 +18,7 @@ from pema_ray.errors import UserError
 from pema_ray.memory.shards import sha256_of
 from pema_ray.pluglm import versions
 from pema_ray.pluglm.editing import (
+    Change,
     Made,
     encode_segment,
     new_segment,
@@ -92,48 +93,69 @@ class KnowledgeMemory:
 
     # ── edits: each returns the new version ─────────────────────────────────
 
-    def add(self, entries: Sequence[NewEntry], encoder: DocumentEncoder, only_on: int | None = None) -> KnowledgeMemory:
-        """Put entries behind those that are there; their ids are the next ones.
+    def edit(
+        self, changes: Sequence[Change], encoder: DocumentEncoder | None, only_on: int | None = None, least: int = 0
+    ) -> KnowledgeMemory:
+        """Several changes in their order as one version: all of them are published, or none.
 
         Args:
+            encoder: not needed where all changes are deletions.
             only_on: publish only if this version is current, here and in the other edits. None: on whatever is.
+            least: refuse to leave fewer entries.
 
         Raises:
             VersionConflict: another version than `only_on` is current.
             StaleKeys: the memory belongs to another encoder.
-            UserError: there are no entries, or an entry has no text.
+            UserError: there is nothing to do, an id is not there, or an entry has no text.
         """
+        if not changes:
+            raise UserError(f"{self.folder}: nothing to do.")
+        with versions.lock(self.folder, exclusive=False):
+            dtype = versions.read(self.folder).dtype
+            written = []
+            for change in changes:
+                segment = None
+                if change.entries:
+                    assert encoder is not None
+                    self._written_by(encoder)
+                    ids = [change.entry_ids[0]] if change.entry_ids else range(len(change.entries))
+                    segment = new_segment(self.folder, change.entries, ids, encoder, dtype)
+                written.append((change, segment))
+
+            def made(base: Version) -> Made:
+                segments, next_id = base.segments, base.next_id
+                for change, segment in written:
+                    if segment is not None and encoder is not None:
+                        require_writer(self.folder, base, encoder)
+                    if change.entry_ids:
+                        place = base.model_copy(update={"segments": segments})
+                        segments = without(self.folder, place, change.entry_ids)
+                    if segment is not None and change.entry_ids:
+                        segments = (*segments, segment)
+                    elif segment is not None:
+                        segments = (*segments, segment.model_copy(update={"id_offset": next_id}))
+                        next_id += segment.rows
+                if (left := sum(segment.entries for segment in segments)) < least:
+                    raise UserError(f"{self.folder}: {left} entries would be left, the model retrieves {least}.")
+                return segments, next_id
+
+            return self._edit(_told(changes), made, only_on)
+
+    def add(self, entries: Sequence[NewEntry], encoder: DocumentEncoder, only_on: int | None = None) -> KnowledgeMemory:
+        """Put entries behind those that are there; their ids are the next ones. Raises as `edit` does."""
         if not entries:
             raise UserError(f"{self.folder}: nothing to add.")
-        base = self._written_by(encoder)
-        segment = new_segment(self.folder, entries, range(len(entries)), encoder, base.dtype)
-
-        def made(base: Version) -> Made:
-            require_writer(self.folder, base, encoder)
-            placed = segment.model_copy(update={"id_offset": base.next_id})
-            return (*base.segments, placed), base.next_id + len(entries)
-
-        return self._edit(f"add {len(entries):,}", made, only_on)
+        return self.edit([Change(entries=tuple(entries))], encoder, only_on)
 
     def replace(
         self, entry_id: int, entry: NewEntry, encoder: DocumentEncoder, only_on: int | None = None
     ) -> KnowledgeMemory:
-        """Put an entry in an existing one's place, under its id. Raises as `add` does, and if the id is not there."""
-        base = self._written_by(encoder)
-        segment = new_segment(self.folder, [entry], [entry_id], encoder, base.dtype)
-
-        def made(base: Version) -> Made:
-            require_writer(self.folder, base, encoder)
-            return (*without(self.folder, base, [entry_id]), segment), base.next_id
-
-        return self._edit(f"replace {entry_id}", made, only_on)
+        """Put an entry in an existing one's place, under its id. Raises as `edit` does."""
+        return self.edit([Change((entry_id,), (entry,))], encoder, only_on)
 
     def delete(self, entry_ids: Sequence[int], only_on: int | None = None) -> KnowledgeMemory:
         """Raises `UserError` naming an id that is not there. Who has an older version attached keeps its entries."""
-        named = ", ".join(map(str, entry_ids[:5])) + (", …" if len(entry_ids) > 5 else "")
-        return self._edit(
-            f"delete {named}", lambda base: (without(self.folder, base, entry_ids), base.next_id), only_on
-        )
+        return self.edit([Change(tuple(entry_ids))], None, only_on)
 
     def concat(self, others: Sequence[KnowledgeMemory], only_on: int | None = None) -> KnowledgeMemory:
         """This memory's entries and then the others', whose ids are counted on.
@@ -158,14 +180,16 @@ class KnowledgeMemory:
     def swap(self, other: KnowledgeMemory, only_on: int | None = None) -> KnowledgeMemory:
         """The other memory's entries, under their ids, instead of this one's.
 
-        `other` may be an older version of the same memory: its entries are restored exactly. Raises as `concat` does.
+        `other` may be an older version of the same memory: its entries are restored exactly, also when the current
+        version's manifest is damaged. Raises as `concat` does.
         """
 
         def made(base: Version) -> Made:
             take_files(self.folder, base, other.folder, other.manifest)
             return other.manifest.segments, max(base.next_id, other.manifest.next_id)
 
-        return self._edit(f"swap {other.name}", made, only_on)
+        older = other.manifest if other.folder.resolve() == self.folder.resolve() else None
+        return self._edit(f"swap {other.name}", made, only_on, instead=older)
 
     def refresh(self, encoder: DocumentEncoder, only_on: int | None = None) -> KnowledgeMemory:
         """All documents encoded anew, in this process (`refresh.refresh` does it on Ray Data)."""
@@ -260,10 +284,8 @@ class KnowledgeMemory:
         yield from (found[entry_id] for entry_id in entry_ids)
 
     def history(self) -> Iterator[Version]:
-        """All versions that were not pruned, the oldest first."""
-        for number in versions.numbers(self.folder):
-            if not versions.is_pruned(self.folder, number):
-                yield versions.read(self.folder, number)
+        """All versions that were not pruned and are not damaged, the oldest first."""
+        return versions.sound(self.folder)
 
     def verify(self, on_file: Callable[[str], None] = lambda name: None) -> list[str]:
         """Reads every byte of this version; what is wrong, in words."""
@@ -290,32 +312,37 @@ class KnowledgeMemory:
 
     @staticmethod
     def prune(folder: Path | str, keep: Sequence[int] = ()) -> list[int]:
-        """Take away versions but these and the current one, and files that no version left needs; which went."""
+        """Take away versions but these and the current one, and files that no version left needs; which went.
+
+        Waits for edits that are under way: they may be about to name files that only older versions have.
+        """
         folder = Path(folder)
-        current = versions.read(folder).version
-        kept, gone = {current, *keep}, []
-        needed: set[str] = set()
-        unneeded: set[str] = set()
-        for number in versions.numbers(folder):
-            if versions.is_pruned(folder, number):
-                continue
-            files = set(versions.read(folder, number).files)
-            if number in kept or number > current:  # somebody published meanwhile
-                needed |= files
-            else:
-                unneeded |= files
-                versions.forget(folder, number)
-                gone.append(number)
-        for name in unneeded - needed:
-            (folder / name).unlink(missing_ok=True)
+        with versions.lock(folder, exclusive=True):
+            kept, gone = {versions.read(folder).version, *keep}, []
+            needed: set[str] = set()
+            unneeded: set[str] = set()
+            for one in versions.sound(folder):
+                if one.version in kept:
+                    needed |= set(one.files)
+                else:
+                    unneeded |= set(one.files)
+                    versions.forget(folder, one.version)
+                    gone.append(one.version)
+            for name in unneeded - needed:
+                (folder / name).unlink(missing_ok=True)
         return gone
 
     # ── inside ──────────────────────────────────────────────────────────────
 
     def _edit(
-        self, action: str, made: Callable[[Version], Made], only_on: int | None, changes: dict[str, Any] | None = None
+        self,
+        action: str,
+        made: Callable[[Version], Made],
+        only_on: int | None,
+        changes: dict[str, Any] | None = None,
+        instead: Version | None = None,
     ) -> KnowledgeMemory:
-        return KnowledgeMemory(self.folder, publish_on_current(self.folder, action, made, only_on, changes))
+        return KnowledgeMemory(self.folder, publish_on_current(self.folder, action, made, only_on, changes, instead))
 
     def _written_by(self, encoder: DocumentEncoder) -> Version:
         base = versions.read(self.folder)
@@ -330,6 +357,12 @@ class KnowledgeMemory:
         if segment.dropped:
             table = table.take(np.setdiff1d(np.arange(segment.rows), segment.dropped))
         return table
+
+
+def _told(changes: Sequence[Change]) -> str:
+    """An edit in words, for the history."""
+    words = [change.words for change in changes]
+    return "; ".join(words[:4]) + (f"; and {len(words) - 4} more" if len(words) > 4 else "")
 
 
 def _entry(row: dict[str, Any]) -> Entry:

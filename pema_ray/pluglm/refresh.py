@@ -15,7 +15,15 @@ from pema_ray.memory.shards import atomic_file
 from pema_ray.pluglm.config import TextConfig
 from pema_ray.pluglm.editing import encode_segment, require_new
 from pema_ray.pluglm.encoding import DocumentEncoder
-from pema_ray.pluglm.entries import FileInfo, NewEntry, Segment, described, vectors_path, write_documents
+from pema_ray.pluglm.entries import (
+    FileInfo,
+    NewEntry,
+    Segment,
+    are_sound_vectors,
+    described,
+    vectors_path,
+    write_documents,
+)
 from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
 from pema_ray.pluglm.text import content_hash, pieces
 
@@ -112,9 +120,9 @@ def encode(
     cpus: float = 1,
     on_done: Done = lambda number: None,
 ) -> list[FileInfo]:
-    """Vectors of segments' documents, in order; those that are there already are not made again."""
+    """Vectors of segments' documents, in order; those that are there already, undamaged, are not made again."""
     paths = {info.name: vectors_path(folder, info, encoder.digest, dtype) for info in documents}
-    todo = [info for info in documents if not paths[info.name].exists()]
+    todo = [info for info in documents if not are_sound_vectors(paths[info.name])]
     if workers and todo:
         _encode_on_ray(folder, todo, encoder, dtype, workers, cpus, on_done)
     else:

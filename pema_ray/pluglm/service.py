@@ -26,6 +26,7 @@ from pydantic import Field, field_validator, model_validator
 from pema_ray.config import Section, validate
 from pema_ray.errors import UserError
 from pema_ray.hardware import set_threads
+from pema_ray.pluglm.editing import Change
 from pema_ray.pluglm.encoding import DocumentEncoder
 from pema_ray.pluglm.entries import NewEntry
 from pema_ray.pluglm.heads import PlugLMForSequenceClassification
@@ -107,11 +108,21 @@ class Edit(Section):
 
 
 class Edits(Section):
-    """Of `/v1/memory/edit`; done in order, each publishes a version. The first that fails ends them."""
+    """Of `/v1/memory/edit`; done in order and published as one version: all of them, or none."""
 
     edits: tuple[Edit, ...] = Field(min_length=1)
     only_on: int | None = None
     """Edit only if this version is current."""
+
+
+class NotRead(UserError):
+    """An edit was published, but this service could not go on to it."""
+
+    def __init__(self, memory: KnowledgeMemory, version: int, reason: UserError) -> None:
+        super().__init__(
+            f"{memory.name} was published with these edits, but this service goes on answering by version {version}: "
+            f"{reason}"
+        )
 
 
 class Unauthorized(Exception):
@@ -176,17 +187,21 @@ class PlugLMService:
         return await self._answered("classify", ask, self._classes)
 
     async def edit(self, edits: Edits) -> dict[str, Any]:
-        """Publish the edits and read from them; returns the new version once new requests are answered by it.
+        """Publish the edits as one version and read from it; returns it once new requests are answered by it.
 
         Raises:
             VersionConflict: `only_on` is not current.
-            UserError: an entry is not there, a text is empty, or the memory would be too small.
+            UserError: an entry is not there, a text is empty, or the memory would be too small. Nothing was published.
+            NotRead: the version was published, but cannot be read here.
         """
         if len(edits.edits) > self.config.max_edits:
             raise UserError(f"{len(edits.edits)} edits in one request, this service takes {self.config.max_edits}.")
         async with self._editing:  # one after the other, so that the answer names the version of these edits
             memory = await asyncio.to_thread(self._publish, edits)
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._follow)
+            try:
+                await asyncio.get_running_loop().run_in_executor(self._thread, self._follow)
+            except UserError as error:
+                raise NotRead(memory, self.version, error) from None
         return {"memory": memory.name, "version": memory.version, "entries": len(memory)}
 
     async def follow(self) -> None:
@@ -204,28 +219,25 @@ class PlugLMService:
         memory = KnowledgeMemory.open(self.config.memory)
         if getattr(self, "_held", None) is not None and self._held.version == memory.version:
             return
-        held = memory.load()
-        for model, _ in self._models.values():
-            model.attach(held)
+        held, before = memory.load(), getattr(self, "_held", None)
+        try:
+            for model, _ in self._models.values():
+                model.attach(held)
+        except UserError:
+            if before is not None:  # all of them go on with the version that answers name
+                for model, _ in self._models.values():
+                    model.attach(before)
+            raise
         self._held = held
 
     def _publish(self, edits: Edits) -> KnowledgeMemory:
-        assert self._encoder is not None
-        memory, only_on = KnowledgeMemory.open(self.config.memory), edits.only_on
-        taken = sum(one.action == "delete" for one in edits.edits) - sum(one.action == "add" for one in edits.edits)
-        least = max(model.config.top_k for model, _ in self._models.values())
-        if len(memory) - taken < least:
-            raise UserError(f"{memory.name}: {len(memory) - taken} entries would be left, the model retrieves {least}.")
+        changes = []
         for one in edits.edits:
-            entry = NewEntry(one.text or "", one.source, one.document_id, one.tags)
-            if one.action == "add":
-                memory = memory.add([entry], self._encoder, only_on)
-            elif one.action == "replace":
-                memory = memory.replace(_given(one.entry_id), entry, self._encoder, only_on)
-            else:
-                memory = memory.delete([_given(one.entry_id)], only_on)
-            only_on = memory.version if edits.only_on is not None else None
-        return memory
+            ids = () if one.entry_id is None else (one.entry_id,)
+            entries = () if one.text is None else (NewEntry(one.text, one.source, one.document_id, one.tags),)
+            changes.append(Change(ids, entries))
+        least = max(model.config.top_k for model, _ in self._models.values())
+        return KnowledgeMemory.open(self.config.memory).edit(changes, self._encoder, edits.only_on, least)
 
     async def _answered(self, kind: str, ask: Ask, answers: Callable[..., list[Any]]) -> dict[str, Any]:
         if kind not in self._models:
@@ -290,19 +302,15 @@ class PlugLMService:
         return layers
 
 
-def _given(entry_id: int | None) -> int:
-    assert entry_id is not None
-    return entry_id
-
-
 def make_api(service: PlugLMService) -> FastAPI:
     """The HTTP API."""
     api = FastAPI(title="PlugLM", description="Masked words and classes, read from a memory that may be edited.")
 
     @api.exception_handler(UserError)
     async def refused(request: Request, error: UserError) -> JSONResponse:
-        status = 409 if isinstance(error, VersionConflict) else 400
-        return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status)
+        status = 409 if isinstance(error, VersionConflict) else 503 if isinstance(error, NotRead) else 400
+        kind = "service_error" if isinstance(error, NotRead) else "invalid_request_error"
+        return JSONResponse({"error": {"message": str(error), "type": kind}}, status)
 
     @api.exception_handler(Unauthorized)
     async def unauthorized(request: Request, error: Unauthorized) -> JSONResponse:

@@ -7,9 +7,13 @@ of two editors who build on the same parent one succeeds, and the other is told.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +22,10 @@ from pema_ray.errors import UserError
 from pema_ray.memory.shards import atomic_file
 from pema_ray.pluglm.entries import FileInfo, Segment
 
+logger = logging.getLogger(__name__)
 VERSIONS = "versions"
 SCHEMA_VERSION = 1
-_CHECKSUM = "checksum"
+_CHECKSUM, _LOCK = "checksum", ".lock"
 _PRUNED = '{"pruned": true}\n'
 
 
@@ -36,6 +41,21 @@ class VersionConflict(UserError):
 
     def __reduce__(self):
         return (VersionConflict, (self.folder, self.parent, self.current))
+
+
+class DamagedVersion(UserError):
+    """A manifest that cannot be read."""
+
+    def __init__(self, path: str, what: str) -> None:
+        folder, version = str(Path(path).parent.parent), int(Path(path).stem)
+        super().__init__(
+            f"{path}: damaged: {what}. Publish an older version again: "
+            f"pema-ray pluglm memory swap {folder} {folder} --version {max(1, version - 1)}."
+        )
+        self.path, self.what = path, what
+
+    def __reduce__(self):
+        return (DamagedVersion, (self.path, self.what))
 
 
 class Version(Section):
@@ -80,15 +100,41 @@ def numbers(folder: Path) -> list[int]:
 
 
 def is_pruned(folder: Path, version: int) -> bool:
-    path = _path(folder, version)
-    return path.stat().st_size == len(_PRUNED) and path.read_text() == _PRUNED
+    return _path(folder, version).read_bytes() == _PRUNED.encode()
+
+
+def sound(folder: Path) -> Iterator[Version]:
+    """All versions that were not pruned and are not damaged, the oldest first."""
+    for number in numbers(folder):
+        if not is_pruned(folder, number):
+            try:
+                yield read(folder, number)
+            except DamagedVersion as error:
+                logger.warning("%s", error)
+
+
+@contextmanager
+def lock(folder: Path, exclusive: bool) -> Iterator[None]:
+    """Editors hold it together, from their first file to their version's publication; pruning holds it alone, so that
+    no file goes which an editor has found and is about to name.
+    """
+    path = folder / VERSIONS / _LOCK
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file = path.open("a")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}. Nothing was changed.") from None
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        yield  # closing the file gives the lock back, and so does the death of a process
 
 
 def read(folder: Path, version: int | None = None) -> Version:
     """A version, by default the current one.
 
     Raises:
-        UserError: there is no memory, no such version, or it is damaged.
+        UserError: there is no memory, or no such version.
+        DamagedVersion: it cannot be read.
     """
     known = numbers(folder)
     if not known:
@@ -97,19 +143,16 @@ def read(folder: Path, version: int | None = None) -> Version:
     if version not in known:
         raise UserError(f"{folder}: no version {version}; there are {known[0]} to {known[-1]}.")
     path = _path(folder, version)
-    text = path.read_text()
+    text = path.read_text(errors="replace")
     if text == _PRUNED:
         raise UserError(f"{folder}: version {version} was pruned; version {known[-1]} is current.")
     try:
         found = json.loads(text)
         damaged = found.pop(_CHECKSUM, None) != _checksum(found)
     except (ValueError, AttributeError) as error:
-        raise UserError(f"{path}: damaged: {error}. Open an older version, and publish it again by swap.") from None
+        raise DamagedVersion(str(path), str(error)) from None
     if damaged:
-        raise UserError(
-            f"{path}: damaged: its checksum is not that of its contents. Open an older version, and publish it again "
-            "by swap."
-        )
+        raise DamagedVersion(str(path), "its checksum is not that of its contents")
     if found.get("schema_version") != SCHEMA_VERSION:
         raise UserError(f"{path}: schema version {found.get('schema_version')}, this version reads {SCHEMA_VERSION}.")
     return validate(Version, found, str(path))

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from pema_ray.errors import UserError
 from pema_ray.pluglm import editing, versions
+from pema_ray.pluglm.editing import Change
 from pema_ray.pluglm.encoding import DocumentEncoder
 from pema_ray.pluglm.entries import Entry, NewEntry
 from pema_ray.pluglm.knowledge import document_code
@@ -320,6 +321,85 @@ def test_a_damaged_manifest_is_named_and_older_versions_are_still_there(memory) 
     with pytest.raises(UserError, match=r"00000002.json: damaged"):
         KnowledgeMemory.open(memory.folder)
     assert len(KnowledgeMemory.open(memory.folder, 1)) == 12
+
+
+def test_a_damaged_current_manifest_is_mended_by_a_swap(memory, encoder) -> None:
+    memory.add([NewEntry("w1"), NewEntry("w2")], encoder)
+    path = memory.folder / "versions" / "00000002.json"
+    path.write_bytes(path.read_bytes()[:-20] + b"\xff" * 20)
+    with pytest.raises(versions.DamagedVersion, match=r"memory swap .*memory .*memory --version 1"):
+        memory.delete([0])
+    old = KnowledgeMemory.open(memory.folder, 1)
+    back = old.swap(old)
+    assert (back.version, texts(back)) == (3, texts(memory))
+    assert not back.verify()
+    assert [one.version for one in back.history()] == [1, 3]
+    added = back.add([NewEntry("w5")], encoder)
+    assert max(texts(added)) >= 14  # 12 and 13 were given in the version that is lost
+    KnowledgeMemory.prune(memory.folder)
+    assert not added.verify()
+
+
+def test_damaged_files_are_not_taken_for_finished_ones(memory, encoder, make_model, words_tokenizer) -> None:
+    """An undone refresh, or an older version, left a file that is damaged since: it is made again, the same."""
+    other = DocumentEncoder(make_model(seed=4), words_tokenizer, "new")
+    fresh = memory.refresh(other)
+    for segment, damage in zip(fresh.manifest.segments, (lambda raw: raw[:-8] + bytes(8), lambda raw: raw[:40])):
+        path = memory.folder / segment.vectors.name
+        path.write_bytes(damage(path.read_bytes()))
+    assert len(fresh.verify()) == 2
+    again = fresh.refresh(other)
+    assert again.manifest.segments == fresh.manifest.segments
+    assert not again.verify() and not fresh.verify()
+    added = again.add([NewEntry("w7 w8")], other)
+    segment = added.manifest.segments[-1]
+    for info in (segment.documents, segment.vectors):
+        path = memory.folder / info.name
+        raw = bytearray(path.read_bytes())
+        raw[len(raw) // 2] ^= 255
+        path.write_bytes(raw)
+    assert added.verify()
+    twice = added.add([NewEntry("w7 w8")], other)
+    assert not twice.verify()
+    assert [entry.text for entry in twice.entries([12, 13])] == ["w7 w8"] * 2
+
+
+def test_several_changes_are_one_version_or_none(memory, encoder) -> None:
+    changes = [Change((3,), (NewEntry("w99"),)), Change((4, 5)), Change(entries=(NewEntry("w98"),)), Change((12,))]
+    edited = memory.edit(changes, encoder)
+    assert edited.version == 2
+    assert texts(edited) == {n: "w99" if n == 3 else text for n, text in texts(memory).items() if n not in (4, 5)}
+    for wrong, message in (
+        ([changes[0], Change((4,))], "has no entry 4"),
+        ([changes[0], Change(entries=(NewEntry(" "),))], "has no text"),
+        ([], "nothing to do"),
+    ):
+        with pytest.raises(UserError, match=message):
+            edited.edit(wrong, encoder)
+    with pytest.raises(UserError, match="8 entries would be left, the model retrieves 9"):
+        edited.edit([Change((0, 1))], None, least=9)
+    assert KnowledgeMemory.open(memory.folder).version == 2
+
+
+def test_pruning_waits_for_an_edit_that_names_a_file_of_an_old_version(memory, encoder, monkeypatch) -> None:
+    """The editor finds the file that only version 2 has; pruning that version must not take it away meanwhile."""
+    added = memory.add([NewEntry("w7 w8")], encoder)
+    added.delete([12])
+    publish, pruned = versions.publish, []
+    pruning = threading.Thread(target=lambda: pruned.append(KnowledgeMemory.prune(memory.folder)))
+
+    def slow(folder, version):
+        pruning.start()
+        pruning.join(0.3)  # as far as it comes
+        assert not pruned
+        publish(folder, version)
+
+    monkeypatch.setattr(versions, "publish", slow)
+    again = memory.add([NewEntry("w7 w8")], encoder)
+    pruning.join(30)
+    assert pruned == [[1, 2, 3]]
+    assert not again.verify()
+    assert texts(again)[13] == "w7 w8"
 
 
 def test_two_builds_of_the_same_are_the_same_bytes(memory, tmp_path, facts, encoder) -> None:

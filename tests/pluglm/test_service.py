@@ -82,6 +82,8 @@ def test_edits_need_a_key_and_change_answers(service, tmp_path) -> None:
                 ({"edits": [{"action": "delete", "entry_id": 77}]}, 400, "has no entry 77"),
                 ({"edits": [{"action": "delete", "entry_id": n} for n in range(10)]}, 400, "2 entries would be left"),
                 ({**good, "only_on": 9}, 409, "version 1 is current"),
+                # the last of three fails: the first two are not published either
+                ({"edits": [*good["edits"][:2], {"action": "delete", "entry_id": 4}]}, 400, "has no entry 4"),
             ):
                 answer = await c.post("/v1/memory/edit", json=body, headers=EDITOR)
                 assert (answer.status_code, words in answer.json()["error"]["message"]) == (status, True), answer.text
@@ -89,13 +91,58 @@ def test_edits_need_a_key_and_change_answers(service, tmp_path) -> None:
             assert answer.status_code == 400
             assert service.version == 1
             answer = await c.post("/v1/memory/edit", json={**good, "only_on": 1}, headers=EDITOR)
-            assert answer.json() == {"memory": "memory version 4", "version": 4, "entries": 12}
+            assert answer.json() == {"memory": "memory version 2", "version": 2, "entries": 12}
             answer = await c.post("/v1/fill-mask", json={"texts": ["w1 [MASK]"]})
-            assert answer.json()["memory_version"] == 4
+            assert answer.json()["memory_version"] == 2
 
     asyncio.run(ask())
-    (entry,) = KnowledgeMemory.open(tmp_path / "memory").entries([3])
+    memory = KnowledgeMemory.open(tmp_path / "memory")
+    (entry,) = memory.entries([3])
     assert (entry.text, entry.source) == ("w99 w98", "editor")
+    assert (memory.version, memory.manifest.action) == (2, "replace 3; delete 4; add 1")
+
+
+def test_an_edit_that_cannot_be_read_here_is_told_as_published(service, monkeypatch) -> None:
+    """The version of the edit is named, and answers go on with the one before, and name that."""
+    load = KnowledgeMemory.load
+
+    def fails(self, *arguments, **options):
+        if self.version > 1:
+            raise UserError("the disk is gone")
+        return load(self, *arguments, **options)
+
+    monkeypatch.setattr(KnowledgeMemory, "load", fails)
+
+    async def ask() -> None:
+        async with client(service) as c:
+            edit = {"edits": [{"action": "add", "text": "w97"}]}
+            answer = await c.post("/v1/memory/edit", json=edit, headers=EDITOR)
+            assert answer.status_code == 503
+            message = answer.json()["error"]["message"]
+            assert message.startswith("memory version 2 was published with these edits, but")
+            assert "goes on answering by version 1: the disk is gone" in message
+            answer = await c.post("/v1/fill-mask", json={"texts": ["w1 [MASK]"]})
+            assert answer.json()["memory_version"] == 1
+
+    asyncio.run(ask())
+
+
+def test_a_version_that_one_model_refuses_is_attached_to_none(service, model, words_tokenizer, tmp_path) -> None:
+    """Two models; the second refuses the next version. Both go on with the version that answers name."""
+    service._models["classify"] = (type(model)(model.config), words_tokenizer)
+    second = service._models["classify"][0]
+    second.attach(service._held, allow_stale=True)
+
+    def refuses(knowledge: Any, allow_stale: bool = False) -> None:
+        if knowledge.version > 1:
+            raise UserError("not this one")
+
+    second.attach = refuses
+    KnowledgeMemory.open(tmp_path / "memory").delete([0])
+    with pytest.raises(UserError, match="not this one"):
+        service._follow()
+    assert service.version == 1
+    assert {one.knowledge.version for one, _ in service._models.values()} == {1}
 
 
 def test_no_request_is_dropped_while_the_memory_is_edited(service, model, words_tokenizer, tmp_path) -> None:

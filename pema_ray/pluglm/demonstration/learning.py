@@ -38,6 +38,8 @@ class FactsSettings(Section):
     query_size: int = Field(default=64, ge=1)
     memory_feed_forward: int = Field(default=0, ge=0)
     top_k: int = Field(default=5, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Of states and attention, as BERT's."""
     steps: int = Field(default=3000, ge=1)
     batch_size: int = Field(default=64, ge=1)
     learning_rate: float = Field(default=2e-3, gt=0)
@@ -70,7 +72,7 @@ def new_model(c: FactsSettings, seed: int) -> PlugLMForMaskedLM:
         "model_type": "bert", "vocab_size": 5 + len(c.world.words), "hidden_size": c.hidden_size,
         "intermediate_size": 4 * c.hidden_size, "num_hidden_layers": c.layers, "num_attention_heads": c.heads,
         "max_position_embeddings": 16, "type_vocab_size": 2, "pad_token_id": 0,
-        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+        "hidden_dropout_prob": c.dropout, "attention_probs_dropout_prob": c.dropout,
     }  # fmt: skip
     torch.manual_seed(seed)
     config = PlugLMConfig(
