@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledError
 
 from pema_ray.plm_owner.service import PLMEngine
 
@@ -16,12 +16,16 @@ class DirectHandle:
 
     Args:
         make: makes a replica; they are named r0, r1, …
+
+    Attributes:
+        wire_seconds: between a replica's answer and its caller.
     """
 
     def __init__(self, make: Callable[[], PLMEngine], replicas: int = 1) -> None:
         self._make, self._made = make, 0
         self.replicas: dict[str, PLMEngine] = {}
         self._turn = 0
+        self.wire_seconds = 0.0
         self.calls: list[tuple[str, str | None]] = []
         self.before: Callable[[str], None] = lambda method: None
         for _ in range(replicas):
@@ -59,22 +63,44 @@ class _Method:
     def __init__(self, handle: DirectHandle, home: str | None, method: str) -> None:
         self._handle, self._home, self._method = handle, home, method
 
-    async def remote(self, *args: Any) -> Any:
+    def remote(self, *args: Any) -> _Response:
         handle = self._handle
         handle.calls.append((self._method, self._home))
-        handle.before(self._method)
+        return _Response(handle, self._method, self._home, args)
+
+
+class _Response:
+    """What a call gives: it goes on while nobody waits for it, until it is cancelled or answered."""
+
+    def __init__(self, handle: DirectHandle, method: str, home: str | None, args: tuple[Any, ...]) -> None:
+        self._work: asyncio.Future[Any] | None = None
+        self._cancelled = False
+        self._task = asyncio.ensure_future(self._answer(handle, method, home, args))
+
+    def __await__(self) -> Any:
+        return asyncio.shield(self._task).__await__()
+
+    def cancel(self) -> None:
+        """As Ray does: what the replica has answered by now is answered."""
+        self._cancelled = True
+        if self._work is not None:
+            self._work.cancel()
+
+    async def _answer(self, handle: DirectHandle, method: str, home: str | None, args: tuple[Any, ...]) -> Any:
+        handle.before(method)
         if not handle.replicas:
             raise DeploymentUnavailableError("no replica")
+        if self._cancelled:
+            raise RequestCancelledError
         names = sorted(handle.replicas)
         handle._turn += 1
-        name = self._home if self._home in handle.replicas else names[handle._turn % len(names)]
-        work = asyncio.ensure_future(getattr(handle.replicas[name], self._method)(*args))
-        try:
-            while not work.done():
-                await asyncio.wait([work], timeout=0.01)
-                if name not in handle.replicas:
-                    raise DeploymentUnavailableError(f"{name} died")
-        except asyncio.CancelledError:  # Serve cancels what a caller does not wait for any more
-            work.cancel()
-            raise
+        name = home if home in handle.replicas else names[handle._turn % len(names)]
+        self._work = work = asyncio.ensure_future(getattr(handle.replicas[name], method)(*args))
+        while not work.done():
+            await asyncio.wait([work], timeout=0.01)
+            if name not in handle.replicas:
+                raise DeploymentUnavailableError(f"{name} died")
+        if work.cancelled():
+            raise RequestCancelledError
+        await asyncio.sleep(handle.wire_seconds)
         return work.result()

@@ -158,17 +158,25 @@ class PemaAdapter(nn.Module):
         log_plm = head.log_probs(head.norm(state_NH))
         return torch.logaddexp(log_pema_NV + F.logsigmoid(score), log_plm + F.logsigmoid(-score))
 
+    def trusted(self, state_NH: torch.Tensor, head: LMHead) -> torch.Tensor:
+        """`g`, float32 `[N]`: the share of P_PEMA in what `trust` gives; ones where λ is not predicted."""
+        if self.gate is None:
+            return torch.ones(len(state_NH), device=state_NH.device)
+        return self.gate(self.enter(state_NH, head))[:, 0].sigmoid()
+
     def log_probs(
         self,
         state_NH: torch.Tensor,
         head: LMHead,
         sequences: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+        alone: bool = False,
     ) -> torch.Tensor:
         """float32 log P_PEMA `[N, V]` of representations as the PLM owner sends them (equation 4).
 
         Args:
             sequences: for an adapter that looks back, `(target_N, example_N, wanted_N)`: the first two as `look` takes
                 them; log P is that of the rows wanted (bool) alone.
+            alone: without `trust`.
 
         Raises:
             ValueError: the adapter looks back, and no sequences are given.
@@ -177,17 +185,24 @@ class PemaAdapter(nn.Module):
         if sequences is None:
             if self.config.looks_back:
                 raise ValueError("this adapter looks back: its rows need their sequences")
-            return self.trust(head.log_probs(self.leave(self.predict(x), head)), state_NH, head)
+            log_p = head.log_probs(self.leave(self.predict(x), head))
+            return log_p if alone else self.trust(log_p, state_NH, head)
         target_N, example_N, wanted_N = sequences
         seen = self.look(x, target_N, example_N, head)[wanted_N]
         log_p = head.log_probs(self.leave(self.predict(seen), head))
         if self.local_memory is not None:
             log_p = log_mixture(x, log_p, self.local_memory, target_N, example_N, wanted_N)
-        return self.trust(log_p, state_NH[wanted_N], head)
+        return log_p if alone else self.trust(log_p, state_NH[wanted_N], head)
 
-    def begin(self, source: ContextSource, prompts: Sequence[Sequence[int]], head: LMHead) -> Reading:
-        """Go along with sequences that are being decoded."""
-        return _LookingBack(self, source, prompts, head) if self.config.looks_back else Stateless(self, head)
+    def begin(
+        self, source: ContextSource, prompts: Sequence[Sequence[int]], head: LMHead, alone: bool = False
+    ) -> Reading:
+        """Go along with sequences that are being decoded.
+
+        Args:
+            alone: without `trust`; of an adapter that looks back.
+        """
+        return _LookingBack(self, source, prompts, head, alone) if self.config.looks_back else Stateless(self, head)
 
     # ── on disk ─────────────────────────────────────────────────────────────
 
@@ -286,9 +301,9 @@ class _LookingBack:
     """An adapter beside a decoding session: what it looks back at grows with every token."""
 
     def __init__(
-        self, adapter: PemaAdapter, source: ContextSource, prompts: Sequence[Sequence[int]], head: LMHead
+        self, adapter: PemaAdapter, source: ContextSource, prompts: Sequence[Sequence[int]], head: LMHead, alone: bool
     ) -> None:
-        self._adapter, self._head = adapter, head
+        self._adapter, self._head, self._alone = adapter, head, alone
         self._cache = adapter.look_back.begin(len(prompts)) if adapter.look_back else None
         self._local = adapter.local_memory.begin(len(prompts)) if adapter.local_memory else None
         self._take_in(source, [list(prompt) for prompt in prompts])
@@ -327,7 +342,8 @@ class _LookingBack:
         state = state_BH.to(head.weight.device)
         x = self._step(adapter.enter(state, head))
         log_p = head.log_probs(adapter.leave(adapter.predict(x), head))
-        return adapter.trust(log_p if self._local is None else self._local.mix(log_p), state, head)
+        log_p = log_p if self._local is None else self._local.mix(log_p)
+        return log_p if self._alone else adapter.trust(log_p, state, head)
 
     def follow(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
         device = self._head.weight.device

@@ -1,10 +1,12 @@
 """Who may use a PLM owner's public service, and how much: keys, quotas, and a log of who did what, without contents.
 
-A key is a random string that is shown once; only its SHA-256 is kept. Quotas are counted over a sliding minute.
+A key is a random string that is shown once; only its SHA-256 is kept. Quotas are counted over a sliding minute. Files
+are read and written, and keys hashed, in a thread of their own: the event loop waits for no disk.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import logging
@@ -12,9 +14,11 @@ import os
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 from pydantic import Field, field_validator
@@ -92,13 +96,20 @@ class Refused(Exception):
 
 
 class Account:
-    """What one data owner has used of its quota in the last minute."""
+    """What one data owner has used of its quota in the last minute, and what its requests hold just now.
+
+    Attributes:
+        sessions: open ones, and when they were last heard of.
+        requests: under way.
+        held_bytes: of their bodies and answers.
+    """
 
     def __init__(self, client: Client, clock: Callable[[], float] = time.monotonic) -> None:
         self.client, self._clock = client, clock
-        self._used: dict[str, deque[tuple[float, int]]] = {"rows": deque(), "tokens": deque()}
-        self._sums = {"rows": 0, "tokens": 0}
+        self._used: dict[str, deque[tuple[float, int]]] = {}
+        self._sums: dict[str, int] = {}
         self.sessions: dict[str, float] = {}
+        self.requests = self.held_bytes = 0
 
     def spend(self, rows: int, tokens: int, opens: set[str]) -> None:
         """Count a request before it is done; nothing is counted of one that is refused.
@@ -107,25 +118,39 @@ class Account:
             Refused: 413 what would never fit, 429 what does not fit now.
         """
         quota, now = self.client.quota, self._clock()
-        for name, amount, most in (
-            ("rows", rows, quota.rows_per_minute),
-            ("tokens", tokens, quota.tokens_per_minute),
-        ):
+        wanted = {"rows": (rows, quota.rows_per_minute), "tokens": (tokens, quota.tokens_per_minute)}
+        self._afford(wanted, now)
+        fresh = opens - self.sessions.keys()
+        if quota.sessions is not None and len(self.sessions) + len(fresh) > quota.sessions:
+            raise Refused(429, f"Your quota is {quota.sessions} sessions at a time; close one first.", 1.0)
+        self._count(wanted, now)
+        self.sessions |= dict.fromkeys(opens, now)
+
+    def spend_head(self, most: int) -> None:
+        """Count an LM head that is asked for; `most` are given a minute.
+
+        Raises:
+            Refused: 429.
+        """
+        wanted, now = {"LM heads": (1, most)}, self._clock()
+        self._afford(wanted, now)
+        self._count(wanted, now)
+
+    def _afford(self, wanted: Mapping[str, tuple[int, int | None]], now: float) -> None:
+        for name, (amount, most) in wanted.items():
             self._forget(name, now)
             if most is None:
                 continue
             if amount > most:
                 raise Refused(413, f"{amount} {name} in one request; your quota is {most} a minute.")
-            if self._sums[name] + amount > most:
+            if self._sums.get(name, 0) + amount > most:
                 wait = self._until(name, amount, most, now)
                 raise Refused(429, f"Your quota is {most} {name} a minute; come again in {wait:.0f} s.", wait)
-        fresh = opens - self.sessions.keys()
-        if quota.sessions is not None and len(self.sessions) + len(fresh) > quota.sessions:
-            raise Refused(429, f"Your quota is {quota.sessions} sessions at a time; close one first.", 1.0)
-        for name, amount in (("rows", rows), ("tokens", tokens)):
-            self._used[name].append((now, amount))
-            self._sums[name] += amount
-        self.sessions |= dict.fromkeys(opens, now)
+
+    def _count(self, wanted: Mapping[str, tuple[int, int | None]], now: float) -> None:
+        for name, (amount, _) in wanted.items():
+            self._used.setdefault(name, deque()).append((now, amount))
+            self._sums[name] = self._sums.get(name, 0) + amount
 
     def forget_idle(self, seconds: float) -> None:
         """Count sessions no more that were not heard of for so long."""
@@ -133,7 +158,7 @@ class Account:
         self.sessions = {name: at for name, at in self.sessions.items() if at >= oldest}
 
     def _forget(self, name: str, now: float) -> None:
-        used = self._used[name]
+        used = self._used.get(name, ())
         while used and used[0][0] <= now - _MINUTE:
             self._sums[name] -= used.popleft()[1]
 
@@ -145,6 +170,44 @@ class Account:
             if over <= 0:
                 return max(1.0, at + _MINUTE - now)
         return _MINUTE
+
+
+class Held:
+    """What one request holds in memory, from its first byte until its answer has been sent: a context.
+
+    Args:
+        most_requests: of the account, under way at the same time.
+        most_bytes: of all of them; one request alone may always be as large as single requests may.
+
+    Raises:
+        Refused: 429, on entering; the data owner has as many under way.
+    """
+
+    def __init__(self, account: Account, most_requests: int, most_bytes: float) -> None:
+        self._account, self._most_requests, self._most_bytes = account, most_requests, most_bytes
+        self._bytes = 0
+
+    def __enter__(self) -> Held:
+        if self._account.requests >= self._most_requests:
+            raise Refused(429, f"{self._most_requests} requests of yours are under way; come again after one.", 1.0)
+        self._account.requests += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._account.requests -= 1
+        self._account.held_bytes -= self._bytes
+
+    def add(self, size: int) -> None:
+        """So many bytes more: of the body as they come, of the answer before it is made.
+
+        Raises:
+            Refused: 429, too much with the data owner's other requests.
+        """
+        others = self._account.held_bytes - self._bytes
+        if others and others + self._bytes + size > self._most_bytes:
+            raise Refused(429, f"Your requests under way hold {others / 2**20:.0f} MiB; come again after one.", 1.0)
+        self._account.held_bytes += size
+        self._bytes += size
 
 
 class Access:
@@ -159,7 +222,18 @@ class Access:
         self._keys, self._audit, self._clock = keys, audit, clock
         self._accounts: dict[str, Account] = {}
         self._read_at: tuple[int, int] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="access")
+        self._audit_file: TextIO | None = None
         self.reload()
+
+    async def admit(self, authorization: str | None) -> Account:
+        """`account`, without a wait for the disk."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self.account, authorization)
+
+    async def note(self, **entry: Any) -> None:
+        """`log`, without a wait for the disk; it is done even if nobody waits for it any more."""
+        loop = asyncio.get_running_loop()
+        await asyncio.shield(loop.run_in_executor(self._thread, lambda: self.log(**entry)))
 
     def reload(self) -> None:
         """Read the file of keys again; who stays keeps what it has used. A changed file is read at the next request.
@@ -191,9 +265,9 @@ class Access:
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key:
             raise Refused(401, "A key is needed: Authorization: Bearer pema-…")
-        found = None
+        found, hashed = None, hash_of(key.strip())
         for known, account in self._accounts.items():  # all of them, so that time tells nothing
-            if secrets.compare_digest(known, hash_of(key.strip())):
+            if secrets.compare_digest(known, hashed):
                 found = account
         if found is None:
             raise Refused(401, "This key is not known here.")
@@ -208,13 +282,35 @@ class Access:
 
     def log(self, **entry: Any) -> None:
         """One line of the audit log: who, what, how much, how long; never a token, a state or a key."""
-        if self._audit is not None:
-            line = json.dumps({"time": round(time.time(), 3), **entry})
+        if self._audit is None:
+            return
+        line = json.dumps({"time": round(time.time(), 3), **entry})
+        try:
+            file = self._opened(self._audit)
+            file.write(line + "\n")
+            file.flush()
+        except OSError as error:  # a full disk must not end the service, but it must be heard of
+            logger.error("%s: the audit log cannot be written: %s; lost: %s", self._audit, error.strerror, line)
+            self._close_audit()
+
+    def _opened(self, audit: Path) -> TextIO:
+        """The audit file, which stays open until somebody moves it away."""
+        if self._audit_file is not None:
             try:
-                with self._audit.open("a") as file:
-                    file.write(line + "\n")
-            except OSError as error:  # a full disk must not end the service, but it must be heard of
-                logger.error("%s: the audit log cannot be written: %s; lost: %s", self._audit, error.strerror, line)
+                moved = not os.path.samestat(os.stat(audit), os.fstat(self._audit_file.fileno()))
+            except FileNotFoundError:
+                moved = True
+            if moved:
+                self._close_audit()
+        if self._audit_file is None:
+            self._audit_file = audit.open("a")
+        return self._audit_file
+
+    def _close_audit(self) -> None:
+        file, self._audit_file = self._audit_file, None
+        if file is not None:
+            with suppress(OSError):  # it tries again what could not be written
+                file.close()
 
 
 def add_client(keys: Path, name: str, quota: Quota) -> str:

@@ -1,7 +1,8 @@
 """The replicas of a PLM owner in one cluster, called through a Serve handle: a `Stepper` that keeps sessions at home.
 
 Bytes go in and come out as they would between organisations. A replica that dies takes its sessions with it: their
-steps are `Busy`, then `SessionLost` at whichever replica is there, and the data owner says them again whole.
+steps are `Busy`, then `SessionLost` at whichever replica is there, and the data owner says them again whole. A step
+that its caller waits for no more is cancelled where it is; sessions that it has opened all the same are closed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from typing import Any
 from pema_ray.errors import UserError
 from pema_ray.line import ExtractBatch, LMHeadBundle, ModelCard, SessionLost, codec
 from pema_ray.line.stepping import Busy, Step, Stepped
+from pema_ray.plm_owner.off_loop import off_loop
 
+_TOKEN_BYTES = 4
 _MOST_HOMES = 100_000
 
 
@@ -32,6 +35,8 @@ class Replicas:
         self._described: dict[str, Any] | None = None
         self._flying: Counter[str] = Counter()
         self._closed: set[str] = set()
+        """Sessions to close as soon as it is known where they live."""
+        self._answering: set[asyncio.Task[list[Stepped | Exception]]] = set()
 
     async def describe(self) -> ModelCard:
         return ModelCard.from_dict({k: v for k, v in (await self.limits()).items() if k != "max_session_tokens"})
@@ -68,8 +73,12 @@ class Replicas:
         from ray.exceptions import RayError
         from ray.serve.exceptions import RayServeException
 
+        response = method.remote(*args)
         try:
-            return await method.remote(*args)
+            return await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
         except UserError as error:
             raise _own(error) from None
         except (RayError, RayServeException) as error:
@@ -92,35 +101,53 @@ class Replicas:
         return found
 
     async def _at(self, home: str, steps: Sequence[Step]) -> list[Stepped | Exception]:
+        handle = self._handle if home.startswith("?") else self._handle.options(session_id=f"{home}/")
+        body = await off_loop(_TOKEN_BYTES * sum(len(step.tokens) for step in steps), codec.encode_steps, steps)
+        self._flying.update(step.session for step in steps)
+        response = handle.step.remote(self._owner, body)
+        # A task of its own, which hears the answer even if the caller goes away: it alone tells where sessions live.
+        answering = asyncio.create_task(self._answered(response, steps))
+        self._answering.add(answering)
+        answering.add_done_callback(self._answering.discard)
+        try:
+            return await asyncio.shield(answering)
+        except asyncio.CancelledError:
+            if not answering.done():
+                self._closed.update(step.session for step in steps if step.session not in self._homes)
+                response.cancel()
+            raise
+
+    async def _answered(self, response: Any, steps: Sequence[Step]) -> list[Stepped | Exception]:
         from ray.exceptions import RayError
         from ray.serve.exceptions import BackPressureError, RayServeException
 
-        handle = self._handle if home.startswith("?") else self._handle.options(session_id=f"{home}/")
         names = [step.session for step in steps]
-        self._flying.update(names)
+        replica: str | None = None
+        outcomes: list[Stepped | Exception]
         try:
-            replica, body = await handle.step.remote(self._owner, codec.encode_steps(steps))
-            outcomes = codec.decode_stepped(body, UserError)
+            replica, body = await response
+            outcomes = await off_loop(len(body), codec.decode_stepped, body, UserError)
         except (BackPressureError, Busy) as error:
-            return [Busy(str(error), getattr(error, "retry_after", 1.0))] * len(steps)
+            outcomes = [Busy(str(error), getattr(error, "retry_after", 1.0))] * len(steps)
         except UserError as error:
-            return [_own(error)] * len(steps)
+            outcomes = [_own(error)] * len(steps)
         except (RayError, RayServeException) as error:  # the replica died, or is being replaced: ask another
-            for step in steps:
-                self._homes.pop(step.session, None)
-            return [Busy(f"no replica of the PLM answers ({type(error).__name__})", 0.1)] * len(steps)
+            for name in names:
+                self._homes.pop(name, None)
+            outcomes = [Busy(f"no replica of the PLM answers ({type(error).__name__})", 0.1)] * len(steps)
         finally:
             self._flying.subtract(names)
             self._flying += Counter()  # without those that are at nought
             closed = self._closed.intersection(names)
             self._closed -= closed
-        for step, outcome in zip(steps, outcomes, strict=True):
-            if isinstance(outcome, Stepped):
-                self._homes[step.session] = replica
-                if len(self._homes) > _MOST_HOMES:  # sessions that nobody closed
-                    del self._homes[next(iter(self._homes))]
-            else:
-                self._homes.pop(step.session, None)
+        if replica is not None:
+            for name, outcome in zip(names, outcomes, strict=True):
+                if isinstance(outcome, Stepped):
+                    self._homes[name] = replica
+                    if len(self._homes) > _MOST_HOMES:  # sessions that nobody closed
+                        del self._homes[next(iter(self._homes))]
+                else:
+                    self._homes.pop(name, None)
         if closed:  # while this was under way, nobody knew where they would live
             await self.close(sorted(closed))
         return outcomes

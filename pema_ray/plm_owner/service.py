@@ -19,10 +19,12 @@ from pema_ray.config import PLMConfig, Section
 from pema_ray.errors import UserError
 from pema_ray.hardware import DTYPES
 from pema_ray.line import ExtractBatch, codec
+from pema_ray.line.stepping import Stepped
 from pema_ray.metrics import RayMetrics
 from pema_ray.plm_owner.engine import Batcher, BatchSettings, Engine
 from pema_ray.plm_owner.in_process import InProcessPLM
 from pema_ray.plm_owner.load import load_plm
+from pema_ray.plm_owner.off_loop import off_loop
 
 
 class EngineConfig(Section):
@@ -88,8 +90,12 @@ class PLMEngine:
     async def lm_head(self) -> bytes:
         """The LM-head bundle's files, as a frame."""
         engine = await self._engine()
+        return await engine.call(self._framed_head)
+
+    def _framed_head(self) -> bytes:
+        """Made once: in the engine's one thread, where nobody comes between."""
         if self._head_frame is None:
-            self._head_frame = await engine.call(lambda: codec.encode_files(self._source.lm_head().to_files()))
+            self._head_frame = codec.encode_files(self._source.lm_head().to_files())
         return self._head_frame
 
     async def step(self, owner: str, body: bytes) -> tuple[str, bytes]:
@@ -99,8 +105,13 @@ class PLMEngine:
             BadFrame: the bytes are no steps.
         """
         engine = await self._engine()
-        outcomes = await engine.step(owner, codec.decode_steps(body), self.config.timeout_seconds)
-        return self.replica, codec.encode_stepped([self._sent(outcome) for outcome in outcomes])
+        steps = await off_loop(len(body), codec.decode_steps, body)
+        outcomes = await engine.step(owner, steps, self.config.timeout_seconds)
+        size = sum(outcome.state_NH.nbytes for outcome in outcomes if isinstance(outcome, Stepped))
+        return self.replica, await off_loop(size, self._encoded, outcomes)
+
+    def _encoded(self, outcomes: Sequence[Stepped | Exception]) -> bytes:
+        return codec.encode_stepped([self._sent(outcome) for outcome in outcomes])
 
     def _sent(self, outcome: Any) -> Any:
         if self._dtype is None or isinstance(outcome, Exception):
@@ -113,7 +124,7 @@ class PLMEngine:
         Raises:
             BadFrame: the bytes are no batch; UserError: a sequence is too long.
         """
-        engine, batch = await self._engine(), codec.decode_extract(body)
+        engine, batch = await self._engine(), await off_loop(len(body), codec.decode_extract, body)
         longest = max(map(len, batch.token_ids))
         if longest > engine.batcher.max_tokens:
             name = self._source.describe().name
@@ -122,7 +133,10 @@ class PLMEngine:
         rows = []
         for piece in _pieces(batch, self.config.extract_tokens):
             rows.append(await engine.call(partial(self._extract, owner, piece)))
-        whole = torch.cat(rows)
+        return await off_loop(sum(piece.nbytes for piece in rows), self._joined, rows)
+
+    def _joined(self, rows: Sequence[torch.Tensor]) -> bytes:
+        whole = torch.cat(list(rows))
         return codec.encode_rows(whole if self._dtype is None else whole.to(self._dtype))
 
     def _extract(self, owner: str, piece: ExtractBatch) -> torch.Tensor:

@@ -11,6 +11,7 @@ import random
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,7 +48,8 @@ class Service(Protocol):
     timeout_seconds: float
     draft: int
     started: int
-    reading: asyncio.Lock
+    reading: ThreadPoolExecutor
+    """Of one thread: tokenizers do not like company."""
 
     @property
     def ready(self) -> bool: ...
@@ -292,8 +294,7 @@ class _Chat(_Form):
 
 async def _read(service: Service, kind: type[_Form], asked: Any) -> _Form:
     """The request's prompts as tokens; streams go on meanwhile."""
-    async with service.reading:  # one at a time: tokenizers do not like company
-        return await asyncio.to_thread(kind, service, asked)
+    return await asyncio.get_running_loop().run_in_executor(service.reading, kind, service, asked)
 
 
 async def _answer(service: Service, form: _Form) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,7 +81,8 @@ class DataOwner:
         self._live = Live()
         self._sampling: asyncio.Task[None] | None = None
         self._starting: asyncio.Task[None] | None = None
-        self._loading, self.reading = asyncio.Lock(), asyncio.Lock()
+        self._loading = asyncio.Lock()
+        self.reading = ThreadPoolExecutor(1, thread_name_prefix="reading")
         self.unroller: Unroller
         self.card: ModelCard
         self.tokenizer: Any

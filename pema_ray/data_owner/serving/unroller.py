@@ -38,7 +38,9 @@ logger = logging.getLogger(__name__)
 _REPLAYS = 20  # of one sequence without a new token before it is given up
 _SHORTEST_PAUSE = 0.05  # seconds between two attempts at a busy PLM owner, which may ask for longer ones
 _OPENINGS = 16  # under way at once: those that wait for a slot must not take up the line of those that have one
+_LAST_WORDS = 2.0  # seconds to close sessions in, when the service ends
 _PATIENCE = 1.5  # round trips, as long as they were lately
+_LEAST_TRUSTED = 1e-30  # never nought, which would spare a step that a reading has to take
 _MOST_ROWS = 128  # of one product with the LM head
 
 
@@ -116,6 +118,7 @@ class Unroller:
         self._wake = asyncio.Event()
         self._sequences: set[_Sequence] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closings: set[asyncio.Task[None]] = set()
         self._loop = asyncio.create_task(self._serve(), name="unroller")
 
     @property
@@ -129,8 +132,14 @@ class Unroller:
             raise RuntimeError("the unroller has stopped")
 
     async def stop(self) -> None:
-        """End; answers that are being made are given up."""
+        """End; answers that are being made are given up, and the PLM owner is told so."""
         self._loop.cancel()
+        for sequence in self._sequences:
+            self._close(sequence.session)
+        for task in self._tasks - self._closings:
+            task.cancel()
+        if self._closings:
+            await asyncio.wait(self._closings, timeout=_LAST_WORDS)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(self._loop, *self._tasks, return_exceptions=True)
@@ -159,7 +168,8 @@ class Unroller:
             while True:
                 left = sequence.deadline - time.monotonic()
                 try:
-                    got = await asyncio.wait_for(sequence.out.get(), max(left, 0.001))
+                    async with asyncio.timeout(max(left, 0.001)):
+                        got = await sequence.out.get()
                 except TimeoutError:
                     raise GivenUp(f"the answer was not finished within {timeout:g} seconds") from None
                 if isinstance(got, Exception):
@@ -175,7 +185,7 @@ class Unroller:
             self._sequences.discard(sequence)
             if sequence.trip is not None:
                 sequence.trip.cancel()
-            self._spawn(self._forget(sequence.session))
+            self._close(sequence.session)
 
     def _begin(self, order: Order, deadline: float) -> _Sequence:
         if order.adapter is not None and order.adapter not in self.adapters:
@@ -218,7 +228,7 @@ class Unroller:
         self.counts["round_trips"] += 1
         for sequence, outcome in zip(sequences, outcomes, strict=True):
             if sequence.gone:
-                self._spawn(self._forget(sequence.session))  # it may just have been opened again
+                self._close(sequence.session)  # it may just have been opened again
             elif isinstance(outcome, Stepped):
                 sequence.told = len(sequence.ids)
                 if outcome.drafted:
@@ -246,7 +256,7 @@ class Unroller:
 
     def _replay(self, sequence: _Sequence) -> None:
         """Say a lost session again, whole and under another name."""
-        self._spawn(self._forget(sequence.session))
+        self._close(sequence.session)
         sequence.told, sequence.guessed, sequence.bet = 0, [], Bet()
         sequence.session = uuid.uuid4().hex
         sequence.replays += 1
@@ -271,6 +281,11 @@ class Unroller:
             assert sequence.adapter is not None
             states = len(tokens) - min(sequence.adapter.config.prompt_from, len(tokens) - 1)
         return Step(sequence.session, sequence.told, tokens, states, sequence.bet.draft)
+
+    def _close(self, session: str) -> None:
+        task = self._spawn(self._forget(session))
+        self._closings.add(task)
+        task.add_done_callback(self._closings.discard)
 
     async def _forget(self, session: str) -> None:
         with suppress(Exception):  # a PLM owner that is gone forgets by itself
@@ -316,7 +331,8 @@ class Unroller:
         end = time.perf_counter() + _PATIENCE * self._trip
         while self._flying and (left := end - time.perf_counter()) > 0:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), left)
+                async with asyncio.timeout(left):
+                    await self._wake.wait()
             self._wake.clear()
 
     def _choose(self, batch: Sequence[_Sequence]) -> list[list[Token] | Exception]:
@@ -343,7 +359,7 @@ class Unroller:
             if sequence.looks_back and sequence.reading is None and sequence.state_NH is not None:
                 assert sequence.adapter is not None
                 sent: Any = _Sent(sequence.state_NH)
-                sequence.reading = sequence.adapter.begin(sent, [sequence.ids], self.head)
+                sequence.reading = sequence.adapter.begin(sent, [sequence.ids], self.head, alone=True)
                 sequence.state_NH = sequence.state_NH[-1:]
 
     def _bet(self, going_on: Sequence[_Sequence]) -> None:
@@ -370,8 +386,8 @@ class Unroller:
         device = self.head.weight.device
         counts = [0 if s.state_NH is None else len(s.state_NH) for s in batch]
         state_NH = torch.cat([s.state_NH for s in batch if s.state_NH is not None]).to(device)
-        lam = [self._lam(s, s.step + i) for s, n in zip(batch, counts, strict=True) for i in range(n)]
-        lam_N = torch.tensor(lam)
+        lam_N = self._lam(batch, counts, state_NH)
+        lam = lam_N.tolist()
         asks = torch.tensor([s.order.explain for s, n in zip(batch, counts, strict=True) for _ in range(n)])
         log_plm = log_pema = None
         if bool((asks | (lam_N < 1)).any()):
@@ -395,18 +411,28 @@ class Unroller:
             begin += n
         return found
 
-    @staticmethod
-    def _lam(sequence: _Sequence, step: int) -> float:
-        return 0.0 if sequence.adapter is None else sequence.order.schedule.at(step, sequence.order.length)
+    def _lam(self, batch: Sequence[_Sequence], counts: Sequence[int], state_NH: torch.Tensor) -> torch.Tensor:
+        """λ of every state `[N]`: the schedule's, times how far the adapter trusts itself where it says so."""
+        lam = []
+        for s, n in zip(batch, counts, strict=True):
+            schedule, length = s.order.schedule, s.order.length
+            lam += [0.0 if s.adapter is None else schedule.at(s.step + i, length) for i in range(n)]
+        lam_N = torch.tensor(lam)
+        whose = [s.adapter for s, n in zip(batch, counts, strict=True) for _ in range(n)]
+        for adapter in dict.fromkeys(a for a in whose if a is not None and a.config.predicts_lambda):
+            rows = torch.tensor([a is adapter for a in whose])
+            trusted = adapter.trusted(state_NH[rows], self.head).cpu()
+            lam_N[rows] *= trusted.clamp_min(_LEAST_TRUSTED)
+        return lam_N
 
     def _pema(
         self, batch: Sequence[_Sequence], counts: Sequence[int], state_NH: torch.Tensor, wanted_N: torch.Tensor
     ) -> torch.Tensor:
-        """float32 log P_PEMA `[N, V]`, adapter by adapter; zeros where λ is 0 and nobody asks."""
+        """float32 log P_PEMA alone `[N, V]`, adapter by adapter; zeros where λ is 0 and nobody asks."""
         whose = [sequence.adapter for sequence, n in zip(batch, counts, strict=True) for _ in range(n)]
         alone = list(dict.fromkeys(a for a in whose if a is not None and not a.config.looks_back))
         if len(alone) == 1 and all(a is alone[0] for a in whose):
-            return alone[0].log_probs(state_NH, self.head)
+            return alone[0].log_probs(state_NH, self.head, alone=True)
         found = torch.zeros(len(state_NH), self.head.vocab_size, device=state_NH.device)
         for row, sequence in zip(accumulate(counts, initial=0), batch, strict=False):
             if sequence.reading is not None and bool(wanted_N[row]):
@@ -414,7 +440,7 @@ class Unroller:
         for adapter in alone:
             rows = torch.tensor([a is adapter for a in whose]) & wanted_N
             if bool(rows.any()):
-                found[rows] = adapter.log_probs(state_NH[rows], self.head)
+                found[rows] = adapter.log_probs(state_NH[rows], self.head, alone=True)
         return found
 
     def _follow(

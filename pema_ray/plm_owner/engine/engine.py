@@ -118,8 +118,9 @@ class Engine:
                 self.batcher.forget_abandoned()
                 if not self._changes and not self.batcher.busy:
                     self._wake.clear()
-                    with suppress(TimeoutError):
-                        await asyncio.wait_for(self._wake.wait(), self.batcher.settings.forget_seconds / 4)
+                    with suppress(TimeoutError):  # `wait_for` of Python 3.11 may lose that this is cancelled
+                        async with asyncio.timeout(self.batcher.settings.forget_seconds / 4):
+                            await self._wake.wait()
                 changes, self._changes = self._changes, []
                 for change in changes:
                     change()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -150,6 +152,39 @@ async def test_an_adapter_that_reads_whole_sequences_is_served_as_it_generates(
         assert got[:-1] == expected
         assert got[-1] == offline(tiny_source, adapter, mixed[-1:])[0]
         assert await world.live_sessions() == 0
+
+
+@pytest.mark.parametrize("more", [{}, {"look_back_layers": 1, "look_back_width": 16}], ids=["newest", "look back"])
+async def test_an_adapter_that_predicts_its_lambda_is_explained_by_what_it_predicts(tiny_plm_folder, tiny_source, more):
+    gated = make_adapter(tiny_source, predicts_lambda=True, **more)
+    assert gated.gate is not None
+    with torch.no_grad():
+        gated.gate.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+        gated.gate.bias.fill_(0.5)
+    source = tiny_source("llama")
+    head = source.lm_head().head
+    wanted = [replace(order, explain=True) for order in orders(4) if order.adapter]
+    expected = offline(tiny_source, gated, wanted)
+    async with World(tiny_plm_folder("llama"), gated) as world:
+        answers = await asyncio.gather(*(world.tokens(order) for order in wanted))
+    assert [[token.id for token in answer] for answer in answers] == expected
+    shares = []
+    for order, answer in zip(wanted, answers, strict=True):
+        ids = [*order.prompt, *(token.id for token in answer)]
+        states = source.extract(ExtractBatch([ids[:-1]], [len(order.prompt) - 1]))
+        with torch.inference_mode():
+            g = gated.trusted(states, head)
+            log_plm = head.log_probs(head.norm(states))
+        for step, token in enumerate(answer):
+            told = token.explained
+            assert told is not None
+            lam = order.schedule.at(step, order.length) * float(g[step])
+            assert told.lam == pytest.approx(lam, abs=1e-5)
+            assert told.log_plm == pytest.approx(float(log_plm[step, token.id]), abs=1e-3)
+            mixture = told.lam * math.exp(told.log_pema) + (1 - told.lam) * math.exp(told.log_plm)
+            assert math.exp(token.log_prob) == pytest.approx(mixture, rel=1e-4)
+            shares.append(float(g[step]))
+    assert max(shares) - min(shares) > 0.2  # it does predict something
 
 
 @pytest.mark.parametrize("by", ["the PLM", "whim"])

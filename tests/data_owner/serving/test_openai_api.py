@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -14,7 +17,8 @@ import uvicorn
 from serving_kit import DirectHandle
 
 from pema_ray.data_owner.adapter import AdapterConfig, PemaAdapter
-from pema_ray.data_owner.serving.api import make_api
+from pema_ray.data_owner.serving.api import _Completion, _read, make_api
+from pema_ray.data_owner.serving.protocol import CompletionRequest
 from pema_ray.data_owner.serving.service import DataOwner
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.plm_owner.replicas import Replicas
@@ -86,6 +90,34 @@ async def test_models_are_adapters_and_the_plm_alone(service):
     assert (await service.client.models.retrieve("formal")).owned_by == "data-owner"
     with pytest.raises(openai.NotFoundError, match="no model 'modem'.*Did you mean 'modern'"):
         await service.client.models.retrieve("modem")
+
+
+async def test_a_client_that_goes_away_while_its_prompt_is_read_lets_nobody_at_the_tokenizer_meanwhile(service):
+    """What is under way in a thread goes on: the next one waits for it."""
+    whole, inside, most, entered = service.owner.tokenizer, 0, 0, threading.Event()
+
+    class Slow:
+        def __call__(self, text: str, **options: Any) -> Any:
+            nonlocal inside, most
+            inside += 1
+            most = max(most, inside)
+            entered.set()
+            time.sleep(0.2)
+            inside -= 1
+            return whole(text, **options)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(whole, name)
+
+    service.owner.tokenizer = Slow()
+    form = CompletionRequest(model="modern", prompt="Rewrite each", max_tokens=2)
+    gone = asyncio.create_task(_read(service.owner, _Completion, form))
+    await asyncio.to_thread(entered.wait)
+    gone.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await gone
+    await asyncio.gather(*(_read(service.owner, _Completion, form) for _ in range(2)))
+    assert most == 1
 
 
 async def test_completions_stream_the_text_that_they_give_whole(service):

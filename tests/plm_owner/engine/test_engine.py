@@ -111,6 +111,19 @@ async def test_an_engine_that_is_stopped_loses_its_sessions(tiny_plm):
     assert isinstance((await waiting)[0], SessionLost)
 
 
+async def test_an_engine_that_is_stopped_just_as_it_is_woken_ends(tiny_plm):
+    plm = tiny_plm("llama")
+    for turns in range(4):  # of the event loop between the two
+        engine = await Engine(lambda: Batcher(plm, export_lm_head(plm).head, BatchSettings())).start()
+        await engine.step("me", [Step("a", 0, [5])])
+        await asyncio.sleep(0.01)  # it waits for work by now
+        await engine.close("me", ["a"])
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        ended, _ = await asyncio.wait([asyncio.create_task(engine.stop())], timeout=10)
+        assert ended
+
+
 async def test_an_idle_engine_forgets_abandoned_sessions_by_itself(tiny_plm):
     plm = tiny_plm("llama")
     settings = BatchSettings(slots=2, forget_seconds=0.2)

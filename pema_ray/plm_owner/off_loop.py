@@ -1,0 +1,19 @@
+"""Large frames are made and read in a thread: what an event loop does itself, everybody else waits for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+_SMALL = 2**16  # bytes; less is done sooner than a thread has begun
+
+
+async def off_loop(size: int, work: Callable[..., T], *args: object) -> T:
+    """`work(*args)`, in a thread if it is about more than a few bytes.
+
+    Args:
+        size: bytes that are read or made, roughly.
+    """
+    return work(*args) if size <= _SMALL else await asyncio.to_thread(work, *args)

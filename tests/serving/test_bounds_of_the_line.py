@@ -1,0 +1,204 @@
+"""What one data owner may hold at a PLM owner's public service is bounded, and its event loop waits for nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+from test_line_over_https import Owner
+
+from pema_ray.line import ExtractBatch, codec
+from pema_ray.line.stepping import Step
+from pema_ray.plm_owner import access as access_module
+from pema_ray.plm_owner.access import Account, Client, Held, Quota, Refused, add_client, hash_of
+from pema_ray.plm_owner.api import Limits
+
+STEP = codec.encode_steps([Step("a", 0, [5])])
+
+
+@pytest.fixture
+def owner_of(tmp_path, tiny_plm_folder):
+    return lambda **settings: Owner(tmp_path, tiny_plm_folder("llama"), **settings)
+
+
+class Upload:
+    """A request whose body comes as far as `first`, and goes on when it is told to."""
+
+    def __init__(self, http: httpx.AsyncClient, first: bytes, rest: bytes, path: str = "/v1/sessions/step") -> None:
+        self.go_on = asyncio.Event()
+
+        async def parts() -> AsyncIterator[bytes]:
+            yield first
+            await self.go_on.wait()
+            yield rest
+
+        self.answer = asyncio.create_task(http.post(path, content=parts()))
+
+
+async def until(holds) -> None:
+    async with asyncio.timeout(20):
+        while not holds():
+            await asyncio.sleep(0.01)
+
+
+def mine(owner: Owner) -> Account:
+    return owner.access.account(f"Bearer {owner.key}")
+
+
+def told_to_come_again(got: httpx.Response, words: str) -> None:
+    assert got.status_code == 429, got.text
+    assert int(got.headers["Retry-After"]) >= 1
+    assert words in got.json()["error"]["message"]
+
+
+async def test_a_data_owner_has_so_many_requests_under_way_and_no_more(owner_of):
+    async with owner_of(limits=Limits(max_requests=2)) as owner, owner.raw() as http:
+        other = add_client(owner.keys, "another", Quota())
+        uploads = [Upload(http, STEP[:5], STEP[5:]) for _ in range(2)]
+        await until(lambda: mine(owner).requests == 2)
+        told_to_come_again(await http.post("/v1/sessions/step", content=STEP), "2 requests of yours are under way")
+        got = await http.post("/v1/sessions/step", content=STEP, headers={"Authorization": f"Bearer {other}"})
+        assert got.status_code == 200  # nobody suffers from another's excess
+        for upload in uploads:
+            upload.go_on.set()
+        assert {(await upload.answer).status_code for upload in uploads} == {200}
+        assert (await http.post("/v1/sessions/step", content=STEP)).status_code == 200
+        await until(lambda: mine(owner).requests == 0)
+        assert mine(owner).held_bytes == 0
+
+
+async def test_who_goes_away_in_the_middle_of_a_body_holds_nothing_any_more(owner_of):
+    async with owner_of(limits=Limits(max_requests=1)) as owner:
+        async with owner.raw() as http:
+            upload = Upload(http, STEP[:5], STEP[5:])
+            await until(lambda: mine(owner).held_bytes == 5)
+            upload.answer.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await upload.answer
+        await until(lambda: (mine(owner).requests, mine(owner).held_bytes) == (0, 0))
+        async with owner.raw() as http:
+            assert (await http.post("/v1/sessions/step", content=STEP)).status_code == 200
+        assert 499 in {entry["status"] for entry in owner.log()}
+
+
+async def test_bodies_and_answers_that_are_held_together_are_bounded(owner_of):
+    batch = codec.encode_extract(ExtractBatch([[5] * 80] * 40, [79] * 40))  # 13 kB, and 5 kB of answer
+    async with owner_of(limits=Limits(max_held_mb=0.02)) as owner, owner.raw() as http:
+        upload = Upload(http, batch[:10_000], batch[10_000:], "/v1/extract")
+        await until(lambda: mine(owner).held_bytes == 10_000)
+        told_to_come_again(await http.post("/v1/extract", content=batch), "Your requests under way hold")
+        many = codec.encode_extract(ExtractBatch([[5] * 80] * 2, [0] * 2))  # less than 1 kB, and 20 kB of answer
+        told_to_come_again(await http.post("/v1/extract", content=many), "Your requests under way hold")
+        upload.go_on.set()
+        assert (await upload.answer).status_code == 200
+        await until(lambda: mine(owner).held_bytes == 0)
+        alone = codec.encode_extract(ExtractBatch([[5] * 80] * 9, [0] * 9))  # more than all may have, by itself
+        assert (await http.post("/v1/extract", content=alone)).status_code == 200
+
+
+def test_what_is_held_is_counted_to_the_byte():
+    account = Account(Client(name="a", key_sha256="0" * 64))
+    with Held(account, 2, 100) as first:
+        first.add(80)
+        with Held(account, 2, 100) as second:
+            second.add(20)
+            with pytest.raises(Refused) as raised:
+                second.add(1)
+            assert (raised.value.status, raised.value.retry_after) == (429, 1.0)
+            with pytest.raises(Refused), Held(account, 2, 100):
+                raise AssertionError("a third one was let in")
+            assert (account.requests, account.held_bytes) == (2, 100)
+        assert (account.requests, account.held_bytes) == (1, 80)
+        first.add(1000)  # alone
+    assert (account.requests, account.held_bytes) == (0, 0)
+
+
+async def test_the_lm_head_is_counted_and_its_frame_is_made_once(owner_of):
+    async with owner_of(limits=Limits(lm_heads_per_minute=3)) as owner, owner.raw() as http:
+        got = await asyncio.gather(*(http.get("/v1/lm-head") for _ in range(3)))
+        assert {answer.status_code for answer in got} == {200}
+        assert len({answer.content for answer in got}) == 1
+        owner.now += 20
+        refused = await http.get("/v1/lm-head")
+        told_to_come_again(refused, "3 LM heads a minute; come again in 40 s")
+        other = add_client(owner.keys, "another", Quota())
+        again = await http.get("/v1/lm-head", headers={"Authorization": f"Bearer {other}"})
+        assert again.content == got[0].content
+        owner.now += 41
+        assert (await http.get("/v1/lm-head")).status_code == 200
+        assert [method for method, _ in owner.handle.calls].count("lm_head") == 1
+
+
+async def test_an_lm_head_that_could_not_be_fetched_is_fetched_again(owner_of):
+    async with owner_of() as owner, owner.raw() as http:
+        assert (await http.get("/v1/model")).status_code == 200
+        owner.handle.kill("r0")
+        assert (await http.get("/v1/lm-head")).status_code == 503
+        owner.handle.add()
+        assert (await http.get("/v1/lm-head")).status_code == 200
+
+
+async def test_disks_hashes_and_large_frames_keep_the_event_loop_from_nothing(owner_of, monkeypatch):
+    at: dict[str, set[bool]] = {}
+
+    def watched(place, name: str) -> None:
+        whole = getattr(place, name)
+
+        def noted(*args, **named):
+            at.setdefault(name, set()).add(threading.current_thread() is threading.main_thread())
+            return whole(*args, **named)
+
+        monkeypatch.setattr(place, name, noted)
+
+    for name in ("decode_extract", "encode_rows", "decode_steps", "encode_stepped"):
+        watched(codec, name)
+    async with owner_of(limits=Limits(max_body_mb=1)) as owner, owner.raw() as http:
+        watched(access_module, "hash_of")
+        watched(owner.access, "log")
+        watched(owner.access, "_changed_at")
+        large = codec.encode_extract(ExtractBatch([[5] * 80] * 230, [10] * 230))
+        assert (await http.post("/v1/extract", content=large)).status_code == 200
+        steps = [Step(f"{n}", 0, [5] * 85, 85) for n in range(8)]
+        assert (await http.post("/v1/sessions/step", content=codec.encode_steps(steps))).status_code == 200
+        assert at["hash_of"] == at["log"] == at["_changed_at"] == {False}
+        assert at["decode_extract"] == at["encode_rows"] == {False}
+        assert at["encode_stepped"] == {True, False}  # eight answers of 11 kB in the replica, then one of 87 kB
+        assert at["decode_steps"] == {True}  # 3 kB: read sooner than a thread has begun
+
+
+async def test_the_audit_file_stays_open_until_it_is_moved_away(owner_of, tmp_path):
+    async with owner_of() as owner, owner.raw() as http:
+        await http.get("/v1/model")
+        first = owner.access._audit_file
+        await http.get("/v1/model")
+        assert owner.access._audit_file is first
+        owner.audit.rename(tmp_path / "yesterday")  # as `logrotate` does
+        await http.get("/v1/model")
+        assert len((tmp_path / "yesterday").read_text().splitlines()) == 2
+        assert [entry["what"] for entry in owner.log()] == ["model"]
+
+
+async def test_an_audit_log_that_cannot_be_written_ends_nothing_and_is_heard_of(owner_of, caplog):
+    async with owner_of() as owner, owner.raw() as http:
+        owner.audit.mkdir()
+        assert (await http.get("/v1/model")).status_code == 200
+        assert "the audit log cannot be written: Is a directory; lost: " in caplog.text
+        owner.audit.rmdir()
+        assert (await http.get("/v1/model")).status_code == 200
+        assert len(owner.log()) == 1
+
+
+async def test_a_key_is_hashed_once_and_kept_nowhere(owner_of, monkeypatch):
+    async with owner_of() as owner, owner.raw() as http:
+        for name in "abc":
+            add_client(owner.keys, name, Quota())
+        hashed: list[str] = []
+        monkeypatch.setattr(access_module, "hash_of", lambda key: (hashed.append(key), hash_of(key))[1])
+        await http.get("/v1/model")
+        assert hashed == [owner.key]
+        kept = [vars(owner.access), *(vars(account) for account in owner.access._accounts.values())]
+        assert owner.key not in str(kept)
