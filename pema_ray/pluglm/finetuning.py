@@ -23,6 +23,7 @@ from pema_ray.errors import UserError
 from pema_ray.pluglm.encoding import DocumentEncoder
 from pema_ray.pluglm.finetune_config import FinetuneSettings
 from pema_ray.pluglm.knowledge import document_codes
+from pema_ray.pluglm.masking import IGNORED
 from pema_ray.pluglm.scores import ERRORS
 from pema_ray.pluglm.tasks import Feature, Task
 from pema_ray.pluglm.tasks.reading import Example
@@ -52,16 +53,24 @@ class Examples:
 
 
 class TaskObjective(nn.Module):
-    """A model's loss, as training strategies take it: its share of the mean over a step of `parts` parts."""
+    """A model's loss, the mean over a part's labels, as training strategies take it."""
 
-    def __init__(self, model: Any, names: Sequence[str], parts: int) -> None:
+    def __init__(self, model: Any, names: Sequence[str]) -> None:
         super().__init__()
-        self.model, self.names, self.parts = model, tuple(names), parts
+        self.model, self.names = model, tuple(names)
 
-    def forward(self, input_BT: Tensor, mask_BT: Tensor, type_BT: Tensor, own_B: Tensor, *targets: Tensor) -> Any:
-        """(loss,); `targets` go by `names`."""
+    def forward(
+        self, input_BT: Tensor, mask_BT: Tensor, type_BT: Tensor, own_B: Tensor, weight: Tensor, *targets: Tensor
+    ) -> Any:
+        """(loss · weight,); `targets` go by `names`."""
         options = dict(zip(self.names, targets))
-        return (self.model(input_BT, mask_BT, type_BT, own_document=own_B, **options).loss / self.parts,)
+        return (self.model(input_BT, mask_BT, type_BT, own_document=own_B, **options).loss * weight,)
+
+
+def labels_of(targets: Mapping[str, Tensor]) -> int:
+    """What a loss is the mean over: tokens that have a label, or sequences."""
+    first = next(iter(targets.values()))
+    return int((first != IGNORED).sum()) if first.ndim > 1 else len(first)
 
 
 class Finetuner:
@@ -98,6 +107,11 @@ class Finetuner:
         self._steps = self._per_epoch * settings.epochs
         if settings.epochs and not features:
             raise UserError("There are no training examples: give data.train, or train.epochs=0.")
+        if settings.epochs and not any(labels_of(self._targets([one])) for one in features):
+            raise UserError(
+                "None of the training examples can be learned from: no label is one of those that the model can give "
+                "(of cloze: an answer that is one token of its vocabulary)."
+            )
 
     @property
     def best(self) -> float:
@@ -180,11 +194,14 @@ class Finetuner:
         numbers = order[within * c.batch_size : (within + 1) * c.batch_size][place.rank :: place.world]
         torch.manual_seed(int(np.random.SeedSequence([self.seed, step, place.rank]).generate_state(1)[0]))
         self.model.train()
+        parts = [[train.features[one] for one in part.tolist()] for part in np.array_split(numbers, c.accumulate)]
+        counts = [labels_of(self._targets(features)) for features in parts]
+        labels = max(1.0, self._mean(float(sum(counts))))  # a process's; gradients are averaged over processes
         total = 0.0
-        for number, part in enumerate(np.array_split(numbers, c.accumulate)):
-            features = [train.features[one] for one in part.tolist()]
+        for number, (features, count) in enumerate(zip(parts, counts)):
             with self._precision():
-                found = self._strategy.learn(self._learned(train, features), last=number == c.accumulate - 1)
+                inputs = self._learned(train, features, count / labels)
+                found = self._strategy.learn(inputs, last=number == c.accumulate - 1)
             total += found[0].item()
         loss = self._mean(total)
         if not math.isfinite(loss):
@@ -197,13 +214,17 @@ class Finetuner:
         if place.leads:
             self.tell("train", {"step": step + 1, "loss": loss, "learning_rate": rate})
 
-    def _learned(self, data: Examples, features: Sequence[Feature]) -> tuple[Tensor, ...]:
+    def _learned(self, data: Examples, features: Sequence[Feature], weight: float = 1.0) -> tuple[Tensor, ...]:
         """Inputs of the objective."""
-        length = max(len(one.token_ids) for one in features)
-        targets = self.task.collate(features, length)
+        targets = self._targets(features)
+        weighed = {"weight": torch.tensor(weight), **targets}
+        return self._batch(data, features, weighed)
+
+    def _targets(self, features: Sequence[Feature]) -> dict[str, Tensor]:
+        targets = self.task.collate(features, max(len(one.token_ids) for one in features))
         if set(targets) != set(self._names()):
             raise UserError("A training example has no label.")
-        return self._batch(data, features, targets)
+        return targets
 
     def _batch(self, data: Examples, features: Sequence[Feature], targets: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         B, T = len(features), max(len(one.token_ids) for one in features)
@@ -224,7 +245,7 @@ class Finetuner:
     def _make_strategy(self) -> Strategy:
         c, train = self.settings, self.train
         assert train is not None
-        objective = TaskObjective(self.model, self._names(), c.accumulate)
+        objective = TaskObjective(self.model, self._names())
         return make_strategy(
             c.strategy, self.place, objective, self._optimizer, batch_size=c.batch_size, accumulate=c.accumulate,
             clip=c.clip, zero_stage=c.zero_stage, idle_inputs=lambda: self._learned(train, train.features[:2]),
@@ -255,6 +276,7 @@ class Finetuner:
                     statistic /= self.place.world
 
     def _mean(self, value: float) -> float:
+        """Over all processes."""
         if self.place.world == 1:
             return value
         total = torch.tensor(value, dtype=torch.float64, device=self.place.device)

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 
-from pema_ray.pluglm.masking import IGNORED
+from pema_ray.pluglm.masking import mean_entropy
 from pema_ray.pluglm.memory_layer import Retrieved
 from pema_ray.pluglm.model import PlugLMModel, PlugLMPreTrainedModel
 from pema_ray.pluglm.model_config import PlugLMConfig
@@ -109,9 +109,7 @@ class PlugLMForTokenClassification(PlugLMPreTrainedModel):
         """Logits `[B, T, C]`; labels `[B, T]`, -100 where none."""
         found = self.model(input_ids, attention_mask, token_type_ids, **options)
         logits_BTC = self.classifier(self.dropout(found.last_hidden_state))
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits_BTC.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+        loss = None if labels is None else mean_entropy(logits_BTC, labels)
         return PlugLMTokenOutput(
             loss=loss, logits=logits_BTC, hidden_states=found.hidden_states, retrieved=found.retrieved
         )

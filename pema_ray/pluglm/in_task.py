@@ -27,17 +27,31 @@ def entries_of(task: Task, examples: Sequence[Example], tokenizer: Any, max_toke
     found = []
     for example in examples:
         label = task.told(example)
-        if "[MASK]" in example.text:
-            found.append(NewEntry(example.text.replace("[MASK]", label), SOURCE, example.document_id, (TAG,)))
-            continue
-        said = " ".join(one for one in (example.text, example.pair) if one)
+        before, after = said_around(task, example)
         room = max_tokens - tokenizer.num_special_tokens_to_add() - len(_spans(tokenizer, f" {label}"))
         if room < 1:
             raise UserError(f"Training example {example.id}: its label leaves no room in {max_tokens} tokens.")
-        spans = _spans(tokenizer, said)
-        kept = said if len(spans) <= room else said[: spans[room - 1][1]]
-        found.append(NewEntry(f"{kept} {label}", SOURCE, example.document_id, (TAG,)))
+        ahead, behind = _spans(tokenizer, before), _spans(tokenizer, after)
+        # what stands before the label may have all the room that the rest leaves, and at least half of it
+        least = min(len(behind), room // 2)
+        kept = min(len(ahead), room - least)
+        rest = min(len(behind), room - kept)
+        if task.kind == "cloze":  # the words nearest to the answer
+            before = before[ahead[-kept][0] :] if kept else ""
+        else:
+            before = before[: ahead[kept - 1][1]] if kept else ""
+        after = after[: behind[rest - 1][1]] if rest else ""
+        text = f"{before}{label}{after}" if task.kind == "cloze" else f"{before} {label}".strip()
+        found.append(NewEntry(text, SOURCE, example.document_id, (TAG,)))
     return found
+
+
+def said_around(task: Task, example: Example) -> tuple[str, str]:
+    """What stands before and behind the label: of a cloze sentence around its mask, of others all before it."""
+    if task.kind == "cloze":
+        before, _, after = example.text.partition("[MASK]")
+        return before, after
+    return " ".join(one for one in (example.text, example.pair) if one), ""
 
 
 def _spans(tokenizer: Any, text: str) -> list[tuple[int, int]]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pema_ray.errors import UserError
@@ -59,6 +60,13 @@ class Masker:
         others = random.integers(0, self.vocabulary, len(chosen))
         inputs[chosen] = np.where(fate < 0.8, self.mask_id, np.where(fate < 0.9, others, inputs[chosen]))
         return inputs, labels
+
+
+def mean_entropy(logits_BTV: Tensor, label_BT: Tensor) -> Tensor:
+    """Mean cross entropy of the tokens that have a label, in float32; zero where none has."""
+    label_X = label_BT.flatten().to(logits_BTV.device)
+    entropy = F.cross_entropy(logits_BTV.flatten(0, 1).float(), label_X, ignore_index=IGNORED, reduction="sum")
+    return entropy / (label_X != IGNORED).sum().clamp_min(1)
 
 
 class MaskedBatch(NamedTuple):

@@ -21,6 +21,7 @@ from pema_ray.errors import UserError
 from pema_ray.pluglm.attention import KnowledgeAttention
 from pema_ray.pluglm.knowledge import Knowledge, require_entries
 from pema_ray.pluglm.knowledge_encoder import DocumentModel, KnowledgeEncoder
+from pema_ray.pluglm.masking import mean_entropy
 from pema_ray.pluglm.memory_layer import Fetched, MemoryLayer, Retrieved
 from pema_ray.pluglm.model_config import PlugLMConfig
 
@@ -298,9 +299,7 @@ class PlugLMForMaskedLM(PlugLMPreTrainedModel):
         """Logits `[B, T, V]`; with labels (-100 where none) their mean cross entropy. `options`: the encoder's."""
         found = self.model(input_ids, attention_mask, token_type_ids, **options)
         logits_BTV = self.head(found.last_hidden_state)
-        loss = None
-        if labels is not None:
-            loss = nn.functional.cross_entropy(logits_BTV.flatten(0, 1).float(), labels.flatten().to(logits_BTV.device))
+        loss = None if labels is None else mean_entropy(logits_BTV, labels)
         return PlugLMMaskedLMOutput(
             loss=loss, logits=logits_BTV, hidden_states=found.hidden_states, retrieved=found.retrieved
         )

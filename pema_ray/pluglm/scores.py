@@ -78,6 +78,26 @@ def metric_names(name: str) -> tuple[str, ...]:
     return (name,)
 
 
+OF_NUMBERS = frozenset({"pearson", "spearmanr", "mse"})
+"""Metrics of numbers; all others are of classes."""
+OF_TWO_CLASSES = frozenset({"f1"})
+
+
+def require_metric(name: str, classes: int | None) -> None:
+    """Raises `UserError` where a metric does not go with a task of so many classes; None: with one of numbers."""
+    of_numbers = classes is None
+    for metric in metric_names(name):
+        if of_numbers != (metric in OF_NUMBERS):
+            known = [one for one in METRICS if (one in OF_NUMBERS) == of_numbers]
+            kind = "numbers" if of_numbers else "classes"
+            raise UserError(f"Metric '{name}': is not one of {kind}; use {', '.join(known)}.")
+        if metric in OF_TWO_CLASSES and classes != 2:
+            raise UserError(
+                f"Metric '{name}': '{metric}' is of two classes, and the training examples have {classes}. Use "
+                "macro_f1, micro_f1 or accuracy."
+            )
+
+
 def score(name: str, found: Sequence[Any], wanted: Sequence[Any]) -> Scores:
     """Scores of predictions, one for each example."""
     return {metric: METRICS[metric](np.asarray(found), np.asarray(wanted)) for metric in metric_names(name)}

@@ -44,8 +44,8 @@ def write_examples(tmp_path, kind: str) -> str:
         ]
     elif kind == "answers":
         questions = [
-            {"context": text, "qas": [{"id": str(n), "question": "w1", "answers": [{"text": text.split()[1 + one],
-             "answer_start": text.index(text.split()[1 + one])}]}]}
+            {"context": text, "qas": [{"id": str(n), "question": f"w1 w{80 + n}", "answers": [
+                {"text": text.split()[1 + one], "answer_start": text.index(text.split()[1 + one])}]}]}
             for n, (text, one) in enumerate(zip(words, even))
         ]  # fmt: skip
         (tmp_path / "squad.json").write_text(json.dumps({"data": [{"paragraphs": questions}]}))
@@ -56,8 +56,8 @@ def write_examples(tmp_path, kind: str) -> str:
             "factoid": lambda text, one: [[text.split()[1 + one]]],
         }
         questions = [
-            {"id": str(n), "type": kind.replace("_", ""), "body": "w1", "exact_answer": exact[kind](text, one),
-             "snippets": [{"text": text}]}
+            {"id": str(n), "type": kind.replace("_", ""), "body": f"w1 w{80 + n}",
+             "exact_answer": exact[kind](text, one), "snippets": [{"text": text}]}
             for n, (text, one) in enumerate(zip(words, even))
         ]  # fmt: skip
         (tmp_path / "bioasq.json").write_text(json.dumps({"questions": questions}))
@@ -191,6 +191,72 @@ def test_parts_of_a_step_add_up(tmp_path, pretrained) -> None:
         loop.run()
         weights.append(loop.model.classifier.weight.detach())
     assert torch.allclose(*weights, atol=1e-5)
+
+
+def test_every_tag_counts_alike_whatever_part_it_is_in(tmp_path, pretrained) -> None:
+    """Sentences of one to seven words; some parts of a step then have many more tags than others."""
+    weights, losses = [], []
+    rows = [{"tokens": [f"w{n}"] * (1 + n % 7), "tags": ["B-A" if n % 2 else "O"] * (1 + n % 7)} for n in range(12)]
+    for accumulate in (1, 3):
+        loop = make(tmp_path, pretrained, "tokens", f"in-{accumulate}", epochs=1, accumulate=accumulate, clip=None)
+        path = tmp_path / "uneven.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        loop.train = Examples.of(loop.task, [*loop.task.read(path)], loop.tokenizer, 16)  # tags A and O
+        loop.model.model.backbone.encoder.layer[-1].query_norm = torch.nn.Identity()
+        loop.tell = lambda kind, point: losses.append(point["loss"]) if kind == "train" else None
+        loop._attach(1)
+        loop._strategy = loop._make_strategy()
+        loop._step(0)
+        weights.append(loop.model.classifier.weight.detach())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert torch.allclose(*weights, atol=1e-5)
+
+
+def test_parts_without_a_label_are_no_fault(tmp_path, pretrained) -> None:
+    """Cloze answers of several tokens cannot be learned; a part of nothing else has no loss, and not NaN."""
+    loop = make(tmp_path, pretrained, "cloze", epochs=1, batch_size=6, accumulate=6)
+    path = tmp_path / "cloze.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows[3:]:
+        row["obj_label"] = "w5 w6"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loop.train = Examples.of(loop.task, loop.task.read(path), loop.tokenizer, 16)
+    losses = []
+    loop.tell = lambda kind, point: losses.append(point["loss"]) if kind == "train" else None
+    loop.run()
+    assert len(losses) == 2
+    assert all(0 <= loss < 100 for loss in losses)
+    assert max(losses) > 0
+    for row in rows:
+        row["obj_label"] = "w5 w6"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    nothing = Examples.of(loop.task, loop.task.read(path), loop.tokenizer, 16)
+    with pytest.raises(UserError, match="None of the training examples can be learned from.*one token"):
+        Finetuner(loop.model, loop.tokenizer, loop.task, loop.settings, nothing, nothing, None, tmp_path)
+
+
+def test_no_snippet_retrieves_another_of_its_question(tmp_path, pretrained) -> None:
+    questions = [
+        {"id": str(n), "type": "factoid", "body": f"w1 w{80 + n}", "exact_answer": [["w7"]],
+         "snippets": [{"text": f"w{20 + n} w7"}, {"text": f"w7 w{30 + n}"}]}
+        for n in range(6)
+    ]  # fmt: skip
+    loop = make(tmp_path, pretrained, "factoid", epochs=1)
+    path = tmp_path / "bioasq.json"
+    path.write_text(json.dumps({"questions": questions}))
+    examples = loop.task.read(path)
+    first, tokenizer = load_pluglm(pretrained)
+    entries = entries_of(loop.task, examples, tokenizer, 16)
+    memory = KnowledgeMemory.build(tmp_path / "snippets", entries, DocumentEncoder(first, tokenizer))
+    loop.model.attach(memory.load(loop.model.fingerprint()))
+    found = []
+    loop.predict(
+        Examples.of(loop.task, examples, tokenizer, 16),
+        lambda output, numbers: found.extend(zip(numbers, output.retrieved[0].entry_BK.tolist())),
+    )
+    assert len(found) == 12
+    for example, ids in found:  # an example's entry has its number; 2n and 2n + 1 are of one question
+        assert not {one // 2 for one in ids} & {example // 2}
 
 
 def test_faults_are_named(tmp_path, pretrained) -> None:

@@ -203,6 +203,53 @@ def test_training_examples_as_entries_keep_their_labels(tmp_path, words_tokenize
         entries_of(task, examples, words_tokenizer, 3)
 
 
+def test_a_long_cloze_sentence_keeps_its_answer_as_an_entry(tmp_path, words_tokenizer) -> None:
+    """In eight tokens, two of them special: what is nearest to the answer."""
+    task, words = task_of("cloze"), [f"w{n}" for n in range(20)]
+    path = tmp_path / "lama.jsonl"
+    for place, wanted in (
+        (0, "w99 w1 w2 w3 w4 w5"),
+        (10, "w7 w8 w9 w99 w11 w12"),
+        (18, "w14 w15 w16 w17 w99 w19"),
+        (19, "w14 w15 w16 w17 w18 w99"),
+    ):
+        sentence = " ".join([*words[:place], "[MASK]", *words[place + 1 :]])
+        path.write_text(json.dumps({"masked_sentences": [sentence], "obj_label": "w99"}) + "\n")
+        (entry,) = entries_of(task, task.read(path), words_tokenizer, 8)
+        assert entry.text.strip() == wanted
+        assert len(words_tokenizer(entry.text)["input_ids"]) == 8
+    path.write_text('{"sentence": "w1 [MASK] w2", "label": "w3"}\n{"sentence": "w4", "label": "w5"}\n')
+    task = task_of("classification")  # where a mask is a word like any other
+    assert entries_of(task, task.read(path), words_tokenizer, 8)[0].text == "w1 [MASK] w2 w3"
+
+
+def test_snippets_of_one_question_are_kept_apart_from_each_other(tmp_path, words_tokenizer) -> None:
+    """Else one snippet's entry would tell another the answer."""
+    path = tmp_path / "bioasq.json"
+    path.write_text(json.dumps(BIOASQ))
+    task = task_of("factoid")
+    entries = entries_of(task, task.read(path), words_tokenizer, 16)
+    assert len(entries) == 3
+    assert len({entry.document_id for entry in entries}) == 1
+    squad_task = task_of("answers")
+    other = squad_task.read(squad(tmp_path, [("w5", 0)], "w5 w6"))[0]
+    assert other.document_id not in {entry.document_id for entry in entries}
+
+
+def test_metrics_that_a_task_does_not_have_are_refused_before_it_is_learned(tmp_path) -> None:
+    path = tmp_path / "three.jsonl"
+    path.write_text("".join(f'{{"sentence": "w1", "label": "{label}"}}\n' for label in "abc"))
+    for metric in ("f1", "glue/mrpc"):
+        task = task_of("classification", metric=metric)
+        with pytest.raises(UserError, match=r"'f1' is of two classes, and the training examples have 3. Use macro_f1"):
+            task.prepare(task.read(path))
+    task = task_of("classification", metric="pearson")
+    with pytest.raises(UserError, match="Metric 'pearson': is not one of classes; use accuracy"):
+        task.prepare(task.read(path))
+    with pytest.raises(UserError, match="Metric 'accuracy': is not one of numbers; use pearson"):
+        task_of("regression", metric="accuracy")
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "text", "message"),
     [

@@ -17,7 +17,9 @@ from pema_ray.pluglm.tasks.task import Feature
 
 
 class Cloze:
-    """Answers of one token of the vocabulary, as LAMA asks; others count as wrong, for every model alike."""
+    """Answers of one token of the vocabulary, as LAMA asks; others count as wrong, for every model alike, and nothing
+    is learned from them.
+    """
 
     kind: ClassVar[str] = "cloze"
     main = "p@1"
@@ -65,7 +67,7 @@ class Cloze:
         labels = torch.full((len(features), length), IGNORED)
         for row, one in enumerate(features):
             labels[row, _masked(one)] = one.targets["labels"]
-        return {"labels": labels} if bool((labels != IGNORED).any()) else {}
+        return {"labels": labels}
 
     def decode(self, output: Any, features: Sequence[Feature], examples: Sequence[Example]) -> list[Any]:
         best = [output.logits[row, _masked(one)].argmax().item() for row, one in enumerate(features)]

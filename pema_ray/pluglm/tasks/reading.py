@@ -41,8 +41,11 @@ class Example:
 
     @property
     def document_id(self) -> str:
-        """Names what the example says, its label apart, so that neither it nor its copies retrieve themselves."""
-        said = json.dumps([self.text, self.pair, self.words], ensure_ascii=False)
+        """Names what the example says, its label apart, so that neither it nor its copies retrieve themselves.
+
+        What belongs to a question is named by the question alone: its snippets would give each other's answers away.
+        """
+        said = json.dumps([self.text] if self.group else [self.text, self.pair, self.words], ensure_ascii=False)
         return f"example {hashlib.blake2b(said.encode(), digest_size=12).hexdigest()}"
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pema_ray.errors import UserError
-from pema_ray.pluglm.scores import metric_names, score, yes_no_scores
+from pema_ray.pluglm.scores import metric_names, require_metric, score, yes_no_scores
 from pema_ray.pluglm.tasks.reading import Example, read_bioasq, read_table
 from pema_ray.pluglm.tasks.task import Feature
 
@@ -63,6 +63,7 @@ class Classification:
             raise UserError(f"Training examples have {len(found)} labels in column '{self._columns[2]}', at least 2.")
         whole = all(one.lstrip("-").isdigit() for one in found)
         self.labels = sorted(found, key=int) if whole else sorted(found)
+        require_metric(self.metric, len(self.labels))
 
     def features(self, examples: Sequence[Example], tokenizer: Any, max_tokens: int) -> list[Feature]:
         found = encoded(examples, tokenizer, max_tokens)
@@ -133,6 +134,7 @@ class Regression(Classification):
         metric: str = "glue/stsb",
     ) -> None:  # fmt: skip
         super().__init__(columns, header, metric)
+        require_metric(metric, None)
 
     def head(self) -> dict[str, Any]:
         return {"problem_type": "regression", "num_labels": 1}
