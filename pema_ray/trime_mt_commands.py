@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,13 +31,14 @@ Overrides = Annotated[
 def run_stage(name: str, config: Path | None, overrides: Sequence[str]) -> int:
     """One stage of a translation experiment; returns the exit code."""
 
-    def work() -> None:
-        from pema_ray.config import read_config
-        from pema_ray.trime.mt.config import MtConfig
+    return guarded(lambda: import_module(f"pema_ray.trime.mt.{STAGES[name][0]}").run(_read(config, overrides)))
 
-        import_module(f"pema_ray.trime.mt.{STAGES[name][0]}").run(read_config(MtConfig, config, overrides))
 
-    return guarded(work)
+def _read(config: Path | None, overrides: Sequence[str]) -> Any:
+    from pema_ray.config import read_config
+    from pema_ray.trime.mt.config import MtConfig
+
+    return read_config(MtConfig, config, overrides)
 
 
 def job(name: str) -> None:
@@ -51,7 +52,8 @@ def job(name: str) -> None:
 
 def register(app: typer.Typer) -> None:
     """Add the stages to `pema-ray trime`."""
-    for name in STAGES:
+    _add_training(app)
+    for name in ("mt-datastore", "mt-generate"):
         _add(app, name)
 
 
@@ -59,3 +61,24 @@ def _add(app: typer.Typer, name: str) -> None:
     @app.command(name, help=STAGES[name][1])
     def run(overrides: Overrides = None, config: Config = None) -> None:
         raise typer.Exit(run_stage(name, config, overrides or []))
+
+
+def _add_training(app: typer.Typer) -> None:
+    @app.command("mt-train", help=STAGES["mt-train"][1])
+    def train(
+        overrides: Overrides = None,
+        config: Config = None,
+        dry_run: Annotated[
+            bool, typer.Option("--dry-run", help="Count parameters, updates, rows, bytes and hours, and stop.")
+        ] = False,
+    ) -> None:
+        if not dry_run:
+            raise typer.Exit(run_stage("mt-train", config, overrides or []))
+
+        def work() -> None:
+            from pema_ray.progress import console
+            from pema_ray.trime.mt.dry_run import estimate
+
+            console.print(estimate(_read(config, overrides or [])).table())
+
+        raise typer.Exit(guarded(work))

@@ -131,4 +131,5 @@ def fingerprint_of(model: nn.Module) -> str:
 
 
 def count_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Of those that are learned: a table of sinusoidal positions is none."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

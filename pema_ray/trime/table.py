@@ -1,8 +1,8 @@
 """The demonstration: TRIME's objectives beside the plain language model, its cache and kNN-LM, in one table.
 
-For every seed each objective is trained for the same number of updates, and then, for as many as fit into the plain
-model's time; every model is evaluated in all ways that go with it. All runs share one prepared corpus. A run that is
-finished is not done again. Imports no model: it runs the stages.
+For every seed each objective is trained for the same number of updates, and then for as many as fit into the plain
+model's time (`pace.json` says how long an update of each takes); every model is evaluated in all ways that go with it.
+All runs share one prepared corpus. A run that is finished is not done again. Imports no model: it runs the stages.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,13 @@ from pema_ray.memory.shards import atomic_file
 from pema_ray.progress import console
 from pema_ray.trime import build_datastore, build_index, evaluate, prepare, report, train, walk
 from pema_ray.trime.config import MemoryKind, TrimeConfig
+from pema_ray.trime.pace import seconds_per_update
 from pema_ray.trime.results import Scores, TrimeEvaluation, shown
 from pema_ray.trime.run import TrimeRun
+from pema_ray.trime.systems import asks_a_datastore
 
 _ORDERS: dict[MemoryKind, str] = {"none": "random", "local": "random", "long": "keep", "ext": "bm25"}
 _MODELS: dict[MemoryKind, str] = {"none": "CE", "local": "TrimeLM", "long": "TrimeLM_long", "ext": "TrimeLM_ext"}
-_CHAIN: tuple[tuple[str, Callable[[TrimeConfig], Any]], ...] = (
-    ("datastore", build_datastore.run),
-    ("index", build_index.run),
-    ("evaluate", evaluate.run),
-    ("report", report.run),
-)
 Done = tuple[TrimeEvaluation, dict[str, Any]]  # what a run found, and what its training measured
 STEPS, TIME = "equal steps", "equal time"
 
@@ -56,6 +52,7 @@ class Table(Section):
 
     corpus: str
     tokens: dict[str, int]
+    """Of dev and test those that were scored (`evaluate.max_tokens`)."""
     parameters: int
     segment: int
     seeds: tuple[int, ...]
@@ -71,18 +68,13 @@ def run(config: TrimeConfig) -> dict[str, Any]:
     told: dict[tuple[str, MemoryKind], list[Done]] = {}
     with ray_cluster(c.ray, max(c.train.cpus_per_worker, c.datastore.cpus_per_actor), readers=1):
         prepare.run(base)
+        equal = _equal_time(base, root) if c.table.equal_time and "none" in c.table.memories else {}
         for seed in c.table.seeds:
-            plain_seconds = 0.0
             for memory in c.table.memories:
-                done = _one(base, root, seed, memory, STEPS, c.train.updates)
-                told.setdefault((STEPS, memory), []).append(done)
-                per_update = done[1]["training_seconds"] / done[1]["updates"]
-                if memory == "none":
-                    plain_seconds = done[1]["training_seconds"]
-                elif c.table.equal_time and plain_seconds:
-                    updates = _kept(root / _name(seed, memory, TIME), max(1, int(plain_seconds / per_update)))
-                    told.setdefault((TIME, memory), []).append(_one(base, root, seed, memory, TIME, updates))
-                _write(root, _table(base, told))
+                budgets = [(STEPS, c.train.updates), *([(TIME, equal[memory])] if memory in equal else [])]
+                for budget, updates in budgets:
+                    told.setdefault((budget, memory), []).append(_one(base, root, seed, memory, budget, updates))
+                    _write(root, _table(base, told))
     found = _table(base, told)
     console.print(markdown(found), markup=False, highlight=False)
     return {"summary": f"{len(found.rows)} rows of {len(found.seeds)} seeds: {root / 'table.md'}"}
@@ -107,14 +99,21 @@ def _name(seed: int, memory: MemoryKind, budget: str) -> str:
     return f"seed{seed}_{memory}" + ("_time" if budget == TIME else "")
 
 
-def _kept(folder: Path, updates: int) -> int:
-    """The number of updates that this run was once given: times differ from day to day, and it may be half done."""
-    path = folder / "updates.json"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+def _equal_time(base: TrimeConfig, root: Path) -> dict[MemoryKind, int]:
+    """Updates of each TRIME objective in the time of the plain model's; kept, since a table may be resumed."""
+    path, updates = root / "pace.json", base.train.updates
+    memories = base.table.memories
+    pace = json.loads(path.read_text()) if path.exists() else {}
+    if not set(memories) <= set(pace):
+        configs: dict[MemoryKind, TrimeConfig] = {}
+        for memory in memories:
+            configs[memory] = settings_of(base, root, 0, memory, TIME, updates)
+        console.print("How long an update of each objective takes, in turns", highlight=False)
+        run = TrimeRun(base)
+        pace = seconds_per_update(configs, run.path("prepare"), run.metrics("prepare")["vocabulary"])
         with atomic_file(path) as temporary:
-            temporary.write_text(json.dumps(updates))
-    return int(json.loads(path.read_text()))
+            temporary.write_text(json.dumps(pace, indent=1) + "\n")
+    return {memory: max(1, int(updates * pace["none"] / pace[memory])) for memory in memories if memory != "none"}
 
 
 def settings_of(base: TrimeConfig, root: Path, seed: int, memory: MemoryKind, budget: str, updates: int) -> TrimeConfig:
@@ -146,8 +145,11 @@ def _one(base: TrimeConfig, root: Path, seed: int, memory: MemoryKind, budget: s
     if config.batches.order == "bm25":
         walk.run(config)
     train.run(config)
-    for _, stage in _CHAIN:
-        stage(config)
+    if asks_a_datastore(config):
+        build_datastore.run(config)
+        build_index.run(config)
+    evaluate.run(config)
+    report.run(config)
     return TrimeEvaluation.load(run.path("evaluate")), run.metrics("train")
 
 
@@ -179,8 +181,7 @@ def _table(base: TrimeConfig, told: Mapping[tuple[str, MemoryKind], list[Done]])
                 )
             )
     first, metrics = next(iter(told.values()))[0]
-    splits = TrimeRun(base).metrics("prepare")["splits"]
-    tokens = {split: splits[split]["tokens"] for split in ("train", "dev", "test")}
+    tokens = {"train": TrimeRun(base).metrics("prepare")["splits"]["train"]["tokens"], **first.tokens}
     corpus = base.prepare.corpus if base.prepare.corpus != "files" else ", ".join(
         Path(name).name for names in base.prepare.files.values() for name in names
     )  # fmt: skip

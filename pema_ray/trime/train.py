@@ -17,10 +17,11 @@ from pema_ray.memory.shards import atomic_file
 from pema_ray.progress import track
 from pema_ray.training.ray_loop import reporting, run_workers, worker_place
 from pema_ray.trime.config import TrimeConfig
+from pema_ray.trime.loop import History
 from pema_ray.trime.models import count_parameters, make_model, save_model, shape_of
 from pema_ray.trime.run import TrimeRun
 from pema_ray.trime.segments import Segments, TokenStream
-from pema_ray.trime.training import History, Trainer
+from pema_ray.trime.training import Trainer
 from pema_ray.trime.walk import read_walk
 
 MODEL = "model"

@@ -1,75 +1,32 @@
-"""The training loop of a TRIME language model, in one process of any number. Knows no Ray.
+"""The training of a TRIME language model, in one process of any number. Knows no Ray.
 
-Batches follow from (seed, epoch), the coin of `ext` from (seed, update), dropout from (seed, update, part, process): a
-run that resumes goes on exactly as if it had never stopped, and any number of workers computes the same updates.
+Batches follow from (seed, epoch), the coin of `ext` from (seed, update): a run that resumes goes on exactly as if it
+had never stopped, and any number of workers computes the same updates.
 """
 
 from __future__ import annotations
 
-import logging
-import math
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from pema_ray.errors import UserError
-from pema_ray.hardware import DTYPES, peak_memory
-from pema_ray.training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
-from pema_ray.training.schedules import learning_rate
+from pema_ray.hardware import DTYPES
 from pema_ray.training.strategies import Place, Strategy, make_strategy
-
-if TYPE_CHECKING:
-    from pema_ray.training.ray_loop import Tell
 from pema_ray.trime.batches import groups_of_epoch, share_of
 from pema_ray.trime.config import TrimeConfig, TrimeTrainConfig
+from pema_ray.trime.loop import UpdateLoop
 from pema_ray.trime.model import TrainableLM
 from pema_ray.trime.objective import TrimeObjective, Ways
 from pema_ray.trime.segments import PADDING, SegmentBatch, Segments
 
-logger = logging.getLogger(__name__)
-BEST = "best.safetensors"
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """Losses at an update, nats per token: of the objective, and of the vocabulary alone."""
-
-    step: int
-    loss: float
-    vocabulary_loss: float
-    seconds: float
-    """Of training and validation so far."""
-
-
-@dataclass
-class History:
-    """What a training run went through; JSON beside the model. `train` has means between validations."""
-
-    train: list[Point] = field(default_factory=list)
-    validation: list[Point] = field(default_factory=list)
-    best_step: int = 0
-    best_loss: float = math.inf
-    stale: int = 0
-    stopped_early: bool = False
-    seconds: float = 0.0
-    tokens: int = 0
-    peak_bytes: int = 0
-    """Most memory that the leading process has held (its GPU's, where it has one)."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, told: dict[str, Any]) -> History:
-        points = {name: [Point(**point) for point in told[name]] for name in ("train", "validation")}
-        return cls(**{**told, **points})
+if TYPE_CHECKING:
+    from pema_ray.training.ray_loop import Tell
 
 
 class Part(NamedTuple):
@@ -117,7 +74,7 @@ class Schedule:
 
 
 @dataclass
-class Trainer:
+class Trainer(UpdateLoop[TrainableLM]):
     """Trains one model.
 
     Args:
@@ -135,13 +92,24 @@ class Trainer:
     tell: Tell = lambda kind, point: None
     walk_S: np.ndarray | None = None
 
-    def run(self) -> History:
-        """Train to the end; `model` is then the best one by validation."""
-        c, device = self.config.train, self.place.device
-        self.model.to(device)
+    def __post_init__(self) -> None:
         self._schedule = Schedule(self.config, len(self.train), self.walk_S)
+
+    @property
+    def settings(self) -> TrimeTrainConfig:
+        return self.config.train
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    @property
+    def updates(self) -> int:
+        return self.config.train.updates
+
+    def make(self) -> tuple[TrimeObjective, Strategy]:
+        c = self.config.train
         objective = TrimeObjective(self.model, DTYPES[c.dtype])
-        step, history, moments = self._restore()
         strategy = make_strategy(
             c.strategy,
             self.place,
@@ -153,13 +121,7 @@ class Trainer:
             zero_stage=c.zero_stage,
             idle_inputs=lambda: self._inputs(Part(self.train.none(), self._schedule.ways(0, 0)), 1.0),
         )
-        strategy.load_optimizer_state(moments)
-        self._optimise(objective, strategy, history, step)
-        history.peak_bytes = peak_memory(device)
-        self._meet()  # the leading process may still be writing its best
-        best, _ = load_checkpoint(self.run_dir / BEST)
-        self.model.load_state_dict(best["model"])
-        return history
+        return objective, strategy
 
     # ── an update ───────────────────────────────────────────────────────────
 
@@ -197,46 +159,9 @@ class Trainer:
             )
         return found
 
-    def _optimise(self, objective: TrimeObjective, strategy: Strategy, history: History, step: int) -> None:
-        c = self.config.train
-        if step == 0:
-            self._validate(objective, history, 0)
-        since = np.zeros(3)  # losses' sums and tokens since the last validation
-        while step < c.updates and not history.stopped_early:
-            started = time.perf_counter()
-            objective.train()
-            tokens = self.tokens_of(step)
-            sums = torch.zeros(2, dtype=torch.float64, device=self.place.device)
-            for number, part in enumerate(self.parts(step)):
-                torch.manual_seed(_mix(self.config.seed, step, number, self.place.rank))
-                inputs = self._inputs(part, tokens / self.place.world)
-                sums += strategy.learn(inputs, last=number == self._parts_per_update - 1)[1]
-            strategy.step(self.learning_rate(step), c.clip)
-            step += 1
-            loss, vocabulary_loss = (self._sum(sums) / tokens).tolist()
-            if not math.isfinite(loss):
-                raise UserError(f"The loss became infinite or no number at update {step}: lower train.learning_rate.")
-            since += np.array([loss * tokens, vocabulary_loss * tokens, tokens])
-            history.tokens += tokens
-            history.seconds += time.perf_counter() - started
-            self._tell("train", Point(step, loss, vocabulary_loss, history.seconds))
-            if step % c.validate_every == 0 or step == c.updates:
-                means = (since[:2] / since[2]).tolist()
-                history.train.append(Point(step, means[0], means[1], history.seconds))
-                since[:] = 0
-                self._validate(objective, history, step)
-                self._save(strategy, history, step)
-
-    def learning_rate(self, step: int) -> float:
-        c = self.config.train
-        return learning_rate(
-            step,
-            c.schedule,
-            c.learning_rate,
-            total_steps=c.updates,
-            warm_up_steps=c.warm_up_steps,
-            last=c.final_learning_rate,
-        )
+    def inputs(self, update: int) -> list[tuple[Any, ...]]:
+        divisor = self.tokens_of(update) / self.place.world
+        return [self._inputs(part, divisor) for part in self.parts(update)]
 
     def _inputs(self, part: Part, divisor: float) -> tuple[Any, ...]:
         tensors = (torch.from_numpy(array).to(self.place.device) for array in part.batch)
@@ -244,77 +169,26 @@ class Trainer:
 
     # ── validation ──────────────────────────────────────────────────────────
 
-    @torch.no_grad()
-    def _validate(self, objective: TrimeObjective, history: History, step: int) -> None:
+    def judge(self, objective: nn.Module) -> tuple[float, float]:
         """On consecutive dev segments; no position ever sees a later one.
 
         A model trained with `local` memory is judged with it, `long` and `ext` with all earlier positions of the
         group (`ext` has no datastore yet), whatever the warm-up is at.
         """
-        started = time.perf_counter()
         c, b = self.config.train, self.config.batches
         memory = "long" if c.memory == "ext" else c.memory
         ways = Ways(memory, across_documents=c.across_documents)
-        objective.eval()
         totals = torch.zeros(3, dtype=torch.float64, device=self.place.device)
         groups = [range(first, min(first + b.group, len(self.dev))) for first in range(0, len(self.dev), b.group)]
         for group in groups[: c.validation_groups][self.place.rank :: self.place.world]:
             batch = self.dev.batch(list(group))
             sums = objective(*self._inputs(Part(batch, ways), 1.0))[1]
             totals += torch.cat([sums, sums.new_tensor([(batch.label_BL != PADDING).sum()])])
-        loss, vocabulary_loss, tokens = self._sum(totals).tolist()
-        history.seconds += time.perf_counter() - started
-        point = Point(step, loss / tokens, vocabulary_loss / tokens, history.seconds)
-        history.validation.append(point)
-        if point.loss < history.best_loss:
-            history.best_loss, history.best_step, history.stale = point.loss, step, 0
-            self._keep(BEST)
-        else:
-            history.stale += 1
-            history.stopped_early = c.patience is not None and history.stale >= c.patience
-        if c.keep_checkpoints:
-            self._keep(f"checkpoints/step-{step:07d}.safetensors")
-        self._tell("validation", point)
+        loss, vocabulary_loss, tokens = self.sum(totals).tolist()
+        return loss / tokens, vocabulary_loss / tokens
 
-    def _keep(self, name: str) -> None:
-        if self.place.leads:
-            save_checkpoint(self.run_dir / name, {"model": self.model.state_dict()})
-
-    # ── processes ───────────────────────────────────────────────────────────
-
-    def _sum(self, values: Tensor) -> Tensor:
-        """Over all processes, the same in each of them."""
-        if self.place.world > 1:
-            torch.distributed.all_reduce(values)
-        return values
-
-    def _meet(self) -> None:
-        if self.place.world > 1:
-            torch.distributed.barrier()
-
-    def _tell(self, kind: str, point: Point) -> None:
-        if self.place.leads:
-            self.tell(kind, asdict(point))
-
-    # ── resume ──────────────────────────────────────────────────────────────
-
-    def _save(self, strategy: Strategy, history: History, step: int) -> None:
-        moments = strategy.optimizer_state()  # every process must ask
-        if self.place.leads:
-            groups = {"model": self.model.state_dict(), "optimizer": moments}
-            save_checkpoint(self.run_dir / CHECKPOINT, groups, {"step": step, "history": history.to_dict()})
-
-    def _restore(self) -> tuple[int, History, dict[str, Tensor]]:
-        path = self.run_dir / CHECKPOINT
-        if not path.exists():
-            return 0, History(), {}
-        groups, told = load_checkpoint(path)
-        try:
-            self.model.load_state_dict(groups["model"])
-        except RuntimeError:
-            raise UserError(f"{path}: holds a model of another shape. Delete it to start over.") from None
-        logger.info("training resumes at update %d", told["step"])
-        return told["step"], History.from_dict(told["history"]), groups.get("optimizer", {})
+    def also_kept_as(self, step: int) -> str | None:
+        return f"checkpoints/step-{step:07d}.safetensors" if self.config.train.keep_checkpoints else None
 
 
 def make_optimizer(config: TrimeTrainConfig, parameters: Sequence[nn.Parameter]) -> Optimizer:
@@ -327,7 +201,3 @@ def make_optimizer(config: TrimeTrainConfig, parameters: Sequence[nn.Parameter])
             return Adam(parameters, c.learning_rate, c.betas, weight_decay=c.weight_decay)
         case "adamw":
             return AdamW(parameters, c.learning_rate, c.betas, weight_decay=c.weight_decay)
-
-
-def _mix(seed: int, *numbers: int) -> int:
-    return int(np.random.SeedSequence([seed, *numbers]).generate_state(1)[0])

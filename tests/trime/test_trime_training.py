@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +14,14 @@ from kit import VOCABULARY, tiny_model
 
 from pema_ray.training.checkpoint import load_checkpoint
 from pema_ray.training.strategies import Place
+from pema_ray.trime import pace
 from pema_ray.trime.config import DecoderShape, TrimeConfig
 from pema_ray.trime.decoder import DecoderLM
+from pema_ray.trime.loop import History
 from pema_ray.trime.memories import PADDING
 from pema_ray.trime.objective import TrimeObjective, Ways
 from pema_ray.trime.segments import Segments, TokenStream
-from pema_ray.trime.training import History, Schedule, Trainer
+from pema_ray.trime.training import Schedule, Trainer
 
 LENGTH = 8
 
@@ -268,3 +271,23 @@ def compare_with_one(config: TrimeConfig, alone_folder: Path, shared_folder: Pat
                 torch.testing.assert_close(shared[group][key], tensor, atol=2e-6, rtol=1e-4, msg=f"{group} {key}")
     shared = load_checkpoint(shared_folder / "checkpoint.safetensors")[1]["history"]
     assert dict(losses_of(History.from_dict(shared))) == pytest.approx(dict(losses_of(history)), rel=1e-5)
+
+
+def test_the_pace_of_objectives_is_measured_in_turns(tmp_path: Path, monkeypatch):
+    """Each objective's clock runs for its own updates alone, and the first two of each are not counted."""
+    order: list[str] = []
+
+    class Learner:
+        def __init__(self, memory: str) -> None:
+            self.memory, self.place = memory, Place()
+
+        def learn(self, strategy: object, step: int) -> None:
+            order.append(f"{self.memory} {step}")
+            now[0] += {"none": 1.0, "local": 3.0}[self.memory] * (100 if step < 2 else 1)
+
+    now = [0.0]
+    monkeypatch.setattr(pace, "_stepper", lambda config, prepared, vocabulary: (Learner(config.train.memory), None))
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
+    configs: Any = {memory: configured(memory=memory) for memory in ("none", "local")}
+    assert pace.seconds_per_update(configs, tmp_path, 9, rounds=3) == {"none": 1.0, "local": 3.0}
+    assert order[:4] == ["none 0", "local 0", "none 1", "local 1"] and len(order) == 10

@@ -189,6 +189,17 @@ class GenerateConfig(Section):
         return values
 
 
+class MtPlanConfig(Section):
+    """What `mt-train --dry-run` counts with before the text has been prepared."""
+
+    pairs: int | None = Field(default=None, ge=1)
+    """Of the training split."""
+    target_tokens: int | None = Field(default=None, ge=1)
+    """Their targets' subwords, `<eos>` apart."""
+    flops_per_second: float = Field(default=5e10, gt=0)
+    """What one worker sustains: a CPU core 2e10 to 1e11 in float32, a GPU 5e12 to 2e14."""
+
+
 class MtConfig(Section):
     """A whole translation experiment; every stage reads its own section and the shared ones."""
 
@@ -199,6 +210,7 @@ class MtConfig(Section):
     model: MtModelConfig = MtModelConfig()
     batches: MtBatchesConfig = MtBatchesConfig()
     train: MtTrainConfig = MtTrainConfig()
+    plan: MtPlanConfig = MtPlanConfig()
     datastore: DatastoreConfig = DatastoreConfig()
     index: IndexConfig = IndexConfig()
     generate: GenerateConfig = GenerateConfig()

@@ -15,6 +15,7 @@ from pema_ray.cluster import ray_cluster
 from pema_ray.memory.shards import atomic_file
 from pema_ray.progress import track
 from pema_ray.training.ray_loop import reporting, run_workers, worker_place
+from pema_ray.trime.loop import History
 from pema_ray.trime.models import count_parameters
 from pema_ray.trime.mt.config import MtConfig
 from pema_ray.trime.mt.data import Parallel, load_subwords, prepare
@@ -22,7 +23,6 @@ from pema_ray.trime.mt.groups import bm25_walk
 from pema_ray.trime.mt.model import make_translator, save_translator
 from pema_ray.trime.mt.run import MtRun
 from pema_ray.trime.mt.training import MtTrainer
-from pema_ray.trime.training import History
 
 MODEL, WALK = "model", "walk.npy"
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from pema_ray.cli import app
 from pema_ray.config import read_config
 from pema_ray.errors import UserError
 from pema_ray.line import ExtractBatch
@@ -18,6 +20,7 @@ from pema_ray.training.checkpoint import CHECKPOINT, load_checkpoint
 from pema_ray.trime.loss import joint_log_prob
 from pema_ray.trime.memories import PADDING
 from pema_ray.trime.model import VocabularyScore
+from pema_ray.trime.mt import dry_run
 from pema_ray.trime.mt.calibrate import Heard, nll
 from pema_ray.trime.mt.config import GenerateConfig, MtBatchesConfig, MtConfig, MtModelConfig
 from pema_ray.trime.mt.data import BytePairs, Parallel, read_pairs
@@ -321,3 +324,29 @@ def test_missing_files_and_too_long_targets_are_told(tmp_path: Path):
         read_pairs(config.data)
     with pytest.raises(UserError, match="max_tokens=3"):
         groups_of(pairs(5), MtBatchesConfig(order="random", max_tokens=3), 0, None)
+
+
+# ── the dry run ─────────────────────────────────────────────────────────────
+
+
+def test_the_published_setting_is_counted_before_its_text_is_there(tmp_path: Path):
+    path = Path(__file__).parents[3] / "configs" / "trime" / "mt_iwslt14_trime.yaml"
+    found = dry_run.estimate(read_config(MtConfig, path, [f"run_dir={tmp_path}"]))
+    assert round(found.parameters / 1e6) == 39
+    assert (found.rows, found.key_size) == (3_949_114, 512)  # the published datastore
+    assert found.datastore_bytes == 3_949_114 * (1024 + 4)
+    assert found.updates == 50 * -(-3_949_114 // 16_384)
+    assert found.memory == 16_384
+    assert found.training_bytes == found.parameters * 16
+    assert found.hours == pytest.approx(found.flops / (4 * 2e13) / 3600)
+    with pytest.raises(
+        UserError, match="not prepared yet. Run: pema-ray trime mt-train, or set plan.pairs"
+    ):
+        dry_run.estimate(read_config(MtConfig, None, [f"run_dir={tmp_path}"]))
+
+
+def test_the_command_has_a_dry_run(tmp_path: Path):
+    config = "configs/trime/mt_iwslt14_ce.yaml"
+    told = CliRunner().invoke(app, ["trime", "mt-train", "--dry-run", "-c", config, f"run_dir={tmp_path}"])
+    assert told.exit_code == 0 and "3,949,114 target positions" in told.output and "0 positions" in told.output
+    assert not list(tmp_path.iterdir())
