@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -27,7 +26,7 @@ from pema_ray.cluster import ray_cluster
 from pema_ray.errors import UserError
 from pema_ray.memory.shards import atomic_file, sha256_of
 from pema_ray.pluglm import refresh as refreshing
-from pema_ray.pluglm import versions
+from pema_ray.pluglm import run_folder, versions
 from pema_ray.pluglm.editing import publish_on_current, take_files
 from pema_ray.pluglm.encoding import DocumentEncoder
 from pema_ray.pluglm.finetune_config import FinetuneConfig
@@ -43,10 +42,9 @@ from pema_ray.pluglm.tasks import Task, make_task
 from pema_ray.pluglm.tasks.reading import Example
 from pema_ray.pluglm.training import MemoryAccess, Tell
 from pema_ray.progress import console, track
-from pema_ray.training.checkpoint import CHECKPOINT
 from pema_ray.training.ray_loop import reporting, run_workers, worker_place
 
-_STAMP, _METRICS = "stamp", "metrics.json"
+_OWN = ("memory", "model")  # folders that other settings would make otherwise
 # Settings that change how fast a run goes, not what it makes.
 _INCIDENTAL = {"resume", "max_failures", "trackers", "min_workers", "cpus_per_worker", "gpus_per_worker"}
 
@@ -72,10 +70,10 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     run_dir = Path(config.run_dir).absolute()
     stamp = _stamp(config)
     c, m = config.train, config.memory
-    if c.resume and (done := _finished(run_dir, stamp)):
+    if c.resume and (done := run_folder.finished(run_dir, stamp)):
         console.print(f"[dim]finetune finished before, reused: {done['summary']}[/]")
         return done
-    _begin(run_dir, stamp, c.resume)
+    run_folder.begin(run_dir, stamp, c.resume, _OWN)
     first = _memory(run_dir / "memory", config)
     others = math.ceil(m.shards * m.cpus_per_shard + m.refresh_workers * m.cpus_per_refresh_worker + 1)
     with ray_cluster(config.ray, c.cpus_per_worker, c.gpus_per_worker, c.min_workers or c.workers, readers=others):
@@ -87,8 +85,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         _make_current(run_dir / "memory", result["memory_version"])
     scores = evaluate(config, run_dir)
     metrics = {"stamp": stamp, **result, "scores": scores, "summary": _summary(scores)}
-    with atomic_file(run_dir / _METRICS) as temporary:
-        temporary.write_text(json.dumps(metrics, indent=2) + "\n")
+    run_folder.finish(run_dir, metrics)
     console.print(f"[bold]finetune[/] {metrics['summary']}")
     return metrics
 
@@ -241,28 +238,6 @@ def _task(config: FinetuneConfig) -> Task:
     return task
 
 
-def _begin(run_dir: Path, stamp: str, keep: bool) -> None:
-    """Take away what other settings have left, or all of it."""
-    path = run_dir / _STAMP
-    if not keep or not path.exists() or path.read_text() != stamp:
-        for name in ("memory", "model"):
-            shutil.rmtree(run_dir / name, ignore_errors=True)
-        for name in (CHECKPOINT, _METRICS):
-            (run_dir / name).unlink(missing_ok=True)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary:
-        temporary.write_text(stamp)
-
-
-def _finished(run_dir: Path, stamp: str) -> dict[str, Any] | None:
-    try:
-        found = json.loads((run_dir / _METRICS).read_text())
-    except (OSError, ValueError):
-        return None
-    whole = (run_dir / "model" / "config.json").exists() and found.get("stamp") == stamp
-    return found if whole else None
-
-
 def _stamp(config: FinetuneConfig) -> str:
     """What the result depends on, as 16 hex digits. Raises `UserError` where a file is missing."""
     settings = config.model_dump(mode="json", exclude={"run_dir", "ray"})
@@ -279,7 +254,7 @@ def _stamp(config: FinetuneConfig) -> str:
     settings["files"] = [sha256_of(Path(path)) for path in paths] + [sha256_of(path) for path in weights]
     if config.memory.folder is not None:
         settings["version"] = KnowledgeMemory.open(config.memory.folder, config.memory.version).version
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    return run_folder.stamp_of(settings)
 
 
 def _shown(example: Example) -> str:

@@ -12,7 +12,6 @@ Ray Train.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -24,8 +23,8 @@ from typing import Any
 import torch
 
 from pema_ray.cluster import ray_cluster
-from pema_ray.memory.shards import atomic_file
 from pema_ray.pluglm import refresh as refreshing
+from pema_ray.pluglm import run_folder
 from pema_ray.pluglm.config import ModelSettings, PretrainConfig
 from pema_ray.pluglm.encoding import DocumentEncoder
 from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
@@ -36,10 +35,9 @@ from pema_ray.pluglm.sharded import ShardedKnowledge, start_shards
 from pema_ray.pluglm.text import Sequences, content_hash, prepare_sequences
 from pema_ray.pluglm.training import MemoryAccess, PretrainLoop, Tell
 from pema_ray.progress import console, track
-from pema_ray.training.checkpoint import CHECKPOINT
 from pema_ray.training.ray_loop import reporting, run_workers, worker_place
 
-_STAMP, _METRICS = "stamp", "metrics.json"
+_OWN = ("start", "memory", "model")  # folders that other settings would make otherwise
 # Settings that change how fast a run goes, not what it makes.
 _INCIDENTAL = {
     "resume", "max_failures", "trackers", "min_workers", "cpus_per_worker", "gpus_per_worker", "checkpoint_every",
@@ -64,14 +62,14 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """
     run_dir = Path(config.run_dir).absolute()
     stamp = _stamp(config)
-    if config.train.resume and (done := _finished(run_dir, stamp)):
+    if config.train.resume and (done := run_folder.finished(run_dir, stamp)):
         console.print(f"[dim]pretrain finished before, reused: {done['summary']}[/]")
         return done
     c, m = config.train, config.memory
     others = math.ceil(m.shards * m.cpus_per_shard + m.refresh_workers * m.cpus_per_refresh_worker + 1)
     workers = c.min_workers or c.workers
     with ray_cluster(config.ray, c.cpus_per_worker, c.gpus_per_worker, workers, readers=others):
-        _begin(run_dir, stamp, keep=c.resume)
+        run_folder.begin(run_dir, stamp, c.resume, _OWN)
         model, tokenizer = _start(run_dir / "start", config.model, config.seed)
         prepare_sequences(run_dir / "sequences", config.text, tokenizer, c.max_tokens)
         if config.validation is not None:
@@ -81,8 +79,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         with track("pre-training", c.steps) as bar:
             result = run_workers(_work, _Job(config, run_dir, shards, first), run_dir, c, _showing(bar, c.batch_size))
     metrics = {"stamp": stamp, **result, "summary": _summary(result)}
-    with atomic_file(run_dir / _METRICS) as temporary:
-        temporary.write_text(json.dumps(metrics, indent=2) + "\n")
+    run_folder.finish(run_dir, metrics)
     console.print(f"[bold]pretrain[/] {metrics['summary']}")
     return metrics
 
@@ -180,28 +177,6 @@ def _memory(folder: Path, config: PretrainConfig, encoder: DocumentEncoder) -> i
     return refreshing.build(folder, config.documents, encoder, m.dtype, m.entries_per_segment, workers, cpus).version
 
 
-def _begin(run_dir: Path, stamp: str, keep: bool) -> None:
-    """Take away what other settings have left, or all of it."""
-    path = run_dir / _STAMP
-    if not keep or not path.exists() or path.read_text() != stamp:
-        for name in ("start", "memory", "model"):
-            shutil.rmtree(run_dir / name, ignore_errors=True)
-        for name in (CHECKPOINT, _METRICS):
-            (run_dir / name).unlink(missing_ok=True)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary:
-        temporary.write_text(stamp)
-
-
-def _finished(run_dir: Path, stamp: str) -> dict[str, Any] | None:
-    try:
-        found = json.loads((run_dir / _METRICS).read_text())
-    except (OSError, ValueError):
-        return None
-    whole = (run_dir / "model" / "config.json").exists() and found.get("stamp") == stamp
-    return found if whole else None
-
-
 def _stamp(config: PretrainConfig) -> str:
     """What the result depends on, as 16 hex digits."""
     settings = config.model_dump(mode="json", exclude={"run_dir", "ray", "documents", "text", "validation"})
@@ -210,7 +185,7 @@ def _stamp(config: PretrainConfig) -> str:
     settings["memory"] = {name: settings["memory"][name] for name in kept}
     texts = [config.documents, config.text, *([config.validation] if config.validation else [])]
     hashes = [content_hash(one) for one in texts]
-    return hashlib.sha256(json.dumps([settings, hashes], sort_keys=True).encode()).hexdigest()[:16]
+    return run_folder.stamp_of(settings, hashes)
 
 
 def _summary(result: Mapping[str, Any]) -> str:

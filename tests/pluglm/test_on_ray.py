@@ -19,8 +19,9 @@ from pema_ray.pluglm.entries import NewEntry
 from pema_ray.pluglm.knowledge import Knowledge, document_code, document_codes
 from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
 from pema_ray.pluglm.loading import load_pluglm
-from pema_ray.pluglm.pretrain import _begin, _stamp, pretrain
+from pema_ray.pluglm.pretrain import _stamp, pretrain
 from pema_ray.pluglm.refresh import build, refresh
+from pema_ray.pluglm.run_folder import begin
 from pema_ray.pluglm.sharded import ShardedKnowledge, start_shards
 from pema_ray.pluglm.text import Sequences, pieces, prepare_sequences
 from tests.pluglm.conftest import BACKBONE
@@ -250,7 +251,7 @@ def test_what_other_settings_left_is_taken_away(config, tmp_path) -> None:
     for stamp, keep, is_left in (("a", True, False), ("a", True, True), ("b", True, False), ("b", False, False)):
         (run_dir / "memory").mkdir(parents=True, exist_ok=True)
         (run_dir / "checkpoint.safetensors").write_text("")
-        _begin(run_dir, stamp, keep)
+        begin(run_dir, stamp, keep, ("memory",))
         assert (run_dir / "memory").exists() == (run_dir / "checkpoint.safetensors").exists() == is_left
 
 

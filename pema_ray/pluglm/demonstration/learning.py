@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -38,8 +38,6 @@ class FactsSettings(Section):
     query_size: int = Field(default=64, ge=1)
     memory_feed_forward: int = Field(default=0, ge=0)
     top_k: int = Field(default=5, ge=1)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Of states and attention, as BERT's."""
     steps: int = Field(default=3000, ge=1)
     batch_size: int = Field(default=64, ge=1)
     learning_rate: float = Field(default=2e-3, gt=0)
@@ -49,6 +47,9 @@ class FactsSettings(Section):
     contrastive_steps: int = Field(default=1500, ge=0)
     """Steps in which queries are taught to find their fact's key: a departure from the paper."""
     contrastive_weight: float = Field(default=1.0, gt=0)
+    contrastive_temperature: float = Field(default=0.05, gt=0)
+    retrieval: Literal["inner_product", "cosine"] = "cosine"
+    """`cosine`, a departure from the paper: keys of facts never asked about have lengths that nothing has trained."""
     value_pooler: bool = True
     """A departure from the paper."""
     measure_every: int = Field(default=100, ge=1)
@@ -60,7 +61,7 @@ class FactsSettings(Section):
     @property
     def faithful(self) -> FactsSettings:
         """The published objective and knowledge encoder, all else equal."""
-        return self.model_copy(update={"contrastive_steps": 0, "value_pooler": False})
+        return self.model_copy(update={"contrastive_steps": 0, "value_pooler": False, "retrieval": "inner_product"})
 
 
 Point = dict[str, float]
@@ -72,12 +73,13 @@ def new_model(c: FactsSettings, seed: int) -> PlugLMForMaskedLM:
         "model_type": "bert", "vocab_size": 5 + len(c.world.words), "hidden_size": c.hidden_size,
         "intermediate_size": 4 * c.hidden_size, "num_hidden_layers": c.layers, "num_attention_heads": c.heads,
         "max_position_embeddings": 16, "type_vocab_size": 2, "pad_token_id": 0,
-        "hidden_dropout_prob": c.dropout, "attention_probs_dropout_prob": c.dropout,
+        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
     }  # fmt: skip
     torch.manual_seed(seed)
     config = PlugLMConfig(
         backbone=backbone, memory_layers=1, memory_feed_forward=c.memory_feed_forward, query_size=c.query_size,
         top_k=c.top_k, max_document_tokens=16, value_pooler=c.value_pooler,
+        retrieval=c.retrieval,
     )  # fmt: skip
     return PlugLMForMaskedLM(config)
 
@@ -92,7 +94,7 @@ def learn(
     """
     world, random = c.world, np.random.default_rng(seed)
     model, unseen_F = new_model(c, seed), world.held_out(random, c.held_out)
-    objective, asked = PretrainObjective(model), np.flatnonzero(~unseen_F)
+    objective, asked = PretrainObjective(model, c.contrastive_temperature), np.flatnonzero(~unseen_F)
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     fresh = np.random.default_rng([seed, 1])
     question_FT, code_F = world.questions(), torch.from_numpy(world.codes)
