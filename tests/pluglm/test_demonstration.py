@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from markupsafe import escape
 
@@ -78,3 +82,21 @@ def test_a_hash_sees_every_weight() -> None:
     with torch.no_grad():
         model.model.backbone.encoder.layer[-1].knowledge.beta[0] += 1e-6
     assert weights_hash(model) != before
+
+
+@pytest.mark.slow
+def test_seeds_are_run_once_and_the_worst_is_told(tmp_path) -> None:
+    """The benchmark of several seeds, in its smallest size."""
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "pluglm_facts.py"
+    command = [sys.executable, str(script), "--smoke", "--seeds", "0", "1", "--out", str(tmp_path / "runs")]
+    command += ["--results-dir", str(tmp_path / "results")]
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-4000:]
+    assert "seed 1" not in done.stdout  # what is finished is not run again
+    found = json.loads((tmp_path / "results" / "pluglm_facts.json").read_text())
+    assert set(found["ratios"]) == set(found["figures"]["aims"])
+    edited = found["figures"]["contrastive warm-up, value pooler, cosine"]["edited"]
+    assert len(edited) == 2
+    assert found["ratios"]["edited"] == min(edited)
+    assert (tmp_path / "results" / "pluglm_facts.svg").read_text().startswith("<svg")

@@ -22,7 +22,7 @@ from pema_ray.pluglm.demonstration.learning import FactsSettings, Point, learn
 from pema_ray.pluglm.demonstration.measures import FactsFigures, measure
 from pema_ray.pluglm.pretrain import save_model
 
-OURS, FAITHFUL = "contrastive warm-up and value pooler", "as published"
+OURS, FAITHFUL = "contrastive warm-up, value pooler, cosine", "as published"
 
 
 class Mode(Section):

@@ -1,0 +1,88 @@
+"""PlugLM: the demonstration of edited facts over several seeds, beside the published objective; a plot.
+
+Not a measurement of speed: figures are accuracies (`pema_ray.pluglm.demonstration`). A seed that is finished in `--out`
+with the same settings is not run again, so that a run may be broken off. Ratios: the worst over seeds of each figure
+that has an aim. Beside the JSON lies the plot, accuracy over training of the first seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from statistics import mean
+
+from _harness import Aim, console, device_of, options, show, write_results
+
+from pema_ray.pluglm.demonstration.demo import Demo, accuracy_plot, run_demo, standalone
+from pema_ray.pluglm.demonstration.learning import FactsSettings
+
+NAME = "pluglm_facts"
+AIMS = {
+    "edited": Aim(0.98), "edited_held_out": Aim(0.90), "added": Aim(0.90), "old_memory": Aim(0.10, at_most=True),
+    "flipped": Aim(1.0), "others_changed": Aim(0, at_most=True), "restored": Aim(1.0), "weights_unchanged": Aim(1.0),
+    "minutes": Aim(10, at_most=True),
+}  # fmt: skip
+FIGURES = (
+    "edited", "edited_held_out", "added", "before_adding", "built", "other_domain", "old_memory", "shuffled", "none",
+    "flipped", "others_changed",
+)  # fmt: skip
+
+
+def main() -> None:
+    o = _options()
+    device_of(o)
+    settings = FactsSettings()
+    if o.smoke:
+        settings = FactsSettings(entities=4, relations=2, values=3, steps=4, batch_size=4, contrastive_steps=2)
+    demos = [_one(o.out / str(seed), seed, settings) for seed in o.seeds]
+    worst = {name: (max if aim.at_most else min)(_aimed(one, name) for one in demos) for name, aim in AIMS.items()}
+    notes = []
+    figures: dict[str, object] = {"seeds": list(o.seeds), "settings": settings.model_dump(), "smoke": o.smoke}
+    for number, mode in enumerate(demos[0].modes):
+        each = {name: [float(getattr(one.modes[number].figures, name)) for one in demos] for name in FIGURES}
+        each["found"] = [one.modes[number].history[-1]["found"] for one in demos]
+        each["seconds"] = [one.modes[number].seconds for one in demos]
+        figures[mode.name] = each
+        notes += [f"{mode.name}: {name} {mean(values):.3f} {values}" for name, values in each.items()]
+    figures["aims"] = {name: str(aim) for name, aim in AIMS.items()}
+    show(f"PlugLM: edited facts, the worst of {len(demos)} seeds", worst, AIMS, notes)
+    written = write_results(NAME, worst, figures, o.results_dir)
+    written.with_suffix(".svg").write_text(standalone(accuracy_plot(demos[0].modes)))
+    console.print(f"written: {written}, {written.with_suffix('.svg')}")
+
+
+def _options() -> argparse.Namespace:
+    parser = options("Facts edited in PlugLM's memory, over seeds.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("runs/pluglm_facts"), help="models, memories and pages")
+    parser.set_defaults(threads=1)  # its matrices are so small that threads would wait for each other
+    return parser.parse_args()
+
+
+def _one(folder: Path, seed: int, settings: FactsSettings) -> Demo:
+    path = folder / "demo.json"
+    if path.exists():
+        found = Demo.model_validate(json.loads(path.read_text()))
+        if found.seed == seed and found.modes[0].settings == settings and len(found.modes) == 2:
+            return found
+    console.print(f"seed {seed}")
+    return run_demo(folder, seed, settings, on_point=_tell)
+
+
+def _tell(mode: str, point: dict[str, float]) -> None:
+    if point["step"] % 500 == 0:
+        console.print(f"{mode}, step {point['step']:.0f}: {point}")
+
+
+def _aimed(demo: Demo, name: str) -> float:
+    figures = demo.modes[0].figures
+    if name == "minutes":
+        return sum(mode.seconds for mode in demo.modes) / 60
+    if name == "weights_unchanged":
+        return float(figures.weights_before == figures.weights_after)
+    return float(getattr(figures, name))
+
+
+if __name__ == "__main__":
+    main()
