@@ -70,7 +70,7 @@ async def stream(client: openai.AsyncOpenAI, model: str, number: int) -> str:
 
 
 @pytest.mark.parametrize("seconds", [3, pytest.param(180, marks=pytest.mark.slow)])
-async def test_64_clients_stream_without_an_error_and_memory_stays(tiny_plm_folder, seconds):
+async def test_64_clients_stream_without_an_error_and_memory_stays(tiny_plm_folder, seconds, record_property):
     async with Loaded(tiny_plm_folder("llama")) as loaded:
         async with openai.AsyncOpenAI(base_url=f"{loaded.url}/v1", api_key="x", max_retries=0, timeout=60) as client:
             model = loaded.owner.card.name
@@ -98,6 +98,8 @@ async def test_64_clients_stream_without_an_error_and_memory_stays(tiny_plm_fold
             watching = asyncio.create_task(watch())
             await asyncio.gather(*(one(number) for number in range(CLIENTS)))
             watching.cancel()
+        record_property("answers", answers)
+        record_property("resident MiB", [round(size / 2**20, 1) for size in resident])  # for docs: `--junitxml`
         assert answers >= CLIENTS
         assert await loaded.idle()
         if seconds > 60:

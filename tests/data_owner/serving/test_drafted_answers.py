@@ -187,40 +187,104 @@ async def test_an_adapter_that_predicts_its_lambda_is_explained_by_what_it_predi
     assert max(shares) - min(shares) > 0.2  # it does predict something
 
 
-@pytest.mark.parametrize("by", ["the PLM", "whim"])
+class Mixture:
+    """The exact distribution that answers are sampled from: of the mixture, by temperature and nucleus."""
+
+    def __init__(self, source, adapter: PemaAdapter, lam: float, decoding: Decoding) -> None:
+        self._source, self._adapter, self._lam, self._decoding = source, adapter, lam, decoding
+        self._head = source.lm_head().head
+        self._known: dict[tuple[int, ...], dict[int, float]] = {}
+
+    def after(self, ids: Sequence[int]) -> dict[int, float]:
+        """Probabilities of the tokens of the nucleus."""
+        if tuple(ids) not in self._known:
+            head, d = self._head, self._decoding
+            state = self._source.extract(ExtractBatch([list(ids)], [len(ids) - 1]))
+            with torch.inference_mode():
+                log_pema, log_plm = self._adapter.log_probs(state, head), head.log_probs(head.norm(state))
+                scaled = (mix(log_pema, log_plm, torch.tensor([self._lam]))[0] / d.temperature).softmax(-1).double()
+            ordered, where = scaled.sort(descending=True)
+            nucleus = where[ordered.cumsum(0) - ordered < d.top_p]
+            share = scaled[nucleus] / scaled[nucleus].sum()
+            self._known[tuple(ids)] = dict(zip(nucleus.tolist(), share.tolist(), strict=True))
+        return self._known[tuple(ids)]
+
+
+class Seer:
+    """A memory that guesses from the mixture itself, half of the time; else what is likeliest.
+
+    Attributes:
+        expected, variance: of the number of guesses that come true, given what was guessed: a guess comes true with
+            the probability that the mixture gives it, if the one before it came true.
+    """
+
+    def __init__(self, mixture: Mixture, prompt: Sequence[int], eos: Sequence[int]) -> None:
+        self._mixture, self._prompt, self._eos, self._draw = mixture, list(prompt), set(eos), random.Random(0)
+        self.expected = self.variance = 0.0
+        self.made = 0
+
+    def guesses(self, answer: Sequence[int], most: int) -> list[Guess]:
+        ids, tokens, chances = [*self._prompt, *answer], [], [1.0]
+        for _ in range(most):
+            share = {token: p for token, p in self._mixture.after(ids).items() if token not in self._eos}
+            (token,) = self._draw.choices(list(share), list(share.values()))
+            if self._draw.random() < 0.5:
+                token = max(share, key=lambda known: share[known])
+            tokens.append(token)
+            chances.append(chances[-1] * share[token])
+            ids.append(token)
+        mean = sum(chances[1:])  # the first n come true with the n-th chance
+        self.expected += mean
+        self.variance += sum((2 * n - 1) * chance for n, chance in enumerate(chances[1:], 1)) - mean**2
+        self.made += most
+        return [Guess("memory", tokens)]
+
+
+class Memory(Pace):
+    """Always bets what the memory guesses, which comes last, in full."""
+
+    def choose(self, offers: Sequence[tuple[Sequence[Guess], int, int]]) -> list[Bet]:
+        return [Bet(guesses[-1].kind, tuple(guesses[-1].tokens)) if guesses else Bet() for guesses, _, _ in offers]
+
+
+@pytest.mark.parametrize("by", ["the PLM", "whim", "a memory"])
 async def test_drafted_samples_have_the_distribution_of_the_mixture(tiny_plm_folder, tiny_source, adapter, by):
-    """χ² of the second and third tokens, each after the commonest beginning, against the exact mixture."""
-    prompt, lam, count = PROMPTS[0], 0.6, 1500
-    decoding = [Decoding("sample", 0.7, 0.8, seed=seed) for seed in range(count)]
-    wanted = [Order(prompt, 3, UnrollingSchedule(lam), "mine", 3, decoding=d, draft=2) for d in decoding]
+    """χ² of the second to fourth tokens, after every beginning that is common enough, against the exact mixture."""
+    prompt, lam, count, how = PROMPTS[0], 0.6, 1500, {"temperature": 0.5, "top_p": 0.6}
+    mixture = Mixture(tiny_source("llama"), adapter, lam, Decoding("sample", **how))
+    seer = Seer(mixture, prompt, tiny_source("llama").describe().eos_token_ids)
+    decoding = [Decoding("sample", **how, seed=seed) for seed in range(count)]
+    wanted = [Order(prompt, 4, UnrollingSchedule(lam), "mine", 4, decoding=d, draft=2) for d in decoding]
     async with World(tiny_plm_folder("llama"), adapter, slots=64) as world:
         world.unroller.most_drafted = 2
-        world.unroller.pace = _Always() if by == "the PLM" else Whim(0)
+        world.unroller.pace = {"the PLM": _Always, "whim": lambda: Whim(0), "a memory": Memory}[by]()
+        if by == "a memory":
+            world.unroller.memories = {"mine": seer}
         answers = [a for begin in range(0, count, 250) for a in await world.all(wanted[begin : begin + 250])]
-        assert world.unroller.counts["accepted"] > 20
-    source = tiny_source("llama")
-    head = source.lm_head().head
-    for place in (1, 2):
-        (begin, seen), *_ = Counter(tuple(answer[:place]) for answer in answers if len(answer) > place).most_common(1)
-        found = Counter(answer[place] for answer in answers if len(answer) > place and tuple(answer[:place]) == begin)
-        state = source.extract(ExtractBatch([[*prompt, *begin]], [len(prompt) + place - 1]))
-        with torch.inference_mode():
-            log_p = mix(adapter.log_probs(state, head), head.log_probs(head.norm(state)), torch.tensor([lam]))[0]
-        scaled = (log_p / 0.7).softmax(-1)
-        ordered, where = scaled.sort(descending=True)
-        nucleus = where[ordered.cumsum(0) - ordered < 0.8]
-        share = scaled[nucleus] / scaled[nucleus].sum()
-        assert set(found) <= set(nucleus.tolist())
-        common = share * seen >= 5  # rarer ones are taken together
-        expected = torch.cat([share[common], share[~common].sum()[None]]).double() * seen
-        observed = [found[int(token)] for token in nucleus[common]]
-        observed = torch.tensor([*observed, seen - sum(observed)]).double()
-        if expected[-1] < 5:
-            expected, observed = expected[:-1], observed[:-1]
-        chi = float(((observed - expected) ** 2 / expected).sum())
-        freedom = max(1, len(expected) - 1)
-        assert seen > 40
-        assert chi < freedom + 4 * (2 * freedom) ** 0.5, (place, chi, freedom)  # four standard deviations
+        counts = world.unroller.counts
+    if by == "a memory":
+        assert counts["drafted"] == seer.made
+        assert seer.expected > 0.1 * seer.made  # many come true, and many do not
+        assert seer.expected < 0.6 * seer.made
+        assert abs(counts["accepted"] - seer.expected) < 4 * seer.variance**0.5
+    chi = freedom = 0.0
+    for place in (1, 2, 3):
+        begun = Counter(tuple(answer[:place]) for answer in answers if len(answer) > place)
+        for begin, seen in begun.items():
+            share = mixture.after([*prompt, *begin])
+            found = Counter(
+                answer[place] for answer in answers if len(answer) > place and tuple(answer[:place]) == begin
+            )
+            assert set(found) <= set(share)
+            common = [token for token, p in share.items() if p * seen >= 5]  # rarer ones are taken together
+            cells = [(share[token] * seen, found[token]) for token in common]
+            rest = (1 - sum(share[token] for token in common)) * seen, seen - sum(found[token] for token in common)
+            cells += [rest] if rest[0] >= 5 else []
+            if len(cells) > 1:
+                chi += sum((observed - expected) ** 2 / expected for expected, observed in cells)
+                freedom += len(cells) - (rest[0] >= 5 or rest[0] < 1e-9)
+    assert freedom >= 20
+    assert chi < freedom + 4 * (2 * freedom) ** 0.5, (chi, freedom)  # four standard deviations
 
 
 class _Always(Pace):
