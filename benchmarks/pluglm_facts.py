@@ -1,7 +1,7 @@
 """PlugLM: the demonstration of edited facts over several seeds, beside the published objective; a plot.
 
-Not a measurement of speed: figures are accuracies (`pema_ray.pluglm.demonstration`). A seed that is finished in `--out`
-with the same settings is not run again, so that a run may be broken off. Ratios: the worst over seeds of each figure
+Not a measurement of speed: figures are accuracies (`pema_ray.pluglm.demonstration`). What is finished in `--out` with
+the same settings is not run again, so that a run may be broken off. Ratios: the worst over seeds of each figure
 that has an aim. Beside the JSON lies the plot, accuracy over training of the first seed.
 """
 
@@ -14,7 +14,7 @@ from statistics import mean
 
 from _harness import Aim, console, device_of, options, show, write_results
 
-from pema_ray.pluglm.demonstration.demo import Demo, accuracy_plot, run_demo, standalone
+from pema_ray.pluglm.demonstration.demo import FAITHFUL, OURS, Demo, Mode, accuracy_plot, run_demo, standalone
 from pema_ray.pluglm.demonstration.learning import FactsSettings
 
 NAME = "pluglm_facts"
@@ -61,13 +61,24 @@ def _options() -> argparse.Namespace:
 
 
 def _one(folder: Path, seed: int, settings: FactsSettings) -> Demo:
+    modes = [
+        _mode(folder / "ours", seed, OURS, settings),
+        _mode(folder / "faithful", seed, FAITHFUL, settings.faithful),
+    ]
+    demo = Demo(seed=seed, modes=tuple(modes))
+    demo.write(folder)
+    return demo
+
+
+def _mode(folder: Path, seed: int, name: str, settings: FactsSettings) -> Mode:
     path = folder / "demo.json"
     if path.exists():
         found = Demo.model_validate(json.loads(path.read_text()))
-        if found.seed == seed and found.modes[0].settings == settings and len(found.modes) == 2:
-            return found
-    console.print(f"seed {seed}")
-    return run_demo(folder, seed, settings, on_point=_tell)
+        if found.seed == seed and found.modes[0].settings == settings:
+            return found.modes[0].model_copy(update={"name": name})
+    console.print(f"seed {seed}, {name}")
+    made = run_demo(folder, seed, settings, faithful=False, on_point=_tell)
+    return made.modes[0].model_copy(update={"name": name})
 
 
 def _tell(mode: str, point: dict[str, float]) -> None:

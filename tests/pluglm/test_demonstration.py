@@ -93,7 +93,7 @@ def test_seeds_are_run_once_and_the_worst_is_told(tmp_path) -> None:
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-4000:]
-    assert "seed 1" not in done.stdout  # what is finished is not run again
+    assert "seed 1," not in done.stdout  # what is finished is not run again
     found = json.loads((tmp_path / "results" / "pluglm_facts.json").read_text())
     assert set(found["ratios"]) == set(found["figures"]["aims"])
     edited = found["figures"]["contrastive warm-up, value pooler, cosine"]["edited"]

@@ -44,7 +44,7 @@ class FactsSettings(Section):
     warm_up_steps: int = Field(default=100, ge=1)
     redraw_every: int = Field(default=5, ge=1)
     """Steps until all facts have other values and the memory is encoded anew."""
-    contrastive_steps: int = Field(default=1500, ge=0)
+    contrastive_steps: int = Field(default=3000, ge=0)
     """Steps in which queries are taught to find their fact's key: a departure from the paper."""
     contrastive_weight: float = Field(default=1.0, gt=0)
     contrastive_temperature: float = Field(default=0.05, gt=0)
