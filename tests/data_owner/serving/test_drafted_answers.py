@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -250,7 +251,8 @@ class Memory(Pace):
 @pytest.mark.parametrize("by", ["the PLM", "whim", "a memory"])
 async def test_drafted_samples_have_the_distribution_of_the_mixture(tiny_plm_folder, tiny_source, adapter, by):
     """χ² of the second to fourth tokens, after every beginning that is common enough, against the exact mixture."""
-    prompt, lam, count, how = PROMPTS[0], 0.6, 1500, {"temperature": 0.5, "top_p": 0.6}
+    prompt, lam, count = PROMPTS[0], 0.6, 1500
+    how: dict[str, Any] = {"temperature": 0.5, "top_p": 0.6}
     mixture = Mixture(tiny_source("llama"), adapter, lam, Decoding("sample", **how))
     seer = Seer(mixture, prompt, tiny_source("llama").describe().eos_token_ids)
     decoding = [Decoding("sample", **how, seed=seed) for seed in range(count)]
@@ -259,7 +261,8 @@ async def test_drafted_samples_have_the_distribution_of_the_mixture(tiny_plm_fol
         world.unroller.most_drafted = 2
         world.unroller.pace = {"the PLM": _Always, "whim": lambda: Whim(0), "a memory": Memory}[by]()
         if by == "a memory":
-            world.unroller.memories = {"mine": seer}
+            memories: Any = {"mine": seer}
+            world.unroller.memories = memories
         answers = [a for begin in range(0, count, 250) for a in await world.all(wanted[begin : begin + 250])]
         counts = world.unroller.counts
     if by == "a memory":

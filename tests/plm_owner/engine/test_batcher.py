@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
 from pema_ray.config import PLMConfig
 from pema_ray.errors import UserError
@@ -19,6 +22,8 @@ from pema_ray.plm_owner.load import load_plm
 from pema_ray.plm_owner.states import capture_state
 
 CLOSE: dict[str, Any] = {"atol": 2e-4, "rtol": 2e-4}
+TOKEN = st.integers(3, 299)
+PREFIX = [11, 250, 4, 87, 33, 190, 8, 8, 61, 275, 140, 19, 92, 5, 201, 77, 118, 36, 299, 3]
 
 
 class Clock:
@@ -53,6 +58,98 @@ def finish(batcher: Batcher, jobs: list[Job]) -> list[Any]:
 def plain(plm, ids: list[int]) -> torch.Tensor:
     with torch.inference_mode():
         return capture_state(plm, input_ids=torch.tensor([ids]), use_cache=False)[0]
+
+
+class Sessions(RuleBasedStateMachine):
+    """Sessions that join, go on, are cut back, repeat themselves, draft, leave and are evicted, in any order.
+
+    A failure is told as the shortest run that hypothesis finds. `queue` lets steps wait, so that one pass takes many.
+    """
+
+    plm: Any
+    head: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        settings = BatchSettings(slots=3, prefill_tokens=24, idle_seconds=0.0)
+        self.batcher = Batcher(self.plm, self.head, settings, Clock())
+        self.texts: dict[str, list[int]] = {}
+        self.waiting: list[tuple[Step, list[int], Job]] = []
+        self.made = 0
+
+    def teardown(self) -> None:
+        self.answer()
+        for name in list(self.texts):
+            self.batcher.close("me", name)
+        assert self.batcher.live_sessions == 0
+        assert not self.batcher.busy
+
+    def _say(self, step: Step, whole: list[int]) -> None:
+        self.waiting.append((step, whole, self.batcher.submit("me", step)))
+
+    def _idle(self) -> list[str]:
+        said = {step.session for step, *_ in self.waiting}
+        return sorted(name for name in self.texts if name not in said)
+
+    @rule(shared=st.sampled_from([0, 9, 20]), own=st.lists(TOKEN, min_size=1, max_size=30), states=st.integers(1, 50))
+    def join(self, shared: int, own: list[int], states: int) -> None:
+        ids = [*PREFIX[:shared], *own]
+        self.made += 1
+        self._say(Step(f"s{self.made}", 0, ids, min(states, len(ids))), ids)
+
+    @precondition(lambda self: self._idle())
+    @rule(data=st.data(), new=st.lists(TOKEN, min_size=1, max_size=20), states=st.integers(1, 20),
+          draft=st.sampled_from([0, 0, 3]), back=st.integers(0, 40))  # fmt: skip
+    def go_on(self, data: st.DataObject, new: list[int], states: int, draft: int, back: int) -> None:
+        name = data.draw(st.sampled_from(self._idle()))
+        position = max(1, len(self.texts[name]) - back)
+        whole = [*self.texts[name][:position], *new]
+        if len(whole) + draft <= 90:
+            self._say(Step(name, position, new, min(states, len(new)), draft), whole)
+
+    @precondition(lambda self: self._idle())
+    @rule(data=st.data(), again=st.integers(1, 20))
+    def repeat(self, data: st.DataObject, again: int) -> None:
+        name = data.draw(st.sampled_from(self._idle()))
+        text = self.texts[name]
+        position = max(1, len(text) - again)
+        if position < len(text):
+            self._say(Step(name, position, text[position:]), list(text))
+
+    @precondition(lambda self: self._idle())
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(self._idle()))
+        self.batcher.close("me", name)
+        del self.texts[name]
+
+    @rule()
+    def one_pass(self) -> None:
+        self.batcher.run()
+        assert self.batcher.live_sessions <= 3
+
+    @rule()
+    def answer(self) -> None:
+        """All that waits is answered, each with the states of its text alone."""
+        waiting, self.waiting = self.waiting, []
+        for (step, whole, _), result in zip(waiting, finish(self.batcher, [job for *_, job in waiting]), strict=True):
+            if isinstance(result, SessionLost):
+                assert step.position > 0
+                del self.texts[step.session]
+                continue
+            assert isinstance(result, Stepped)
+            assert len(result.drafted) == step.draft
+            whole = [*whole, *result.drafted]
+            expected = plain(self.plm, whole)[-step.states - step.draft :]
+            torch.testing.assert_close(result.state_NH, expected, **CLOSE)
+            self.texts[step.session] = whole
+        assert self.batcher.live_sessions <= 3
+
+
+def test_any_history_of_sessions_gives_the_states_of_each_text_alone(tiny_plm):
+    plm = tiny_plm("llama")
+    machine = type("Sessions", (Sessions,), {"plm": plm, "head": export_lm_head(plm).head})
+    run_state_machine_as_test(machine, settings=settings(max_examples=40, stateful_step_count=30, deadline=None))
 
 
 @pytest.mark.parametrize("seed", range(3))
