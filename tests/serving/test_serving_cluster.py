@@ -155,6 +155,20 @@ async def until_no_session_lives(seconds: float = 25) -> None:
 
 
 @pytest.mark.slow
+async def test_clients_that_go_away_at_any_moment_leave_no_session(application):
+    """Sooner than sessions are forgotten by themselves: what was under way is cancelled, or closed when it is known."""
+    url, args = application
+    draw = random.Random(0)
+    for _ in range(6):
+        asked = [asyncio.create_task(ask(url, prompt * 4)) for prompt in PROMPTS]
+        for task in asked:
+            await asyncio.sleep(draw.uniform(0, 0.03))
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+    await until_no_session_lives(args["engine"]["forget_seconds"] - 3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 async def test_sixteen_sessions_survive_kills_at_random_moments(application, expected, seed):
     url, _ = application

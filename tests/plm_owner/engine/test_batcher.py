@@ -79,8 +79,8 @@ class Sessions(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.answer()
-        for name in list(self.texts):
-            self.batcher.close("me", name)
+        for number in range(1, self.made + 1):
+            self.batcher.close("me", f"s{number}")
         assert self.batcher.live_sessions == 0
         assert not self.batcher.busy
 
