@@ -78,7 +78,7 @@ def edit_key() -> None:
     """Make a key that may edit a served memory: it is shown once, and its hash goes into serve_configs/pluglm.yaml."""
 
     def work() -> None:
-        from pema_ray.pluglm.service import new_key
+        from pema_ray.pluglm.editor_keys import new_key
         from pema_ray.progress import console
 
         key, hashed = new_key()
@@ -443,8 +443,8 @@ def _demo_text(out: Path, seed: int, overrides: Sequence[str]) -> None:
     for domain in made.domains:
         console.print(
             f"{domain.domain}: {domain.sequences:,} held-out sequences of {domain.texts:,} texts, {domain.masked:,} "
-            f"masked tokens; with both memories {domain.own_share:.1%} of what was retrieved was its own, "
-            f"{domain.own_entries:.1%} of all entries are.",
+            f"masked tokens (by frequency alone: {domain.by_frequency:.4f}); with both memories "
+            f"{domain.own_share:.1%} of what was retrieved was its own, {domain.own_entries:.1%} of all entries are.",
             highlight=False,
         )
     console.print(f"{out / 'demo-text.json'}. Losses are nats per masked token; no memory holds a held-out text.")

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from pema_ray.errors import UserError
 from pema_ray.pluglm.model_config import BACKBONES, PlugLMConfig
@@ -48,6 +49,7 @@ def load_pluglm(folder: str | Path, kind: Any = None) -> tuple[Any, Any]:
     """
     from pema_ray.pluglm.model import PlugLMForMaskedLM
 
+    transformers_logging.disable_progress_bar()  # a small model is loaded before a bar is seen
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{folder}: no PlugLM model here (config.json is missing).")
     try:

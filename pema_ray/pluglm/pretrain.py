@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from pema_ray.cluster import ray_cluster
 from pema_ray.pluglm import refresh as refreshing
@@ -153,6 +154,7 @@ def is_pluglm(name: str) -> bool:
 
 def save_model(model: PlugLMForMaskedLM, tokenizer: Any, folder: Path) -> None:
     """Leave model and tokenizer in a folder, whole or not at all."""
+    transformers_logging.disable_progress_bar()
     beside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     model.save_pretrained(beside)

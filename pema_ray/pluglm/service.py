@@ -10,7 +10,6 @@ Shapes: B texts, T positions, V vocabulary, C classes.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +26,7 @@ from pema_ray.config import Section, validate
 from pema_ray.errors import UserError
 from pema_ray.hardware import set_threads
 from pema_ray.pluglm.editing import Change
+from pema_ray.pluglm.editor_keys import hash_of
 from pema_ray.pluglm.encoding import DocumentEncoder
 from pema_ray.pluglm.entries import NewEntry
 from pema_ray.pluglm.heads import PlugLMForSequenceClassification
@@ -36,7 +36,6 @@ from pema_ray.pluglm.loading import load_pluglm
 from pema_ray.pluglm.versions import VersionConflict
 
 logger = logging.getLogger(__name__)
-_KEY_PREFIX = "pluglm-"
 
 
 class ServiceConfig(Section):
@@ -127,17 +126,6 @@ class NotRead(UserError):
 
 class Unauthorized(Exception):
     """No key, or one that may not edit."""
-
-
-def new_key() -> tuple[str, str]:
-    """A fresh key for editors, and the hash that is kept of it."""
-    key = _KEY_PREFIX + secrets.token_urlsafe(32)
-    return key, hash_of(key)
-
-
-def hash_of(key: str) -> str:
-    """SHA-256: enough for 256 random bits, which nobody can guess one by one."""
-    return hashlib.sha256(key.encode()).hexdigest()
 
 
 class PlugLMService:

@@ -110,7 +110,7 @@ def sound(folder: Path) -> Iterator[Version]:
             try:
                 yield read(folder, number)
             except DamagedVersion as error:
-                logger.warning("%s", error)
+                logger.debug("%s", error)  # who opens it is told
 
 
 @contextmanager

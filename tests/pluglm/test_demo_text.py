@@ -88,6 +88,7 @@ def test_two_small_domains_are_learned_and_measured(tmp_path) -> None:
     for domain in demo.domains:
         assert (domain.texts, domain.own_entries) == (4, 0.5)
         assert [one.memory for one in domain.memories] == list(MEMORIES)
+        assert 0 < domain.by_frequency < np.log(60)
         own = domain.memories[0]
         assert (own.memory, own.difference, own.low, own.high) == (OWN, 0, 0, 0)
         for one in domain.memories:

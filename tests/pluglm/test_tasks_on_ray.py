@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from pema_ray.errors import UserError
+from pema_ray.pluglm.editor_keys import new_key
 from pema_ray.pluglm.encoding import DocumentEncoder
 from pema_ray.pluglm.finetune import finetune
 from pema_ray.pluglm.finetune_config import FinetuneConfig
@@ -20,7 +21,6 @@ from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
 from pema_ray.pluglm.loading import load_pluglm
 from pema_ray.pluglm.model import StaleKeys
 from pema_ray.pluglm.pretrain import save_model
-from pema_ray.pluglm.service import new_key
 
 CONFIG = Path(__file__).parents[2] / "serve_configs" / "pluglm.yaml"
 

@@ -18,6 +18,7 @@ FOLDOC = "/usr/share/dictd/foldoc.dict.dz"
 """Where Debian's `dict-foldoc`, a dictionary of computing, puts its texts."""
 TRANSLATIONS = ("kjv", "web")
 _DIGITS = {digit: n for n, digit in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")}
+_ABOUT = ("00database", "00-database")  # headwords of what a dictionary says about itself
 _CHAPTER = 1000  # a verse number is BBCCCVVV
 
 
@@ -90,7 +91,7 @@ def _dictionary(path: Path) -> list[str]:
         with gzip.open(path) if path.suffix == ".dz" else path.open("rb") as file:
             everything = file.read()
         rows = [line.split("\t") for line in index.read_text(encoding="utf-8").splitlines()]
-        places = sorted({(_number(row[1]), _number(row[2])) for row in rows if not row[0].startswith("00database")})
+        places = sorted({(_number(row[1]), _number(row[2])) for row in rows if not row[0].startswith(_ABOUT)})
     except (OSError, EOFError, ValueError, KeyError, IndexError) as error:
         raise UserError(f"{path}: no dictionary of dictd's format with {index.name} beside it: {error!r}.") from None
     return [" ".join(everything[at : at + size].decode("utf-8", "replace").split()) for at, size in places]

@@ -98,6 +98,8 @@ class DomainFigures(Section):
     texts: int
     sequences: int
     masked: int
+    by_frequency: float
+    """Loss of a guess that knows only how often each token stands in the domain's learned texts."""
     memories: tuple[MemoryFigures, ...]
     own_share: float
     """Of the entries retrieved when both domains were in the memory: those of this domain."""
@@ -234,8 +236,13 @@ def _figures(
     chosen = np.sort(random.choice(len(sequences), count, replace=False)).tolist()
     masker = Masker.of(tokenizer, 0.15, seed, dynamic=False)
     rows = [masker.mask(sequences[number][0], number, 0) for number in chosen]
-    own_id = memory.table(["source"]).to_pydict()
-    own_ids = {entry for entry, source in zip(own_id["entry_id"], own_id["source"]) if source == domain.name}
+    table = memory.table(["source", "token_ids"]).to_pydict()
+    own = [number for number, source in enumerate(table["source"]) if source == domain.name]
+    own_ids = {table["entry_id"][number] for number in own}
+    count_V = np.ones(len(tokenizer))  # one more of each, so that nothing is impossible
+    for number in own:
+        np.add.at(count_V, table["token_ids"][number], 1)
+    count_V[list(tokenizer.all_special_ids)] = 0
     losses: dict[str, np.ndarray] = {}
     found: list[int] = []
     for name in MEMORIES:
@@ -243,9 +250,11 @@ def _figures(
         model.attach(knowledge)
         losses[name] = _losses(model, rows, tokenizer.pad_token_id, found if name == BOTH else None)
     masked_S = np.array([(labels != IGNORED).sum() for _, labels in rows])
+    label_M = np.concatenate([labels[labels != IGNORED] for _, labels in rows])
     text_S = np.unique([entries[number].document_id for number in chosen], return_inverse=True)[1]
     return DomainFigures(
         domain=domain.name, texts=int(text_S.max()) + 1, sequences=count, masked=int(masked_S.sum()),
+        by_frequency=float(np.log(count_V.sum()) - np.log(count_V[label_M]).mean()),
         memories=tuple(
             compared(name, losses[name], losses[OWN], masked_S, text_S, c.resamples, seed) for name in MEMORIES
         ),
