@@ -201,7 +201,7 @@ def markdown(table: Table) -> str:
     unit = "bits per character" if table.per_character else "perplexity"
     lines = [
         f"{table.corpus}: {', '.join(f'{n:,} {split}' for split, n in table.tokens.items())} tokens; "
-        f"{table.parameters:,} parameters, L = {table.segment}; mean ± sd of {_seeds(table)} seeds; "
+        f"{table.parameters:,} parameters, L = {table.segment}; {_seeds(table)}; "
         "τ, λ, T chosen on dev.",
     ]
     for budget in (STEPS, TIME):
@@ -224,7 +224,7 @@ def markdown(table: Table) -> str:
 def _seeds(table: Table) -> str:
     """How many each row has; while the table grows, some have one fewer."""
     counts = sorted({len(row.test_nll) for row in table.rows})
-    return " to ".join(map(str, counts))
+    return "one seed" if counts == [1] else f"mean ± sd of {' to '.join(map(str, counts))} seeds"
 
 
 def mean_and_sd(nlls: Sequence[float], per_character: bool) -> str:

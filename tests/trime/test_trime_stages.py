@@ -324,6 +324,7 @@ def test_the_table_has_means_and_deviations_and_the_plain_model_under_both_budge
     )  # fmt: skip
     text = table_markdown(table)
     steps, time = text.split("**At equal time**")
+    assert "; mean ± sd of 3 seeds; " in text
     assert mean_and_sd(nlls, False) == "100.00 ± 10.00"
     assert steps.count("100.00 ± 10.00") == time.count("100.00 ± 10.00") == 2  # dev and test
     assert "**90.48 ± 9.05**" in steps and "**100.00 ± 10.00**" in time
