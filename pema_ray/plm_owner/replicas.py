@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
+from contextvars import Context
 from typing import Any
 
 from pema_ray.errors import UserError
@@ -104,9 +105,11 @@ class Replicas:
         handle = self._handle if home.startswith("?") else self._handle.options(session_id=f"{home}/")
         body = await off_loop(_TOKEN_BYTES * sum(len(step.tokens) for step in steps), codec.encode_steps, steps)
         self._flying.update(step.session for step in steps)
-        response = handle.step.remote(self._owner, body)
-        # A task of its own, which hears the answer even if the caller goes away: it alone tells where sessions live.
-        answering = asyncio.create_task(self._answered(response, steps))
+        # A task and a context of its own, which hears the answer even if the caller goes away: it alone tells where
+        # sessions live. In the context of a request that has ended, Serve would cancel what is said afterwards as well.
+        apart = Context()
+        response = apart.run(handle.step.remote, self._owner, body)
+        answering = asyncio.create_task(self._answered(response, steps), context=apart)
         self._answering.add(answering)
         answering.add_done_callback(self._answering.discard)
         try:
@@ -164,7 +167,7 @@ class Replicas:
                 self._closed.add(session)
         for home, names in groups.items():
             try:
-                await self._handle.options(session_id=f"{home}/").close.remote(self._owner, names)
+                await Context().run(self._handle.options(session_id=f"{home}/").close.remote, self._owner, names)
             except (RayError, RayServeException):
                 continue  # with its replica a session is forgotten too
 

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import Context
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Literal
@@ -201,7 +202,7 @@ class Unroller:
     # ── round trips ─────────────────────────────────────────────────────────
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
+        task = asyncio.create_task(work, context=Context())  # not the request's: it may be over, this goes on
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
