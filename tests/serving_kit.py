@@ -19,13 +19,14 @@ class DirectHandle:
 
     Attributes:
         wire_seconds: between a replica's answer and its caller.
+        loses_answers: what is on its way when the call is cancelled never comes.
     """
 
     def __init__(self, make: Callable[[], PLMEngine], replicas: int = 1) -> None:
         self._make, self._made = make, 0
         self.replicas: dict[str, PLMEngine] = {}
         self._turn = 0
-        self.wire_seconds = 0.0
+        self.wire_seconds, self.loses_answers = 0.0, False
         self.calls: list[tuple[str, str | None]] = []
         self.before: Callable[[str], None] = lambda method: None
         for _ in range(replicas):
@@ -81,7 +82,7 @@ class _Response:
         return asyncio.shield(self._task).__await__()
 
     def cancel(self) -> None:
-        """As Ray does: what the replica has answered by now is answered."""
+        """What the replica has answered by now is answered, unless the handle loses answers."""
         self._cancelled = True
         if self._work is not None:
             self._work.cancel()
@@ -103,4 +104,6 @@ class _Response:
         if work.cancelled():
             raise RequestCancelledError
         await asyncio.sleep(handle.wire_seconds)
+        if self._cancelled and handle.loses_answers:
+            raise RequestCancelledError
         return work.result()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from contextvars import Context
 from typing import Any
 
@@ -20,6 +21,7 @@ from pema_ray.plm_owner.off_loop import off_loop
 
 _TOKEN_BYTES = 4
 _MOST_HOMES = 100_000
+_MOST_REPLICAS = 64  # remembered; those that died among them
 
 
 class Replicas:
@@ -33,6 +35,8 @@ class Replicas:
     def __init__(self, handle: Any, owner: str = "local") -> None:
         self._handle, self._owner = handle, owner
         self._homes: dict[str, str] = {}
+        self._heard: dict[str, None] = {}
+        """Replicas that have answered, the latest last."""
         self._described: dict[str, Any] | None = None
         self._flying: Counter[str] = Counter()
         self._closed: set[str] = set()
@@ -144,6 +148,10 @@ class Replicas:
             closed = self._closed.intersection(names)
             self._closed -= closed
         if replica is not None:
+            self._heard.pop(replica, None)
+            self._heard[replica] = None
+            if len(self._heard) > _MOST_REPLICAS:
+                del self._heard[next(iter(self._heard))]
             for name, outcome in zip(names, outcomes, strict=True):
                 if isinstance(outcome, Stepped):
                     self._homes[name] = replica
@@ -151,14 +159,13 @@ class Replicas:
                         del self._homes[next(iter(self._homes))]
                 else:
                     self._homes.pop(name, None)
-        if closed:  # while this was under way, nobody knew where they would live
+        if closed and replica is None:  # an answer that was on its way when the call was cancelled is lost
+            await asyncio.gather(*(self._close_at(home, sorted(closed)) for home in self._heard))
+        elif closed:  # while this was under way, nobody knew where they would live
             await self.close(sorted(closed))
         return outcomes
 
     async def close(self, sessions: Sequence[str]) -> None:
-        from ray.exceptions import RayError
-        from ray.serve.exceptions import RayServeException
-
         groups: dict[str, list[str]] = {}
         for session in sessions:
             if home := self._homes.pop(session, None):
@@ -166,10 +173,14 @@ class Replicas:
             elif self._flying[session]:
                 self._closed.add(session)
         for home, names in groups.items():
-            try:
-                await Context().run(self._handle.options(session_id=f"{home}/").close.remote, self._owner, names)
-            except (RayError, RayServeException):
-                continue  # with its replica a session is forgotten too
+            await self._close_at(home, names)
+
+    async def _close_at(self, home: str, sessions: list[str]) -> None:
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
+
+        with suppress(RayError, RayServeException):  # with its replica a session is forgotten too
+            await Context().run(self._handle.options(session_id=f"{home}/").close.remote, self._owner, sessions)
 
 
 def _own(error: Exception) -> Exception:

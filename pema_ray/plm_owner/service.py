@@ -106,9 +106,13 @@ class PLMEngine:
         """
         engine = await self._engine()
         steps = await off_loop(len(body), codec.decode_steps, body)
-        outcomes = await engine.step(owner, steps, self.config.timeout_seconds)
-        size = sum(outcome.state_NH.nbytes for outcome in outcomes if isinstance(outcome, Stepped))
-        return self.replica, await off_loop(size, self._encoded, outcomes)
+        try:
+            outcomes = await engine.step(owner, steps, self.config.timeout_seconds)
+            size = sum(outcome.state_NH.nbytes for outcome in outcomes if isinstance(outcome, Stepped))
+            return self.replica, await off_loop(size, self._encoded, outcomes)
+        except asyncio.CancelledError:  # whoever asked has gone away, and will never know what was opened here
+            await engine.close(owner, [step.session for step in steps if not step.position])
+            raise
 
     def _encoded(self, outcomes: Sequence[Stepped | Exception]) -> bytes:
         return codec.encode_stepped([self._sent(outcome) for outcome in outcomes])

@@ -36,6 +36,7 @@ from tests.data_owner.conftest import make_rows  # noqa: F401  a fixture
 from tests.data_owner.test_ray_training import write_memory
 
 pytestmark = pytest.mark.cluster
+MANY = pytest.param(4, marks=pytest.mark.slow)  # as often in one run; the quick tests strike once or twice
 CARD = ModelCard("counting", "c" * 16, 2, 300, 96, (1,))
 EXAMPLES = [EncodedPair(i, [10, 20, 30 + i], [4 + j for j in range(1 + i % 4)]) for i in range(60)]
 
@@ -98,14 +99,18 @@ def workers(title: str) -> list[psutil.Process]:
 
 
 @contextmanager
-def killing(title: str, seed: int, kills: int, pause: tuple[float, float]) -> Iterator[list[int]]:
-    """While the block runs, kill a worker of a title at random moments, so many times at most."""
+def killing(
+    title: str, seed: int, kills: int, pause: tuple[float, float], after: Path | None = None
+) -> Iterator[list[int]]:
+    """While the block runs, kill a worker of a title at random moments, so many times at most; once a file exists."""
     struck: list[int] = []
     over = threading.Event()
     draw = random.Random(seed)
 
     def strike() -> None:
         while len(struck) < kills and not over.wait(draw.uniform(*pause)):
+            if after is not None and not after.exists():
+                continue
             found = [process for process in workers(title) if process.pid not in struck]
             if found:
                 victim = draw.choice(sorted(found, key=lambda process: process.pid))
@@ -122,7 +127,7 @@ def killing(title: str, seed: int, kills: int, pause: tuple[float, float]) -> It
         thread.join()
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_data_actors_are_killed(undisturbed, tmp_path: Path, seed: int):
     with killing("MapWorker", seed, 5, (0.2, 0.6)) as struck:
         run_build(build(tmp_path), slow_factory(0.3))
@@ -130,7 +135,8 @@ def test_data_actors_are_killed(undisturbed, tmp_path: Path, seed: int):
     assert_whole(tmp_path, undisturbed)
 
 
-def test_drivers_are_killed(undisturbed, tmp_path: Path):
+@pytest.mark.parametrize("kills", [1, MANY])
+def test_drivers_are_killed(undisturbed, tmp_path: Path, kills: int):
     """Each start takes up what the one before left, until one is left alone."""
     program = textwrap.dedent(
         f"""
@@ -146,13 +152,13 @@ def test_drivers_are_killed(undisturbed, tmp_path: Path):
     )
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     draw, killed, announced = random.Random(3), 0, []
-    for attempt in range(6):
+    for attempt in range(kills + 2):
         driver = subprocess.Popen(
             [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             text=True, start_new_session=True,
         )  # fmt: skip
         assert driver.stdout is not None
-        if attempt < 4:
+        if attempt < kills:
             while driver.stdout.readline().strip() not in ("up", ""):
                 pass
             for _ in range(draw.randint(0, 6)):  # so many shards later, or at once
@@ -169,11 +175,12 @@ def test_drivers_are_killed(undisturbed, tmp_path: Path):
         assert not manifest.exists() or verify(tmp_path / "m") == []
         if driver.returncode == 0:
             break
-    assert killed >= 4
+    assert killed >= kills
     assert_whole(tmp_path / "m", undisturbed)
 
 
-def test_nodes_are_killed(undisturbed, tmp_path: Path):
+@pytest.mark.parametrize("kills", [2, MANY])
+def test_nodes_are_killed(undisturbed, tmp_path: Path, kills: int):
     """A driver on a cluster of three nodes; actors live on two of them, which are killed and replaced in turn."""
     program = textwrap.dedent(
         f"""
@@ -190,7 +197,7 @@ def test_nodes_are_killed(undisturbed, tmp_path: Path):
         thread = threading.Thread(target=work)  # nodes want to be started by the main thread
         thread.start()
         draw, killed = random.Random(4), 0
-        while thread.is_alive() and killed < 4:
+        while thread.is_alive() and killed < {kills}:
             time.sleep(draw.uniform(1.0, 2.0))
             cluster.remove_node(nodes.pop(draw.randrange(2)), allow_graceful=False)
             killed += 1
@@ -205,7 +212,7 @@ def test_nodes_are_killed(undisturbed, tmp_path: Path):
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "killed").read_text() == "4"
+    assert (tmp_path / "killed").read_text() == str(kills)
     assert_whole(tmp_path / "m", undisturbed)
 
 
@@ -237,12 +244,14 @@ def undisturbed_training(bundle: LMHeadBundle, job: TrainingJob, folder: Path) -
     return Trainer(job.adapter, job.config, bundle.head, *rows, folder).run()
 
 
-def test_train_workers_are_killed(ray_cluster, tiny_source, make_rows, tmp_path: Path):  # noqa: F811
+@pytest.mark.parametrize("kills", [1, MANY])
+def test_train_workers_are_killed(ray_cluster, tiny_source, make_rows, tmp_path: Path, kills: int):  # noqa: F811
     """One worker, float32: the adapter is bit for bit that of an undisturbed run."""
-    bundle, job = training(tiny_source, make_rows, tmp_path)
-    with killing("RayTrainWorker", 5, 4, (3.0, 6.0)) as struck:
+    bundle, job = training(tiny_source, make_rows, tmp_path, epochs=100 * kills)
+    pause, after = ((0.2, 0.6), job.run_dir / "checkpoint.safetensors") if kills == 1 else ((3.0, 6.0), None)
+    with killing("RayTrainWorker", 5, kills, pause, after) as struck:
         history = fit(job)
-    assert len(struck) == 4
+    assert len(struck) == kills
     expected, alone = undisturbed_training(bundle, job, tmp_path / "alone")
     found = PemaAdapter.from_pretrained(job.run_dir / "adapter", bundle.card)
     for name, tensor in expected.state_dict().items():
