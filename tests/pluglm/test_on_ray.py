@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 
 from pema_ray.errors import UserError
@@ -277,6 +279,7 @@ def test_a_run_whose_worker_is_killed_goes_on_to_the_same_model(config, strategy
     settings = {"steps": 6, "refresh_every": 2, "checkpoint_every": 3, "strategy": strategy}
     _, wanted, _ = trained(config("whole", **settings))
     broken = config("broken", **settings)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
     monkeypatch.setattr("pema_ray.pluglm.pretrain._work", killed_work)
     Path(broken.run_dir).mkdir()
     (Path(broken.run_dir) / "kill").write_text("4")
