@@ -69,6 +69,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """
     run_dir = Path(config.run_dir).absolute()
     stamp = _stamp(config)
+    config = _absolute(config)
     c, m = config.train, config.memory
     if c.resume and (done := run_folder.finished(run_dir, stamp)):
         console.print(f"[dim]finetune finished before, reused: {done['summary']}[/]")
@@ -236,6 +237,19 @@ def _task(config: FinetuneConfig) -> Task:
     if config.data.train is not None:
         task.prepare(task.read(Path(config.data.train)))
     return task
+
+
+def _absolute(config: FinetuneConfig) -> FinetuneConfig:
+    """The same with whole paths: training processes work in folders of their own."""
+
+    def whole(path: str | None) -> str | None:
+        return None if path is None else str(Path(path).absolute())
+
+    data = {name: whole(path) for name, path in config.data.model_dump().items()}
+    memory = config.memory.model_copy(update={"folder": whole(config.memory.folder)})
+    return config.model_copy(
+        update={"model": whole(config.model), "data": config.data.model_copy(update=data), "memory": memory}
+    )
 
 
 def _stamp(config: FinetuneConfig) -> str:

@@ -26,8 +26,11 @@ CONFIG = Path(__file__).parents[2] / "serve_configs" / "pluglm.yaml"
 
 
 @pytest.fixture
-def config(tmp_path, model, words_tokenizer, facts) -> Any:
-    """`config(memory={…}, **train)`: a classification of twelve texts, with a memory of facts."""
+def config(tmp_path, model, words_tokenizer, facts, monkeypatch) -> Any:
+    """`config(memory={…}, **train)`: a classification of twelve texts, with a memory of facts. Paths are as a user
+    gives them, from where he stands.
+    """
+    monkeypatch.chdir(tmp_path)
     save_model(model, words_tokenizer, tmp_path / "pretrained")
     KnowledgeMemory.build(tmp_path / "facts", facts, DocumentEncoder(model, words_tokenizer), "float32")
     rows = [{"sentence": f"w{2 + n % 2} w{40 + n}", "label": "even" if n % 2 == 0 else "odd"} for n in range(12)]
@@ -35,12 +38,12 @@ def config(tmp_path, model, words_tokenizer, facts) -> Any:
     (tmp_path / "test.jsonl").write_text('{"sentence": "w2 w50"}\n{"sentence": "w3 w51"}\n')
 
     def make(name: str = "run", memory: dict[str, Any] | None = None, **train: Any) -> FinetuneConfig:
-        data = {"train": str(tmp_path / "all.jsonl"), "validation": str(tmp_path / "all.jsonl")}
+        data = {"train": "all.jsonl", "validation": "all.jsonl"}
         return FinetuneConfig.model_validate(
             {
-                "run_dir": str(tmp_path / name), "model": str(tmp_path / "pretrained"),
-                "task": {"kind": "classification"}, "data": {**data, "test": str(tmp_path / "test.jsonl")},
-                "memory": {"folder": str(tmp_path / "facts"), "in_task": True} if memory is None else memory,
+                "run_dir": name, "model": "pretrained",
+                "task": {"kind": "classification"}, "data": {**data, "test": "test.jsonl"},
+                "memory": {"folder": "facts", "in_task": True} if memory is None else memory,
                 "train": {"epochs": 4, "batch_size": 6, "max_tokens": 16, "learning_rate": 1e-2, "trackers": (),
                           "cpus_per_worker": 1, **train},
             }
