@@ -45,11 +45,23 @@ class DirectHandle:
         """A replica is gone, with all its sessions; steps that it had under way are never answered."""
         del self.replicas[name]
 
+    def broadcast(self, method: str, *args: Any) -> _Broadcast:
+        self.calls.append((method, None))
+        return _Broadcast([getattr(replica, method)(*args) for replica in self.replicas.values()])
+
     def options(self, session_id: str) -> _Bound:
         return _Bound(self, session_id.partition("/")[0])
 
     def __getattr__(self, method: str) -> Any:
         return getattr(_Bound(self, None), method)
+
+
+class _Broadcast:
+    def __init__(self, calls: list[Any]) -> None:
+        self._calls = calls
+
+    async def results_async(self, return_exceptions: bool) -> list[Any]:
+        return await asyncio.gather(*self._calls, return_exceptions=return_exceptions)
 
 
 class _Bound:

@@ -21,7 +21,6 @@ from pema_ray.plm_owner.off_loop import off_loop
 
 _TOKEN_BYTES = 4
 _MOST_HOMES = 100_000
-_MOST_REPLICAS = 64  # remembered; those that died among them
 
 
 class Replicas:
@@ -35,8 +34,6 @@ class Replicas:
     def __init__(self, handle: Any, owner: str = "local") -> None:
         self._handle, self._owner = handle, owner
         self._homes: dict[str, str] = {}
-        self._heard: dict[str, None] = {}
-        """Replicas that have answered, the latest last."""
         self._described: dict[str, Any] | None = None
         self._flying: Counter[str] = Counter()
         self._closed: set[str] = set()
@@ -148,10 +145,6 @@ class Replicas:
             closed = self._closed.intersection(names)
             self._closed -= closed
         if replica is not None:
-            self._heard.pop(replica, None)
-            self._heard[replica] = None
-            if len(self._heard) > _MOST_REPLICAS:
-                del self._heard[next(iter(self._heard))]
             for name, outcome in zip(names, outcomes, strict=True):
                 if isinstance(outcome, Stepped):
                     self._homes[name] = replica
@@ -160,12 +153,15 @@ class Replicas:
                 else:
                     self._homes.pop(name, None)
         if closed and replica is None:  # an answer that was on its way when the call was cancelled is lost
-            await asyncio.gather(*(self._close_at(home, sorted(closed)) for home in self._heard))
+            await self._close_everywhere(sorted(closed))
         elif closed:  # while this was under way, nobody knew where they would live
             await self.close(sorted(closed))
         return outcomes
 
     async def close(self, sessions: Sequence[str]) -> None:
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
+
         groups: dict[str, list[str]] = {}
         for session in sessions:
             if home := self._homes.pop(session, None):
@@ -173,14 +169,16 @@ class Replicas:
             elif self._flying[session]:
                 self._closed.add(session)
         for home, names in groups.items():
-            await self._close_at(home, names)
+            with suppress(RayError, RayServeException):  # with its replica a session is forgotten too
+                await Context().run(self._handle.options(session_id=f"{home}/").close.remote, self._owner, names)
 
-    async def _close_at(self, home: str, sessions: list[str]) -> None:
+    async def _close_everywhere(self, sessions: list[str]) -> None:
         from ray.exceptions import RayError
         from ray.serve.exceptions import RayServeException
 
-        with suppress(RayError, RayServeException):  # with its replica a session is forgotten too
-            await Context().run(self._handle.options(session_id=f"{home}/").close.remote, self._owner, sessions)
+        with suppress(RayError, RayServeException):
+            told = Context().run(self._handle.broadcast, "close", self._owner, sessions)
+            await told.results_async(return_exceptions=True)
 
 
 def _own(error: Exception) -> Exception:

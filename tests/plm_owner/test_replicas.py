@@ -106,9 +106,6 @@ async def test_extraction_that_nobody_waits_for_ends_between_two_passes(handle):
 async def test_an_answer_that_is_lost_on_its_way_leaves_no_session(handle):
     """The replica has opened the session and answered; who cancelled the call never hears where."""
     line, handle.wire_seconds, handle.loses_answers = Replicas(handle), 0.3, True
-    known = [f"known {number}" for number in range(4)]
-    await line.step([Step(name, 0, [5, 6]) for name in known])  # every replica was heard of
-    await line.close(known)
     opening = asyncio.create_task(line.step([Step("a", 0, [5, 6])]))
     await becomes(handle, 1)
     await asyncio.sleep(0.1)

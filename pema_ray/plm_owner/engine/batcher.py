@@ -23,6 +23,7 @@ from pema_ray.plm_owner.load import LoadedPLM
 _SHORT = 16  # tokens; longer pieces are prefill and do not hold up those who wait for a token
 _WORTH_COPYING = 8  # tokens that two prompts begin with alike
 _WORTH_WAITING = 64  # tokens that somebody else is computing just now
+_CLOSED_BEFORE = 1024  # sessions remembered that were closed before they were opened: messages overtake each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,7 @@ class Batcher:
         self._caches = make_caches(plm, settings.slots, self.max_tokens)
         self._slots = [_Slot(number) for number in range(settings.slots)]
         self._sessions: dict[tuple[str, str], _Slot] = {}
+        self._closed_before: dict[tuple[str, str], None] = {}
         self._waiting: deque[Job] = deque()
         self._active: list[Job] = []
         self.passes: list[tuple[int, int]] = []
@@ -108,13 +110,17 @@ class Batcher:
         return job
 
     def close(self, owner: str, session: str) -> None:
-        """Forget a session; a step of it that is under way is given up."""
+        """Forget a session; a step of it that is under way is given up. One that is not known will not be opened."""
         slot = self._sessions.pop((owner, session), None)
-        for job in [*self._waiting, *self._active]:
-            if (job.owner, job.step.session) == (owner, session):
-                job.cancelled = True
+        jobs = [job for job in [*self._waiting, *self._active] if (job.owner, job.step.session) == (owner, session)]
+        for job in jobs:
+            job.cancelled = True
         if slot is not None:
             slot.session = None
+        elif not jobs:
+            self._closed_before[owner, session] = None
+            if len(self._closed_before) > _CLOSED_BEFORE:
+                del self._closed_before[next(iter(self._closed_before))]
 
     def forget_abandoned(self) -> None:
         """Close sessions whose owner has fallen silent: whoever died could not close them."""
@@ -189,6 +195,8 @@ class Batcher:
                 if key in held_up or (slot is not None and slot.job is not None):
                     began = False
                 elif opens:
+                    if key in self._closed_before:
+                        raise SessionLost(job.step.session)
                     self._check(job.step)
                     began, full = (False, True) if full else self._open(job)
                 else:

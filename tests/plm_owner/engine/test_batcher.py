@@ -328,6 +328,21 @@ def test_a_closed_session_leaves_its_slot_in_the_middle_of_its_prompt(batcher_of
     assert batcher.live_sessions == 1
 
 
+def test_a_session_that_is_closed_before_it_is_opened_is_not_opened(batcher_of):
+    """Its opening was overtaken by its end; others of the name, of another owner, are opened."""
+    batcher = batcher_of("llama", slots=2)
+    batcher.close("me", "late")
+    late, other = (batcher.submit(owner, Step("late", 0, [5, 6])) for owner in ("me", "you"))
+    lost, opened = finish(batcher, [late, other])
+    assert isinstance(lost, SessionLost) and isinstance(opened, Stepped)
+    assert batcher.live_sessions == 1
+    for number in range(3000):  # what never comes is not remembered for ever
+        batcher.close("me", str(number))
+    assert len(batcher._closed_before) <= 1024
+    (opened,) = finish(batcher, [batcher.submit("me", Step("late", 0, [5, 6]))])
+    assert isinstance(opened, Stepped)
+
+
 def test_texts_that_are_too_long_are_refused_and_hurt_nobody(batcher_of):
     batcher = batcher_of("llama", slots=2, max_tokens=30)
     good = batcher.submit("me", Step("a", 0, range(3, 30)))
