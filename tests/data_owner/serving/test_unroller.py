@@ -195,6 +195,9 @@ async def test_who_stops_listening_gives_the_slot_back(world_of):
 
 
 async def test_a_service_that_ends_gives_up_its_answers_and_closes_their_sessions(world_of):
+    async def rest_of(answer) -> list[Token]:
+        return [token async for token in answer]
+
     async with world_of() as world:
         answers = [world.unroller.answer(order) for order in orders()[:3]]
         for answer in answers:
@@ -203,8 +206,7 @@ async def test_a_service_that_ends_gives_up_its_answers_and_closes_their_session
         assert await world.live_sessions() == 0
         for answer in answers:
             with pytest.raises(GivenUp, match="the data owner's service ends"):
-                while True:
-                    await anext(answer)
+                await rest_of(answer)
 
 
 async def test_a_plm_owner_that_is_gone_is_told_in_bounded_time(world_of):
