@@ -339,9 +339,7 @@ def test_the_published_setting_is_counted_before_its_text_is_there(tmp_path: Pat
     assert found.memory == 16_384
     assert found.training_bytes == found.parameters * 16
     assert found.hours == pytest.approx(found.flops / (4 * 2e13) / 3600)
-    with pytest.raises(
-        UserError, match="not prepared yet. Run: pema-ray trime mt-train, or set plan.pairs"
-    ):
+    with pytest.raises(UserError, match="not prepared yet. Run: pema-ray trime mt-train, or set plan.pairs"):
         dry_run.estimate(read_config(MtConfig, None, [f"run_dir={tmp_path}"]))
 
 
