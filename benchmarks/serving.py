@@ -151,11 +151,11 @@ async def _measure(o: argparse.Namespace, scratch: Path) -> None:
         ratios["line_in_cluster_adds_ms"] = line["in a cluster, median"] - line["in one process, median"]
     figures |= {
         "drafts": drafts,
-        "memory": None if o.memory is None else str(o.memory),
+        "memory": None if o.memory is None else _short(o.memory),
         "tokens_per_second": speed,
         "sessions": o.sessions,
         "tokens": o.tokens,
-        "adapter": str(o.adapter) if o.adapter else "none that was trained",
+        "adapter": _short(o.adapter) if o.adapter else "none that was trained",
         "prompt_tokens": median(map(len, batch)),
         "device": str(device),
         "threads": o.threads,
@@ -169,6 +169,11 @@ async def _measure(o: argparse.Namespace, scratch: Path) -> None:
         "milliseconds: " + "  ".join(f"{what} {value:.0f}" for what, value in figures["milliseconds"].items())
     )
     console.print(f"written: {path}")
+
+
+def _short(folder: Path) -> str:
+    """A run's folder and the artefact in it, whatever machine they lie on."""
+    return "/".join(folder.absolute().parts[-3:])
 
 
 def _adapter(folder: Path | None, bundle: LMHeadBundle) -> PemaAdapter:
