@@ -113,6 +113,7 @@ def slow_factory(folder: str, seconds: float) -> Callable:
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_training_begins_before_a_tenth_of_the_memory_is_built(
     ray_cluster, make_job, tiny_plm_folder, tiny_source, tmp_path: Path
