@@ -183,7 +183,7 @@ class Held:
         Refused: 429, on entering; the data owner has as many under way.
     """
 
-    def __init__(self, account: Account, most_requests: int, most_bytes: float) -> None:
+    def __init__(self, account: Account, most_requests: float, most_bytes: float) -> None:
         self._account, self._most_requests, self._most_bytes = account, most_requests, most_bytes
         self._bytes = 0
 

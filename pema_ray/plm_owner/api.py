@@ -8,11 +8,13 @@ LM heads are counted against their owner's quota, and what its requests hold at 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
+from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -107,9 +109,10 @@ def make_api(access: Access, limits: Limits, replicas: Callable[[str], Replicas]
         """The LM head's frame, made once for all who ask."""
         fingerprint = (await line.describe()).fingerprint
         known = heads.get(fingerprint)
-        if known is None or (known.done() and known.exception() is not None):
+        if known is None or (known.done() and (known.cancelled() or known.exception() is not None)):
             heads.clear()  # of a PLM that was here before
-            heads[fingerprint] = asyncio.create_task(line.lm_head_bytes())
+            # in a context of its own: others wait for it when the request that asked first has ended
+            heads[fingerprint] = asyncio.create_task(line.lm_head_bytes(), context=Context())
         return await asyncio.shield(heads[fingerprint])
 
     async def perform(
@@ -118,8 +121,9 @@ def make_api(access: Access, limits: Limits, replicas: Callable[[str], Replicas]
         fingerprint: str | None,
         what: str,
         work: Callable[[_Asked], Awaitable[Response]],
+        makes_room: bool = False,
     ) -> Response:
-        """One request: who asks, whether it may, and what it took."""
+        """One request: who asks, whether it may, and what it took. What makes room is never refused for want of it."""
         started, told = time.perf_counter(), request.headers.get("x-request-id", "")
         response: Response | None = None
         number = told if 0 < len(told) <= 64 and told.isascii() and told.isprintable() else uuid.uuid4().hex
@@ -129,7 +133,8 @@ def make_api(access: Access, limits: Limits, replicas: Callable[[str], Replicas]
             name = account.client.name
             account.forget_idle(limits.session_seconds)
             line = line_of(account)
-            held = Held(account, limits.max_requests, limits.max_held_mb * 2**20)
+            most = (math.inf, math.inf) if makes_room else (limits.max_requests, limits.max_held_mb * 2**20)
+            held = Held(account, *most)
             request.scope[_UNTIL_SENT].enter_context(held)
             asked = _Asked(account, line, held, used)
             if fingerprint is not None and fingerprint != (card := await line.describe()).fingerprint:
@@ -184,8 +189,7 @@ def make_api(access: Access, limits: Limits, replicas: Callable[[str], Replicas]
 
         async def work(asked: _Asked) -> Response:
             asked.account.spend_head(limits.lm_heads_per_minute)
-            frame = await head_of(asked.line)
-            asked.held.add(len(frame))
+            frame = await head_of(asked.line)  # one for all: nobody holds it alone
             return Response(frame, media_type=codec.MEDIA_TYPE)
 
         return await perform(request, authorization, fingerprint, "lm-head", work)
@@ -256,7 +260,7 @@ def make_api(access: Access, limits: Limits, replicas: Callable[[str], Replicas]
             await asked.line.close(sessions)
             return Response(status_code=204)
 
-        return await perform(request, authorization, None, "close", work)
+        return await perform(request, authorization, None, "close", work, makes_room=True)
 
     @api.get("/healthz")
     async def health() -> Any:

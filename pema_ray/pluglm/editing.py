@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pema_ray.errors import UserError
@@ -114,7 +115,10 @@ def _current(folder: Path, instead: Version | None) -> Version:
         if instead is None:
             raise
     # What the damaged version gave ids to is not known, but it cannot be more than there are rows.
-    rows = sum(pq.read_metadata(path).num_rows for path in folder.glob("documents-*.parquet"))
+    try:
+        rows = sum(pq.read_metadata(path).num_rows for path in folder.glob("documents-*.parquet"))
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{folder}: a file of documents is damaged as well: {error}. Build the memory anew.") from None
     next_id = max(one.next_id for one in versions.sound(folder)) + rows
     return instead.model_copy(update={"version": versions.numbers(folder)[-1], "next_id": next_id})
 

@@ -317,6 +317,7 @@ class KnowledgeMemory:
         Waits for edits that are under way: they may be about to name files that only older versions have.
         """
         folder = Path(folder)
+        versions.read(folder)  # raises where there is none
         with versions.lock(folder, exclusive=True):
             kept, gone = {versions.read(folder).version, *keep}, []
             needed: set[str] = set()

@@ -114,16 +114,6 @@ class Edits(Section):
     """Edit only if this version is current."""
 
 
-class NotRead(UserError):
-    """An edit was published, but this service could not go on to it."""
-
-    def __init__(self, memory: KnowledgeMemory, version: int, reason: UserError) -> None:
-        super().__init__(
-            f"{memory.name} was published with these edits, but this service goes on answering by version {version}: "
-            f"{reason}"
-        )
-
-
 class Unauthorized(Exception):
     """No key, or one that may not edit."""
 
@@ -177,20 +167,26 @@ class PlugLMService:
     async def edit(self, edits: Edits) -> dict[str, Any]:
         """Publish the edits as one version and read from it; returns it once new requests are answered by it.
 
+        If it cannot be read here, that is a `warning` beside it: the edits are made, and must not be made again.
+
         Raises:
             VersionConflict: `only_on` is not current.
             UserError: an entry is not there, a text is empty, or the memory would be too small. Nothing was published.
-            NotRead: the version was published, but cannot be read here.
         """
         if len(edits.edits) > self.config.max_edits:
             raise UserError(f"{len(edits.edits)} edits in one request, this service takes {self.config.max_edits}.")
         async with self._editing:  # one after the other, so that the answer names the version of these edits
             memory = await asyncio.to_thread(self._publish, edits)
+            made = {"memory": memory.name, "version": memory.version, "entries": len(memory)}
             try:
                 await asyncio.get_running_loop().run_in_executor(self._thread, self._follow)
-            except UserError as error:
-                raise NotRead(memory, self.version, error) from None
-        return {"memory": memory.name, "version": memory.version, "entries": len(memory)}
+            except Exception as error:
+                logger.exception("%s is published, but cannot be read", memory.name)
+                made["warning"] = (
+                    f"{memory.name} was published with these edits, but this service goes on answering by version "
+                    f"{self.version}: {error}"
+                )
+        return made
 
     async def follow(self) -> None:
         """Read the current version for ever, whoever published it."""
@@ -296,9 +292,8 @@ def make_api(service: PlugLMService) -> FastAPI:
 
     @api.exception_handler(UserError)
     async def refused(request: Request, error: UserError) -> JSONResponse:
-        status = 409 if isinstance(error, VersionConflict) else 503 if isinstance(error, NotRead) else 400
-        kind = "service_error" if isinstance(error, NotRead) else "invalid_request_error"
-        return JSONResponse({"error": {"message": str(error), "type": kind}}, status)
+        status = 409 if isinstance(error, VersionConflict) else 400
+        return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status)
 
     @api.exception_handler(Unauthorized)
     async def unauthorized(request: Request, error: Unauthorized) -> JSONResponse:
@@ -318,12 +313,13 @@ def make_api(service: PlugLMService) -> FastAPI:
         return await service.classify(ask)
 
     @api.post("/v1/memory/edit")
-    async def edit(request: Request, authorization: str | None = Header(default=None)) -> dict[str, Any]:
+    async def edit(request: Request, authorization: str | None = Header(default=None)) -> JSONResponse:
         service.authorize(authorization)  # before the body is looked at
         try:
             body = await request.json()
         except ValueError as error:
             raise UserError(f"The body is no JSON: {error}.") from None
-        return await service.edit(validate(Edits, body, "edit"))
+        made = await service.edit(validate(Edits, body, "edit"))
+        return JSONResponse(made, 202 if "warning" in made else 200)
 
     return api

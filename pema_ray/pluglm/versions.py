@@ -13,7 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,14 @@ class DamagedVersion(UserError):
     """A manifest that cannot be read."""
 
     def __init__(self, path: str, what: str) -> None:
-        folder, version = str(Path(path).parent.parent), int(Path(path).stem)
-        super().__init__(
-            f"{path}: damaged: {what}. Publish an older version again: "
-            f"pema-ray pluglm memory swap {folder} {folder} --version {max(1, version - 1)}."
-        )
+        folder, version = Path(path).parent.parent, int(Path(path).stem)
+        older = [n for n in numbers(folder) if n < version and not is_pruned(folder, n)]
+        older = [n for n in older if isinstance(_fields(_path(folder, n)), dict)]
+        mend = "No older version is left to publish again; build the memory anew."
+        if older:
+            command = f"pema-ray pluglm memory swap {folder} {folder} --version {older[-1]}"
+            mend = f"Publish an older version again: {command}."
+        super().__init__(f"{path}: damaged: {what}. {mend}")
         self.path, self.what = path, what
 
     def __reduce__(self):
@@ -119,13 +122,13 @@ def lock(folder: Path, exclusive: bool) -> Iterator[None]:
     no file goes which an editor has found and is about to name.
     """
     path = folder / VERSIONS / _LOCK
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        file = path.open("a")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}. Nothing was changed.") from None
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.open("a+"))  # network disks share a lock among those that may read alone
+            fcntl.flock(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be locked: {error.strerror or error}. Nothing was changed.") from None
         yield  # closing the file gives the lock back, and so does the death of a process
 
 
@@ -143,19 +146,25 @@ def read(folder: Path, version: int | None = None) -> Version:
     if version not in known:
         raise UserError(f"{folder}: no version {version}; there are {known[0]} to {known[-1]}.")
     path = _path(folder, version)
-    text = path.read_text(errors="replace")
-    if text == _PRUNED:
+    if is_pruned(folder, version):
         raise UserError(f"{folder}: version {version} was pruned; version {known[-1]} is current.")
-    try:
-        found = json.loads(text)
-        damaged = found.pop(_CHECKSUM, None) != _checksum(found)
-    except (ValueError, AttributeError) as error:
-        raise DamagedVersion(str(path), str(error)) from None
-    if damaged:
-        raise DamagedVersion(str(path), "its checksum is not that of its contents")
+    found = _fields(path)
+    if isinstance(found, str):
+        raise DamagedVersion(str(path), found)
     if found.get("schema_version") != SCHEMA_VERSION:
         raise UserError(f"{path}: schema version {found.get('schema_version')}, this version reads {SCHEMA_VERSION}.")
     return validate(Version, found, str(path))
+
+
+def _fields(path: Path) -> dict[str, Any] | str:
+    """A manifest's fields, or what is wrong with it."""
+    try:
+        found = json.loads(path.read_text(errors="replace"))
+        if found.pop(_CHECKSUM, None) == _checksum(found):
+            return found
+    except (ValueError, AttributeError) as error:
+        return str(error)
+    return "its checksum is not that of its contents"
 
 
 def publish(folder: Path, version: Version) -> None:

@@ -105,10 +105,12 @@ class TrimeRun(StageRun[TrimeConfig]):
 
 
 def described(names: Iterable[str], before: list[list[Any]] | None) -> list[list[Any]]:
-    """Name, size and time of files: as they are, or, if one of them is gone, as they were `before`."""
-    wanted = list(names)
-    found = [[name, (s := Path(name).stat()).st_size, s.st_mtime_ns] for name in wanted if Path(name).exists()]
-    return found if len(found) == len(wanted) or before is None else before
+    """Name, size and time of files: as they are, or, of those that are gone, as they were `before`."""
+    known = {one[0]: one for one in before or ()}
+    for name in (names := list(names)):
+        if Path(name).exists():
+            known[name] = [name, (s := Path(name).stat()).st_size, s.st_mtime_ns]
+    return [known[name] for name in names if name in known]
 
 
 def _identity(datastore: Path) -> list[str | None]:

@@ -7,6 +7,7 @@ All runs share one prepared corpus. A run that is finished is not done again. Im
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import statistics
@@ -103,17 +104,29 @@ def _equal_time(base: TrimeConfig, root: Path) -> dict[MemoryKind, int]:
     """Updates of each TRIME objective in the time of the plain model's; kept, since a table may be resumed."""
     path, updates = root / "pace.json", base.train.updates
     memories = base.table.memories
-    pace = json.loads(path.read_text()) if path.exists() else {}
-    if not set(memories) <= set(pace):
-        configs: dict[MemoryKind, TrimeConfig] = {}
-        for memory in memories:
-            configs[memory] = settings_of(base, root, 0, memory, TIME, updates)
+    configs: dict[MemoryKind, TrimeConfig] = {m: settings_of(base, root, 0, m, TIME, updates) for m in memories}
+    stamps = {m: _stamp_of_pace(configs[m]) for m in memories}
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    known, pace = kept.get("stamps", {}), kept.get("seconds", {})
+    missing = [m for m in memories if known.get(m) != stamps[m]]
+    if missing:
         console.print("How long an update of each objective takes, in turns", highlight=False)
-        run = TrimeRun(base)
-        pace = seconds_per_update(configs, run.path("prepare"), run.metrics("prepare")["vocabulary"])
+        if "none" in missing:  # what the others are measured by
+            known, pace, missing = {}, {}, list(memories)
+        run, asked = TrimeRun(base), {m: configs[m] for m in memories if m == "none" or m in missing}
+        found = seconds_per_update(asked, run.path("prepare"), run.metrics("prepare")["vocabulary"])
+        scale = pace.get("none", found["none"]) / found["none"]  # what was measured before stays as it is
+        pace |= {m: found[m] * scale for m in missing}
         with atomic_file(path) as temporary:
-            temporary.write_text(json.dumps(pace, indent=1) + "\n")
+            temporary.write_text(json.dumps({"stamps": known | stamps, "seconds": pace}, indent=1) + "\n")
     return {memory: max(1, int(updates * pace["none"] / pace[memory])) for memory in memories if memory != "none"}
+
+
+def _stamp_of_pace(config: TrimeConfig) -> str:
+    """Of everything that says how long an update takes."""
+    told = config.model_dump(mode="json", include={"prepare", "model", "batches", "train"})
+    del told["train"]["updates"]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def settings_of(base: TrimeConfig, root: Path, seed: int, memory: MemoryKind, budget: str, updates: int) -> TrimeConfig:

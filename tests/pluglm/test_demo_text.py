@@ -79,7 +79,10 @@ def test_two_small_domains_are_learned_and_measured(tmp_path) -> None:
         hidden_size=16, heads=2, query_size=8, memory_feed_forward=8, top_k=3, max_tokens=24, steps=4, batch_size=8,
         contrastive_steps=2, refresh_every=2, resamples=100,
     )  # fmt: skip
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("not of the demonstration")
     demo = run_domains(tmp_path / "out", 0, settings, lambda kind, point: told.append(kind))
+    assert (tmp_path / "out" / "mine.txt").exists()
     assert told == ["train"] * 4
     assert [one.domain for one in demo.domains] == ["fish", "birds"]
     assert demo.learned == {"fish": 16, "birds": 16}
@@ -99,6 +102,16 @@ def test_two_small_domains_are_learned_and_measured(tmp_path) -> None:
     assert not held & {entry.text for entry in memory.entries()}
     assert json.loads((tmp_path / "out" / "demo-text.json").read_text())["seed"] == 0
     assert len(table_rows(demo)) == len(MEMORIES)
+
+
+def test_two_domains_of_one_name_are_refused(tmp_path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.txt").write_text("\n\n".join(paragraphs("fish")))
+    settings = DomainsSettings(target=str(tmp_path / "a/x.txt"), other=str(tmp_path / "b/x.txt"), held_out=0.2)
+    with pytest.raises(UserError, match="both domains would be called 'x'"):
+        run_domains(tmp_path / "out", 0, settings)
+    assert not (tmp_path / "out").exists()
 
 
 def test_intervals_are_of_texts_and_paired() -> None:

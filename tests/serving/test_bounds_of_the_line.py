@@ -61,6 +61,7 @@ async def test_a_data_owner_has_so_many_requests_under_way_and_no_more(owner_of)
         uploads = [Upload(http, STEP[:5], STEP[5:]) for _ in range(2)]
         await until(lambda: mine(owner).requests == 2)
         told_to_come_again(await http.post("/v1/sessions/step", content=STEP), "2 requests of yours are under way")
+        assert (await http.post("/v1/sessions/close", json=["b"])).status_code == 204  # it makes room
         got = await http.post("/v1/sessions/step", content=STEP, headers={"Authorization": f"Bearer {other}"})
         assert got.status_code == 200  # nobody suffers from another's excess
         for upload in uploads:
@@ -131,6 +132,22 @@ async def test_the_lm_head_is_counted_and_its_frame_is_made_once(owner_of):
         owner.now += 41
         assert (await http.get("/v1/lm-head")).status_code == 200
         assert [method for method, _ in owner.handle.calls].count("lm_head") == 1
+
+
+async def test_whoever_asked_first_for_the_lm_head_may_go_away(owner_of):
+    async with owner_of() as owner, owner.raw() as http:
+        assert (await http.get("/v1/model")).status_code == 200
+        line = next(iter(owner.api.state.lines.values()))
+        fetch = line.lm_head_bytes
+
+        async def cancelled() -> bytes:  # as Serve cancels what a request that ended has begun
+            raise asyncio.CancelledError
+
+        line.lm_head_bytes = cancelled
+        with contextlib.suppress(Exception, asyncio.CancelledError):
+            await http.get("/v1/lm-head")
+        line.lm_head_bytes = fetch
+        assert (await http.get("/v1/lm-head")).status_code == 200
 
 
 async def test_an_lm_head_that_could_not_be_fetched_is_fetched_again(owner_of):

@@ -110,7 +110,7 @@ class Batcher:
         return job
 
     def close(self, owner: str, session: str) -> None:
-        """Forget a session; a step of it that is under way is given up. One that is not known will not be opened."""
+        """Forget a session; a step of it that is under way is given up. One that is not known is not opened, once."""
         slot = self._sessions.pop((owner, session), None)
         jobs = [job for job in [*self._waiting, *self._active] if (job.owner, job.step.session) == (owner, session)]
         for job in jobs:
@@ -195,7 +195,8 @@ class Batcher:
                 if key in held_up or (slot is not None and slot.job is not None):
                     began = False
                 elif opens:
-                    if key in self._closed_before:
+                    if key in self._closed_before:  # one end ends one opening
+                        del self._closed_before[key]
                         raise SessionLost(job.step.session)
                     self._check(job.step)
                     began, full = (False, True) if full else self._open(job)

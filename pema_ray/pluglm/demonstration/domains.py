@@ -9,7 +9,6 @@ Shapes: B sequences, T positions, S sequences of a domain, D texts.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -25,7 +24,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from pema_ray.config import Section
+from pema_ray.errors import UserError
 from pema_ray.memory.shards import atomic_file
+from pema_ray.pluglm import run_folder
 from pema_ray.pluglm.config import PretrainSettings, TextConfig
 from pema_ray.pluglm.cutting import Cutter
 from pema_ray.pluglm.demonstration.corpora import FOLDOC, Domain, read_domain
@@ -41,6 +42,7 @@ from pema_ray.pluglm.text import Sequences
 from pema_ray.pluglm.training import PretrainLoop, Tell
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_FIGURES = "demo-text.json"
 _PREDICTED = 64  # sequences predicted together
 OWN, OTHER, BOTH, NONE, SHUFFLED = "its own", "the other domain's", "both", "none", "its own, shuffled"
 MEMORIES = (OWN, OTHER, BOTH, NONE, SHUFFLED)
@@ -129,14 +131,20 @@ def run_domains(
     """Train and measure in `folder`, which is left with model, memory and `demo-text.json`.
 
     Raises:
-        UserError: a domain cannot be read.
+        UserError: a domain cannot be read, or both have one name.
     """
     c, began = settings or DomainsSettings(), time.perf_counter()
     domains = [read_domain(name, c.held_out, seed) for name in (c.target, c.other)]
+    if domains[0].name == domains[1].name:
+        raise UserError(
+            f"{c.target} and {c.other}: both domains would be called '{domains[0].name}', and their entries could not "
+            "be told apart. Give the files names that differ before the first dot."
+        )
     tokenizer = learn_tokenizer([text for one in domains for text in one.learned], c.vocabulary)
     learned, entries = _sequences(domains, "learned", tokenizer, c.max_tokens)
     model = _new_model(c, tokenizer, seed)
-    shutil.rmtree(folder, ignore_errors=True)
+    run_folder.begin(folder, f"demo-text {seed} {c.model_dump_json()}", False, ("memory", "model"))
+    (folder / _FIGURES).unlink(missing_ok=True)
     encoder = DocumentEncoder(model, tokenizer, "domains")
     memory = KnowledgeMemory.build(folder / "memory", entries, encoder, "float16")
     recalls: list[float] = []
@@ -165,7 +173,7 @@ def run_domains(
         recall=float(np.mean(recalls[-50:])) if recalls else float("nan"),
         training_seconds=round(trained - training, 1), seconds=round(time.perf_counter() - began, 1),
     )  # fmt: skip
-    with atomic_file(folder / "demo-text.json") as temporary:
+    with atomic_file(folder / _FIGURES) as temporary:
         temporary.write_text(demo.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return demo
 
