@@ -108,12 +108,13 @@ def _equal_time(base: TrimeConfig, root: Path) -> dict[MemoryKind, int]:
     stamps = {m: _stamp_of_pace(configs[m]) for m in memories}
     kept = json.loads(path.read_text()) if path.exists() else {}
     known, pace = kept.get("stamps", {}), kept.get("seconds", {})
-    missing = [m for m in memories if known.get(m) != stamps[m]]
+    missing: list[MemoryKind] = [m for m in memories if known.get(m) != stamps[m]]
     if missing:
         console.print("How long an update of each objective takes, in turns", highlight=False)
         if "none" in missing:  # what the others are measured by
             known, pace, missing = {}, {}, list(memories)
-        run, asked = TrimeRun(base), {m: configs[m] for m in memories if m == "none" or m in missing}
+        run = TrimeRun(base)
+        asked: dict[MemoryKind, TrimeConfig] = {m: configs[m] for m in memories if m in ("none", *missing)}
         found = seconds_per_update(asked, run.path("prepare"), run.metrics("prepare")["vocabulary"])
         scale = pace.get("none", found["none"]) / found["none"]  # what was measured before stays as it is
         pace |= {m: found[m] * scale for m in missing}
