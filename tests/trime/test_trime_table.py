@@ -68,3 +68,35 @@ def test_one_command_makes_the_table_and_goes_on_where_it_stopped(ray_cluster, t
     text = (tmp_path / "table" / "table.md").read_text()
     assert "**At equal steps**" in text and "**At equal time**" in text and "TrimeLM_ext" in text
     assert (tmp_path / "table" / "seed0_ext" / "report" / "report.html").exists()
+
+
+def test_paces_are_kept_until_something_that_says_how_long_an_update_takes_changes(tmp_path: Path, monkeypatch):
+    asked: list[tuple[set[str], int]] = []
+    machine = {"speed": 1.0}
+
+    def measured(configs, prepared, vocabulary):
+        asked.append((set(configs), vocabulary))
+        return {memory: machine["speed"] * {"none": 1.0, "local": 2.0, "long": 4.0}[memory] for memory in configs}
+
+    class Prepared:
+        def __init__(self, config) -> None: ...
+
+        def path(self, stage: str) -> Path:
+            return tmp_path
+
+        def metrics(self, stage: str) -> dict[str, int]:
+            return {"vocabulary": 9}
+
+    monkeypatch.setattr(table, "seconds_per_update", measured)
+    monkeypatch.setattr(table, "TrimeRun", Prepared)
+
+    def budgets(*changes: str) -> dict[str, int]:
+        overrides = ["train.updates=100", f"run_dir={tmp_path}", *changes]
+        return table._equal_time(read_config(TrimeConfig, None, overrides), tmp_path)
+
+    assert budgets("table.memories=[none, local]") == {"local": 50}
+    assert budgets("table.memories=[none, local]", "train.updates=40") == {"local": 20}
+    machine["speed"] = 3.0  # other work on the machine: what was measured stays, what is new is set against its `none`
+    assert budgets("table.memories=[none, local, long]") == {"local": 50, "long": 25}
+    assert budgets("table.memories=[none, local, long]", "batches.segment=64") == {"local": 50, "long": 25}
+    assert asked == [({"none", "local"}, 9), ({"none", "long"}, 9), ({"none", "local", "long"}, 9)]
