@@ -115,6 +115,8 @@ def make_api(access: Access, limits: Limits, replicas: Callable[[str], Replicas]
             heads[fingerprint] = asyncio.create_task(line.lm_head_bytes(), context=Context())
         return await asyncio.shield(heads[fingerprint])
 
+    names_mb = min(limits.max_body_mb, 1.0)  # of a list of names, which is never refused for want of room
+
     async def perform(
         request: Request,
         authorization: str | None,
@@ -162,13 +164,13 @@ def make_api(access: Access, limits: Limits, replicas: Callable[[str], Replicas]
         response.headers["X-Request-Id"] = number
         return response
 
-    async def body_of(request: Request, held: Held) -> bytes:
+    async def body_of(request: Request, held: Held, mb: float = limits.max_body_mb) -> bytes:
         """The body, never more of it than is allowed."""
-        most, parts, size = int(limits.max_body_mb * 2**20), [], 0
+        most, parts, size = int(mb * 2**20), [], 0
         async for part in request.stream():
             size += len(part)
             if size > most:
-                raise Refused(413, f"The body is larger than {limits.max_body_mb:g} MiB.")
+                raise Refused(413, f"The body is larger than {mb:g} MiB.")
             held.add(len(part))
             parts.append(part)
         return b"".join(parts)
@@ -251,7 +253,7 @@ def make_api(access: Access, limits: Limits, replicas: Callable[[str], Replicas]
 
         async def work(asked: _Asked) -> Response:
             try:
-                sessions = msgspec.json.decode(await body_of(request, asked.held), type=_Sessions)
+                sessions = msgspec.json.decode(await body_of(request, asked.held, names_mb), type=_Sessions)
             except msgspec.MsgspecError as error:
                 raise Refused(400, f"A list of up to 4,096 sessions' names is expected: {error}") from None
             asked.used["sessions"] = len(sessions)

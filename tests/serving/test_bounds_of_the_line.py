@@ -62,6 +62,7 @@ async def test_a_data_owner_has_so_many_requests_under_way_and_no_more(owner_of)
         await until(lambda: mine(owner).requests == 2)
         told_to_come_again(await http.post("/v1/sessions/step", content=STEP), "2 requests of yours are under way")
         assert (await http.post("/v1/sessions/close", json=["b"])).status_code == 204  # it makes room
+        assert (await http.post("/v1/sessions/close", content=b" " * (2**20 + 1))).status_code == 413
         got = await http.post("/v1/sessions/step", content=STEP, headers={"Authorization": f"Bearer {other}"})
         assert got.status_code == 200  # nobody suffers from another's excess
         for upload in uploads:
