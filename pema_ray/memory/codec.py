@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
+import torch
 
 from pema_ray.errors import UserError
 
@@ -58,11 +59,16 @@ class Keys:
 
     def __getitem__(self, index: np.ndarray | slice) -> np.ndarray:
         """Rows as float32 `[n, H]`."""
-        rows = self.data[index]
+        if isinstance(index, np.ndarray) and index.dtype != bool:
+            rows = self.data.take(index, 0)  # faster than indexing
+        else:
+            rows = self.data[index]
         if self.dtype == "bfloat16":
             return (rows.astype(np.uint32) << 16).view(np.float32)
         if self.scale is not None:
             return rows.astype(np.float32) * self.scale[index][:, None]
+        if self.dtype == "float16" and rows.flags.writeable:  # of others torch warns
+            return torch.from_numpy(rows).float().numpy()  # by the processor's own conversion, which numpy has not
         return rows.astype(np.float32, copy=False)
 
     def take(self, index: np.ndarray | slice) -> Keys:

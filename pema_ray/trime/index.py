@@ -27,7 +27,7 @@ from pema_ray.trime.search import Part, SearchOptions, require_faiss
 FILE, TRAINED, _PLAN = "index.json", "trained.faiss", "plan.json"
 _KEYS_PER_LIST = 40  # faiss warns below 39
 _MOST_PQ_BYTES = 64
-_BITS = 8
+_BITS = {"ivf_pq": 8, "ivf_pq_fast": 4}  # of a code
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +76,24 @@ class IndexBuild:
                     f"index.lists={self.lists:,}: they are learned from {learned:,} keys (index.train_rows, of "
                     f"{rows:,} in the datastore). Lower it."
                 )
-        if config.kind == "ivf_pq":
-            self.pq_bytes = config.pq_bytes or max(m for m in range(1, _MOST_PQ_BYTES + 1) if self.hidden % m == 0)
-            if self.hidden % self.pq_bytes:
-                raise UserError(f"index.pq_bytes={self.pq_bytes} does not divide the keys' size {self.hidden}.")
-            if min(config.train_rows, rows) < 2**_BITS:
+        if config.kind in _BITS:
+            self.pq_bytes = self._pq_bytes()
+            if min(config.train_rows, rows) < 2 ** _BITS[config.kind]:
                 raise UserError(
-                    f"index.kind=ivf_pq needs {2**_BITS} keys to learn from at least, there are "
+                    f"index.kind={config.kind} needs {2 ** _BITS[config.kind]} keys to learn from at least, there are "
                     f"{min(config.train_rows, rows):,}: take exact, or raise index.train_rows."
                 )
+
+    def _pq_bytes(self) -> int:
+        """Of a key; each of its codes stands for as many of the key's numbers (of 4 bits, for two at least)."""
+        per_byte = 8 // _BITS[self.config.kind]
+        most = min(_MOST_PQ_BYTES, self.hidden // per_byte**2)
+        fitting = (m for m in range(1, most + 1) if self.hidden % (per_byte * m) == 0)
+        pq_bytes = self.config.pq_bytes or max(fitting, default=1)
+        if self.hidden % (per_byte * pq_bytes):
+            half = "half of " if per_byte == 2 else ""
+            raise UserError(f"index.pq_bytes={pq_bytes} does not divide {half}the keys' size {self.hidden}.")
+        return pq_bytes
 
     @property
     def parts(self) -> list[range]:
@@ -124,7 +133,10 @@ class IndexBuild:
         code = faiss.METRIC_INNER_PRODUCT if inner else faiss.METRIC_L2
         nearest = (faiss.IndexFlatIP if inner else faiss.IndexFlatL2)(self.hidden)
         if self.config.kind == "ivf_pq":
-            index = faiss.IndexIVFPQ(nearest, self.hidden, self.lists, self.pq_bytes, _BITS, code)
+            index = faiss.IndexIVFPQ(nearest, self.hidden, self.lists, self.pq_bytes, 8, code)
+        elif self.config.kind == "ivf_pq_fast":
+            index = faiss.IndexIVFPQFastScan(nearest, self.hidden, self.lists, 2 * self.pq_bytes, 4, code)
+            index.by_residual = not inner  # of inner products, codes of the keys themselves: a table for all lists
         else:
             index = faiss.IndexIVFFlat(nearest, self.hidden, self.lists, code)
         index.own_fields = True

@@ -20,7 +20,7 @@ from pema_ray.errors import UserError
 from pema_ray.memory.codec import Keys
 
 Metric = Literal["inner_product", "l2"]
-_GATHERED = 2**24  # numbers of keys decoded at a time while rescoring
+_GATHERED = 2**20  # numbers of keys decoded at a time while rescoring: they stay in the cache
 
 
 def require_faiss() -> Any:

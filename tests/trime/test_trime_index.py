@@ -16,7 +16,7 @@ from pema_ray.memory.codec import encode
 from pema_ray.memory.shards import MemoryRows, write_shard
 from pema_ray.trime.config import IndexConfig
 from pema_ray.trime.index import IndexBuild, build_index, load_parts
-from pema_ray.trime.search import OnePieceSearch, SearchOptions, recall
+from pema_ray.trime.search import OnePieceSearch, SearchOptions, merge, recall, require_faiss
 from tests.trime.kit import HIDDEN, VOCABULARY, keys_of
 
 CARD = ModelCard("tiny", "f" * 16, HIDDEN, VOCABULARY, 96, (0,))
@@ -53,7 +53,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 @pytest.mark.parametrize("metric", ["inner_product", "l2"])
-@pytest.mark.parametrize("kind", ["ivf_flat", "ivf_pq"])
+@pytest.mark.parametrize("kind", ["ivf_flat", "ivf_pq", "ivf_pq_fast"])
 def test_indices_find_most_of_what_an_exact_search_finds(kind: str, metric: str, dtype: str, tmp_path: Path):
     store = store_of(tmp_path / "store", dtype=dtype)
     build_index(IndexBuild(tmp_path / "index", store, config(kind, metric=metric), 0))
@@ -76,19 +76,20 @@ def test_all_lists_and_exact_codes_are_an_exact_search(tmp_path: Path):
     assert recall(found, exact) == 1
 
 
-def test_a_stopped_build_goes_on_to_the_same_bytes(tmp_path: Path):
+@pytest.mark.parametrize("kind", ["ivf_pq", "ivf_pq_fast"])
+def test_a_stopped_build_goes_on_to_the_same_bytes(kind: str, tmp_path: Path):
     store = store_of(tmp_path / "store")
-    build_index(IndexBuild(tmp_path / "undisturbed", store, config("ivf_pq"), 0))
+    build_index(IndexBuild(tmp_path / "undisturbed", store, config(kind), 0))
 
     def stop(number: int):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_index(IndexBuild(tmp_path / "stopped", store, config("ivf_pq"), 0), stop)
+        build_index(IndexBuild(tmp_path / "stopped", store, config(kind), 0), stop)
     assert not (tmp_path / "stopped" / "index.json").exists()
     finished = (tmp_path / "stopped" / "part-00000.faiss").stat().st_mtime_ns
     (tmp_path / "stopped" / ".part-00001.faiss.1.tmp").write_bytes(b"torn")
-    again = IndexBuild(tmp_path / "stopped", store, config("ivf_pq"), 0)
+    again = IndexBuild(tmp_path / "stopped", store, config(kind), 0)
     assert again.missing == [1, 2]
     build_index(again)
     assert contents(tmp_path / "stopped") == contents(tmp_path / "undisturbed")
@@ -105,17 +106,19 @@ def test_other_settings_begin_anew(tmp_path: Path):
     assert sorted(contents(tmp_path / "index")) == ["index.json", "plan.json"]
 
 
-def test_parts_held_apart_are_the_whole(tmp_path: Path):
-    from pema_ray.trime.search import merge
-
+@pytest.mark.parametrize("kind", ["ivf_pq", "ivf_pq_fast"])
+def test_parts_held_apart_are_the_whole_on_any_number_of_threads(kind: str, tmp_path: Path):
     store, options = store_of(tmp_path / "store"), SearchOptions(probes=8)
-    build_index(IndexBuild(tmp_path / "index", store, config("ivf_pq"), 0))
+    build_index(IndexBuild(tmp_path / "index", store, config(kind), 0))
     query_NH = keys_of(30, HIDDEN, 9)[0].numpy()
     whole = OnePieceSearch(load_parts(store, tmp_path / "index", options)).search(query_NH, 20)
-    apart = merge(
-        [OnePieceSearch(load_parts(store, tmp_path / "index", options, n)).search(query_NH, 20) for n in ([1], [0, 2])],
-        20,
-    )
+    threads, faiss = require_faiss().omp_get_max_threads(), require_faiss()
+    answers = []
+    for number, parts in enumerate(([1], [0, 2])):
+        faiss.omp_set_num_threads(1 + number)
+        answers.append(OnePieceSearch(load_parts(store, tmp_path / "index", options, parts)).search(query_NH, 20))
+    faiss.omp_set_num_threads(threads)
+    apart = merge(answers, 20)
     assert torch.equal(whole.row_NK, apart.row_NK)
     assert torch.equal(whole.similarity_NK, apart.similarity_NK)
 
@@ -155,6 +158,7 @@ def test_damage_is_named(tmp_path: Path):
     [
         ({"kind": "ivf_flat", "lists": 5000}, "index.lists=5,000: they are learned from 3,000 keys"),
         ({"kind": "ivf_pq", "pq_bytes": 7}, "index.pq_bytes=7 does not divide the keys' size 16"),
+        ({"kind": "ivf_pq_fast", "pq_bytes": 16}, "index.pq_bytes=16 does not divide half of the keys' size 16"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(changes, complaint: str, tmp_path: Path):
