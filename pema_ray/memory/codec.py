@@ -59,10 +59,8 @@ class Keys:
 
     def __getitem__(self, index: np.ndarray | slice) -> np.ndarray:
         """Rows as float32 `[n, H]`."""
-        if isinstance(index, np.ndarray) and index.dtype != bool:
-            rows = self.data.take(index, 0)  # faster than indexing
-        else:
-            rows = self.data[index]
+        at = isinstance(index, np.ndarray) and index.dtype != bool
+        rows = np.take(self.data, index, 0) if at else self.data[index]  # type: ignore[arg-type]  # the faster of two
         if self.dtype == "bfloat16":
             return (rows.astype(np.uint32) << 16).view(np.float32)
         if self.scale is not None:
