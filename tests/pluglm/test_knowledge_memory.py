@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -338,6 +339,26 @@ def test_a_damaged_current_manifest_is_mended_by_a_swap(memory, encoder) -> None
     assert max(texts(added)) >= 14  # 12 and 13 were given in the version that is lost
     KnowledgeMemory.prune(memory.folder)
     assert not added.verify()
+
+
+def test_where_no_older_version_is_sound_nothing_is_promised(memory) -> None:
+    memory.delete([0])
+    for number in (1, 2):
+        (memory.folder / "versions" / f"{number:08d}.json").write_text("{")
+    with pytest.raises(versions.DamagedVersion, match="No older version is left to publish again"):
+        KnowledgeMemory.open(memory.folder)
+
+
+def test_a_disk_without_locks_is_named_and_nothing_is_published(memory, encoder, monkeypatch) -> None:
+    def refuse(file, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    for edit in (lambda: memory.add([NewEntry("w1")], encoder), lambda: KnowledgeMemory.prune(memory.folder)):
+        with pytest.raises(UserError, match=r"\.lock: cannot be locked: No locks available. Nothing was changed."):
+            edit()
+    assert versions.numbers(memory.folder) == [1]
+    assert not KnowledgeMemory.open(memory.folder).verify()
 
 
 def test_damaged_files_are_not_taken_for_finished_ones(memory, encoder, make_model, words_tokenizer) -> None:
