@@ -183,6 +183,7 @@ for _name in ("datastore", "index", "evaluate", "report", "table"):
 def explain(
     text: Annotated[Path, typer.Argument(help="A text file.")],
     page: Annotated[Path, typer.Argument(help="The HTML page to write.")],
+    overrides: Overrides = None,
     config: Config = None,
     system: Annotated[str | None, typer.Option(help="Such as ext_knn; none: the best on dev.")] = None,
 ) -> None:
@@ -196,7 +197,7 @@ def explain(
         from pema_ray.trime.results import TrimeEvaluation
         from pema_ray.trime.run import TrimeRun
 
-        run = TrimeRun(_read(config, []))
+        run = TrimeRun(_read(config, overrides or []))
         run.metrics("evaluate")
         if not text.is_file():
             raise UserError(f"{text}: no such file.")

@@ -83,10 +83,12 @@ def open_datastore(folder: Path | str, card: ModelCard | None) -> ExternalMemory
 
     Raises:
         FingerprintMismatch: another model made it.
-        UserError: there is none, or its keys have another width.
+        UserError: there is none, it is empty, or its keys have another width.
     """
     store = ExternalMemory.open(folder)
     manifest = store.manifest
+    if not len(store):
+        raise UserError(f"{folder}: the datastore has no entries. Build it of a text that has tokens to predict.")
     if card is not None and manifest.hidden_size != card.hidden_size:
         raise UserError(
             f"{folder}: its keys have {manifest.hidden_size} numbers, the model {card.label} makes {card.hidden_size}. "

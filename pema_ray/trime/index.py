@@ -85,11 +85,13 @@ class IndexBuild:
                 )
 
     def _pq_bytes(self) -> int:
-        """Of a key; each of its codes stands for as many of the key's numbers (of 4 bits, for two at least)."""
+        """Of a key; each of its codes stands for as many of the key's numbers (by default two at least, of 4 bits)."""
         per_byte = 8 // _BITS[self.config.kind]
         most = min(_MOST_PQ_BYTES, self.hidden // per_byte**2)
         fitting = (m for m in range(1, most + 1) if self.hidden % (per_byte * m) == 0)
         pq_bytes = self.config.pq_bytes or max(fitting, default=1)
+        if self.hidden % per_byte:
+            raise UserError(f"index.kind=ivf_pq_fast needs keys of an even size, not of {self.hidden}: take ivf_pq.")
         if self.hidden % (per_byte * pq_bytes):
             half = "half of " if per_byte == 2 else ""
             raise UserError(f"index.pq_bytes={pq_bytes} does not divide {half}the keys' size {self.hidden}.")

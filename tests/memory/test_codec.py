@@ -48,6 +48,22 @@ def test_rows_are_taken_and_joined_as_they_are_stored(exact: np.ndarray, dtype: 
     assert np.array_equal(keys.take(chosen)[:], keys[chosen]) and np.array_equal(keys[chosen], keys[:][chosen])
 
 
+@pytest.mark.parametrize("dtype", KEY_DTYPES)
+def test_rows_are_read_whatever_the_array_that_holds_them(dtype: KeyDtype):
+    keys = encode(np.random.default_rng(0).standard_normal((6, 4), np.float32), dtype)
+    exact = keys[:]
+    assert np.array_equal(keys[::-1], exact[::-1])
+    assert np.array_equal(keys[np.array([5, -6], np.int32)], exact[[5, 0]])
+    assert np.array_equal(keys[np.array([1, 2], np.uint64)], exact[[1, 2]])
+    assert np.array_equal(keys[exact[:, 0] > 0], exact[exact[:, 0] > 0])
+    keys.data.flags.writeable = False
+    columns_first = Keys(dtype, np.asfortranarray(keys.data), keys.scale)
+    for held in (keys, columns_first):
+        assert np.array_equal(held[1:3], exact[1:3]) and np.array_equal(held[np.array([4, 1])], exact[[4, 1]])
+    with pytest.raises(IndexError):
+        keys[np.array([6])]
+
+
 def test_int8_takes_a_quarter_and_keeps_signs_and_zero_rows():
     exact = np.stack([np.linspace(-3, 3, 576), np.zeros(576), np.full(576, 1e-44)]).astype(np.float32)
     keys = encode(exact, "int8")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,9 @@ from pema_ray.line import ModelCard
 from pema_ray.memory import ExternalMemory, Manifest, ShardInfo
 from pema_ray.memory.codec import encode
 from pema_ray.memory.shards import MemoryRows, write_shard
+from pema_ray.trime.build_index import add_parts
 from pema_ray.trime.config import IndexConfig
+from pema_ray.trime.datastore import open_datastore
 from pema_ray.trime.index import IndexBuild, build_index, load_parts
 from pema_ray.trime.search import OnePieceSearch, SearchOptions, merge, recall, require_faiss
 from tests.trime.kit import HIDDEN, VOCABULARY, keys_of
@@ -22,11 +26,18 @@ from tests.trime.kit import HIDDEN, VOCABULARY, keys_of
 CARD = ModelCard("tiny", "f" * 16, HIDDEN, VOCABULARY, 96, (0,))
 
 
-def store_of(folder: Path, count: int = 3000, shards: int = 6, dtype: str = "float16", fingerprint: str = "f" * 16):
+def store_of(
+    folder: Path,
+    count: int = 3000,
+    shards: int = 6,
+    dtype: str = "float16",
+    fingerprint: str = "f" * 16,
+    hidden: int = HIDDEN,
+):
     """A datastore of clustered keys."""
     torch.manual_seed(1)
-    centre_CH, token_M = keys_of(40, HIDDEN, 7)[0], keys_of(count)[1]
-    key_MH = centre_CH[torch.randint(0, 40, (count,))] * 2 + torch.randn(count, HIDDEN) * 0.5
+    centre_CH, token_M = keys_of(40, hidden, 7)[0], keys_of(count)[1]
+    key_MH = centre_CH[torch.randint(0, 40, (count,))] * 2 + torch.randn(count, hidden) * 0.5
     folder.mkdir(parents=True, exist_ok=True)
     infos = []
     for number, rows in enumerate(np.array_split(np.arange(count), shards)):
@@ -36,7 +47,7 @@ def store_of(folder: Path, count: int = 3000, shards: int = 6, dtype: str = "flo
         size, digest = write_shard(folder / name, MemoryRows(keys, target, rows, np.zeros(n, np.int32)))
         infos.append(ShardInfo(name=name, rows=n, examples=n, tokens=n, padded_tokens=n, bytes=size, sha256=digest))
     Manifest(
-        plm_name="tiny", fingerprint=fingerprint, hidden_size=HIDDEN, vocab_size=VOCABULARY, eos_token_id=0, task="t",
+        plm_name="tiny", fingerprint=fingerprint, hidden_size=hidden, vocab_size=VOCABULARY, eos_token_id=0, task="t",
         split="train", context="teacher_forced", key_dtype=dtype, plan_hash="p" * 16, rows=count, examples=count,
         shards=tuple(infos),
     ).save(folder)  # fmt: skip
@@ -112,15 +123,17 @@ def test_parts_held_apart_are_the_whole_on_any_number_of_threads(kind: str, tmp_
     build_index(IndexBuild(tmp_path / "index", store, config(kind), 0))
     query_NH = keys_of(30, HIDDEN, 9)[0].numpy()
     whole = OnePieceSearch(load_parts(store, tmp_path / "index", options)).search(query_NH, 20)
-    threads, faiss = require_faiss().omp_get_max_threads(), require_faiss()
-    answers = []
-    for number, parts in enumerate(([1], [0, 2])):
-        faiss.omp_set_num_threads(1 + number)
-        answers.append(OnePieceSearch(load_parts(store, tmp_path / "index", options, parts)).search(query_NH, 20))
-    faiss.omp_set_num_threads(threads)
-    apart = merge(answers, 20)
-    assert torch.equal(whole.row_NK, apart.row_NK)
-    assert torch.equal(whole.similarity_NK, apart.similarity_NK)
+    faiss = require_faiss()
+    before = faiss.omp_get_max_threads()
+    try:
+        for threads in (1, 2):
+            faiss.omp_set_num_threads(threads)
+            apart = [OnePieceSearch(load_parts(store, tmp_path / "index", options, parts)) for parts in ([1], [0, 2])]
+            found = merge([one.search(query_NH, 20) for one in apart], 20)
+            assert torch.equal(whole.row_NK, found.row_NK)
+            assert torch.equal(whole.similarity_NK, found.similarity_NK)
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 def test_an_index_of_another_datastore_is_refused(tmp_path: Path):
@@ -169,3 +182,48 @@ def test_settings_that_do_not_fit_are_refused(changes, complaint: str, tmp_path:
 def test_too_few_keys_for_codes_are_refused(tmp_path: Path):
     with pytest.raises(UserError, match="ivf_pq needs 256 keys to learn from at least, there are 200: take exact"):
         IndexBuild(tmp_path / "index", store_of(tmp_path / "store", 200, 1), IndexConfig(kind="ivf_pq"), 0)
+    with pytest.raises(UserError, match="ivf_pq_fast needs 16 keys to learn from at least, there are 15: take exact"):
+        IndexBuild(tmp_path / "index", store_of(tmp_path / "few", 15, 1), IndexConfig(kind="ivf_pq_fast"), 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "hidden", "pq_bytes"), [("ivf_pq", 96, 48), ("ivf_pq_fast", 96, 24), ("ivf_pq_fast", 1024, 64)]
+)
+def test_codes_take_the_bytes_that_the_keys_size_allows(kind: str, hidden: int, pq_bytes: int, tmp_path: Path):
+    assert (
+        IndexBuild(tmp_path, store_of(tmp_path, 300, 1, hidden=hidden), IndexConfig(kind=kind), 0).pq_bytes == pq_bytes
+    )
+
+
+def test_codes_of_4_bits_for_keys_of_an_odd_size_are_refused(tmp_path: Path):
+    with pytest.raises(UserError, match="ivf_pq_fast needs keys of an even size, not of 15: take ivf_pq"):
+        IndexBuild(tmp_path, store_of(tmp_path, 300, 1, hidden=15), IndexConfig(kind="ivf_pq_fast"), 0)
+
+
+def test_a_datastore_without_entries_is_refused(tmp_path: Path):
+    store_of(tmp_path / "store", 0, 1)
+    with pytest.raises(UserError, match="store: the datastore has no entries"):
+        open_datastore(tmp_path / "store", CARD)
+
+
+@pytest.mark.cluster
+def test_parts_built_by_two_tasks_of_ray_are_the_same_bytes_and_a_dead_task_is_done_again(ray_cluster, tmp_path: Path):
+    class DiesOnce(IndexBuild):
+        """Its process is killed when it is about to add a part, the first time."""
+
+        def add(self, number: int) -> None:
+            mark = self.folder.parent / "died"
+            if number == 1 and not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            IndexBuild.add(self, number)
+
+    store = store_of(tmp_path / "store")
+    alone, spread = (IndexBuild(tmp_path / name, store, config("ivf_pq"), 0) for name in ("alone", "spread"))
+    build_index(alone)
+    spread.prepare()
+    dies = DiesOnce(tmp_path / "spread", store, config("ivf_pq"), 0)
+    assert sorted(add_parts(dies, dies.missing, config("ivf_pq", actors=2, cpus_per_actor=0.5))) == [0, 1, 2]
+    assert (tmp_path / "died").exists()
+    spread.finish()
+    assert contents(tmp_path / "spread") == contents(tmp_path / "alone")

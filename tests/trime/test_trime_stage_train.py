@@ -157,11 +157,12 @@ def test_commands_list_their_settings_and_say_mistakes_in_one_line():
     assert told.exit_code == 2
 
 
-@pytest.mark.parametrize("stage", ["prepare", "batches", "train"])
-def test_every_stage_has_a_job(stage: str):
+@pytest.mark.parametrize(
+    "script", sorted((Path(__file__).parents[2] / "jobs").glob("trime_*.py")), ids=lambda p: p.stem
+)
+def test_every_stage_has_a_job(script: Path):
     import subprocess
     import sys
 
-    script = Path(__file__).parents[2] / f"jobs/trime_{stage}.py"
     told = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True).stdout
     assert "--config" in told and "section.key=value" in told

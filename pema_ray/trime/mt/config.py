@@ -158,7 +158,7 @@ class GenerateConfig(Section):
     probes: int = Field(default=32, ge=1)
     """Lists that an `ivf_*` index looks into."""
     rescore: bool = True
-    """Compare with the keys themselves what an `ivf_*` index found."""
+    """Compare with the keys themselves what an `ivf_pq*` index found."""
     oversample: int = Field(default=2, ge=1)
     """Candidates for each neighbour, where they are rescored."""
     search_actors: int = Field(default=0, ge=0)
