@@ -94,7 +94,7 @@ class TrimeService:
     """What the API stands on.
 
     Raises:
-        UserError: the run is not there, or its model and the calibration of `system` are not.
+        UserError: the run was not evaluated with these settings, or `system` not calibrated.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -106,7 +106,13 @@ class TrimeService:
         self.model = load_model(run.model_folder).to(self.device)
         self.vocabulary = Vocabulary.load(run.path("prepare"))
         self.card = card_of(run.model_folder, self.vocabulary.eos_id, self.model)
-        self._chosen = TrimeEvaluation.load(run.path("evaluate")) if run.finished("evaluate") else None
+        if not run.finished("evaluate"):
+            raise UserError(
+                f"{run.folder}: not evaluated with the settings of this service. Run: pema-ray trime evaluate -c "
+                f"{self.config.config}. Settings that its stages were given on the command line belong in "
+                "service.overrides."
+            )
+        self._chosen = TrimeEvaluation.load(run.path("evaluate"))
         self._systems = {asks: self._system(name) for asks, name in self._names().items()}
         self._held: dict[str, Held] = {}
         self._thread = ThreadPoolExecutor(1)  # torch's work, away from the event loop
@@ -116,13 +122,12 @@ class TrimeService:
 
     def _system(self, name: str) -> tuple[System, Probe, Settings]:
         """A system as it was calibrated, and a probe of its settings alone."""
-        known = [] if self._chosen is None else [one.system for one in self._chosen.scores]
+        known = [one.system for one in self._chosen.scores]
         if name not in known:
             raise UserError(
                 f"System '{name}' of this run has no calibration.{nearest(name, known)} "
                 f"Run: pema-ray trime evaluate, with '{name}' among evaluate.systems."
             )
-        assert self._chosen is not None
         settings = settings_of(next(one.chosen for one in self._chosen.scores if one.system == name))
         system = make_system(name, self.experiment.evaluate)
         probe = make_probe(self.experiment, system.vectors or "key", self.model.hidden_size)

@@ -297,6 +297,15 @@ async def test_datastores_are_swapped_and_mistakes_are_told(service: TrimeServic
 def test_a_system_without_calibration_is_not_served(finished: TrimeRun, tmp_path: Path):
     (tmp_path / "experiment.yaml").write_text("{}\n")
     overrides = (f"run_dir={finished.folder}", *SETTINGS, "train.memory=ext")
+    other = {
+        "config": str(tmp_path / "experiment.yaml"),
+        "overrides": [*overrides, "train.updates=7"],
+        "system": "ext_knn",
+    }
+    with pytest.raises(
+        UserError, match=r"not evaluated with the settings of this service.*belong in service\.overrides"
+    ):
+        TrimeService(other)
     with pytest.raises(UserError, match="System 'knn_cache' of this run has no calibration"):
         TrimeService({"config": str(tmp_path / "experiment.yaml"), "overrides": overrides, "system": "knn_cache"})
 
