@@ -28,6 +28,7 @@ from pema_ray.plm_owner.api import make_api as make_public_api
 from pema_ray.plm_owner.replicas import Replicas
 from pema_ray.plm_owner.service import EngineConfig, PLMEngine
 from pema_ray.serving.logs import log_as_json
+from pema_ray.serving.swapping import refused
 
 _NEVER = 1_000_000  # of requests; the engine queues by itself and knows when it is full
 
@@ -191,7 +192,7 @@ def _data_owner(config: UnrollerConfig, scale: Scale, live: Live) -> Any:
 
         async def reconfigure(self, live: Mapping[str, Any]) -> None:
             first = not self.owner.ready
-            await self.owner.change(live)
+            self.owner.refused = await refused(self.owner.change(live), serving=not first)
             await self.owner.start()
             if first:
                 self.owner.tell(RayMetrics("data_owner"))

@@ -11,6 +11,7 @@ from ray import serve
 from ray.serve import Application
 
 from pema_ray.config import Section, validate
+from pema_ray.serving.swapping import refused
 from pema_ray.trime.service import Live, ServiceConfig, TrimeService, make_api
 
 
@@ -38,11 +39,13 @@ def trime(args: Mapping[str, Any] | None = None) -> Application:
     class Ingress:
         def __init__(self, service: Mapping[str, Any]) -> None:
             self.service = TrimeService(service)
+            self._serving = False
 
         def __serve_build_asgi_app__(self) -> FastAPI:
             return make_api(self.service)
 
         async def reconfigure(self, live: Mapping[str, Any]) -> None:
-            await self.service.change(live)
+            self.service.refused = await refused(self.service.change(live), self._serving)
+            self._serving = True
 
     return Ingress.bind(wanted.service.model_dump())

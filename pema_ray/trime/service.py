@@ -115,6 +115,8 @@ class TrimeService:
         self._chosen = TrimeEvaluation.load(run.path("evaluate"))
         self._systems = {asks: self._system(name) for asks, name in self._names().items()}
         self._held: dict[str, Held] = {}
+        self.refused: str | None = None
+        """Why the last change of datastores was not made, if it was not."""
         self._thread = ThreadPoolExecutor(1)  # torch's work, away from the event loop
 
     def _names(self) -> dict[bool, str]:
@@ -291,7 +293,8 @@ def make_api(service: TrimeService) -> FastAPI:
 
     @api.get("/v1/datastores")
     async def datastores() -> dict[str, Any]:
-        return {"data": [{"id": name, "entries": entries} for name, entries in service.datastores.items()]}
+        data = [{"id": name, "entries": entries} for name, entries in service.datastores.items()]
+        return {"data": data, **({"refused": service.refused} if service.refused else {})}
 
     @api.post("/v1/score")
     async def score(ask: Ask) -> dict[str, Any]:

@@ -225,3 +225,22 @@ def test_serve_deploy_joins_two_clusters_by_https_and_a_key(place, tiny_plm_fold
     assert ask(f"http://127.0.0.1:{ours_port}/v1") == want
     audit = (theirs.folder / "audit.jsonl").read_text()  # where the file says, from where `ray start` was said
     assert '"client": "a data owner", "what": "step", "status": 200' in audit
+
+    def mistake(told: dict[str, Any], args: dict[str, Any]) -> None:
+        change_ours(told, args)
+        told["applications"][0]["deployments"][0]["user_config"]["adapters"]["more"] = "runs/nowhere"
+
+    ours.deploy(ours.write("data_owner.yaml", mistake))
+    told, until = {}, time.monotonic() + 60
+    while "refused" not in told and time.monotonic() < until:
+        told = httpx.get(f"http://127.0.0.1:{ours_port}/healthz").json()
+        time.sleep(0.5)
+    assert told["ready"] and "runs/nowhere" in told["refused"]
+    time.sleep(10)  # in which Serve would have replaced a replica whose change had failed
+    assert ask(f"http://127.0.0.1:{ours_port}/v1") == want
+    ours.deploy(ours.write("data_owner.yaml", change_ours))
+    until = time.monotonic() + 60
+    while "refused" in told and time.monotonic() < until:
+        told = httpx.get(f"http://127.0.0.1:{ours_port}/healthz").json()
+        time.sleep(0.5)
+    assert told["ready"] and "refused" not in told

@@ -50,6 +50,8 @@ class Service(Protocol):
     started: int
     reading: ThreadPoolExecutor
     """Of one thread: tokenizers do not like company."""
+    refused: str | None
+    """Why the last change of adapters was not made, if it was not."""
 
     @property
     def ready(self) -> bool: ...
@@ -100,6 +102,7 @@ def make_api(service: Service) -> FastAPI:
     async def health() -> Any:
         """Whether answers can be made."""
         state = {"live": service.unroller.live, **service.unroller.counts} if service.ready else {}
+        state |= {"refused": service.refused} if service.refused else {}
         return JSONResponse({"ready": service.ready, **state}, 200 if service.ready else 503)
 
     return api

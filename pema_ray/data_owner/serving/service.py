@@ -89,6 +89,8 @@ class DataOwner:
         self.schedule = UnrollingSchedule(self.config.lambda_max, self.config.schedule, self.config.floor)
         self.timeout_seconds, self.draft = self.config.timeout_seconds, self.config.draft
         self.max_tokens, self.started = 0, int(time.time())
+        self.refused: str | None = None
+        """Why the last change of adapters was not made, if it was not."""
 
     @property
     def ready(self) -> bool:
