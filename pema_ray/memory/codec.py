@@ -68,9 +68,8 @@ class Keys:
         if self.scale is not None:
             return rows.astype(np.float32) * self.scale[index][:, None]
         if self.dtype == "float16" and rows.flags.writeable:  # of others torch warns
-            return (
-                torch.from_numpy(np.ascontiguousarray(rows)).float().numpy()
-            )  # by the processor's own conversion, which numpy has not
+            # By the processor's own conversion, which numpy has not.
+            return torch.from_numpy(np.ascontiguousarray(rows)).float().numpy()
         return rows.astype(np.float32, copy=False)
 
     def take(self, index: np.ndarray | slice) -> Keys:
