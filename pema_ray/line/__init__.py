@@ -6,7 +6,19 @@ representations. Knows torch tensors, but no model implementation and no Ray.
 
 from pema_ray.line.lm_head import LMHead, LMHeadBundle
 from pema_ray.line.messages import ExtractBatch, ModelCard
-from pema_ray.line.session import DecodingSession
-from pema_ray.line.source import ContextSource, SessionLost
+from pema_ray.line.protocol import BlockingPLM, Busy, Description, Limits, PLMClient, SessionLost, Step, Stepped
 
-__all__ = ["ContextSource", "DecodingSession", "ExtractBatch", "LMHead", "LMHeadBundle", "ModelCard", "SessionLost"]
+__all__ = [
+    "BlockingPLM",
+    "Busy",
+    "Description",
+    "ExtractBatch",
+    "LMHead",
+    "LMHeadBundle",
+    "Limits",
+    "ModelCard",
+    "PLMClient",
+    "SessionLost",
+    "Step",
+    "Stepped",
+]

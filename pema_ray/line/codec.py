@@ -17,11 +17,10 @@ import numpy as np
 import torch
 
 from pema_ray.line.messages import ExtractBatch
-from pema_ray.line.source import SessionLost
-from pema_ray.line.stepping import Busy, Step, Stepped
+from pema_ray.line.protocol import Busy, SessionLost, Step, Stepped
 
 MEDIA_TYPE = "application/x-pema-line"
-_MAGIC, _VERSION = b"PEMA", 1
+_MAGIC, _VERSION = b"PEMA", 2
 _HEAD = struct.Struct("<4sBI")
 _LARGEST_HEADER = 8 * 2**20
 _Many = msgspec.Meta(max_length=2**17)
@@ -44,6 +43,8 @@ class _Header(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _ExtractHeader(_Header, tag="extract"):
+    fingerprint: str
+    prefix: int
     lengths: Annotated[list[int], _Many]
     first: Annotated[list[int], _Many]
 
@@ -61,6 +62,7 @@ class _StepHeader(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 
 
 class _StepsHeader(_Header, tag="steps"):
+    fingerprint: str
     steps: Annotated[list[_StepHeader], _Many]
 
 
@@ -144,42 +146,53 @@ def _ids(array: np.ndarray) -> list[int]:
 # ── what is asked ───────────────────────────────────────────────────────────────
 
 
-def encode_extract(batch: ExtractBatch) -> bytes:
-    """A request for the representations of a batch."""
-    ids = _tokens([token for sequence in batch.token_ids for token in sequence])
+def encode_extract(batch: ExtractBatch, fingerprint: str) -> bytes:
+    """A request for the representations of a batch.
+
+    Args:
+        fingerprint: of the PLM that must compute them.
+    """
+    ids = _tokens([*batch.prefix, *(token for sequence in batch.token_ids for token in sequence)])
     lengths = [len(sequence) for sequence in batch.token_ids]
-    return _frame(_ExtractHeader([_Array("int32", ids.shape)], lengths, list(batch.first)), [ids])
+    described = [_Array("int32", ids.shape)]
+    return _frame(_ExtractHeader(described, fingerprint, len(batch.prefix), lengths, list(batch.first)), [ids])
 
 
-def decode_extract(data: bytes) -> ExtractBatch:
-    """Read what `encode_extract` wrote.
+def decode_extract(data: bytes) -> tuple[ExtractBatch, str]:
+    """Read a frame of `encode_extract`: the batch and the fingerprint.
 
     Raises:
-        BadFrame: it did not write this.
+        BadFrame: the bytes are no such frame.
     """
     header, arrays = _parse(data, _ExtractHeader)
     flat = _only(arrays, 1, "int32")
-    if any(length < 1 for length in header.lengths) or sum(header.lengths) != len(flat):
-        raise BadFrame(f"Sequences of {sum(header.lengths)} tokens are promised, {len(flat)} came.")
-    ids, ends = _ids(flat), np.cumsum(header.lengths).tolist()
+    promised = header.prefix + sum(header.lengths)
+    if header.prefix < 0 or any(length < 1 for length in header.lengths) or promised != len(flat):
+        raise BadFrame(f"Sequences of {promised} tokens are promised, {len(flat)} came.")
+    ids, ends = _ids(flat), (header.prefix + np.cumsum(header.lengths)).tolist()
+    sequences = [ids[e - n : e] for e, n in zip(ends, header.lengths, strict=True)]
     try:
-        return ExtractBatch([ids[e - n : e] for e, n in zip(ends, header.lengths, strict=True)], header.first)
+        return ExtractBatch(sequences, header.first, tuple(ids[: header.prefix])), header.fingerprint
     except ValueError as error:
         raise BadFrame(str(error)) from None
 
 
-def encode_steps(steps: Sequence[Step]) -> bytes:
-    """Steps of any number of sessions."""
+def encode_steps(steps: Sequence[Step], fingerprint: str) -> bytes:
+    """Steps of any number of sessions.
+
+    Args:
+        fingerprint: of the PLM that must take them.
+    """
     ids = _tokens([token for step in steps for token in step.tokens])
     described = [_StepHeader(s.session, s.position, len(s.tokens), s.states, s.draft) for s in steps]
-    return _frame(_StepsHeader([_Array("int32", ids.shape)], described), [ids])
+    return _frame(_StepsHeader([_Array("int32", ids.shape)], fingerprint, described), [ids])
 
 
-def decode_steps(data: bytes) -> list[Step]:
-    """Read what `encode_steps` wrote.
+def decode_steps(data: bytes) -> tuple[list[Step], str]:
+    """Read a frame of `encode_steps`: the steps and the fingerprint.
 
     Raises:
-        BadFrame: it did not write this, or a step makes no sense.
+        BadFrame: the bytes are no such frame, or a step makes no sense.
     """
     header, arrays = _parse(data, _StepsHeader)
     flat = _ids(_only(arrays, 1, "int32"))
@@ -195,7 +208,7 @@ def decode_steps(data: bytes) -> list[Step]:
     names = [step.session for step in steps]
     if len(set(names)) < len(names):
         raise BadFrame("One message takes one step of a session; a session is named twice.")
-    return steps
+    return steps, header.fingerprint
 
 
 # ── what is answered ────────────────────────────────────────────────────────────

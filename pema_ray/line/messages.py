@@ -32,15 +32,20 @@ class ModelCard:
 
 @dataclass(frozen=True, slots=True)
 class ExtractBatch:
-    """Sequences to run once, teacher-forced, and the positions whose representations are wanted.
+    """Sequences to run once, teacher-forced, and the positions whose representations are requested.
 
     Attributes:
-        token_ids: B sequences of token ids, of any lengths ≥ 1.
-        first: for each sequence, the first position wanted; every later one is wanted too.
+        token_ids: B sequences of token ids, of any lengths ≥ 1, without the prefix.
+        first: for each sequence, the first position requested (counted without the prefix); all later ones are too.
+        prefix: tokens before every sequence, which the PLM owner computes once for all of them.
+
+    Raises:
+        ValueError: an empty batch or sequence, or a position outside its sequence.
     """
 
     token_ids: list[list[int]]
     first: list[int]
+    prefix: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.token_ids:
@@ -53,5 +58,15 @@ class ExtractBatch:
 
     @property
     def rows(self) -> int:
-        """N, the number of representations that will come back."""
+        """N, the number of representations in the answer."""
         return sum(len(ids) - first for ids, first in zip(self.token_ids, self.first, strict=True))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, prefix included."""
+        return len(self.prefix) + max(map(len, self.token_ids))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are sent: the prefix once, and every sequence."""
+        return len(self.prefix) + sum(map(len, self.token_ids))

@@ -1,36 +1,49 @@
-"""Makes the PLM owner that a stage talks to. In process for now; other `ContextSource`s will be chosen here."""
+"""Connects a stage to its PLM owner, whichever `plm:` names: this process, a Serve application, or an HTTPS service.
+
+The PLM owner's code is imported only where `plm.name` or `plm.serve` asks for it: a data owner may be installed without.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 from pema_ray.config import PLMConfig
-from pema_ray.errors import FingerprintMismatch
-from pema_ray.line import ContextSource, ModelCard
-from pema_ray.plm_owner import InProcessPLM, load_plm
+from pema_ray.line import ModelCard, PLMClient
 
 
-def connect(config: PLMConfig) -> ContextSource:
-    """A PLM owner in this process."""
-    return InProcessPLM(load_plm(config))
-
-
-def factory(config: PLMConfig, cpus: float, card: ModelCard | None) -> Callable[[], ContextSource]:
-    """A picklable maker of PLM owners, for Ray actors that were given `cpus`.
+def connect(
+    config: PLMConfig, card: ModelCard | None = None, engine: Mapping[str, Any] | None = None
+) -> PLMClient:
+    """A client of the PLM owner; models are loaded and connections made by its first call.
 
     Args:
-        card: the PLM that each must turn out to be; None takes any.
+        card: the PLM that must answer; None accepts any.
+        engine: settings of the engine (`EngineConfig`) of a PLM of one's own; others have their own settings.
     """
-    threads = config.threads or max(1, int(cpus))
-    return partial(_connect_to, config.model_copy(update={"threads": threads}), card)
+    fingerprint = config.fingerprint if card is None else card.fingerprint
+    if config.url is not None:
+        from pema_ray.data_owner.remote import RemotePLM
+
+        return RemotePLM(config, fingerprint)
+    if config.serve is not None:
+        from pema_ray.plm_owner.replicas import Replicas
+
+        return Replicas.of_application(config.serve, fingerprint=fingerprint)
+    from pema_ray.plm_owner.engine import EngineConfig, LocalPLM
+
+    return LocalPLM(config, EngineConfig(**(engine or {})), fingerprint=fingerprint)
 
 
-def _connect_to(config: PLMConfig, card: ModelCard | None) -> ContextSource:
-    source = connect(config)
-    if card is None:
-        return source
-    found = source.describe()
-    if found.fingerprint != card.fingerprint:
-        raise FingerprintMismatch(f"plm.name={config.name}", found.label, card.label)
-    return source
+def connector(
+    config: PLMConfig, card: ModelCard, cpus: float, engine: Mapping[str, Any] | None = None
+) -> Callable[[], PLMClient]:
+    """A picklable `connect` for Ray actors.
+
+    Args:
+        cpus: that each actor has; a PLM of one's own uses as many threads, unless `plm.threads` says otherwise.
+    """
+    if config.is_own:
+        config = config.model_copy(update={"threads": config.threads or max(1, int(cpus))})
+    return partial(connect, config, card, dict(engine or {}))

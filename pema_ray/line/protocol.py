@@ -1,0 +1,182 @@
+"""The line protocol: everything a data owner may ask of a PLM owner. Symbols: N rows, H hidden size.
+
+A session *is* its token ids. Whatever a PLM owner keeps of it is only a cache: a step says where it stands, so repeating
+it changes nothing, and a lost session is recovered by opening it again with all its ids. Three classes implement
+`PLMClient`: `plm_owner.engine.LocalPLM` (in this process), `plm_owner.replicas.Replicas` (a Serve handle) and
+`data_owner.remote.RemotePLM` (HTTPS). No caller can tell them apart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from pema_ray.line.lm_head import LMHeadBundle
+from pema_ray.line.messages import ExtractBatch, ModelCard
+
+LONGEST_NAME = 200  # characters of a session's name
+
+
+class SessionLost(Exception):
+    """The PLM owner does not hold this session: open it again with all its ids."""
+
+
+class Busy(Exception):
+    """The PLM owner has no room for this request now.
+
+    Attributes:
+        retry_after: seconds after which it may have.
+    """
+
+    def __init__(self, reason: str, retry_after: float = 1.0) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after
+
+    def __reduce__(self):
+        return Busy, (str(self), self.retry_after)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The largest requests that a PLM owner accepts."""
+
+    max_tokens: int
+    """Tokens of one sequence or session."""
+    max_draft: int = 2**31 - 1
+    """Draft tokens of one step."""
+    max_steps: int = 2**31 - 1
+    """Steps in one message."""
+    max_rows: int = 2**31 - 1
+    """Representations in one answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a PLM owner says about itself."""
+
+    card: ModelCard
+    limits: Limits
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The next tokens of one session.
+
+    Attributes:
+        session: a name chosen by the data owner; position 0 opens it.
+        position: tokens of the session before these; any later ones it holds are dropped.
+        tokens: at least one.
+        states: how many of the last tokens' representations to return, at least one.
+        draft: tokens that the PLM appends greedily; their representations are returned too.
+
+    Raises:
+        ValueError: a number that is out of range.
+    """
+
+    session: str
+    position: int
+    tokens: Sequence[int]
+    states: int = 1
+    draft: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < len(self.session) <= LONGEST_NAME:
+            raise ValueError(f"a session needs a name of at most {LONGEST_NAME} characters")
+        if self.position < 0 or self.draft < 0:
+            raise ValueError(f"position {self.position} and draft {self.draft} must not be negative")
+        if not 1 <= self.states <= len(self.tokens):
+            raise ValueError(f"a step of {len(self.tokens)} tokens cannot return {self.states} states")
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """The result of a step.
+
+    Attributes:
+        state_NH: representations `[states + draft, H]` on the CPU, the newest last.
+        drafted: the tokens that the PLM appended.
+    """
+
+    state_NH: torch.Tensor
+    drafted: tuple[int, ...] = ()
+
+
+class PLMClient(Protocol):
+    """A PLM owner, as seen from the data owner's side of the line.
+
+    Representations are the last hidden states *before* the final norm; `LMHead.norm` applies it. Every step and
+    extraction carries the fingerprint of the PLM that `describe` named first.
+
+    Raises (every call):
+        FingerprintMismatch: another PLM has taken its place.
+        UserError: only a person can fix it (key, certificate, a sequence that is too long).
+        Busy: no capacity or over quota; repeat after `retry_after` seconds.
+        ConnectionError: the PLM owner cannot be reached.
+    """
+
+    async def describe(self) -> Description:
+        """Name, fingerprint, sizes and limits of the PLM."""
+        ...
+
+    async def lm_head(self) -> LMHeadBundle:
+        """Final norm, LM head and tokenizer."""
+        ...
+
+    async def extract(self, batch: ExtractBatch) -> torch.Tensor:
+        """Representations `[N, H]` of the requested positions, sequence after sequence, on the CPU."""
+        ...
+
+    async def step(self, steps: Sequence[Step]) -> list[Stepped | Exception]:
+        """Advance different sessions together; an error of a single step stands in its place.
+
+        That is `SessionLost`, `Busy`, or a `UserError`, such as for a sequence that is too long.
+        """
+        ...
+
+    async def close(self, sessions: Sequence[str]) -> None:
+        """Forget sessions; unknown names are no error."""
+        ...
+
+    async def end(self) -> None:
+        """Release connections, threads and the model. The client cannot be used afterwards."""
+        ...
+
+
+class BlockingPLM:
+    """A `PLMClient` for callers without an event loop; use it from one thread.
+
+    Also a context manager, which ends the client.
+    """
+
+    def __init__(self, client: PLMClient) -> None:
+        self.client = client
+        self._runner = asyncio.Runner()
+
+    def describe(self) -> Description:
+        return self._runner.run(self.client.describe())
+
+    def lm_head(self) -> LMHeadBundle:
+        return self._runner.run(self.client.lm_head())
+
+    def extract(self, batch: ExtractBatch) -> torch.Tensor:
+        return self._runner.run(self.client.extract(batch))
+
+    def step(self, steps: Sequence[Step]) -> list[Stepped | Exception]:
+        return self._runner.run(self.client.step(steps))
+
+    def close(self, sessions: Sequence[str]) -> None:
+        self._runner.run(self.client.close(sessions))
+
+    def end(self) -> None:
+        self._runner.run(self.client.end())
+        self._runner.close()
+
+    def __enter__(self) -> BlockingPLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
