@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -19,7 +19,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from pema_ray.config import PLMConfig
-from pema_ray.plm_owner import InProcessPLM, LoadedPLM, load_plm
+from pema_ray.line import BlockingPLM
+from pema_ray.plm_owner import EngineConfig, LoadedPLM, LocalPLM, load_plm
 
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in a shell's background: the tests of Ctrl-C need it
@@ -177,9 +178,32 @@ def tiny_plm(tiny_plm_folder) -> Callable[[str], LoadedPLM]:
 
 
 @pytest.fixture(scope="session")
-def tiny_source(tiny_plm) -> Callable[[str], InProcessPLM]:
-    """A PLM owner in this process, over a tiny model."""
-    return cache(lambda architecture: InProcessPLM(tiny_plm(architecture)))
+def tiny_source(tiny_plm) -> Iterator[Callable[[str], BlockingPLM]]:
+    """A PLM owner in this process over a tiny model, for callers without an event loop."""
+    sources: dict[str, BlockingPLM] = {}
+
+    def make(architecture: str) -> BlockingPLM:
+        if architecture not in sources:
+            sources[architecture] = BlockingPLM(LocalPLM(tiny_plm(architecture)))
+        return sources[architecture]
+
+    yield make
+    for source in sources.values():
+        source.end()
+
+
+@pytest.fixture
+async def tiny_client(tiny_plm, anyio_backend) -> AsyncIterator[Callable[..., LocalPLM]]:
+    """A fresh PLM owner in this process over a shared tiny model, with settings of its engine."""
+    clients: list[LocalPLM] = []
+
+    def make(architecture: str, **settings) -> LocalPLM:
+        clients.append(LocalPLM(tiny_plm(architecture), EngineConfig(**settings)))
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        await client.end()
 
 
 @pytest.fixture(scope="session")

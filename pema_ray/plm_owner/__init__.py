@@ -3,7 +3,7 @@
 Never sees an adapter, a memory or a gold target beyond the tokens it is sent. Imports `line`, not `data_owner`.
 """
 
-from pema_ray.plm_owner.in_process import InProcessPLM
+from pema_ray.plm_owner.engine import EngineConfig, LocalPLM
 from pema_ray.plm_owner.load import LoadedPLM, load_plm
 
-__all__ = ["InProcessPLM", "LoadedPLM", "load_plm"]
+__all__ = ["EngineConfig", "LoadedPLM", "LocalPLM", "load_plm"]

@@ -15,34 +15,16 @@ from dataclasses import dataclass, field
 import torch
 
 from pema_ray.errors import UserError
-from pema_ray.line import LMHead, SessionLost
-from pema_ray.line.stepping import Busy, Step, Stepped
+from pema_ray.line import Busy, LMHead, SessionLost, Step, Stepped
+from pema_ray.plm_owner.engine.config import EngineConfig
 from pema_ray.plm_owner.engine.slots import Feed, make_caches
 from pema_ray.plm_owner.load import LoadedPLM
 
+_PASS_TOKENS_CPU, _PASS_TOKENS_GPU = 512, 4096
 _SHORT = 16  # tokens; longer pieces are prefill and do not hold up those who wait for a token
 _WORTH_COPYING = 8  # tokens that two prompts begin with alike
 _WORTH_WAITING = 64  # tokens that somebody else is computing just now
 _CLOSED_BEFORE = 1024  # sessions remembered that were closed before they were opened: messages overtake each other
-
-
-@dataclass(frozen=True, slots=True)
-class BatchSettings:
-    """How much is kept and how much is done at once.
-
-    Attributes:
-        slots: sessions held at the same time.
-        max_tokens: of one session; none: what the PLM allows.
-        prefill_tokens: positions, padding included, of one pass over prompts.
-        idle_seconds: a session that is not heard of for so long may lose its slot to another.
-        forget_seconds: a session that is not heard of for so long is forgotten, even if nobody needs its slot.
-    """
-
-    slots: int = 32
-    max_tokens: int | None = None
-    prefill_tokens: int = 512
-    idle_seconds: float = 30.0
-    forget_seconds: float = 600.0
 
 
 @dataclass(eq=False)
@@ -84,11 +66,13 @@ class Batcher:
     """
 
     def __init__(
-        self, plm: LoadedPLM, head: LMHead, settings: BatchSettings, clock: Callable[[], float] = time.monotonic
+        self, plm: LoadedPLM, head: LMHead, settings: EngineConfig, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.settings, self._plm, self._head, self._clock = settings, plm, head, clock
         self.max_tokens = min(settings.max_tokens or plm.max_positions, plm.max_positions)
+        self.pass_tokens = settings.pass_tokens or (_PASS_TOKENS_CPU if plm.device.type == "cpu" else _PASS_TOKENS_GPU)
         self._caches = make_caches(plm, settings.slots, self.max_tokens)
+        
         self._slots = [_Slot(number) for number in range(settings.slots)]
         self._sessions: dict[tuple[str, str], _Slot] = {}
         self._closed_before: dict[tuple[str, str], None] = {}
@@ -220,7 +204,10 @@ class Batcher:
     def _check(self, step: Step) -> None:
         end = step.position + len(step.tokens) + step.draft
         if end > self.max_tokens:
-            raise UserError(f"A text of {end} tokens is longer than {self._plm.name} takes here ({self.max_tokens}).")
+            raise self.too_long(end)
+
+    def too_long(self, tokens: int) -> UserError:
+        return UserError(f"A text of {tokens} tokens is longer than {self._plm.name} takes here ({self.max_tokens}).")
 
     def _go_on(self, job: Job, slot: _Slot | None) -> None:
         step = job.step
@@ -281,7 +268,7 @@ class Batcher:
         """The oldest prompt's next piece, and of others as much as fits beside it."""
         if not jobs:
             return []
-        room = self.settings.prefill_tokens
+        room = self.pass_tokens
         width = min(len(jobs[0]._todo), room)
         group = [jobs[0]]
         for job in jobs[1:]:

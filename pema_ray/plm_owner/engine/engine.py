@@ -12,12 +12,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import TypeVar
 
-from pema_ray.line import SessionLost
-from pema_ray.line.stepping import Busy, Step, Stepped
+import torch
+
+from pema_ray.line import Busy, ExtractBatch, SessionLost, Step, Stepped
 from pema_ray.metrics import Metrics, NoMetrics
 from pema_ray.plm_owner.engine.batcher import Batcher, Job
+from pema_ray.plm_owner.engine.extraction import extract
 
 T = TypeVar("T")
 
@@ -83,6 +86,12 @@ class Engine:
         except asyncio.CancelledError:  # whoever asked has gone away
             self._change(lambda: _cancel(submitted))
             raise
+
+    async def extract(self, owner: str, batch: ExtractBatch, timeout: float = 60.0) -> torch.Tensor:
+        """Representations `[N, H]` of a batch, on the CPU."""
+        if batch.longest > self.batcher.max_tokens:
+            raise self.batcher.too_long(batch.longest)
+        return await self.call(partial(extract, self.batcher._plm, batch, self.batcher.pass_tokens))
 
     async def close(self, owner: str, sessions: Sequence[str]) -> None:
         """Forget sessions."""

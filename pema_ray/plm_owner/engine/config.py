@@ -1,0 +1,29 @@
+"""Settings of the PLM owner's engine."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from pema_ray.config import Section
+
+
+class EngineConfig(Section):
+    """How much a PLM owner's engine keeps and computes at once."""
+
+    slots: int = Field(default=32, ge=1)
+    """Sessions held at the same time; more wait, and are `Busy` when none becomes free."""
+    max_tokens: int | None = Field(default=4096, ge=2)
+    """Longest sequence or session; none: what the PLM allows. `slots` times this bounds the cache."""
+    pass_tokens: int | None = Field(default=None, ge=1)
+    """Positions of one pass over prompts or extraction batches, padding included; smaller passes delay steps less.
+    Default: 512 on a CPU, 4096 on a GPU. One longer sequence of an extraction batch is still one pass."""
+    idle_seconds: float = Field(default=30.0, ge=0)
+    """A session without steps for so long may lose its slot to another."""
+    forget_seconds: float = Field(default=600.0, gt=0)
+    """A session without steps for so long is forgotten, whether or not its slot is needed."""
+    timeout_seconds: float = Field(default=60.0, gt=0)
+    """A step or an extraction that has not begun after so long is `Busy`."""
+    wire_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """`bfloat16` or `float16` halves the bytes of representations; none keeps the PLM's own."""

@@ -1,0 +1,90 @@
+"""The PLM owner in this process: a `PLMClient` over an engine, without Serve. N rows, H hidden."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import torch
+
+from pema_ray.config import PLMConfig
+from pema_ray.errors import FingerprintMismatch, UserError
+from pema_ray.line import Description, ExtractBatch, Limits, LMHeadBundle, Step, Stepped
+from pema_ray.plm_owner.engine.batcher import Batcher
+from pema_ray.plm_owner.engine.config import EngineConfig
+from pema_ray.plm_owner.engine.engine import Engine
+from pema_ray.plm_owner.export import export_lm_head
+from pema_ray.plm_owner.load import LoadedPLM, load_plm
+
+
+class LocalPLM:
+    """A `PLMClient` over a PLM in this process; the first call loads it and starts its engine on the running loop.
+
+    Args:
+        plm: how to load it, or a loaded one.
+        fingerprint: of the PLM that is expected; none accepts any.
+        owner: whose sessions these are.
+
+    Raises (every call):
+        UserError: the PLM cannot be loaded or served.
+        FingerprintMismatch: it is not the expected one.
+    """
+
+    def __init__(
+        self,
+        plm: PLMConfig | LoadedPLM,
+        engine: EngineConfig = EngineConfig(),
+        fingerprint: str | None = None,
+        owner: str = "local",
+    ) -> None:
+        self._plm, self.config, self.owner, self._expected = plm, engine, owner, fingerprint
+        self._starting: asyncio.Task[Engine] | None = None
+        self._ended = False
+        self._bundle: LMHeadBundle
+
+    async def engine(self) -> Engine:
+        """The engine, started."""
+        if self._ended:
+            raise UserError("This client of the PLM has ended; make a new one.")
+        if self._starting is None:
+            self._starting = asyncio.create_task(Engine(self._load).start())
+        return await asyncio.shield(self._starting)
+
+    def _load(self) -> Batcher:
+        loaded = self._plm if isinstance(self._plm, LoadedPLM) else load_plm(self._plm)
+        self._bundle = export_lm_head(loaded)
+        self.check(self._expected)
+        return Batcher(loaded, self._bundle.head, self.config)
+
+    def check(self, fingerprint: str | None) -> None:
+        """Refuse a request that is meant for another PLM than the loaded one; none accepts any.
+
+        Raises:
+            FingerprintMismatch: it is.
+        """
+        card = self._bundle.card
+        if fingerprint is not None and fingerprint != card.fingerprint:
+            what = self._plm.label if isinstance(self._plm, PLMConfig) else "The loaded PLM"
+            raise FingerprintMismatch(what, card.label, fingerprint)
+
+    async def describe(self) -> Description:
+        engine = await self.engine()
+        return Description(self._bundle.card, Limits(max_tokens=engine.batcher.max_tokens))
+
+    async def lm_head(self) -> LMHeadBundle:
+        await self.engine()
+        return self._bundle
+
+    async def extract(self, batch: ExtractBatch) -> torch.Tensor:
+        return await (await self.engine()).extract(self.owner, batch, self.config.timeout_seconds)
+
+    async def step(self, steps: Sequence[Step]) -> list[Stepped | Exception]:
+        return await (await self.engine()).step(self.owner, steps, self.config.timeout_seconds)
+
+    async def close(self, sessions: Sequence[str]) -> None:
+        await (await self.engine()).close(self.owner, sessions)
+
+    async def end(self) -> None:
+        starting, self._ended = self._starting, True
+        if starting is not None and not (await asyncio.wait([starting]))[0].pop().exception():
+            await starting.result().stop()
