@@ -23,6 +23,7 @@ from torch import nn
 
 from pema_ray.errors import UserError
 from pema_ray.line.messages import ModelCard
+from pema_ray.line.tokenizer import PLMTokenizer
 
 FORMAT_VERSION = 1
 
@@ -175,14 +176,25 @@ class LMHeadBundle:
                 path.write_bytes(content)
             return cls.load(folder)
 
-    def tokenizer(self):
-        """The PLM's tokenizer, rebuilt from the bundle's files."""
+    def tokenizer(self) -> PLMTokenizer:
+        """The PLM's tokenizer, rebuilt from the bundle's files.
+
+        Raises:
+            UserError: its files are damaged, or as `PLMTokenizer` does.
+        """
         from transformers import AutoTokenizer
 
         with tempfile.TemporaryDirectory() as folder:
             for name, content in self.tokenizer_files.items():
                 (Path(folder) / name).write_bytes(content)
-            return AutoTokenizer.from_pretrained(folder)
+            try:
+                hf = AutoTokenizer.from_pretrained(folder)
+            except Exception as error:  # transformers and tokenizers raise whatever they stumble over
+                said = (str(error).splitlines() or [type(error).__name__])[0]
+                raise UserError(
+                    f"The LM-head bundle's tokenizer cannot be read: {said} Run export-head again."
+                ) from None
+            return PLMTokenizer(hf, self.card.vocab_size)
 
 
 def fingerprint_of(description: Mapping[str, object], *tensors: torch.Tensor | None) -> str:

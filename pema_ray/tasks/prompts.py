@@ -9,24 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
-
-from jinja2 import TemplateError
 
 from pema_ray.errors import UserError
+from pema_ray.line.tokenizer import PLMTokenizer
 from pema_ray.tasks.shots import SimilarShots
 from pema_ray.tasks.sources import Pair
 from pema_ray.tasks.task import Task
-
-
-class Tokenizer(Protocol):
-    """What is asked of a Hugging Face tokenizer."""
-
-    eos_token_id: int | None
-    chat_template: Any
-
-    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Any: ...
-    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +35,22 @@ class Prompter:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, task: Task, shots: Sequence[Pair] | SimilarShots = (), chat: bool = False
+        self, tokenizer: PLMTokenizer, task: Task, shots: Sequence[Pair] | SimilarShots = (), chat: bool = False
     ) -> None:
-        if chat and not getattr(tokenizer, "chat_template", None):
+        if chat and not tokenizer.chat_template:
             raise UserError("task.chat is on, but this PLM's tokenizer has no chat template. Set task.chat=false.")
         self.tokenizer, self.task, self.shots, self.chat = tokenizer, task, shots, chat
 
     def text(self, source: str, example_id: int | None = None) -> str:
-        """The prompt for one source, as the PLM's tokenizer will see it.
+        """The prompt for one source, as people read it.
 
         Args:
             example_id: of a source that is itself among the pairs shown.
         """
+        return self.tokenizer.readable(self._rendered(source, example_id))
+
+    def _rendered(self, source: str, example_id: int | None) -> str:
+        """The prompt with a chat template's control tokens told from text; see `PLMTokenizer.render_chat`."""
         if isinstance(self.shots, SimilarShots):
             return self._text(source, self.shots.like(source, example_id))
         return self._text(source, self.shots)
@@ -82,11 +74,9 @@ class Prompter:
             messages.append({"role": "assistant", "content": shot.target})
         messages.append({"role": "user", "content": self.task.chat_user.format(source=source)})
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise UserError(
-                f"Task '{self.task.name}': the tokenizer's chat template refuses its prompts: {error}"
-            ) from None
+            return self.tokenizer.render_chat(messages)
+        except UserError as error:
+            raise UserError(f"Task '{self.task.name}': {error}") from None
 
     @cached_property
     def shared_tokens(self) -> int:
@@ -100,32 +90,24 @@ class Prompter:
 
     def encode_prompt(self, source: str, example_id: int | None = None) -> list[int]:
         """Token ids `[p]` to generate from; `example_id` as in `text`."""
-        return self._prompt_ids(self.text(source, example_id))
+        return self._prompt_ids(self._rendered(source, example_id))
 
-    def _prompt_ids(self, text: str) -> list[int]:
-        return self._ids(split_seam(text)[0], special=not self.chat)
+    def _prompt_ids(self, rendered: str) -> list[int]:
+        return self._ids(split_seam(rendered)[0])
 
     def encode_pair(self, pair: Pair) -> EncodedPair:
         """Token ids of prompt and target; `prompt + target` tokenises the joint text wherever its seam allows."""
-        text = self.text(pair.source, pair.example_id)
-        prompt, lead = split_seam(text)
-        prompt_ids = self._ids(prompt, special=not self.chat)
-        joint_ids = self._ids(prompt + lead + pair.target, special=not self.chat)
-        closing = self._closing(joint_ids)
-        joint_ids = joint_ids[: len(joint_ids) - closing]
+        prompt, lead = split_seam(self._rendered(pair.source, pair.example_id))
+        prompt_ids = self._ids(prompt)
+        joint_ids = self._ids(prompt, lead + pair.target)
         if joint_ids[: len(prompt_ids)] == prompt_ids:
             target_ids = joint_ids[len(prompt_ids) :]
         else:
-            target_ids = self._ids(lead + pair.target, special=False)
+            target_ids = self.tokenizer.encode(lead + pair.target, special_tokens=False)
         return EncodedPair(pair.example_id, prompt_ids, target_ids)
 
-    def _ids(self, text: str, special: bool) -> list[int]:
-        ids = list(self.tokenizer(text, add_special_tokens=special).input_ids)
-        return ids[: len(ids) - self._closing(ids)] if special else ids
-
-    def _closing(self, ids: list[int]) -> int:
-        """1 when the tokenizer appended its own EOS (some do), which would end the prompt before the answer."""
-        return int(bool(ids) and ids[-1] == self.tokenizer.eos_token_id)
+    def _ids(self, prompt: str, answer: str = "") -> list[int]:
+        return self.tokenizer.encode_rendered(prompt, answer) if self.chat else self.tokenizer.encode(prompt + answer)
 
 
 def split_seam(prompt: str) -> tuple[str, str]:

@@ -1,0 +1,262 @@
+"""Tokenises and detokenises for stages and services alike. Knows `tokenizers`, and nothing of models or owners.
+
+Control tokens come from the tokenizer and its chat template, never from the text of a user. A copy of the tokenizer
+gives every control token a secret name; text cannot contain it, so `</s>` in a text is tokenised as any other text,
+and a chat template's own tokens are put under their secret names before the whole chat is tokenised in one piece.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pema_ray.errors import UserError
+
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTE_LEVEL = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
+"""Character → byte, of byte-level BPEs (Radford et al. 2019, `bytes_to_unicode`)."""
+_BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class TextStream:
+    """The text of one answer, token by token; all pieces together are `PLMTokenizer.decode` of all tokens."""
+
+    def __init__(self, tokenizer: PLMTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """The text that is certain with this token: whole characters only."""
+        return self._utf8.decode(self._tokenizer.text_bytes(token))
+
+    def finish(self) -> str:
+        """The rest at the end of the answer: U+FFFD for a character that never became whole."""
+        return self._utf8.decode(b"", final=True)
+
+
+class PLMTokenizer:
+    """The PLM's tokenizer. Threads may share one.
+
+    Args:
+        hf: a fast tokenizer of transformers; it is not changed.
+        vocab_size: embedding rows of the PLM, `V`; None takes the tokenizer's own size.
+
+    Raises:
+        UserError: the tokenizer is a slow one, or its control tokens cannot be told from text.
+    """
+
+    def __init__(self, hf: Any, vocab_size: int | None = None) -> None:
+        backend = getattr(hf, "backend_tokenizer", None)
+        if backend is None:
+            raise UserError(
+                f"Tokenizer {type(hf).__name__} is not a fast one. Save it with a tokenizer.json and export it again."
+            )
+        self.hf = hf
+        self.eos_token_id: int | None = hf.eos_token_id
+        self.chat_template: str | dict[str, str] | None = hf.chat_template
+        added = {token.content: (id, token) for id, token in backend.get_added_tokens_decoder().items()}
+        self.vocab_size = vocab_size or 1 + max(backend.get_vocab(with_added_tokens=True).values())
+        self._special = {text: id for text, (id, token) in added.items() if token.special}
+        self._special_ids = frozenset(self._special.values())
+        self._vocabulary, self._decoder = backend.id_to_token, backend.decoder
+        self._bytes: dict[int, bytes] = {}
+
+        control = [text for text in added if text in self._special or _is_written_by(self.chat_template, text)]
+        self._nonce = str(secrets.randbits(64))
+        self._names = {text: f"\ufdd0{self._nonce}.{n}\ufdd1" for n, text in enumerate(control)}
+        self._contents = {name: text for text, name in self._names.items()}
+        self._as_text, self._break = f"\ufdd2{self._nonce}", f"\ufdd3{self._nonce}"
+        alone = {text for text, (_, token) in added.items() if token.single_word}
+        self._any_name = _any_of(self._contents)
+        self._any_control = _any_of(control, alone)
+        self._any_rendered = re.compile(f"({self._as_text})?({self._any_control.pattern})")
+        self._any_plain = _any_of([text for text in control if text not in self._special], alone)
+        self._heads = tuple({text[:n] for text in control for n in range(1, len(text))})
+        self._tails = tuple({text[n:] for text in control for n in range(1, len(text))})
+        self._renamed = _renamed(backend, self._names, {text: id for text, (id, _) in added.items()})
+        self._prefix = self._find_prefix()
+
+    def _find_prefix(self) -> list[int]:
+        """What the tokenizer puts in front of a text, found by comparing two encodings."""
+        bare = self._renamed.encode("a", add_special_tokens=False).ids
+        full = self._renamed.encode("a", add_special_tokens=True).ids
+        starts = (n for n in range(len(full)) if full[n : n + len(bare)] == bare)
+        return full[: next(starts, 0)]
+
+    # ── text to tokens ──────────────────────────────────────────────────────────
+
+    def encode(self, text: str, special_tokens: bool = True) -> list[int]:
+        """Token ids `[T]` of a text. Special tokens that it mentions are text.
+
+        Args:
+            special_tokens: put in front what the tokenizer does (BOS); what it appends (EOS) is never there.
+
+        Raises:
+            UserError: half a character, or a token that the PLM has no embedding for.
+        """
+        return [*(self._prefix if special_tokens else ()), *self.encode_rendered("", text)]
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **template_arguments: Any
+    ) -> list[int]:
+        """Token ids `[T]` of a chat. Control tokens are the chat template's alone.
+
+        Args:
+            template_arguments: what else the template takes: `tools`, `documents`, `enable_thinking`, …
+
+        Raises:
+            UserError: there is no chat template, it refuses the messages, or as `encode` does.
+        """
+        return self.encode_rendered(self.render_chat(messages, add_generation_prompt, **template_arguments))
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **template_arguments: Any
+    ) -> str:
+        """The text of a chat with the template's control tokens under their secret names; raises as `encode_chat`.
+
+        `encode_rendered` tokenises it; `readable` shows it to people.
+        """
+        if not self.chat_template:
+            raise UserError("This PLM's tokenizer has no chat template. Send a prompt in place of messages.")
+        try:
+            marked = self.hf.apply_chat_template(
+                self._marked(messages),
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self._marked(template_arguments),
+            )
+        except Exception as error:  # a template is a program of the PLM owner's and can raise anything
+            raise UserError(f"The tokenizer's chat template refuses the messages: {error}") from None
+        named = self._any_rendered.sub(lambda found: found[2] if found[1] else self._names[found[2]], marked)
+        return named.replace(self._as_text, "").replace(self._break, "")
+
+    def readable(self, rendered: str) -> str:
+        """What `render_chat` gave, with the control tokens as people write them."""
+        return self._any_name.sub(lambda found: self._contents[found[0]], rendered)
+
+    def _marked(self, value: Any) -> Any:
+        """The template's input with control tokens marked as text, and no string that completes one of another."""
+        if isinstance(value, str):
+            marked = self._any_control.sub(lambda found: self._as_text + found[0], value)
+            before = self._break if marked.startswith(self._tails) else ""
+            return before + marked + (self._break if marked.endswith(self._heads) else "")
+        if isinstance(value, Mapping):
+            return {self._marked(key): self._marked(item) for key, item in value.items()}
+        return [self._marked(item) for item in value] if isinstance(value, list | tuple) else value
+
+    def encode_rendered(self, rendered: str, answer: str = "") -> list[int]:
+        """Token ids `[T]` of what `render_chat` gave, or its beginning, and of an answer to it, in one piece.
+
+        Raises:
+            UserError: as `encode`.
+        """
+        named = rendered + self._any_plain.sub(lambda found: self._names[found[0]], answer)
+        try:
+            named.encode()
+        except UnicodeEncodeError as error:
+            at = len(self.readable(named[: error.start]))
+            raise UserError(
+                f"The text has half a character (a lone surrogate) at position {at}. Send whole characters."
+            ) from None
+        encoding = self._renamed.encode(named, add_special_tokens=False)
+        ids = encoding.ids
+        if ids and max(ids) >= self.vocab_size:
+            first = next(n for n, id in enumerate(ids) if id >= self.vocab_size)
+            at = len(self.readable(named[: encoding.offsets[first][0]]))
+            raise UserError(
+                f"Token {self.token_text(ids[first])!r} ({ids[first]}) at position {at} of the text has no embedding: "
+                f"the PLM knows {self.vocab_size} tokens. Take it out of the text."
+            )
+        return ids
+
+    # ── tokens to text ──────────────────────────────────────────────────────────
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of an answer: without special tokens, with the space that its first word brings along."""
+        return b"".join(map(self.text_bytes, ids)).decode("utf-8", "replace")
+
+    def stream(self) -> TextStream:
+        """A decoder for one answer, token by token."""
+        return TextStream(self)
+
+    def text_bytes(self, id: int) -> bytes:
+        """What a token adds to the UTF-8 bytes of an answer: nothing if it is a special token."""
+        return b"" if id in self._special_ids else self.token_bytes(id)
+
+    def token_bytes(self, id: int) -> bytes:
+        """A token's own UTF-8 bytes, also of a part of a character; of a special token those of its name."""
+        if id not in self._bytes:
+            self._bytes[id] = self._spell(id)
+        return self._bytes[id]
+
+    def token_text(self, id: int) -> str:
+        """`token_bytes` as text, with U+FFFD for parts of characters."""
+        return self.token_bytes(id).decode("utf-8", "replace")
+
+    def _spell(self, id: int) -> bytes:
+        token = self._vocabulary(id)
+        if token is None:  # embedding rows beyond the vocabulary mean nothing
+            return b""
+        if id in self._special_ids:
+            return token.encode()
+        # Decoders treat the first and the last token of a text differently, so the token stands between two others.
+        tail = self._join(["a", "a"])[1:]
+        text = self._join(["a", token, "a"]).removesuffix(tail)[1:]
+        if "\ufffd" not in text:
+            return text.encode()
+        if fallback := _BYTE_FALLBACK.fullmatch(token):
+            return bytes([int(fallback[1], 16)])
+        return bytes(_BYTE_LEVEL[c] for c in token) if all(c in _BYTE_LEVEL for c in token) else text.encode()
+
+    def _join(self, tokens: list[str]) -> str:
+        return " ".join(tokens) if self._decoder is None else self._decoder.decode(tokens)
+
+    def special_id(self, text: str) -> int | None:
+        """The id of a special token that is written so, which `decode` would leave out."""
+        return self._special.get(text)
+
+
+def _is_written_by(template: str | dict[str, str] | None, text: str) -> bool:
+    """Whether a chat template has this token in its source: a control token, whatever the tokenizer calls it."""
+    sources = template.values() if isinstance(template, dict) else [template or ""]
+    return not text.isspace() and any(text in source for source in sources)
+
+
+def _any_of(texts: Any, alone: Any = ()) -> re.Pattern[str]:
+    """One of the texts, the longest first as tokenizers match; those in `alone` only as whole words."""
+    longest = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(rf"\b{re.escape(t)}\b" if t in alone else re.escape(t) for t in longest) or "(?!)")
+
+
+def _renamed(backend: Any, names: Mapping[str, str], ids: Mapping[str, int]) -> Any:
+    """A copy of a tokenizer in which control tokens have other names, in its vocabulary too.
+
+    A Unigram model, or a BPE with merges that lead there, would else find `</s>` in plain text.
+    """
+    from tokenizers import Tokenizer
+
+    spec = json.loads(backend.to_str())
+    spec["truncation"] = spec["padding"] = None
+    for token in spec["added_tokens"]:
+        if token["content"] in names:
+            token.update(content=names[token["content"]], normalized=False, single_word=False)
+    model = spec["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(text, text): id for text, id in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(text, text), score] for text, score in model["vocab"]]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    if "merges" in model:
+        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+        model["merges"] = [[a, b] for a, b in pairs if not {a, b, a + b} & names.keys()]
+    copy = Tokenizer.from_str(json.dumps(spec))
+    for text, name in names.items():
+        if copy.token_to_id(name) != ids[text]:
+            raise UserError(f"The tokenizer's token {text!r} cannot be told from text. Export another tokenizer.")
+    return copy
