@@ -1,7 +1,6 @@
 """Exports what the PLM owner shares: the real final norm, the LM head, the tokenizer, and a fingerprint.
 
-Any causal LM is taken apart by structure, then the export is proved: `head(norm(state))` must equal the
-model's own logits on a probe, or the model is refused by name.
+Any causal LM is taken apart by structure, then proved (`proof.py`), or refused by name.
 """
 
 from __future__ import annotations
@@ -17,19 +16,17 @@ from pema_ray.errors import UserError
 from pema_ray.line import LMHead, LMHeadBundle, ModelCard
 from pema_ray.line.lm_head import HeadSpec, fingerprint_of
 from pema_ray.plm_owner.load import LoadedPLM
-from pema_ray.plm_owner.states import capture_state, find_final_norm
+from pema_ray.plm_owner.proof import prove
+from pema_ray.plm_owner.states import find_final_norm
 
 _PROBE_TEXT = "In 1999, she said: 'Ça va?' — don't RE-tokenise  double  spaces;\n\tЯ 日本 ½."
-# Relative to the logits' spread, beyond what the model's own rounding explains: its logits are given in its number
-# format, in which those of 16 and more are an eighth apart (bfloat16).
-_TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def export_lm_head(plm: LoadedPLM) -> LMHeadBundle:
     """The LM-head bundle of a loaded PLM, its tensors copied to the CPU.
 
     Raises:
-        UserError: the model's logits are not `head(norm(state))`, so no bundle could stand for them.
+        UserError: the model has no norm or head that a bundle can express, or fails its proof.
     """
     norm, head = find_final_norm(plm), plm.model.get_output_embeddings()
     if head is None:
@@ -39,7 +36,7 @@ def export_lm_head(plm: LoadedPLM) -> LMHeadBundle:
     tensors["bias"] = getattr(head, "bias", None)
     kept = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items() if t is not None}
     lm_head = LMHead(spec, kept)
-    _prove(plm, lm_head)
+    prove(plm, lm_head)
     files = _tokenizer_files(plm)
     description = {
         "architecture": type(plm.model).__name__,
@@ -106,22 +103,6 @@ def _logit_scale(config) -> float:
     if getattr(config, "logits_scaling", None):
         return 1.0 / float(config.logits_scaling)
     return 1.0
-
-
-@torch.inference_mode()
-def _prove(plm: LoadedPLM, lm_head: LMHead) -> None:
-    count = min(16, lm_head.vocab_size, plm.max_positions)
-    probe = torch.arange(count, device=plm.device)[None] * (lm_head.vocab_size // count)
-    expected = plm.model(input_ids=probe, use_cache=False).logits[0].float().cpu()
-    state = capture_state(plm, input_ids=probe, use_cache=False)[0].cpu()
-    got = lm_head.logits(lm_head.norm(state))
-    rounding = torch.finfo(lm_head.dtype).eps * expected.abs()
-    gap = float(((got - expected).abs() - rounding).max() / expected.std().clamp_min(1e-6))
-    if gap > _TOLERANCE[lm_head.dtype]:
-        raise UserError(
-            f"{plm.name}: {type(plm.model).__name__} computes its logits in a way the LM-head bundle does not "
-            f"express (they differ by {gap:.2g} of their spread). This architecture is not supported."
-        )
 
 
 def _tokenizer_files(plm: LoadedPLM) -> dict[str, bytes]:

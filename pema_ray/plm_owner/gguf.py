@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from pema_ray.environment import cache_folder
+from pema_ray.plm_owner.checkpoint import read_model
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +43,11 @@ def converted(file: Path) -> Path:
 
 
 def _convert(file: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     where = str(file.parent)
     AutoTokenizer.from_pretrained(where, gguf_file=file.name).save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(where, gguf_file=file.name, dtype=torch.float32)
+    model = read_model(str(file), where, gguf_file=file.name, dtype=torch.float32)
     # The weights are plain float32 now; the model must not remember that they were not.
     delattr(model.config, "quantization_config")
     vars(model).update(hf_quantizer=None, is_quantized=False)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
-import threading
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +13,13 @@ from safetensors import SafetensorError
 from torch import nn
 
 from pema_ray.config import PLMConfig
-from pema_ray.errors import UserError
+from pema_ray.errors import UserError, nearest
 from pema_ray.hardware import pick_device, pick_dtype, set_threads
+from pema_ray.plm_owner.checkpoint import read_model
 from pema_ray.plm_owner.gguf import converted
 
-logger = logging.getLogger(__name__)
 _PACKAGE = "package:"
-_LOADING = threading.Lock()  # transformers patches torch while it loads, and two loads at once leave it patched
+_HUB_SECONDS = 5  # to wait for the hub's answer whether a model is there
 
 
 @dataclass(frozen=True)
@@ -66,25 +64,26 @@ def load_plm(config: PLMConfig) -> LoadedPLM:
     """Load a PLM for inference; device and dtype as `pema_ray.hardware` picks them.
 
     Raises:
-        UserError: the model cannot be found or is no causal LM.
+        UserError: the model cannot be found, is no causal LM, or its checkpoint is incomplete.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     set_threads(config.threads)
+    assert config.name is not None  # a PLM of one's own, as PLMConfig checks
     where, gguf = locate(config.name)
     device = pick_device(config.device)
+    source: dict[str, Any] = {"trust_remote_code": True} if config.trust_remote_code else {}
+    if not Path(where).is_dir():
+        source["local_files_only"] = not _ask_hub(where)
     options: dict[str, Any] = {"dtype": pick_dtype(config.dtype, device)}
-    if config.trust_remote_code:
-        options["trust_remote_code"] = True
     if config.device_map:
         options["device_map"] = config.device_map
     try:
         readable = str(converted(Path(where) / gguf)) if gguf else where
-        tokenizer = AutoTokenizer.from_pretrained(readable, trust_remote_code=config.trust_remote_code)
-        with _LOADING:
-            model: Any = AutoModelForCausalLM.from_pretrained(readable, **options)
+        tokenizer = AutoTokenizer.from_pretrained(readable, **source)
+        model = read_model(config.name, readable, **source, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"plm.name={config.name}: cannot be loaded as a causal LM: {reason}") from error
@@ -128,3 +127,35 @@ def locate(name: str) -> tuple[str, str | None]:
     if path.exists() or name.startswith((".", "/", "~")):
         raise UserError(f"plm.name={name}: no such model folder.")
     return name, None
+
+
+def _ask_hub(name: str) -> bool:
+    """Whether the hub has this model; False if it is only in the hub's local cache.
+
+    One request, because transformers repeats each of its own for most of a minute where the network is down.
+
+    Raises:
+        UserError: it is in neither.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, RepositoryNotFoundError
+
+    is_cached = False
+    try:
+        is_cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+        HfApi().model_info(name, timeout=_HUB_SECONDS)
+    except HFValidationError:
+        reason = "no such folder, and no name of a hub model"
+    except GatedRepoError:
+        reason = "the hub asks for a login: accept the model's terms on its page, then run `hf auth login`"
+    except RepositoryNotFoundError:
+        reason = "no such folder, and no such model on the hub (a private one needs `hf auth login`)"
+    except (HTTPError, OSError):
+        reason = "no such folder, not in the hub's local cache, and the hub does not answer: check the name"
+    else:
+        return True
+    if is_cached:
+        return False
+    path = Path(name)
+    siblings = [str(folder) for folder in path.parent.glob("*") if folder.is_dir()]
+    raise UserError(f"plm.name={name}: {reason}.{nearest(name, siblings)}")

@@ -1,0 +1,109 @@
+"""Reads the weights of a causal LM and refuses a checkpoint that does not fill the whole model.
+
+transformers only warns about such a checkpoint, and starts from random numbers where tensors are missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from pema_ray.errors import UserError
+
+logger = logging.getLogger(__name__)
+_LOADING = threading.Lock()  # transformers patches torch while it loads, and two loads at once leave it patched
+_NAMED = 3  # tensors that a message names
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+def read_model(name: str, where: str, **options: Any) -> Any:
+    """The causal LM in a folder or on the hub, every tensor of which comes from the checkpoint.
+
+    Args:
+        name: the PLM as messages show it.
+        options: of transformers' `from_pretrained`.
+
+    Raises:
+        UserError: tensors are missing, have another shape, or belong to the model but find no place in it.
+        OSError, ValueError and others of transformers: the files cannot be read as a causal LM.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # mismatches are named below instead
+    with _LOADING, _without_report() as reports:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(where, **options)
+    model, info = loaded
+    if getattr(model, "_hf_peft_config_loaded", False):  # then `info` describes the adapter, not the model under it
+        for report in reports:
+            logging.getLogger(report.name).handle(report)
+    _refuse_incomplete(name, model, info)
+    return model
+
+
+@contextmanager
+def _without_report() -> Iterator[list[logging.LogRecord]]:
+    """Keep transformers' table of missing tensors from the terminal; the records it would have shown."""
+    reports: list[logging.LogRecord] = []
+
+    def is_other(record: logging.LogRecord) -> bool:
+        is_report = "LOAD REPORT" in record.getMessage()
+        if is_report:
+            reports.append(record)
+        return not is_report
+
+    source = logging.getLogger("transformers.modeling_utils")
+    source.addFilter(is_other)
+    try:
+        yield reports
+    finally:
+        source.removeFilter(is_other)
+
+
+def _refuse_incomplete(name: str, model: nn.Module, info: dict[str, Any]) -> None:
+    kind = type(model).__name__
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    lacking = f"plm.name={name}: the checkpoint lacks {_counted(missing)} of {kind}"
+    if missing and unexpected:
+        raise UserError(
+            f"{lacking}, and holds {_counted(unexpected)} without a place.\nRename the tensors if only a prefix "
+            "differs; else use the config.json saved with them."
+        )
+    if missing:
+        raise UserError(f"{lacking}. Download or save it again: nothing may start from random numbers.")
+    if info["mismatched_keys"]:
+        mismatched = sorted(info["mismatched_keys"])
+        tensor, found, expected = mismatched[0]
+        raise UserError(
+            f"plm.name={name}: the checkpoint holds {_counted([key for key, *_ in mismatched])} of another shape than "
+            f"{kind}: {tensor} is {tuple(found)}, expected {tuple(expected)}.\nUse the config.json saved with it."
+        )
+    left_out = [key for key in unexpected if _belongs(key, model)]
+    if left_out:
+        raise UserError(
+            f"plm.name={name}: {kind} as config.json describes it leaves out {_counted(left_out)} of the checkpoint: "
+            "it has fewer layers, or no bias. Use the config.json saved with it."
+        )
+    if unexpected:
+        logger.warning("plm.name=%s: ignored %s of the checkpoint, foreign to %s", name, _counted(unexpected), kind)
+
+
+def _belongs(key: str, model: nn.Module) -> bool:
+    """Whether a tensor without a place is part of what the model computes: of one more layer, or a weight or bias of a
+    module that the model has. Heads for other purposes are not."""
+    own = [_INDEX.sub("*", known) for known, _ in model.named_parameters()]
+    pattern = _INDEX.sub("*", key)
+    module, _, leaf = pattern.rpartition(".")
+    return pattern in own or (
+        leaf.startswith(("weight", "bias")) and module in {known.rpartition(".")[0] for known in own}
+    )
+
+
+def _counted(names: Collection[str]) -> str:
+    shown = ", ".join(list(names)[:_NAMED]) + (", …" if len(names) > _NAMED else "")
+    return f"{len(names)} tensor{'s' * (len(names) != 1)} ({shown})"
