@@ -131,11 +131,17 @@ class BuildMemoryConfig(Section):
     """The external memory: PLM actors, batches, rows."""
 
     actors: int = Field(default=1, ge=1)
-    """PLM actors."""
+    """Actors that hold a PLM of one's own, or are clients of somebody else's."""
+    max_actors: int | None = Field(default=None, ge=1)
+    """More actors, up to so many, while shards wait and the cluster has room; none: always `actors`."""
     cpus_per_actor: float = Field(default=2, gt=0)
-    """CPUs that one actor asks of Ray."""
+    """CPUs that one actor with a PLM of one's own asks of Ray; a client of somebody else's asks for 0.25."""
     gpus_per_actor: float = Field(default=0, ge=0)
-    """GPUs that one actor asks of Ray."""
+    """GPUs that one actor asks of Ray; for a PLM of one's own."""
+    requests_in_flight: int = Field(default=4, ge=1)
+    """Batches that one actor has under way at the PLM owner at the same time."""
+    patience_seconds: float = Field(default=600.0, gt=0)
+    """How long a request may be over quota, or find nobody, before the build ends; the next start goes on from there."""
     examples_per_shard: int = Field(default=256, ge=1)
     """Examples per Parquet file: the unit of work and of resuming."""
     max_batch_tokens: int = Field(default=4096, ge=1)
@@ -147,7 +153,8 @@ class BuildMemoryConfig(Section):
     sequences: int = Field(default=32, ge=1)
     """Sequences that an actor decodes together when the context is generated."""
     deduplicate: bool = False
-    """Keep equal rows (same text before, same token) of the training split once, with their number as a weight."""
+    """Keep equal rows (same text before, same token) of the training split once, with their number as a weight. The
+    process that plans then holds all training pairs, some KB each."""
     prompts: bool = False
     """Keep rows of every prompt too, from where prompts begin to differ; `train.look_back` needs them."""
     splits: tuple[Split, ...] = ("train", "dev", "test")
@@ -156,6 +163,12 @@ class BuildMemoryConfig(Section):
     """Bad examples (too long, empty target) of a split that are set aside; more of them fail the build."""
     overwrite: bool = False
     """Throw away a memory that was built with other settings, instead of refusing."""
+
+    @model_validator(mode="after")
+    def _has_room_to_grow(self) -> BuildMemoryConfig:
+        if self.max_actors is not None and self.max_actors < self.actors:
+            raise ValueError(f"max_actors ({self.max_actors}) must not be below actors ({self.actors})")
+        return self
 
     @model_validator(mode="after")
     def _keeps_whole_sequences(self) -> BuildMemoryConfig:
@@ -300,19 +313,24 @@ class KnnMixConfig(Section):
     """Lists that `inverted` looks into."""
 
 
-class GenerateConfig(Section):
+class UnrollingConfig(Section):
+    """λ of Gradual Unrolling (paper section 3.4): the one declaration for stages and services."""
+
+    lambda_max: float = Field(default=0.9, ge=0, le=1)
+    """λ of the first token: 0 is the PLM alone, 1 (constant) the adapter alone."""
+    schedule: Literal["constant", "linear", "quadratic"] = "constant"
+    """How λ goes on from there."""
+    floor: float = Field(default=0.0, ge=0, le=1)
+    """Lowest λ of a falling schedule."""
+
+
+class GenerateConfig(UnrollingConfig):
     """Gradual Unrolling (paper section 3.4) and the decoding loop."""
 
     split: Split = "test"
     """Which pairs to answer."""
-    lambda_max: float = Field(default=0.7, ge=0, le=1)
-    """λ of the first token: 0 is the PLM alone, 1 (constant) the adapter alone."""
-    schedule: Literal["constant", "linear", "quadratic"] = "constant"
-    """How λ goes on from there."""
     length: Literal["prompt", "source", "reference"] | int = "source"
     """What a falling schedule is stretched over; `reference` is an oracle, to reproduce published figures."""
-    floor: float = Field(default=0.0, ge=0, le=1)
-    """Lowest λ of a falling schedule."""
     knn: KnnMixConfig = KnnMixConfig()
     """Neighbours from the training memory, beside the adapter."""
     decoding: Literal["greedy", "sample", "beam"] = "greedy"
@@ -330,7 +348,10 @@ class GenerateConfig(Section):
     max_new_tokens: int = Field(default=128, ge=1)
     """Most tokens of an answer."""
     max_new_ratio: float = Field(default=2.5, gt=0)
-    """No answer is longer than so many times its source, in tokens, plus 16."""
+    """Maximum answer length: this × source tokens + 16."""
+    draft: int = Field(default=0, ge=0, le=16)
+    """Most draft tokens of one step, taken from the prompt and verified in one pass; 0 drafts none. Answers stay the
+    same, but for near ties in 16-bit formats."""
     batch_size: int = Field(default=32, ge=1)
     """Sequences decoded together by one actor; every beam is one."""
     actors: int = Field(default=1, ge=1)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -25,9 +24,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pema_ray.data_owner.local_memory import LocalMemory, log_mixture
 from pema_ray.data_owner.look_back import LookBack
-from pema_ray.data_owner.reading import Reading, Stateless
 from pema_ray.errors import FingerprintMismatch, UserError
-from pema_ray.line import ContextSource, ExtractBatch, LMHead, ModelCard
+from pema_ray.line import LMHead, ModelCard
 from pema_ray.memory.shards import atomic_file
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
@@ -158,7 +156,7 @@ class PemaAdapter(nn.Module):
         log_plm = head.log_probs(head.norm(state_NH))
         return torch.logaddexp(log_pema_NV + F.logsigmoid(score), log_plm + F.logsigmoid(-score))
 
-    def trusted(self, state_NH: torch.Tensor, head: LMHead) -> torch.Tensor:
+    def predicted_lambda(self, state_NH: torch.Tensor, head: LMHead) -> torch.Tensor:
         """`g`, float32 `[N]`: the share of P_PEMA in what `trust` gives; ones where λ is not predicted."""
         if self.gate is None:
             return torch.ones(len(state_NH), device=state_NH.device)
@@ -193,16 +191,6 @@ class PemaAdapter(nn.Module):
         if self.local_memory is not None:
             log_p = log_mixture(x, log_p, self.local_memory, target_N, example_N, wanted_N)
         return log_p if alone else self.trust(log_p, state_NH[wanted_N], head)
-
-    def begin(
-        self, source: ContextSource, prompts: Sequence[Sequence[int]], head: LMHead, alone: bool = False
-    ) -> Reading:
-        """Go along with sequences that are being decoded.
-
-        Args:
-            alone: without `trust`; of an adapter that looks back.
-        """
-        return _LookingBack(self, source, prompts, head, alone) if self.config.looks_back else Stateless(self, head)
 
     # ── on disk ─────────────────────────────────────────────────────────────
 
@@ -295,59 +283,6 @@ class PemaAdapter(nn.Module):
             if reconstruction is not None:
                 adapter.B_rct.copy_(_read_published(Path(reconstruction), card)[1] / config.rank)
         return adapter.eval()
-
-
-class _LookingBack:
-    """An adapter beside a decoding session: what it looks back at grows with every token."""
-
-    def __init__(
-        self, adapter: PemaAdapter, source: ContextSource, prompts: Sequence[Sequence[int]], head: LMHead, alone: bool
-    ) -> None:
-        self._adapter, self._head, self._alone = adapter, head, alone
-        self._cache = adapter.look_back.begin(len(prompts)) if adapter.look_back else None
-        self._local = adapter.local_memory.begin(len(prompts)) if adapter.local_memory else None
-        self._take_in(source, [list(prompt) for prompt in prompts])
-
-    def _take_in(self, source: ContextSource, prompts: list[list[int]]) -> None:
-        """All positions of the prompts but their last, which the session will send; aligned at their ends."""
-        first = [min(self._adapter.config.prompt_from, len(prompt) - 1) for prompt in prompts]
-        longest = max(len(prompt) - 1 - f for prompt, f in zip(prompts, first, strict=True))
-        if not longest:
-            return
-        device = self._head.weight.device
-        states = source.extract(ExtractBatch(prompts, first)).to(device)
-        lengths = [len(prompt) - f for prompt, f in zip(prompts, first, strict=True)]
-        rows = torch.arange(len(prompts), device=device)
-        x = self._adapter.enter(states, self._head).split(lengths)
-        for back in range(longest, 0, -1):  # so many positions before the last
-            real = torch.tensor([length > back for length in lengths], device=device)
-            at = [-1 - back if length > back else 0 for length in lengths]
-            self._step(torch.stack([mine[place] for mine, place in zip(x, at, strict=True)]))
-            token = [prompt[-back] if len(prompt) >= back else 0 for prompt in prompts]
-            self._follow(rows, torch.tensor(token, device=device), real)
-
-    def _step(self, x_BH: torch.Tensor) -> torch.Tensor:
-        if self._local is not None:
-            self._local.step(x_BH)
-        return x_BH if self._cache is None else self._cache.step(x_BH)
-
-    def _follow(self, rows: torch.Tensor, tokens: torch.Tensor, real: torch.Tensor | None = None) -> None:
-        if self._cache is not None:
-            self._cache.follow(rows, tokens, self._head.weight, real)
-        if self._local is not None:
-            self._local.follow(rows, tokens, real)
-
-    def log_probs(self, state_BH: torch.Tensor) -> torch.Tensor:
-        adapter, head = self._adapter, self._head
-        state = state_BH.to(head.weight.device)
-        x = self._step(adapter.enter(state, head))
-        log_p = head.log_probs(adapter.leave(adapter.predict(x), head))
-        log_p = log_p if self._local is None else self._local.mix(log_p)
-        return log_p if self._alone else adapter.trust(log_p, state, head)
-
-    def follow(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
-        device = self._head.weight.device
-        self._follow(torch.tensor(rows, device=device), torch.tensor(tokens, device=device))
 
 
 def _by_sequence(

@@ -7,18 +7,14 @@ V vocabulary.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from pema_ray.data_owner.adapter import PemaAdapter
 from pema_ray.data_owner.feed import CHUNK, Rows
-from pema_ray.data_owner.reading import Reading, Stateless
 from pema_ray.errors import UserError
-from pema_ray.line import ContextSource, LMHead
+from pema_ray.line import LMHead
 
 _ROWS_PER_LIST = 64  # of an inverted file's training sample, as faiss advises at least 39
 
@@ -97,42 +93,6 @@ class NearestNeighbours:
         share = score.softmax(-1)
         found = torch.zeros(len(row), head.vocab_size).scatter_add_(1, self._target[row], share)
         return found.log().to(head.weight.device)
-
-    def begin(self, source: ContextSource, prompts: Sequence[Sequence[int]], head: LMHead) -> Reading:
-        """Go along with sequences that are being decoded."""
-        return Stateless(self, head)
-
-
-class WithNeighbours:
-    """`(1 - w) P_PEMA + w P_kNN`: an adapter that also asks the memory it was trained on.
-
-    Args:
-        weight: w, of the neighbours.
-    """
-
-    def __init__(self, adapter: PemaAdapter, neighbours: NearestNeighbours, weight: float) -> None:
-        self.adapter, self.neighbours = adapter, neighbours
-        self._log_weight, self._log_rest = math.log(weight), math.log1p(-weight)
-
-    def mix(self, log_pema_NV: torch.Tensor, state_NH: torch.Tensor, head: LMHead) -> torch.Tensor:
-        """The adapter's log-probabilities and the neighbours', mixed in probability space."""
-        log_knn = self.neighbours.log_probs(state_NH, head)
-        return torch.logaddexp(log_pema_NV + self._log_rest, log_knn + self._log_weight)
-
-    def begin(self, source: ContextSource, prompts: Sequence[Sequence[int]], head: LMHead) -> Reading:
-        """Go along with sequences that are being decoded."""
-        return _ReadingWithNeighbours(self, self.adapter.begin(source, prompts, head), head)
-
-
-class _ReadingWithNeighbours:
-    def __init__(self, expert: WithNeighbours, reading: Reading, head: LMHead) -> None:
-        self._expert, self._reading, self._head = expert, reading, head
-
-    def log_probs(self, state_BH: torch.Tensor) -> torch.Tensor:
-        return self._expert.mix(self._reading.log_probs(state_BH), state_BH, self._head)
-
-    def follow(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
-        self._reading.follow(rows, tokens)
 
 
 @torch.no_grad()

@@ -55,41 +55,37 @@ class LocalMemory(nn.Module):
         score = score.masked_fill(~seen, _NEVER)
         return torch.cat([self.rest(normed_BTH), score], -1).log_softmax(-1)
 
-    def begin(self, rows: int) -> LocalMemoryCache:
-        """A cache of `rows` sequences that have no position yet."""
-        return LocalMemoryCache(self, rows)
+    def begin(self, x_TH: torch.Tensor, follows_T: torch.Tensor) -> LocalMemoryCache:
+        """The cache of one sequence after its first T ≥ 0 positions, each followed by a token."""
+        return LocalMemoryCache(self, x_TH, follows_T)
 
 
 class LocalMemoryCache:
-    """Keys and values of what has been seen while decoding; `step`, then `follow`, as `LookBackCache` has them."""
+    """Keys and values of one sequence while it is decoded; `step`, then `follow`, as `LookBackCache` has them."""
 
-    def __init__(self, memory: LocalMemory, rows: int) -> None:
+    def __init__(self, memory: LocalMemory, x_TH: torch.Tensor, follows_T: torch.Tensor) -> None:
         self._memory = memory
-        device = memory.rest.bias.device
-        self._key = torch.zeros(rows, 0, memory.key.out_features, device=device)
-        self._value = torch.zeros(rows, 0, dtype=torch.long, device=device)
-        self._seen = torch.zeros(rows, 0, dtype=torch.bool, device=device)
+        self._key_TD, self._value_T = memory.key(memory.norm(x_TH)), follows_T
         self._newest: torch.Tensor | None = None
 
-    def step(self, x_BH: torch.Tensor) -> None:
-        """Take in the newest position of every sequence."""
-        self._newest = self._memory.norm(x_BH)[:, None]
+    def step(self, x_1H: torch.Tensor) -> None:
+        """Take in the newest position."""
+        self._newest = self._memory.norm(x_1H)
 
-    def mix(self, log_pema_BV: torch.Tensor) -> torch.Tensor:
-        """The adapter's log-probabilities and the memory's, at the newest position, `[B, V]`."""
-        assert self._newest is not None, "nothing was taken in"
-        log_a = self._memory._log_shares(self._newest, self._key, self._seen[:, None])[:, 0]
-        found = torch.zeros_like(log_pema_BV).scatter_add_(1, self._value, log_a[:, 1:].exp() * self._seen)
-        return torch.logaddexp(log_pema_BV + log_a[:, :1], found.log())
+    def mix(self, log_pema_1V: torch.Tensor) -> torch.Tensor:
+        """The adapter's log-probabilities and the memory's, at the newest position, `[1, V]`."""
+        assert self._newest is not None, "step comes first"
+        seen = torch.ones(1, len(self._key_TD), dtype=torch.bool, device=self._newest.device)
+        log_a = self._memory._log_shares(self._newest[None], self._key_TD[None], seen)[0]
+        found = torch.zeros_like(log_pema_1V).scatter_add_(1, self._value_T[None], log_a[:, 1:].exp())
+        return torch.logaddexp(log_pema_1V + log_a[:, :1], found.log())
 
-    def follow(self, rows: torch.Tensor, token_N: torch.Tensor, real_N: torch.Tensor | None = None) -> None:
-        """Sequence i is from now on what `rows[i]` was, followed by `token_N[i]`; padding is not seen again."""
+    def follow(self, token: int) -> None:
+        """The newest position was followed by this token."""
         if self._newest is None:
             return
-        real = torch.ones_like(token_N, dtype=torch.bool) if real_N is None else real_N
-        self._key = torch.cat([self._key[rows], self._memory.key(self._newest[rows])], 1)
-        self._value = torch.cat([self._value[rows], token_N[:, None]], 1)
-        self._seen = torch.cat([self._seen[rows], real[:, None]], 1)
+        self._key_TD = torch.cat([self._key_TD, self._memory.key(self._newest)])
+        self._value_T = torch.cat([self._value_T, torch.tensor([token], device=self._value_T.device)])
         self._newest = None
 
 

@@ -53,9 +53,9 @@ class LookBack(nn.Module):
     def _embed(self, token: torch.Tensor, embedding_VH: torch.Tensor) -> torch.Tensor:
         return self.drop(self.token_norm(F.embedding(token, embedding_VH).float()))
 
-    def begin(self, rows: int) -> LookBackCache:
-        """A cache of `rows` sequences that have no position yet."""
-        return LookBackCache(self, rows)
+    def begin(self, x_TH: torch.Tensor, follows_T: torch.Tensor, embedding_VH: torch.Tensor) -> LookBackCache:
+        """The cache of one sequence after its first T ≥ 0 positions, each followed by a token."""
+        return LookBackCache(self, x_TH, follows_T, embedding_VH)
 
 
 class _Block(nn.Module):
@@ -126,51 +126,46 @@ def _by_head(rows_BTD: torch.Tensor) -> torch.Tensor:
 
 
 class LookBackCache:
-    """Keys and values of what has been seen while decoding, so that a step costs one position.
+    """Keys and values of one sequence while it is decoded, so that a step costs one position.
 
-    `step` gives what the adapter goes on with at the newest position; `follow` then says which tokens came, and which
-    sequences go on. Sequences are aligned at their ends.
+    `step` returns what the adapter continues with at the newest position; `follow` then names the token that came.
     """
 
-    def __init__(self, look_back: LookBack, rows: int) -> None:
+    def __init__(
+        self, look_back: LookBack, x_TH: torch.Tensor, follows_T: torch.Tensor, embedding_VH: torch.Tensor
+    ) -> None:
         self._look_back = look_back
-        device = look_back.token_norm.weight.device
-        empty = torch.zeros(rows, _HEADS, 0, look_back.width // _HEADS, device=device)
-        self._held = [(empty, empty) for _ in look_back.blocks]
-        self._read = torch.zeros(rows, 1, look_back.hidden_size, device=device)
-        self._seen = torch.zeros(rows, 0, dtype=torch.bool, device=device)
         self._newest: list[torch.Tensor] = []
+        x = x_TH[None]
+        follows = look_back._embed(follows_T[None], embedding_VH)
+        read = F.pad(follows, (0, 0, 1, 0))
+        self._read = read[:, -1:]
+        past = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril(-1)
+        self._held: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for block in look_back._blocks():
+            normed = block.norm(x)
+            key, value = block.remember(normed, read[:, :-1], follows)
+            self._held.append((key, value))
+            x = block.finish(x, block.attend(normed, read[:, :-1], key, value, past))
 
-    def step(self, x_BH: torch.Tensor) -> torch.Tensor:
-        """The newest position of every sequence, `[B, H]` in and out."""
-        x = x_BH[:, None]
+    def step(self, x_1H: torch.Tensor) -> torch.Tensor:
+        """The newest position, `[1, H]` in and out."""
+        x = x_1H[:, None]
         self._newest = []
+        seen = torch.ones(1, self._held[0][0].shape[2], dtype=torch.bool, device=x.device)
         for block, (key, value) in zip(self._look_back._blocks(), self._held, strict=True):
             normed = block.norm(x)
             self._newest.append(normed)
-            x = block.finish(x, block.attend(normed, self._read, key, value, self._seen[:, None, None]))
+            x = block.finish(x, block.attend(normed, self._read, key, value, seen))
         return x[:, 0]
 
-    def follow(
-        self,
-        rows: torch.Tensor,
-        token_N: torch.Tensor,
-        embedding_VH: torch.Tensor,
-        real_N: torch.Tensor | None = None,
-    ) -> None:
-        """Sequence i is from now on what `rows[i]` was, followed by `token_N[i]`.
-
-        Args:
-            real_N: False where the newest position was padding, which nobody will see; all are real by default.
-        """
-        if not self._newest:  # nobody asked what comes next, and nobody will: λ is 0 from here on
+    def follow(self, token: int, embedding_VH: torch.Tensor) -> None:
+        """The newest position was followed by this token; nothing happens where `step` was not asked (λ is 0)."""
+        if not self._newest:
             return
-        follows = self._look_back._embed(token_N, embedding_VH)[:, None]
-        real = torch.ones_like(token_N, dtype=torch.bool) if real_N is None else real_N
-        for number, (block, normed) in enumerate(zip(self._look_back._blocks(), self._newest, strict=True)):
-            key, value = self._held[number]
-            new_key, new_value = block.remember(normed[rows], self._read[rows], follows)
-            self._held[number] = torch.cat([key[rows], new_key], 2), torch.cat([value[rows], new_value], 2)
-        self._seen = torch.cat([self._seen[rows], real[:, None]], 1)
-        self._read = torch.where(real[:, None, None], follows, 0)
-        self._newest = []
+        follows = self._look_back._embed(torch.tensor([[token]], device=embedding_VH.device), embedding_VH)
+        held = []
+        for block, normed, (key, value) in zip(self._look_back._blocks(), self._newest, self._held, strict=True):
+            new_key, new_value = block.remember(normed, self._read, follows)
+            held.append((torch.cat([key, new_key], 2), torch.cat([value, new_value], 2)))
+        self._held, self._read, self._newest = held, follows, []

@@ -1,7 +1,7 @@
-"""A PLM owner of another organisation, over HTTPS: frames of the line up and down, a key in every request.
+"""A PLM owner of another organisation, over HTTPS: a `PLMClient` whose frames carry a key and a fingerprint.
 
-What goes wrong is told apart: `UserError` what only a person can mend (key, fingerprint, a text too long), `Busy` what
-passes by itself (quota, no slot, a service that is shut down), `ConnectionError` a line that is dead.
+Errors are told apart: `UserError` only a person can fix (key, certificate, a sequence that is too long), `Busy` passes by
+itself (quota, no slot, a service that restarts), `ConnectionError` is a dead line. N rows, H hidden.
 """
 
 from __future__ import annotations
@@ -9,123 +9,132 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import httpx
-from pydantic import Field
+import msgspec
+import torch
 
-from pema_ray.config import Section
+from pema_ray.config import PLMConfig
 from pema_ray.errors import FingerprintMismatch, UserError
-from pema_ray.line import ExtractBatch, LMHeadBundle, ModelCard, codec
-from pema_ray.line.stepping import Busy, Step, Stepped
+from pema_ray.line import Busy, Description, ExtractBatch, Limits, LMHeadBundle, ModelCard, Step, Stepped, codec
 
 T = TypeVar("T")
-_TOO_MUCH = (429, 502, 503, 504)
+_BUSY = (429, 502, 503, 504)
+_TOKEN_BYTES = 4
+_SEQUENCE_BYTES = 10  # of a frame's header: a length and a first position
+_HEADER_BYTES = 4096
+_Count = Annotated[int, msgspec.Meta(ge=1, lt=2**40)]
 
 
-class RemoteConfig(Section):
-    """Where the PLM owner's service is, and how it is spoken to."""
+class _OwnersLimits(msgspec.Struct):
+    max_steps: _Count
+    max_rows: _Count
+    max_draft: Annotated[int, msgspec.Meta(ge=0)]
+    max_body_mb: Annotated[float, msgspec.Meta(gt=0.01)]
 
-    url: str
-    """Such as `https://plm.example.org`."""
-    key_file: str | None = None
-    """A file that holds the key, and nothing else."""
-    ca_file: str | None = None
-    """Certificates to trust instead of the system's."""
-    fingerprint: str | None = None
-    """The PLM that is expected; any other is refused."""
-    timeout_seconds: float = Field(default=90.0, gt=0)
-    """Of one request; longer than the PLM owner lets a step wait, so that its own answer is heard."""
 
-    def key(self) -> str | None:
-        """The key.
+class _Model(msgspec.Struct):
+    """The answer of `/v1/model`."""
 
-        Raises:
-            UserError: there is no such file, or it is empty.
-        """
-        if self.key_file is None:
-            return None
-        try:
-            key = Path(self.key_file).expanduser().read_text().strip()
-        except OSError as error:
-            raise UserError(f"key_file={self.key_file}: cannot be read: {error.strerror}.") from None
-        if not key:
-            raise UserError(f"key_file={self.key_file}: is empty; it must hold the key.")
-        return key
+    name: str
+    fingerprint: str
+    hidden_size: _Count
+    vocab_size: _Count
+    max_positions: _Count
+    eos_token_ids: tuple[int, ...]
+    max_session_tokens: _Count
+    limits: _OwnersLimits
 
 
 class RemotePLM:
-    """Sessions, extraction and the LM head of a `plm_owner` service: a `Stepper`.
+    """The service of a PLM owner elsewhere.
 
     Args:
+        config: `url`, `key_file`, `ca_file` and `timeout_seconds` of `plm`.
+        fingerprint: of the PLM that must answer; by default that of the first `describe`.
         transport: httpx's own by default.
+
+    Raises:
+        UserError: the key or the certificates cannot be read.
     """
 
-    def __init__(self, config: RemoteConfig, transport: httpx.AsyncBaseTransport | None = None) -> None:
-        self.config = config
-        headers = {} if (key := config.key()) is None else {"Authorization": f"Bearer {key}"}
-        if config.fingerprint is not None:
-            headers["X-PLM-Fingerprint"] = config.fingerprint
+    def __init__(
+        self,
+        config: PLMConfig,
+        fingerprint: str | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self.config, self._fingerprint = config, fingerprint or config.fingerprint
+        key = _key(config.key_file)
         self._http = httpx.AsyncClient(
-            base_url=config.url,
-            headers=headers,
+            base_url=config.url or "",
+            headers={} if key is None else {"Authorization": f"Bearer {key}"},
             verify=_trusted(config.ca_file),
             timeout=httpx.Timeout(config.timeout_seconds, connect=min(10.0, config.timeout_seconds)),
             transport=transport,
             limits=httpx.Limits(max_connections=64, max_keepalive_connections=64),
         )
-        self._described: dict[str, Any] | None = None
+        self._described: Description | None = None
+        self._body_bytes = 0
 
-    async def limits(self) -> dict[str, Any]:
-        """The model card's entries, `max_session_tokens`, limits and quota."""
+    async def describe(self) -> Description:
         if self._described is None:
-            found: dict[str, Any] = (await self._ask("GET", "/v1/model")).json()
-            # from here on it is this PLM: another in its place must not answer with states that mean nothing here
-            self._http.headers["X-PLM-Fingerprint"] = str(found.get("fingerprint"))
-            self._described = found
+            answer = await self._request("GET", "/v1/model", headers=self._pinned())
+            try:
+                model = msgspec.json.decode(answer.content, type=_Model)
+            except msgspec.MsgspecError as error:
+                raise UserError(f"{self.config.url}: is no PLM owner's service: {error}") from None
+            card = ModelCard(
+                model.name,
+                model.fingerprint,
+                model.hidden_size,
+                model.vocab_size,
+                model.max_positions,
+                model.eos_token_ids,
+            )
+            if self._fingerprint not in (None, card.fingerprint):
+                raise FingerprintMismatch(self.config.label, card.label, str(self._fingerprint))
+            limits = model.limits
+            self._fingerprint, self._body_bytes = card.fingerprint, int(limits.max_body_mb * 2**20)
+            self._described = Description(
+                card, Limits(model.max_session_tokens, limits.max_draft, limits.max_steps, limits.max_rows)
+            )
         return self._described
 
-    async def describe(self) -> ModelCard:
-        known = ("name", "fingerprint", "hidden_size", "vocab_size", "max_positions", "eos_token_ids")
-        found = await self.limits()
-        try:
-            return ModelCard.from_dict({name: found[name] for name in known})
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{self.config.url}: is no PLM owner's service: its answer lacks {error}.") from None
+    def _pinned(self) -> dict[str, str]:
+        return {} if self._fingerprint is None else {"X-PLM-Fingerprint": self._fingerprint}
 
     async def lm_head(self) -> LMHeadBundle:
-        """The LM-head bundle.
-
-        Raises:
-            FingerprintMismatch: it is not that of the PLM which the service describes.
-        """
-        card = await self.describe()
-        sent = (await self._ask("GET", "/v1/lm-head")).content
-        bundle = LMHeadBundle.from_files(self._read("/v1/lm-head", sent, codec.decode_files))
+        card = (await self.describe()).card
+        frame = (await self._request("GET", "/v1/lm-head", headers=self._pinned())).content
+        bundle = LMHeadBundle.from_files(self._read("/v1/lm-head", frame, codec.decode_files))
         if bundle.card.fingerprint != card.fingerprint:
             raise FingerprintMismatch(f"The LM head of {self.config.url}", bundle.card.label, card.label)
         return bundle
 
-    async def extract(self, batch: ExtractBatch) -> Any:
-        """Representations `[N, H]` of the wanted positions.
-
-        Raises:
-            UserError, Busy, ConnectionError: as the module says.
-        """
-        rows = await self._frame("/v1/extract", codec.encode_extract(batch), codec.decode_rows)
-        if len(rows) != batch.rows:
-            raise UserError(f"{self.config.url}: sent {len(rows)} rows for a batch of {batch.rows}.")
-        return rows
+    async def extract(self, batch: ExtractBatch) -> torch.Tensor:
+        """Representations `[N, H]`; a batch that exceeds the PLM owner's limits goes in several requests, in turn."""
+        described = await self.describe()
+        rows = []
+        for request in _requests(batch, described.limits.max_rows, self._body_bytes):
+            body = codec.encode_extract(request, described.card.fingerprint)
+            answer = await self._frame("/v1/extract", body, codec.decode_rows)
+            if answer.shape != (request.rows, described.card.hidden_size):
+                raise UserError(f"{self.config.url}: sent {list(answer.shape)} for a batch of {request.rows} rows.")
+            rows.append(answer)
+        return torch.cat(rows) if len(rows) > 1 else rows[0]
 
     async def step(self, steps: Sequence[Step]) -> list[Stepped | Exception]:
-        limits = (await self.limits()).get("limits", {})
-        messages = list(_messages(steps, limits.get("max_steps", 1), limits.get("max_rows", 1)))
+        limits = (await self.describe()).limits
+        messages = list(_messages(steps, limits.max_steps, limits.max_rows))
         answers = await asyncio.gather(*(self._step(message) for message in messages), return_exceptions=True)
         outcomes: list[Stepped | Exception] = []
         for message, answer in zip(messages, answers, strict=True):
-            if isinstance(answer, Exception) and len(messages) > 1:
+            if isinstance(answer, Exception) and len(messages) > 1 and not isinstance(answer, FingerprintMismatch):
                 outcomes += [answer] * len(message)
             elif isinstance(answer, BaseException):
                 raise answer
@@ -134,22 +143,25 @@ class RemotePLM:
         return outcomes
 
     async def _step(self, steps: Sequence[Step]) -> list[Stepped | Exception]:
-        decode = partial(codec.decode_stepped, refused=UserError)
-        outcomes = await self._frame("/v1/sessions/step", codec.encode_steps(steps), decode)
+        card = (await self.describe()).card
+        body = codec.encode_steps(steps, card.fingerprint)
+        outcomes = await self._frame("/v1/sessions/step", body, partial(codec.decode_stepped, refused=UserError))
         if len(outcomes) != len(steps):
             raise UserError(f"{self.config.url}: answered {len(outcomes)} of {len(steps)} steps.")
+        for step, outcome in zip(steps, outcomes, strict=True):
+            if isinstance(outcome, Stepped) and not _answers(outcome, step, card):
+                raise UserError(f"{self.config.url}: sent {list(outcome.state_NH.shape)} for a step of {step.session}.")
         return outcomes
 
     async def close(self, sessions: Sequence[str]) -> None:
         if sessions:
-            await self._ask("POST", "/v1/sessions/close", json=list(sessions))
+            await self._request("POST", "/v1/sessions/close", json=list(sessions))
 
     async def end(self) -> None:
-        """Close the connections."""
         await self._http.aclose()
 
     async def _frame(self, path: str, body: bytes, decode: Callable[[bytes], T]) -> T:
-        answer = await self._ask("POST", path, content=body, headers={"Content-Type": codec.MEDIA_TYPE})
+        answer = await self._request("POST", path, content=body, headers={"Content-Type": codec.MEDIA_TYPE})
         return self._read(path, answer.content, decode)
 
     def _read(self, path: str, data: bytes, decode: Callable[[bytes], T]) -> T:
@@ -158,7 +170,7 @@ class RemotePLM:
         except codec.BadFrame as error:
             raise UserError(f"{self.config.url}{path}: {error}") from None
 
-    async def _ask(self, method: str, path: str, **options: Any) -> httpx.Response:
+    async def _request(self, method: str, path: str, **options: Any) -> httpx.Response:
         try:
             response = await self._http.request(method, path, **options)
         except (httpx.TransportError, httpx.InvalidURL) as error:
@@ -167,24 +179,62 @@ class RemotePLM:
             raise ConnectionError(f"{self.config.url}: {type(error).__name__}: {error}") from None
         if response.is_success:
             return response
-        said = codec.as_error(response.content)
-        if response.status_code in _TOO_MUCH:
-            raise Busy(said, _seconds(response.headers.get("Retry-After")))
-        raise UserError(f"{self.config.url}{path}: {response.status_code}: {said}")
+        message = codec.as_error(response.content)
+        if response.status_code in _BUSY:
+            raise Busy(message, _seconds(response.headers.get("Retry-After")))
+        if response.status_code == 409 and self._fingerprint is not None:
+            raise FingerprintMismatch(self.config.label, _found(response.content), self._fingerprint)
+        raise UserError(f"{self.config.url}{path}: {response.status_code}: {message}")
 
 
-def _messages(steps: Sequence[Step], most_steps: int, most_rows: int) -> Iterator[list[Step]]:
-    """The steps in their order, in messages that the PLM owner takes."""
+def _answers(outcome: Stepped, step: Step, card: ModelCard) -> bool:
+    expected = (step.states + step.draft, card.hidden_size)
+    return outcome.state_NH.shape == expected and len(outcome.drafted) == step.draft
+
+
+def _messages(steps: Sequence[Step], max_steps: int, max_rows: int) -> Iterator[list[Step]]:
+    """The steps in their order, in messages that the PLM owner accepts."""
     message: list[Step] = []
     rows = 0
     for step in steps:
-        wanted = step.states + step.draft
-        if message and (len(message) >= most_steps or rows + wanted > most_rows):
+        new = step.states + step.draft
+        if message and (len(message) >= max_steps or rows + new > max_rows):
             yield message
             message, rows = [], 0
         message.append(step)
-        rows += wanted
+        rows += new
     yield message
+
+
+def _requests(batch: ExtractBatch, max_rows: int, max_bytes: int) -> Iterator[ExtractBatch]:
+    """The batch in its order, in requests of at most `max_rows` rows and about `max_bytes` bytes, all with its prefix."""
+    empty = _HEADER_BYTES + _TOKEN_BYTES * len(batch.prefix)
+    sequences: list[list[int]] = []
+    starts: list[int] = []
+    rows, size = 0, empty
+    for whole, begin in zip(batch.token_ids, batch.first, strict=True):
+        for first in range(begin, len(whole), max_rows):
+            ids = whole[: first + max_rows]  # states do not depend on what follows
+            new_rows, new_size = len(ids) - first, _TOKEN_BYTES * len(ids) + _SEQUENCE_BYTES
+            if sequences and (rows + new_rows > max_rows or size + new_size > max_bytes):
+                yield ExtractBatch(sequences, starts, batch.prefix)
+                sequences, starts, rows, size = [], [], 0, empty
+            sequences.append(ids)
+            starts.append(first)
+            rows, size = rows + new_rows, size + new_size
+    yield ExtractBatch(sequences, starts, batch.prefix)
+
+
+def _key(file: str | None) -> str | None:
+    if file is None:
+        return None
+    try:
+        key = Path(file).expanduser().read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"plm.key_file={file}: cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    if not key:
+        raise UserError(f"plm.key_file={file}: is empty; it must hold the key.")
+    return key
 
 
 def _trusted(ca_file: str | None) -> ssl.SSLContext | bool:
@@ -193,11 +243,19 @@ def _trusted(ca_file: str | None) -> ssl.SSLContext | bool:
     try:
         return ssl.create_default_context(cafile=str(Path(ca_file).expanduser()))
     except (OSError, ssl.SSLError) as error:
-        raise UserError(f"ca_file={ca_file}: cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"plm.ca_file={ca_file}: cannot be read: {reason}.") from None
 
 
-def _seconds(told: str | None) -> float:
+def _found(content: bytes) -> str:
+    """Which PLM there is, as an answer of status 409 says."""
+    with suppress(msgspec.MsgspecError, KeyError, TypeError):
+        return str(msgspec.json.decode(content)["error"]["found"])
+    return "another one"
+
+
+def _seconds(value: str | None) -> float:
     try:
-        return min(60.0, max(0.1, float(told or 1.0)))
+        return min(60.0, max(0.1, float(value or 1.0)))
     except ValueError:
         return 1.0

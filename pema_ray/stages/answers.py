@@ -1,26 +1,27 @@
-"""Makes generation jobs of a run's pairs, and keeps their answers as JSON Lines. Shared by generate and evaluate."""
+"""Generation jobs of a run's pairs, and their answers as JSON Lines. Shared by generate, evaluate and compare."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pema_ray.cluster import ray_cluster
 from pema_ray.config import ExperimentConfig, GenerateConfig, PLMConfig
-from pema_ray.data_owner.experts import ExpertSpec
-from pema_ray.data_owner.generation import Decoding, Request
-from pema_ray.data_owner.ray_generation import Answer, GenerationJob, generate
-from pema_ray.data_owner.unrolling import UnrollingSchedule
-from pema_ray.errors import UserError
+from pema_ray.data_owner.decoding.offline import GenerationJob, SystemAnswer, generate
+from pema_ray.data_owner.decoding.predictor import PredictorSpec
+from pema_ray.data_owner.decoding.request import Token
+from pema_ray.data_owner.decoding.request_builder import RequestBuilder
 from pema_ray.memory.shards import atomic_file
 from pema_ray.progress import track
-from pema_ray.stages.plm import factory
+from pema_ray.stages.plm import connector
 from pema_ray.stages.run import Run
 from pema_ray.tasks import Pair, Prompter
 from pema_ray.tasks.postprocess import tidy
+
+_ADAPTER = "adapter"  # one for each job, so any name will do
+_SPARE_SLOTS = 4  # of an engine of one's own, beyond the sequences decoded together
 
 
 def make_job(
@@ -29,81 +30,62 @@ def make_job(
     pairs: Sequence[Pair],
     prompter: Prompter,
     options: GenerateConfig,
-    expert: ExpertSpec | None,
+    predictor: PredictorSpec | None,
 ) -> GenerationJob:
     """Prompts and limits of one system. A prompt that leaves no room for an answer is refused."""
-    alone = UnrollingSchedule(0.0)
-    schedule = UnrollingSchedule(options.lambda_max, options.schedule, options.floor) if expert else alone
-    requests = [_request(run, pair, prompter, options, schedule) for pair in pairs]
-    decoding = Decoding(
-        options.decoding, options.temperature, options.top_p, options.beams, options.length_penalty, run.config.seed
-    )
-    stop = (*run.task.stop, *options.stop)
-    return GenerationJob(system, [pair.example_id for pair in pairs], requests, expert, decoding, stop, explain=True)
+    adapter = None if predictor is None else _ADAPTER
+    builder = RequestBuilder(prompter, options, adapter, run.bundle.card.max_positions, run.config.seed)
+    requests = [builder.build(pair.source, pair.example_id, pair.target, explain=True) for pair in pairs]
+    return GenerationJob(system, [pair.example_id for pair in pairs], requests, predictor)
 
 
-def expert_of(run: Run, adapter: Path | None = None) -> ExpertSpec:
+def predictor_of(run: Run, adapter: Path | None = None) -> PredictorSpec:
     """The run's adapter, or another one, with neighbours from its training memory where `generate.knn` wants them."""
     knn = run.config.generate.knn
     memory = run.path("build_memory", "train").resolve() if knn.weight > 0 else None
     adapter = (adapter or run.path("train", "adapter")).resolve()
-    return ExpertSpec(adapter, memory, knn, run.config.train.max_train_pairs)
-
-
-def _request(run: Run, pair: Pair, prompter: Prompter, options: GenerateConfig, schedule: UnrollingSchedule) -> Request:
-    prompt = prompter.encode_prompt(pair.source, pair.example_id)
-    source = len(run.tokenizer(pair.source, add_special_tokens=False).input_ids)
-    card = run.bundle.card
-    room = card.max_positions - len(prompt)
-    if room < 1:
-        raise UserError(
-            f"Example {pair.example_id}: its prompt has {len(prompt)} tokens, {card.name} allows {card.max_positions}."
-        )
-    lengths = {"prompt": len(prompt), "source": source}
-    if options.length == "reference":  # an oracle: it knows how long the answer should be
-        reference = run.tokenizer(pair.target, add_special_tokens=False).input_ids
-        length = len(prompt) + len(reference)
-    else:
-        length = lengths[options.length] if isinstance(options.length, str) else options.length
-    most = min(options.max_new_tokens, int(options.max_new_ratio * source) + 16, room)
-    return Request(prompt, most, schedule, max(1, length))
+    return PredictorSpec(adapter, memory, knn, run.config.train.max_train_pairs)
 
 
 def run_jobs(
     config: ExperimentConfig, run: Run, jobs: Sequence[GenerationJob], title: str, plm: PLMConfig | None = None
-) -> dict[str, list[Answer]]:
-    """All answers, by system, in the order of their keys' jobs.
+) -> dict[str, list[SystemAnswer]]:
+    """All answers, by system, in the order of their jobs' keys.
 
     Args:
         plm: another PLM that answers instead of the run's, with the same tokenizer, norm and head.
     """
     options = config.generate
-    wanted = sum(len(job.requests) for job in jobs)
-    answers: dict[str, dict[int, Answer]] = {job.system: {} for job in jobs}
+    engine = {"slots": options.batch_size + _SPARE_SLOTS, "max_tokens": None}
+    connect = (
+        connector(config.plm, run.bundle.card, options.cpus_per_actor, engine)
+        if plm is None
+        else connector(plm, None, options.cpus_per_actor, engine)
+    )
+    answers: dict[str, dict[int, SystemAnswer]] = {job.system: {} for job in jobs}
     with (
         ray_cluster(config.ray, options.cpus_per_actor, options.gpus_per_actor, readers=1),
-        track(title, wanted, "answers") as bar,
+        track(title, sum(len(job.requests) for job in jobs), "answers") as bar,
     ):
-        batches = generate(
+        for batch in generate(
             jobs,
-            factory(plm or config.plm, options.cpus_per_actor, None if plm else run.bundle.card),
+            connect,
             run.path("export_head", "lm_head").resolve(),
             options.batch_size,
             options.actors,
             options.cpus_per_actor,
             options.gpus_per_actor,
             config.plm.device,
-        )
-        for batch in batches:
+        ):
             for answer in batch:
                 answers[answer.system][answer.key] = answer
             bar.advance(len(batch))
     return {job.system: [answers[job.system][key] for key in job.keys] for job in jobs}
 
 
-def to_row(run: Run, pair: Pair, answer: Answer) -> dict[str, Any]:
-    """What is kept of an answer: texts, why it ended, and per token who decided."""
-    generated = answer.generated
+def to_row(run: Run, pair: Pair, answer: SystemAnswer) -> dict[str, Any]:
+    """What is kept of an answer: texts, why it ended, and per token which distribution chose it."""
+    generated = answer.answer
     text, changed_by = tidy(generated.text, pair.source, run.task.postprocess)
     return {
         "system": answer.system,
@@ -116,7 +98,20 @@ def to_row(run: Run, pair: Pair, answer: Answer) -> dict[str, Any]:
         "finish": generated.finish,
         "log_prob": generated.log_prob,
         "seconds": answer.seconds,
-        "tokens": [{**asdict(trace), "text": run.tokenizer.decode([trace.token])} for trace in generated.trace],
+        "tokens": [_token_row(run, token) for token in generated.tokens],
+    }
+
+
+def _token_row(run: Run, token: Token) -> dict[str, Any]:
+    text = "" if token.finish == "eos" else run.tokenizer.token_text(token.id)  # the end is no word of the answer
+    attribution = token.attribution
+    assert attribution is not None, "jobs are made with explain"
+    return {
+        "token": token.id,
+        "text": text,
+        "lam": attribution.lam,
+        "log_pema": attribution.log_pema,
+        "log_plm": attribution.log_plm,
     }
 
 

@@ -17,9 +17,9 @@ import numpy as np
 
 from pema_ray.cluster import ray_cluster
 from pema_ray.config import CompareConfig, ExperimentConfig, KnnMixConfig, PLMConfig, TrainConfig, validate
-from pema_ray.data_owner.experts import ExpertSpec
+from pema_ray.data_owner.decoding.offline import GenerationJob, SystemAnswer
+from pema_ray.data_owner.decoding.predictor import Predictor, PredictorSpec
 from pema_ray.data_owner.knn import NearestNeighbours
-from pema_ray.data_owner.ray_generation import Answer, GenerationJob
 from pema_ray.data_owner.ray_training import fit
 from pema_ray.data_owner.training import History
 from pema_ray.errors import UserError
@@ -29,7 +29,7 @@ from pema_ray.evaluation.scores import Scorer
 from pema_ray.memory import ExternalMemory
 from pema_ray.memory.shards import atomic_file
 from pema_ray.progress import console, track
-from pema_ray.stages.answers import expert_of, make_job, run_jobs, to_row
+from pema_ray.stages.answers import make_job, predictor_of, run_jobs, to_row
 from pema_ray.stages.likelihood import likelihood_of
 from pema_ray.stages.run import Run
 from pema_ray.stages.train import forget_other_settings, training_job
@@ -62,9 +62,14 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
     run = Run(config)
 
     def work() -> dict[str, Any]:
-        for name in config.compare.systems:
+        for name in config.compare.systems:  # refused now rather than when the others are done
+            if name == "lora" and not config.plm.is_own:
+                raise UserError(
+                    f"compare.systems: lora trains the PLM's weights, which {config.plm.label} does not hand out. "
+                    "Leave it out, or set plm.name."
+                )
             if name in _VARIANTS:
-                _variant(config.train, name)  # refused now rather than when the others are done
+                _variant(config.train, name)
         with ray_cluster(config.ray, max(config.train.cpus_per_worker, config.generate.cpus_per_actor), readers=1):
             peers = tuple(_Bench(run, name).peer() for name in config.compare.systems)
         options, pairs = config.generate, run.metrics("prepare")["pairs"]
@@ -155,7 +160,7 @@ class _Bench:
         chosen = self.config.compare.knn
         asked = chosen.model_dump(include={"neighbours", "index", "probes"})
         knn = KnnMixConfig(temperature=temperature, **asked)
-        spec = ExpertSpec(None, memory.resolve(), knn, self.config.train.max_train_pairs)
+        spec = PredictorSpec(None, memory.resolve(), knn, self.config.train.max_train_pairs)
         options = self.config.generate.model_copy(update={"lambda_max": lam, "schedule": "constant"})
         name = f"kNN-LM, k = {chosen.neighbours}"
         job = make_job(self.run, name, self.pairs, self.run.prompter(), options, spec)
@@ -171,7 +176,7 @@ class _Bench:
         else:
             history = self._train()
         adapter = folder / "adapter"
-        options, spec = self.config.generate, expert_of(self.run, adapter)
+        options, spec = self.config.generate, predictor_of(self.run, adapter)
         if self.name == "pema_predicted_lambda":  # the prediction stands in λ's place: a constant would lower it again
             options = options.model_copy(update={"lambda_max": 1.0, "schedule": "constant"})
         asks = f" and k = {options.knn.neighbours} neighbours" if spec.memory else ""
@@ -232,10 +237,10 @@ class _Bench:
         s = _scorer(self.run).score(texts)
         return Peer(name=name, given=given, bleu=s.bleu, chrf=s.chrf, archaic_share=s.archaic_share, **figures)
 
-    def _test_likelihood(self, spec: ExpertSpec | None) -> TokenLikelihood:
-        """The expert is loaded for this alone: actors load their own."""
-        expert = spec.load(self.run.bundle.card, self.run.bundle.head) if spec else None
-        return likelihood_of(self.run, self.config.generate.split, expert)
+    def _test_likelihood(self, spec: PredictorSpec | None) -> TokenLikelihood:
+        """The predictor is loaded for this alone: actors load their own."""
+        predictor = spec.load(self.run.bundle.card, self.run.bundle.head) if spec else None
+        return likelihood_of(self.run, self.config.generate.split, predictor)
 
     def _neighbours(self, temperature: float) -> NearestNeighbours:
         chosen, card = self.config.compare.knn, self.run.bundle.card
@@ -250,7 +255,8 @@ class _Bench:
         found: dict[tuple[float, float], float] = {}
         for temperature in chosen.temperatures:
             knn.temperature = temperature
-            likelihood = likelihood_of(self.run, "dev", knn, chosen.dev_rows)
+            predictor = Predictor(self.run.bundle.head, neighbours=knn)
+            likelihood = likelihood_of(self.run, "dev", predictor, chosen.dev_rows)
             found |= {(temperature, lam): likelihood.nll(lam) for lam in chosen.lambdas}
         return min(found, key=lambda settings: found[settings])
 
@@ -261,31 +267,31 @@ def _train_lora(plm: PLMConfig, settings, train, test, folder: str, seed: int) -
 
     from pema_ray.baselines.lora import train_lora
     from pema_ray.hardware import peak_memory
-    from pema_ray.line import ExtractBatch
-    from pema_ray.plm_owner import InProcessPLM, load_plm
+    from pema_ray.plm_owner import load_plm
+    from pema_ray.plm_owner.export import export_lm_head
+    from pema_ray.plm_owner.states import capture_state
 
     try:
         loaded = load_plm(plm)
-        source = InProcessPLM(loaded)
-        head = source.lm_head().head.to(loaded.device)
+        head = export_lm_head(loaded).head.to(loaded.device)
         tuned, training = train_lora(loaded, head, train, settings, seed)
         peak = peak_memory(loaded.device)
     except UserError as error:
         return {"error": str(error)}
     tuned.model.save_pretrained(folder)
     tuned.tokenizer.save_pretrained(folder)
-    tuned_source, losses = InProcessPLM(tuned), []
+    losses: list[float] = []
     with torch.inference_mode():
         for example in test:
-            batch = ExtractBatch([example.prompt + example.target[:-1]], [len(example.prompt) - 1])
-            state = tuned_source.extract(batch).to(head.weight.device)
+            ids = torch.tensor([example.prompt + example.target[:-1]], device=tuned.device)
+            state = capture_state(tuned, input_ids=ids, use_cache=False)[0, len(example.prompt) - 1 :]
             log_p = head.log_probs(head.norm(state)).cpu()
             losses += (-log_p[range(len(example.target)), example.target]).tolist()
     return {"error": "", "nll": float(np.mean(losses)), "seconds": training.seconds, "peak_bytes": peak}
 
 
-def _seconds_per_token(answers: list[Answer]) -> float:
-    return sum(answer.seconds for answer in answers) / max(1, sum(len(answer.generated.tokens) for answer in answers))
+def _seconds_per_token(answers: list[SystemAnswer]) -> float:
+    return sum(answer.seconds for answer in answers) / max(1, sum(len(answer.answer.tokens) for answer in answers))
 
 
 def _signature(run: Run) -> str:

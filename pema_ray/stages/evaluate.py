@@ -8,7 +8,7 @@ from typing import Any
 
 from pema_ray.config import ExperimentConfig, GenerateConfig
 from pema_ray.data_owner import UnrollingSchedule
-from pema_ray.data_owner.ray_generation import Answer, GenerationJob
+from pema_ray.data_owner.decoding.offline import GenerationJob, SystemAnswer
 from pema_ray.errors import UserError
 from pema_ray.evaluation.results import (
     Evaluation,
@@ -24,7 +24,7 @@ from pema_ray.evaluation.scores import Scorer
 from pema_ray.memory import ExternalMemory
 from pema_ray.memory.shards import atomic_file
 from pema_ray.progress import console
-from pema_ray.stages.answers import expert_of, make_job, read_rows, run_jobs, to_row, write_rows
+from pema_ray.stages.answers import make_job, predictor_of, read_rows, run_jobs, to_row, write_rows
 from pema_ray.stages.likelihood import likelihood_of
 from pema_ray.stages.run import Run
 from pema_ray.tasks import Pair
@@ -79,7 +79,7 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
 def _other_systems(run: Run, pairs: Sequence[Pair]) -> list[GenerationJob]:
     """The PLM with the same prompts, with other prompts, and PEMA at other λ."""
     config = run.config
-    expert = expert_of(run)
+    predictor = predictor_of(run)
     prompter = run.prompter()
     jobs = [make_job(run, _ALONE, pairs, prompter, config.generate, None)]
     shots = config.evaluate.few_shot
@@ -94,7 +94,7 @@ def _other_systems(run: Run, pairs: Sequence[Pair]) -> list[GenerationJob]:
     for lam in config.evaluate.generate_lambdas:
         options = config.generate.model_copy(update={"lambda_max": lam, "schedule": "constant"})
         if lam > 0 and _name(options) != _name(config.generate):
-            jobs.append(make_job(run, _name(options), pairs, prompter, options, expert))
+            jobs.append(make_job(run, _name(options), pairs, prompter, options, predictor))
     return jobs
 
 
@@ -111,7 +111,7 @@ def _score(
     pairs: Sequence[Pair],
     pema_rows: list[dict[str, Any]],
     rows: dict[str, list[dict[str, Any]]],
-    answers: dict[str, list[Answer]],
+    answers: dict[str, list[SystemAnswer]],
 ) -> list[SystemScore]:
     options = run.config.generate
 
@@ -162,8 +162,8 @@ def _share(scorer: Scorer, texts: list[str]) -> float | None:
 
 
 def _sweep(run: Run) -> LambdaSweep:
-    expert = expert_of(run).load(run.bundle.card, run.bundle.head)
-    likelihood = likelihood_of(run, run.config.generate.split, expert)
+    predictor = predictor_of(run).load(run.bundle.card, run.bundle.head)
+    likelihood = likelihood_of(run, run.config.generate.split, predictor)
     lambdas = tuple(sorted({*run.config.evaluate.lambdas, run.config.generate.lambda_max}))
     return LambdaSweep(
         lambdas=lambdas,

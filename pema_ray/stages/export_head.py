@@ -1,4 +1,4 @@
-"""Stage 2 of a run, the PLM owner's: load the PLM and export what it shares."""
+"""Stage 2 of a run: what the PLM owner shares, from a PLM of one's own or from somebody else's service."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from pema_ray.config import ExperimentConfig
 from pema_ray.hardware import dtype_name
+from pema_ray.line import BlockingPLM
 from pema_ray.stages.plm import connect
 from pema_ray.stages.run import Run
 
@@ -15,7 +16,8 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
     run = Run(config)
 
     def work() -> dict[str, Any]:
-        bundle = connect(config.plm).lm_head()
+        with BlockingPLM(connect(config.plm)) as plm:
+            bundle = plm.lm_head()
         bundle.save(run.path("export_head", "lm_head"))
         card = bundle.card
         dtype = dtype_name(bundle.head.dtype)

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from pema_ray.config import ExperimentConfig
-from pema_ray.stages.answers import expert_of, make_job, run_jobs, to_row, write_rows
+from pema_ray.stages.answers import make_job, predictor_of, run_jobs, to_row, write_rows
 from pema_ray.stages.run import Run
 
 
@@ -16,15 +16,15 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
 
     def work() -> dict[str, Any]:
         options = config.generate
-        expert = expert_of(run)
-        expert.check(run.bundle.card)  # refused here rather than in every actor
+        predictor = predictor_of(run)
+        predictor.check(run.bundle.card)  # refused here rather than in every actor
         pairs = run.pairs(options.split)
-        job = make_job(run, "pema", pairs, run.prompter(), options, expert)
+        job = make_job(run, "pema", pairs, run.prompter(), options, predictor)
         answers = run_jobs(config, run, [job], "answers")["pema"]
         rows = [to_row(run, pair, answer) for pair, answer in zip(pairs, answers, strict=True)]
         write_rows(run.path("generate", "answers.jsonl"), rows)
         finish = Counter(row["finish"] for row in rows)
-        tokens = sum(len(answer.generated.tokens) for answer in answers)
+        tokens = sum(len(answer.answer.tokens) for answer in answers)
         seconds = sum(answer.seconds for answer in answers)
         changed = Counter(rule for row in rows for rule in row["changed_by"])
         return {

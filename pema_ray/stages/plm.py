@@ -13,9 +13,7 @@ from pema_ray.config import PLMConfig
 from pema_ray.line import ModelCard, PLMClient
 
 
-def connect(
-    config: PLMConfig, card: ModelCard | None = None, engine: Mapping[str, Any] | None = None
-) -> PLMClient:
+def connect(config: PLMConfig, card: ModelCard | None = None, engine: Mapping[str, Any] | None = None) -> PLMClient:
     """A client of the PLM owner; models are loaded and connections made by its first call.
 
     Args:
@@ -37,11 +35,12 @@ def connect(
 
 
 def connector(
-    config: PLMConfig, card: ModelCard, cpus: float, engine: Mapping[str, Any] | None = None
+    config: PLMConfig, card: ModelCard | None, cpus: float, engine: Mapping[str, Any] | None = None
 ) -> Callable[[], PLMClient]:
     """A picklable `connect` for Ray actors.
 
     Args:
+        card: as `connect` takes it.
         cpus: that each actor has; a PLM of one's own uses as many threads, unless `plm.threads` says otherwise.
     """
     if config.is_own:

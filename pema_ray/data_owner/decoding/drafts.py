@@ -1,8 +1,8 @@
-"""Guesses the next tokens, so that several are checked in one round trip. Drafts never change an answer: every token is
-still drawn from the mixture, and a draft only says which states are worth asking for beforehand.
+"""Draft tokens, so that one round trip verifies several. Drafts never change an answer: every token is still chosen
+from the mixture, and a draft only says which states to request beforehand.
 
-Guesses come from the text itself and from the external memory; `pace.py` decides which are worth their while. Nothing
-here knows of sessions or of Ray.
+Candidates come from the text itself and from the external memory; `draft_length.py` decides how much of which to use.
+Knows no sessions and no Ray.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _PRIME = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True, slots=True)
-class Guess:
+class DraftCandidate:
     """Tokens that may follow.
 
     Attributes:
-        kind: where they are from; guesses of a kind come true about equally often.
+        kind: their origin; candidates of one kind are accepted about equally often.
     """
 
     kind: str
@@ -61,14 +61,14 @@ class PromptLookup:
             self._at, self._run = found, 0
         self._index()
 
-    def guesses(self, room: int) -> list[Guess]:
-        """Guesses of at most `room` tokens, one of each kind."""
+    def candidates(self, room: int) -> list[DraftCandidate]:
+        """Candidates of at most `room` tokens, one of each kind."""
         found = []
         if matched := self._lookup(LONGEST_MATCH, _SHORTEST_MATCH):
-            found.append(Guess(f"text {matched[0]}", self.ids[matched[1] : matched[1] + room]))
+            found.append(DraftCandidate(f"text {matched[0]}", self.ids[matched[1] : matched[1] + room]))
         if self._at is not None and (matched is None or matched[1] != self._at):
-            found.append(Guess(f"along {min(self._run, LONGEST_MATCH)}", self.ids[self._at : self._at + room]))
-        return [guess for guess in found if guess.tokens]
+            found.append(DraftCandidate(f"along {min(self._run, LONGEST_MATCH)}", self.ids[self._at : self._at + room]))
+        return [candidate for candidate in found if candidate.tokens]
 
     def _lookup(self, longest: int, shortest: int) -> tuple[int, int] | None:
         """How many of the last tokens stood together before, and the place after them; the longest match counts."""
@@ -90,7 +90,7 @@ class PromptLookup:
 class MemoryLookup:
     """Drafts from the targets of an external memory: what most often followed the answer's last tokens there.
 
-    Guesses go to the PLM owner, and with them scraps of those targets.
+    Draft tokens go to the PLM owner, and with them pieces of those targets.
 
     Args:
         token_T: targets, example after example.
@@ -122,8 +122,8 @@ class MemoryLookup:
     def __len__(self) -> int:
         return len(self._token)
 
-    def guesses(self, answer: Sequence[int], room: int) -> list[Guess]:
-        """The guess after the longest run of the answer's last tokens that is known."""
+    def candidates(self, answer: Sequence[int], room: int) -> list[DraftCandidate]:
+        """The candidate after the longest known run of the answer's last tokens."""
         for n in range(min(LONGEST_MATCH, len(answer)), 0, -1):
             hashes, place = self._tables[n - 1]
             wanted = _hash(np.asarray(answer[-n:], np.int64)[None])[0]
@@ -131,7 +131,7 @@ class MemoryLookup:
             if at < len(hashes) and hashes[at] == wanted:
                 begin = int(place[at])
                 end = min(begin + room, int(self._ends[self._piece[begin]]))
-                return [Guess(f"memory {n}", self._token[begin:end].tolist())]
+                return [DraftCandidate(f"memory {n}", self._token[begin:end].tolist())]
         return []
 
     def _table(self, n: int, piece_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -157,7 +157,7 @@ class MemoryLookup:
 
 
 def _hash(run_Nn: np.ndarray) -> np.ndarray:
-    """64 bits a run; two runs that share them only make a guess worse."""
+    """64 bits a run; a collision only makes a candidate worse."""
     found = np.zeros(len(run_Nn), np.uint64)
     with np.errstate(over="ignore"):
         for column in run_Nn.T:

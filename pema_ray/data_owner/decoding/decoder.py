@@ -1,0 +1,403 @@
+"""The decoder: generates many answers together by Gradual Unrolling, over any `PLMClient`.
+
+Every branch waits for representations from the PLM owner, or for its next token. Whatever has arrived is chosen for
+together (`chooser.py`) and continues in one message. A lost session is opened again with all its ids; the answer stays
+the same. Stages, evaluation, the API and the playground all call this class. Knows no Ray and no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, suppress
+from contextvars import Context
+from typing import Any
+
+from pema_ray.data_owner.decoding.beam import BeamSearch
+from pema_ray.data_owner.decoding.branch import Branch
+from pema_ray.data_owner.decoding.chooser import Chooser
+from pema_ray.data_owner.decoding.drafts import MemoryLookup, PromptLookup
+from pema_ray.data_owner.decoding.generation import Generation
+from pema_ray.data_owner.decoding.predictor import Predictor
+from pema_ray.data_owner.decoding.request import Answer, GenerationAborted, GenerationRequest, Token
+from pema_ray.data_owner.decoding.sampling import random_stream
+from pema_ray.data_owner.decoding.text import AnswerText
+from pema_ray.errors import UserError
+from pema_ray.hardware import set_threads
+from pema_ray.line import Busy, LMHead, PLMClient, SessionLost, Step, Stepped
+from pema_ray.line.tokenizer import PLMTokenizer
+from pema_ray.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+_REPLAYS = 20  # of one branch without a new token before its answer is aborted
+_SHORTEST_PAUSE = 0.05  # seconds between two attempts at a busy PLM owner, which may ask for longer ones
+_CONCURRENT_OPENINGS = 16  # those that wait for a slot must not take up the line of those that have one
+_CLOSING_SECONDS = 2.0  # to close sessions in, when the decoder stops
+_PATIENCE = 1.5  # round trips, as long as they were lately
+
+_Pairs = Sequence[tuple[Generation, Branch]]
+
+
+class Decoder:
+    """Answers generation requests. All methods belong to the event loop it was made on.
+
+    Args:
+        head: the PLM's LM head, on the device where distributions are computed.
+        eos: tokens that end an answer.
+        max_sequences: answers at a time; beam search counts every beam.
+        lockstep: choose only when no step is under way, and send all branches in one message. Answers then do not
+            depend on timing, to the last bit, and requests wait for room; the offline stages decode so. A service does
+            not: it answers whatever has arrived, and rejects requests beyond `max_sequences`.
+        threads: CPU threads of torch for choosing tokens; 0 takes torch's default.
+
+    Attributes:
+        predictors, memories: by adapter name; the memory of a name is where its drafts come from. May be replaced at
+            any time: answers that have begun keep theirs.
+    """
+
+    def __init__(
+        self,
+        client: PLMClient,
+        head: LMHead,
+        tokenizer: PLMTokenizer,
+        eos: Sequence[int],
+        max_sequences: int = 256,
+        lockstep: bool = False,
+        threads: int = 0,
+    ) -> None:
+        self.head, self._client, self._tokenizer = head, client, tokenizer
+        self._max_sequences, self._lockstep = max_sequences, lockstep
+        self._chooser = Chooser(head, eos)
+        self.predictors: Mapping[str, Predictor] = {}
+        self.memories: Mapping[str, MemoryLookup] = {}
+        self._openings = asyncio.Semaphore(_CONCURRENT_OPENINGS)
+        self._thread = ThreadPoolExecutor(1, "decoder", initializer=set_threads, initargs=(threads,))
+        self._waiting: deque[Generation] = deque()
+        self._live: set[Generation] = set()
+        self._in_flight, self._trip_seconds = 0, 0.0
+        self._arrived: list[Generation] = []
+        self._wake = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closings: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.create_task(self._serve(), name="decoder")
+
+    # ── what neighbours call ────────────────────────────────────────────────
+
+    @property
+    def live(self) -> int:
+        """Answers that are being generated."""
+        return len(self._live)
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Tokens, draft tokens, accepted ones, round trips, replays, busy answers."""
+        return self._chooser.counts
+
+    def use_metrics(self, metrics: Metrics) -> None:
+        """Report to these metrics from now on."""
+        self._chooser.metrics = metrics
+
+    def allow_plm_drafts(self, longest: int) -> None:
+        """Let the PLM owner draft up to so many tokens at a time, where round trips are long."""
+        self._chooser.longest_plm_draft = longest
+
+    def check_health(self) -> None:
+        """Raises when the loop that generates answers has ended."""
+        if self._loop.done():
+            raise RuntimeError("the decoder has stopped")
+
+    async def stop(self) -> None:
+        """End; answers that are being generated are aborted, and their sessions closed."""
+        self._loop.cancel()
+        for generation in self._live:
+            self._close([branch.session for branch in generation.branches])
+        for task in self._tasks - self._closings:
+            task.cancel()
+        if self._closings:
+            await asyncio.wait(self._closings, timeout=_CLOSING_SECONDS)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(self._loop, *self._tasks, return_exceptions=True)
+        for generation in [*self._live, *self._waiting]:
+            generation.out.put_nowait(GenerationAborted("the data owner's service ends"))
+        self._thread.shutdown(wait=True)
+
+    async def generate(self, requests: Sequence[GenerationRequest], timeout: float = 900.0) -> list[Answer]:
+        """All answers, in the order of their requests.
+
+        Args:
+            timeout: seconds for each answer, from its first step.
+
+        Raises:
+            as `answer`; the first error ends the others.
+        """
+
+        async def one(request: GenerationRequest) -> Answer:
+            async with aclosing(self.answer(request, timeout)) as answer:
+                return Answer([token async for token in answer])
+
+        tasks = [asyncio.create_task(one(request)) for request in requests]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def answer(self, request: GenerationRequest, timeout: float = 300.0) -> AsyncGenerator[Token, None]:
+        """The tokens of an answer as they are chosen. A caller that stops iterating frees its sessions at once.
+
+        Beam search yields its tokens when it is over.
+
+        Args:
+            timeout: seconds for the whole answer.
+
+        Raises:
+            UserError: an unknown adapter, or a prompt that is too long.
+            Busy: the decoder is full.
+            GenerationAborted: the PLM owner was busy or gone until the time was over.
+        """
+        generation = self._begin(request, time.monotonic() + timeout)
+        if self._lockstep:
+            self._waiting.append(generation)
+            self._wake.set()
+        else:
+            if self._sequences + generation.width > self._max_sequences:
+                raise Busy(f"{self._sequences} answers are being generated, the limit of this service; retry later")
+            self._live.add(generation)
+            self._send_alone(generation, generation.branches)
+        try:
+            before, metric = time.monotonic(), "first_token_seconds"
+            while True:
+                got = await self._next(generation, timeout)
+                now = time.monotonic()
+                self._chooser.metrics.observe(metric, now - before)
+                before, metric = now, "token_seconds"
+                yield got
+                if got.finish is not None:
+                    return
+        finally:
+            self._end(generation)
+
+    async def _next(self, generation: Generation, timeout: float) -> Token:
+        left = None if self._lockstep else max(generation.deadline - time.monotonic(), 0.001)
+        try:
+            async with asyncio.timeout(left):
+                got = await generation.out.get()
+        except TimeoutError:
+            raise GenerationAborted(f"the answer was not finished within {timeout:g} seconds") from None
+        if isinstance(got, Exception):
+            raise got
+        return got
+
+    # ── beginning and ending ────────────────────────────────────────────────
+
+    @property
+    def _sequences(self) -> int:
+        return sum(generation.width for generation in self._live)
+
+    def _begin(self, request: GenerationRequest, deadline: float) -> Generation:
+        if request.adapter is not None and request.adapter not in self.predictors:
+            known = ", ".join(self.predictors) or "none"
+            raise UserError(f"There is no adapter '{request.adapter}'; loaded are: {known}.")
+        predictor = None if request.adapter is None else self.predictors[request.adapter]
+        beams = BeamSearch(request.sampling) if request.sampling.kind == "beam" else None
+        lookup = memory = None
+        if request.draft and beams is None and not (predictor is not None and predictor.looks_back):
+            lookup, memory = PromptLookup(request.prompt), self.memories.get(request.adapter or "")
+        branch = Branch(list(request.prompt), len(request.prompt), AnswerText(self._tokenizer, request.stop))
+        rng = random_stream(request.sampling.seed, request.stream)
+        return Generation(request, predictor, [branch], lookup, memory, rng, deadline, beams)
+
+    def _end(self, generation: Generation) -> None:
+        generation.gone = True
+        self._live.discard(generation)
+        with suppress(ValueError):
+            self._waiting.remove(generation)
+        for trip in generation.trips:
+            trip.cancel()
+        self._close([*generation.ended, *(branch.session for branch in generation.branches)])
+        self._wake.set()
+
+    def _admit(self) -> list[tuple[Generation, Branch]]:
+        """In lockstep: requests that wait, as long as there is room."""
+        admitted: list[tuple[Generation, Branch]] = []
+        while self._waiting and (not self._live or self._sequences + self._waiting[0].width <= self._max_sequences):
+            generation = self._waiting.popleft()
+            self._live.add(generation)
+            admitted += [(generation, branch) for branch in generation.branches]
+        return admitted
+
+    # ── round trips ─────────────────────────────────────────────────────────
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, context=Context())  # the request that began it may end before it
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _send(self, pairs: _Pairs) -> asyncio.Task[None]:
+        for generation, _ in pairs:
+            generation.waiting += 1
+        return self._spawn(self._round_trip(pairs))
+
+    def _send_alone(self, generation: Generation, branches: Sequence[Branch]) -> None:
+        """A round trip that ends with its answer."""
+        trip = self._send([(generation, branch) for branch in branches])
+        generation.trips.add(trip)
+        trip.add_done_callback(generation.trips.discard)
+
+    async def _round_trip(self, pairs: _Pairs) -> None:
+        opens = any(not branch.sent for _, branch in pairs)
+        if opens and not self._lockstep:
+            async with self._openings:
+                outcomes = await self._step(pairs)
+        else:
+            outcomes = await self._timed_step(pairs)
+        self.counts["round_trips"] += 1
+        for (generation, branch), outcome in zip(pairs, outcomes, strict=True):
+            self._receive(generation, branch, outcome)
+        self._wake.set()
+
+    async def _timed_step(self, pairs: _Pairs) -> list[Stepped | Exception]:
+        sent = sum(1 + len(branch.draft_tokens) for _, branch in pairs)
+        drafted = max(branch.draft.by_plm for _, branch in pairs)
+        started = time.perf_counter()
+        self._in_flight += 1
+        try:
+            outcomes = await self._step(pairs)
+        finally:
+            self._in_flight -= 1
+            seconds = time.perf_counter() - started
+            self._trip_seconds = 0.8 * self._trip_seconds + 0.2 * seconds
+        if all(isinstance(outcome, Stepped) for outcome in outcomes):
+            self._chooser.draft_length.record_latency(seconds, sent, drafted)
+        return outcomes
+
+    async def _step(self, pairs: _Pairs) -> list[Stepped | Exception]:
+        steps: list[Step] = [branch.next_step(generation.prompt_from) for generation, branch in pairs]
+        try:
+            return await self._client.step(steps)
+        except (Busy, OSError) as error:
+            return [Busy(str(error), getattr(error, "retry_after", 0.2))] * len(steps)
+        except Exception as error:  # of the line as a whole, not of any answer
+            if self._lockstep:
+                return [error] * len(steps)
+            logger.error("the PLM owner rejects this service: %s", error)
+            return [GenerationAborted("the PLM owner rejects this service")] * len(steps)
+
+    def _receive(self, generation: Generation, branch: Branch, outcome: Stepped | Exception) -> None:
+        generation.waiting -= 1
+        if generation.gone:
+            self._close([branch.session])  # it may just have been opened again
+        elif isinstance(outcome, Stepped):
+            branch.receive(outcome)
+            if not generation.waiting and all(b.state_NH is not None for b in generation.branches):
+                self._arrived.append(generation)
+        elif isinstance(outcome, SessionLost):
+            self._replay(generation, branch)
+        elif isinstance(outcome, Busy):  # a step may be repeated: the session stays as it is
+            self.counts["busy"] += 1
+            self._retry(generation, branch, outcome.retry_after, str(outcome))
+        else:
+            generation.out.put_nowait(outcome)
+
+    def _replay(self, generation: Generation, branch: Branch) -> None:
+        """Open a lost session again with all its ids."""
+        self._close([branch.reopen()])
+        self.counts["replays"] += 1
+        if branch.replays > _REPLAYS:
+            generation.out.put_nowait(GenerationAborted("the PLM owner loses this session every time"))
+        else:
+            self._retry(generation, branch, 0.05 * 2 ** (branch.replays - 1), "the PLM owner lost the session")
+
+    def _retry(self, generation: Generation, branch: Branch, pause: float, reason: str) -> None:
+        if time.monotonic() > generation.deadline:
+            generation.out.put_nowait(GenerationAborted(f"the PLM owner did not answer in time: {reason}"))
+            return
+
+        async def later() -> None:
+            try:
+                await asyncio.sleep(max(pause, _SHORTEST_PAUSE))
+            finally:
+                generation.waiting -= 1
+            if not generation.gone:
+                self._send_alone(generation, [branch])
+
+        generation.waiting += 1
+        trip = self._spawn(later())
+        generation.trips.add(trip)
+        trip.add_done_callback(generation.trips.discard)
+
+    def _close(self, sessions: Sequence[str]) -> None:
+        if not sessions:
+            return
+        task = self._spawn(self._forget(sessions))
+        self._closings.add(task)
+        task.add_done_callback(self._closings.discard)
+
+    async def _forget(self, sessions: Sequence[str]) -> None:
+        with suppress(Exception):  # a PLM owner that is gone forgets by itself
+            await self._client.close(sessions)
+
+    # ── the loop ────────────────────────────────────────────────────────────
+
+    async def _serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            await (self._all_arrived() if self._lockstep else self._gather())
+            batch = [generation for generation in self._arrived if not generation.gone]
+            self._arrived = []
+            continuing: list[tuple[Generation, Branch]] = []
+            if batch:
+                try:
+                    chosen = await loop.run_in_executor(self._thread, self._chooser.choose, batch)
+                except Exception as error:
+                    chosen = [error] * len(batch)
+                for generation, tokens in zip(batch, chosen, strict=True):
+                    continuing += self._deliver(generation, tokens)
+            if self._lockstep:
+                continuing += self._admit()
+            if continuing:
+                self._send(continuing)
+
+    def _deliver(self, generation: Generation, tokens: list[Token] | Exception) -> _Pairs:
+        """Hand out an answer's tokens; the branches that continue."""
+        if isinstance(tokens, Exception):
+            generation.out.put_nowait(tokens)
+            return []
+        for token in tokens:
+            generation.out.put_nowait(token)
+        if generation.gone or (tokens and tokens[-1].finish is not None):
+            self._live.discard(generation)  # its room is free before its reader has read it
+            generation.ended += [branch.session for branch in generation.branches]
+            generation.branches = []
+        self._close(generation.ended)
+        generation.ended = []
+        return [(generation, branch) for branch in generation.branches]
+
+    async def _all_arrived(self) -> None:
+        """Wait until no branch is under way."""
+        while any(generation.waiting for generation in self._live):
+            await self._wake.wait()
+            self._wake.clear()
+
+    async def _gather(self) -> None:
+        """Wait for steps under way, but not for openings: one message for all costs the PLM little more than one.
+
+        Two halves that took turns would each wait for the other's forward pass.
+        """
+        if not self._arrived:
+            return
+        end = time.perf_counter() + _PATIENCE * self._trip_seconds
+        while self._in_flight and (left := end - time.perf_counter()) > 0:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await self._wake.wait()
+            self._wake.clear()

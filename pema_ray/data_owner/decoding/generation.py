@@ -1,0 +1,54 @@
+"""An answer that is being generated: its request, its branches, and the queue that its tokens leave by."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+import torch
+
+from pema_ray.data_owner.decoding.beam import BeamSearch
+from pema_ray.data_owner.decoding.branch import Branch
+from pema_ray.data_owner.decoding.drafts import MemoryLookup, PromptLookup
+from pema_ray.data_owner.decoding.predictor import Predictor
+from pema_ray.data_owner.decoding.request import GenerationRequest, Token
+
+
+@dataclass(eq=False)
+class Generation:
+    """One answer.
+
+    Attributes:
+        predictor: the data owner's distribution; None answers with the PLM alone. It stays until the answer is done.
+        branches: hypotheses that still grow.
+        lookup, memory: where draft tokens come from.
+        rng: this answer's random draws.
+        deadline: on `time.monotonic`.
+        waiting: branches whose step is under way.
+        ended: sessions that are no longer needed.
+        trips: round trips that serve this answer alone.
+    """
+
+    request: GenerationRequest
+    predictor: Predictor | None
+    branches: list[Branch]
+    lookup: PromptLookup | None
+    memory: MemoryLookup | None
+    rng: torch.Generator
+    deadline: float
+    beams: BeamSearch | None = None
+    waiting: int = 0
+    ended: list[str] = field(default_factory=list)
+    out: asyncio.Queue[Token | Exception] = field(default_factory=asyncio.Queue)
+    trips: set[asyncio.Task[None]] = field(default_factory=set)
+    gone: bool = False
+
+    @property
+    def prompt_from(self) -> int | None:
+        """The first position of the prompt whose representation is needed, if any before the last."""
+        return self.predictor.prompt_from if self.predictor is not None and self.predictor.looks_back else None
+
+    @property
+    def width(self) -> int:
+        """Sessions that it takes."""
+        return self.request.sampling.beams if self.beams is not None else 1

@@ -1,0 +1,160 @@
+"""Spreads generation over Ray Data: each actor holds a client of the PLM owner, the LM head and the predictors."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pema_ray.data_owner.decoding.decoder import Decoder
+from pema_ray.data_owner.decoding.predictor import Predictor, PredictorSpec
+from pema_ray.data_owner.decoding.request import Answer, GenerationAborted, GenerationRequest
+from pema_ray.errors import UserError
+from pema_ray.hardware import pick_device
+from pema_ray.line import LMHeadBundle, PLMClient
+
+_BATCHES_PER_TASK = 8  # answers that finish make room for the next ones: long tasks keep the batch full
+
+
+@dataclass(frozen=True)
+class GenerationJob:
+    """All answers of one system.
+
+    Attributes:
+        keys: one for each request; they name the answers.
+        predictor: what the requests' adapter is, by whichever name; None with the PLM alone.
+    """
+
+    system: str
+    keys: list[int]
+    requests: list[GenerationRequest]
+    predictor: PredictorSpec | None
+
+
+@dataclass(frozen=True)
+class SystemAnswer:
+    """One answer, with the system and key it belongs to.
+
+    Attributes:
+        seconds: of its task, divided by the task's answers.
+    """
+
+    system: str
+    key: int
+    answer: Answer
+    seconds: float
+
+
+def generate(
+    jobs: Sequence[GenerationJob],
+    connect: Callable[[], PLMClient],
+    bundle: Path,
+    batch_size: int,
+    actors: int = 1,
+    cpus_per_actor: float = 1,
+    gpus_per_actor: float = 0,
+    device: str = "auto",
+) -> Iterator[list[SystemAnswer]]:
+    """Answers of all jobs, task by task as they are finished. Ray must be running.
+
+    Args:
+        connect: makes a client of the PLM owner in an actor; must be picklable.
+        batch_size: sequences that an actor decodes together; every beam is one.
+        device: where each actor keeps the LM head and the adapters.
+
+    Raises:
+        UserError: as the decoder raises it, or the PLM owner did not answer in time.
+    """
+    import ray
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    tasks = [task for job in jobs for task in _split(job, batch_size)]
+    # Requests travel once, through the object store; Ray Data's rows are only their numbers.
+    held = ray.put(tasks)
+    numbers = ray.data.from_items([{"number": n} for n in range(len(tasks))], override_num_blocks=len(tasks))
+    done = numbers.map_batches(
+        _Actor,
+        fn_constructor_args=(connect, bundle, held, batch_size, device, cpus_per_actor),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=min(actors, len(tasks)), max_tasks_in_flight_per_actor=2),
+        num_cpus=cpus_per_actor,
+        num_gpus=gpus_per_actor or None,
+    )
+    for row in done.iter_rows():
+        if row["error"]:
+            raise UserError(row["error"])
+        yield pickle.loads(row["answers"])  # made by our own actors, inside this cluster
+
+
+def _split(job: GenerationJob, batch_size: int) -> Iterator[GenerationJob]:
+    """A job in tasks of prompts of similar length."""
+    size = batch_size * _BATCHES_PER_TASK
+    order = sorted(range(len(job.requests)), key=lambda i: (len(job.requests[i].prompt), job.keys[i]))
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
+        keys, requests = [job.keys[i] for i in chosen], [job.requests[i] for i in chosen]
+        yield GenerationJob(job.system, keys, requests, job.predictor)
+
+
+class _Actor:
+    def __init__(
+        self,
+        connect: Callable[[], PLMClient],
+        bundle: Path,
+        tasks: Any,
+        batch_size: int,
+        device: str = "auto",
+        cpus: float = 0,
+    ) -> None:
+        import ray
+
+        self._predictors: dict[PredictorSpec, Predictor] = {}
+        self._tasks: list[GenerationJob] = ray.get(tasks) if isinstance(tasks, ray.ObjectRef) else tasks
+        self._batch_size, self._threads = batch_size, int(cpus)
+        self._runner = asyncio.Runner()
+        self._refusal = ""
+        try:
+            loaded = LMHeadBundle.load(bundle)
+            self.client, self.card = connect(), loaded.card
+            self.tokenizer, self.head = loaded.tokenizer(), loaded.head.to(pick_device(device))
+        except UserError as error:  # returned with the first task: Ray would bury its one line in a traceback
+            self._refusal = str(error)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        (number,) = (int(n) for n in batch["number"])
+        answers: list[SystemAnswer] = []
+        error = self._refusal
+        if not error:
+            try:
+                answers = self._runner.run(self._answer(self._tasks[number]))
+            except (UserError, GenerationAborted) as refused:
+                error = str(refused)
+        return {"answers": [pickle.dumps(answers)], "error": [error]}
+
+    async def _answer(self, job: GenerationJob) -> list[SystemAnswer]:
+        started = time.perf_counter()
+        eos = self.card.eos_token_ids
+        decoder = Decoder(
+            self.client, self.head, self.tokenizer, eos, self._batch_size, lockstep=True, threads=self._threads
+        )
+        if job.predictor is not None:
+            predictor = self._predictor(job.predictor)
+            decoder.predictors = {request.adapter: predictor for request in job.requests if request.adapter}
+        try:
+            answers = await decoder.generate(job.requests)
+        finally:
+            await decoder.stop()
+        seconds = (time.perf_counter() - started) / len(answers)
+        return [SystemAnswer(job.system, key, a, seconds) for key, a in zip(job.keys, answers, strict=True)]
+
+    def _predictor(self, spec: PredictorSpec) -> Predictor:
+        if spec not in self._predictors:
+            self._predictors[spec] = spec.load(self.card, self.head)
+        return self._predictors[spec]

@@ -1,0 +1,161 @@
+"""The data owner's distribution while decoding: an adapter, the nearest rows of a memory (kNN-LM), or both. Knows no Ray.
+
+    P = λ_t s P_own + (1 - λ_t s) P_LM,    s P_own = (1 - w) g P_PEMA + w P_kNN
+
+with w the neighbours' weight (0 without, 1 without an adapter) and g the λ that an adapter predicts (1 where it does
+not). N rows, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from pema_ray.config import KnnMixConfig
+from pema_ray.data_owner.adapter import PemaAdapter
+from pema_ray.data_owner.decoding.state import DecodingState
+from pema_ray.data_owner.knn import NearestNeighbours, require_faiss
+from pema_ray.errors import UserError
+from pema_ray.line import LMHead, ModelCard
+from pema_ray.memory import ExternalMemory
+
+_SMALLEST_SHARE = 1e-30  # keeps the logarithm of a share finite
+
+
+class Predictor:
+    """Predicts the next token from received representations.
+
+    Args:
+        weight: w, of the neighbours beside an adapter; alone they count whole.
+    """
+
+    def __init__(
+        self,
+        head: LMHead,
+        adapter: PemaAdapter | None = None,
+        neighbours: NearestNeighbours | None = None,
+        weight: float = 0.0,
+    ) -> None:
+        self.head, self.adapter, self.neighbours = head, adapter, neighbours
+        self.weight = 0.0 if neighbours is None else 1.0 if adapter is None else weight
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether it needs the prompt's representations and one token after another."""
+        return self.adapter is not None and self.adapter.config.looks_back
+
+    @property
+    def prompt_from(self) -> int:
+        """The first position of a prompt whose representation it needs, if it looks back."""
+        return 0 if self.adapter is None else self.adapter.config.prompt_from
+
+    def begin(self, state_TH: torch.Tensor, tokens: Sequence[int]) -> DecodingState:
+        """The state of one sequence of an adapter that looks back, from its prompt's last T positions."""
+        assert self.adapter is not None, "neighbours keep no state"
+        x_TH = self.adapter.enter(state_TH.to(self.head.weight.device), self.head)
+        return DecodingState(self.adapter, self.head, x_TH, tokens)
+
+    def distribution(
+        self, state_NH: torch.Tensor, decoding: Sequence[DecodingState | None]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(log P_own [N, V], s [N])`, float32.
+
+        Args:
+            decoding: the state of each row's sequence, of an adapter that looks back.
+        """
+        share = torch.ones(len(state_NH), device=state_NH.device)
+        log_own: torch.Tensor | None = None
+        if self.adapter is not None:
+            log_own, share = (
+                self._adapted(self.adapter, state_NH, decoding),
+                self.adapter.predicted_lambda(state_NH, self.head),
+            )
+        if self.neighbours is None:
+            assert log_own is not None, "a predictor has an adapter, neighbours, or both"
+            return log_own, share
+        log_knn = self.neighbours.log_probs(state_NH, self.head)
+        if log_own is None:
+            return log_knn, share
+        adapted = (1 - self.weight) * share
+        share = adapted + self.weight
+        part = (adapted / share).clamp_min(_SMALLEST_SHARE).log()[:, None]
+        return torch.logaddexp(log_own + part, log_knn + (self.weight / share).log()[:, None]), share
+
+    def _adapted(
+        self, adapter: PemaAdapter, state_NH: torch.Tensor, decoding: Sequence[DecodingState | None]
+    ) -> torch.Tensor:
+        if not adapter.config.looks_back:
+            return adapter.log_probs(state_NH, self.head, alone=True)
+        x_NH = adapter.enter(state_NH, self.head)
+        states = [state for state in decoding if state is not None]
+        seen_NH = torch.cat([state.step(x_NH[row : row + 1]) for row, state in enumerate(states)])
+        log_p_NV = self.head.log_probs(adapter.leave(adapter.predict(seen_NH), self.head))
+        return torch.cat([state.mix(log_p_NV[row : row + 1]) for row, state in enumerate(states)])
+
+    def log_probs(
+        self, state_NH: torch.Tensor, sequences: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """float32 `log(s P_own + (1 - s) P_LM) [N, V]` of stored rows, as a likelihood needs it.
+
+        Args:
+            sequences: as `PemaAdapter.log_probs` takes them; log P is then that of the rows wanted alone.
+        """
+        if self.adapter is None:
+            assert self.neighbours is not None
+            return self.neighbours.log_probs(state_NH, self.head)
+        log_p = self.adapter.log_probs(state_NH, self.head, sequences)
+        if self.neighbours is None:
+            return log_p
+        rows = state_NH if sequences is None else state_NH[sequences[2]]
+        log_knn = self.neighbours.log_probs(rows, self.head)
+        return torch.logaddexp(log_p + math.log1p(-self.weight), log_knn + math.log(self.weight))
+
+
+@dataclass(frozen=True)
+class PredictorSpec:
+    """Where a predictor's parts lie: an adapter's folder, a memory's folder, or both.
+
+    Attributes:
+        knn: how the memory is searched; its weight counts beside an adapter, and 0 leaves the memory out.
+        max_examples: of the memory, the first so many only.
+    """
+
+    adapter: Path | None = None
+    memory: Path | None = None
+    knn: KnnMixConfig = field(default_factory=KnnMixConfig)
+    max_examples: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.adapter is None and self.memory is None:
+            raise UserError("A predictor needs an adapter, a memory, or both.")
+
+    def check(self, card: ModelCard) -> None:
+        """Refuse what `load` would refuse, without reading a memory's rows or building an index."""
+        if self.adapter is not None:
+            PemaAdapter.from_pretrained(self.adapter, card)
+        if self._has_neighbours:
+            require_faiss()
+            ExternalMemory.open(str(self.memory), card)
+
+    def load(self, card: ModelCard, head: LMHead) -> Predictor:
+        """The predictor, on the LM head's device.
+
+        Raises:
+            UserError: there is no such adapter or memory, it belongs to another PLM, or faiss is not installed.
+        """
+        adapter = neighbours = None
+        if self.adapter is not None:
+            adapter = PemaAdapter.from_pretrained(self.adapter, card).to(head.weight.device)
+        if self._has_neighbours:
+            rows = ExternalMemory.open(str(self.memory), card).view(max_examples=self.max_examples)
+            c = self.knn
+            neighbours = NearestNeighbours(rows, head, c.neighbours, c.temperature, c.index, c.probes)
+        return Predictor(head, adapter, neighbours, self.knn.weight)
+
+    @property
+    def _has_neighbours(self) -> bool:
+        return self.memory is not None and (self.adapter is None or self.knn.weight > 0)

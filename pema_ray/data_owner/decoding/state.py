@@ -1,0 +1,50 @@
+"""What an adapter that looks back keeps of one sequence while it is decoded. T positions, H hidden, V vocabulary."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+
+from pema_ray.data_owner.adapter import PemaAdapter
+from pema_ray.line import LMHead
+
+
+class DecodingState:
+    """The caches of one sequence: `step` takes the newest position, `follow` the token that came after it.
+
+    Args:
+        x_TH: the prompt's positions in the adapter's space, the newest last.
+        tokens: their T tokens.
+    """
+
+    def __init__(self, adapter: PemaAdapter, head: LMHead, x_TH: torch.Tensor, tokens: Sequence[int]) -> None:
+        self._head = head
+        follows = torch.tensor(list(tokens[1:]), dtype=torch.long, device=x_TH.device)
+        past = x_TH[:-1]  # the newest position comes by `step`
+        self._look_back = adapter.look_back.begin(past, follows, head.weight) if adapter.look_back else None
+        self._local_memory = adapter.local_memory.begin(past, follows) if adapter.local_memory else None
+
+    def step(self, x_1H: torch.Tensor) -> torch.Tensor:
+        """The newest position after a look at those before it, `[1, H]`."""
+        if self._local_memory is not None:
+            self._local_memory.step(x_1H)
+        return x_1H if self._look_back is None else self._look_back.step(x_1H)
+
+    def mix(self, log_pema_1V: torch.Tensor) -> torch.Tensor:
+        """The adapter's log-probabilities with the local memory's mixed in."""
+        return log_pema_1V if self._local_memory is None else self._local_memory.mix(log_pema_1V)
+
+    def follow(self, token: int) -> None:
+        """The newest position was followed by this token."""
+        if self._look_back is not None:
+            self._look_back.follow(token, self._head.weight)
+        if self._local_memory is not None:
+            self._local_memory.follow(token)
+
+    def fork(self) -> DecodingState:
+        """A second sequence that begins alike; caches share the past, which nobody writes to."""
+        other = copy.copy(self)
+        other._look_back, other._local_memory = copy.copy(self._look_back), copy.copy(self._local_memory)
+        return other
