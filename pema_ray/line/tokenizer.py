@@ -38,6 +38,12 @@ class TextStream:
         """The rest at the end of the answer: U+FFFD for a character that never became whole."""
         return self._utf8.decode(b"", final=True)
 
+    def fork(self) -> TextStream:
+        """Another stream that begins with the same tokens."""
+        other = TextStream(self._tokenizer)
+        other._utf8.setstate(self._utf8.getstate())
+        return other
+
 
 class PLMTokenizer:
     """The PLM's tokenizer. Threads may share one.
@@ -66,19 +72,8 @@ class PLMTokenizer:
         self._vocabulary, self._decoder = backend.id_to_token, backend.decoder
         self._bytes: dict[int, bytes] = {}
 
-        control = [text for text in added if text in self._special or _is_written_by(self.chat_template, text)]
-        self._nonce = str(secrets.randbits(64))
-        self._names = {text: f"\ufdd0{self._nonce}.{n}\ufdd1" for n, text in enumerate(control)}
-        self._contents = {name: text for text, name in self._names.items()}
-        self._as_text, self._break = f"\ufdd2{self._nonce}", f"\ufdd3{self._nonce}"
-        alone = {text for text, (_, token) in added.items() if token.single_word}
-        self._any_name = _any_of(self._contents)
-        self._any_control = _any_of(control, alone)
-        self._any_rendered = re.compile(f"({self._as_text})?({self._any_control.pattern})")
-        self._any_plain = _any_of([text for text in control if text not in self._special], alone)
-        self._heads = tuple({text[:n] for text in control for n in range(1, len(text))})
-        self._tails = tuple({text[n:] for text in control for n in range(1, len(text))})
-        self._renamed = _renamed(backend, self._names, {text: id for text, (id, _) in added.items()})
+        self._control = _ControlTokens([token for _, token in added.values()], self.chat_template)
+        self._renamed = _renamed(backend, self._control.names, {text: id for text, (id, _) in added.items()})
         self._prefix = self._find_prefix()
 
     def _find_prefix(self) -> list[int]:
@@ -124,30 +119,19 @@ class PLMTokenizer:
         if not self.chat_template:
             raise UserError("This PLM's tokenizer has no chat template. Send a prompt in place of messages.")
         try:
-            marked = self.hf.apply_chat_template(
-                self._marked(messages),
+            rendered = self.hf.apply_chat_template(
+                self._control.mark(messages),
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                **self._marked(template_arguments),
+                **self._control.mark(template_arguments),
             )
         except Exception as error:  # a template is a program of the PLM owner's and can raise anything
             raise UserError(f"The tokenizer's chat template refuses the messages: {error}") from None
-        named = self._any_rendered.sub(lambda found: found[2] if found[1] else self._names[found[2]], marked)
-        return named.replace(self._as_text, "").replace(self._break, "")
+        return self._control.name_unmarked(rendered)
 
     def readable(self, rendered: str) -> str:
         """What `render_chat` gave, with the control tokens as people write them."""
-        return self._any_name.sub(lambda found: self._contents[found[0]], rendered)
-
-    def _marked(self, value: Any) -> Any:
-        """The template's input with control tokens marked as text, and no string that completes one of another."""
-        if isinstance(value, str):
-            marked = self._any_control.sub(lambda found: self._as_text + found[0], value)
-            before = self._break if marked.startswith(self._tails) else ""
-            return before + marked + (self._break if marked.endswith(self._heads) else "")
-        if isinstance(value, Mapping):
-            return {self._marked(key): self._marked(item) for key, item in value.items()}
-        return [self._marked(item) for item in value] if isinstance(value, list | tuple) else value
+        return self._control.readable(rendered)
 
     def encode_rendered(self, rendered: str, answer: str = "") -> list[int]:
         """Token ids `[T]` of what `render_chat` gave, or its beginning, and of an answer to it, in one piece.
@@ -155,7 +139,7 @@ class PLMTokenizer:
         Raises:
             UserError: as `encode`.
         """
-        named = rendered + self._any_plain.sub(lambda found: self._names[found[0]], answer)
+        named = rendered + self._control.name_not_special(answer)
         try:
             named.encode()
         except UnicodeEncodeError as error:
@@ -221,16 +205,69 @@ class PLMTokenizer:
         return self._special.get(text)
 
 
-def _is_written_by(template: str | dict[str, str] | None, text: str) -> bool:
-    """Whether a chat template has this token in its source: a control token, whatever the tokenizer calls it."""
-    sources = template.values() if isinstance(template, dict) else [template or ""]
-    return not text.isspace() and any(text in source for source in sources)
+class _ControlTokens:
+    """Tells the control tokens that a tokenizer or its chat template writes from those that a text mentions.
+
+    These are the special tokens, and added tokens that the chat template writes, whatever the tokenizer calls them.
+
+    Attributes:
+        names: token → secret name.
+    """
+
+    def __init__(self, added: Sequence[Any], template: str | dict[str, str] | None) -> None:
+        written = "\n".join(template.values() if isinstance(template, dict) else [template or ""])
+        tokens = [t for t in added if t.special or (t.content in written and not t.content.isspace())]
+        nonce = str(secrets.randbits(64))
+        self.names = {token.content: f"\ufdd0{nonce}.{n}\ufdd1" for n, token in enumerate(tokens)}
+        self._contents = {name: text for text, name in self.names.items()}
+        self._any_name = re.compile(f"\ufdd0{nonce}[.][0-9]+\ufdd1")
+        self._any_not_special = re.compile(_any_of([token for token in tokens if not token.special]))
+
+        open_, close, break_ = (f"@{nonce}{c}" for c in ".,-")  # no filter of Jinja changes these characters
+        self._open, self._close, self._break = open_, close, break_
+        self._any_mark = re.compile(f"@{nonce}[.,-]")
+        self._any_mentioned = re.compile(rf"(?:{_any_of(tokens)})\s*")
+        self._any_rendered = re.compile(rf"{re.escape(open_)}(?:{_any_of(tokens)})\s*{close}|({_any_of(tokens)})")
+        self._heads = tuple({text[:n] for text in self.names for n in range(1, len(text))})
+        self._tails = tuple({text[n:] for text in self.names for n in range(1, len(text))})
+
+    def mark(self, value: Any) -> Any:
+        """A template's input with marks around the control tokens that it mentions.
+
+        A mark also stands where a string ends or begins with a part of a control token, which a template could join.
+        White space goes within the marks: templates that split at `</think>` strip what follows.
+        """
+        if isinstance(value, str):
+            marked = self._any_mentioned.sub(lambda found: self._open + found[0] + self._close, value)
+            before = self._break if marked.startswith(self._tails) else ""
+            return before + marked + (self._break if marked.endswith(self._heads) else "")
+        if isinstance(value, Mapping):
+            return {self.mark(key): self.mark(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.mark(item) for item in value]
+        if value is None or isinstance(value, int | float):
+            return value
+        raise TypeError(f"messages hold text, numbers, lists and mappings, not {type(value).__name__}")
+
+    def name_unmarked(self, rendered: str) -> str:
+        """What a template made of `mark`'s output: its own control tokens under their names, the marks gone."""
+        named = self._any_rendered.sub(lambda found: self.names[found[1]] if found[1] else found[0], rendered)
+        return self._any_mark.sub("", named)
+
+    def name_not_special(self, text: str) -> str:
+        """A text with the control tokens that are not special, such as `<think>`, under their names."""
+        return self._any_not_special.sub(lambda found: self.names[found[0]], text)
+
+    def readable(self, named: str) -> str:
+        """A text without secret names."""
+        return self._any_name.sub(lambda found: self._contents[found[0]], named)
 
 
-def _any_of(texts: Any, alone: Any = ()) -> re.Pattern[str]:
-    """One of the texts, the longest first as tokenizers match; those in `alone` only as whole words."""
-    longest = sorted(texts, key=len, reverse=True)
-    return re.compile("|".join(rf"\b{re.escape(t)}\b" if t in alone else re.escape(t) for t in longest) or "(?!)")
+def _any_of(tokens: Sequence[Any]) -> str:
+    """A regular expression for one of some added tokens, the longest first as tokenizers match."""
+    longest = sorted(tokens, key=lambda token: len(token.content), reverse=True)
+    alone = {True: r"(?<!\w){}(?!\w)", False: "{}"}
+    return "|".join(alone[t.single_word].format(re.escape(t.content)) for t in longest) or "(?!)"
 
 
 def _renamed(backend: Any, names: Mapping[str, str], ids: Mapping[str, int]) -> Any:

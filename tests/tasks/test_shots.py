@@ -53,13 +53,13 @@ def test_more_pairs_than_shots_are_needed():
         SimilarShots(PAIRS, 4)
 
 
-def test_prompts_show_them_and_all_begin_alike_only_until_the_first(tokenizer):
-    prompter = Prompter(tokenizer, TASK, SimilarShots(PAIRS, 1))
+def test_prompts_show_them_and_all_begin_alike_only_until_the_first(plm_tokenizer):
+    prompter = Prompter(plm_tokenizer, TASK, SimilarShots(PAIRS, 1))
     assert prompter.text("a time to cast away") == (
         "Old: a time to weep and a time to laugh\nNew: there is a time for tears\n\nOld: a time to cast away\nNew: "
     )
     encoded = prompter.encode_pair(PAIRS[1])
-    text = tokenizer.decode(encoded.prompt)
+    text = plm_tokenizer.decode(encoded.prompt)
     assert "verily I say unto you all" in text
     prompts = [prompter.encode_prompt(pair.source, pair.example_id) for pair in PAIRS]
     shared = prompter.shared_tokens
