@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, settings
 
 from pema_ray.config import PLMConfig
 from pema_ray.line import BlockingPLM
+from pema_ray.line.tokenizer import PLMTokenizer
 from pema_ray.plm_owner import EngineConfig, LoadedPLM, LocalPLM, load_plm
 
 torch.set_num_threads(1)
@@ -98,6 +99,12 @@ def tokenizer():
 
 
 def random_model(architecture: str, vocab_size: int, seed: int = 0):
+@pytest.fixture(scope="session")
+def plm_tokenizer(tokenizer) -> PLMTokenizer:
+    """The same, as stages and services use it."""
+    return PLMTokenizer(tokenizer)
+
+
     """Two layers of random weights, large enough that norms, scales and positions all matter; exact in bfloat16."""
     import transformers as t
 
