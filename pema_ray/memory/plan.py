@@ -1,13 +1,12 @@
-"""Decides who computes what: which examples form a shard, and which of them share a forward pass.
+"""One shard as a unit of work: its examples, which of them the PLM can take, and which share a forward pass.
 
-A plan depends on the examples and two settings alone, never on the number of actors, so that any build
-of it gives the same shards. A shard's examples are consecutive; its batches are bucketed by length.
+All of it depends on the shard's examples and two settings alone, never on the number of actors or of requests under
+way, so that any build of it gives the same bytes. A shard's examples are consecutive; its batches are bucketed by
+length.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -31,6 +30,12 @@ class ShardPlan:
     """Rows of prompts are kept too, from this token of theirs on; None: of targets only."""
     eos_row: bool = True
     """The last row of an example pairs all of it with EOS; off where it is a piece of a longer text."""
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """The tokens that all prompts begin with, short of every position that has a row."""
+        first = min(first_position(example, self.prompt_from) for example in self.examples)
+        return tuple(self.examples[0].prompt[: min(first, common_prompt_prefix(self.examples))])
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,25 +64,10 @@ def sort_out(examples: Sequence[EncodedPair], max_positions: int) -> tuple[list[
     return good, bad
 
 
-def plan_shards(
-    examples: Sequence[EncodedPair],
-    examples_per_shard: int,
-    context: Context = "teacher_forced",
-    weights: Weights | None = None,
-    prompt_from: int | None = None,
-    eos_row: bool = True,
-) -> list[ShardPlan]:
-    """Cut the examples, in their order, into shards; those without a row of their own are left out."""
-    if weights is not None:
-        examples = [e for e in examples if e.example_id not in weights or any(weights[e.example_id])]
-    shards = []
-    for number, start in enumerate(range(0, len(examples), examples_per_shard)):
-        mine = tuple(examples[start : start + examples_per_shard])
-        of_mine = (
-            None if weights is None else {e.example_id: weights[e.example_id] for e in mine if e.example_id in weights}
-        )
-        shards.append(ShardPlan(f"shard-{number:05d}.parquet", mine, context, of_mine, prompt_from, eos_row))
-    return shards
+def first_position(example: EncodedPair, prompt_from: int | None) -> int:
+    """The first token of an example that has a row: its prompt's last, or an earlier one where prompts have rows."""
+    last = len(example.prompt) - 1
+    return last if prompt_from is None else min(prompt_from, last)
 
 
 def count_duplicates(examples: Sequence[EncodedPair], eos: int, context: Context) -> Weights:
@@ -106,14 +96,6 @@ def count_duplicates(examples: Sequence[EncodedPair], eos: int, context: Context
                     mine[position] = 0
                 before = position + 1 if context == "generated" else nodes.setdefault((before, token), len(nodes) + 1)
     return {example_id: tuple(counts) for example_id, counts in weights.items()}
-
-
-def plan_hash(examples: Sequence[EncodedPair], settings: dict[str, object]) -> str:
-    """16 hex digits that two builds share exactly when they would write the same shards."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for example in examples:
-        digest.update(repr((example.example_id, example.prompt, example.target)).encode())
-    return digest.hexdigest()[:16]
 
 
 def plan_batches(examples: Sequence[EncodedPair], max_tokens: int, shared: int = 0) -> Iterator[list[EncodedPair]]:

@@ -9,54 +9,101 @@ with the target's tokens and then EOS (paper section 3.2; the published code sto
 
 A plan may ask for rows of the prompt too, for adapters that look back: (representation, the prompt's next token) at
 negative positions, -1 being the one before the target's first row.
+
+What the PLM is asked depends on the shard alone; when, on the others that are under way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import asyncio
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from pema_ray.line import ContextSource, DecodingSession, ExtractBatch
+from pema_ray.errors import UserError
+from pema_ray.line import ExtractBatch, PLMClient, SessionLost, Step, Stepped
 from pema_ray.memory.codec import KeyDtype, Keys, encode
-from pema_ray.memory.plan import ShardPlan, Weights, common_prompt_prefix, plan_batches
+from pema_ray.memory.plan import ShardPlan, Weights, first_position, plan_batches
 from pema_ray.memory.shards import MemoryRows
 from pema_ray.tasks import EncodedPair
 
-_ROOM_FOR_NEWCOMERS = 0.25  # of the sequences must be done before new ones are let in: every admission copies the cache
+_CHUNK = 16  # tokens drafted at a time: what is decoded past EOS is lost
 
 
 class Extractor(Protocol):
-    """The part of a `ContextSource` that a teacher-forced build needs."""
+    """The part of a `PLMClient` that a teacher-forced build needs."""
 
-    def extract(self, batch: ExtractBatch) -> torch.Tensor: ...
+    async def extract(self, batch: ExtractBatch) -> torch.Tensor: ...
+
+    async def end(self) -> None: ...
 
 
-def rows_of_batch(
-    source: Extractor,
-    batch: Sequence[EncodedPair],
-    eos: int | None,
+class BlockingExtractor:
+    """An `Extractor` of a plain function that takes whole sequences, without a prefix."""
+
+    def __init__(self, function: Callable[[ExtractBatch], torch.Tensor]) -> None:
+        self._function = function
+
+    async def extract(self, batch: ExtractBatch) -> torch.Tensor:
+        whole = [[*batch.prefix, *ids] for ids in batch.token_ids]
+        first = [len(batch.prefix) + first for first in batch.first]
+        return self._function(ExtractBatch(whole, first))
+
+    async def end(self) -> None:
+        """Nothing is held."""
+
+
+async def rows_of_shard(
+    plm: Extractor,
+    shard: ShardPlan,
+    eos: int,
     key_dtype: KeyDtype,
-    prompt_from: int | None = None,
-) -> MemoryRows:
-    """All rows of the examples, teacher-forced, example after example.
+    max_batch_tokens: int,
+    window: asyncio.Semaphore | None = None,
+) -> tuple[MemoryRows, int, int]:
+    """A shard's rows, teacher-forced, in the order of its examples.
 
     Args:
-        eos: what follows an example; none: nothing does, its last token is its last row's.
-        prompt_from: rows of prompts are wanted too, from this token of theirs on.
+        window: bounds the requests under way, those of other shards included; none: one at a time.
+
+    Returns:
+        The rows, and the token positions computed beyond the shared prefix, bare and padded.
     """
-    last = [len(example.prompt) - 1 for example in batch]
-    first = last if prompt_from is None else [min(prompt_from, place) for place in last]
-    inputs = [e.prompt + (e.target[:-1] if eos is None else e.target) for e in batch]
-    keys = encode(source.extract(ExtractBatch(inputs, first)).float().numpy(), key_dtype)
-    return _pair(keys, batch, eos, [len(e.target) + (eos is not None) for e in batch], first)
+    window, prefix = window or asyncio.Semaphore(1), shard.prefix
+    batches = list(plan_batches(shard.examples, max_batch_tokens, len(prefix)))
+
+    async def rows_of(batch: Sequence[EncodedPair]) -> MemoryRows:
+        first = [first_position(example, shard.prompt_from) for example in batch]
+        inputs = [(e.prompt + (e.target if shard.eos_row else e.target[:-1]))[len(prefix) :] for e in batch]
+        request = ExtractBatch(inputs, [place - len(prefix) for place in first], prefix)
+        async with window:
+            state_NH = await plm.extract(request)
+        counts = [len(e.target) + shard.eos_row for e in batch]
+        return await asyncio.to_thread(
+            lambda: _pair(encode(state_NH.float().numpy(), key_dtype), batch, eos, counts, first)
+        )
+
+    requests = [asyncio.ensure_future(rows_of(batch)) for batch in batches]
+    try:
+        parts = await asyncio.gather(*requests)
+    finally:
+        for request in requests:
+            request.cancel()
+    tokens, padded = 0, 0
+    for batch in batches:
+        lengths = [len(e.prompt) + len(e.target) - (not shard.eos_row) - len(prefix) for e in batch]
+        tokens += sum(lengths)
+        padded += max(lengths) * len(lengths)
+    return _in_order(MemoryRows.concatenate(parts), shard), tokens, padded
 
 
 def _pair(
-    keys: Keys, batch: Sequence[EncodedPair], eos: int | None, counts: Sequence[int], first: Sequence[int] | None = None
+    keys: Keys, batch: Sequence[EncodedPair], eos: int, counts: Sequence[int], first: Sequence[int] | None = None
 ) -> MemoryRows:
     """Put the first so many of each example's gold tokens beside its representations, after its prompt's own.
 
@@ -72,24 +119,6 @@ def _pair(
         example_id=np.concatenate([np.full(n + b, e.example_id, np.int64) for e, n, b in parts]),
         position=np.concatenate([np.arange(-b, n, dtype=np.int32) for _, n, b in parts]),
     )
-
-
-def rows_of_shard(
-    source: Extractor, shard: ShardPlan, eos: int, key_dtype: KeyDtype, max_batch_tokens: int
-) -> tuple[MemoryRows, int, int]:
-    """A shard's rows, teacher-forced, in the order of its examples.
-
-    Returns:
-        The rows, and the token positions computed beyond the shared prefix, bare and padded.
-    """
-    shared = common_prompt_prefix(shard.examples)
-    parts, tokens, padded = [], 0, 0
-    for batch in plan_batches(shard.examples, max_batch_tokens, shared):
-        parts.append(rows_of_batch(source, batch, eos if shard.eos_row else None, key_dtype, shard.prompt_from))
-        lengths = [len(e.prompt) + len(e.target) - (not shard.eos_row) - shared for e in batch]
-        tokens += sum(lengths)
-        padded += max(lengths) * len(lengths)
-    return _in_order(MemoryRows.concatenate(parts), shard), tokens, padded
 
 
 def _in_order(rows: MemoryRows, shard: ShardPlan) -> MemoryRows:
@@ -111,13 +140,46 @@ def weighted(rows: MemoryRows, weights: Weights) -> MemoryRows:
 # ── the generated context ───────────────────────────────────────────────────
 
 
-@torch.inference_mode()
-def generated_rows_of_shard(
-    source: ContextSource, shard: ShardPlan, eos: Sequence[int], key_dtype: KeyDtype, sequences: int
+@dataclass(slots=True)
+class _Continuation:
+    """One example's session: what the PLM said after its prompt, and the state before each of its tokens and after."""
+
+    example: EncodedPair
+    session: str
+    said: list[int] = field(default_factory=list)
+    states: list[torch.Tensor] = field(default_factory=list)
+    is_held: bool = False
+    """The PLM owner has the session."""
+
+    def step(self, chunk: int) -> Step:
+        """The next chunk. Its last known token is computed once more, so that no LM head is needed here."""
+        ids = [*self.example.prompt, *self.said]
+        draft = min(chunk, len(self.example.target) - len(self.said))
+        position = len(ids) - 1 if self.is_held else 0
+        return Step(self.session, position, ids[position:], states=1, draft=draft)
+
+    def take(self, answer: Stepped) -> None:
+        known = len(self.states) > 0  # the first state of a later chunk is the last of the one before
+        self.states += list(answer.state_NH[1 if known else 0 :])
+        self.said += answer.drafted
+        self.is_held = True
+
+    def is_done(self, eos: Sequence[int]) -> bool:
+        return len(self.said) >= len(self.example.target) or any(token in eos for token in self.said)
+
+    def rows(self, eos: Sequence[int]) -> list[torch.Tensor]:
+        """The state after each number of tokens, up to that before the PLM's EOS."""
+        said = next((n for n, token in enumerate(self.said) if token in eos), len(self.said))
+        return self.states[: said + 1]
+
+
+async def generated_rows_of_shard(
+    plm: PLMClient, shard: ShardPlan, eos: Sequence[int], key_dtype: KeyDtype, sequences: int
 ) -> tuple[MemoryRows, int]:
     """A shard's rows from the PLM's own greedy continuations, in the order of its examples.
 
-    Sequences are batched continuously: whoever is done makes room for the next example.
+    Every message advances all running sessions by one chunk; whoever is done makes room for the next example. A
+    session that the PLM owner lost is opened again with all its tokens so far.
 
     Args:
         eos: ids that end a continuation; the first is the target of EOS rows.
@@ -126,40 +188,36 @@ def generated_rows_of_shard(
     Returns:
         The rows, and the token positions computed beyond the prompts' shared prefix.
     """
-    head = source.lm_head().head
-    states: dict[int, list[torch.Tensor]] = {example.example_id: [] for example in shard.examples}
-    waiting = sorted(shard.examples, key=lambda e: (len(e.target), e.example_id), reverse=True)  # popped from its end
-    running: list[EncodedPair] = []
-    session: DecodingSession | None = None
+    limits = (await plm.describe()).limits
+    chunk = max(1, min(_CHUNK, limits.max_draft))
+    sequences = max(1, min(sequences, limits.max_steps, limits.max_rows // (1 + chunk)))
+    name = uuid.uuid4().hex
+    all_of_it = [_Continuation(example, f"{name}/{number}") for number, example in enumerate(shard.examples)]
+    waiting = sorted(all_of_it, key=lambda c: (len(c.example.target), c.example.example_id), reverse=True)
+    running: list[_Continuation] = []
     try:
         while running or waiting:
-            if waiting and len(running) <= (1 - _ROOM_FOR_NEWCOMERS) * sequences:
-                new = [waiting.pop() for _ in range(min(sequences - len(running), len(waiting)))]
-                prompts = [example.prompt for example in new]
-                if session is None:
-                    session = DecodingSession(source, prompts)
+            while waiting and len(running) < sequences:
+                running.append(waiting.pop())
+            answers = await plm.step([continuation.step(chunk) for continuation in running])
+            for continuation, answer in zip(running, answers, strict=True):
+                if isinstance(answer, SessionLost):
+                    continuation.is_held = False
+                elif isinstance(answer, Exception):
+                    raise answer
                 else:
-                    session.admit(prompts)
-                running += new
-            assert session is not None
-            state_BH = session.state_BH.to(head.weight.device)
-            greedy = head.logits(head.norm(state_BH)).argmax(-1).tolist()
-            kept: list[int] = []
-            for row, (example, token) in enumerate(zip(running, greedy, strict=True)):
-                states[example.example_id].append(session.state_BH[row])
-                if token not in eos and len(states[example.example_id]) <= len(example.target):
-                    kept.append(row)
-            running = [running[row] for row in kept]
-            if running:
-                session.extend(kept, [greedy[row] for row in kept])
-            else:
-                session.close()
-                session = None
+                    continuation.take(answer)
+            over = [continuation.session for continuation in running if continuation.is_done(eos)]
+            running = [continuation for continuation in running if not continuation.is_done(eos)]
+            if over:
+                await plm.close(over)
     finally:
-        if session is not None:
-            session.close()
-    counts = [len(states[example.example_id]) for example in shard.examples]
-    exact = torch.stack([state for example in shard.examples for state in states[example.example_id]])
-    shared = common_prompt_prefix(shard.examples)
+        if running:
+            with suppress(UserError):  # what ended the build is told, not what it entails
+                await plm.close([continuation.session for continuation in running])
+    found = [continuation.rows(eos) for continuation in all_of_it]
+    exact = torch.stack([state for states in found for state in states])
+    counts = [len(states) for states in found]
+    shared = len(shard.prefix)
     tokens = sum(len(example.prompt) - shared - 1 + n for example, n in zip(shard.examples, counts, strict=True))
     return _pair(encode(exact.float().numpy(), key_dtype), shard.examples, eos[0], counts), tokens

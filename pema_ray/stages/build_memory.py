@@ -1,17 +1,25 @@
-"""Stage 3 of a run: the external memory of every split, by PLM actors on Ray Data."""
+"""Stage 3 of a run: the external memory of every split, by actors that hold the PLM or ask its owner, on Ray Data."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from pema_ray.cluster import ray_cluster
-from pema_ray.config import ExperimentConfig
-from pema_ray.memory.build import MemoryBuild, prepare_folder, run_builds
+from pema_ray.config import BuildMemoryConfig, ExperimentConfig
+from pema_ray.errors import UserError
+from pema_ray.line import PLMClient
+from pema_ray.memory.build import run_builds
+from pema_ray.memory.examples import PreparedPairs, Wording, read_pairs
 from pema_ray.memory.manifest import Manifest
-from pema_ray.progress import track
-from pema_ray.stages.plm import factory
+from pema_ray.memory.planning import MemoryBuild, find_or_make_plan, find_plan, prepare_folder
+from pema_ray.progress import Tracker, track
+from pema_ray.stages.plm import connector
 from pema_ray.stages.run import Run
+from pema_ray.tasks.shots import first_shots
+
+_CLIENT_CPUS = 0.25  # of an actor that only waits for answers, encodes and writes
 
 
 def run(config: ExperimentConfig) -> dict[str, Any]:
@@ -19,38 +27,87 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
     run = Run(config)
 
     def work() -> dict[str, Any]:
-        chosen = config.build_memory
+        chosen = actor_settings(config)
         builds = [plan_memory(run, split) for split in chosen.splits]
-        for build in builds:
-            build.check()
-        missing = sum(len(prepare_folder(build)[0]) for build in builds)
-        make_source = factory(config.plm, chosen.cpus_per_actor, run.bundle.card)
-        started = time.perf_counter()
-        if not missing:
-            return measure_memory(run_builds(builds, make_source), 0, 1.0)
-        with (
-            ray_cluster(config.ray, chosen.cpus_per_actor, chosen.gpus_per_actor, readers=1),
-            track("memory", missing, "shards") as bar,
-        ):
-            manifests = run_builds(builds, make_source, lambda info: bar.advance(1, info.rows))
-        return measure_memory(manifests, bar.rows, time.perf_counter() - started)
+        client = plm_client(run)
+        if all(find_plan(build) and not prepare_folder(build)[0] for build in builds):
+            return measure_memory(run_builds(builds, client), 0, 1.0)
+        with ray_cluster(config.ray, chosen.cpus_per_actor, chosen.gpus_per_actor, readers=1):
+            missing = count_missing(builds)
+            started = time.perf_counter()
+            with track("memory", missing, "shards") as bar:
+                manifests = run_builds(builds, client, lambda info: bar.advance(1, info.rows), showing_waits(bar))
+            return measure_memory(manifests, bar.rows, time.perf_counter() - started)
 
     return run.perform("build_memory", work)
 
 
+def actor_settings(config: ExperimentConfig) -> BuildMemoryConfig:
+    """The build's settings, with what one actor asks of Ray.
+
+    Raises:
+        UserError: GPUs are asked for clients of somebody else's PLM.
+    """
+    chosen = config.build_memory
+    if config.plm.is_own:
+        return chosen
+    if chosen.gpus_per_actor:
+        raise UserError(
+            f"build_memory.gpus_per_actor={chosen.gpus_per_actor:g}: {config.plm.label} computes on its owner's GPUs, "
+            "the actors here only ask it. Leave gpus_per_actor at 0."
+        )
+    return chosen.model_copy(update={"cpus_per_actor": _CLIENT_CPUS})
+
+
 def plan_memory(run: Run, split: str) -> MemoryBuild:
-    """What a split's memory will be, from the prepared pairs and the run's prompts."""
-    prompter = run.prompter()
-    examples = [prompter.encode_pair(pair) for pair in run.pairs(split)]
+    """What a split's memory will be, from the prepared pairs and the run's prompts. Reads no more than it must."""
+    words = wording(run)
+    chosen = actor_settings(run.config)
     return MemoryBuild(
         folder=run.path("build_memory", split),
-        examples=examples,
+        examples=PreparedPairs(run.path("prepare", f"{split}.parquet"), words),
         card=run.bundle.card,
         task=run.task.name,
         split=split,
-        config=run.config.build_memory,
-        shared_tokens=prompter.shared_tokens,
+        config=chosen,
+        shared_tokens=words.prompter().shared_tokens if chosen.prompts else 0,
     )
+
+
+def wording(run: Run) -> Wording:
+    """What the run's prompts are made of."""
+    task, train = run.config.task, run.path("prepare", "train.parquet")
+    bundle = run.path("export_head", "lm_head")
+    if task.shots and task.show == "similar":
+        return Wording(bundle, run.task, task.chat, similar=train, shots=task.shots)
+    shown = first_shots(read_pairs(train), task.shots) if task.shots else []
+    return Wording(bundle, run.task, task.chat, tuple(shown))
+
+
+def plm_client(run: Run) -> Callable[[], PLMClient]:
+    """Makes the PLM's client in an actor."""
+    chosen, card = actor_settings(run.config), run.bundle.card
+    engine = {"slots": chosen.sequences, "max_tokens": None}
+    return connector(run.config.plm, card, chosen.cpus_per_actor, engine if run.config.plm.is_own else None)
+
+
+def count_missing(builds: list[MemoryBuild]) -> int:
+    """Plan what has no plan yet, shown as it goes, and say how many shards are to be made."""
+    unplanned = sum(build.shards for build in builds if not find_plan(build))
+    with track("planning", unplanned, "shards") as bar:
+        for build in builds:
+            find_or_make_plan(build, bar.advance)
+    return sum(len(prepare_folder(build)[0]) for build in builds)
+
+
+def showing_waits(bar: Tracker) -> Callable[[str], None]:
+    """Puts what the build waits for behind its progress."""
+
+    def show(text: str) -> None:
+        bar.note = text
+        bar.show()
+
+    return show
 
 
 def measure_memory(manifests: list[Manifest], new_rows: int, seconds: float) -> dict[str, Any]:

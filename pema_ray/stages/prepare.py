@@ -15,6 +15,8 @@ from pema_ray.stages.run import Run
 from pema_ray.tasks import load_pairs
 from pema_ray.tasks.sources import RejectedLine
 
+_ROW_GROUP = 8192  # pairs: tasks read ranges of rows, and no more groups than they need
+
 
 def run(config: ExperimentConfig) -> dict[str, Any]:
     """Write `prepare/{train,dev,test}.parquet`."""
@@ -35,7 +37,8 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
                 pq.write_table(pa.Table.from_pylist([asdict(line) for line in rejected]), temporary)
         for split, found in pairs.items():
             with atomic_file(run.path("prepare", f"{split}.parquet")) as temporary:
-                pq.write_table(pa.Table.from_pylist([asdict(pair) for pair in found]), temporary)
+                table = pa.Table.from_pylist([asdict(pair) for pair in found])
+                pq.write_table(table, temporary, row_group_size=_ROW_GROUP)
         counts = {split: len(found) for split, found in pairs.items()}
         return {
             "pairs": counts,

@@ -17,11 +17,12 @@ from pema_ray.data_owner.ray_training import FIRST_STEP, TrainingJob, fit
 from pema_ray.data_owner.training import History, Point
 from pema_ray.errors import UserError
 from pema_ray.memory import ExternalMemory
-from pema_ray.memory.build import finished_shards, planned_rows, run_build, run_builds, stream_shards
+from pema_ray.memory.build import run_build, run_builds, stream_shards
+from pema_ray.memory.planning import find_or_make_plan, finished_shards, planned_rows
 from pema_ray.memory.published import SCHEME, open_published
+from pema_ray.memory.waits import showing
 from pema_ray.progress import Tracker, track
-from pema_ray.stages.build_memory import measure_memory, plan_memory
-from pema_ray.stages.plm import factory
+from pema_ray.stages.build_memory import actor_settings, measure_memory, plan_memory, plm_client, showing_waits
 from pema_ray.stages.run import Run
 
 
@@ -53,7 +54,7 @@ def _train(run: Run) -> History:
 
 def _while_building(run: Run) -> dict[str, Any]:
     """Both stages at once: train takes up each shard as it is built, the dev memory being built before."""
-    c, chosen = run.config.train, run.config.build_memory
+    c, chosen = run.config.train, actor_settings(run.config)
     if chosen.context != "teacher_forced":
         raise UserError("train.stream needs build_memory.context=teacher_forced: the others' rows cannot be planned.")
     if {"train", "dev"} - set(chosen.splits):
@@ -62,24 +63,26 @@ def _while_building(run: Run) -> dict[str, Any]:
 
     def work() -> dict[str, Any]:
         builds = {split: plan_memory(run, split) for split in chosen.splits}
-        for build in builds.values():
-            build.check()
-        make_source = factory(run.config.plm, chosen.cpus_per_actor, run.bundle.card)
-        rows = planned_rows(builds["train"])
+        client = plm_client(run)
         train_folder = builds["train"].folder
-        already = len(finished_shards(train_folder))
         # Actors and the worker run side by side here, beside the one CPU that Ray Data reads with.
         cpus = chosen.actors * chosen.cpus_per_actor + c.cpus_per_worker
         gpus = chosen.actors * chosen.gpus_per_actor + c.gpus_per_worker
         with ray_cluster(run.config.ray, cpus, gpus, readers=1):
-            manifests = run_builds([build for split, build in builds.items() if split != "train"], make_source)
+            for build in builds.values():
+                find_or_make_plan(build)
+            rows, already = planned_rows(builds["train"]), len(finished_shards(train_folder))
+            manifests = run_builds([build for split, build in builds.items() if split != "train"], client)
             started = time.time()
-            stream = stream_shards(builds["train"], make_source)
             job = replace(training_job(run), streamed_rows=rows)
             forget_other_settings(job.run_dir, run.stamp("train"))
-            with track("building and training", _steps(c, rows)) as bar:
+            with (
+                track("building and training", _steps(c, rows)) as bar,
+                showing(showing_waits(bar)) as board,
+            ):
+                stream = stream_shards(builds["train"], client, board)
                 trained.append(fit(job, _showing(bar, c.batch_size), stream))
-            manifests.append(run_build(builds["train"], make_source))  # what an early stop has left to do
+            manifests.append(run_build(builds["train"], client))  # what an early stop has left to do
         ended = max((train_folder / shard.name).stat().st_mtime for shard in manifests[-1].shards)  # training goes on
         measured = measure_memory(manifests, manifests[-1].rows if not already else 0, max(1e-3, ended - started))
         told = run.path("train", FIRST_STEP)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -10,10 +11,10 @@ from pema_ray.errors import UserError
 from pema_ray.tasks.sources import Pair
 
 
-def first_shots(pairs: Sequence[Pair], shots: int, longest: int = 120) -> list[Pair]:
+def first_shots(pairs: Iterable[Pair], shots: int, longest: int = 120) -> list[Pair]:
     """`shots` worked examples: the first pairs, by number, of moderate length whose target differs from the source."""
-    ordered = sorted(pairs, key=lambda pair: pair.example_id)
-    chosen = [pair for pair in ordered if 60 < len(pair.source) < longest and pair.source != pair.target][:shots]
+    fitting = (pair for pair in pairs if 60 < len(pair.source) < longest and pair.source != pair.target)
+    chosen = heapq.nsmallest(shots, fitting, key=lambda pair: pair.example_id)
     if len(chosen) < shots:
         raise UserError(
             f"task.shots={shots}, but only {len(chosen)} training pairs are of a length to be shown "

@@ -11,7 +11,9 @@ import numpy as np
 
 from pema_ray.cluster import ray_cluster
 from pema_ray.line import ModelCard
-from pema_ray.memory.build import MemoryBuild, prepare_folder, run_build
+from pema_ray.memory.build import run_build
+from pema_ray.memory.planning import MemoryBuild, prepare_folder
+from pema_ray.memory.rows import BlockingExtractor
 from pema_ray.progress import track
 from pema_ray.trime.config import TrimeConfig
 from pema_ray.trime.datastore import KeySource, plan_datastore
@@ -32,7 +34,7 @@ def _build(run: TrimeRun) -> dict[str, Any]:
     build = plan_build(run)
     missing = len(prepare_folder(build)[0])
     started = time.perf_counter()
-    factory: Any = LoadKeys(run.model_folder, max(1, int(c.datastore.cpus_per_actor)))  # `extract` is all it needs
+    factory = LoadKeys(run.model_folder, max(1, int(c.datastore.cpus_per_actor)))
     if missing:
         cluster = ray_cluster(c.ray, c.datastore.cpus_per_actor, c.datastore.gpus_per_actor, readers=1)
         with cluster, track("datastore", missing, "shards") as bar:
@@ -82,9 +84,9 @@ class LoadKeys:
     threads: int
     device: str = "auto"
 
-    def __call__(self) -> KeySource:
+    def __call__(self) -> BlockingExtractor:
         from pema_ray.hardware import pick_device, set_threads
 
         set_threads(self.threads)
         device = pick_device(self.device)
-        return KeySource(load_model(self.folder).to(device), device)
+        return BlockingExtractor(KeySource(load_model(self.folder).to(device), device).extract)

@@ -17,7 +17,8 @@ from pema_ray.config import BuildMemoryConfig
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import ExtractBatch, ModelCard
 from pema_ray.memory import ExternalMemory
-from pema_ray.memory.build import MemoryBuild
+from pema_ray.memory.examples import ListedExamples
+from pema_ray.memory.planning import MemoryBuild
 from pema_ray.tasks import EncodedPair
 from pema_ray.trime.config import DatastoreConfig
 from pema_ray.trime.model import MemoryLM
@@ -75,7 +76,7 @@ def plan_datastore(
         key_dtype=config.key_dtype,
     )
     examples = examples_of(token_N, tokens_per_sample, context_window)
-    return MemoryBuild(folder, examples, card, corpus, split, settings, eos_row=False)
+    return MemoryBuild(folder, ListedExamples(examples), card, corpus, split, settings, eos_row=False)
 
 
 def open_datastore(folder: Path | str, card: ModelCard | None) -> ExternalMemory:

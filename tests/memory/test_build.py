@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,58 +14,13 @@ from pema_ray.config import BuildMemoryConfig, PLMConfig
 from pema_ray.errors import UserError
 from pema_ray.line import ModelCard
 from pema_ray.memory import ExternalMemory
-from pema_ray.memory.build import MemoryBuild, _ShardActor, prepare_folder, run_build
+from pema_ray.memory.build import run_build
+from pema_ray.memory.examples import ListedExamples
 from pema_ray.memory.manage import verify
-from pema_ray.memory.plan import plan_shards
+from pema_ray.memory.planning import MemoryBuild, prepare_folder, shard_name
+from pema_ray.stages.plm import connector
 from pema_ray.tasks import EncodedPair
-
-CARD = ModelCard("counting", "c" * 16, 2, 300, 96, (1,))
-EXAMPLES = [EncodedPair(i * 3, [10, 20, 30 + i], [4 + j for j in range(1 + i % 4)]) for i in range(10)]
-SETTINGS = {"examples_per_shard": 2, "cpus_per_actor": 0.5, "max_batch_tokens": 16}
-
-
-def build(folder: Path, **changes) -> MemoryBuild:
-    config = BuildMemoryConfig(**{**SETTINGS, **changes})
-    return MemoryBuild(folder, EXAMPLES, CARD, "task", "train", config, shared_tokens=1)
-
-
-def counting_factory(fail_on: int | None = None, refuse: str = "") -> Callable:
-    """Makes an extractor by arithmetic; a closure, so that it travels to an actor by value."""
-
-    def make():
-        import torch
-
-        from pema_ray.errors import UserError
-
-        class Counting:
-            def extract(self, batch):
-                if any(fail_on in ids for ids in batch.token_ids):
-                    raise UserError(f"token {fail_on} is not spoken here")
-                pairs = zip(batch.token_ids, batch.first, strict=True)
-                rows = [[float(sum(ids[: at + 1])), float(at)] for ids, f in pairs for at in range(f, len(ids))]
-                return torch.tensor(rows)
-
-        if refuse:
-            raise UserError(refuse)
-        return Counting()
-
-    return make
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def in_this_process(build: MemoryBuild, numbers: list[int] | None = None, factory: Callable | None = None) -> None:
-    """What actors do, without Ray."""
-    todo, _ = prepare_folder(build)
-    actor = _ShardActor(
-        [build.folder] * len(todo), todo, build.card.eos_token_ids, build.config, factory or counting_factory()
-    )
-    for number in range(len(todo)):
-        if numbers is None or number in numbers:
-            assert actor({"number": [number]})["error"] == [""]
-
+from tests.memory.kit import CARD, EXAMPLES, SETTINGS, build, contents, fake_plm, in_this_process, work
 
 # ── without Ray ─────────────────────────────────────────────────────────────
 
@@ -74,10 +29,10 @@ def test_rows_of_prompts_lie_before_those_of_targets(tmp_path: Path):
     """What all prompts begin with (here one token) has no rows; whoever asks for no prompts sees none."""
     in_this_process(build(tmp_path / "plain"))
     in_this_process(build(tmp_path / "whole", prompts=True))
-    manifest = run_build(build(tmp_path / "whole", prompts=True), counting_factory())
+    manifest = run_build(build(tmp_path / "whole", prompts=True), fake_plm())
     assert (manifest.rows, manifest.prompt_from) == (33, 1)
     assert sum(info.prompt_rows for info in manifest.shards) == 10
-    run_build(build(tmp_path / "plain"), counting_factory())
+    run_build(build(tmp_path / "plain"), fake_plm())
     plain, whole = ExternalMemory.open(tmp_path / "plain").load(), ExternalMemory.open(tmp_path / "whole")
     same = whole.load()
     assert all(
@@ -98,7 +53,7 @@ def test_rows_of_prompts_need_whole_sequences():
 
 def test_the_parts_of_a_finished_memory_agree(tmp_path: Path):
     in_this_process(build(tmp_path))
-    manifest = run_build(build(tmp_path), counting_factory())  # nothing is left to do, so Ray is not needed
+    manifest = run_build(build(tmp_path), fake_plm())  # nothing is left to do, so Ray is not needed
     assert manifest.rows == sum(len(e.target) + 1 for e in EXAMPLES) == 33
     assert (manifest.examples, len(manifest.shards)) == (10, 5)
     assert (manifest.fingerprint, manifest.eos_token_id, manifest.hidden_size) == (CARD.fingerprint, 1, 2)
@@ -109,14 +64,14 @@ def test_the_parts_of_a_finished_memory_agree(tmp_path: Path):
 
 def test_a_finished_shard_is_skipped_and_one_that_lacks_its_file_or_receipt_is_not(tmp_path: Path):
     in_this_process(build(tmp_path))
-    names = [shard.name for shard in plan_shards(EXAMPLES, 2)]
+    names = [shard_name(number) for number in range(5)]
     (tmp_path / names[0]).unlink()
     (tmp_path / names[1]).with_suffix(".receipt.json").unlink()
     (tmp_path / names[2]).write_bytes((tmp_path / names[2]).read_bytes()[:-5])
     (tmp_path / names[3]).with_suffix(".receipt.json").write_text('{"name": "sh')
     (tmp_path / f".{names[0]}.99.tmp").write_text("left by a process that was killed")
     todo, done = prepare_folder(build(tmp_path))
-    assert [shard.name for shard in todo] == names[:4]
+    assert todo == [0, 1, 2, 3]
     assert [info.name for info in done] == names[4:]
     assert not list(tmp_path.glob(".*.tmp"))
 
@@ -133,15 +88,16 @@ def test_other_settings_are_refused_unless_overwrite(change: dict, tmp_path: Pat
         prepare_folder(build(tmp_path, **change))
     assert contents(tmp_path) == before
     todo, done = prepare_folder(build(tmp_path, **change, overwrite=True))
-    assert not done and len(todo) == len(plan_shards(EXAMPLES, change.get("examples_per_shard", 2)))
+    assert not done and len(todo) == -(-10 // change.get("examples_per_shard", 2))
     assert os.listdir(tmp_path) == ["plan.json"]
 
 
 def test_another_plm_is_other_work_and_more_actors_are_not(tmp_path: Path):
     one = build(tmp_path)
-    other = MemoryBuild(tmp_path, EXAMPLES, ModelCard("x", "d" * 16, 2, 300, 96, (1,)), "task", "train", one.config)
-    assert one.hash() != other.hash()
-    assert one.hash() == build(tmp_path, actors=4, cpus_per_actor=2, overwrite=True).hash()
+    other = replace(one, card=ModelCard("x", "d" * 16, 2, 300, 96, (1,)))
+    assert one.plan_hash != other.plan_hash
+    how_fast = {"actors": 4, "max_actors": 8, "cpus_per_actor": 2, "requests_in_flight": 9, "patience_seconds": 1}
+    assert one.plan_hash == build(tmp_path, **how_fast, overwrite=True).plan_hash
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "{}"])
@@ -164,26 +120,24 @@ def test_a_damaged_plan_is_refused_like_other_settings(damage: str, tmp_path: Pa
 def test_examples_the_plm_cannot_take_are_refused_before_anything_is_made(examples, complaint: str, tmp_path: Path):
     folder = tmp_path / "memory"
     with pytest.raises(UserError, match=complaint):
-        run_build(MemoryBuild(folder, examples, CARD, "task", "train", BuildMemoryConfig()), counting_factory())
+        run_build(build(folder, examples), fake_plm())
     assert not folder.exists()
 
 
 def test_a_full_disk_in_an_actor_is_a_message_and_finished_shards_stay(tmp_path: Path, monkeypatch):
     in_this_process(build(tmp_path), [0, 1])
     before = contents(tmp_path)
-    todo, _ = prepare_folder(build(tmp_path))
-    actor = _ShardActor([tmp_path] * len(todo), todo, (1,), build(tmp_path).config, counting_factory())
 
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr("pema_ray.memory.shards.pq.write_table", full)
-        (error,) = actor({"number": [0]})["error"]
+        (error,) = work(build(tmp_path), [2])
     assert "No space left on device. Start again when it can; what is finished is kept." in error
     assert contents(tmp_path) == before
     in_this_process(build(tmp_path))
-    assert run_build(build(tmp_path), counting_factory()).rows == 33
+    assert run_build(build(tmp_path), fake_plm()).rows == 33
 
 
 def test_equal_rows_become_one_row_with_a_weight(tmp_path: Path):
@@ -192,15 +146,14 @@ def test_equal_rows_become_one_row_with_a_weight(tmp_path: Path):
     examples = [*EXAMPLES, *again, forked]
 
     def one(folder: str, split: str = "train", **changes) -> MemoryBuild:
-        config = BuildMemoryConfig(**{**SETTINGS, **changes})
-        return MemoryBuild(tmp_path / folder, examples, CARD, "task", split, config)
+        return build(tmp_path / folder, examples, split, **changes)
 
     in_this_process(one("all"))
     in_this_process(one("once", deduplicate=True))
     in_this_process(one("test", split="test", deduplicate=True))
-    manifests = {name: run_build(one(name), counting_factory()) for name in ("all",)}
-    manifests["once"] = run_build(one("once", deduplicate=True), counting_factory())
-    manifests["test"] = run_build(one("test", split="test", deduplicate=True), counting_factory())
+    manifests = {name: run_build(one(name), fake_plm()) for name in ("all",)}
+    manifests["once"] = run_build(one("once", deduplicate=True), fake_plm())
+    manifests["test"] = run_build(one("test", split="test", deduplicate=True), fake_plm())
     assert manifests["all"].rows == manifests["all"].represents == manifests["once"].represents
     assert manifests["once"].rows == 33 + 2  # the fork's own: its last token, and the EOS after it
     assert manifests["test"].rows == manifests["all"].rows  # measured on, not trained on
@@ -215,7 +168,7 @@ def test_equal_rows_become_one_row_with_a_weight(tmp_path: Path):
         return found
 
     assert counted(every) == counted(once)
-    assert verify(tmp_path / "once") == [] and one("once").hash() != one("once", deduplicate=True).hash()
+    assert verify(tmp_path / "once") == [] and one("once").plan_hash != one("once", deduplicate=True).plan_hash
     assert len(ExternalMemory.open(tmp_path / "once").load(max_examples=4)) == sum(
         len(e.target) + 1 for e in EXAMPLES[:4]
     )
@@ -227,15 +180,15 @@ def test_equal_rows_become_one_row_with_a_weight(tmp_path: Path):
 @pytest.fixture(scope="module")
 def undisturbed(ray_cluster, tmp_path_factory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("undisturbed")
-    run_build(build(folder), counting_factory())
+    run_build(build(folder), fake_plm())
     return contents(folder)
 
 
 @pytest.mark.cluster
 def test_one_actor_two_actors_and_one_process_write_the_same_bytes(undisturbed, tmp_path: Path):
-    run_build(build(tmp_path / "two", actors=2), counting_factory())
+    run_build(build(tmp_path / "two", actors=2), fake_plm())
     in_this_process(build(tmp_path / "none"))
-    run_build(build(tmp_path / "none"), counting_factory())
+    run_build(build(tmp_path / "none"), fake_plm())
     assert contents(tmp_path / "two") == contents(tmp_path / "none") == undisturbed
     assert len(undisturbed) == 5 * 2 + 2  # shards with receipts, the plan, the manifest
 
@@ -251,10 +204,10 @@ def test_a_stopped_build_resumes_to_the_same_bytes(undisturbed, tmp_path: Path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_build(build(tmp_path), counting_factory(), on_shard=stop)
+        run_build(build(tmp_path), fake_plm(), on_shard=stop)
     assert not (tmp_path / "manifest.json").exists()
     assert announced and announced[0] not in finished
-    run_build(build(tmp_path), counting_factory(), on_shard=lambda info: announced.append(info.name))
+    run_build(build(tmp_path), fake_plm(), on_shard=lambda info: announced.append(info.name))
     assert contents(tmp_path) == undisturbed
     assert len(announced) == len(set(announced)) and not set(announced) & set(finished)
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in finished} == finished
@@ -264,8 +217,8 @@ def test_a_stopped_build_resumes_to_the_same_bytes(undisturbed, tmp_path: Path):
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        (counting_factory(fail_on=33), "token 33 is not spoken here"),
-        (counting_factory(refuse="no such model"), "no such model"),
+        (fake_plm(fail_on=33), "token 33 is not spoken here"),
+        (fake_plm(refuse="no such model"), "no such model"),
     ],
     ids=["while extracting", "while loading"],
 )
@@ -280,17 +233,13 @@ def test_a_user_error_in_an_actor_comes_out_as_itself(ray_cluster, factory, mess
 def test_two_actors_with_a_real_model_write_what_one_process_would(
     ray_cluster, tiny_source, tiny_plm_folder, tmp_path: Path
 ):
-    card = tiny_source("llama").describe()
-    config = PLMConfig(name=tiny_plm_folder("llama"), dtype="float32", device="cpu", threads=1)
-
-    def factory():
-        from pema_ray.plm_owner import InProcessPLM, load_plm
-
-        return InProcessPLM(load_plm(config))
-
+    card = tiny_source("llama").describe().card
+    config = PLMConfig(name=tiny_plm_folder("llama"), dtype="float32", device="cpu")
+    factory = connector(config, card, 1)
     settings = BuildMemoryConfig(**SETTINGS, actors=2)
+    examples = ListedExamples(EXAMPLES)
     here, there = (
-        MemoryBuild(tmp_path / name, EXAMPLES, card, "task", "train", settings) for name in ("here", "there")
+        MemoryBuild(tmp_path / name, examples, card, "task", "train", settings) for name in ("here", "there")
     )
     in_this_process(here, factory=factory)
     assert run_build(here, factory) == run_build(there, factory)

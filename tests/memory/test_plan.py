@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pema_ray.memory.plan import common_prompt_prefix, count_duplicates, plan_batches, plan_hash, plan_shards
+from pema_ray.memory.plan import ShardPlan, common_prompt_prefix, count_duplicates, plan_batches
 from pema_ray.tasks import EncodedPair
 
 IDS = st.lists(st.integers(0, 99), min_size=1, max_size=30)
@@ -42,15 +42,6 @@ def test_batches_do_not_depend_on_the_order_given(examples: list[EncodedPair], b
     assert list(plan_batches(shuffled, budget)) == list(plan_batches(examples, budget))
 
 
-@given(examples=some_examples(), per_shard=st.integers(1, 7))
-def test_shards_are_the_examples_cut_in_their_order(examples: list[EncodedPair], per_shard: int):
-    shards = plan_shards(examples, per_shard)
-    assert [e for shard in shards for e in shard.examples] == examples
-    assert [shard.name for shard in shards] == [f"shard-{n:05d}.parquet" for n in range(len(shards))]
-    assert all(len(shard.examples) == per_shard for shard in shards[:-1])
-    assert plan_shards(examples, per_shard) == shards
-
-
 @given(examples=some_examples())
 def test_the_common_prefix_is_common_and_no_longer_one_is(examples: list[EncodedPair]):
     shared = common_prompt_prefix(examples)
@@ -59,18 +50,12 @@ def test_the_common_prefix_is_common_and_no_longer_one_is(examples: list[Encoded
     assert any(len(p) == shared for p in prompts) or len({p[shared] for p in prompts}) > 1
 
 
-def test_a_hash_changes_with_any_example_and_any_setting_and_with_nothing_else():
-    examples = [EncodedPair(1, [5, 6], [7]), EncodedPair(2, [5], [6, 7])]
-    key = plan_hash(examples, {"a": 1, "b": 2})
-    assert key == plan_hash(list(examples), {"b": 2, "a": 1}) and len(key) == 16
-    others = [
-        plan_hash(examples[::-1], {"a": 1, "b": 2}),
-        plan_hash(examples[:1], {"a": 1, "b": 2}),
-        plan_hash(examples, {"a": 1, "b": 3}),
-        plan_hash([EncodedPair(1, [5], [6, 7]), examples[1]], {"a": 1, "b": 2}),  # the seam moved
-        plan_hash([EncodedPair(3, [5, 6], [7]), examples[1]], {"a": 1, "b": 2}),
-    ]
-    assert len({key, *others}) == 6
+@given(examples=some_examples(), prompt_from=st.none() | st.integers(0, 5))
+def test_a_shards_prefix_is_common_and_leaves_every_position_that_has_a_row(examples, prompt_from: int | None):
+    prefix = ShardPlan("s", tuple(examples), prompt_from=prompt_from).prefix
+    assert all(tuple(e.prompt[: len(prefix)]) == prefix for e in examples)
+    firsts = [len(e.prompt) - 1 if prompt_from is None else min(prompt_from, len(e.prompt) - 1) for e in examples]
+    assert len(prefix) == min(*firsts, common_prompt_prefix(examples))
 
 
 # ── equal rows ──────────────────────────────────────────────────────────────
@@ -104,10 +89,7 @@ def test_equal_rows_are_counted_once_with_their_number(texts, context: str):
     assert found == expected
 
 
-def test_an_example_without_a_row_of_its_own_is_left_out_of_the_plan():
+def test_rows_of_equal_examples_are_counted_at_the_first():
     twice = [EncodedPair(0, [5], [6, 7]), EncodedPair(1, [5], [6, 7]), EncodedPair(2, [5], [6, 8])]
-    weights = count_duplicates(twice, 1, "teacher_forced")
-    assert weights == {0: (3, 2, 2), 1: (0, 0, 0), 2: (0, 1, 1)}
-    (shard,) = plan_shards(twice, 10, "teacher_forced", weights)
-    assert [e.example_id for e in shard.examples] == [0, 2] and shard.weights == {0: (3, 2, 2), 2: (0, 1, 1)}
+    assert count_duplicates(twice, 1, "teacher_forced") == {0: (3, 2, 2), 1: (0, 0, 0), 2: (0, 1, 1)}
     assert count_duplicates(twice, 1, "generated") == {0: (3, 2, 3), 1: (0, 0, 0), 2: (0, 1, 0)}

@@ -19,7 +19,10 @@ from torch import Tensor
 from pema_ray.cluster import ray_cluster
 from pema_ray.config import BuildMemoryConfig
 from pema_ray.line import ExtractBatch, ModelCard
-from pema_ray.memory.build import MemoryBuild, prepare_folder, run_build
+from pema_ray.memory.build import run_build
+from pema_ray.memory.examples import ListedExamples
+from pema_ray.memory.planning import MemoryBuild, prepare_folder
+from pema_ray.memory.rows import BlockingExtractor
 from pema_ray.progress import track
 from pema_ray.tasks import EncodedPair
 from pema_ray.trime.config import DatastoreConfig
@@ -61,12 +64,12 @@ class LoadKeys:
     threads: int
     device: str = "auto"
 
-    def __call__(self) -> DecoderKeys:
+    def __call__(self) -> BlockingExtractor:
         from pema_ray.hardware import pick_device, set_threads
 
         set_threads(self.threads)
         device = pick_device(self.device)
-        return DecoderKeys(load_translator(self.folder).to(device), device)
+        return BlockingExtractor(DecoderKeys(load_translator(self.folder).to(device), device).extract)
 
 
 def run(config: MtConfig) -> dict[str, Any]:
@@ -101,7 +104,7 @@ def plan_datastore(folder: Path, pairs: Parallel, card: ModelCard, corpus: str, 
         max_batch_tokens=config.max_batch_tokens,
         key_dtype=config.key_dtype,
     )
-    return MemoryBuild(folder, examples, card, corpus, "train", settings)
+    return MemoryBuild(folder, ListedExamples(examples), card, corpus, "train", settings)
 
 
 def _build(run: MtRun) -> dict[str, Any]:
@@ -109,7 +112,7 @@ def _build(run: MtRun) -> dict[str, Any]:
     pairs = Parallel.load(run.path("prepare"), "train")
     build = plan_datastore(run.path("datastore"), pairs, card_of(run), run.folder.name, c)
     missing, started = len(prepare_folder(build)[0]), time.perf_counter()
-    factory: Any = LoadKeys(run.path("train", "model"), max(1, int(c.cpus_per_actor)))  # `extract` is all it needs
+    factory = LoadKeys(run.path("train", "model"), max(1, int(c.cpus_per_actor)))
     cluster = ray_cluster(run.config.ray, c.cpus_per_actor, c.gpus_per_actor, readers=1) if missing else nullcontext()
     with cluster, track("datastore", missing, "shards") as bar:
         manifest = run_build(build, factory, lambda info: bar.advance(1, info.rows))

@@ -1,0 +1,113 @@
+"""A `PLMClient` that waits: for a quota, for room, for a service that is being started again.
+
+Only what time mends is repeated: `Busy` after its `retry_after`, `ConnectionError` after growing pauses. All else, such
+as a key that was revoked or another PLM in the old one's place, ends the call at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import TypeVar
+
+import torch
+
+from pema_ray.errors import UserError
+from pema_ray.line.lm_head import LMHeadBundle
+from pema_ray.line.messages import ExtractBatch
+from pema_ray.line.protocol import Busy, Description, PLMClient, Step, Stepped
+
+T = TypeVar("T")
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds; the pause doubles with every failed connection
+_SHORTEST_PAUSE = 0.05  # seconds, whatever `retry_after` says: a PLM owner is never asked in a tight loop
+
+
+class PatientPLM:
+    """Repeats each call of a client until it succeeds, or has failed for too long.
+
+    Args:
+        patience_seconds: how long one call may go on failing.
+        on_wait: told what a call waits for and how long, and "" once no call waits.
+
+    Raises (every call):
+        UserError: only a person can fix it, or `patience_seconds` are over.
+    """
+
+    def __init__(
+        self, client: PLMClient, patience_seconds: float, on_wait: Callable[[str], None] = lambda text: None
+    ) -> None:
+        self.client, self.patience_seconds, self._on_wait = client, patience_seconds, on_wait
+        self._waiting = 0
+
+    async def describe(self) -> Description:
+        return await self._repeated(self.client.describe)
+
+    async def lm_head(self) -> LMHeadBundle:
+        return await self._repeated(self.client.lm_head)
+
+    async def extract(self, batch: ExtractBatch) -> torch.Tensor:
+        return await self._repeated(lambda: self.client.extract(batch))
+
+    async def step(self, steps: Sequence[Step]) -> list[Stepped | Exception]:
+        """As `PLMClient.step`; single steps that are `Busy` are repeated too."""
+        outcomes: list[Stepped | Exception] = await self._repeated(lambda: self.client.step(steps))
+        started = time.monotonic()
+        pauses = _Pauses()
+        while busy := {n: o for n, o in enumerate(outcomes) if isinstance(o, Busy)}:
+            await self._wait(max(busy.values(), key=lambda error: error.retry_after), pauses, started)
+            again = list(busy)
+            repeated = await self._repeated(lambda again=again: self.client.step([steps[n] for n in again]))
+            for number, outcome in zip(again, repeated, strict=True):
+                outcomes[number] = outcome
+        return outcomes
+
+    async def close(self, sessions: Sequence[str]) -> None:
+        """Once, without waiting: sessions that stay open are forgotten by the PLM owner when they idle."""
+        with suppress(Busy, ConnectionError):
+            await self.client.close(sessions)
+
+    async def end(self) -> None:
+        await self.client.end()
+
+    async def _repeated(self, call: Callable[[], Awaitable[T]]) -> T:
+        started, pauses = time.monotonic(), _Pauses()
+        while True:
+            try:
+                return await call()
+            except (Busy, ConnectionError) as error:
+                await self._wait(error, pauses, started)
+
+    async def _wait(self, error: Exception, pauses: _Pauses, started: float) -> None:
+        seconds = pauses.after(error)
+        if time.monotonic() + seconds - started > self.patience_seconds:
+            raise UserError(
+                f"The PLM owner did not answer for {self.patience_seconds:g} s: {_reason(error)}. "
+                "Start again when it does; what is finished is kept."
+            ) from error
+        self._waiting += 1
+        self._on_wait(f"waiting for the PLM owner: {_reason(error)}, {seconds:.0f} s")
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            self._waiting -= 1
+            if not self._waiting:
+                self._on_wait("")
+
+
+class _Pauses:
+    """How long to wait after each failure of one call."""
+
+    def __init__(self) -> None:
+        self._next = _FIRST_PAUSE
+
+    def after(self, error: Exception) -> float:
+        if isinstance(error, Busy):
+            return max(_SHORTEST_PAUSE, error.retry_after)
+        pause, self._next = self._next, min(_LONGEST_PAUSE, 2 * self._next)
+        return pause
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().rstrip(".") or type(error).__name__

@@ -1,0 +1,186 @@
+"""Where the examples of a build come from: rows by number, read and tokenised where they are needed.
+
+`PreparedPairs` are rows of `prepare/<split>.parquet`, which tasks tokenise; `ListedExamples` are at hand already.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pema_ray.errors import UserError
+from pema_ray.line import LMHeadBundle
+from pema_ray.tasks import EncodedPair, Pair, Prompter, Task
+from pema_ray.tasks.shots import SimilarShots
+
+_ROWS_AT_ONCE = 2**16
+_prompters: dict[tuple[str, str], Prompter] = {}  # (bundle, digest of a wording) → its prompter, once in a process
+
+
+class Examples(Protocol):
+    """Numbered examples. Travels to tasks by pickle."""
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether `read` only looks up; else tasks do it."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """sha256 of everything that `read` depends on."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> list[EncodedPair]:
+        """Examples number `start` to `stop`, the last one excluded."""
+        ...
+
+
+@dataclass(frozen=True)
+class ListedExamples:
+    """Examples that were tokenised before."""
+
+    examples: Sequence[EncodedPair]
+    at_hand = True
+
+    @property
+    def digest(self) -> str:
+        digest = hashlib.sha256()
+        for example in self.examples:
+            digest.update(repr((example.example_id, list(example.prompt), list(example.target))).encode())
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def read(self, start: int, stop: int) -> list[EncodedPair]:
+        return list(self.examples[start:stop])
+
+
+@dataclass(frozen=True)
+class Wording:
+    """What prompts are made of, small enough to travel: each process makes its `Prompter` once.
+
+    Attributes:
+        bundle: the LM-head bundle's folder, for its tokenizer.
+        shown: pairs that every prompt shows.
+        similar: the prepared pairs to choose from, where each prompt shows those most like its source. Every process
+            that tokenises then holds all of them.
+        shots: how many of those a prompt shows.
+    """
+
+    bundle: Path
+    task: Task
+    chat: bool = False
+    shown: tuple[Pair, ...] = ()
+    similar: Path | None = None
+    shots: int = 0
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of what a prompter renders with; the tokenizer is covered by the PLM's fingerprint."""
+        worded = [self.task.template, self.task.chat_system, self.task.chat_user] if self.chat else self.task.template
+        chosen = [self.shots, content_digest(self.similar)] if self.similar else None
+        described = [worded, self.chat, [asdict(pair) for pair in self.shown], chosen]
+        return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+    def prompter(self) -> Prompter:
+        """The prompter of this process.
+
+        Raises:
+            UserError: the bundle or the pairs to choose from cannot be read.
+        """
+        key = str(self.bundle), self.digest
+        if key not in _prompters:
+            shown = SimilarShots(list(read_pairs(self.similar)), self.shots) if self.similar else self.shown
+            _prompters[key] = Prompter(LMHeadBundle.load(self.bundle).tokenizer(), self.task, shown, self.chat)
+        return _prompters[key]
+
+    @property
+    def probe(self) -> list[int]:
+        """Token ids of a fixed text, without pairs shown: they tell one way of tokenising from another."""
+        tokenizer = LMHeadBundle.load(self.bundle).tokenizer()
+        example = Prompter(tokenizer, self.task, (), self.chat).encode_pair(Pair(0, "Thou art 1 äß.", "You are 1 äß."))
+        return [*example.prompt, *example.target]
+
+
+@dataclass(frozen=True)
+class PreparedPairs:
+    """The pairs of a prepared split, tokenised where they are read.
+
+    Attributes:
+        path: a Parquet file of `prepare`.
+        wording: how a pair becomes a prompt.
+    """
+
+    path: Path
+    wording: Wording
+    at_hand = False
+
+    @cached_property
+    def digest(self) -> str:
+        parts = [content_digest(self.path), self.wording.digest, self.wording.probe]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        with _open(self.path) as file:
+            return file.metadata.num_rows
+
+    def read(self, start: int, stop: int) -> list[EncodedPair]:
+        prompter = self.wording.prompter()
+        return [prompter.encode_pair(pair) for pair in read_pairs(self.path, start, stop)]
+
+
+def read_pairs(path: Path, start: int = 0, stop: int | None = None) -> Iterator[Pair]:
+    """Prepared pairs number `start` to `stop`; only the row groups that hold them are read, one after the other.
+
+    Raises:
+        UserError: there is no such file, or none of `prepare`.
+    """
+    with _open(path) as file:
+        begin = 0
+        for group in range(file.num_row_groups):
+            end = begin + file.metadata.row_group(group).num_rows
+            first, last = max(start, begin), end if stop is None else min(stop, end)
+            if first < last:
+                table = file.read_row_group(group).slice(first - begin, last - first)
+                yield from (Pair(**row) for row in table.to_pylist())
+            begin = end
+
+
+def content_digest(path: Path) -> str:
+    """sha256 of the pairs in a prepared file, whatever its row groups, encodings and metadata. Reads all of it once."""
+    columns = ("example_id", "source", "target")
+    contents, lengths = {name: hashlib.sha256() for name in columns}, hashlib.sha256()
+    with _open(path) as file:
+        for batch in file.iter_batches(_ROWS_AT_ONCE, columns=list(columns)):
+            contents["example_id"].update(batch.column("example_id").to_numpy().astype("<i8").tobytes())
+            texts = [batch.column(name).cast(pa.binary()) for name in columns[1:]]
+            for name, text in zip(columns[1:], texts, strict=True):
+                contents[name].update(b"".join(text.to_pylist()))
+            sizes = [pc.binary_length(text).to_numpy().astype("<i8") for text in texts]
+            lengths.update(np.column_stack(sizes).tobytes())
+    found = [digest.hexdigest() for digest in (*contents.values(), lengths)]
+    return hashlib.sha256("".join(found).encode()).hexdigest()
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such prepared split. Run: pema-ray prepare") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(
+            f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}. Run: pema-ray prepare"
+        ) from None

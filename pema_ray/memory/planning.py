@@ -1,0 +1,331 @@
+"""What a build will make, and how much of it is there: the plan on disk, counted once and kept.
+
+Shard number i holds the examples i·n up to (i+1)·n, so that names and ranges follow from the number of examples alone.
+Which of them the PLM cannot take is known only from their tokens: every shard is counted before the PLM works, by Ray
+tasks where examples have to be tokenised, and the counts are kept in `plan.json`. The process that plans holds no
+examples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from pema_ray.config import BuildMemoryConfig
+from pema_ray.errors import FingerprintMismatch, UserError
+from pema_ray.line import ModelCard
+from pema_ray.memory.examples import Examples
+from pema_ray.memory.manifest import MANIFEST, Manifest, ShardInfo
+from pema_ray.memory.plan import Context, Rejected, ShardPlan, Weights, count_duplicates, sort_out
+from pema_ray.memory.shards import atomic_file
+from pema_ray.tasks import EncodedPair
+
+_PLAN = "plan.json"
+_SCHEME = 2  # of cutting examples into shards: another one is another plan
+REJECTED = "rejected.parquet"
+_MOST_BLOCKS = 1024  # Ray Data keeps some 30 KB a block in the driver
+OnCounted = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class MemoryBuild:
+    """One memory to be built: its folder, its examples (bad ones too), and what its manifest will say."""
+
+    folder: Path
+    examples: Examples
+    card: ModelCard
+    task: str
+    split: str
+    config: BuildMemoryConfig
+    shared_tokens: int = 0
+    """How many tokens all prompts of the task begin with."""
+    eos_row: bool = True
+    """Each example ends with a row of EOS; off where examples are pieces of one text."""
+
+    @property
+    def context(self) -> Context:
+        """`test` is teacher-forced whatever the others are: a likelihood is one of the gold prefix."""
+        return "teacher_forced" if self.split == "test" else self.config.context
+
+    @property
+    def shards(self) -> int:
+        """How many shards there are, empty ones too."""
+        return -(-len(self.examples) // self.config.examples_per_shard)
+
+    @property
+    def prompt_from(self) -> int | None:
+        """The first token of prompts that has a row, where prompts have any."""
+        return self.shared_tokens if self.config.prompts else None
+
+    @cached_property
+    def weights(self) -> Weights | None:
+        """How often the rows of examples with equal prompts occur; none where equal rows are kept.
+
+        `build_memory.deduplicate` compares all examples: they are read and held here, some KB each.
+        """
+        if not (self.config.deduplicate and self.split == "train"):
+            return None
+        good, _ = sort_out(self.examples.read(0, len(self.examples)), self._longest)
+        return count_duplicates(good, self.card.eos_token_ids[0], self.context)
+
+    @property
+    def _longest(self) -> int:
+        return self.card.max_positions + (not self.eos_row)  # without a row of EOS the last token is no input
+
+    @cached_property
+    def plan_hash(self) -> str:
+        """16 hex digits that two builds share exactly when they would write the same shards."""
+        settings: dict[str, object] = {
+            "scheme": _SCHEME,
+            "examples": self.examples.digest,
+            "fingerprint": self.card.fingerprint,
+            "key_dtype": self.config.key_dtype,
+            "examples_per_shard": self.config.examples_per_shard,
+            "max_batch_tokens": self.config.max_batch_tokens,
+            "context": self.context,
+        }
+        if self.context == "generated":
+            settings["sequences"] = self.config.sequences
+        if self.config.deduplicate and self.split == "train":
+            settings["deduplicate"] = True
+        if self.config.prompts:
+            settings["prompt_from"] = self.shared_tokens
+        if not self.eos_row:
+            settings["eos_row"] = False
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+    def read(self, number: int) -> list[EncodedPair]:
+        """All examples of a shard, tokenised."""
+        n = self.config.examples_per_shard
+        return self.examples.read(number * n, min((number + 1) * n, len(self.examples)))
+
+    def shard(self, number: int, examples: Sequence[EncodedPair]) -> tuple[ShardPlan, list[Rejected]]:
+        """A shard as a unit of work, from all of its examples, and those that are set aside."""
+        good, bad = sort_out(examples, self._longest)
+        weights = None
+        if self.weights is not None:
+            good = [e for e in good if any(self.weights.get(e.example_id, (1,)))]
+            weights = {e.example_id: self.weights[e.example_id] for e in good if e.example_id in self.weights}
+        plan = ShardPlan(shard_name(number), tuple(good), self.context, weights, self.prompt_from, self.eos_row)
+        return plan, bad
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each shard of a build will hold, by number; rows are those of targets.
+
+    `rows` is exact for a teacher-forced memory and the most there can be for a generated one.
+    """
+
+    examples: tuple[int, ...]
+    rows: tuple[int, ...]
+    rejected: int
+    first_rejected: tuple[Rejected, ...]
+    """As many as may be set aside, and one more, in the order of the examples."""
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.parquet"
+
+
+def planned_rows(build: MemoryBuild) -> int:
+    """How many rows a teacher-forced memory will have; see `find_or_make_plan`."""
+    return sum(find_or_make_plan(build).rows)
+
+
+def prepare_folder(build: MemoryBuild) -> tuple[list[int], list[ShardInfo]]:
+    """Make the folder ready and say what is left: `(numbers of shards to do, receipts of finished ones)`.
+
+    Raises:
+        UserError: as `find_or_make_plan` does.
+    """
+    plan = find_or_make_plan(build)
+    for leftover in build.folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+    todo, done = [], []
+    for number, rows in enumerate(plan.rows):
+        if rows:
+            receipt = read_receipt(build.folder / shard_name(number))
+            done.append(receipt) if receipt else todo.append(number)
+    return todo, done
+
+
+def find_or_make_plan(build: MemoryBuild, on_counted: OnCounted = lambda shards: None) -> Plan:
+    """The plan in a build's folder, or a new one, which is then kept there. Ray must run if one has to be made of
+    examples that are not at hand.
+
+    Args:
+        on_counted: told how many more shards were counted.
+
+    Raises:
+        UserError: more examples are bad than `max_rejected` allows, or none is left, or the folder holds a memory
+            built with other settings and `overwrite` is off.
+    """
+    if not len(build.examples):
+        raise UserError(f"Split '{build.split}' has no examples to build a memory from.")
+    if (plan := find_plan(build)) is None:
+        plan = _count(build, on_counted)
+        _check(build, plan)
+        _keep(build, plan)
+    else:
+        _check(build, plan)
+    return plan
+
+
+def find_plan(build: MemoryBuild) -> Plan | None:
+    """The plan of exactly this build, if its folder holds one.
+
+    Raises:
+        UserError: it holds another, and `overwrite` is off.
+    """
+    if not (build.folder / _PLAN).exists():
+        return None
+    key, kept = "unreadable", None
+    try:
+        kept = json.loads((build.folder / _PLAN).read_text())
+        key = str(kept["plan_hash"])
+        if key == build.plan_hash:
+            rejected = _read_rejected(build.folder) if kept["rejected"] else []
+            return Plan(tuple(kept["examples"]), tuple(kept["rows"]), kept["rejected"], tuple(rejected))
+    except (OSError, ValueError, KeyError, TypeError):
+        key = "unreadable"
+    if build.config.overwrite:
+        return None
+    _refuse_other_plm(build)
+    raise UserError(
+        f"{build.folder}: holds a memory built from other examples or with other settings "
+        f"(plan {key}, this run's is {build.plan_hash}). Choose another run_dir, or set build_memory.overwrite=true."
+    )
+
+
+def finished_shards(folder: Path) -> list[ShardInfo]:
+    """Receipts of the shards that are there in full, in the order of the plan."""
+    receipts = sorted(folder.glob("shard-*.receipt.json"))
+    found = (read_receipt(receipt.with_name(f"{receipt.name.split('.')[0]}.parquet")) for receipt in receipts)
+    return [info for info in found if info]
+
+
+def receipt_path(shard: Path) -> Path:
+    return shard.with_suffix(".receipt.json")
+
+
+def read_receipt(shard: Path) -> ShardInfo | None:
+    """The receipt of a finished shard whose file is there, in full."""
+    try:
+        info = ShardInfo.model_validate_json(receipt_path(shard).read_bytes())
+        return info if shard.stat().st_size == info.bytes else None
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
+def _check(build: MemoryBuild, plan: Plan) -> None:
+    limit = build.config.max_rejected
+    if plan.rejected > limit:
+        first, others = plan.first_rejected[0], plan.rejected - 1
+        more = f" ({others:,} more are bad.)" if others else ""
+        raise UserError(
+            f"Split '{build.split}', example {first.example_id}: {first.reason}.{more} "
+            f"Shorten or remove them, or set build_memory.max_rejected={plan.rejected} to have them set aside."
+        )
+    if not any(plan.examples):
+        raise UserError(f"Split '{build.split}': all {len(build.examples):,} examples are bad.")
+
+
+def _keep(build: MemoryBuild, plan: Plan) -> None:
+    """Start the folder anew; the plan is written last."""
+    if (build.folder / _PLAN).exists():
+        shutil.rmtree(build.folder)
+    build.folder.mkdir(parents=True, exist_ok=True)
+    if plan.rejected:
+        with atomic_file(build.folder / REJECTED) as temporary:
+            pq.write_table(pa.Table.from_pylist([asdict(one) for one in plan.first_rejected]), temporary)
+    kept = {
+        "plan_hash": build.plan_hash,
+        "examples": plan.examples,
+        "rows": plan.rows,
+        "rejected": plan.rejected,
+    }
+    with atomic_file(build.folder / _PLAN) as temporary:
+        temporary.write_text(json.dumps(kept) + "\n")
+
+
+def _read_rejected(folder: Path) -> list[Rejected]:
+    return [Rejected(**row) for row in pq.read_table(folder / REJECTED).to_pylist()]
+
+
+def _refuse_other_plm(build: MemoryBuild) -> None:
+    if (build.folder / MANIFEST).exists():
+        manifest = Manifest.read(build.folder)
+        if not manifest.belongs_to(build.card):
+            raise FingerprintMismatch(f"The memory {build.folder}", manifest.plm_label, build.card.label)
+
+
+# ── counting ────────────────────────────────────────────────────────────────
+
+
+def _count(build: MemoryBuild, on_counted: OnCounted) -> Plan:
+    examples, rows, rejected, first = [0] * build.shards, [0] * build.shards, 0, []
+    for counted in _counted_shards(build):
+        if counted["error"]:
+            raise UserError(counted["error"])
+        number = counted["shard"]
+        examples[number], rows[number] = counted["examples"], counted["rows"]
+        rejected += counted["bad"]
+        first += [Rejected(**one) for one in json.loads(counted["rejected"])]
+        del first[build.config.max_rejected + 1 :]
+        on_counted(1)
+    return Plan(tuple(examples), tuple(rows), rejected, tuple(first))
+
+
+def _counted_shards(build: MemoryBuild) -> Iterator[dict[str, Any]]:
+    """One row a shard, in order."""
+    if build.examples.at_hand or build.weights is not None:  # weights were counted from all examples, in this process
+        yield from (count_shard(build, number) for number in range(build.shards))
+        return
+    counts = number_rows([(0, number) for number in range(build.shards)]).map_batches(
+        _count_batch, batch_size=1, fn_kwargs={"build": build}, num_cpus=1
+    )
+    counts.context.execution_options.preserve_order = True
+    yield from counts.iter_rows()
+
+
+def _count_batch(batch: dict[str, Any], build: MemoryBuild) -> dict[str, list[Any]]:
+    """`count_shard` for Ray Data."""
+    counted = [count_shard(build, number) for number in batch["shard"].tolist()]
+    return {name: [one[name] for one in counted] for name in counted[0]}
+
+
+def count_shard(build: MemoryBuild, number: int) -> dict[str, Any]:
+    """What a shard will hold: a row of Ray Data, with the first bad examples as JSON."""
+    row = {"shard": number, "examples": 0, "rows": 0, "bad": 0, "rejected": "[]", "error": ""}
+    try:
+        shard, bad = build.shard(number, build.read(number))
+    except UserError as refused:  # carried back as data: Ray would bury its one line in a traceback
+        return {**row, "error": str(refused)}
+    rows = 0
+    for example in shard.examples:
+        weights = (shard.weights or {}).get(example.example_id)
+        rows += len(example.target) + build.eos_row if weights is None else sum(weight > 0 for weight in weights)
+    kept = json.dumps([asdict(one) for one in bad[: build.config.max_rejected + 1]])
+    return {**row, "examples": len(shard.examples), "rows": rows, "bad": len(bad), "rejected": kept}
+
+
+def number_rows(numbers: Sequence[tuple[int, int]]) -> Any:
+    """A Ray data set of (build, shard) numbers, in few enough blocks for any number of shards."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    rows = [{"build": build, "shard": shard} for build, shard in numbers]
+    return ray.data.from_items(rows, override_num_blocks=min(len(rows), _MOST_BLOCKS))
