@@ -7,12 +7,17 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pema_ray.cluster import ray_cluster
-from pema_ray.config import ExperimentConfig, load_config
+from pema_ray.config import ExperimentConfig, PLMConfig, UnrollingConfig, load_config
 from pema_ray.errors import UserError
 from pema_ray.progress import console
 from pema_ray.stages.run import Run
+from pema_ray.tasks.shots import first_shots
+
+if TYPE_CHECKING:
+    from ray.serve import Application
 
 _CPUS = 3  # Serve's proxy and the two deployments
 
@@ -48,8 +53,8 @@ def serve_experiment(config: Path | None, overrides: Sequence[str], host: str, p
             serve.shutdown()
 
 
-def arguments_of(experiment: ExperimentConfig) -> dict:
-    """An experiment as `args` of the application `local`.
+def arguments_of(experiment: ExperimentConfig) -> dict[str, Any]:
+    """An experiment as `args` of its application: all of `generate` and the task goes with the adapter.
 
     Raises:
         UserError: its adapter is not trained yet.
@@ -58,28 +63,47 @@ def arguments_of(experiment: ExperimentConfig) -> dict:
     adapter = run.path("train", "adapter").resolve()
     if not adapter.is_dir():
         raise UserError(f"{adapter}: there is no trained adapter. Run the experiment's stages up to train first.")
-    g = experiment.generate
-    asked = {
-        # One text for every source: where examples are chosen for each (task.show: similar), the first ones stand in.
-        "text": run.prompter(show="first").text("{source}").rstrip(" "),
-        "special_tokens": not experiment.task.chat,
-        "stop": list(run.task.stop),
+    generate, task = experiment.generate, experiment.task
+    knn = generate.knn.weight > 0
+    served: dict[str, Any] = {
+        "task": run.task.model_dump(),
+        "chat": task.chat,
+        "generate": generate.model_dump(),
+        "memory": str(run.path("build_memory", "train").resolve()) if knn else None,
+        "max_examples": experiment.train.max_train_pairs,
     }
-    return {
+    if task.shots and task.show == "similar":
+        served |= {"similar": str(run.path("prepare", "train.parquet").resolve()), "shots": task.shots}
+    elif task.shots:
+        shown = first_shots(run.pairs("train"), task.shots)
+        served["shown"] = [{"source": pair.source, "target": pair.target} for pair in shown]
+    decoder = generate.model_dump(include=set(UnrollingConfig.model_fields))
+    arguments: dict[str, Any] = {
         "plm": experiment.plm.model_dump(),
-        "unroller": {"lambda_max": g.lambda_max, "schedule": g.schedule, "floor": g.floor},
-        "live": {"adapters": {run.task.name: str(adapter)}, "prompts": {run.task.name: asked}},
-        "plm_owner": {"cpus": experiment.generate.cpus_per_actor, "gpus": experiment.generate.gpus_per_actor},
+        "decoder": {**decoder, "device": experiment.plm.device},
+        "live": {"adapters": {run.task.name: str(adapter)}, "tasks": {run.task.name: served}},
     }
+    if experiment.plm.is_own:
+        arguments["plm_owner"] = {"cpus": generate.cpus_per_actor, "gpus": generate.gpus_per_actor}
+    return arguments
 
 
-def start(args: dict, host: str, port: int) -> None:
-    """Run the application `local` on the Ray that is connected, and wait until it answers."""
+def application_of(args: dict[str, Any]) -> Application:
+    """Both owners for a PLM of one's own, the data owner alone for somebody else's."""
+    if PLMConfig(**args["plm"]).is_own:
+        from pema_ray.serving.local import local
+
+        return local(args)
+    from pema_ray.serving.data_owner import data_owner
+
+    return data_owner(args)
+
+
+def start(args: dict[str, Any], host: str, port: int) -> None:
+    """Run the application on the Ray that is connected, and wait until it answers."""
     import socket
 
     from ray import serve
-
-    from pema_ray.serving.applications import local
 
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -87,7 +111,7 @@ def start(args: dict, host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise UserError(f"{host}:{port}: cannot listen there: {error.strerror}. Choose another --port.") from None
-    application = local(args)
+    application = application_of(args)
     serve.start(http_options={"host": host, "port": port})
     try:
         serve.run(application, name="pema")

@@ -22,6 +22,6 @@ async def refused(change: Awaitable[None], serving: bool) -> str | None:
     except Exception as error:
         if not serving:
             raise
-        logger.error("This user_config was refused, and what was served before is served on: %s", error)
+        logger.error("Invalid user_config rejected; still serving the previous one: %s", error)
         return str(error)
     return None

@@ -68,7 +68,6 @@ class Chooser:
         A greedy or sampled answer gets as many tokens as its draft had accepted, and one more. Beam search gives its
         tokens when it is over. Branches are ready for their next step afterwards.
         """
-        self._take_in_prompts(batch)
         chosen: list[list[Token] | Exception] = []
         part: list[Generation] = []
         rows = 0
@@ -100,9 +99,13 @@ class Chooser:
     # ── distributions ───────────────────────────────────────────────────────
 
     def _choose_together(self, batch: Sequence[Generation]) -> list[list[Token] | Exception]:
-        rows = [(g, branch, i) for g in batch for branch in g.branches for i in range(len(_states(branch)))]
-        state_NH = torch.cat([_states(branch) for g in batch for branch in g.branches])
-        found = self._distributions(rows, state_NH.to(self.head.weight.device))
+        try:
+            self._take_in_prompts(batch)
+            rows = [(g, branch, i) for g in batch for branch in g.branches for i in range(len(_states(branch)))]
+            state_NH = torch.cat([_states(branch) for g in batch for branch in g.branches])
+            found = self._distributions(rows, state_NH.to(self.head.weight.device))
+        except Exception as error:  # of one predictor: answers that do not use it continue
+            return [error] if len(batch) == 1 else [self._choose_together([one])[0] for one in batch]
         chosen: list[list[Token] | Exception] = []
         begin = 0
         for generation in batch:

@@ -161,7 +161,7 @@ class Decoder:
             Busy: the decoder is full.
             GenerationAborted: the PLM owner was busy or gone until the time was over.
         """
-        generation = self._begin(request, time.monotonic() + timeout)
+        generation = self._begin(request, timeout)
         if self._lockstep:
             self._waiting.append(generation)
             self._wake.set()
@@ -169,6 +169,7 @@ class Decoder:
             if self._sequences + generation.width > self._max_sequences:
                 raise Busy(f"{self._sequences} answers are being generated, the limit of this service; retry later")
             self._live.add(generation)
+            generation.start()
             self._send_alone(generation, generation.branches)
         try:
             before, metric = time.monotonic(), "first_token_seconds"
@@ -200,7 +201,7 @@ class Decoder:
     def _sequences(self) -> int:
         return sum(generation.width for generation in self._live)
 
-    def _begin(self, request: GenerationRequest, deadline: float) -> Generation:
+    def _begin(self, request: GenerationRequest, timeout: float) -> Generation:
         if request.adapter is not None and request.adapter not in self.predictors:
             known = ", ".join(self.predictors) or "none"
             raise UserError(f"There is no adapter '{request.adapter}'; loaded are: {known}.")
@@ -211,7 +212,7 @@ class Decoder:
             lookup, memory = PromptLookup(request.prompt), self.memories.get(request.adapter or "")
         branch = Branch(list(request.prompt), len(request.prompt), AnswerText(self._tokenizer, request.stop))
         rng = random_stream(request.sampling.seed, request.stream)
-        return Generation(request, predictor, [branch], lookup, memory, rng, deadline, beams)
+        return Generation(request, predictor, [branch], lookup, memory, rng, timeout, beams)
 
     def _end(self, generation: Generation) -> None:
         generation.gone = True
@@ -229,6 +230,7 @@ class Decoder:
         while self._waiting and (not self._live or self._sequences + self._waiting[0].width <= self._max_sequences):
             generation = self._waiting.popleft()
             self._live.add(generation)
+            generation.start()
             admitted += [(generation, branch) for branch in generation.branches]
         return admitted
 

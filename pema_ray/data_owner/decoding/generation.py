@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +25,7 @@ class Generation:
         branches: hypotheses that still grow.
         lookup, memory: where draft tokens come from.
         rng: this answer's random draws.
+        timeout: seconds for the whole answer, from its first step.
         deadline: on `time.monotonic`.
         waiting: branches whose step is under way.
         ended: sessions that are no longer needed.
@@ -35,13 +38,18 @@ class Generation:
     lookup: PromptLookup | None
     memory: MemoryLookup | None
     rng: torch.Generator
-    deadline: float
+    timeout: float
     beams: BeamSearch | None = None
+    deadline: float = math.inf
     waiting: int = 0
     ended: list[str] = field(default_factory=list)
     out: asyncio.Queue[Token | Exception] = field(default_factory=asyncio.Queue)
     trips: set[asyncio.Task[None]] = field(default_factory=set)
     gone: bool = False
+
+    def start(self) -> None:
+        """Its first step is about to be sent."""
+        self.deadline = time.monotonic() + self.timeout
 
     @property
     def prompt_from(self) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 from pema_ray.line.tokenizer import PLMTokenizer
@@ -10,7 +11,7 @@ _BEFORE_WORDS = "\n "  # at the start of an answer these neither stop nor count
 
 
 class AnswerText:
-    """Detokenises one answer.
+    """Detokenises one answer. It keeps no text but what may still become a stop string, so a token costs O(1).
 
     Args:
         stop: strings that end the answer; they are not part of it. They count from its first word on, so that an answer
@@ -18,21 +19,18 @@ class AnswerText:
     """
 
     def __init__(self, tokenizer: PLMTokenizer, stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stream = tokenizer, tokenizer.stream()
+        self._stream = tokenizer.stream()
         self._stop_ids = {i for s in stop if (i := tokenizer.special_id(s)) is not None}
         self._stop = tuple(stop)
-        self._longest = max(map(len, self._stop), default=0)
-        self._tokens: list[int] = []
-        self._text, self._emitted = "", 0
-        self._first_word: int | None = None
+        self._held, self._in_words = "", False
         self.stopped = False
 
     def push(self, token: int) -> str:
         """The text that is certain now; sets `stopped` when a stop string is complete."""
-        self._tokens.append(token)
         if token in self._stop_ids:
+            rest = self._take(self._stream.finish(), last=True)
             self.stopped = True
-            return self._take(self._stream.finish(), last=True)
+            return rest
         return self._take(self._stream.push(token), last=False)
 
     def finish(self) -> str:
@@ -41,28 +39,24 @@ class AnswerText:
 
     def fork(self) -> AnswerText:
         """Another answer that begins with the same tokens."""
-        other = AnswerText(self._tokenizer, self._stop)
-        for token in self._tokens:
-            other.push(token)
+        other = copy.copy(self)
+        other._stream = self._stream.fork()
         return other
 
     def _take(self, new: str, last: bool) -> str:
-        known = len(self._text)
-        self._text += new
-        if self._first_word is None and (stripped := self._text.lstrip(_BEFORE_WORDS)):
-            self._first_word = len(self._text) - len(stripped)
-        end = len(self._text)
-        if self._first_word is not None and self._stop:
-            begin = max(self._first_word, known - self._longest + 1, self._emitted)
-            found = [at for s in self._stop if (at := self._text.find(s, begin)) >= 0]
-            if found:
-                self.stopped, end = True, min(found)
-            elif not last:
-                end -= self._held_back(begin)
-        emitted, self._emitted = self._text[self._emitted : end], max(end, self._emitted)
-        return emitted
+        text = self._held + new
+        words = text if self._in_words else text.lstrip(_BEFORE_WORDS)
+        self._in_words = bool(words) or self._in_words
+        begin = len(text) - len(words)
+        found = [at for s in self._stop if (at := text.find(s, begin)) >= 0]
+        if found:
+            self.stopped, end = True, min(found)
+        else:
+            end = len(text) if last else len(text) - self._may_stop(words)
+        self._held = text[end:]
+        return text[:end]
 
-    def _held_back(self, begin: int) -> int:
+    def _may_stop(self, words: str) -> int:
         """Characters at the end that may be the beginning of a stop string."""
-        longest = min(self._longest - 1, len(self._text) - begin)
-        return next((n for n in range(longest, 0, -1) if any(s.startswith(self._text[-n:]) for s in self._stop)), 0)
+        longest = min(max(map(len, self._stop), default=0) - 1, len(words))
+        return next((n for n in range(longest, 0, -1) if any(s.startswith(words[-n:]) for s in self._stop)), 0)

@@ -1,13 +1,14 @@
-"""OpenAI's language, as far as it is spoken here; what is not understood is refused by name rather than passed over."""
+"""OpenAI's requests, as far as they are supported. Unsupported parameters are rejected by name, never ignored."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pema_ray.data_owner.generation import Decoding
+from pema_ray.data_owner.decoding import SamplingParams
 from pema_ray.data_owner.unrolling import UnrollingSchedule
 
 _MOST_ANSWERS = 16
@@ -16,7 +17,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Unrolled(BaseModel):
-    """What both kinds of request take; the last six are this project's own (`extra_body` in OpenAI's client)."""
+    """Parameters of both kinds of request; the last seven are this project's own (`extra_body` in OpenAI's client)."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -39,9 +40,11 @@ class _Unrolled(BaseModel):
     """Tokens over which a falling λ reaches its floor; the longest answer by default."""
     floor: Finite | None = Field(default=None, ge=0, le=1)
     explain: bool = False
-    """Tell λ, both probabilities and both most probable tokens for every token."""
+    """Return λ, both probabilities and both most probable tokens with every token."""
     draft: int | None = Field(default=None, ge=0, le=16)
-    """Most tokens guessed ahead; answers are the same with any number."""
+    """Longest draft; answers are the same with any length."""
+    raw: bool = False
+    """Leave the answer as it was generated, without the task's post-processing."""
 
     @field_validator("presence_penalty", "frequency_penalty", mode="before")
     @classmethod
@@ -66,18 +69,24 @@ class _Unrolled(BaseModel):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
-    def tells_usage(self) -> bool:
+    def reports_usage(self) -> bool:
         return bool((self.stream_options or {}).get("include_usage"))
 
-    def decoding(self, default_seed: int) -> Decoding:
-        """Greedy at temperature 0, as OpenAI has it."""
+    def sampling(self, default_seed: int, default: SamplingParams | None = None) -> SamplingParams:
+        """Greedy at temperature 0, as OpenAI has it.
+
+        Args:
+            default: of an adapter's task, where the request names neither temperature nor top_p.
+        """
         seed = self.seed if self.seed is not None else default_seed
+        if default is not None and not {"temperature", "top_p"} & self.model_fields_set:
+            return replace(default, seed=seed)
         if self.temperature < _AS_GOOD_AS_GREEDY:
-            return Decoding("greedy", seed=seed)
-        return Decoding("sample", self.temperature, self.top_p, seed=seed)
+            return SamplingParams("greedy", seed=seed)
+        return SamplingParams("sample", self.temperature, self.top_p, seed=seed)
 
     def unrolling(self, default: UnrollingSchedule) -> UnrollingSchedule:
-        """This request's λ; what it does not say is as the service is set.
+        """This request's λ; what it leaves out is the default's.
 
         Raises:
             UserError: a floor above λ_max.
@@ -97,7 +106,7 @@ class CompletionRequest(_Unrolled):
     best_of: Literal[1, None] = None
     suffix: None = None
     source: str | None = Field(default=None, min_length=1, max_length=1_000_000)
-    """Instead of a prompt: what the adapter's own prompt is made of."""
+    """Instead of a prompt: the source text, which the adapter's task words as in training."""
 
     @property
     def prompts(self) -> Sequence[str | list[int]]:
@@ -163,5 +172,6 @@ class ChatRequest(_Unrolled):
 
 
 def error_body(message: str, kind: str = "invalid_request_error", code: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
+    """An error as OpenAI's clients read it. Half characters in the message are replaced: they cannot be sent."""
+    message = message.encode("utf-8", "replace").decode()
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}

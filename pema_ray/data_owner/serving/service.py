@@ -1,4 +1,4 @@
-"""The data owner's deployment: adapters, the unroller and the API, over whichever line to a PLM owner it is given."""
+"""The data owner's deployment: adapters, the decoder and the API, over whichever client of a PLM owner it is given."""
 
 from __future__ import annotations
 
@@ -6,101 +6,141 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from pema_ray.config import Section, validate
-from pema_ray.data_owner.adapter import PemaAdapter
-from pema_ray.data_owner.serving.drafts import MemoryLookup
-from pema_ray.data_owner.serving.unroller import Unroller
+from pema_ray.config import GenerateConfig, Section, UnrollingConfig, validate
+from pema_ray.data_owner.decoding import Decoder, Predictor, PredictorSpec
+from pema_ray.data_owner.decoding.drafts import MemoryLookup
+from pema_ray.data_owner.decoding.request_builder import RequestBuilder
 from pema_ray.data_owner.unrolling import UnrollingSchedule
 from pema_ray.errors import UserError, nearest
 from pema_ray.hardware import pick_device, pick_dtype, set_threads
-from pema_ray.line import LMHeadBundle, ModelCard
+from pema_ray.line import ModelCard, PLMClient
+from pema_ray.line.tokenizer import PLMTokenizer
 from pema_ray.memory import ExternalMemory
+from pema_ray.memory.examples import read_pairs
 from pema_ray.metrics import RayMetrics
+from pema_ray.tasks import Pair, Prompter, Task
+from pema_ray.tasks.shots import SimilarShots
 
 
-class UnrollerConfig(Section):
-    """How a data owner's service answers, where a request does not say."""
+class DecoderConfig(UnrollingConfig):
+    """How a data owner's service answers, where neither the request nor the adapter's task says."""
 
-    lambda_max: float = Field(default=0.9, ge=0, le=1)
-    schedule: Literal["constant", "linear", "quadratic"] = "constant"
-    floor: float = Field(default=0.0, ge=0, le=1)
     timeout_seconds: float = Field(default=300.0, gt=0)
     """For a whole answer."""
     draft: int = Field(default=8, ge=0, le=16)
-    """Most tokens guessed ahead; how many it really is follows from what guesses cost and how often they come true."""
+    """Longest draft. Draft length and source adapt to measured acceptance and latency."""
     draft_by_plm: bool = True
-    """Let the PLM owner guess as well, where round trips are long."""
+    """Let the PLM owner draft as well, where round trips are long."""
     max_live: int = Field(default=256, ge=1)
-    """Answers at a time; who comes then is told to come again."""
+    """Answers at a time (beam search counts every beam); more are rejected with status 503."""
     device: str = "auto"
     """Where the LM head and the adapters are."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The LM head's."""
     threads: int = Field(default=0, ge=0)
-    """CPU threads of torch; 0 means as many as it likes."""
+    """CPU threads of torch; 0 takes torch's default."""
 
 
-class PromptTemplate(Section):
-    """How an adapter was trained to be asked, so that a request may give its source alone."""
+class ShownPair(Section):
+    """A pair that every prompt shows."""
 
-    text: str = Field(pattern=r"\{source\}")
-    """With `{source}` where the source goes."""
-    special_tokens: bool = True
-    """Let the tokenizer add its own; off for texts of a chat template, which have them already."""
-    stop: tuple[str, ...] = ()
-    """Strings that end an answer."""
+    source: str
+    target: str
+
+
+class ServedTask(Section):
+    """What an adapter was trained and tuned with: a request may then give its source alone."""
+
+    task: Task
+    chat: bool = False
+    """Render prompts through the tokenizer's chat template."""
+    shown: tuple[ShownPair, ...] = ()
+    """Pairs that every prompt shows."""
+    similar: str | None = None
+    """Prepared pairs (`prepare/train.parquet`), to show those most like each source."""
+    shots: int = Field(default=0, ge=0)
+    """How many of `similar` a prompt shows."""
+    generate: GenerateConfig = GenerateConfig()
+    """λ, decoding, limits, stop strings and neighbours; a request's own settings override them."""
+    memory: str | None = None
+    """The memory that `generate.knn` searches."""
+    max_examples: int | None = None
+    """Its first so many examples only."""
+
+    def prompter(self, tokenizer: PLMTokenizer) -> Prompter:
+        """Words the task's prompts, exactly as the offline stages do."""
+        if self.similar is not None:
+            shots = SimilarShots(list(read_pairs(Path(self.similar))), self.shots)
+            return Prompter(tokenizer, self.task, shots, self.chat)
+        shown = [Pair(-1, pair.source, pair.target) for pair in self.shown]
+        return Prompter(tokenizer, self.task, shown, self.chat)
 
 
 class Live(Section):
-    """What may be changed while answers are being made: Serve's `user_config`."""
+    """What may be changed while answers are being generated: Serve's `user_config`."""
 
     adapters: dict[str, str] = {}
     """Name -> folder of an adapter."""
-    prompts: dict[str, PromptTemplate] = {}
-    """Name of an adapter -> how it is asked."""
+    tasks: dict[str, ServedTask] = {}
+    """Name of an adapter -> its task."""
     memories: dict[str, str] = {}
-    """Name of an adapter -> folder of a memory that its answers are guessed from. Guesses go to the PLM owner."""
+    """Name of an adapter -> folder of a memory that its drafts come from. Drafts go to the PLM owner."""
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What `Live` names, loaded."""
+
+    predictors: dict[str, Predictor] = field(default_factory=dict)
+    memories: dict[str, MemoryLookup] = field(default_factory=dict)
+    builders: dict[str, RequestBuilder] = field(default_factory=dict)
 
 
 class DataOwner:
-    """What the API stands on; `serving.data_owner` makes the deployment.
+    """The service behind the API; `serving.data_owner` makes the deployment.
 
     Args:
-        connect: makes the line to the PLM owner: an object with `describe`, `limits`, `lm_head`, `step` and `close`.
-        unroller: settings, as `UnrollerConfig` takes them.
+        connect: makes the client of the PLM owner.
+        decoder: settings, as `DecoderConfig` takes them.
+
+    Attributes:
+        rejected: why the last change of adapters was rejected, if it was.
+        tokenizing: a pool of one thread, because tokenizers are not thread-safe.
     """
 
-    def __init__(self, connect: Callable[[], Any], unroller: Mapping[str, Any] | None = None) -> None:
-        self.config = validate(UnrollerConfig, dict(unroller or {}), "unroller")
+    def __init__(self, connect: Callable[[], PLMClient], decoder: Mapping[str, Any] | None = None) -> None:
+        self.config: DecoderConfig = validate(DecoderConfig, dict(decoder or {}), "decoder")
         self._connect = connect
         self._live = Live()
         self._sampling: asyncio.Task[None] | None = None
         self._starting: asyncio.Task[None] | None = None
         self._loading = asyncio.Lock()
-        self.reading = ThreadPoolExecutor(1, thread_name_prefix="reading")
-        self.unroller: Unroller
+        self.tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizing")
+        self.decoder: Decoder
         self.card: ModelCard
-        self.tokenizer: Any
-        self.schedule = UnrollingSchedule(self.config.lambda_max, self.config.schedule, self.config.floor)
-        self.timeout_seconds, self.draft = self.config.timeout_seconds, self.config.draft
+        self.tokenizer: PLMTokenizer
+        c = self.config
+        self.schedule = UnrollingSchedule(c.lambda_max, c.schedule, c.floor)
+        self.timeout_seconds, self.draft = c.timeout_seconds, c.draft
         self.max_tokens, self.started = 0, int(time.time())
-        self.refused: str | None = None
-        """Why the last change of adapters was not made, if it was not."""
+        self.builders: Mapping[str, RequestBuilder] = {}
+        self.rejected: str | None = None
 
     @property
     def ready(self) -> bool:
-        """Whether answers can be made."""
+        """Whether requests can be answered."""
         return self._starting is not None and self._starting.done() and self._starting.exception() is None
 
     def check_health(self) -> None:
-        """Raises when answers were made here and no more can be."""
+        """Raises when the decoder has failed."""
         if self.ready:
-            self.unroller.check_health()
+            self.decoder.check_health()
 
     async def start(self) -> None:
         """Fetch the LM head and begin; adapters that were named before are loaded."""
@@ -109,55 +149,64 @@ class DataOwner:
         await asyncio.shield(self._starting)
 
     async def _start(self) -> None:
-        set_threads(self.config.threads)
-        line = self._connect()
-        bundle: LMHeadBundle = await line.lm_head()
-        device = pick_device(self.config.device)
-        head = bundle.head.to(device, pick_dtype(self.config.dtype, device))
+        c = self.config
+        set_threads(c.threads)
+        client = self._connect()
+        described, bundle = await client.describe(), await client.lm_head()
+        device = pick_device(c.device)
+        head = bundle.head.to(device, pick_dtype(c.dtype, device))
         self.card, self.tokenizer = bundle.card, bundle.tokenizer()
-        limits = await line.limits()
-        self.max_tokens = int(limits["max_session_tokens"])
-        self.unroller = Unroller(line, head, self._text, self.card.eos_token_ids, self.config.max_live)
-        if self.config.draft_by_plm:
-            self.unroller.most_drafted = min(self.config.draft, limits.get("limits", {}).get("max_draft", self.draft))
-        self.unroller.adapters, self.unroller.memories = await asyncio.to_thread(self._loaded, self._live)
+        self.max_tokens = described.limits.max_tokens
+        eos = self.card.eos_token_ids
+        self.decoder = Decoder(client, head, self.tokenizer, eos, c.max_live, threads=c.threads)
+        if c.draft_by_plm:
+            self.decoder.allow_plm_drafts(min(c.draft, described.limits.max_draft))
+        self._use(await asyncio.to_thread(self._load, self._live))
 
-    @property
-    def prompts(self) -> Mapping[str, PromptTemplate]:
-        """How adapters are asked, for those that say."""
-        return self._live.prompts
-
-    def _text(self, tokens: Any) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
-
-    def tell(self, metrics: RayMetrics) -> None:
-        """Tell figures from now on."""
-        self.unroller.metrics = metrics
-        levels = lambda: {"live_answers": float(self.unroller.live)}  # noqa: E731
-        self._sampling = asyncio.create_task(metrics.keep_sampling(lambda: (self.unroller.counts, levels())))
+    def use_metrics(self, metrics: RayMetrics) -> None:
+        """Report figures from now on."""
+        self.decoder.use_metrics(metrics)
+        levels = lambda: {"live_answers": float(self.decoder.live)}  # noqa: E731
+        self._sampling = asyncio.create_task(metrics.keep_sampling(lambda: (self.decoder.counts, levels())))
 
     async def change(self, live: Mapping[str, Any]) -> None:
-        """Take other adapters; answers that are being made keep the ones they began with.
+        """Take other adapters; answers that are being generated keep the ones they began with.
 
         Raises:
             UserError: an adapter is missing, damaged or another PLM's; then nothing changes.
         """
-        wanted = validate(Live, dict(live), "user_config")
+        requested = validate(Live, dict(live), "user_config")
         async with self._loading:
             if self.ready:
-                loaded = await asyncio.to_thread(self._loaded, wanted)
-                self.unroller.adapters, self.unroller.memories = loaded
-            self._live = wanted
+                self._use(await asyncio.to_thread(self._load, requested))
+            self._live = requested
 
-    def _loaded(self, live: Live) -> tuple[dict[str, PemaAdapter], dict[str, MemoryLookup]]:
-        adapters, memories = {}, {}
+    def _use(self, loaded: _Loaded) -> None:
+        self.decoder.predictors, self.decoder.memories = loaded.predictors, loaded.memories
+        self.builders = loaded.builders
+
+    def _load(self, live: Live) -> _Loaded:
+        loaded = _Loaded()
+        for section in ("tasks", "memories"):
+            for name in getattr(live, section):
+                if name not in live.adapters:
+                    raise UserError(f"{section}.{name}: no adapter has this name.{nearest(name, list(live.adapters))}")
         for name, folder in live.adapters.items():
             if name == self.card.name:
                 raise UserError(f"adapters.{name}: this is the PLM's own name; choose another.")
-            adapter = PemaAdapter.from_pretrained(Path(folder), self.card)
-            adapters[name] = adapter.to(self.unroller.head.weight.device).eval()
+            loaded.predictors[name] = self._predictor(folder, live.tasks.get(name))
         for name, folder in live.memories.items():
-            if name not in adapters:
-                raise UserError(f"memories.{name}: there is no adapter of this name.{nearest(name, list(adapters))}")
-            memories[name] = MemoryLookup.of(ExternalMemory.open(folder, self.card))
-        return adapters, memories
+            loaded.memories[name] = MemoryLookup.of(ExternalMemory.open(folder, self.card))
+        for name, task in live.tasks.items():
+            prompter = task.prompter(self.tokenizer)
+            loaded.builders[name] = RequestBuilder(prompter, task.generate, name, self.max_tokens)
+        return loaded
+
+    def _predictor(self, folder: str, task: ServedTask | None) -> Predictor:
+        if task is None:
+            return PredictorSpec(Path(folder)).load(self.card, self.decoder.head)
+        memory = None if task.memory is None else Path(task.memory)
+        if task.generate.knn.weight > 0 and memory is None:
+            raise UserError(f"tasks: generate.knn.weight is {task.generate.knn.weight:g}, but no memory is given.")
+        spec = PredictorSpec(Path(folder), memory, task.generate.knn, task.max_examples)
+        return spec.load(self.card, self.decoder.head)
