@@ -25,6 +25,7 @@ _TEXT = (
 )
 _LONG, _SHORT = 48, 16  # tokens of the two sequences; the long one crosses the sliding windows of small models
 _STEPS = 3  # of one token each, as decoding runs them
+_NO_CACHE = (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError)
 # Relative to the logits' spread, beyond what the model's own rounding explains: its logits are given in its number
 # format, in which those of 16 and more are an eighth apart (bfloat16).
 _LOGITS_TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -48,7 +49,7 @@ def prove(plm: LoadedPLM, lm_head: LMHead) -> None:
     if not all(bool(torch.isfinite(found).all()) for found in (long_TH, short_TH, logits_TV)):
         raise UserError(f"{plm.name}: {_first_overflow(plm, long)} is not finite. {_advice(plm)}")
     _check_logits(plm, lm_head, long_TH, logits_TV)
-    _check_batch(plm, long, short, torch.cat([long_TH, short_TH]))
+    _check_batch(plm, long, short, [long_TH, short_TH])
     _check_cache(plm, long, long_TH)
 
 
@@ -144,39 +145,63 @@ def _check_logits(plm: LoadedPLM, lm_head: LMHead, state_TH: torch.Tensor, expec
         )
 
 
-def _check_batch(plm: LoadedPLM, long: torch.Tensor, short: torch.Tensor, expected_TH: torch.Tensor) -> None:
+def _check_batch(plm: LoadedPLM, long: torch.Tensor, short: torch.Tensor, expected: list[torch.Tensor]) -> None:
     """Both sequences in one pass, the short one padded on its right, as extraction runs them."""
     padded_BT = torch.zeros(2, len(long), dtype=torch.long, device=plm.device)
     padded_BT[0], padded_BT[1, : len(short)] = long, short
     state_BTH = capture_state(plm, input_ids=padded_BT, use_cache=False).float().cpu()
-    found_TH = torch.cat([state_BTH[0], state_BTH[1, : len(short)]])
-    _compare(plm, found_TH, expected_TH, "in a padded batch than alone")
+    for found_TH, expected_TH in zip(state_BTH, expected, strict=True):
+        distance = _distance(found_TH[: len(expected_TH)], expected_TH)
+        if not distance <= _STATES_TOLERANCE[plm.model.dtype]:
+            raise UserError(_differs(plm, "in a padded batch than alone", distance))
 
 
 def _check_cache(plm: LoadedPLM, ids: torch.Tensor, expected_TH: torch.Tensor) -> None:
-    """A prompt and steps of one token. A model that does not use transformers' cache is left to the engine."""
+    """A prompt and steps of one token; some models continue rightly only what they read token by token.
+
+    A model that raises does not use transformers' cache in this way; whether it can decode is the engine's to say.
+    """
     steps = min(_STEPS, len(ids) - 1)
-    pieces = [ids[:-steps], *ids[len(ids) - steps :, None]] if steps else [ids]
+    distance = 0.0
+    for prompt in (len(ids) - steps, 1):
+        try:
+            found_TH = _with_cache(plm, ids, prompt)
+        except (
+            TypeError,
+            ValueError,
+            RuntimeError,
+            KeyError,
+            IndexError,
+            AttributeError,
+            NotImplementedError,
+        ) as error:
+            logger.info("%s: %s is not proved with a cache: %s", plm.name, type(plm.model).__name__, error)
+            return
+        distance = _distance(found_TH[-steps:], expected_TH[-steps:])
+        if distance <= _STATES_TOLERANCE[plm.model.dtype]:
+            return
+    raise UserError(_differs(plm, "with a cache than without", distance))
+
+
+def _with_cache(plm: LoadedPLM, ids: torch.Tensor, prompt: int) -> torch.Tensor:
+    """States `[T, H]` of the first `prompt` tokens in one pass, and of the others one by one."""
     parameters = inspect.signature(plm.decoder.forward).parameters
     name = next((name for name in ("past_key_values", "cache_params") if name in parameters), None)
     if name is None:
-        return
+        raise NotImplementedError("it takes no cache")
     cache = DynamicCache(config=plm.model.config)
-    try:
-        found = [
-            capture_state(plm, input_ids=piece[None], use_cache=True, **{name: cache})[0].float().cpu()
-            for piece in pieces
-        ]
-    except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
-        logger.info("%s: %s takes no cache: %s", plm.name, type(plm.model).__name__, error)
-        return
-    _compare(plm, torch.cat(found), expected_TH, "with a cache than without")
+    pieces = [ids[:prompt], *ids[prompt:, None]]
+    states = [capture_state(plm, input_ids=piece[None], use_cache=True, **{name: cache})[0] for piece in pieces]
+    return torch.cat(states).float().cpu()
 
 
-def _compare(plm: LoadedPLM, found_TH: torch.Tensor, expected_TH: torch.Tensor, where: str) -> None:
+def _distance(found_TH: torch.Tensor, expected_TH: torch.Tensor) -> float:
     distance_T = (found_TH - expected_TH).abs().mean(-1) / expected_TH.abs().mean(-1).clamp_min(1e-6)
-    if not distance_T.mean() <= _STATES_TOLERANCE[plm.model.dtype]:  # also refuses NaN
-        raise UserError(
-            f"{plm.name}: {type(plm.model).__name__} gives other states {where} (they differ by "
-            f"{distance_T.mean():.2g} of their size). This architecture is not supported by this transformers version."
-        )
+    return float(distance_T.mean())
+
+
+def _differs(plm: LoadedPLM, where: str, distance: float) -> str:
+    return (
+        f"{plm.name}: {type(plm.model).__name__} gives other states {where} (they differ by {distance:.2g} of their "
+        "size). This architecture is not supported with this version of transformers."
+    )

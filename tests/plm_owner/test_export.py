@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,18 +15,29 @@ import torch
 
 from pema_ray.config import PLMConfig
 from pema_ray.errors import UserError
-from pema_ray.line import ExtractBatch
-from pema_ray.plm_owner import InProcessPLM, LoadedPLM, load_plm
+from pema_ray.line import LMHeadBundle
+from pema_ray.plm_owner import LoadedPLM, load_plm
 from pema_ray.plm_owner.export import export_lm_head
+from pema_ray.plm_owner.states import capture_state
 
 NORMS = {"opt": "layer_norm", "opt_without_final_norm": "identity", "gpt2": "layer_norm", "cohere": "layer_norm"}
 
 
-def test_head_of_norm_of_state_equals_the_models_logits(architecture: str, tiny_plm, tiny_source):
-    source = tiny_source(architecture)
+@pytest.fixture(scope="module")
+def bundle(tiny_plm) -> Callable[[str], LMHeadBundle]:
+    """What the PLM owner shares of a tiny model."""
+    return cache(lambda architecture: export_lm_head(tiny_plm(architecture)))
+
+
+def state_of(plm: LoadedPLM, ids: list[int]) -> torch.Tensor:
+    """Context representations `[T, H]` of a sequence."""
+    with torch.inference_mode():
+        return capture_state(plm, input_ids=torch.tensor([ids]), use_cache=False)[0]
+
+
+def test_head_of_norm_of_state_equals_the_models_logits(architecture: str, tiny_plm, bundle):
     ids = torch.randint(3, 300, (20,), generator=torch.Generator().manual_seed(1)).tolist()
-    state = source.extract(ExtractBatch([ids], [0]))
-    head = source.lm_head().head
+    state, head = state_of(tiny_plm(architecture), ids), bundle(architecture).head
     with torch.inference_mode():
         expected = tiny_plm(architecture).model(torch.tensor([ids])).logits[0].float()
     assert expected.std() > 0.05  # the weights are large enough to notice a wrong norm or scale
@@ -32,34 +45,33 @@ def test_head_of_norm_of_state_equals_the_models_logits(architecture: str, tiny_
     torch.testing.assert_close(head.log_probs(head.norm(state)), expected.log_softmax(-1), atol=1e-4, rtol=1e-4)
 
 
-def test_the_norm_matters_to_the_logits(architecture: str, tiny_source):
-    source = tiny_source(architecture)
-    head = source.lm_head().head
+def test_the_norm_matters_to_the_logits(architecture: str, tiny_plm, bundle):
+    head = bundle(architecture).head
     assert head.spec.norm == NORMS.get(architecture, "rms_norm")
     if head.spec.norm != "identity":
-        state = source.extract(ExtractBatch([[5, 6, 7, 8]], [0]))
+        state = state_of(tiny_plm(architecture), [5, 6, 7, 8])
         assert (head.logits(state) - head.logits(head.norm(state))).abs().max() > 1e-2
 
 
-def test_scales_and_caps_of_the_logits_are_exported(tiny_source):
-    spec = {name: tiny_source(name).lm_head().head.spec for name in ("llama", "gemma2", "cohere", "granite")}
+def test_scales_and_caps_of_the_logits_are_exported(bundle):
+    spec = {name: bundle(name).head.spec for name in ("llama", "gemma2", "cohere", "granite")}
     assert (spec["llama"].logit_scale, spec["llama"].logit_softcap) == (1.0, None)
     assert spec["gemma2"].logit_softcap == 5.0
     assert spec["cohere"].logit_scale == 0.25
     assert spec["granite"].logit_scale == 0.25  # 1 / logits_scaling
 
 
-def test_tied_and_untied_heads_are_both_copied(tiny_plm, tiny_source):
+def test_tied_and_untied_heads_are_both_copied(tiny_plm, bundle):
     for architecture, tied in (("gpt2", True), ("qwen2", True), ("llama", False)):
-        plm, head = tiny_plm(architecture), tiny_source(architecture).lm_head().head
+        plm, head = tiny_plm(architecture), bundle(architecture).head
         embeddings = plm.model.get_input_embeddings().weight
         assert (plm.model.get_output_embeddings().weight is embeddings) is tied
         assert torch.equal(head.weight, embeddings) is tied
         assert head.weight.data_ptr() != plm.model.get_output_embeddings().weight.data_ptr()
 
 
-def test_the_card_gives_sizes_and_nothing_of_the_weights(architecture: str, tiny_source, tokenizer):
-    card = tiny_source(architecture).describe()
+def test_the_card_gives_sizes_and_nothing_of_the_weights(architecture: str, bundle, tokenizer):
+    card = bundle(architecture).card
     hidden = 16 if architecture == "opt_without_final_norm" else 32
     assert (card.hidden_size, card.vocab_size, card.max_positions) == (hidden, len(tokenizer), 96)
     assert card.eos_token_ids == (1,)
@@ -67,24 +79,24 @@ def test_the_card_gives_sizes_and_nothing_of_the_weights(architecture: str, tiny
     assert set(card.to_dict()) == {"name", "fingerprint", "hidden_size", "vocab_size", "max_positions", "eos_token_ids"}
 
 
-def test_fingerprints_differ_between_all_architectures(tiny_source, architectures):
-    assert len({tiny_source(name).describe().fingerprint for name in architectures}) == len(architectures)
+def test_fingerprints_differ_between_all_architectures(bundle, architectures):
+    assert len({bundle(name).card.fingerprint for name in architectures}) == len(architectures)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma"])
-def test_the_same_checkpoint_has_one_fingerprint_in_float32_and_bfloat16(name: str, tiny_plm_folder, tiny_source):
+def test_the_same_checkpoint_has_one_fingerprint_in_float32_and_bfloat16(name: str, tiny_plm_folder, bundle):
     again = load_plm(PLMConfig(name=tiny_plm_folder(name), dtype="float32", device="cpu", threads=1))
     bf16 = load_plm(PLMConfig(name=tiny_plm_folder(name), dtype="bfloat16", device="cpu", threads=1))
-    expected = tiny_source(name).describe().fingerprint
+    expected = bundle(name).card.fingerprint
     assert export_lm_head(again).card.fingerprint == expected
     assert export_lm_head(bf16).card.fingerprint == expected
 
 
-def test_another_folder_name_is_the_same_plm(tiny_plm_folder, tiny_source, tmp_path: Path):
+def test_another_folder_name_is_the_same_plm(tiny_plm_folder, bundle, tmp_path: Path):
     shutil.copytree(tiny_plm_folder("llama"), tmp_path / "renamed")
     card = export_lm_head(_load(tmp_path / "renamed")).card
     assert card.name == "renamed"
-    assert card.fingerprint == tiny_source("llama").describe().fingerprint
+    assert card.fingerprint == bundle("llama").card.fingerprint
 
 
 def _load(folder: Path) -> LoadedPLM:
@@ -92,7 +104,7 @@ def _load(folder: Path) -> LoadedPLM:
 
 
 @pytest.mark.parametrize("weight", ["lm_head.weight", "model.norm.weight"])
-def test_one_changed_weight_of_norm_or_head_is_another_plm(weight: str, tiny_plm_folder, tiny_source, tmp_path: Path):
+def test_one_changed_weight_of_norm_or_head_is_another_plm(weight: str, tiny_plm_folder, bundle, tmp_path: Path):
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(tiny_plm_folder("llama"), tmp_path / "changed")
@@ -100,17 +112,17 @@ def test_one_changed_weight_of_norm_or_head_is_another_plm(weight: str, tiny_plm
     tensors = load_file(path)
     tensors[weight].view(-1)[17] += 0.5
     save_file(tensors, path, metadata={"format": "pt"})
-    assert export_lm_head(_load(tmp_path / "changed")).card.fingerprint != tiny_source("llama").describe().fingerprint
+    assert export_lm_head(_load(tmp_path / "changed")).card.fingerprint != bundle("llama").card.fingerprint
 
 
-def test_another_tokenizer_is_another_plm(tiny_plm_folder, tiny_source, tmp_path: Path):
+def test_another_tokenizer_is_another_plm(tiny_plm_folder, bundle, tmp_path: Path):
     shutil.copytree(tiny_plm_folder("llama"), tmp_path / "swapped")
     path = tmp_path / "swapped" / "tokenizer.json"
     described = json.loads(path.read_text())
     vocabulary = described["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     path.write_text(json.dumps(described))
-    assert export_lm_head(_load(tmp_path / "swapped")).card.fingerprint != tiny_source("llama").describe().fingerprint
+    assert export_lm_head(_load(tmp_path / "swapped")).card.fingerprint != bundle("llama").card.fingerprint
 
 
 def test_a_model_whose_logits_the_head_cannot_express_is_refused_by_name(tiny_plm, monkeypatch):
@@ -164,21 +176,19 @@ def test_an_unknown_norm_and_a_missing_head_are_refused_by_name(tiny_plm, monkey
         export_lm_head(plm)
 
 
-def test_the_bundles_tokenizer_is_the_plms(tiny_source, tokenizer):
-    rebuilt = tiny_source("llama").lm_head().tokenizer()
+def test_the_bundles_tokenizer_is_the_plms(bundle, tokenizer):
+    rebuilt = bundle("llama").tokenizer().hf
     text = "He said unto them: große Häuser!"
     assert rebuilt(text).input_ids == tokenizer(text).input_ids
     assert rebuilt.chat_template == tokenizer.chat_template
 
 
-def test_a_reloaded_bundle_predicts_what_the_model_predicts(architecture: str, tiny_source, tmp_path: Path):
-    from pema_ray.line import LMHeadBundle
-
-    source: InProcessPLM = tiny_source(architecture)
-    bundle = source.lm_head()
-    loaded = LMHeadBundle.load(bundle.save(tmp_path / "bundle"))
-    state = source.extract(ExtractBatch([[4, 9, 33, 2, 17]], [1]))
-    assert loaded.card == bundle.card
-    assert loaded.head.spec == bundle.head.spec
-    assert loaded.tokenizer_files == bundle.tokenizer_files
-    assert torch.equal(loaded.head.log_probs(loaded.head.norm(state)), bundle.head.log_probs(bundle.head.norm(state)))
+def test_a_reloaded_bundle_predicts_what_the_model_predicts(architecture: str, tiny_plm, bundle, tmp_path: Path):
+    exported = bundle(architecture)
+    loaded = LMHeadBundle.load(exported.save(tmp_path / "bundle"))
+    state = state_of(tiny_plm(architecture), [4, 9, 33, 2, 17])
+    assert loaded.card == exported.card
+    assert loaded.head.spec == exported.head.spec
+    assert loaded.tokenizer_files == exported.tokenizer_files
+    found, expected = (head.log_probs(head.norm(state)) for head in (loaded.head, exported.head))
+    assert torch.equal(found, expected)

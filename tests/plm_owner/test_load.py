@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
+import socket
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -12,10 +18,11 @@ import torch
 
 from pema_ray.config import PLMConfig
 from pema_ray.errors import UserError
-from pema_ray.line import ExtractBatch
-from pema_ray.plm_owner import InProcessPLM, load_plm
+from pema_ray.plm_owner import load_plm
+from pema_ray.plm_owner.export import export_lm_head
 from pema_ray.plm_owner.gguf import converted
 from pema_ray.plm_owner.load import locate
+from pema_ray.plm_owner.states import capture_state
 
 
 def test_a_package_is_located_by_its_gguf_file_without_being_imported(tmp_path: Path, monkeypatch):
@@ -52,6 +59,102 @@ def test_missing_folders_and_files_are_refused_by_name(tmp_path: Path):
         locate(str(tmp_path / "a-file"))
 
 
+@pytest.fixture
+def hub(monkeypatch, tmp_path: Path) -> Iterator[Callable[[int, str], list[str]]]:
+    """A hub that gives every request one answer, and an empty local cache; the requests for models it has seen."""
+    from huggingface_hub import constants
+
+    answer, requests = [404, ""], []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if "/opt-125m" in self.path or "/tiny" in self.path:  # huggingface_hub has requests of its own
+                requests.append(self.path)
+            self.send_response(answer[0])
+            self.send_header("X-Error-Code", answer[1])
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        do_HEAD = do_GET
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def answers(status: int, code: str = "") -> list[str]:
+        answer[:] = status, code
+        return requests
+
+    yield answers
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "reason"),
+    [
+        (404, "RepoNotFound", "no such folder, and no such model on the hub"),
+        (403, "GatedRepo", "the hub asks for a login"),
+        (503, "", "no such folder, not in the hub's local cache, and the hub does not answer"),
+    ],
+)
+def test_a_name_that_the_hub_does_not_serve_is_refused_after_one_request(status: int, code: str, reason: str, hub):
+    requests = hub(status, code)
+    with pytest.raises(UserError, match=f"^plm.name=facebok/opt-125m: {reason}") as caught:
+        load_plm(PLMConfig(name="facebok/opt-125m", device="cpu"))
+    assert requests == ["/api/models/facebok/opt-125m"]
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_without_a_network_a_name_is_refused_at_once(offline: bool, hub, monkeypatch):
+    from huggingface_hub import constants
+
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound, yet nobody listens: every connection is refused
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        before = time.monotonic()
+        with pytest.raises(UserError, match="the hub does not answer: check the name"):
+            load_plm(PLMConfig(name="facebok/opt-125m", device="cpu"))
+        assert time.monotonic() - before < 1  # transformers' first repetition alone comes after 1 second
+
+
+def test_a_mistyped_folder_is_refused_with_the_nearest_one(hub, monkeypatch, tmp_path: Path):
+    (tmp_path / "models" / "my_model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    hub(404, "RepoNotFound")
+    with pytest.raises(UserError, match="Did you mean 'models/my_model'"):
+        load_plm(PLMConfig(name="models/my_modle", device="cpu"))
+    with pytest.raises(UserError, match="no name of a hub model"):
+        load_plm(PLMConfig(name="models/of/mine", device="cpu"))
+
+
+@pytest.mark.parametrize("status", [404, 503])
+def test_a_cached_hub_model_loads_although_the_hub_does_not_serve_it(
+    status: int, hub, tmp_path: Path, tiny_plm_folder, monkeypatch
+):
+    snapshot = tmp_path / "hub" / "models--org--tiny" / "snapshots" / ("0" * 40)
+    shutil.copytree(tiny_plm_folder("llama"), snapshot)
+    refs = snapshot.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0" * 40)
+    from transformers.utils import hub as transformers_hub
+
+    cached_files = transformers_hub.cached_files  # it has read its cache folder from the environment already
+    monkeypatch.setattr(
+        transformers_hub, "cached_files", lambda *a, **k: cached_files(*a, **{**k, "cache_dir": str(tmp_path / "hub")})
+    )
+    requests = hub(status)
+    plm = load_plm(PLMConfig(name="org/tiny", dtype="float32", device="cpu", threads=1))
+    assert plm.name == "org/tiny"
+    assert requests == ["/api/models/org/tiny"]
+
+
 def test_a_folder_without_a_model_is_refused_in_one_line(tmp_path: Path):
     with pytest.raises(UserError, match="cannot be loaded as a causal LM") as caught:
         load_plm(PLMConfig(name=str(tmp_path), device="cpu"))
@@ -59,19 +162,25 @@ def test_a_folder_without_a_model_is_refused_in_one_line(tmp_path: Path):
 
 
 def test_a_model_spread_by_accelerate_gives_the_states_of_one_that_is_not(tiny_plm_folder):
-    batch = ExtractBatch([[5, 6, 7, 8], [9, 10]], [1, 0])
     name, options = tiny_plm_folder("llama"), {"dtype": "float32", "device": "cpu"}
-    whole = InProcessPLM(load_plm(PLMConfig(name=name, **options)))
-    spread = InProcessPLM(load_plm(PLMConfig(name=name, device_map="auto", **options)))
-    assert spread.describe() == whole.describe()
-    torch.testing.assert_close(spread.extract(batch), whole.extract(batch))
+    whole = load_plm(PLMConfig(name=name, **options))
+    spread = load_plm(PLMConfig(name=name, device_map="auto", **options))
+    assert export_lm_head(spread).card == export_lm_head(whole).card
+    with torch.inference_mode():
+        state, expected = (capture_state(plm, input_ids=torch.tensor([[5, 6, 7, 8]])) for plm in (spread, whole))
+    torch.testing.assert_close(state, expected)
 
 
 def test_a_model_that_accelerate_left_on_disk_is_refused(tiny_plm_folder, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     load = AutoModelForCausalLM.from_pretrained
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: load(*a, **k).to("meta"))
+
+    def leave_on_disk(*args, **options):
+        model, info = load(*args, **options)
+        return model.to("meta"), info
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", leave_on_disk)
     with pytest.raises(UserError, match="does not fit the devices of one actor"):
         load_plm(PLMConfig(name=tiny_plm_folder("llama"), device_map="auto", device="cpu"))
 
@@ -92,8 +201,6 @@ def test_the_packaged_gguf_model_is_converted_once_and_speaks():
 
 
 def test_a_truncated_weight_file_is_refused_in_one_line(tiny_plm_folder, tmp_path: Path):
-    import shutil
-
     folder = tmp_path / "cut"
     shutil.copytree(tiny_plm_folder("llama"), folder)
     weights = folder / "model.safetensors"
