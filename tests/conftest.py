@@ -86,7 +86,7 @@ def tokenizer():
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=380,
+        vocab_size=379,
         special_tokens=["<s>", "</s>", "<pad>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -94,17 +94,18 @@ def tokenizer():
     raw.train_from_iterator(CORPUS, trainer)
     raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     fast = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast.add_tokens(["<|endoftext|>"], special_tokens=True)  # Qwen's class adds it, whatever the file says
     fast.chat_template = CHAT_TEMPLATE
     return fast
 
 
-def random_model(architecture: str, vocab_size: int, seed: int = 0):
 @pytest.fixture(scope="session")
 def plm_tokenizer(tokenizer) -> PLMTokenizer:
     """The same, as stages and services use it."""
     return PLMTokenizer(tokenizer)
 
 
+def random_model(architecture: str, vocab_size: int, seed: int = 0):
     """Two layers of random weights, large enough that norms, scales and positions all matter; exact in bfloat16."""
     import transformers as t
 

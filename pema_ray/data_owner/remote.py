@@ -1,7 +1,7 @@
 """A PLM owner of another organisation, over HTTPS: a `PLMClient` whose frames carry a key and a fingerprint.
 
-Errors are told apart: `UserError` only a person can fix (key, certificate, a sequence that is too long), `Busy` passes by
-itself (quota, no slot, a service that restarts), `ConnectionError` is a dead line. N rows, H hidden.
+Only a person can fix a `UserError` (key, certificate, a sequence that is too long); `Busy` passes by itself (quota, no
+slot, a service that restarts); `ConnectionError` is a dead line. N rows, H hidden.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def _messages(steps: Sequence[Step], max_steps: int, max_rows: int) -> Iterator[
 
 
 def _requests(batch: ExtractBatch, max_rows: int, max_bytes: int) -> Iterator[ExtractBatch]:
-    """The batch in its order, in requests of at most `max_rows` rows and about `max_bytes` bytes, all with its prefix."""
+    """The batch in its order, in requests of at most `max_rows` rows and `max_bytes` bytes, each with its prefix."""
     empty = _HEADER_BYTES + _TOKEN_BYTES * len(batch.prefix)
     sequences: list[list[int]] = []
     starts: list[int] = []

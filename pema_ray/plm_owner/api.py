@@ -12,7 +12,7 @@ import math
 import time
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from contextvars import Context
 from dataclasses import dataclass, field
@@ -27,11 +27,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from pema_ray.config import Section
-from pema_ray.errors import UserError
-from pema_ray.line import ExtractBatch, ModelCard, SessionLost, codec
-from pema_ray.line.stepping import LONGEST_NAME, Busy, Step
+from pema_ray.errors import FingerprintMismatch, UserError
+from pema_ray.line import Busy, SessionLost, codec
+from pema_ray.line.protocol import LONGEST_NAME
 from pema_ray.plm_owner.access import Access, Account, Held, Refused
-from pema_ray.plm_owner.off_loop import off_loop
+from pema_ray.plm_owner.executor import run_in_executor
 from pema_ray.plm_owner.replicas import Replicas
 
 _FRAME = {"content": {codec.MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}}
@@ -42,6 +42,7 @@ _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=LONGEST_NAME)]
 _Sessions = Annotated[list[_Name], msgspec.Meta(max_length=4096)]
 _UNTIL_SENT = "pema_ray.until_sent"
 _STATE_BYTES = 4  # of a number of a representation, at most
+_MOST_LINES = 4  # of one data owner: the PLM before an update, the one after it, and room
 
 
 class Limits(Section):
@@ -68,7 +69,6 @@ class _Asked:
     """One request of a data owner that is known."""
 
     account: Account
-    line: Replicas
     held: Held
     used: dict[str, int] = field(default_factory=dict)
     """What is counted and logged of it."""
@@ -86,32 +86,44 @@ class _UntilSent:
             await self._app(scope, receive, send)
 
 
-def make_api(access: Access, limits: Limits, replicas: Callable[[str], Replicas]) -> FastAPI:
+def make_api(access: Access, limits: Limits, replicas: Callable[[str, str | None], Replicas]) -> FastAPI:
     """The application.
 
     Args:
-        replicas: the engine's replicas, for a data owner's name.
+        replicas: the engine's replicas, for a data owner's name and a PLM's fingerprint.
     """
     api = FastAPI(title="pema-ray PLM owner", description=__doc__ or "", version="1", docs_url="/docs")
     api.add_middleware(_UntilSent)
-    lines: dict[str, Replicas] = {}
+    lines: dict[str, dict[str, Replicas]] = {}
     heads: dict[str, asyncio.Task[bytes]] = {}
     counts: Counter[str] = Counter()
     api.state.lines, api.state.counts = lines, counts
 
-    def line_of(account: Account) -> Replicas:
+    async def line_of(account: Account, fingerprint: str | None) -> Replicas:
+        """The data owner's line to one PLM; one without a fingerprint is to whichever PLM is there now.
+
+        Raises:
+            FingerprintMismatch: another PLM is.
+        """
         name = account.client.name
-        if name not in lines:
-            lines[name] = replicas(name)
-        return lines[name]
+        line = lines.get(name, {}).get(fingerprint or "")
+        if line is None:
+            line = replicas(name, fingerprint)
+            await line.describe()
+            if fingerprint is not None:
+                of_owner = lines.setdefault(name, {})
+                line = of_owner.setdefault(fingerprint, line)
+                if len(of_owner) > _MOST_LINES:
+                    del of_owner[next(iter(of_owner))]
+        return line
 
     async def head_of(line: Replicas) -> bytes:
-        """The LM head's frame, made once for all who ask."""
-        fingerprint = (await line.describe()).fingerprint
+        """The LM head's frame, made once for all who request it."""
+        fingerprint = (await line.describe()).card.fingerprint
         known = heads.get(fingerprint)
         if known is None or (known.done() and (known.cancelled() or known.exception() is not None)):
             heads.clear()  # of a PLM that was here before
-            # in a context of its own: others wait for it when the request that asked first has ended
+            # in a context of its own: others wait for it when the request that came first has ended
             heads[fingerprint] = asyncio.create_task(line.lm_head_bytes(), context=Context())
         return await asyncio.shield(heads[fingerprint])
 
@@ -120,7 +132,6 @@ def make_api(access: Access, limits: Limits, replicas: Callable[[str], Replicas]
     async def perform(
         request: Request,
         authorization: str | None,
-        fingerprint: str | None,
         what: str,
         work: Callable[[_Asked], Awaitable[Response]],
         makes_room: bool = False,
@@ -134,18 +145,17 @@ def make_api(access: Access, limits: Limits, replicas: Callable[[str], Replicas]
             account = await access.admit(authorization)
             name = account.client.name
             account.forget_idle(limits.session_seconds)
-            line = line_of(account)
             most = (math.inf, math.inf) if makes_room else (limits.max_requests, limits.max_held_mb * 2**20)
             held = Held(account, *most)
             request.scope[_UNTIL_SENT].enter_context(held)
-            asked = _Asked(account, line, held, used)
-            if fingerprint is not None and fingerprint != (card := await line.describe()).fingerprint:
-                raise Refused(409, f"You expect the PLM {fingerprint}; this is {card.label}. Export its LM head anew.")
-            response = await work(asked)
+            response = await work(_Asked(account, held, used))
         except Refused as refused:
             response = _error(refused.status, str(refused), refused.retry_after)
         except codec.BadFrame as error:
             response = _error(400, str(error))
+        except FingerprintMismatch as error:
+            message = f"You expect the PLM {error.expected}; this is {error.found}. Export its LM head anew."
+            response = _error(409, message, found=error.found)
         except UserError as error:
             response = _error(422, str(error))
         except Busy as error:
@@ -181,9 +191,11 @@ def make_api(access: Access, limits: Limits, replicas: Callable[[str], Replicas]
 
         async def work(asked: _Asked) -> Response:
             quota = asked.account.client.quota.model_dump(exclude_none=True)
-            return JSONResponse({**await asked.line.limits(), "limits": limits.model_dump(), "quota": quota})
+            described = await (await line_of(asked.account, fingerprint)).describe()
+            sizes = {**described.card.to_dict(), "max_session_tokens": described.limits.max_tokens}
+            return JSONResponse({**sizes, "limits": limits.model_dump(), "quota": quota})
 
-        return await perform(request, authorization, fingerprint, "model", work)
+        return await perform(request, authorization, "model", work)
 
     @api.get("/v1/lm-head", responses=_ANSWER)
     async def lm_head(request: Request, authorization: Authorization = None, fingerprint: Fingerprint = None) -> Any:
@@ -191,37 +203,37 @@ def make_api(access: Access, limits: Limits, replicas: Callable[[str], Replicas]
 
         async def work(asked: _Asked) -> Response:
             asked.account.spend_head(limits.lm_heads_per_minute)
-            frame = await head_of(asked.line)  # one for all: nobody holds it alone
+            frame = await head_of(await line_of(asked.account, fingerprint))  # one for all: nobody holds it alone
             return Response(frame, media_type=codec.MEDIA_TYPE)
 
-        return await perform(request, authorization, fingerprint, "lm-head", work)
+        return await perform(request, authorization, "lm-head", work)
 
     frame_body = {"requestBody": {"required": True, **_FRAME}}
 
     @api.post("/v1/extract", responses=_ANSWER, openapi_extra=frame_body)
-    async def extract(request: Request, authorization: Authorization = None, fingerprint: Fingerprint = None) -> Any:
-        """Representations of the wanted positions of a batch."""
+    async def extract(request: Request, authorization: Authorization = None) -> Any:
+        """Representations of the requested positions of a batch."""
 
         async def work(asked: _Asked) -> Response:
             body = await body_of(request, asked.held)
-            batch, largest = await off_loop(len(body), _read_batch, body)
-            asked.used |= {"rows": batch.rows, "tokens": sum(map(len, batch.token_ids))}
-            card = await _check_tokens(asked.line, largest)
+            batch, fingerprint = await run_in_executor(len(body), codec.decode_extract, body)
+            asked.used |= {"rows": batch.rows, "tokens": batch.tokens}
+            line = await line_of(asked.account, fingerprint)
             if batch.rows > limits.max_rows:
                 raise Refused(413, f"{batch.rows} rows in one request; {limits.max_rows} are allowed.")
-            asked.held.add(batch.rows * card.hidden_size * _STATE_BYTES)
+            asked.held.add(batch.rows * (await line.describe()).card.hidden_size * _STATE_BYTES)
             asked.account.spend(asked.used["rows"], asked.used["tokens"], set())
-            return Response(await asked.line.extract_bytes(body), media_type=codec.MEDIA_TYPE)
+            return Response(await line.extract_bytes(body), media_type=codec.MEDIA_TYPE)
 
-        return await perform(request, authorization, fingerprint, "extract", work)
+        return await perform(request, authorization, "extract", work)
 
     @api.post("/v1/sessions/step", responses=_ANSWER, openapi_extra=frame_body)
-    async def step(request: Request, authorization: Authorization = None, fingerprint: Fingerprint = None) -> Any:
-        """Steps of sessions: open, go on, take back, in one message. Errors of single steps stand in their places."""
+    async def step(request: Request, authorization: Authorization = None) -> Any:
+        """Steps of sessions: open, continue, rewind, in one message. Errors of single steps stand in their places."""
 
         async def work(asked: _Asked) -> Response:
             body = await body_of(request, asked.held)
-            steps, largest = await off_loop(len(body), _read_steps, body)
+            steps, fingerprint = await run_in_executor(len(body), codec.decode_steps, body)
             if len(steps) > limits.max_steps:
                 raise Refused(413, f"{len(steps)} steps in one message; {limits.max_steps} are allowed.")
             rows = sum(s.states + s.draft for s in steps)
@@ -231,17 +243,17 @@ def make_api(access: Access, limits: Limits, replicas: Callable[[str], Replicas]
                     413,
                     f"At most {limits.max_rows} states in one answer, and {limits.max_draft} drafted tokens a step.",
                 )
-            card = await _check_tokens(asked.line, largest)
-            size = rows * card.hidden_size * _STATE_BYTES
+            line = await line_of(asked.account, fingerprint)
+            size = rows * (await line.describe()).card.hidden_size * _STATE_BYTES
             asked.held.add(size)
             asked.account.spend(rows, asked.used["tokens"], {s.session for s in steps})
-            outcomes = await asked.line.step(steps)
+            outcomes = await line.step(steps)
             for step, outcome in zip(steps, outcomes, strict=True):
                 if isinstance(outcome, SessionLost) or (step.position == 0 and isinstance(outcome, Exception)):
                     asked.account.sessions.pop(step.session, None)
-            return Response(await off_loop(size, codec.encode_stepped, outcomes), media_type=codec.MEDIA_TYPE)
+            return Response(await run_in_executor(size, codec.encode_stepped, outcomes), media_type=codec.MEDIA_TYPE)
 
-        return await perform(request, authorization, fingerprint, "step", work)
+        return await perform(request, authorization, "step", work)
 
     names: dict[str, Any] = {"type": "string", "minLength": 1, "maxLength": LONGEST_NAME}
     json_body = {"schema": {"type": "array", "maxItems": 4096, "items": names}}
@@ -259,10 +271,11 @@ def make_api(access: Access, limits: Limits, replicas: Callable[[str], Replicas]
             asked.used["sessions"] = len(sessions)
             for session in sessions:
                 asked.account.sessions.pop(session, None)
-            await asked.line.close(sessions)
+            for line in list(lines.get(asked.account.client.name, {}).values()):
+                await line.close(sessions)
             return Response(status_code=204)
 
-        return await perform(request, authorization, None, "close", work, makes_room=True)
+        return await perform(request, authorization, "close", work, makes_room=True)
 
     @api.get("/healthz")
     async def health() -> Any:
@@ -275,31 +288,12 @@ def make_api(access: Access, limits: Limits, replicas: Callable[[str], Replicas]
         return _error(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
 
     @api.exception_handler(HTTPException)
-    async def told(_: Request, error: HTTPException) -> JSONResponse:
+    async def refused(_: Request, error: HTTPException) -> JSONResponse:
         return _error(error.status_code, str(error.detail))
 
     return api
 
 
-def _read_batch(body: bytes) -> tuple[ExtractBatch, int]:
-    """A batch, and its largest token."""
-    batch = codec.decode_extract(body)
-    return batch, max(map(max, batch.token_ids), default=0)
-
-
-def _read_steps(body: bytes) -> tuple[Sequence[Step], int]:
-    """Steps, and their largest token."""
-    steps = codec.decode_steps(body)
-    return steps, max((max(step.tokens) for step in steps), default=0)
-
-
-async def _check_tokens(line: Replicas, largest: int) -> ModelCard:
-    card = await line.describe()
-    if largest >= card.vocab_size:
-        raise Refused(422, f"{largest} is no token of {card.label}, which has {card.vocab_size}.")
-    return card
-
-
-def _error(status: int, message: str, retry_after: float | None = None) -> JSONResponse:
+def _error(status: int, message: str, retry_after: float | None = None, **more: str) -> JSONResponse:
     headers = {} if retry_after is None else {"Retry-After": str(max(1, round(retry_after)))}
-    return JSONResponse({"error": {"message": message, "type": "line_error"}}, status, headers)
+    return JSONResponse({"error": {"message": message, "type": "line_error", **more}}, status, headers)

@@ -1,4 +1,4 @@
-"""Large frames are made and read in a thread: what an event loop does itself, everybody else waits for."""
+"""Large frames are encoded and decoded in a thread, so that the event loop stays free for other requests."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ T = TypeVar("T")
 _SMALL = 2**16  # bytes; less is done sooner than a thread has begun
 
 
-async def off_loop(size: int, work: Callable[..., T], *args: object) -> T:
-    """`work(*args)`, in a thread if it is about more than a few bytes.
+async def run_in_executor(size: int, work: Callable[..., T], *args: object) -> T:
+    """`work(*args)`, in a thread if it concerns more than a few bytes.
 
     Args:
         size: bytes that are read or made, roughly.

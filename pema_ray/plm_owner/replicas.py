@@ -1,8 +1,8 @@
-"""The replicas of a PLM owner in one cluster, called through a Serve handle: a `Stepper` that keeps sessions at home.
+"""The replicas of a PLM owner in one cluster, called through a Serve handle: a `PLMClient` with session affinity.
 
-Bytes go in and come out as they would between organisations. A replica that dies takes its sessions with it: their
-steps are `Busy`, then `SessionLost` at whichever replica is there, and the data owner says them again whole. A step
-that its caller waits for no more is cancelled where it is; sessions that it has opened all the same are closed.
+Requests and answers are the same frames as between organisations. A replica that dies takes its sessions with it: their
+steps are `Busy`, then `SessionLost` at another replica, and the data owner opens them again with all their ids. A step
+whose caller goes away is cancelled; sessions that it has opened all the same are closed.
 """
 
 from __future__ import annotations
@@ -14,57 +14,93 @@ from contextlib import suppress
 from contextvars import Context
 from typing import Any
 
-from pema_ray.errors import UserError
-from pema_ray.line import ExtractBatch, LMHeadBundle, ModelCard, SessionLost, codec
-from pema_ray.line.stepping import Busy, Step, Stepped
-from pema_ray.plm_owner.off_loop import off_loop
+import torch
+
+from pema_ray.errors import FingerprintMismatch, UserError
+from pema_ray.line import Busy, Description, ExtractBatch, LMHeadBundle, SessionLost, Step, Stepped, codec
+from pema_ray.plm_owner.executor import run_in_executor
 
 _TOKEN_BYTES = 4
-_MOST_HOMES = 100_000
+_MOST_SESSIONS = 100_000
+_DEPLOYMENT = "PLMEngine"
 
 
 class Replicas:
-    """Sessions over a deployment of `PLMEngine`.
+    """A PLM owner that is a deployment of `PLMEngine`.
 
     Args:
         handle: of the deployment.
         owner: whose sessions these are; caches of different owners never meet.
+        fingerprint: of the PLM that must answer; by default that of the first `describe`.
+        label: names the PLM owner in messages.
     """
 
-    def __init__(self, handle: Any, owner: str = "local") -> None:
-        self._handle, self._owner = handle, owner
-        self._homes: dict[str, str] = {}
-        self._described: dict[str, Any] | None = None
+    def __init__(
+        self, handle: Any, owner: str = "local", fingerprint: str | None = None, label: str = "The PLM owner"
+    ) -> None:
+        self._handle, self._owner, self._fingerprint, self._label = handle, owner, fingerprint, label
+        self._owner_replica: dict[str, str] = {}
+        self._described: Description | None = None
         self._flying: Counter[str] = Counter()
         self._closed: set[str] = set()
-        """Sessions to close as soon as it is known where they live."""
+        """Sessions to close as soon as it is known which replica holds them."""
         self._answering: set[asyncio.Task[list[Stepped | Exception]]] = set()
 
-    async def describe(self) -> ModelCard:
-        return ModelCard.from_dict({k: v for k, v in (await self.limits()).items() if k != "max_session_tokens"})
+    @classmethod
+    def of_application(cls, name: str, owner: str = "local", fingerprint: str | None = None) -> Replicas:
+        """The PLM owner that runs as a Serve application in this cluster.
 
-    async def limits(self) -> dict[str, Any]:
-        """The model card's entries, and `max_session_tokens`."""
+        Raises:
+            UserError: no such application runs, or it has no PLM owner.
+        """
+        from ray import serve
+        from ray.serve.exceptions import RayServeException
+
+        label = f"plm.serve={name}"
+        try:
+            running = serve.status().applications
+        except RayServeException:
+            running = {}
+        if name not in running or _DEPLOYMENT not in running[name].deployments:
+            owners = [n for n, application in running.items() if _DEPLOYMENT in application.deployments]
+            raise UserError(
+                f"{label}: this Ray cluster runs no PLM owner of this name; it runs: "
+                f"{', '.join(sorted(owners)) or 'none'}. Start one, such as with: serve deploy serve_configs/cluster.yaml"
+            )
+        return cls(serve.get_deployment_handle(_DEPLOYMENT, app_name=name), owner, fingerprint, label)
+
+    async def describe(self) -> Description:
         if self._described is None:
-            self._described = await self._call(self._handle.describe)
-        assert self._described is not None
+            described: Description = await self._call(self._handle.describe)
+            if self._fingerprint not in (None, described.card.fingerprint):
+                raise FingerprintMismatch(self._label, described.card.label, str(self._fingerprint))
+            self._fingerprint, self._described = described.card.fingerprint, described
         return self._described
 
+    async def _pinned(self) -> str:
+        """The fingerprint that every frame carries."""
+        return self._fingerprint or (await self.describe()).card.fingerprint
+
     async def lm_head(self) -> LMHeadBundle:
-        """The LM-head bundle."""
         return LMHeadBundle.from_files(codec.decode_files(await self.lm_head_bytes()))
 
     async def lm_head_bytes(self) -> bytes:
-        """The same, as the frame that crosses the line."""
-        return await self._call(self._handle.lm_head)
+        """The LM-head bundle, as the frame that crosses the line."""
+        return await self._call(self._handle.lm_head, await self._pinned())
 
-    async def extract(self, batch: ExtractBatch) -> Any:
-        """Representations `[N, H]` of a batch."""
-        return codec.decode_rows(await self.extract_bytes(codec.encode_extract(batch)))
+    async def extract(self, batch: ExtractBatch) -> torch.Tensor:
+        fingerprint = await self._pinned()
+        body = await run_in_executor(_TOKEN_BYTES * batch.tokens, codec.encode_extract, batch, fingerprint)
+        answer = await self.extract_bytes(body)
+        return await run_in_executor(len(answer), codec.decode_rows, answer)
 
     async def extract_bytes(self, body: bytes) -> bytes:
         """The same, frame in and frame out."""
         return await self._call(self._handle.extract, self._owner, body)
+
+    async def end(self) -> None:
+        """Wait until it is known which sessions cancelled calls have opened, and those are closed."""
+        await asyncio.gather(*self._answering, return_exceptions=True)
 
     async def _call(self, method: Any, *args: Any) -> Any:
         """Call any replica.
@@ -81,33 +117,39 @@ class Replicas:
         except asyncio.CancelledError:
             response.cancel()
             raise
-        except UserError as error:
+        except (UserError, Busy) as error:
             raise _own(error) from None
         except (RayError, RayServeException) as error:
             raise Busy(f"no replica of the PLM answers ({type(error).__name__})") from None
 
     async def step(self, steps: Sequence[Step]) -> list[Stepped | Exception]:
+        """As `PLMClient.step` says; while replicas of two PLMs run, `FingerprintMismatch` stands in single places."""
+        fingerprint = await self._pinned()
         groups: dict[str, list[int]] = {}
         for number, step in enumerate(steps):
-            home = self._homes.get(step.session)
-            # a session without a home is opened by itself, so that Serve spreads openings over replicas
-            groups.setdefault(home or f"?{step.session}", []).append(number)
-        found: list[Stepped | Exception] = [SessionLost()] * len(steps)
+            replica = self._owner_replica.get(step.session)
+            # a session without a replica is opened by itself, so that Serve spreads openings over replicas
+            groups.setdefault(replica or f"?{step.session}", []).append(number)
+        outcomes: list[Stepped | Exception] = [SessionLost()] * len(steps)
 
-        async def one(home: str, numbers: list[int]) -> None:
-            chosen = [steps[number] for number in numbers]
-            for number, outcome in zip(numbers, await self._at(home, chosen), strict=True):
-                found[number] = outcome
+        async def one(replica: str, numbers: list[int]) -> None:
+            group = [steps[number] for number in numbers]
+            for number, outcome in zip(numbers, await self._at(replica, group, fingerprint), strict=True):
+                outcomes[number] = outcome
 
-        await asyncio.gather(*(one(home, numbers) for home, numbers in groups.items()))
-        return found
+        await asyncio.gather(*(one(replica, numbers) for replica, numbers in groups.items()))
+        mismatches = [outcome for outcome in outcomes if isinstance(outcome, FingerprintMismatch)]
+        if mismatches and len(mismatches) == len(outcomes):
+            raise mismatches[0]
+        return outcomes
 
-    async def _at(self, home: str, steps: Sequence[Step]) -> list[Stepped | Exception]:
-        handle = self._handle if home.startswith("?") else self._handle.options(session_id=f"{home}/")
-        body = await off_loop(_TOKEN_BYTES * sum(len(step.tokens) for step in steps), codec.encode_steps, steps)
+    async def _at(self, replica: str, steps: Sequence[Step], fingerprint: str) -> list[Stepped | Exception]:
+        handle = self._handle if replica.startswith("?") else self._handle.options(session_id=f"{replica}/")
+        size = _TOKEN_BYTES * sum(len(step.tokens) for step in steps)
+        body = await run_in_executor(size, codec.encode_steps, steps, fingerprint)
         self._flying.update(step.session for step in steps)
-        # A task and a context of its own, which hears the answer even if the caller goes away: it alone tells where
-        # sessions live. In the context of a request that has ended, Serve would cancel what is said afterwards as well.
+        # A task and a context of its own, which receives the answer even if the caller goes away: only the answer says
+        # which replica holds the sessions. In the context of an ended request, Serve would cancel later calls as well.
         apart = Context()
         response = apart.run(handle.step.remote, self._owner, body)
         answering = asyncio.create_task(self._answered(response, steps), context=apart)
@@ -117,7 +159,7 @@ class Replicas:
             return await asyncio.shield(answering)
         except asyncio.CancelledError:
             if not answering.done():
-                self._closed.update(step.session for step in steps if step.session not in self._homes)
+                self._closed.update(step.session for step in steps if step.session not in self._owner_replica)
                 response.cancel()
             raise
 
@@ -130,31 +172,31 @@ class Replicas:
         outcomes: list[Stepped | Exception]
         try:
             replica, body = await response
-            outcomes = await off_loop(len(body), codec.decode_stepped, body, UserError)
+            outcomes = await run_in_executor(len(body), codec.decode_stepped, body, UserError)
         except (BackPressureError, Busy) as error:
             outcomes = [Busy(str(error), getattr(error, "retry_after", 1.0))] * len(steps)
         except UserError as error:
             outcomes = [_own(error)] * len(steps)
         except (RayError, RayServeException) as error:  # the replica died, or is being replaced: ask another
             for name in names:
-                self._homes.pop(name, None)
+                self._owner_replica.pop(name, None)
             outcomes = [Busy(f"no replica of the PLM answers ({type(error).__name__})", 0.1)] * len(steps)
         finally:
             self._flying.subtract(names)
-            self._flying += Counter()  # without those that are at nought
+            self._flying += Counter()  # drops zero counts
             closed = self._closed.intersection(names)
             self._closed -= closed
         if replica is not None:
             for name, outcome in zip(names, outcomes, strict=True):
                 if isinstance(outcome, Stepped):
-                    self._homes[name] = replica
-                    if len(self._homes) > _MOST_HOMES:  # sessions that nobody closed
-                        del self._homes[next(iter(self._homes))]
+                    self._owner_replica[name] = replica
+                    if len(self._owner_replica) > _MOST_SESSIONS:  # sessions that nobody closed
+                        del self._owner_replica[next(iter(self._owner_replica))]
                 else:
-                    self._homes.pop(name, None)
+                    self._owner_replica.pop(name, None)
         if closed and replica is None:  # an answer that was on its way when the call was cancelled is lost
             await self._close_everywhere(sorted(closed))
-        elif closed:  # while this was under way, nobody knew where they would live
+        elif closed:  # until now nobody knew which replica would hold them
             await self.close(sorted(closed))
         return outcomes
 
@@ -164,21 +206,21 @@ class Replicas:
 
         groups: dict[str, list[str]] = {}
         for session in sessions:
-            if home := self._homes.pop(session, None):
-                groups.setdefault(home, []).append(session)
+            if replica := self._owner_replica.pop(session, None):
+                groups.setdefault(replica, []).append(session)
             elif self._flying[session]:
                 self._closed.add(session)
-        for home, names in groups.items():
+        for replica, names in groups.items():
             with suppress(RayError, RayServeException):  # with its replica a session is forgotten too
-                await Context().run(self._handle.options(session_id=f"{home}/").close.remote, self._owner, names)
+                await Context().run(self._handle.options(session_id=f"{replica}/").close.remote, self._owner, names)
 
     async def _close_everywhere(self, sessions: list[str]) -> None:
         from ray.exceptions import RayError
         from ray.serve.exceptions import RayServeException
 
         with suppress(RayError, RayServeException):
-            told = Context().run(self._handle.broadcast, "close", self._owner, sessions)
-            await told.results_async(return_exceptions=True)
+            response = Context().run(self._handle.broadcast, "close", self._owner, sessions)
+            await response.results_async(return_exceptions=True)
 
 
 def _own(error: Exception) -> Exception:

@@ -1,26 +1,32 @@
-"""Who waits for an opening no more leaves no session behind, wherever the step was when he went."""
+"""Replicas are a `PLMClient` with session affinity: cancelled openings leave no session, other PLMs are refused."""
 
 from __future__ import annotations
 
 import asyncio
 
 import pytest
+import torch
 from serving_kit import DirectHandle
 
-from pema_ray.line.stepping import Step, Stepped
+from pema_ray.errors import FingerprintMismatch, UserError
+from pema_ray.line import ExtractBatch, SessionLost, Step, Stepped
 from pema_ray.plm_owner.replicas import Replicas
 from pema_ray.plm_owner.service import PLMEngine
 
 
+def engine_of(folder: str) -> PLMEngine:
+    config = {"name": folder, "dtype": "float32", "device": "cpu", "threads": 1}
+    return PLMEngine(config, {"slots": 4, "max_tokens": 90, "pass_tokens": 64})
+
+
 @pytest.fixture
 async def handle(tiny_plm_folder, anyio_backend):
-    config = {"name": tiny_plm_folder("llama"), "dtype": "float32", "device": "cpu", "threads": 1}
-    handle = DirectHandle(lambda: PLMEngine(config, {"slots": 4, "max_tokens": 90, "prefill_tokens": 16}), 2)
+    handle = DirectHandle(lambda: engine_of(tiny_plm_folder("llama")), 2)
     for replica in handle.replicas.values():
         await replica.describe()
     yield handle
     for replica in handle.replicas.values():
-        await (await replica._engine()).stop()
+        await replica.plm.end()
 
 
 async def live(handle: DirectHandle) -> int:
@@ -47,7 +53,7 @@ async def test_an_opening_that_is_cancelled_leaves_no_session(handle, when, clos
     else:
         await becomes(handle, 2)
         async with asyncio.timeout(20):
-            while any([(await replica._engine()).batcher.busy for replica in handle.replicas.values()]):
+            while any(replica.plm.batcher.busy for replica in handle.replicas.values()):
                 await asyncio.sleep(0.005)
         await asyncio.sleep(0.05)
     if closed == "before":
@@ -80,27 +86,20 @@ async def test_a_session_whose_step_is_cancelled_lives_until_it_is_closed(handle
     await becomes(handle, 0)
 
 
-async def test_extraction_that_nobody_waits_for_ends_between_two_passes(handle):
-    from pema_ray.line import ExtractBatch
-
-    for replica in handle.replicas.values():
-        replica.config = replica.config.model_copy(update={"extract_tokens": 64})
+async def test_a_cancelled_extraction_ends_between_two_passes(handle):
     line = Replicas(handle)
-    passes = []
-    for replica in handle.replicas.values():
-        extract = replica._extract
-        replica._extract = lambda owner, piece, extract=extract: (passes.append(1), extract(owner, piece))[1]
-    asked = asyncio.create_task(line.extract(ExtractBatch([[5] * 60] * 200, [0] * 200)))
+    passes = [(await replica.plm.engine()).counts for replica in handle.replicas.values()]
+    request = asyncio.create_task(line.extract(ExtractBatch([[5] * 60] * 400, [0] * 400)))
     async with asyncio.timeout(20):
-        while not passes:
+        while not any(counts["passes"] for counts in passes):
             await asyncio.sleep(0)
-    asked.cancel()
+    request.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await asked
-    await asyncio.sleep(0.1)
-    before = len(passes)
-    await asyncio.sleep(0.2)
-    assert len(passes) == before < 200
+        await request
+    async with asyncio.timeout(20):
+        while any(replica.plm.batcher.busy for replica in handle.replicas.values()):
+            await asyncio.sleep(0.01)
+    assert sum(counts["passes"] for counts in passes) < 200
 
 
 async def test_an_answer_that_is_lost_on_its_way_leaves_no_session(handle):
@@ -115,3 +114,92 @@ async def test_an_answer_that_is_lost_on_its_way_leaves_no_session(handle):
     assert await live(handle) == 1
     await becomes(handle, 0)
     assert not line._closed
+
+
+async def test_replicas_answer_as_a_plm_in_this_process_does(handle, tiny_client):
+    line, local = Replicas(handle), tiny_client("llama", slots=4, max_tokens=90, pass_tokens=64)
+    assert await line.describe() == await local.describe()
+    assert torch.equal((await line.lm_head()).head.weight, (await local.lm_head()).head.weight)
+    batch = ExtractBatch([[5, 6, 7], [8] * 40], [1, 0], tuple(range(10, 30)))
+    assert torch.equal(await line.extract(batch), await local.extract(batch))
+    steps = [Step("a", 0, [5, 6, 7], 2, draft=2), Step("lost", 4, [1]), Step("long", 0, [5] * 91), Step("b", 0, [999])]
+    ours, theirs = await line.step(steps), await local.step(steps)
+    assert isinstance(ours[0], Stepped) and isinstance(theirs[0], Stepped)
+    assert torch.equal(ours[0].state_NH, theirs[0].state_NH) and ours[0].drafted == theirs[0].drafted
+    assert isinstance(ours[1], SessionLost) and isinstance(theirs[1], SessionLost)
+    for number, words in ((2, "91 tokens is longer"), (3, "999 is no token")):
+        assert words in str(ours[number]) == str(theirs[number])
+        assert isinstance(ours[number], UserError) and isinstance(theirs[number], UserError)
+    for client in (line, local):
+        with pytest.raises(UserError, match="91 tokens is longer"):
+            await client.extract(ExtractBatch([[5] * 91], [0]))
+        with pytest.raises(UserError, match="999 is no token"):
+            await client.extract(ExtractBatch([[999]], [0]))
+        await client.close(["a", "lost"])
+        assert isinstance((await client.step([Step("a", 3, [5])]))[0], SessionLost)
+    await line.end()
+
+
+async def test_a_replica_of_another_checkpoint_refuses_the_steps_of_an_answer(handle, tiny_plm_folder):
+    """It has taken the place of the one that began the answer; its states mean nothing under the old LM head."""
+    line = Replicas(handle)
+    card = (await line.describe()).card
+    (opened,) = await line.step([Step("a", 0, [5, 6], draft=2)])
+    assert isinstance(opened, Stepped)
+    handle._make = lambda: engine_of(tiny_plm_folder("llama", 1))
+    for name in list(handle.replicas):
+        await handle.replicas[name].plm.end()
+        handle.kill(name)
+        handle.add()
+    with pytest.raises(FingerprintMismatch, match=rf"tiny-llama1 \(.*uses PLM '{card.fingerprint}'"):
+        await line.step([Step("a", 4, [7])])
+    for _ in range(2):  # nor is it opened again, nor anything else of it taken
+        with pytest.raises(FingerprintMismatch):
+            await line.step([Step("a", 0, [5, 6, 7])])
+        with pytest.raises(FingerprintMismatch):
+            await line.extract(ExtractBatch([[5]], [0]))
+        with pytest.raises(FingerprintMismatch):
+            await line.lm_head()
+    assert await live(handle) == 0
+    assert isinstance((await Replicas(handle).step([Step("b", 0, [5])]))[0], Stepped)  # one that knows the new one
+
+
+async def test_while_replicas_are_replaced_sessions_of_the_old_ones_continue(handle, tiny_plm_folder):
+    line = Replicas(handle)
+    names = [f"s{i}" for i in range(4)]
+    assert all(isinstance(o, Stepped) for o in await line.step([Step(name, 0, [5]) for name in names]))
+    handle._make = lambda: engine_of(tiny_plm_folder("llama", 1))
+    await handle.replicas["r0"].plm.end()
+    handle.kill("r0")
+    handle.add()
+    outcomes = await line.step([Step(name, 1, [6]) for name in names])
+    assert {type(outcome) for outcome in outcomes} <= {Stepped, SessionLost, FingerprintMismatch}
+    assert sum(isinstance(outcome, Stepped) for outcome in outcomes) == 2  # those of r1
+    opened = await line.step([Step(f"new{i}", 0, [5]) for i in range(8)])
+    assert {type(outcome) for outcome in opened} == {Stepped, FingerprintMismatch}  # of r1 and of r2
+    assert (await handle.replicas["r2"].state())["live_sessions"] == 0
+
+
+async def test_another_plm_than_the_expected_one_is_refused_at_every_call(handle):
+    line = Replicas(handle, fingerprint="0" * 16, label="plm.serve=pema")
+    for call in (
+        line.describe(),
+        line.lm_head(),
+        line.extract(ExtractBatch([[5]], [0])),
+        line.step([Step("a", 0, [5])]),
+    ):
+        with pytest.raises(FingerprintMismatch, match="'0000000000000000'"):
+            await call
+    assert await live(handle) == 0
+
+
+async def test_replicas_report_what_waits(handle):
+    replica = handle.replicas["r0"]
+    assert await replica.record_autoscaling_stats() == {"live_sessions": 0.0, "waiting_tokens": 0.0}
+    request = asyncio.create_task(replica.plm.extract(ExtractBatch([[5] * 60] * 400, [0] * 400)))
+    async with asyncio.timeout(20):
+        while not (await replica.record_autoscaling_stats())["waiting_tokens"]:
+            await asyncio.sleep(0)
+    assert (await replica.state())["waiting_tokens"] > 0
+    request.cancel()
+    await asyncio.gather(request, return_exceptions=True)

@@ -1,7 +1,7 @@
-"""The engine of a PLM owner's replica: steps come in on the event loop, passes run in one thread, answers go back.
+"""The engine of a PLM owner: requests come in on the event loop, passes run in one thread, answers go back.
 
-The event loop never waits for torch. Between two passes the batcher takes in what has come, so whoever has gone away
-leaves his slot within one pass.
+The event loop never waits for torch. Between two passes the batcher admits new requests and drops cancelled ones, so a
+client that disconnects frees its slot within one pass. N rows, H hidden.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
-from typing import TypeVar
+from typing import Any
 
 import torch
 
 from pema_ray.line import Busy, ExtractBatch, SessionLost, Step, Stepped
 from pema_ray.metrics import Metrics, NoMetrics
 from pema_ray.plm_owner.engine.batcher import Batcher, Job
-from pema_ray.plm_owner.engine.extraction import extract
+from pema_ray.plm_owner.engine.sessions import StepJob
 
-T = TypeVar("T")
+_SLOT_WAIT = 0.02  # seconds; a slot becomes free by a request, or because a session has been idle for long enough
 
 
 class Engine:
@@ -37,7 +36,7 @@ class Engine:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._wake = asyncio.Event()
         self._changes: list[Callable[[], None]] = []
-        self._futures: dict[Job, asyncio.Future[Stepped | Exception]] = {}
+        self._futures: dict[Job, asyncio.Future[Any]] = {}
         self._loop: asyncio.Task[None] | None = None
         self._failed: BaseException | None = None
         self.batcher: Batcher
@@ -50,7 +49,11 @@ class Engine:
         Raises:
             UserError: the PLM cannot be loaded or served.
         """
-        self.batcher = await asyncio.get_running_loop().run_in_executor(self._thread, self._make)
+        try:
+            self.batcher = await asyncio.get_running_loop().run_in_executor(self._thread, self._make)
+        except BaseException:
+            self._thread.shutdown(wait=False)
+            raise
         self._loop = asyncio.create_task(self._serve(), name="engine")
         return self
 
@@ -64,34 +67,50 @@ class Engine:
         self._thread.shutdown(wait=True)
 
     async def step(self, owner: str, steps: Sequence[Step], timeout: float = 60.0) -> list[Stepped | Exception]:
-        """Take steps of different sessions of one data owner; errors stand in their places, as `Stepper.step` says.
+        """Take steps of different sessions of one data owner; errors stand in their places, as `PLMClient.step` says.
 
         Args:
-            timeout: seconds after which what has not begun is `Busy`.
+            timeout: seconds after which a step that has not begun is `Busy`.
+
+        Raises:
+            Busy: the engine has failed.
         """
-        self._raise_if_failed()
         deadline = time.monotonic() + timeout
-        submitted: list[Job] = []
-        futures = [asyncio.get_running_loop().create_future() for _ in steps]
-
-        def submit() -> None:
-            for step, future in zip(steps, futures, strict=True):
-                job = self.batcher.submit(owner, step, deadline)
-                submitted.append(job)
-                self._futures[job] = future
-
-        self._change(submit)
-        try:
-            return list(await asyncio.gather(*futures))
-        except asyncio.CancelledError:  # whoever asked has gone away
-            self._change(lambda: _cancel(submitted))
-            raise
+        return await self._answers(lambda: [self.batcher.submit(owner, step, deadline) for step in steps], len(steps))
 
     async def extract(self, owner: str, batch: ExtractBatch, timeout: float = 60.0) -> torch.Tensor:
-        """Representations `[N, H]` of a batch, on the CPU."""
-        if batch.longest > self.batcher.max_tokens:
-            raise self.batcher.too_long(batch.longest)
-        return await self.call(partial(extract, self.batcher._plm, batch, self.batcher.pass_tokens))
+        """Representations `[N, H]` of a batch, on the CPU.
+
+        Args:
+            timeout: seconds after which a batch that has not begun is `Busy`.
+
+        Raises:
+            UserError: a sequence is too long, or holds a token that the PLM does not embed.
+            Busy: the batch waited too long, or the engine has failed.
+        """
+        deadline = time.monotonic() + timeout
+        (answer,) = await self._answers(lambda: [self.batcher.submit_extraction(owner, batch, deadline)], 1)
+        if isinstance(answer, SessionLost):
+            raise Busy("the engine has stopped.")
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def _answers(self, submit: Callable[[], Sequence[Job]], count: int) -> list[Any]:
+        self._raise_if_failed()
+        jobs: list[Job] = []
+        futures = [asyncio.get_running_loop().create_future() for _ in range(count)]
+
+        def begin() -> None:
+            jobs.extend(submit())
+            self._futures.update(zip(jobs, futures, strict=True))
+
+        self._change(begin)
+        try:
+            return list(await asyncio.gather(*futures))
+        except asyncio.CancelledError:  # the caller has gone away
+            self._change(lambda: _cancel(jobs))
+            raise
 
     async def close(self, owner: str, sessions: Sequence[str]) -> None:
         """Forget sessions."""
@@ -102,11 +121,6 @@ class Engine:
                 batcher.close(owner, session)
 
         self._change(forget)
-
-    async def call(self, work: Callable[[], T]) -> T:
-        """Run something else that uses the PLM in the engine's thread, between two passes."""
-        self._raise_if_failed()
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     @property
     def healthy(self) -> bool:
@@ -125,11 +139,9 @@ class Engine:
         try:
             while True:
                 self.batcher.forget_abandoned()
-                if not self._changes and not self.batcher.busy:
-                    self._wake.clear()
-                    with suppress(TimeoutError):  # `wait_for` of Python 3.11 may lose that this is cancelled
-                        async with asyncio.timeout(self.batcher.settings.forget_seconds / 4):
-                            await self._wake.wait()
+                if not self.batcher.busy:
+                    await self._next_change(self.batcher.config.forget_seconds / 4)
+                self._wake.clear()
                 changes, self._changes = self._changes, []
                 for change in changes:
                     change()
@@ -141,16 +153,9 @@ class Engine:
                     self.metrics.observe("pass_tokens", tokens)
                     self.counts.update(passes=1, tokens=tokens)
                 for job in done:
-                    kind = "steps" if isinstance(job.result, Stepped) else "steps_not_taken"
-                    self.counts[kind] += 1
-                    future = self._futures.pop(job)
-                    if future.cancelled() and job.step.position == 0:  # nobody knows of the session it has just opened
-                        self.batcher.close(job.owner, job.step.session)
-                    if not future.done():
-                        assert job.result is not None
-                        future.set_result(job.result)
-                if not done and not self.batcher.passes:  # all wait for a slot: let time pass, and newcomers in
-                    await asyncio.sleep(0.005)
+                    self._answer(job)
+                if not done and not self.batcher.passes:  # all wait for a slot
+                    await self._next_change(_SLOT_WAIT)
         except asyncio.CancelledError:
             raise
         except Exception as error:
@@ -158,8 +163,25 @@ class Engine:
             self._answer_all(Busy(f"the engine has failed: {error}"))
             raise
 
+    async def _next_change(self, seconds: float) -> None:
+        """Wait for a request, at most so long."""
+        if not self._changes:
+            with suppress(TimeoutError):  # `wait_for` of Python 3.11 may lose that this is cancelled
+                async with asyncio.timeout(seconds):
+                    await self._wake.wait()
+
+    def _answer(self, job: Job) -> None:
+        kind = "steps" if isinstance(job, StepJob) else "extractions"
+        self.counts[kind if not isinstance(job.result, Exception) else f"{kind}_refused"] += 1
+        future = self._futures.pop(job)
+        # its caller will never know of the session that a cancelled step has just opened
+        if future.cancelled() and isinstance(job, StepJob) and job.step.position == 0:
+            self.batcher.close(*job.key)
+        if not future.done():
+            future.set_result(job.result)
+
     def _answer_all(self, answer: Exception) -> None:
-        """Nobody may be left waiting, those who came during the last pass included."""
+        """No request may wait for ever, nor those that came during the last pass."""
         changes, self._changes = self._changes, []
         for change in changes:
             change()

@@ -33,11 +33,11 @@ class LocalPLM:
     def __init__(
         self,
         plm: PLMConfig | LoadedPLM,
-        engine: EngineConfig = EngineConfig(),
+        engine: EngineConfig | None = None,
         fingerprint: str | None = None,
         owner: str = "local",
     ) -> None:
-        self._plm, self.config, self.owner, self._expected = plm, engine, owner, fingerprint
+        self._plm, self.config, self.owner, self._expected = plm, engine or EngineConfig(), owner, fingerprint
         self._starting: asyncio.Task[Engine] | None = None
         self._ended = False
         self._bundle: LMHeadBundle
@@ -49,6 +49,21 @@ class LocalPLM:
         if self._starting is None:
             self._starting = asyncio.create_task(Engine(self._load).start())
         return await asyncio.shield(self._starting)
+
+    @property
+    def batcher(self) -> Batcher | None:
+        """The engine's batcher, once it is loaded."""
+        starting = self._starting
+        done = starting is not None and starting.done() and not starting.cancelled() and starting.exception() is None
+        return starting.result().batcher if starting is not None and done else None
+
+    @property
+    def healthy(self) -> bool:
+        """Whether nothing has failed so far."""
+        starting = self._starting
+        if starting is None or not starting.done():
+            return True
+        return not starting.cancelled() and starting.exception() is None and starting.result().healthy
 
     def _load(self) -> Batcher:
         loaded = self._plm if isinstance(self._plm, LoadedPLM) else load_plm(self._plm)

@@ -8,15 +8,17 @@ T positions, D head size, B rows of a pass, n new tokens, H hidden.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
 from pema_ray.errors import UserError
+from pema_ray.plm_owner.engine.checks import attempt, holds_plain_rows, plain_states, random_ids, same_states
 from pema_ray.plm_owner.load import LoadedPLM
 from pema_ray.plm_owner.states import capture_state
 
@@ -51,57 +53,45 @@ class Caches(Protocol):
 
 
 def make_caches(plm: LoadedPLM, slots: int, most: int) -> Caches:
-    """Caches for this PLM, of `most` positions a slot: side by side where its attention allows, else one by one.
+    """Caches for this PLM, of `most` positions a slot.
 
-    Which of them is right is tried, not guessed from names: states must be those of a plain forward pass.
+    Sequences are batched if the types of the cache's layers allow it and a start-up check passes; otherwise they run
+    singly, in pieces or token by token.
 
     Raises:
-        UserError: the PLM gives other states with a cache than without.
+        UserError: the PLM gives other states with a cache than without, in every way that was tried.
     """
-    for attempt in (*_side_by_side(plm, most), lambda count: SeparateCaches(plm, count)):
-        try:
-            if _same_as_plain(plm, attempt(4)):
-                return attempt(slots)
-        except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError):
-            continue
+    ways: list[Callable[[int], Caches]] = [
+        lambda count: SeparateCaches(plm, count),
+        lambda count: SeparateCaches(plm, count, one_token=True),
+    ]
+    if holds_plain_rows(plm) and "position_ids" in inspect.signature(plm.decoder.forward).parameters:
+        one_kind = getattr(plm.model.config.get_text_config(), "layer_types", None) is None
+        for by_kind in (not one_kind, one_kind):
+            ways.insert(int(by_kind == one_kind), partial(SlotCaches, plm, most=most, by_kind=by_kind))
+    for way in ways:
+        if attempt(lambda way=way: _same_as_plain(plm, way(4))):
+            return way(slots)
     raise UserError(
         f"{plm.name}: {type(plm.model).__name__} gives other states with a cache than without; not supported."
     )
 
 
-def _side_by_side(plm: LoadedPLM, most: int) -> list[Any]:
-    plain = DynamicCache(config=plm.model.config).layers
-    if not plain or not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in plain):
-        return []
-    if "position_ids" not in inspect.signature(plm.decoder.forward).parameters:
-        return []
-    kinds = [False, True] if getattr(plm.model.config.get_text_config(), "layer_types", None) is None else [True, False]
-    return [lambda count, by_kind=by_kind: SlotCaches(plm, count, most, by_kind) for by_kind in kinds]
-
-
 @torch.inference_mode()
 def _same_as_plain(plm: LoadedPLM, caches: Caches) -> bool:
-    """Two sequences of unequal length, in pieces, one of them cut short and continued, against plain passes."""
+    """Two sequences of unequal length, in pieces, one of them rewound and continued, against plain passes."""
     length = min(48, plm.max_positions)
-    random = torch.Generator().manual_seed(0)
-    vocabulary = plm.model.get_input_embeddings().weight.shape[0]
-    long = torch.randint(0, vocabulary, (length,), generator=random).tolist()
-    short = torch.randint(0, vocabulary, (max(2, length // 3),), generator=random).tolist()
+    long, short = random_ids(plm, length, 0), random_ids(plm, max(2, length // 3), 1)
     half = length // 2
     first = caches.run([Feed(0, 0, long[:half]), Feed(2, 0, short)])
     caches.run([Feed(2, len(short) - 1, long[:1])])
-    second = caches.run([Feed(2, len(short) - 1, short[-1:]), Feed(0, half, long[half:])])
-    found = [torch.cat([first[0], second[1]]), torch.cat([first[1][:-1], second[0]])]
-    for ids, states in zip((long, short), found, strict=True):
-        expected = capture_state(plm, input_ids=torch.tensor([ids], device=plm.device), use_cache=False)[0]
-        scale = expected.float().abs().mean().clamp_min(1e-6)
-        tolerance = 1e-3 if expected.dtype == torch.float32 else 0.1
-        if ((states.float() - expected.float()).abs().mean() / scale).item() > tolerance:
-            return False
-    return True
+    second = caches.run([Feed(2, len(short) - 1, short[-1:]), Feed(0, half, long[half:-1])])
+    third = caches.run([Feed(0, length - 1, long[-1:])])
+    found = [torch.cat([first[0], second[1], third[0]]), torch.cat([first[1][:-1], second[0]])]
+    return all(same_states(states, plain_states(plm, ids)) for states, ids in zip(found, (long, short), strict=True))
 
 
-# ── side by side ────────────────────────────────────────────────────────────────
+# ── batched ────────────────────────────────────────────────────────────────
 
 
 @dataclass
@@ -113,6 +103,17 @@ class _Pass:
     position_Bn: torch.Tensor
     total: int
     capacity: int
+    _elsewhere: dict[torch.device, _Pass] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> _Pass:
+        """The same for layers on another device; each device gets its copy once a pass."""
+        if device == self.row_B1.device:
+            return self
+        if device not in self._elsewhere:
+            rows = self.rows if isinstance(self.rows, slice) else self.rows.to(device)
+            row_B1, position_Bn = self.row_B1.to(device), self.position_Bn.to(device)
+            self._elsewhere[device] = _Pass(rows, row_B1, position_Bn, self.total, self.capacity)
+        return self._elsewhere[device]
 
 
 class _SlotLayer(DynamicLayer):
@@ -125,7 +126,7 @@ class _SlotLayer(DynamicLayer):
         self._slots, self._current = slots, current
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any):
-        here = self._current[0]
+        here = self._current[0].on(key_states.device)
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         self.keys = self._written(self.keys, key_states, here)
@@ -247,14 +248,20 @@ class SlotCaches:
         return of(self._window)
 
 
-# ── one by one ──────────────────────────────────────────────────────────────────
+# ── singly ──────────────────────────────────────────────────────────────────
 
 
 class SeparateCaches:
-    """A cache of transformers' own for every slot, run one by one: for models whose caches are no plain rows."""
+    """A cache of transformers' own for every slot, run singly: for models whose caches hold more than plain rows.
 
-    def __init__(self, plm: LoadedPLM, slots: int) -> None:
-        self._plm = plm
+    Such a cache cannot be rewound: what was before is computed again.
+
+    Args:
+        one_token: continue with one token a pass, for models whose kernels cannot continue with more.
+    """
+
+    def __init__(self, plm: LoadedPLM, slots: int, one_token: bool = False) -> None:
+        self._plm, self._one_token = plm, one_token
         self._held: list[tuple[list[int], DynamicCache | None]] = [([], None)] * slots
 
     @torch.inference_mode()
@@ -264,14 +271,17 @@ class SeparateCaches:
     def _one(self, feed: Feed) -> torch.Tensor:
         held, cache = self._held[feed.slot]
         tokens, again = list(feed.tokens), 0
-        if cache is None or len(held) != feed.start:  # such a cache cannot be cut: what was before is run again
-            held, again = held[: feed.start], feed.start
-            tokens, cache = [*held, *tokens], DynamicCache(config=self._plm.model.config)
-            held = []
-        ids = torch.tensor([tokens], device=self._plm.device)
-        states = capture_state(self._plm, input_ids=ids, past_key_values=cache, use_cache=True)[0]
+        if cache is None or len(held) != feed.start:
+            tokens, again = [*held[: feed.start], *tokens], feed.start
+            held, cache = [], DynamicCache(config=self._plm.model.config)
+        width = 1 if self._one_token and held else len(tokens)
+        states = [self._forward(tokens[i : i + width], cache) for i in range(0, len(tokens), width)]
         self._held[feed.slot] = [*held, *tokens], cache
-        return states[again:]
+        return torch.cat(states)[again:]
+
+    def _forward(self, ids: Sequence[int], cache: DynamicCache) -> torch.Tensor:
+        input_ids = torch.tensor([ids], device=self._plm.device)
+        return capture_state(self._plm, input_ids=input_ids, past_key_values=cache, use_cache=True)[0]
 
     def copy(self, source: int, target: int, length: int) -> None:
         self._held[target] = self._held[source][0][:length], None

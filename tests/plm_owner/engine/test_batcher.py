@@ -13,9 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 
 from pema_ray.config import PLMConfig
 from pema_ray.errors import UserError
-from pema_ray.line import SessionLost
-from pema_ray.line.stepping import Busy, Step, Stepped
-from pema_ray.plm_owner.engine import Batcher, BatchSettings
+from pema_ray.line import Busy, SessionLost, Step, Stepped
+from pema_ray.plm_owner.engine import Batcher, EngineConfig
 from pema_ray.plm_owner.engine.batcher import Job
 from pema_ray.plm_owner.export import export_lm_head
 from pema_ray.plm_owner.load import load_plm
@@ -42,7 +41,7 @@ def clock() -> Clock:
 def batcher_of(tiny_plm, clock):
     def make(architecture: str, **settings) -> Batcher:
         plm = tiny_plm(architecture)
-        return Batcher(plm, export_lm_head(plm).head, BatchSettings(**settings), clock)
+        return Batcher(plm, export_lm_head(plm).head, EngineConfig(**settings), clock)
 
     return make
 
@@ -71,7 +70,7 @@ class Sessions(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        settings = BatchSettings(slots=3, prefill_tokens=24, idle_seconds=0.0)
+        settings = EngineConfig(slots=3, pass_tokens=24, idle_seconds=0.0)
         self.batcher = Batcher(self.plm, self.head, settings, Clock())
         self.texts: dict[str, list[int]] = {}
         self.waiting: list[tuple[Step, list[int], Job]] = []
@@ -156,7 +155,7 @@ def test_any_history_of_sessions_gives_the_states_of_each_text_alone(tiny_plm):
 def test_any_mixture_of_sessions_gives_the_states_of_each_text_alone(architecture: str, batcher_of, tiny_plm, seed):
     """Random joins, extensions by several tokens, rewinds, repeats, drafts, closings and evictions."""
     draw = random.Random(f"{architecture} {seed}")
-    batcher, plm = batcher_of(architecture, slots=4, prefill_tokens=24, idle_seconds=0.0), tiny_plm(architecture)
+    batcher, plm = batcher_of(architecture, slots=4, pass_tokens=24, idle_seconds=0.0), tiny_plm(architecture)
     prefix = [draw.randrange(3, 300) for _ in range(20)]
     texts: dict[str, list[int]] = {}
     lost = 0
@@ -206,7 +205,7 @@ def test_any_mixture_of_sessions_gives_the_states_of_each_text_alone(architectur
 def test_bfloat16_states_are_those_of_a_plain_bfloat16_pass(kind, tiny_plm_folder):
     """As near as bfloat16 is to itself when a batch is computed in another shape."""
     plm = load_plm(PLMConfig(name=tiny_plm_folder(kind), dtype="bfloat16", device="cpu", threads=1))
-    batcher = Batcher(plm, export_lm_head(plm).head, BatchSettings(slots=4, prefill_tokens=24))
+    batcher = Batcher(plm, export_lm_head(plm).head, EngineConfig(slots=4, pass_tokens=24))
     draw = random.Random(kind)
     texts = {name: [draw.randrange(3, 300) for _ in range(length)] for name, length in (("a", 40), ("b", 7), ("c", 23))}
     states = {name: [] for name in texts}
@@ -237,19 +236,21 @@ def test_all_who_wait_for_a_token_are_served_by_one_pass(batcher_of):
 
 
 def test_a_long_prompt_is_prefilled_in_pieces_between_the_steps_of_others(batcher_of):
-    batcher = batcher_of("llama", slots=2, prefill_tokens=20)
+    batcher = batcher_of("llama", slots=2, pass_tokens=20)
     finish(batcher, [batcher.submit("me", Step("short", 0, [5]))])
     long = batcher.submit("me", Step("long", 0, range(3, 73)))
     for position in range(1, 4):
         short = batcher.submit("me", Step("short", position, [7]))
-        assert batcher.run() == [short]  # served in the same run as a piece of the prompt
-        assert batcher.passes == [(1, 1), (1, 20)]
+        assert batcher.run() == [short]
+        assert batcher.passes == [(1, 1)]
+        assert batcher.run() == []  # then exactly one piece of the prompt
+        assert batcher.passes == [(1, 20)]
         assert long.result is None
     finish(batcher, [long])
 
 
 def test_a_prompt_that_begins_as_another_is_computed_from_where_they_part(batcher_of, tiny_plm):
-    batcher = batcher_of("llama", slots=4, prefill_tokens=200)
+    batcher = batcher_of("llama", slots=4, pass_tokens=200)
     prefix = list(range(3, 83))
     first = [batcher.submit("me", Step(f"s{i}", 0, [*prefix, 100 + i])) for i in range(3)]
     tokens = 0
@@ -318,7 +319,7 @@ def test_who_gets_no_slot_in_time_is_told_so(batcher_of, clock):
 
 
 def test_a_closed_session_leaves_its_slot_in_the_middle_of_its_prompt(batcher_of):
-    batcher = batcher_of("llama", slots=1, prefill_tokens=20)
+    batcher = batcher_of("llama", slots=1, pass_tokens=20)
     gone, next_ = batcher.submit("me", Step("a", 0, range(3, 90))), batcher.submit("me", Step("b", 0, [5]))
     batcher.run()
     assert gone.result is None
@@ -340,7 +341,7 @@ def test_a_session_that_is_closed_before_it_is_opened_is_not_opened(batcher_of):
     assert isinstance(again, Stepped)  # one end ends one opening
     for number in range(3000):  # what never comes is not remembered for ever
         batcher.close("me", str(number))
-    assert len(batcher._closed_before) <= 1024
+    assert len(batcher._sessions._closed_before) <= 1024
 
 
 def test_texts_that_are_too_long_are_refused_and_hurt_nobody(batcher_of):

@@ -8,16 +8,15 @@ import time
 
 import pytest
 
-from pema_ray.line import SessionLost
-from pema_ray.line.stepping import Busy, Step, Stepped
-from pema_ray.plm_owner.engine import Batcher, BatchSettings, Engine
+from pema_ray.line import Busy, ExtractBatch, SessionLost, Step, Stepped
+from pema_ray.plm_owner.engine import Batcher, Engine, EngineConfig
 from pema_ray.plm_owner.export import export_lm_head
 
 
 @pytest.fixture
 async def engine(tiny_plm, anyio_backend):
     plm = tiny_plm("llama")
-    settings = BatchSettings(slots=2, prefill_tokens=16)
+    settings = EngineConfig(slots=2, pass_tokens=16)
     engine = await Engine(lambda: Batcher(plm, export_lm_head(plm).head, settings)).start()
     yield engine
     await engine.stop()
@@ -101,9 +100,39 @@ async def test_a_failed_engine_tells_all_who_wait_and_all_who_come(engine):
         await engine.step("me", [Step("c", 0, [5])])
 
 
+async def test_an_extraction_whose_caller_goes_away_frees_its_place(engine):
+    slowly(engine, 0.02)
+    long = asyncio.create_task(engine.extract("me", ExtractBatch([[5] * 90] * 50, [0] * 50)))
+    async with asyncio.timeout(20):
+        while not engine.counts["passes"]:
+            await asyncio.sleep(0.01)
+    long.cancel()
+    rows = await engine.extract("me", ExtractBatch([[5, 6]], [0]))
+    assert rows.shape[0] == 2
+    assert engine.counts["passes"] < 10
+    assert not engine.batcher.busy
+    assert engine.batcher.waiting_tokens == 0
+
+
+async def test_an_extraction_of_a_failed_or_stopped_engine_is_busy(tiny_plm, monkeypatch):
+    plm = tiny_plm("llama")
+    for fails in (True, False):
+        engine = await Engine(lambda: Batcher(plm, export_lm_head(plm).head, EngineConfig())).start()
+        slowly(engine, 0.1)
+        if fails:
+            monkeypatch.setattr(engine.batcher._extraction, "advance", lambda job: 1 // 0)
+        waiting = asyncio.create_task(engine.extract("me", ExtractBatch([[5] * 90] * 50, [0] * 50)))
+        await asyncio.sleep(0.03)
+        if not fails:
+            await engine.stop()
+        with pytest.raises(Busy, match="modulo by zero" if fails else "has stopped"):
+            await asyncio.wait_for(waiting, 10)
+        await engine.stop()
+
+
 async def test_an_engine_that_is_stopped_loses_its_sessions(tiny_plm):
     plm = tiny_plm("llama")
-    engine = await Engine(lambda: Batcher(plm, export_lm_head(plm).head, BatchSettings())).start()
+    engine = await Engine(lambda: Batcher(plm, export_lm_head(plm).head, EngineConfig())).start()
     slowly(engine, 0.2)
     waiting = asyncio.create_task(engine.step("me", [Step("a", 0, [5])]))
     await asyncio.sleep(0.05)
@@ -114,7 +143,7 @@ async def test_an_engine_that_is_stopped_loses_its_sessions(tiny_plm):
 async def test_an_engine_that_is_stopped_just_as_it_is_woken_ends(tiny_plm):
     plm = tiny_plm("llama")
     for turns in range(4):  # of the event loop between the two
-        engine = await Engine(lambda: Batcher(plm, export_lm_head(plm).head, BatchSettings())).start()
+        engine = await Engine(lambda: Batcher(plm, export_lm_head(plm).head, EngineConfig())).start()
         await engine.step("me", [Step("a", 0, [5])])
         await asyncio.sleep(0.01)  # it waits for work by now
         await engine.close("me", ["a"])
@@ -126,7 +155,7 @@ async def test_an_engine_that_is_stopped_just_as_it_is_woken_ends(tiny_plm):
 
 async def test_an_idle_engine_forgets_abandoned_sessions_by_itself(tiny_plm):
     plm = tiny_plm("llama")
-    settings = BatchSettings(slots=2, forget_seconds=0.2)
+    settings = EngineConfig(slots=2, forget_seconds=0.2)
     engine = await Engine(lambda: Batcher(plm, export_lm_head(plm).head, settings)).start()
     await engine.step("me", [Step("a", 0, [5])])
     assert engine.batcher.live_sessions == 1

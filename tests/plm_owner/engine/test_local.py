@@ -28,7 +28,7 @@ def states_alone(plm: LoadedPLM, ids: list[int]) -> torch.Tensor:
         if norm is None:
             out = plm.model(torch.tensor([ids]), use_cache=False, output_hidden_states=True)
             state = out.hidden_states[-1][0]
-            project = plm.decoder.decoder.project_out
+            project = plm.model.model.decoder.project_out
             return project(state) if state.shape[-1] != project.out_features else state
         with norm.register_forward_pre_hook(lambda _module, args: seen.append(args[0])):
             plm.model(torch.tensor([ids]), use_cache=False)
@@ -88,11 +88,12 @@ def test_no_logits_are_computed(architecture: str, tiny_source, tiny_plm):
 def test_decoding_continues_past_a_sliding_window(tiny_source, tiny_plm):
     source, ids = tiny_source("gemma2"), list(range(20, 30))  # the window is 12
     texts = {"a": ids, "b": ids[:3]}
-    source.step([Step(name, 0, text) for name, text in texts.items()])
+    outcomes = source.step([Step(name, 0, text) for name, text in texts.items()])
     for t in range(20):
         outcomes = source.step([Step(name, len(text), [40 + t]) for name, text in texts.items()])
         texts = {name: [*text, 40 + t] for name, text in texts.items()}
     for outcome, text in zip(outcomes, texts.values(), strict=True):
+        assert isinstance(outcome, Stepped)
         torch.testing.assert_close(outcome.state_NH, states_alone(tiny_plm("gemma2"), text)[-1:], **CLOSE)
     source.close(["a", "b"])
 

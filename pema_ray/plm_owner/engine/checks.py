@@ -1,0 +1,41 @@
+"""Start-up checks: a way to compute states is used only if it gives those of plain forward passes. B, T, H as usual."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from pema_ray.plm_owner.load import LoadedPLM
+
+_REFUSALS = (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError)
+
+
+def attempt(check: Callable[[], bool]) -> bool:
+    """Whether a check passes; a model that raises does not support what was tried."""
+    try:
+        return check()
+    except _REFUSALS:
+        return False
+
+
+def holds_plain_rows(plm: LoadedPLM) -> bool:
+    """Whether the cache's layers are keys and values of all positions or of a window, and nothing else."""
+    layers = DynamicCache(config=plm.model.config).layers
+    return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def random_ids(plm: LoadedPLM, length: int, seed: int) -> list[int]:
+    """Token ids that the model embeds."""
+    vocabulary = plm.model.get_input_embeddings().weight.shape[0]
+    return torch.randint(0, vocabulary, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def same_states(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether the states `[N, H]` of every position differ by no more than rounding does."""
+    found, limit = found.float(), 1e-3 if expected.dtype == torch.float32 else 0.1
+    expected = expected.float().to(found.device)
+    scale = expected.abs().mean().clamp_min(1e-6)
+    return bool((found - expected).abs().mean(-1).max() / scale <= limit)  # NaN is not

@@ -1,0 +1,174 @@
+"""Which session holds which slot: who opens, continues, shares a prompt's beginning, and loses its slot.
+
+A session's slot keeps its tokens' keys and values after it has ended, until another session needs the slot: a prompt
+that begins as another of the same owner did copies that cache. N states, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from pema_ray.line import SessionLost, Step, Stepped
+from pema_ray.plm_owner.engine.slots import Caches
+
+_WORTH_COPYING = 8  # tokens that two prompts begin with alike
+_WORTH_WAITING = 64  # tokens that another session is computing now
+_CLOSED_BEFORE = 1024  # sessions remembered that were closed before they were opened: messages overtake each other
+
+
+@dataclass(eq=False)
+class Slot:
+    """One session's place in the caches."""
+
+    number: int
+    owner: str = ""
+    ids: list[int] = field(default_factory=list)
+    """Tokens whose keys and values lie in the cache, also when no session uses them any more."""
+    session: str | None = None
+    job: StepJob | None = None
+    used: float = 0.0
+
+
+@dataclass(eq=False)
+class StepJob:
+    """One step on its way through the batcher.
+
+    Attributes:
+        result: what it gave, or why it could not be done; none until then.
+    """
+
+    owner: str
+    step: Step
+    deadline: float
+    result: Stepped | Exception | None = None
+    cancelled: bool = False
+    slot: Slot | None = None
+    remaining: list[int] = field(default_factory=list)
+    """Tokens that are not computed yet."""
+    states: list[torch.Tensor] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Owner and session."""
+        return self.owner, self.step.session
+
+
+class Sessions:
+    """The slots and who holds them."""
+
+    def __init__(self, caches: Caches, slots: int, idle_seconds: float, clock: Callable[[], float]) -> None:
+        self._caches, self._idle_seconds, self._clock = caches, idle_seconds, clock
+        self._slots = [Slot(number) for number in range(slots)]
+        self._by_key: dict[tuple[str, str], Slot] = {}
+        self._closed_before: dict[tuple[str, str], None] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def slots(self) -> list[Slot]:
+        """Those that sessions hold."""
+        return list(self._by_key.values())
+
+    def find(self, key: tuple[str, str]) -> Slot | None:
+        """The session's slot."""
+        return self._by_key.get(key)
+
+    def close(self, key: tuple[str, str], known: bool) -> None:
+        """Free the session's slot; one that is not `known` by a step either is not opened, once."""
+        slot = self._by_key.pop(key, None)
+        if slot is not None:
+            slot.session = None
+        elif not known:
+            self._closed_before[key] = None
+            if len(self._closed_before) > _CLOSED_BEFORE:
+                del self._closed_before[next(iter(self._closed_before))]
+
+    def forget(self, seconds: float) -> None:
+        """Close sessions that have taken no step for so long: an owner that died could not close them."""
+        oldest = self._clock() - seconds
+        for key, slot in list(self._by_key.items()):
+            if slot.job is None and slot.used <= oldest:
+                self.close(key, True)
+
+    def continue_(self, job: StepJob, slot: Slot | None) -> None:
+        """Rewind the session to the step's position and continue with its tokens.
+
+        Raises:
+            SessionLost: it holds fewer tokens, or nothing at all.
+        """
+        step = job.step
+        if slot is None or step.position > len(slot.ids):
+            raise SessionLost(step.session)
+        whole = [*slot.ids[: step.position], *step.tokens]
+        computed = min(_alike_until(slot.ids, whole), len(whole) - step.states)  # a repeated step wants its states only
+        self._begin(job, slot, whole, computed)
+
+    def was_closed(self, key: tuple[str, str]) -> bool:
+        """Whether the session was closed before this opening of it; asked once."""
+        return self._closed_before.pop(key, self) is None
+
+    def open(self, job: StepJob, prefilling: Iterable[StepJob], full: bool) -> tuple[bool, bool]:
+        """Give the session a slot, if one is free and no better cache is just being computed.
+
+        Args:
+            full: no slot was free for a session that waits longer.
+
+        Returns:
+            Whether it has one, and whether there is none for anybody.
+        """
+        if full:
+            return False, True
+        ids, step = list(job.step.tokens), job.step
+        longest = len(ids) - step.states
+        source, shared = None, 0
+        for slot in self._slots:
+            if slot.owner == job.owner and (alike := min(_alike_until(slot.ids, ids), longest)) > shared:
+                source, shared = slot, alike
+        if shared < _WORTH_COPYING:
+            source, shared = None, 0
+        if _will_share(job.owner, ids, longest, prefilling) >= shared + _WORTH_WAITING:
+            return False, False
+        target = source if source is not None and source.session is None else self._free_slot()
+        if target is None:
+            return False, True
+        if source is not None and source is not target:
+            self._caches.copy(source.number, target.number, shared)
+        target.owner, target.session = job.owner, step.session
+        self._by_key[job.key] = target
+        self._begin(job, target, ids, shared)
+        return True, False
+
+    def _free_slot(self) -> Slot | None:
+        unused = [slot for slot in self._slots if slot.session is None]
+        if not unused:
+            idle = [slot for slot in self._slots if slot.job is None]
+            oldest = min(idle, key=lambda slot: slot.used, default=None)
+            if oldest is None or self._clock() - oldest.used < self._idle_seconds:
+                return None
+            assert oldest.session is not None
+            self.close((oldest.owner, oldest.session), True)
+            return oldest
+        empty = next((slot for slot in unused if not slot.ids), None)
+        return empty or min(unused, key=lambda slot: slot.used)
+
+    def _begin(self, job: StepJob, slot: Slot, whole: Sequence[int], computed: int) -> None:
+        slot.ids, slot.job, slot.used = list(whole[:computed]), job, self._clock()
+        job.slot, job.remaining = slot, list(whole[computed:])
+
+
+def _will_share(owner: str, ids: Sequence[int], limit: int, prefilling: Iterable[StepJob]) -> int:
+    """Leading tokens that a prompt of the same owner, being prefilled now, will have left in its cache."""
+    others = [(job.slot, job.remaining) for job in prefilling if job.owner == owner]
+    return max((min(_alike_until([*slot.ids, *rest], ids), limit) for slot, rest in others if slot), default=0)
+
+
+def _alike_until(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many leading tokens are the same."""
+    end = min(len(a), len(b))
+    if a[:end] == b[:end]:
+        return end
+    return next(i for i in range(end) if a[i] != b[i])
