@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
