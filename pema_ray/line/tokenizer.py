@@ -11,7 +11,7 @@ import codecs
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pema_ray.errors import UserError
@@ -20,6 +20,7 @@ _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 _BYTE_LEVEL = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
 """Character → byte, of byte-level BPEs (Radford et al. 2019, `bytes_to_unicode`)."""
+_SOME_SCRIPTS = "a1я的あ"  # some of it is in the vocabulary of any language
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -78,10 +79,12 @@ class PLMTokenizer:
 
     def _find_prefix(self) -> list[int]:
         """What the tokenizer puts in front of a text, found by comparing two encodings."""
-        bare = self._renamed.encode("a", add_special_tokens=False).ids
-        full = self._renamed.encode("a", add_special_tokens=True).ids
-        starts = (n for n in range(len(full)) if full[n : n + len(bare)] == bare)
-        return full[: next(starts, 0)]
+        bare = self._renamed.encode(_SOME_SCRIPTS, add_special_tokens=False).ids
+        full = self._renamed.encode(_SOME_SCRIPTS, add_special_tokens=True).ids
+        starts = [n for n in range(len(full)) if full[n : n + len(bare)] == bare]
+        if not bare or not starts:
+            raise UserError(f"The PLM's tokenizer cannot tokenise {_SOME_SCRIPTS!r}. Export another tokenizer.")
+        return full[: starts[0]]
 
     # ── text to tokens ──────────────────────────────────────────────────────────
 
@@ -221,13 +224,14 @@ class _ControlTokens:
         self.names = {token.content: f"\ufdd0{nonce}.{n}\ufdd1" for n, token in enumerate(tokens)}
         self._contents = {name: text for text, name in self.names.items()}
         self._any_name = re.compile(f"\ufdd0{nonce}[.][0-9]+\ufdd1")
-        self._any_not_special = re.compile(_any_of([token for token in tokens if not token.special]))
+        self._any_not_special = re.compile(_any_of(token.content for token in tokens if not token.special))
 
         open_, close, break_ = (f"@{nonce}{c}" for c in ".,-")  # no filter of Jinja changes these characters
         self._open, self._close, self._break = open_, close, break_
         self._any_mark = re.compile(f"@{nonce}[.,-]")
-        self._any_mentioned = re.compile(rf"(?:{_any_of(tokens)})\s*")
-        self._any_rendered = re.compile(rf"{re.escape(open_)}(?:{_any_of(tokens)})\s*{close}|({_any_of(tokens)})")
+        any_token = _any_of(self.names)
+        self._any_mentioned = re.compile(rf"(?:{any_token})\s*")
+        self._any_rendered = re.compile(rf"{re.escape(open_)}(?:{any_token})\s*{close}|({any_token})")
         self._heads = tuple({text[:n] for text in self.names for n in range(1, len(text))})
         self._tails = tuple({text[n:] for text in self.names for n in range(1, len(text))})
 
@@ -263,11 +267,9 @@ class _ControlTokens:
         return self._any_name.sub(lambda found: self._contents[found[0]], named)
 
 
-def _any_of(tokens: Sequence[Any]) -> str:
-    """A regular expression for one of some added tokens, the longest first as tokenizers match."""
-    longest = sorted(tokens, key=lambda token: len(token.content), reverse=True)
-    alone = {True: r"(?<!\w){}(?!\w)", False: "{}"}
-    return "|".join(alone[t.single_word].format(re.escape(t.content)) for t in longest) or "(?!)"
+def _any_of(texts: Iterable[str]) -> str:
+    """A regular expression for one of some texts, the longest first as tokenizers match."""
+    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)"
 
 
 def _renamed(backend: Any, names: Mapping[str, str], ids: Mapping[str, int]) -> Any:
@@ -293,7 +295,7 @@ def _renamed(backend: Any, names: Mapping[str, str], ids: Mapping[str, int]) -> 
         pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
         model["merges"] = [[a, b] for a, b in pairs if not {a, b, a + b} & names.keys()]
     copy = Tokenizer.from_str(json.dumps(spec))
-    for text, name in names.items():
-        if copy.token_to_id(name) != ids[text]:
+    for text, id in ids.items():
+        if copy.token_to_id(names.get(text, text)) != id:
             raise UserError(f"The tokenizer's token {text!r} cannot be told from text. Export another tokenizer.")
     return copy
