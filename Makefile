@@ -73,6 +73,10 @@ $(DEV): $(CORE)
 quickstart: $(CORE) ## Install what is missing, then run PEMA end to end on the demonstration task
 	@$(BIN)/pema-ray quickstart
 
+.PHONY: two-owners
+two-owners: $(CORE) ## Two organisations on this machine: the data owner runs quickstart without the weights, over TLS and a key
+	@$(BIN)/pema-ray two-owners
+
 .PHONY: test
 test: $(DEV) ## Install what is missing, then run the tests (ARGS="-k memory" narrows them)
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu and not browser" $(ARGS)

@@ -150,6 +150,24 @@ def serve(
     raise typer.Exit(guarded(work))
 
 
+@app.command("two-owners")
+def two_owners(
+    overrides: Overrides = None,
+    config: Annotated[Path, typer.Option("--config", "-c", help="The experiment that the data owner runs.")] = Path(
+        "configs/quickstart.yaml"
+    ),
+    folder: Annotated[Path, typer.Option(help="Gets a folder for each organisation.")] = Path("runs/two_owners"),
+) -> None:
+    """Two organisations on this machine: a PLM owner behind TLS and a key, and a data owner without weights."""
+
+    def work() -> None:
+        from pema_ray.demonstrations.two_owners import run
+
+        run(config, folder, overrides or [])
+
+    raise typer.Exit(guarded(work))
+
+
 @app.command("serve-key")
 def serve_key(
     keys: Annotated[Path, typer.Argument(help="The file of keys; it is made when there is none.")],

@@ -14,6 +14,11 @@ def ray_address() -> str | None:
     )  # that one is the jobs API's, for `ray job submit`
 
 
+def inherited_environment() -> dict[str, str]:
+    """This process's variables, for processes that it starts elsewhere on this machine."""
+    return dict(os.environ)
+
+
 def quiet_libraries() -> None:
     """Defaults, set before Ray and transformers are imported, that keep their notices off the terminal."""
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")

@@ -11,7 +11,7 @@ def main() -> None:
     import ray
     from ray import serve
 
-    from pema_ray.serving import applications
+    import importlib
 
     ray.init(
         address="local",
@@ -25,7 +25,7 @@ def main() -> None:
         runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}},
     )
     serve.start(http_options={"host": wanted["address"], "port": wanted["port"], **wanted.get("tls", {})})
-    serve.run(getattr(applications, wanted["builder"])(wanted["args"]), name="app")
+    serve.run(getattr(importlib.import_module(f"pema_ray.serving.{wanted['builder']}"), wanted["builder"])(wanted["args"]), name="app")
     print("up", flush=True)
     sys.stdin.read()
     serve.shutdown()

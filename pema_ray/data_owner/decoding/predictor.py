@@ -1,4 +1,4 @@
-"""The data owner's distribution while decoding: an adapter, the nearest rows of a memory (kNN-LM), or both. Knows no Ray.
+"""The data owner's distribution while decoding: an adapter, a memory's nearest rows (kNN-LM), or both. Knows no Ray.
 
     P = λ_t s P_own + (1 - λ_t s) P_LM,    s P_own = (1 - w) g P_PEMA + w P_kNN
 

@@ -1,0 +1,181 @@
+"""One organisation on this machine: a folder, a home and an address of its own, and commands that run in them.
+
+Where root allows it, each organisation is a network namespace and a wire joins the two; elsewhere they share the loopback
+device and use different ports. Knows no owner.
+"""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pema_ray.environment import inherited_environment
+from pema_ray.errors import UserError
+
+_SUBNET = "10.77.32"
+_ENDED_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Organisation:
+    """Where commands of an organisation run.
+
+    Attributes:
+        namespace: its network namespace; None: it shares this machine's network.
+        site: a folder with the Python packages that it may import before all others.
+    """
+
+    name: str
+    folder: Path
+    address: str
+    namespace: str | None = None
+    site: Path | None = None
+
+    def environment(self) -> dict[str, str]:
+        """What its processes inherit: a home and a temporary folder of its own, and this interpreter."""
+        home = self.folder / "home"
+        home.mkdir(parents=True, exist_ok=True)
+        site = {} if self.site is None else {"PYTHONPATH": str(self.site)}
+        return {**inherited_environment(), "HOME": str(home), "RAY_AUTH_MODE": "disabled", **site}
+
+    def command(self, *arguments: str) -> list[str]:
+        """`pema-ray` with these arguments, in this organisation's network."""
+        program = [sys.executable, "-m", "pema_ray", *arguments]
+        return program if self.namespace is None else ["ip", "netns", "exec", self.namespace, *program]
+
+    def run(self, *arguments: str) -> None:
+        """Run `pema-ray` to its end; its output is shown.
+
+        Raises:
+            UserError: it failed.
+        """
+        code = subprocess.call(self.command(*arguments), cwd=self.folder, env=self.environment())
+        if code:
+            raise UserError(f"{self.name}: pema-ray {arguments[0]} failed with exit code {code}; it says why above.")
+
+    @contextmanager
+    def service(self, ready: str, *arguments: str, seconds: float = 300, **environment: str) -> Iterator[None]:
+        """Run `pema-ray` in the background until the block ends; its output goes to `<folder>/<command>.log`.
+
+        Args:
+            ready: the block begins when this line appears in its output.
+
+        Raises:
+            UserError: it ended, or was not ready in time.
+        """
+        log = self.folder / f"{arguments[0]}.log"
+        with log.open("w") as out:
+            process = subprocess.Popen(
+                self.command(*arguments),
+                cwd=self.folder,
+                env={**self.environment(), **environment},
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            self._wait(process, log, ready, time.monotonic() + seconds)
+            yield
+        finally:
+            _end(process)
+
+    def _wait(self, process: subprocess.Popen[bytes], log: Path, ready: str, deadline: float) -> None:
+        while ready not in log.read_text(errors="replace"):
+            if process.poll() is not None or time.monotonic() > deadline:
+                last = log.read_text(errors="replace").strip().splitlines()[-3:]
+                raise UserError(f"{self.name}: its service did not start: {' '.join(last) or 'no output'} (see {log})")
+            time.sleep(0.5)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    for number in (signal.SIGINT, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_ENDED_SECONDS)
+            return
+
+
+@contextmanager
+def two_organisations(folder: Path, sites: Mapping[str, Path]) -> Iterator[tuple[Organisation, Organisation, str]]:
+    """A PLM owner and a data owner, and how they are kept apart, in words.
+
+    Args:
+        folder: gets a folder for each.
+        sites: of an organisation's name, the packages that it may import.
+    """
+    names = ("plm_owner", "data_owner")
+    spaces = [f"pema-{name.replace('_owner', '')}-{os.getpid()}" for name in names]
+    made: list[str] = []
+    try:
+        try:
+            for space in spaces:
+                _ip("netns", "add", space)
+                made.append(space)
+            _join(*spaces)
+            addresses, apart = [f"{_SUBNET}.1", f"{_SUBNET}.2"], "two network namespaces, joined by one wire"
+        except (OSError, subprocess.CalledProcessError):
+            addresses, apart = ["127.0.0.1", "127.0.0.1"], "two ports of this machine (network namespaces need root)"
+        joined = len(made) == 2 and addresses[0] != addresses[1]
+        owners = []
+        for name, address, space in zip(names, addresses, spaces, strict=True):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            owners.append(Organisation(name, folder / name, address, space if joined else None, sites.get(name)))
+        yield owners[0], owners[1], apart
+    finally:
+        for space in made:
+            subprocess.run(["ip", "netns", "del", space], check=False)
+
+
+def _join(first: str, second: str) -> None:
+    _ip("link", "add", "pema0", "netns", first, "type", "veth", "peer", "pema1", "netns", second)
+    for number, (space, device) in enumerate(((first, "pema0"), (second, "pema1")), start=1):
+        _ip("-n", space, "addr", "add", f"{_SUBNET}.{number}/24", "dev", device)
+        for each in (device, "lo"):
+            _ip("-n", space, "link", "set", each, "up")
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+def self_signed_certificate(folder: Path, address: str) -> tuple[Path, Path]:
+    """A certificate for an IP address, valid for 30 days, and its private key: `server.crt`, `server.key`.
+
+    Raises:
+        UserError: the package `cryptography` is not installed.
+    """
+    try:
+        from cryptography import x509
+        from cryptography.hazmat.primitives import hashes, serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
+        from cryptography.x509.oid import NameOID
+    except ImportError:
+        raise UserError("A certificate needs the package cryptography: pip install 'pema-ray[demo]'.") from None
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "pema-ray PLM owner")])
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(days=30))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    paths = folder / "server.crt", folder / "server.key"
+    paths[0].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    paths[1].write_bytes(private)
+    paths[1].chmod(0o600)
+    return paths

@@ -1,0 +1,178 @@
+"""`pema-ray two-owners`: two organisations, two Ray clusters, TLS and a key; the data owner never has the weights.
+
+The PLM owner starts its service and hands over a key. The data owner runs an experiment against the URL, and serves its
+adapter. The data owner's copy of this package has no `plm_owner` folder, so that its processes cannot load a PLM.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import pema_ray
+from pema_ray.config import load_config
+from pema_ray.demonstrations.organisation import Organisation, self_signed_certificate, two_organisations
+from pema_ray.errors import UserError
+from pema_ray.progress import console
+
+_PLM_PORT, _API_PORT = 8443, 8001
+_READY = "Deployed app"
+
+
+def run(config: Path, folder: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Run the demonstration and print what crossed the line.
+
+    Args:
+        config: the experiment; `plm` names the PLM owner's model.
+        folder: gets one folder for each organisation.
+
+    Returns:
+        The counts of the PLM owner's audit log, and what was found in the data owner's folder.
+    """
+    started = time.perf_counter()
+    folder = folder.absolute()
+    with two_organisations(folder, {"data_owner": _site_without_plm_owner(folder)}) as (plm_owner, data_owner, apart):
+        console.print(f"[bold]two-owners[/]    {apart}", highlight=False)
+        service = _set_up_plm_owner(plm_owner, load_config(config, list(overrides)).plm.model_dump())
+        experiment = _set_up_data_owner(data_owner, plm_owner, config.absolute(), overrides)
+        with plm_owner.service(_READY, "serve", "--topology", str(service), RAY_ADDRESS="local"):
+            data_owner.run("quickstart", "--config", str(experiment))
+            answer = _serve_and_ask(data_owner, experiment)
+    found = {**_audit(plm_owner.folder / "audit.jsonl"), "answer": answer}
+    found |= _search_for_weights(data_owner.folder / "run", experiment)
+    _report(found, plm_owner, time.perf_counter() - started)
+    return found
+
+
+# ── the PLM owner ───────────────────────────────────────────────────────────────
+
+
+def _set_up_plm_owner(owner: Organisation, plm: dict[str, Any]) -> Path:
+    """Its certificate, its service's file, and a key for the data owner; returns the file."""
+    certificate, private = self_signed_certificate(owner.folder, owner.address)
+    arguments = {
+        "plm": {name: value for name, value in plm.items() if value is not None},
+        "engine": {"max_tokens": 2048},
+        "keys": str(owner.folder / "keys.yaml"),
+        "audit": str(owner.folder / "audit.jsonl"),
+        "plm_owner": {"cpus": 2},
+        "api_cpus": 0.5,
+    }
+    application = {"name": "plm-owner", "import_path": "pema_ray.serving.plm_owner:plm_owner", "args": arguments}
+    tls = {"ssl_certfile": str(certificate), "ssl_keyfile": str(private)}
+    service = {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": owner.address, "port": _PLM_PORT, **tls},
+        "applications": [{**application, "route_prefix": "/"}],
+    }
+    path = owner.folder / "service.yaml"
+    path.write_text(yaml.safe_dump(service, sort_keys=False))
+    (owner.folder / "audit.jsonl").unlink(missing_ok=True)
+    return path
+
+
+def _set_up_data_owner(owner: Organisation, plm_owner: Organisation, config: Path, overrides: Iterable[str]) -> Path:
+    """What the PLM owner hands over (key and certificate), and the experiment's file; returns the file."""
+    from pema_ray.plm_owner.access import Quota, add_client
+
+    key = add_client(plm_owner.folder / "keys.yaml", "data owner", Quota())
+    (owner.folder / "plm_key").write_text(key + "\n")
+    (owner.folder / "plm_key").chmod(0o600)
+    shutil.copy(plm_owner.folder / "server.crt", owner.folder / "plm.crt")
+    experiment = load_config(config, list(overrides)).model_dump(mode="json")
+    experiment["run_dir"] = str(owner.folder / "run")
+    experiment["plm"] = {
+        "url": f"https://{plm_owner.address}:{_PLM_PORT}",
+        "key_file": str(owner.folder / "plm_key"),
+        "ca_file": str(owner.folder / "plm.crt"),
+    }
+    path = owner.folder / "experiment.yaml"
+    path.write_text(yaml.safe_dump(experiment, sort_keys=False))
+    return path
+
+
+# ── the data owner ──────────────────────────────────────────────────────────────
+
+
+def _site_without_plm_owner(folder: Path) -> Path:
+    """A copy of this package without the PLM owner's code."""
+    site = folder / "data_owner" / "site"
+    shutil.rmtree(site, ignore_errors=True)
+    ignored = shutil.ignore_patterns("plm_owner", "plm_owner.py", "__pycache__")
+    shutil.copytree(Path(pema_ray.__file__).parent, site / "pema_ray", ignore=ignored)
+    return site
+
+
+def _serve_and_ask(owner: Organisation, experiment: Path) -> dict[str, str]:
+    """Serve the trained adapter and answer one source text of the test split."""
+    import subprocess
+    import sys
+
+    import pyarrow.parquet as pq
+
+    (row,) = pq.read_table(owner.folder / "run" / "prepare" / "test.parquet").slice(0, 1).to_pylist()
+    task = load_config(experiment, []).task.name
+    arguments = ("serve", "--config", str(experiment), "--host", owner.address, "--port", str(_API_PORT))
+    with owner.service("OpenAI's API", *arguments):
+        body = json.dumps({"model": task, "source": row["source"], "max_tokens": 64})
+        ask = (
+            "import sys, urllib.request as r; "
+            "q = r.Request(sys.argv[1], sys.argv[2].encode(), {'Content-Type': 'application/json'}); "
+            "print(r.urlopen(q, timeout=120).read().decode())"
+        )
+        url = f"http://{owner.address}:{_API_PORT}/v1/completions"
+        inside = [] if owner.namespace is None else ["ip", "netns", "exec", owner.namespace]
+        done = subprocess.run([*inside, sys.executable, "-c", ask, url, body], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{owner.name}: its service did not answer: {done.stderr.strip().splitlines()[-1]}")
+    return {"source": row["source"], "text": json.loads(done.stdout)["choices"][0]["text"]}
+
+
+def _search_for_weights(run: Path, experiment: Path) -> dict[str, Any]:
+    """Tensors in the data owner's folder that are as large as the PLM's: only the LM head's may be there."""
+    from safetensors import safe_open
+
+    found: dict[str, list[str]] = {}
+    for path in run.rglob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found[path.relative_to(run).as_posix()] = sorted(file.keys())
+    head = found.pop("export_head/lm_head/lm_head.safetensors")
+    return {"lm_head": head, "own_tensors": found}
+
+
+# ── what crossed ────────────────────────────────────────────────────────────────
+
+
+def _audit(path: Path) -> dict[str, Any]:
+    """Sums over the PLM owner's audit log."""
+    sums: dict[str, Counter[str]] = {}
+    for line in path.read_text().splitlines():
+        entry = json.loads(line)
+        counted = sums.setdefault(entry["what"], Counter())
+        counted["requests"] += 1
+        for name in ("tokens", "rows", "received_bytes", "sent_bytes"):
+            counted[name] += entry.get(name, 0)
+    return {"audit": {what: dict(counted) for what, counted in sums.items()}}
+
+
+def _report(found: dict[str, Any], plm_owner: Organisation, seconds: float) -> None:
+    from rich.table import Table
+
+    table = Table(title="What crossed the line, by the PLM owner's audit log")
+    for column in ("request", "number", "tokens up", "rows down", "MiB up", "MiB down"):
+        table.add_column(column, justify="left" if column == "request" else "right")
+    for what, counted in found["audit"].items():
+        sizes = (f"{counted[name] / 2**20:,.2f}" for name in ("received_bytes", "sent_bytes"))
+        table.add_row(what, *(f"{counted[name]:,}" for name in ("requests", "tokens", "rows")), *sizes)
+    console.print(table)
+    console.print(f"Audit log, without contents: {plm_owner.folder / 'audit.jsonl'}", highlight=False)
+    console.print(f"The PLM's tensors in the data owner's folder: {', '.join(found['lm_head'])}", highlight=False)
+    console.print(f"Served answer: {found['answer']['source']!r} → {found['answer']['text']!r}", highlight=False)
+    console.print(f"{seconds:,.0f} s in all", highlight=False)
