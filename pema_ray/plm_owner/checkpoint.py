@@ -40,21 +40,21 @@ def read_model(name: str, where: str, **options: Any) -> Any:
         loaded: Any = AutoModelForCausalLM.from_pretrained(where, **options)
     model, info = loaded
     if getattr(model, "_hf_peft_config_loaded", False):  # then `info` describes the adapter, not the model under it
-        for report in reports:
-            logging.getLogger(report.name).handle(report)
+        lines = [line for report in reports for line in report.splitlines()]
+        info["missing_keys"] |= {line.split()[0] for line in lines if "MISSING" in line and "|" in line}
     _refuse_incomplete(name, model, info)
     return model
 
 
 @contextmanager
-def _without_report() -> Iterator[list[logging.LogRecord]]:
-    """Keep transformers' table of missing tensors from the terminal; the records it would have shown."""
-    reports: list[logging.LogRecord] = []
+def _without_report() -> Iterator[list[str]]:
+    """Collect transformers' tables of missing tensors in place of showing them."""
+    reports: list[str] = []
 
     def is_other(record: logging.LogRecord) -> bool:
         is_report = "LOAD REPORT" in record.getMessage()
         if is_report:
-            reports.append(record)
+            reports.append(record.getMessage())
         return not is_report
 
     source = logging.getLogger("transformers.modeling_utils")

@@ -74,16 +74,17 @@ def load_plm(config: PLMConfig) -> LoadedPLM:
     assert config.name is not None  # a PLM of one's own, as PLMConfig checks
     where, gguf = locate(config.name)
     device = pick_device(config.device)
-    source: dict[str, Any] = {"trust_remote_code": True} if config.trust_remote_code else {}
-    if not Path(where).is_dir():
-        source["local_files_only"] = not _ask_hub(where)
     options: dict[str, Any] = {"dtype": pick_dtype(config.dtype, device)}
+    if config.trust_remote_code:
+        options["trust_remote_code"] = True
     if config.device_map:
         options["device_map"] = config.device_map
     try:
-        readable = str(converted(Path(where) / gguf)) if gguf else where
-        tokenizer = AutoTokenizer.from_pretrained(readable, **source)
-        model = read_model(config.name, readable, **source, **options)
+        readable = where if Path(where).is_dir() else _ask_hub(where)
+        if gguf:
+            readable = str(converted(Path(where) / gguf))
+        tokenizer = AutoTokenizer.from_pretrained(readable, trust_remote_code=config.trust_remote_code)
+        model = read_model(config.name, readable, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"plm.name={config.name}: cannot be loaded as a causal LM: {reason}") from error
@@ -129,8 +130,8 @@ def locate(name: str) -> tuple[str, str | None]:
     return name, None
 
 
-def _ask_hub(name: str) -> bool:
-    """Whether the hub has this model; False if it is only in the hub's local cache.
+def _ask_hub(name: str) -> str:
+    """The name of a model that the hub has, or its folder in the hub's local cache where the hub does not serve it.
 
     One request, because transformers repeats each of its own for most of a minute where the network is down.
 
@@ -140,10 +141,11 @@ def _ask_hub(name: str) -> bool:
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, RepositoryNotFoundError
 
-    is_cached = False
+    cached = None
     try:
-        is_cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+        cached = try_to_load_from_cache(name, "config.json")
         HfApi().model_info(name, timeout=_HUB_SECONDS)
+        return name
     except HFValidationError:
         reason = "no such folder, and no name of a hub model"
     except GatedRepoError:
@@ -152,10 +154,7 @@ def _ask_hub(name: str) -> bool:
         reason = "no such folder, and no such model on the hub (a private one needs `hf auth login`)"
     except (HTTPError, OSError):
         reason = "no such folder, not in the hub's local cache, and the hub does not answer: check the name"
-    else:
-        return True
-    if is_cached:
-        return False
-    path = Path(name)
-    siblings = [str(folder) for folder in path.parent.glob("*") if folder.is_dir()]
+    if isinstance(cached, str):
+        return str(Path(cached).parent)
+    siblings = [str(folder) for folder in Path(name).parent.glob("*") if folder.is_dir()]
     raise UserError(f"plm.name={name}: {reason}.{nearest(name, siblings)}")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from pema_ray.config import PLMConfig
 from pema_ray.errors import UserError
@@ -117,6 +118,22 @@ def test_a_tied_head_is_not_missing(name: str, tiny_plm_folder):
 def test_tied_embeddings_that_are_missing_are_refused(changed, capfd):
     folder = changed("qwen2", lambda tensors: {name: t for name, t in tensors.items() if "embed" not in name})
     assert "model.embed_tokens.weight" in refusal(folder, capfd)
+
+
+@pytest.mark.parametrize("missing", ["model.norm.weight", "lora_A", None])
+def test_a_lora_adapter_and_the_model_under_it_must_be_complete(missing, changed, capfd, tmp_path: Path, tokenizer):
+    peft = pytest.importorskip("peft")
+    base = changed("llama", lambda tensors: {name: t for name, t in tensors.items() if name != missing})
+    folder = tmp_path / "adapter"
+    tokenizer.save_pretrained(folder)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], base_model_name_or_path=str(base))
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
+    weights = folder / "adapter_model.safetensors"
+    save_file({name: t for name, t in load_file(weights).items() if not missing or missing not in name}, weights)
+    if missing:
+        assert missing in refusal(folder, capfd)
+    else:
+        assert load(folder).model.config.num_hidden_layers == 2
 
 
 def test_an_incomplete_gguf_file_is_refused_and_no_conversion_kept(tmp_path: Path, monkeypatch, tokenizer):
