@@ -87,7 +87,7 @@ class PatientPLM:
                 "Start again when it does; what is finished is kept."
             ) from error
         self._waiting += 1
-        self._on_wait(f"waiting for the PLM owner: {_reason(error)}, {seconds:.0f} s")
+        self._on_wait(f"waiting for the PLM owner: {_reason(error)}, {max(1, round(seconds))} s")
         try:
             await asyncio.sleep(seconds)
         finally:

@@ -108,11 +108,11 @@ class Wording:
         return _prompters[key]
 
     @property
-    def probe(self) -> list[int]:
-        """Token ids of a fixed text, without pairs shown: they tell one way of tokenising from another."""
+    def probe(self) -> list[list[int]]:
+        """Token ids of a fixed prompt and target, without pairs shown: they tell one way of tokenising from another."""
         tokenizer = LMHeadBundle.load(self.bundle).tokenizer()
         example = Prompter(tokenizer, self.task, (), self.chat).encode_pair(Pair(0, "Thou art 1 äß.", "You are 1 äß."))
-        return [*example.prompt, *example.target]
+        return [example.prompt, example.target]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,9 @@ from pema_ray.data_owner.training import History, Trainer
 from pema_ray.errors import UserError
 from pema_ray.line import LMHeadBundle, ModelCard
 from pema_ray.memory import ExternalMemory, Manifest, MemoryRows, ShardInfo
-from pema_ray.memory.build import MemoryBuild, planned_rows, run_build, stream_shards
+from pema_ray.memory.build import run_build, stream_shards
+from pema_ray.memory.examples import ListedExamples
+from pema_ray.memory.planning import MemoryBuild, planned_rows
 from pema_ray.memory.shards import write_shard
 from pema_ray.tasks import EncodedPair
 from pema_ray.training.ray_loop import _worker
@@ -98,17 +100,17 @@ def slow_factory(folder: str, seconds: float) -> Callable:
     """Makes the tiny PLM, which takes its time over every batch; a closure, so that it travels by value."""
 
     def make():
-        import time
+        import asyncio
 
         from pema_ray.config import PLMConfig
-        from pema_ray.plm_owner import InProcessPLM, load_plm
+        from pema_ray.plm_owner import LocalPLM
 
-        class Slow(InProcessPLM):
-            def extract(self, batch):
-                time.sleep(seconds)
-                return super().extract(batch)
+        class Slow(LocalPLM):
+            async def extract(self, batch):
+                await asyncio.sleep(seconds)
+                return await super().extract(batch)
 
-        return Slow(load_plm(PLMConfig(name=folder, dtype="float32", device="cpu", threads=1)))
+        return Slow(PLMConfig(name=folder, dtype="float32", device="cpu", threads=1))
 
     return make
 
@@ -118,10 +120,10 @@ def slow_factory(folder: str, seconds: float) -> Callable:
 def test_training_begins_before_a_tenth_of_the_memory_is_built(
     ray_cluster, make_job, tiny_plm_folder, tiny_source, tmp_path: Path
 ):
-    draw, card = np.random.default_rng(0), tiny_source("llama").describe()
+    draw, card = np.random.default_rng(0), tiny_source("llama").describe().card
     examples = [EncodedPair(i, [5, 6, 7], draw.integers(3, 300, 12).tolist()) for i in range(60)]
-    settings = BuildMemoryConfig(examples_per_shard=1, cpus_per_actor=0.5)
-    build = MemoryBuild(tmp_path / "streamed", examples, card, "t", "train", settings)
+    settings = BuildMemoryConfig(examples_per_shard=1, cpus_per_actor=0.5, requests_in_flight=1)
+    build = MemoryBuild(tmp_path / "streamed", ListedExamples(examples), card, "t", "train", settings)
     config = CONFIG.model_copy(update={"batch_size": 20, "stream": True, "patience": 1000})
     job = make_job(config=config, train_memory=build.folder, streamed_rows=planned_rows(build))
     history = fit(job, stream=stream_shards(build, slow_factory(tiny_plm_folder("llama"), 1.0)))
@@ -151,7 +153,7 @@ def test_a_memory_of_another_plm_is_refused_and_both_are_named(ray_cluster, make
     job = make_job(owner=OTHER)
     with pytest.raises(UserError) as caught:
         fit(job)
-    assert OTHER.label in str(caught.value) and tiny_source("llama").describe().label in str(caught.value)
+    assert OTHER.label in str(caught.value) and tiny_source("llama").describe().card.label in str(caught.value)
     assert not (job.run_dir / "adapter").exists()
 
 

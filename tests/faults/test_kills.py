@@ -15,7 +15,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -23,57 +23,34 @@ import psutil
 import pytest
 import torch
 
-from pema_ray.config import BuildMemoryConfig, TrainConfig
+from pema_ray.config import TrainConfig
 from pema_ray.data_owner import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.ray_training import TrainingJob, fit
 from pema_ray.data_owner.training import History, Trainer
-from pema_ray.line import LMHeadBundle, ModelCard
+from pema_ray.line import LMHeadBundle
 from pema_ray.memory import ExternalMemory
-from pema_ray.memory.build import MemoryBuild, run_build
+from pema_ray.memory.build import run_build
 from pema_ray.memory.manage import verify
+from pema_ray.memory.planning import MemoryBuild
 from pema_ray.tasks import EncodedPair
 from tests.data_owner.conftest import make_rows  # noqa: F401  a fixture
 from tests.data_owner.test_ray_training import write_memory
+from tests.memory import kit
+from tests.memory.kit import CARD, contents, fake_plm
 
 pytestmark = pytest.mark.cluster
 MANY = pytest.param(4, marks=pytest.mark.slow)  # as often in one run; the quick tests strike once or twice
-CARD = ModelCard("counting", "c" * 16, 2, 300, 96, (1,))
 EXAMPLES = [EncodedPair(i, [10, 20, 30 + i], [4 + j for j in range(1 + i % 4)]) for i in range(60)]
 
 
 def build(folder: Path, **changes) -> MemoryBuild:
-    settings = {"examples_per_shard": 2, "cpus_per_actor": 0.5, "max_batch_tokens": 16, "actors": 2, **changes}
-    return MemoryBuild(folder, EXAMPLES, CARD, "task", "train", BuildMemoryConfig(**settings))
-
-
-def slow_factory(seconds: float) -> Callable:
-    """Makes an extractor by arithmetic that takes its time; a closure, so that it travels by value."""
-
-    def make():
-        import time
-
-        import torch
-
-        class Counting:
-            def extract(self, batch):
-                time.sleep(seconds)
-                pairs = zip(batch.token_ids, batch.first, strict=True)
-                rows = [[float(sum(ids[: at + 1])), float(at)] for ids, f in pairs for at in range(f, len(ids))]
-                return torch.tensor(rows)
-
-        return Counting()
-
-    return make
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return kit.build(folder, EXAMPLES, **{"actors": 2, **changes})
 
 
 @pytest.fixture(scope="module")
 def undisturbed(ray_cluster, tmp_path_factory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("undisturbed")
-    run_build(build(folder), slow_factory(0))
+    run_build(build(folder), fake_plm())
     return contents(folder)
 
 
@@ -130,7 +107,7 @@ def killing(
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_data_actors_are_killed(undisturbed, tmp_path: Path, seed: int):
     with killing("MapWorker", seed, 5, (0.2, 0.6)) as struck:
-        run_build(build(tmp_path), slow_factory(0.3))
+        run_build(build(tmp_path), fake_plm(seconds=0.3))
     assert len(struck) >= 4
     assert_whole(tmp_path, undisturbed)
 
@@ -142,12 +119,12 @@ def test_drivers_are_killed(undisturbed, tmp_path: Path, kills: int):
         f"""
         import sys, ray
         from pathlib import Path
-        from tests.faults.test_kills import build, slow_factory
+        from tests.faults.test_kills import build, fake_plm
         from pema_ray.memory.build import run_build
         folder = Path({str(tmp_path / "m")!r})
         ray.init(address="local", num_cpus=4, object_store_memory=90 * 2**20, include_dashboard=False)
         print("up", flush=True)
-        run_build(build(folder), slow_factory(0.05), lambda info: print(info.name, flush=True))
+        run_build(build(folder), fake_plm(seconds=0.05), lambda info: print(info.name, flush=True))
         """
     )
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
@@ -187,13 +164,13 @@ def test_nodes_are_killed(undisturbed, tmp_path: Path, kills: int):
         import os, random, threading, time, ray
         from pathlib import Path
         from ray.cluster_utils import Cluster
-        from tests.faults.test_kills import build, slow_factory
+        from tests.faults.test_kills import build, fake_plm
         from pema_ray.memory.build import run_build
         small = {{"object_store_memory": 90 * 2**20}}
         cluster = Cluster(initialize_head=True, connect=True, head_node_args={{"num_cpus": 2, **small}})
         nodes = [cluster.add_node(num_cpus=2, **small) for _ in range(2)]
         def work():
-            run_build(build(Path({str(tmp_path / "m")!r}), cpus_per_actor=1, actors=4), slow_factory(0.7))
+            run_build(build(Path({str(tmp_path / "m")!r}), cpus_per_actor=1, actors=4), fake_plm(seconds=0.7))
         thread = threading.Thread(target=work)  # nodes want to be started by the main thread
         thread.start()
         draw, killed = random.Random(4), 0

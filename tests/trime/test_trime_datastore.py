@@ -11,11 +11,13 @@ import torch
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import ModelCard
 from pema_ray.memory import ExternalMemory
-from pema_ray.memory.build import MemoryBuild, _ShardActor, planned_rows, prepare_folder, run_build
+from pema_ray.memory.build import run_build
 from pema_ray.memory.manage import verify
+from pema_ray.memory.planning import MemoryBuild, planned_rows
 from pema_ray.trime.config import DatastoreConfig
 from pema_ray.trime.datastore import open_datastore, plan_datastore
 from pema_ray.trime.windows import plan_windows
+from tests.memory import kit
 from tests.trime.kit import HIDDEN, VOCABULARY, tiny_model
 
 CARD = ModelCard("tiny", "f" * 16, HIDDEN, VOCABULARY, 96, (0,))
@@ -27,9 +29,10 @@ def source_factory():
     model = tiny_model()
 
     def make():
+        from pema_ray.memory.rows import BlockingExtractor
         from pema_ray.trime.datastore import KeySource
 
-        return KeySource(model)
+        return BlockingExtractor(KeySource(model).extract)
 
     return make
 
@@ -40,10 +43,7 @@ def build(folder: Path, tokens: np.ndarray = TOKENS, **changes) -> MemoryBuild:
 
 
 def in_this_process(build: MemoryBuild, numbers: list[int] | None = None) -> None:
-    todo, _ = prepare_folder(build)
-    actor = _ShardActor([build.folder] * len(todo), todo, (0,), build.config, source_factory())
-    for number in range(len(todo)) if numbers is None else numbers:
-        assert actor({"number": np.array([number])})["error"] == [""]
+    kit.in_this_process(build, numbers, source_factory())
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -94,9 +94,9 @@ def test_a_text_without_a_token_to_predict_is_refused(tmp_path: Path):
 def test_a_row_of_eos_stays_where_examples_are_whole(tmp_path: Path):
     """The seam in `pema_ray.memory`: only pieces of a longer text do without it."""
     pieces = build(tmp_path)
-    whole = MemoryBuild(tmp_path, pieces.examples, CARD, "corpus", "train", pieces.config)
+    whole = MemoryBuild(tmp_path / "whole", pieces.examples, CARD, "corpus", "train", pieces.config)
     assert planned_rows(whole) == planned_rows(pieces) + len(pieces.examples)
-    assert whole.hash() != pieces.hash()
+    assert whole.plan_hash != pieces.plan_hash
 
 
 @pytest.mark.cluster
