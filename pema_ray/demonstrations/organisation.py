@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,15 @@ from pema_ray.errors import UserError
 
 _SUBNET = "10.77.32"
 _ENDED_SECONDS = 30
+_PEMA_RAY = ("-m", "pema_ray")
+_REQUEST = """
+import ssl, sys, urllib.request
+url, body, key, ca_file = sys.argv[1:]
+headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+trusted = ssl.create_default_context(cafile=ca_file) if ca_file else None
+request = urllib.request.Request(url, body.encode() if body else None, headers)
+print(urllib.request.urlopen(request, timeout=120, context=trusted).read().decode())
+"""
 
 
 @dataclass(frozen=True)
@@ -48,9 +57,16 @@ class Organisation:
         return {**inherited_environment(), "HOME": str(home), "RAY_AUTH_MODE": "disabled", **site}
 
     def command(self, *arguments: str) -> list[str]:
-        """`pema-ray` with these arguments, in this organisation's network."""
-        program = [sys.executable, "-m", "pema_ray", *arguments]
-        return program if self.namespace is None else ["ip", "netns", "exec", self.namespace, *program]
+        """This Python with these arguments, in this organisation's network."""
+        inside = [] if self.namespace is None else ["ip", "netns", "exec", self.namespace]
+        return [*inside, sys.executable, *arguments]
+
+    def request(self, url: str, body: str = "", key: str = "", ca_file: Path | str = "") -> str | None:
+        """What an HTTP service answers to a request from this organisation's network; None if it fails."""
+        done = subprocess.run(
+            self.command("-c", _REQUEST, url, body, key, str(ca_file)), capture_output=True, text=True, check=False
+        )
+        return None if done.returncode else done.stdout
 
     def run(self, *arguments: str) -> None:
         """Run `pema-ray` to its end; its output is shown.
@@ -58,16 +74,18 @@ class Organisation:
         Raises:
             UserError: it failed.
         """
-        code = subprocess.call(self.command(*arguments), cwd=self.folder, env=self.environment())
+        code = subprocess.call(self.command(*_PEMA_RAY, *arguments), cwd=self.folder, env=self.environment())
         if code:
             raise UserError(f"{self.name}: pema-ray {arguments[0]} failed with exit code {code}; it says why above.")
 
     @contextmanager
-    def service(self, ready: str, *arguments: str, seconds: float = 300, **environment: str) -> Iterator[None]:
+    def service(
+        self, ready: Callable[[], object], *arguments: str, seconds: float = 300, **environment: str
+    ) -> Iterator[None]:
         """Run `pema-ray` in the background until the block ends; its output goes to `<folder>/<command>.log`.
 
         Args:
-            ready: the block begins when this line appears in its output.
+            ready: asked until its answer is true; then the block begins.
 
         Raises:
             UserError: it ended, or was not ready in time.
@@ -75,7 +93,7 @@ class Organisation:
         log = self.folder / f"{arguments[0]}.log"
         with log.open("w") as out:
             process = subprocess.Popen(
-                self.command(*arguments),
+                self.command(*_PEMA_RAY, *arguments),
                 cwd=self.folder,
                 env={**self.environment(), **environment},
                 stdout=out,
@@ -88,8 +106,8 @@ class Organisation:
         finally:
             _end(process)
 
-    def _wait(self, process: subprocess.Popen[bytes], log: Path, ready: str, deadline: float) -> None:
-        while ready not in log.read_text(errors="replace"):
+    def _wait(self, process: subprocess.Popen[bytes], log: Path, ready: Callable[[], object], deadline: float) -> None:
+        while not ready():
             if process.poll() is not None or time.monotonic() > deadline:
                 last = log.read_text(errors="replace").strip().splitlines()[-3:]
                 raise UserError(f"{self.name}: its service did not start: {' '.join(last) or 'no output'} (see {log})")

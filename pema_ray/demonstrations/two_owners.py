@@ -7,10 +7,12 @@ adapter. The data owner's copy of this package has no `plm_owner` folder, so tha
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,6 @@ from pema_ray.errors import UserError
 from pema_ray.progress import console
 
 _PLM_PORT, _API_PORT = 8443, 8001
-_READY = "Deployed app"
 
 
 def run(config: Path, folder: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -42,7 +43,8 @@ def run(config: Path, folder: Path, overrides: Iterable[str] = ()) -> dict[str, 
         console.print(f"[bold]two-owners[/]    {apart}", highlight=False)
         service = _set_up_plm_owner(plm_owner, load_config(config, list(overrides)).plm.model_dump())
         experiment = _set_up_data_owner(data_owner, plm_owner, config.absolute(), overrides)
-        with plm_owner.service(_READY, "serve", "--topology", str(service), RAY_ADDRESS="local"):
+        answers = partial(_plm_owner_answers, data_owner, experiment)
+        with plm_owner.service(answers, "serve", "--topology", str(service), RAY_ADDRESS="local"):
             data_owner.run("quickstart", "--config", str(experiment))
             answer = _serve_and_ask(data_owner, experiment)
     found = {**_audit(plm_owner.folder / "audit.jsonl"), "answer": answer}
@@ -58,12 +60,12 @@ def _set_up_plm_owner(owner: Organisation, plm: dict[str, Any]) -> Path:
     """Its certificate, its service's file, and a key for the data owner; returns the file."""
     certificate, private = self_signed_certificate(owner.folder, owner.address)
     arguments = {
-        "plm": {name: value for name, value in plm.items() if value is not None},
+        "plm": {**{name: value for name, value in plm.items() if value is not None}, "threads": os.cpu_count() or 1},
         "engine": {"max_tokens": 2048},
         "keys": str(owner.folder / "keys.yaml"),
         "audit": str(owner.folder / "audit.jsonl"),
-        "plm_owner": {"cpus": 2},
-        "api_cpus": 0.5,
+        "plm_owner": {"cpus": 0.5},
+        "api_cpus": 0.25,
     }
     application = {"name": "plm-owner", "import_path": "pema_ray.serving.plm_owner:plm_owner", "args": arguments}
     tls = {"ssl_certfile": str(certificate), "ssl_keyfile": str(private)}
@@ -112,27 +114,25 @@ def _site_without_plm_owner(folder: Path) -> Path:
 
 def _serve_and_ask(owner: Organisation, experiment: Path) -> dict[str, str]:
     """Serve the trained adapter and answer one source text of the test split."""
-    import subprocess
-    import sys
-
     import pyarrow.parquet as pq
 
     (row,) = pq.read_table(owner.folder / "run" / "prepare" / "test.parquet").slice(0, 1).to_pylist()
-    task = load_config(experiment, []).task.name
+    url = f"http://{owner.address}:{_API_PORT}"
     arguments = ("serve", "--config", str(experiment), "--host", owner.address, "--port", str(_API_PORT))
-    with owner.service("OpenAI's API", *arguments):
-        body = json.dumps({"model": task, "source": row["source"], "max_tokens": 64})
-        ask = (
-            "import sys, urllib.request as r; "
-            "q = r.Request(sys.argv[1], sys.argv[2].encode(), {'Content-Type': 'application/json'}); "
-            "print(r.urlopen(q, timeout=120).read().decode())"
-        )
-        url = f"http://{owner.address}:{_API_PORT}/v1/completions"
-        inside = [] if owner.namespace is None else ["ip", "netns", "exec", owner.namespace]
-        done = subprocess.run([*inside, sys.executable, "-c", ask, url, body], capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{owner.name}: its service did not answer: {done.stderr.strip().splitlines()[-1]}")
-    return {"source": row["source"], "text": json.loads(done.stdout)["choices"][0]["text"]}
+    with owner.service(lambda: owner.request(f"{url}/healthz"), *arguments):
+        body = {"model": load_config(experiment, []).task.name, "source": row["source"], "max_tokens": 64}
+        answer = owner.request(f"{url}/v1/completions", json.dumps(body))
+    if answer is None:
+        raise UserError(f"{owner.name}: its service did not answer; see {owner.folder / 'serve.log'}")
+    return {"source": row["source"], "text": json.loads(answer)["choices"][0]["text"]}
+
+
+def _plm_owner_answers(data_owner: Organisation, experiment: Path) -> str | None:
+    """Whether the PLM has been loaded, and this key opens the service."""
+    plm = load_config(experiment, []).plm
+    assert plm.url is not None
+    assert plm.key_file is not None
+    return data_owner.request(f"{plm.url}/v1/model", "", Path(plm.key_file).read_text().strip(), plm.ca_file or "")
 
 
 def _search_for_weights(run: Path, experiment: Path) -> dict[str, Any]:

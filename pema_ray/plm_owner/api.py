@@ -167,6 +167,7 @@ def make_api(access: Access, limits: Limits, replicas: Callable[[str, str | None
             raise
         finally:
             status = status if response is None else response.status_code
+            used |= {} if response is None else {"sent_bytes": len(response.body)}
             seconds = round(time.perf_counter() - started, 4)
             counts.update({"requests": 1, f"refused_{status}": status >= 400} | used)
             await access.note(id=number, client=name, what=what, status=status, seconds=seconds, **used)
@@ -174,15 +175,16 @@ def make_api(access: Access, limits: Limits, replicas: Callable[[str, str | None
         response.headers["X-Request-Id"] = number
         return response
 
-    async def body_of(request: Request, held: Held, mb: float = limits.max_body_mb) -> bytes:
+    async def body_of(request: Request, asked: _Asked, mb: float = limits.max_body_mb) -> bytes:
         """The body, never more of it than is allowed."""
         most, parts, size = int(mb * 2**20), [], 0
         async for part in request.stream():
             size += len(part)
             if size > most:
                 raise Refused(413, f"The body is larger than {mb:g} MiB.")
-            held.add(len(part))
+            asked.held.add(len(part))
             parts.append(part)
+            asked.used["received_bytes"] = size
         return b"".join(parts)
 
     @api.get("/v1/model")
@@ -215,7 +217,7 @@ def make_api(access: Access, limits: Limits, replicas: Callable[[str, str | None
         """Representations of the requested positions of a batch."""
 
         async def work(asked: _Asked) -> Response:
-            body = await body_of(request, asked.held)
+            body = await body_of(request, asked)
             batch, fingerprint = await run_in_executor(len(body), codec.decode_extract, body)
             asked.used |= {"rows": batch.rows, "tokens": batch.tokens}
             line = await line_of(asked.account, fingerprint)
@@ -232,7 +234,7 @@ def make_api(access: Access, limits: Limits, replicas: Callable[[str, str | None
         """Steps of sessions: open, continue, rewind, in one message. Errors of single steps stand in their places."""
 
         async def work(asked: _Asked) -> Response:
-            body = await body_of(request, asked.held)
+            body = await body_of(request, asked)
             steps, fingerprint = await run_in_executor(len(body), codec.decode_steps, body)
             if len(steps) > limits.max_steps:
                 raise Refused(413, f"{len(steps)} steps in one message; {limits.max_steps} are allowed.")
@@ -265,7 +267,7 @@ def make_api(access: Access, limits: Limits, replicas: Callable[[str, str | None
 
         async def work(asked: _Asked) -> Response:
             try:
-                sessions = msgspec.json.decode(await body_of(request, asked.held, names_mb), type=_Sessions)
+                sessions = msgspec.json.decode(await body_of(request, asked, names_mb), type=_Sessions)
             except msgspec.MsgspecError as error:
                 raise Refused(400, f"A list of up to 4,096 sessions' names is expected: {error}") from None
             asked.used["sessions"] = len(sessions)
