@@ -40,12 +40,16 @@ TOTALS = {
         "tokens": "Tokens of forward passes",
         "steps": "Steps taken",
         "steps_not_taken": "Steps answered by an error: lost, busy, too long",
+        "extractions": "Extractions answered",
+        "extractions_not_taken": "Extractions answered by an error: busy, too long",
     },
     "plm_owner_api": {
         "requests": "Requests of data owners",
         "rows": "Representations asked for",
         "tokens": "Tokens sent up",
         "sessions": "Sessions named in requests",
+        "received_bytes": "Bytes of requests' bodies",
+        "sent_bytes": "Bytes of answers",
     },
 }
 LEVELS = {
@@ -53,6 +57,7 @@ LEVELS = {
     "plm_owner": {
         "live_sessions": "Sessions that hold a slot",
         "waiting_steps": "Steps that have not begun",
+        "waiting_tokens": "Tokens of prompts and extractions that are not computed yet",
         "cached_tokens": "Tokens of live sessions whose keys and values are held",
         "slots": "Sessions that can be held",
     },

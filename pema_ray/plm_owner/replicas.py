@@ -62,10 +62,10 @@ class Replicas:
         except RayServeException:
             running = {}
         if name not in running or _DEPLOYMENT not in running[name].deployments:
-            owners = [n for n, application in running.items() if _DEPLOYMENT in application.deployments]
+            owners = sorted(n for n, application in running.items() if _DEPLOYMENT in application.deployments)
             raise UserError(
-                f"{label}: this Ray cluster runs no PLM owner of this name; it runs: "
-                f"{', '.join(sorted(owners)) or 'none'}. Start one, such as with: serve deploy serve_configs/cluster.yaml"
+                f"{label}: no PLM owner of this name runs in this Ray cluster, only: {', '.join(owners) or 'none'}. "
+                "Start one, such as with: serve deploy serve_configs/cluster.yaml"
             )
         return cls(serve.get_deployment_handle(_DEPLOYMENT, app_name=name), owner, fingerprint, label)
 

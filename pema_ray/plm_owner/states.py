@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from pema_ray.errors import UserError
 from pema_ray.plm_owner.load import LoadedPLM
 
 # Where transformers' decoders keep the norm after their last layer, innermost decoder first.
-_FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "ln_out")
+_FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "ln_out", "embedding_norm")
 
 
 def find_final_norm(plm: LoadedPLM) -> nn.Module | None:
@@ -42,7 +43,13 @@ def capture_state(plm: LoadedPLM, **inputs: Any) -> torch.Tensor:
     if norm is None:
         return plm.decoder(**inputs).last_hidden_state
     captured: list[torch.Tensor] = []
-    hook = norm.register_forward_pre_hook(lambda _module, args: captured.append(args[0]))
+    thread = threading.get_ident()
+
+    def capture(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if threading.get_ident() == thread:  # engines may share a loaded PLM
+            captured.append(args[0])
+
+    hook = norm.register_forward_pre_hook(capture)
     try:
         plm.decoder(**inputs)
     finally:

@@ -49,7 +49,10 @@ def plm_engine(plm: PLMConfig, engine: EngineConfig, scale: Scale) -> Applicatio
                 target_ongoing_requests=scale.sessions_per_replica,
                 upscale_delay_s=scale.upscale_seconds,
                 downscale_delay_s=scale.downscale_seconds,
-                policy=AutoscalingPolicy(policy_function="pema_ray.serving.scaling:by_live_sessions"),
+                policy=AutoscalingPolicy(
+                    policy_function="pema_ray.serving.scaling:ByLoad",
+                    policy_kwargs={"tokens_per_replica": scale.tokens_per_replica},
+                ),
             )
         }
     router: Any = "pema_ray.plm_owner.router:HomeRouter"

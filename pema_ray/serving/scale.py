@@ -20,6 +20,8 @@ class Scale(Section):
     """More of them as sessions come; none keeps the number."""
     sessions_per_replica: int = Field(default=16, ge=1)
     """What autoscaling aims at."""
+    tokens_per_replica: int = Field(default=32768, ge=1)
+    """Waiting tokens of prompts and extractions at which autoscaling adds a replica."""
     upscale_seconds: float = 10
     """For so long more sessions must live before replicas are added."""
     downscale_seconds: float = 120

@@ -1,4 +1,4 @@
-"""Autoscaling by live sessions: between two steps of a session nothing is going on that Serve itself could count."""
+"""Autoscaling of PLM replicas by what they report: Serve cannot count what lies between two steps of a session."""
 
 from __future__ import annotations
 
@@ -6,13 +6,24 @@ import math
 from typing import Any
 
 
-def by_live_sessions(context: Any) -> tuple[int, dict[str, Any]]:
-    """As many replicas as hold the sessions that live or wait, at `target_ongoing_requests` each.
+class ByLoad:
+    """As many replicas as the live sessions need, at `target_ongoing_requests` each, or the waiting tokens, if more.
 
     Args:
-        context: Serve's `AutoscalingContext`; replicas report `live_sessions` (`PLMEngine.record_autoscaling_stats`).
+        tokens_per_replica: of prompts and extractions, waiting.
     """
-    told = (context.aggregated_metrics or {}).get("live_sessions", {})
-    wanted = math.ceil(sum(told.values()) / context.config.target_ongoing_requests)
-    bounded = min(max(wanted, context.capacity_adjusted_min_replicas), context.capacity_adjusted_max_replicas)
-    return bounded, {}
+
+    def __init__(self, tokens_per_replica: int) -> None:
+        self._tokens_per_replica = tokens_per_replica
+
+    def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
+        """The number of replicas.
+
+        Args:
+            context: Serve's `AutoscalingContext`; replicas report `live_sessions` and `waiting_tokens`
+                (`PLMEngine.record_autoscaling_stats`).
+        """
+        reported = context.aggregated_metrics or {}
+        sessions, tokens = (sum(reported.get(name, {}).values()) for name in ("live_sessions", "waiting_tokens"))
+        needed = math.ceil(max(sessions / context.config.target_ongoing_requests, tokens / self._tokens_per_replica))
+        return min(max(needed, context.capacity_adjusted_min_replicas), context.capacity_adjusted_max_replicas), {}

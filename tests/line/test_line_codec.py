@@ -13,9 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pema_ray.errors import UserError
-from pema_ray.line import ExtractBatch, SessionLost, codec
+from pema_ray.line import Busy, ExtractBatch, SessionLost, Step, Stepped, codec
 from pema_ray.line.codec import BadFrame
-from pema_ray.line.stepping import Busy, Step, Stepped
 
 IDS = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=9)
 DECODERS = {
@@ -26,28 +25,28 @@ DECODERS = {
     "files": codec.decode_files,
 }
 GOOD = {
-    "extract": codec.encode_extract(ExtractBatch([[1, 2, 3], [4]], [1, 0])),
-    "steps": codec.encode_steps([Step("a", 0, [1, 2, 3], 2), Step("b", 7, [4], draft=3)]),
+    "extract": codec.encode_extract(ExtractBatch([[1, 2, 3], [4]], [1, 0], (7, 8)), "f" * 16),
+    "steps": codec.encode_steps([Step("a", 0, [1, 2, 3], 2), Step("b", 7, [4], draft=3)], "f" * 16),
     "rows": codec.encode_rows(torch.arange(6.0).reshape(2, 3)),
     "stepped": codec.encode_stepped([Stepped(torch.ones(2, 3), (5,)), SessionLost("b"), Busy("full", 2.0)]),
     "files": codec.encode_files({"a.json": b"{}", "tokenizer/b": b"\0\1"}),
 }
 
 
-@given(sequences=st.lists(IDS, min_size=1, max_size=5), data=st.data())
-def test_a_batch_arrives_as_it_was_sent(sequences, data):
-    batch = ExtractBatch(sequences, [data.draw(st.integers(0, len(ids) - 1)) for ids in sequences])
-    assert codec.decode_extract(codec.encode_extract(batch)) == batch
+@given(sequences=st.lists(IDS, min_size=1, max_size=5), prefix=IDS | st.just([]), name=st.text(), data=st.data())
+def test_a_batch_arrives_as_it_was_sent(sequences, prefix, name, data):
+    batch = ExtractBatch(sequences, [data.draw(st.integers(0, len(ids) - 1)) for ids in sequences], tuple(prefix))
+    assert codec.decode_extract(codec.encode_extract(batch, name)) == (batch, name)
 
 
-@given(data=st.data(), names=st.lists(st.text(min_size=1, max_size=200), unique=True, max_size=4))
-def test_steps_arrive_as_they_were_sent(data, names):
+@given(data=st.data(), names=st.lists(st.text(min_size=1, max_size=200), unique=True, max_size=4), plm=st.text())
+def test_steps_arrive_as_they_were_sent(data, names, plm):
     steps = []
     for name in names:
         tokens = data.draw(IDS)
         states = data.draw(st.integers(1, len(tokens)))
         steps.append(Step(name, data.draw(st.integers(0, 2**40)), tokens, states, data.draw(st.integers(0, 99))))
-    assert codec.decode_steps(codec.encode_steps(steps)) == steps
+    assert codec.decode_steps(codec.encode_steps(steps, plm)) == (steps, plm)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -106,7 +105,7 @@ def test_damaged_frames_are_refused_by_name_or_still_make_sense(data, kind):
 @settings(max_examples=300)
 @given(noise=st.binary(max_size=200), kind=st.sampled_from(sorted(GOOD)), framed=st.booleans())
 def test_noise_is_refused_by_name(noise, kind, framed):
-    data = struct.pack("<4sBI", b"PEMA", 1, len(noise)) + noise if framed else noise
+    data = struct.pack("<4sBI", b"PEMA", 2, len(noise)) + noise if framed else noise
     with pytest.raises(BadFrame):
         DECODERS[kind](data)
 
@@ -136,7 +135,7 @@ def test_shapes_that_no_array_can_have_are_refused():
     for shape in ([2**63, 0], [2**31], [-1, 4], [1, 2, 3]):
         packed = msgspec.msgpack.encode({"type": "rows", "arrays": [["float32", shape]]})
         with pytest.raises(BadFrame, match="has shape|should have|header"):
-            codec.decode_rows(struct.pack("<4sBI", b"PEMA", 1, len(packed)) + packed)
+            codec.decode_rows(struct.pack("<4sBI", b"PEMA", 2, len(packed)) + packed)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +144,7 @@ def test_shapes_that_no_array_can_have_are_refused():
         ({"type": "steps", "steps": [["a", 0, 2, 1, 0], ["a", 0, 1, 1, 0]]}, 3, "named twice"),
         ({"type": "steps", "steps": [["a", 0, 2, 1, 0]]}, 3, "2 tokens are promised, 3 came"),
         ({"type": "steps", "steps": [["a", -1, 3, 1, 0]]}, 3, "must not be negative"),
-        ({"type": "steps", "steps": [["a", 0, 3, 9, 0]]}, 3, "9 states of 3 tokens"),
+        ({"type": "steps", "steps": [["a", 0, 3, 9, 0]]}, 3, "a step of 3 tokens cannot return 9 states"),
         ({"type": "steps", "steps": [["", 0, 3, 1, 0]]}, 3, "needs a name"),
         ({"type": "steps", "steps": [["a", 0, -3, 1, 0], ["b", 0, 6, 1, 0]]}, 3, "promised"),
         ({"type": "steps", "steps": [["a", 0, 3, 1, 0]], "more": 1}, 3, "header"),
@@ -155,7 +154,40 @@ def test_shapes_that_no_array_can_have_are_refused():
 def test_steps_that_make_no_sense_are_refused(header, tokens, problem):
     import msgspec
 
-    packed = msgspec.msgpack.encode({"arrays": [["int32", [tokens]]], **header})
-    frame = struct.pack("<4sBI", b"PEMA", 1, len(packed)) + packed + np.arange(tokens, dtype="<i4").tobytes()
+    packed = msgspec.msgpack.encode({"arrays": [["int32", [tokens]]], "fingerprint": "f", **header})
+    frame = struct.pack("<4sBI", b"PEMA", 2, len(packed)) + packed + np.arange(tokens, dtype="<i4").tobytes()
     with pytest.raises(BadFrame, match=problem):
         codec.decode_steps(frame)
+
+
+@pytest.mark.parametrize(
+    ("header", "problem"),
+    [
+        ({"prefix": 1, "lengths": [2], "first": [0]}, None),
+        ({"prefix": 3, "lengths": [], "first": []}, "at least one sequence"),
+        ({"prefix": -1, "lengths": [4], "first": [0]}, "promised"),
+        ({"prefix": 1, "lengths": [3], "first": [0]}, "4 tokens are promised, 3 came"),
+        ({"prefix": 0, "lengths": [4, -1], "first": [0, 0]}, "promised"),
+        ({"prefix": 0, "lengths": [3], "first": [3]}, "first position 3 lies outside"),
+        ({"prefix": 0, "lengths": [3], "first": []}, "1 sequences, but 0 first positions"),
+        ({"lengths": [3], "first": [0]}, "header"),
+        ({"prefix": 0, "lengths": [3], "first": [0], "fingerprint": 5}, "header"),
+    ],
+)
+def test_batches_that_make_no_sense_are_refused(header, problem):
+    import msgspec
+
+    packed = msgspec.msgpack.encode({"type": "extract", "arrays": [["int32", [3]]], "fingerprint": "f", **header})
+    frame = struct.pack("<4sBI", b"PEMA", 2, len(packed)) + packed + np.arange(3, dtype="<i4").tobytes()
+    if problem is None:
+        assert codec.decode_extract(frame) == (ExtractBatch([[1, 2]], [0], (0,)), "f")
+    else:
+        with pytest.raises(BadFrame, match=problem):
+            codec.decode_extract(frame)
+
+
+def test_frames_of_an_older_version_are_refused_by_name():
+    frame = bytearray(GOOD["steps"])
+    frame[4] = 1
+    with pytest.raises(BadFrame, match="has version 1, this side speaks 2"):
+        codec.decode_steps(bytes(frame))

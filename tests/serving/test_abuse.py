@@ -10,6 +10,7 @@ import struct
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,7 @@ from serving_kit import DirectHandle
 
 from pema_ray.data_owner.serving.api import make_api
 from pema_ray.data_owner.serving.service import DataOwner
-from pema_ray.line import ExtractBatch, codec
-from pema_ray.line.stepping import Step
+from pema_ray.line import ExtractBatch, Step, codec
 from pema_ray.plm_owner.access import Access, Quota, add_client
 from pema_ray.plm_owner.api import Limits
 from pema_ray.plm_owner.api import make_api as make_public_api
@@ -51,9 +51,11 @@ class Served:
         self.key = add_client(folder / "keys.yaml", "them", Quota(sessions=64))
         access = Access(folder / "keys.yaml", folder / "audit.jsonl")
         limits = Limits(max_body_mb=0.1, max_steps=16, max_rows=400, session_seconds=5)
-        self.public = make_public_api(access, limits, lambda name: Replicas(self.handle, name))
+        self.public = make_public_api(access, limits, partial(Replicas, self.handle))
         self.owner = DataOwner(lambda: Replicas(self.handle), {"lambda_max": 0.0, "dtype": "float32"})
         self.call(self._start())
+        self.fingerprint = self.call(self.handle.replicas["r0"].describe()).card.fingerprint
+        assert len(self.fingerprint) == len(FINGERPRINT)
         self.private = make_api(self.owner)
 
     async def _start(self) -> None:
@@ -86,9 +88,9 @@ class Served:
 
     def end(self) -> None:
         async def stop() -> None:
-            await self.owner.unroller.stop()
+            await self.owner.decoder.stop()
             for replica in self.handle.replicas.values():
-                await (await replica._engine()).stop()
+                await replica.plm.end()
 
         self.call(stop())
         self.loop.call_soon_threadsafe(self.loop.stop)
@@ -214,8 +216,9 @@ def test_fields_with_any_values_are_never_a_5xx(served, count):
 
 # ── frames ──────────────────────────────────────────────────────────────────────
 
-STEPS = codec.encode_steps([Step("a", 0, [5, 6, 7], 2), Step("b", 0, [9], draft=2)])
-BATCH = codec.encode_extract(ExtractBatch([[5, 6, 7], [9]], [1, 0]))
+FINGERPRINT = "0" * 16
+STEPS = codec.encode_steps([Step("a", 0, [5, 6, 7], 2), Step("b", 0, [9], draft=2)], FINGERPRINT)
+BATCH = codec.encode_extract(ExtractBatch([[5, 6, 7], [9]], [1, 0], (3, 4)), FINGERPRINT)
 number = st.integers(-3, 90) | st.sampled_from([2**31, -(2**31), 2**63 - 1, 2**64 - 1])
 
 
@@ -233,8 +236,10 @@ def frames(draw: st.DrawFn) -> bytes:
         dtype = draw(st.sampled_from(["int32", "uint8", "float32", "bfloat16", "object"]))
         step = [draw(st.text(max_size=3)), *(draw(number) for _ in range(4))]
         header = draw(st.sampled_from([
-            {"type": "steps", "arrays": [[dtype, shape]], "steps": [step] * draw(st.integers(0, 20))},
-            {"type": "extract", "arrays": [[dtype, shape]], "lengths": [draw(number)], "first": [draw(number)]},
+            {"type": "steps", "arrays": [[dtype, shape]], "fingerprint": "x",
+             "steps": [step] * draw(st.integers(0, 20))},
+            {"type": "extract", "arrays": [[dtype, shape]], "fingerprint": "x", "prefix": draw(number),
+             "lengths": [draw(number)], "first": [draw(number)]},
             {"type": draw(st.text(max_size=4)), "arrays": draw(json)},
         ]))  # fmt: skip
         try:
@@ -242,7 +247,7 @@ def frames(draw: st.DrawFn) -> bytes:
         except (OverflowError, UnicodeEncodeError, msgspec.MsgspecError):
             packed = b""
         body = draw(st.binary(max_size=64))
-        return struct.pack("<4sBI", b"PEMA", 1, len(packed)) + packed + body
+        return struct.pack("<4sBI", b"PEMA", 2, len(packed)) + packed + body
     noise = draw(st.binary(max_size=300))
     return pickle.dumps(noise) if kind == "pickle" else noise
 
@@ -254,7 +259,7 @@ def test_frames_of_any_kind_are_never_a_5xx(served, count):
     @fuzz(count)
     @given(frame=frames(), path=st.sampled_from(["/v1/extract", "/v1/sessions/step", "/v1/sessions/close"]))
     def send(frame: bytes, path: str) -> None:
-        statuses[told(served.frame(path, frame))] += 1
+        statuses[told(served.frame(path, frame.replace(FINGERPRINT.encode(), served.fingerprint.encode())))] += 1
 
     undisturbed(served, send, statuses, count)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -16,7 +15,6 @@ from pema_ray.errors import UserError
 from pema_ray.plm_owner.access import Access
 from pema_ray.serving import applications
 from pema_ray.serving.run import arguments_of
-from pema_ray.serving.scaling import by_live_sessions
 
 CONFIGS = Path(__file__).parents[2] / "serve_configs"
 
@@ -47,17 +45,6 @@ def test_every_serve_file_builds_its_application(topology: str):
 def test_mistakes_in_a_serve_file_are_told_in_words(builder, args, problem):
     with pytest.raises(UserError, match=problem):
         getattr(applications, builder)(args)
-
-
-@pytest.mark.parametrize(("sessions", "wanted"), [([], 1), ([3, 0], 1), ([16, 1], 2), ([10, 10, 20], 3), ([400], 5)])
-def test_replicas_follow_live_sessions(sessions, wanted):
-    context = SimpleNamespace(
-        aggregated_metrics={"live_sessions": dict(enumerate(map(float, sessions)))} if sessions else None,
-        config=SimpleNamespace(target_ongoing_requests=16),
-        capacity_adjusted_min_replicas=1,
-        capacity_adjusted_max_replicas=5,
-    )
-    assert by_live_sessions(context)[0] == wanted
 
 
 def test_an_experiment_without_an_adapter_is_not_served(tmp_path):

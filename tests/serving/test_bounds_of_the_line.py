@@ -11,13 +11,10 @@ import httpx
 import pytest
 from test_line_over_https import Owner
 
-from pema_ray.line import ExtractBatch, codec
-from pema_ray.line.stepping import Step
+from pema_ray.line import Step, codec
 from pema_ray.plm_owner import access as access_module
 from pema_ray.plm_owner.access import Account, Client, Held, Quota, Refused, add_client, hash_of
 from pema_ray.plm_owner.api import Limits
-
-STEP = codec.encode_steps([Step("a", 0, [5])])
 
 
 @pytest.fixture
@@ -57,48 +54,50 @@ def told_to_come_again(got: httpx.Response, words: str) -> None:
 
 async def test_a_data_owner_has_so_many_requests_under_way_and_no_more(owner_of):
     async with owner_of(limits=Limits(max_requests=2)) as owner, owner.raw() as http:
+        step = owner.steps(Step("a", 0, [5]))
         other = add_client(owner.keys, "another", Quota())
-        uploads = [Upload(http, STEP[:5], STEP[5:]) for _ in range(2)]
+        uploads = [Upload(http, step[:5], step[5:]) for _ in range(2)]
         await until(lambda: mine(owner).requests == 2)
-        told_to_come_again(await http.post("/v1/sessions/step", content=STEP), "2 requests of yours are under way")
+        told_to_come_again(await http.post("/v1/sessions/step", content=step), "2 requests of yours are under way")
         assert (await http.post("/v1/sessions/close", json=["b"])).status_code == 204  # it makes room
         assert (await http.post("/v1/sessions/close", content=b" " * (2**20 + 1))).status_code == 413
-        got = await http.post("/v1/sessions/step", content=STEP, headers={"Authorization": f"Bearer {other}"})
+        got = await http.post("/v1/sessions/step", content=step, headers={"Authorization": f"Bearer {other}"})
         assert got.status_code == 200  # nobody suffers from another's excess
         for upload in uploads:
             upload.go_on.set()
         assert {(await upload.answer).status_code for upload in uploads} == {200}
-        assert (await http.post("/v1/sessions/step", content=STEP)).status_code == 200
+        assert (await http.post("/v1/sessions/step", content=step)).status_code == 200
         await until(lambda: mine(owner).requests == 0)
         assert mine(owner).held_bytes == 0
 
 
 async def test_who_goes_away_in_the_middle_of_a_body_holds_nothing_any_more(owner_of):
     async with owner_of(limits=Limits(max_requests=1)) as owner:
+        step = owner.steps(Step("a", 0, [5]))
         async with owner.raw() as http:
-            upload = Upload(http, STEP[:5], STEP[5:])
+            upload = Upload(http, step[:5], step[5:])
             await until(lambda: mine(owner).held_bytes == 5)
             upload.answer.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await upload.answer
         await until(lambda: (mine(owner).requests, mine(owner).held_bytes) == (0, 0))
         async with owner.raw() as http:
-            assert (await http.post("/v1/sessions/step", content=STEP)).status_code == 200
+            assert (await http.post("/v1/sessions/step", content=step)).status_code == 200
         assert 499 in {entry["status"] for entry in owner.log()}
 
 
 async def test_bodies_and_answers_that_are_held_together_are_bounded(owner_of):
-    batch = codec.encode_extract(ExtractBatch([[5] * 80] * 40, [79] * 40))  # 13 kB, and 5 kB of answer
     async with owner_of(limits=Limits(max_held_mb=0.02)) as owner, owner.raw() as http:
+        batch = owner.batch(*[[5] * 80] * 40, first=79)  # 13 kB, and 5 kB of answer
         upload = Upload(http, batch[:10_000], batch[10_000:], "/v1/extract")
         await until(lambda: mine(owner).held_bytes == 10_000)
         told_to_come_again(await http.post("/v1/extract", content=batch), "Your requests under way hold")
-        many = codec.encode_extract(ExtractBatch([[5] * 80] * 2, [0] * 2))  # less than 1 kB, and 20 kB of answer
+        many = owner.batch(*[[5] * 80] * 2)  # less than 1 kB, and 20 kB of answer
         told_to_come_again(await http.post("/v1/extract", content=many), "Your requests under way hold")
         upload.go_on.set()
         assert (await upload.answer).status_code == 200
         await until(lambda: mine(owner).held_bytes == 0)
-        alone = codec.encode_extract(ExtractBatch([[5] * 80] * 9, [0] * 9))  # more than all may have, by itself
+        alone = owner.batch(*[[5] * 80] * 9)  # more than all may have, by itself
         assert (await http.post("/v1/extract", content=alone)).status_code == 200
 
 
@@ -137,8 +136,9 @@ async def test_the_lm_head_is_counted_and_its_frame_is_made_once(owner_of):
 
 async def test_whoever_asked_first_for_the_lm_head_may_go_away(owner_of):
     async with owner_of() as owner, owner.raw() as http:
+        http.headers["X-PLM-Fingerprint"] = owner.fingerprint
         assert (await http.get("/v1/model")).status_code == 200
-        line = next(iter(owner.api.state.lines.values()))
+        line = owner.api.state.lines["data owner"][owner.fingerprint]
         fetch = line.lm_head_bytes
 
         async def cancelled() -> bytes:  # as Serve cancels what a request that ended has begun
@@ -178,10 +178,10 @@ async def test_disks_hashes_and_large_frames_keep_the_event_loop_from_nothing(ow
         watched(access_module, "hash_of")
         watched(owner.access, "log")
         watched(owner.access, "_changed_at")
-        large = codec.encode_extract(ExtractBatch([[5] * 80] * 230, [10] * 230))
+        large = owner.batch(*[[5] * 80] * 230, first=10)
         assert (await http.post("/v1/extract", content=large)).status_code == 200
         steps = [Step(f"{n}", 0, [5] * 85, 85) for n in range(8)]
-        assert (await http.post("/v1/sessions/step", content=codec.encode_steps(steps))).status_code == 200
+        assert (await http.post("/v1/sessions/step", content=owner.steps(*steps))).status_code == 200
         assert at["hash_of"] == at["log"] == at["_changed_at"] == {False}
         assert at["decode_extract"] == at["encode_rows"] == {False}
         assert at["encode_stepped"] == {True, False}  # eight answers of 11 kB in the replica, then one of 87 kB

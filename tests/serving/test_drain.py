@@ -13,10 +13,9 @@ from ray import serve
 from test_serving_cluster import free_port
 
 from pema_ray.errors import UserError
-from pema_ray.line import codec
-from pema_ray.line.stepping import Step, Stepped
+from pema_ray.line import Step, Stepped, codec
 from pema_ray.plm_owner.access import Quota, add_client
-from pema_ray.serving.applications import plm_owner
+from pema_ray.serving.plm_owner import plm_owner
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -41,12 +40,14 @@ async def test_a_step_that_is_under_way_is_finished_while_the_service_is_replace
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=60) as http:
 
             async def step(session: str) -> httpx.Response:
-                return await http.post("/v1/sessions/step", content=codec.encode_steps([Step(session, 0, [5, 6])]))
+                frame = codec.encode_steps([Step(session, 0, [5, 6])], fingerprint)
+                return await http.post("/v1/sessions/step", content=frame)
 
             def stepped(got: httpx.Response) -> bool:
                 assert got.status_code == 200, got.text
                 return isinstance(codec.decode_stepped(got.content, UserError)[0], Stepped)
 
+            fingerprint = (await http.get("/v1/model")).json()["fingerprint"]
             assert stepped(await step("holds the only slot"))
             waiting = asyncio.create_task(step("waits for it"))  # until the other is idle: six seconds
             until = time.monotonic() + 5

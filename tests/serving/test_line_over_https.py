@@ -8,6 +8,7 @@ import ipaddress
 import json
 import pickle
 import stat
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -21,10 +22,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from serving_kit import DirectHandle
 
-from pema_ray.data_owner.remote import RemoteConfig, RemotePLM
-from pema_ray.errors import UserError
-from pema_ray.line import ExtractBatch, SessionLost, codec
-from pema_ray.line.stepping import Busy, Step, Stepped
+from pema_ray.config import PLMConfig
+from pema_ray.data_owner.remote import RemotePLM
+from pema_ray.errors import FingerprintMismatch, UserError
+from pema_ray.line import Busy, ExtractBatch, SessionLost, Step, Stepped, codec
 from pema_ray.plm_owner.access import Access, Quota, add_client, hash_of
 from pema_ray.plm_owner.api import Limits, make_api
 from pema_ray.plm_owner.replicas import Replicas
@@ -72,7 +73,7 @@ class Owner:
         self.handle = DirectHandle(lambda: PLMEngine(config, {"slots": 8, "max_tokens": 90}))
         self.now, self._remotes = 1000.0, list[RemotePLM]()
         self.access = Access(self.keys, self.audit, clock=lambda: self.now)
-        self.api = make_api(self.access, limits or Limits(), lambda name: Replicas(self.handle, name))
+        self.api = make_api(self.access, limits or Limits(), partial(Replicas, self.handle))
 
     async def __aenter__(self) -> Owner:
         config = uvicorn.Config(
@@ -83,6 +84,7 @@ class Owner:
         while not self.server.started:
             await asyncio.sleep(0.01)
         self.url = f"https://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
+        self.fingerprint = (await self.handle.replicas["r0"].describe()).card.fingerprint
         return self
 
     async def stop(self) -> None:
@@ -94,15 +96,28 @@ class Owner:
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
         for replica in self.handle.replicas.values():
-            await (await replica._engine()).stop()
+            await replica.plm.end()
 
-    def restart(self) -> None:
-        """As when the service is deployed anew: nothing is remembered of the PLM."""
-        self.api.state.lines.clear()
+    async def replace(self, plm: str) -> None:
+        """Put a replica of another PLM into the place of all there are."""
+        config = {"name": plm, "dtype": "float32", "device": "cpu", "threads": 1}
+        self.handle._make = lambda: PLMEngine(config, {"slots": 8})
+        for name, replica in list(self.handle.replicas.items()):
+            await replica.plm.end()
+            self.handle.kill(name)
+        self.handle.add()
+
+    def steps(self, *steps: Step) -> bytes:
+        """A frame for this PLM."""
+        return codec.encode_steps(steps, self.fingerprint)
+
+    def batch(self, *sequences: list[int], first: int = 0) -> bytes:
+        """A frame for this PLM."""
+        return codec.encode_extract(ExtractBatch(list(sequences), [first] * len(sequences)), self.fingerprint)
 
     def remote(self, **changes) -> RemotePLM:
         settings = {"url": self.url, "key_file": str(self.key_file), "ca_file": self.certificate, "timeout_seconds": 20}
-        self._remotes.append(RemotePLM(RemoteConfig(**(settings | changes))))
+        self._remotes.append(RemotePLM(PLMConfig(**(settings | changes))))
         return self._remotes[-1]
 
     def raw(self) -> httpx.AsyncClient:
@@ -121,7 +136,7 @@ def owner_of(tmp_path, tiny_plm_folder):
     return lambda **settings: Owner(tmp_path, tiny_plm_folder("llama"), **settings)
 
 
-async def test_states_and_rows_cross_the_line_as_they_are(owner_of, tiny_plm, tiny_source):
+async def test_states_and_rows_cross_the_line_as_they_are(owner_of, tiny_plm, tiny_client):
     plm = tiny_plm("llama")
 
     def plain(ids: list[int]) -> torch.Tensor:
@@ -130,12 +145,18 @@ async def test_states_and_rows_cross_the_line_as_they_are(owner_of, tiny_plm, ti
 
     async with owner_of() as owner:
         remote = owner.remote()
-        assert await remote.describe() == tiny_source("llama").describe()
+        local = tiny_client("llama", max_tokens=90)
+        described, here = await remote.describe(), await local.describe()
+        assert described.card == here.card
+        ours = Limits()
+        expected = (90, ours.max_draft, ours.max_steps, ours.max_rows)
+        told = described.limits
+        assert (told.max_tokens, told.max_draft, told.max_steps, told.max_rows) == expected
         bundle = await remote.lm_head()
-        assert torch.equal(bundle.head.weight, tiny_source("llama").lm_head().head.weight)
-        assert bundle.tokenizer()("Rewrite").input_ids == plm.tokenizer("Rewrite").input_ids
-        batch = ExtractBatch([[5, 6, 7, 8], [9, 10]], [1, 0])
-        rows = await remote.extract(batch)
+        assert bundle.to_files() == (await local.lm_head()).to_files()
+        shared = ExtractBatch([[5, 6, 7], [9] * 30], [1, 0], tuple(range(20, 40)))
+        assert torch.equal(await remote.extract(shared), await local.extract(shared))
+        rows = await remote.extract(ExtractBatch([[5, 6, 7, 8], [9, 10]], [1, 0]))
         torch.testing.assert_close(rows, torch.cat([plain([5, 6, 7, 8])[1:], plain([9, 10])]), atol=2e-4, rtol=2e-4)
         opened, lost = await remote.step([Step("a", 0, [5, 6, 7], 2), Step("never", 4, [1])])
         assert isinstance(opened, Stepped) and isinstance(lost, SessionLost)
@@ -177,9 +198,17 @@ async def test_who_has_no_key_or_a_wrong_one_gets_401_and_nothing_else(owner_of,
 async def test_another_plm_than_the_expected_one_is_refused(owner_of):
     async with owner_of() as owner:
         remote = owner.remote(fingerprint="0" * 16)
-        with pytest.raises(UserError, match="409: You expect the PLM 0000000000000000; this is"):
-            await remote.describe()
-        right = owner.remote(fingerprint=(await owner.remote().describe()).fingerprint)
+        for call in (remote.describe(), remote.extract(ExtractBatch([[5]], [0])), remote.step([Step("a", 0, [5])])):
+            with pytest.raises(FingerprintMismatch, match=rf"tiny-llama0 \({owner.fingerprint}\).* '0000000000000000'"):
+                await call
+        async with owner.raw() as http:
+            for path in ("/v1/model", "/v1/lm-head"):
+                got = await http.get(path, headers={"X-PLM-Fingerprint": "0" * 16})
+                assert got.status_code == 409
+                message = got.json()["error"]["message"]
+                assert "expect the PLM 0000000000000000; this is tiny-llama0" in message
+        assert not owner.api.state.lines
+        right = owner.remote(fingerprint=(await owner.remote().describe()).card.fingerprint)
         assert (await right.step([Step("a", 0, [5])]))[0].state_NH.shape[0] == 1
 
 
@@ -205,7 +234,7 @@ async def test_quotas_are_told_with_the_time_to_come_again(owner_of):
         await remote.close(["a"])
         await remote.step([Step("c", 0, [5])])
         async with owner.raw() as http:
-            got = await http.post("/v1/sessions/step", content=codec.encode_steps([Step("d", 0, [5])]))
+            got = await http.post("/v1/sessions/step", content=owner.steps(Step("d", 0, [5])))
             assert got.status_code == 429
             assert int(got.headers["Retry-After"]) >= 1
         await remote.end()
@@ -217,20 +246,17 @@ async def test_requests_that_are_too_large_or_make_no_sense_are_4xx(owner_of):
         steps = [Step(f"s{i}", 0, [5]) for i in range(4)]
         for path, content, status, words in (
             ("/v1/sessions/step", b"x" * 20_000, 413, "larger than 0.01 MiB"),
-            ("/v1/sessions/step", codec.encode_steps(steps), 413, "4 steps in one message; 3 are allowed"),
-            ("/v1/sessions/step", codec.encode_steps([Step("a", 0, [5], draft=9)]), 413, "4 drafted tokens"),
-            ("/v1/sessions/step", codec.encode_steps([Step("a", 0, [5] * 30, 30)]), 413, "At most 20 states"),
-            ("/v1/sessions/step", codec.encode_steps([Step("a", 0, [5, 99999])]), 422, "99999 is no token"),
-            ("/v1/extract", codec.encode_extract(ExtractBatch([[5] * 30], [0])), 413, "30 rows in one request"),
-            ("/v1/extract", codec.encode_extract(ExtractBatch([[5] * 91], [90])), 422, "is longer than"),
+            ("/v1/sessions/step", owner.steps(*steps), 413, "4 steps in one message; 3 are allowed"),
+            ("/v1/sessions/step", owner.steps(Step("a", 0, [5], draft=9)), 413, "4 drafted tokens"),
+            ("/v1/sessions/step", owner.steps(Step("a", 0, [5] * 30, 30)), 413, "At most 20 states"),
+            ("/v1/extract", owner.batch([5, 99999]), 422, "99999 is no token"),
+            ("/v1/extract", owner.batch([5] * 30), 413, "30 rows in one request"),
+            ("/v1/extract", owner.batch([5] * 91, first=90), 422, "is longer than"),
             ("/v1/extract", b"", 400, "0 bytes are no frame"),
             ("/v1/extract", pickle.dumps({"a": 1}), 400, "do not begin as a frame"),
-            ("/v1/sessions/step", codec.encode_steps([]), 200, ""),
+            ("/v1/sessions/step", owner.steps(), 200, ""),
         ):
             got = await http.post(path, content=content)
-            if path == "/v1/extract" and "longer" in words:
-                assert got.status_code in (200, 422)  # this PLM's own limit is 96
-                continue
             assert got.status_code == status, (words, got.text)
             assert words in (got.json()["error"]["message"] if status != 200 else "")
         for content in ("{}", "[1]", '[""]', "[", '["' + "x" * 201 + '"]'):
@@ -248,7 +274,7 @@ async def test_an_expired_or_unknown_certificate_is_refused(owner_of, tmp_path):
         with pytest.raises(UserError, match="certificate is not trusted"):
             await owner.remote(ca_file=other).describe()
     with pytest.raises(UserError, match="ca_file=nowhere: cannot be read"):
-        RemotePLM(RemoteConfig(url="https://127.0.0.1:1", ca_file="nowhere"))
+        RemotePLM(PLMConfig(url="https://127.0.0.1:1", ca_file="nowhere"))
 
 
 async def test_a_dead_line_is_a_connection_error_in_bounded_time(owner_of):
@@ -279,20 +305,41 @@ async def test_the_audit_log_says_who_did_how_much_and_nothing_of_what(owner_of)
         text = owner.audit.read_text()
         assert owner.key not in text and "secret-session" not in text
         counts = {"id", "client", "what", "status", "seconds", "time", "sessions", "rows", "tokens"}
+        counts |= {"received_bytes", "sent_bytes"}
         assert all(entry.keys() <= counts for entry in owner.log())
 
 
-async def test_another_plm_in_its_place_is_noticed_at_the_next_step(owner_of, tiny_plm_folder):
+async def test_another_plm_that_takes_its_place_in_mid_answer_gives_no_states(owner_of, tiny_plm_folder):
     async with owner_of() as owner:
-        remote = owner.remote()
-        await remote.step([Step("a", 0, [5])])
-        config = {"name": tiny_plm_folder("qwen2"), "dtype": "float32", "device": "cpu", "threads": 1}
-        owner.handle._make = lambda: PLMEngine(config, {"slots": 8})
-        owner.handle.kill("r0")
-        owner.handle.add()
-        owner.restart()
-        with pytest.raises(UserError, match="409: You expect the PLM"):
-            await remote.step([Step("a", 1, [5])])
+        remote, before = owner.remote(), owner.fingerprint
+        assert isinstance((await remote.step([Step("a", 0, [5], draft=2)]))[0], Stepped)
+        await owner.replace(tiny_plm_folder("llama", 1))  # the same architecture and tokenizer: its states would do
+        for step in (Step("a", 3, [5]), Step("a", 0, [5, 6])):
+            with pytest.raises(FingerprintMismatch, match=rf"plm.url=.*tiny-llama1 \(.*uses PLM '{before}'"):
+                await remote.step([step])
+        with pytest.raises(FingerprintMismatch):
+            await remote.extract(ExtractBatch([[5]], [0]))
+        with pytest.raises(FingerprintMismatch):
+            await remote.lm_head()
+        newer = owner.remote()
+        card = (await newer.describe()).card
+        assert (card.name, card.fingerprint == before) == ("tiny-llama1", False)
+        assert (await newer.lm_head()).card == card
+        assert isinstance((await newer.step([Step("b", 0, [5])]))[0], Stepped)
+        await owner.replace(tiny_plm_folder("llama"))  # the old one comes back
+        assert isinstance((await remote.step([Step("a", 0, [5])]))[0], Stepped)
+
+
+async def test_fingerprints_that_are_made_up_are_not_remembered(owner_of, tiny_plm_folder):
+    async with owner_of() as owner, owner.raw() as http:
+        for number in range(20):
+            frame = codec.encode_steps([Step("a", 0, [5])], f"{number:016}")
+            assert (await http.post("/v1/sessions/step", content=frame)).status_code == 409
+        assert not owner.api.state.lines
+        for seed in range(6):
+            await owner.replace(tiny_plm_folder("llama", seed % 3))
+            await owner.remote().step([Step("a", 0, [5])])
+        assert {name: len(lines) for name, lines in owner.api.state.lines.items()} == {"data owner": 3}
 
 
 async def test_many_steps_go_in_messages_that_the_plm_owner_takes(owner_of):
@@ -304,24 +351,44 @@ async def test_many_steps_go_in_messages_that_the_plm_owner_takes(owner_of):
         assert sorted(sizes) == [1, 2, 2, 2]
 
 
-async def test_a_batch_of_uneven_texts_is_cut_into_passes(owner_of):
-    batch = ExtractBatch([[5]] * 30 + [list(range(3, 60))] + [[6, 7]] * 10, [0] * 41)
-    async with owner_of() as owner:
-        replica = owner.handle.replicas["r0"]
-        replica.config = replica.config.model_copy(update={"extract_tokens": 64})
-        shapes = []
-        whole = await owner.remote().extract(batch)
-        extract = replica._source.extract
+@pytest.mark.parametrize("limits", [{"max_rows": 20}, {"max_body_mb": 0.0117}, {"max_rows": 7}])
+async def test_a_batch_beyond_the_limits_goes_in_several_requests(owner_of, tiny_client, limits):
+    random = torch.Generator().manual_seed(0)
+    lengths = [1, 40, 3, 60, 22, 2, 1, 50] * 12
+    sequences = [torch.randint(3, 300, (n,), generator=random).tolist() for n in lengths]
+    batch = ExtractBatch(sequences, [n // 2 for n in lengths], tuple(range(20, 40)))
+    async with owner_of(limits=Limits(**limits)) as owner:
+        rows = await owner.remote().extract(batch)
+        torch.testing.assert_close(rows, await tiny_client("llama").extract(batch), atol=2e-4, rtol=2e-4)
+        requests = [entry for entry in owner.log() if entry["what"] == "extract"]
+        assert len(requests) > 1
+        assert {entry["status"] for entry in requests} == {200}
+        assert sum(entry["rows"] for entry in requests) == batch.rows
 
-        def counted(piece: ExtractBatch) -> torch.Tensor:
-            shapes.append((len(piece.token_ids), max(map(len, piece.token_ids))))
-            return extract(piece)
 
-        replica._source.extract = counted
-        again = await owner.remote().extract(batch)
-        torch.testing.assert_close(again, whole, atol=2e-4, rtol=2e-4)
-        assert len(shapes) > 2
-        assert all(count == 1 or count * longest <= 64 for count, longest in shapes)
+def answering(model: object) -> RemotePLM:
+    """A client of a service that describes itself so."""
+    transport = httpx.MockTransport(lambda _request: httpx.Response(200, json=model))
+    return RemotePLM(PLMConfig(url="https://plm.example.org"), transport=transport)
+
+
+MODEL = {
+    "name": "a", "fingerprint": "f", "hidden_size": 4, "vocab_size": 9, "max_positions": 90, "eos_token_ids": [1],
+    "max_session_tokens": 80, "limits": {"max_steps": 3, "max_rows": 8, "max_draft": 0, "max_body_mb": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [[], {}, {**MODEL, "max_session_tokens": 0}, {**MODEL, "eos_token_ids": ["1"]}, {**MODEL, "hidden_size": "4"}]
+    + [{**MODEL, "limits": {**MODEL["limits"], name: value}} for name, value in
+       (("max_rows", 0), ("max_steps", -1), ("max_draft", None), ("max_body_mb", 0), ("max_rows", 1e99))],
+)  # fmt: skip
+async def test_a_service_that_describes_itself_badly_is_none(wrong):
+    described = await answering(MODEL).describe()
+    assert (described.limits.max_tokens, described.limits.max_rows) == (80, 8)
+    with pytest.raises(UserError, match=r"https://plm.example.org: is no PLM owner's service: "):
+        await answering(wrong).describe()
 
 
 async def test_a_session_that_is_closed_while_it_opens_leaves_no_slot_behind(owner_of):
@@ -344,10 +411,12 @@ async def test_keys_that_change_count_from_the_next_request_on(owner_of):
         with pytest.raises(UserError, match="401"):
             await owner.remote().describe()
         owner.key_file.write_text(renewed)
-        told = await owner.remote().limits()
-        assert told["quota"] == {"rows_per_minute": 7, "sessions": 5}  # what was not said anew stays
-        owner.keys.write_text("[")  # broken: who was known stays known
-        assert (await owner.remote().limits())["quota"] == told["quota"]
+        headers = {"Authorization": f"Bearer {renewed}"}
+        async with owner.raw() as http:
+            quota = (await http.get("/v1/model", headers=headers)).json()["quota"]
+            assert quota == {"rows_per_minute": 7, "sessions": 5}  # what was not said anew stays
+            owner.keys.write_text("[")  # broken: who was known stays known
+            assert (await http.get("/v1/model", headers=headers)).json()["quota"] == quota
 
 
 def test_keys_are_kept_as_hashes_in_a_file_of_ones_own(tmp_path):

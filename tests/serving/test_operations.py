@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import re
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -15,8 +16,7 @@ from serving_kit import DirectHandle
 
 from pema_ray.data_owner.serving.api import make_api
 from pema_ray.data_owner.serving.service import DataOwner
-from pema_ray.line import codec
-from pema_ray.line.stepping import Step
+from pema_ray.line import Step, codec
 from pema_ray.metrics import HISTOGRAMS, LEVELS, TOTALS
 from pema_ray.plm_owner.access import Access, Quota, add_client
 from pema_ray.plm_owner.api import Limits
@@ -71,15 +71,15 @@ async def owner(tiny_plm_folder, anyio_backend):
     await owner.start()
     owner.handle = handle
     yield owner
-    await owner.unroller.stop()
-    await (await handle.replicas["r0"]._engine()).stop()
+    await owner.decoder.stop()
+    await handle.replicas["r0"].plm.end()
 
 
 async def test_requests_have_numbers_and_are_logged_and_counted_without_contents(owner):
     written = io.StringIO()
     handler = logging.StreamHandler(written)
     handler.setFormatter(JsonLines())
-    logger = logging.getLogger("pema_ray.data_owner.serving.doorkeeper")
+    logger = logging.getLogger("pema_ray.data_owner.serving.admission")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     asked = {"model": owner.card.name, "prompt": "Rewrite each secret", "max_tokens": 6, "temperature": 0}
@@ -104,7 +104,7 @@ async def test_requests_have_numbers_and_are_logged_and_counted_without_contents
     keys = {"time", "level", "logger", "message", "id", "path", "status", "bytes", "seconds"}
     assert all(set(line) == keys for line in lines)
     assert "secret" not in written.getvalue()
-    counts = owner.unroller.counts
+    counts = owner.decoder.counts
     assert (counts["requests"], counts["refused_400"], counts["refused_413"]) == (4, 1, 1)
     assert {name for name in counts if not name.startswith("refused_")} <= set(TOTALS["data_owner"])
 
@@ -114,15 +114,16 @@ JSON = {"Content-Type": "application/json"}
 
 async def test_what_services_count_is_what_is_named(owner, tmp_path):
     key = add_client(tmp_path / "keys.yaml", "them", Quota(sessions=1))
-    api = make_public_api(Access(tmp_path / "keys.yaml"), Limits(), lambda name: Replicas(owner.handle, name))
+    api = make_public_api(Access(tmp_path / "keys.yaml"), Limits(), partial(Replicas, owner.handle))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://here") as http:
+        fingerprint = (await owner.handle.replicas["r0"].describe()).card.fingerprint
         for name, sent, status in (("a", key, 200), ("b", key, 429), ("c", "wrong", 401)):
-            body = codec.encode_steps([Step(name, 0, [5, 6])])
+            body = codec.encode_steps([Step(name, 0, [5, 6])], fingerprint)
             got = await http.post("/v1/sessions/step", content=body, headers={"Authorization": f"Bearer {sent}"})
             assert got.status_code == status
     counts = api.state.counts
     assert (counts["requests"], counts["refused_401"], counts["refused_429"], counts["refused_200"]) == (3, 1, 1, 0)
     assert {name for name in counts if not name.startswith("refused_")} <= set(TOTALS["plm_owner_api"])
-    engine = await owner.handle.replicas["r0"]._engine()
+    engine = await owner.handle.replicas["r0"].plm.engine()
     assert engine.counts["steps"] >= 1 and set(engine.counts) <= set(TOTALS["plm_owner"])
     assert set(owner.handle.replicas["r0"]._levels(engine)) == set(LEVELS["plm_owner"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -17,8 +18,7 @@ from serving_kit import DirectHandle
 
 from pema_ray.data_owner.serving.api import make_api
 from pema_ray.data_owner.serving.service import DataOwner
-from pema_ray.line import codec
-from pema_ray.line.stepping import Step
+from pema_ray.line import Step, codec
 from pema_ray.plm_owner.access import Access, Quota, add_client
 from pema_ray.plm_owner.api import Limits
 from pema_ray.plm_owner.api import make_api as make_public_api
@@ -32,10 +32,10 @@ _GROWN = 24 * 2**20  # bytes in the second half of the time; a leaked session al
 class Loaded:
     """The data owner's API on a port, over an engine with half as many slots as there are clients."""
 
-    def __init__(self, plm: str, **unroller) -> None:
+    def __init__(self, plm: str, **decoder) -> None:
         config = {"name": plm, "dtype": "float32", "device": "cpu", "threads": 1}
         self.handle = DirectHandle(lambda: PLMEngine(config, {"slots": CLIENTS // 2, "max_tokens": 90}))
-        self.owner = DataOwner(lambda: Replicas(self.handle), {"lambda_max": 0.0, "timeout_seconds": 120, **unroller})
+        self.owner = DataOwner(lambda: Replicas(self.handle), {"lambda_max": 0.0, "timeout_seconds": 120, **decoder})
 
     async def __aenter__(self) -> Loaded:
         await self.owner.start()
@@ -49,14 +49,14 @@ class Loaded:
     async def __aexit__(self, *_: object) -> None:
         self.server.should_exit = True
         await self._task
-        await self.owner.unroller.stop()
+        await self.owner.decoder.stop()
         for replica in self.handle.replicas.values():
-            await (await replica._engine()).stop()
+            await replica.plm.end()
 
     async def idle(self) -> bool:
         for _ in range(500):
             states = [await replica.state() for replica in self.handle.replicas.values()]
-            if not self.owner.unroller.live and not any(state["live_sessions"] for state in states):
+            if not self.owner.decoder.live and not any(state["live_sessions"] for state in states):
                 return True
             await asyncio.sleep(0.02)
         return False
@@ -119,7 +119,7 @@ async def test_above_the_limit_clients_are_told_when_to_come_again(tiny_plm_fold
         for answer in got:
             if answer.status_code == 503:
                 assert int(answer.headers["retry-after"]) >= 1
-                assert "as many as may be" in answer.json()["error"]["message"]
+                assert "answers are being generated, the limit of this service" in answer.json()["error"]["message"]
             else:
                 assert answer.text
         assert await loaded.idle()
@@ -130,11 +130,12 @@ async def test_data_owners_over_their_quota_get_429_and_when_to_come_again(tiny_
     handle = DirectHandle(lambda: PLMEngine(config, {"slots": CLIENTS}))
     keys = {name: add_client(tmp_path / "keys.yaml", name, quota) for name, quota in
             (("small", Quota(sessions=8)), ("large", Quota()))}  # fmt: skip
-    api = make_public_api(Access(tmp_path / "keys.yaml"), Limits(), lambda name: Replicas(handle, name))
+    api = make_public_api(Access(tmp_path / "keys.yaml"), Limits(), partial(Replicas, handle))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://here", timeout=60) as http:
+        fingerprint = (await handle.replicas["r0"].describe()).card.fingerprint
 
         async def open_(who: str, number: int) -> httpx.Response:
-            body = codec.encode_steps([Step(f"{who}{number}", 0, [5, 6, 7])])
+            body = codec.encode_steps([Step(f"{who}{number}", 0, [5, 6, 7])], fingerprint)
             return await http.post("/v1/sessions/step", content=body, headers={"Authorization": f"Bearer {keys[who]}"})
 
         small, large = await asyncio.gather(
@@ -147,4 +148,4 @@ async def test_data_owners_over_their_quota_get_429_and_when_to_come_again(tiny_
             if answer.status_code == 429:
                 assert int(answer.headers["retry-after"]) >= 1
                 assert "8 sessions" in msgspec.json.decode(answer.content)["error"]["message"]
-    await (await handle.replicas["r0"]._engine()).stop()
+    await handle.replicas["r0"].plm.end()

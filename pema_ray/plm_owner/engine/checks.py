@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from pema_ray.plm_owner.load import LoadedPLM
+from pema_ray.plm_owner.states import capture_state
 
 _REFUSALS = (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError)
 
@@ -31,6 +32,11 @@ def random_ids(plm: LoadedPLM, length: int, seed: int) -> list[int]:
     """Token ids that the model embeds."""
     vocabulary = plm.model.get_input_embeddings().weight.shape[0]
     return torch.randint(0, vocabulary, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def plain_states(plm: LoadedPLM, ids: Sequence[int]) -> torch.Tensor:
+    """States `[T, H]` of a sequence alone, without a cache."""
+    return capture_state(plm, input_ids=torch.tensor([ids], device=plm.device), use_cache=False)[0]
 
 
 def same_states(found: torch.Tensor, expected: torch.Tensor) -> bool:

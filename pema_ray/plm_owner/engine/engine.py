@@ -172,7 +172,7 @@ class Engine:
 
     def _answer(self, job: Job) -> None:
         kind = "steps" if isinstance(job, StepJob) else "extractions"
-        self.counts[kind if not isinstance(job.result, Exception) else f"{kind}_refused"] += 1
+        self.counts[kind if not isinstance(job.result, Exception) else f"{kind}_not_taken"] += 1
         future = self._futures.pop(job)
         # its caller will never know of the session that a cancelled step has just opened
         if future.cancelled() and isinstance(job, StepJob) and job.step.position == 0:

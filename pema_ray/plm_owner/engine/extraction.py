@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from pema_ray.line import ExtractBatch
-from pema_ray.plm_owner.engine.checks import attempt, holds_plain_rows, random_ids, same_states
+from pema_ray.plm_owner.engine.checks import attempt, holds_plain_rows, plain_states, random_ids, same_states
 from pema_ray.plm_owner.load import LoadedPLM
 from pema_ray.plm_owner.states import capture_state
 
@@ -83,13 +83,9 @@ class Extraction:
         while job.result is None:
             self.advance(job)
         self._prefixes.clear()
-        plain = [self._plain([*prefix, *ids])[len(prefix) :] for ids in sequences]
+        plain = [plain_states(self._plm, [*prefix, *ids])[len(prefix) :].cpu() for ids in sequences]
         assert isinstance(job.result, torch.Tensor)
         return same_states(job.result, torch.cat(plain))
-
-    def _plain(self, ids: Sequence[int]) -> torch.Tensor:
-        input_ids = torch.tensor([ids], device=self._plm.device)
-        return capture_state(self._plm, input_ids=input_ids, use_cache=False)[0].cpu()
 
     @torch.inference_mode()
     def advance(self, job: ExtractJob) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from pema_ray.plm_owner.states import capture_state
 
 _FIRST_POSITIONS = 128  # of a slot, before it has to grow
 _GROWTH = 1.5
+_LONGEST_SINGLY = 16  # tokens; to compute the whole sequence again is faster than more passes of one token
 _IDLE_SHARE = 0.25  # of a pass may be rows that nobody asked for, where that spares copying the caches
 
 
@@ -262,6 +263,8 @@ class SeparateCaches:
 
     def __init__(self, plm: LoadedPLM, slots: int, one_token: bool = False) -> None:
         self._plm, self._one_token = plm, one_token
+        takes_params = "cache_params" in inspect.signature(plm.decoder.forward).parameters
+        self._argument = "cache_params" if takes_params else "past_key_values"  # Mamba's name for its cache
         self._held: list[tuple[list[int], DynamicCache | None]] = [([], None)] * slots
 
     @torch.inference_mode()
@@ -271,7 +274,8 @@ class SeparateCaches:
     def _one(self, feed: Feed) -> torch.Tensor:
         held, cache = self._held[feed.slot]
         tokens, again = list(feed.tokens), 0
-        if cache is None or len(held) != feed.start:
+        long = self._one_token and len(tokens) > _LONGEST_SINGLY
+        if cache is None or len(held) != feed.start or long:
             tokens, again = [*held[: feed.start], *tokens], feed.start
             held, cache = [], DynamicCache(config=self._plm.model.config)
         width = 1 if self._one_token and held else len(tokens)
@@ -281,7 +285,7 @@ class SeparateCaches:
 
     def _forward(self, ids: Sequence[int], cache: DynamicCache) -> torch.Tensor:
         input_ids = torch.tensor([ids], device=self._plm.device)
-        return capture_state(self._plm, input_ids=input_ids, past_key_values=cache, use_cache=True)[0]
+        return capture_state(self._plm, input_ids=input_ids, use_cache=True, **{self._argument: cache})[0]
 
     def copy(self, source: int, target: int, length: int) -> None:
         self._held[target] = self._held[source][0][:length], None
