@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def plm_owner(args: Mapping[str, Any] | None = None) -> Application:
         def __init__(self, engine: Any, keys: str, audit: str | None, limits: Mapping[str, Any]) -> None:
             log_as_json()
             access = Access(Path(keys), None if audit is None else Path(audit))
-            self._api = make_api(access, Limits(**limits), lambda name, fingerprint: Replicas(engine, name, fingerprint))
+            self._api = make_api(access, Limits(**limits), partial(Replicas, engine))
             self._sampling: asyncio.Task[None] | None = None
 
         def __serve_build_asgi_app__(self) -> FastAPI:
