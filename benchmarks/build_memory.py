@@ -8,13 +8,16 @@ alone and pairs the state of each step with the gold token. B sequences, T posit
 from __future__ import annotations
 
 import argparse
+import asyncio
 import copy
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from _harness import Aim, clock, console, device_of, options, show, write_results
@@ -22,14 +25,16 @@ from _harness import Aim, clock, console, device_of, options, show, write_result
 from pema_ray.cluster import ray_cluster
 from pema_ray.config import BuildMemoryConfig, ExperimentConfig, PLMConfig, RayConfig, load_config
 from pema_ray.hardware import dtype_name
-from pema_ray.line import ExtractBatch
-from pema_ray.memory.build import MemoryBuild, run_build
-from pema_ray.memory.plan import ShardPlan, common_prompt_prefix, plan_batches, plan_shards
+from pema_ray.line import LMHeadBundle, ModelCard, PLMClient
+from pema_ray.line.tokenizer import PLMTokenizer
+from pema_ray.memory.build import run_build
+from pema_ray.memory.examples import ListedExamples
+from pema_ray.memory.plan import ShardPlan, plan_batches
+from pema_ray.memory.planning import MemoryBuild
 from pema_ray.memory.rows import rows_of_shard
 from pema_ray.memory.shards import write_shard
-from pema_ray.plm_owner import InProcessPLM, LoadedPLM, load_plm
-from pema_ray.plm_owner.in_process import shared_prefix
-from pema_ray.stages.plm import factory
+from pema_ray.plm_owner import EngineConfig, LoadedPLM, LocalPLM, load_plm
+from pema_ray.stages.plm import connector
 from pema_ray.tasks import EncodedPair, Prompter, load_pairs, load_task
 from pema_ray.tasks.shots import first_shots
 
@@ -78,7 +83,7 @@ def _measure(o: argparse.Namespace, scratch: Path) -> None:
     name = tiny_model(scratch / "tiny") if o.smoke else o.model
     plm_config = PLMConfig(name=name, dtype=o.dtype, device=str(device), threads=o.threads)
     started = time.perf_counter()
-    source = InProcessPLM(load_plm(plm_config))
+    plm = load_plm(plm_config)
     load_seconds = time.perf_counter() - started
     settings = BuildMemoryConfig(
         cpus_per_actor=o.threads,
@@ -86,27 +91,47 @@ def _measure(o: argparse.Namespace, scratch: Path) -> None:
         examples_per_shard=o.examples_per_shard,
         max_batch_tokens=o.batch_tokens or experiment.build_memory.max_batch_tokens,
     )
-    examples = packaged_examples(source, experiment, o.pairs)
-    shards = plan_shards(examples, settings.examples_per_shard)
+    with own_plm(plm, settings) as (runner, client, bundle):
+        _turns(o, scratch, runner, client, bundle, plm, plm_config, settings, experiment, load_seconds)
+
+
+def _turns(
+    o: argparse.Namespace,
+    scratch: Path,
+    runner: asyncio.Runner,
+    client: PLMClient,
+    bundle: LMHeadBundle,
+    plm: LoadedPLM,
+    plm_config: PLMConfig,
+    settings: BuildMemoryConfig,
+    experiment: ExperimentConfig,
+    load_seconds: float,
+) -> None:
+    card = bundle.card
+    examples = packaged_examples(bundle.tokenizer(), experiment, o.pairs)
+    shards = shards_of(examples, card, settings)
     rows = {shard.name: sum(len(e.target) + 1 for e in shard.examples) for shard in shards}
-    eos = source.describe().eos_token_ids[0]
+    eos = card.eos_token_ids[0]
     ray_config = RayConfig(num_cpus=max(4, o.threads + 2))
 
-    in_process(source, shards[:1], eos, settings, scratch)  # warm-up of kernels, allocator and file system
-    _bare(source.plm, shards[:1], settings, cached_prefix=True)
+    def in_this_process(shards: Sequence[ShardPlan]) -> Seconds:
+        return runner.run(in_process(client, shards, eos, settings, scratch))
+
+    in_this_process(shards[:1])  # warm-up of kernels, allocator and file system
+    _bare(plm, shards[:1], settings, cached_prefix=True)
     turns: dict[str, list[Seconds]] = {"bare": [], "bare_cached": [], "in_process": [], "ray_data": []}
     startup, published_rates = [], []
     for turn in range(o.repeats):
         console.print(f"[dim]turn {turn + 1} of {o.repeats}[/]")
-        turns["bare"].append(_bare(source.plm, shards, settings, cached_prefix=False))
-        turns["in_process"].append(in_process(source, shards, eos, settings, scratch))
-        turns["bare_cached"].append(_bare(source.plm, shards, settings, cached_prefix=True))
-        build = MemoryBuild(scratch / f"ray-{turn}", examples, source.describe(), "bible_modern", "train", settings)
+        turns["bare"].append(_bare(plm, shards, settings, cached_prefix=False))
+        turns["in_process"].append(in_this_process(shards))
+        turns["bare_cached"].append(_bare(plm, shards, settings, cached_prefix=True))
+        build = build_of(scratch / f"ray-{turn}", examples, card, settings)
         steady, seconds = _ray_data(build, plm_config, ray_config, rows)
         turns["ray_data"].append(steady)
         startup.append(seconds)
         if turn < o.published_repeats:
-            published_rates.append(_published(source.plm, examples))
+            published_rates.append(_published(plm, examples))
 
     ratios = {
         "in_process_over_bare_forward": _speed(turns["in_process"], turns["bare"]),
@@ -128,9 +153,9 @@ def _measure(o: argparse.Namespace, scratch: Path) -> None:
         "max_batch_tokens": settings.max_batch_tokens,
         "mean_prompt_tokens": sum(len(e.prompt) for e in examples) / len(examples),
         "mean_target_tokens": sum(len(e.target) for e in examples) / len(examples),
-        "model": source.describe().name if not o.smoke else "tiny random llama",
-        "dtype": dtype_name(next(source.plm.model.parameters()).dtype),
-        "device": str(device),
+        "model": card.name if not o.smoke else "tiny random llama",
+        "dtype": dtype_name(next(plm.model.parameters()).dtype),
+        "device": str(plm.device),
         "threads": o.threads,
         "turns": o.repeats,
         "published_turns": o.published_repeats,
@@ -161,13 +186,26 @@ def _speed(ours: Sequence[Seconds], theirs: Sequence[Seconds]) -> float:
 # ── data ────────────────────────────────────────────────────────────────────
 
 
-def packaged_examples(source: InProcessPLM, experiment: ExperimentConfig, pairs: int) -> list[EncodedPair]:
+def packaged_examples(tokenizer: PLMTokenizer, experiment: ExperimentConfig, pairs: int) -> list[EncodedPair]:
     """The quickstart's prompts over the packaged task."""
     task = load_task(experiment.task.name)
     found = load_pairs(task, limits={**experiment.task.limits, "train": pairs}, seed=experiment.seed)["train"]
     shots = first_shots(found, experiment.task.shots) if experiment.task.shots else []
-    prompter = Prompter(source.plm.tokenizer, task, shots, experiment.task.chat)
+    prompter = Prompter(tokenizer, task, shots, experiment.task.chat)
     return [prompter.encode_pair(pair) for pair in found]
+
+
+def build_of(
+    folder: Path, examples: Sequence[EncodedPair], card: ModelCard, settings: BuildMemoryConfig
+) -> MemoryBuild:
+    """A build of examples that were tokenised before, off the clock."""
+    return MemoryBuild(folder, ListedExamples(examples), card, "bible_modern", "train", settings)
+
+
+def shards_of(examples: Sequence[EncodedPair], card: ModelCard, settings: BuildMemoryConfig) -> list[ShardPlan]:
+    """The same, shard by shard."""
+    build = build_of(Path(), examples, card, settings)
+    return [build.shard(number, build.read(number))[0] for number in range(build.shards)]
 
 
 def tiny_model(folder: Path) -> str:
@@ -199,18 +237,36 @@ def tiny_model(folder: Path) -> str:
 # ── ours ────────────────────────────────────────────────────────────────────
 
 
-def in_process(
-    source: InProcessPLM, shards: Sequence[ShardPlan], eos: int, settings: BuildMemoryConfig, scratch: Path
+@contextmanager
+def own_plm(
+    plm: PLMConfig | LoadedPLM, settings: BuildMemoryConfig
+) -> Iterator[tuple[asyncio.Runner, PLMClient, LMHeadBundle]]:
+    """The PLM in this process, loaded, and the event loop that its engine runs on."""
+    with asyncio.Runner() as runner:
+        client = LocalPLM(plm, EngineConfig(**engine_settings(settings)))
+        try:
+            yield runner, client, runner.run(client.lm_head())
+        finally:
+            runner.run(client.end())
+
+
+def engine_settings(settings: BuildMemoryConfig) -> dict[str, Any]:
+    """As the stage has them: a batch of the build is one pass."""
+    return {"max_tokens": None, "pass_tokens": settings.max_batch_tokens}
+
+
+async def in_process(
+    plm: PLMClient, shards: Sequence[ShardPlan], eos: int, settings: BuildMemoryConfig, scratch: Path
 ) -> Seconds:
     """`rows_of_shard` and `write_shard`, shard after shard: what an actor does, without Ray."""
     folder = scratch / "in-process"
     folder.mkdir(exist_ok=True)
-    seconds = {}
+    window, seconds = asyncio.Semaphore(settings.requests_in_flight), {}
     for shard in shards:
-        started = clock(source.plm.device)
-        made, *_ = rows_of_shard(source, shard, eos, settings.key_dtype, settings.max_batch_tokens)
+        started = time.perf_counter()
+        made, *_ = await rows_of_shard(plm, shard, eos, settings.key_dtype, settings.max_batch_tokens, window)
         write_shard(folder / shard.name, made)
-        seconds[shard.name] = clock(source.plm.device) - started
+        seconds[shard.name] = time.perf_counter() - started
     return seconds
 
 
@@ -221,7 +277,7 @@ def _ray_data(
     asked = time.time()
     with ray_cluster(cluster, build.config.cpus_per_actor, build.config.gpus_per_actor):
         up = time.time()
-        run_build(build, factory(plm, build.config.cpus_per_actor, build.card))
+        run_build(build, connector(plm, build.card, build.config.cpus_per_actor, engine_settings(build.config)))
         ended = time.time()
     done = sorted((build.folder / name).stat().st_mtime_ns / 1e9 for name in rows)
     order = sorted(rows, key=lambda name: (build.folder / name).stat().st_mtime_ns)
@@ -243,20 +299,19 @@ def _bare(plm: LoadedPLM, shards: Sequence[ShardPlan], settings: BuildMemoryConf
     seconds = {}
     for shard in shards:
         seconds[shard.name] = 0.0
-        common = common_prompt_prefix(shard.examples)
-        for batch in plan_batches(shard.examples, settings.max_batch_tokens, common):
-            inputs = _inputs(plm, batch, cached_prefix)
+        shared = len(shard.prefix)
+        for batch in plan_batches(shard.examples, settings.max_batch_tokens, shared):
+            inputs = _inputs(plm, batch, shared if cached_prefix else 0)
             started = clock(plm.device)
             plm.decoder(**inputs)
             seconds[shard.name] += clock(plm.device) - started
     return seconds
 
 
-def _inputs(plm: LoadedPLM, batch: Sequence[EncodedPair], cached_prefix: bool) -> dict:
+def _inputs(plm: LoadedPLM, batch: Sequence[EncodedPair], shared: int) -> dict:
     from transformers import DynamicCache
 
     sequences = [e.prompt + e.target for e in batch]
-    shared = shared_prefix(ExtractBatch(sequences, [len(e.prompt) - 1 for e in batch])) if cached_prefix else 0
     rest = [ids[shared:] for ids in sequences]
     padded_BT = torch.zeros(len(rest), max(map(len, rest)), dtype=torch.long)
     for row, ids in enumerate(rest):

@@ -12,7 +12,17 @@ import time
 from pathlib import Path
 
 from _harness import Aim, console, device_of, options, show, write_results
-from build_memory import CONFIG, PACKAGED, in_process, packaged_examples, tiny_model
+from build_memory import (
+    CONFIG,
+    PACKAGED,
+    build_of,
+    engine_settings,
+    in_process,
+    own_plm,
+    packaged_examples,
+    shards_of,
+    tiny_model,
+)
 
 from pema_ray.cluster import ray_cluster
 from pema_ray.config import BuildMemoryConfig, PLMConfig, RayConfig, TrainConfig, load_config
@@ -22,10 +32,8 @@ from pema_ray.data_owner.training import Trainer
 from pema_ray.hardware import pick_dtype
 from pema_ray.line import LMHeadBundle
 from pema_ray.memory import ExternalMemory
-from pema_ray.memory.build import MemoryBuild, run_build
-from pema_ray.memory.plan import plan_shards
-from pema_ray.plm_owner import InProcessPLM, load_plm
-from pema_ray.stages.plm import factory
+from pema_ray.memory.build import run_build
+from pema_ray.stages.plm import connector
 
 NAME = "ray_overhead"
 AIMS = {
@@ -61,15 +69,14 @@ def _measure(o: argparse.Namespace, scratch: Path) -> None:
         examples_per_shard=o.examples_per_shard,
         max_batch_tokens=load_config(CONFIG).build_memory.max_batch_tokens,
     )
-    source = InProcessPLM(load_plm(plm))  # once unmeasured: its file is then as warm as Ray's actors find it
-    examples = packaged_examples(source, load_config(CONFIG), o.pairs)
-    card, eos = source.describe(), source.describe().eos_token_ids[0]
-    shards = plan_shards(examples, settings.examples_per_shard)
-    bundle = source.lm_head().save(scratch / "lm_head")
-    del source
+    with own_plm(plm, settings) as (_, _, loaded):  # once unmeasured: its file is then as warm as Ray's actors find it
+        examples, card = packaged_examples(loaded.tokenizer(), load_config(CONFIG), o.pairs), loaded.card
+        bundle = loaded.save(scratch / "lm_head")
+    shards = shards_of(examples, card, settings)
     started = time.perf_counter()
-    in_process(InProcessPLM(load_plm(plm)), shards, eos, settings, scratch)
-    seconds["build_process"] = time.perf_counter() - started
+    with own_plm(plm, settings) as (runner, client, _):
+        runner.run(in_process(client, shards, card.eos_token_ids[0], settings, scratch))
+        seconds["build_process"] = time.perf_counter() - started
     rows = sum(len(e.target) + 1 for e in examples)
 
     steady: dict[int, float] = {}
@@ -81,9 +88,10 @@ def _measure(o: argparse.Namespace, scratch: Path) -> None:
         ):
             config = settings.model_copy(update=changes)
             threads = o.threads if folder == "ray" else 1
-            build = MemoryBuild(scratch / folder, examples, card, "bible_modern", "train", config)
+            build = build_of(scratch / folder, examples, card, config)
             started = time.perf_counter()
-            run_build(build, factory(plm.model_copy(update={"threads": threads}), config.cpus_per_actor, card))
+            own = plm.model_copy(update={"threads": threads})
+            run_build(build, connector(own, card, config.cpus_per_actor, engine_settings(config)))
             seconds[f"build_{folder}"] = time.perf_counter() - started
             if folder != "ray":
                 steady[config.actors] = _steady_rate(scratch / folder, config.actors)

@@ -51,13 +51,13 @@ class PatientPLM:
         return await self._repeated(lambda: self.client.extract(batch))
 
     async def step(self, steps: Sequence[Step]) -> list[Stepped | Exception]:
-        """As `PLMClient.step`; single steps that are `Busy` are repeated too."""
+        """As `PLMClient.step`; single steps that are `Busy`, or whose message was lost, are repeated too."""
         outcomes: list[Stepped | Exception] = await self._repeated(lambda: self.client.step(steps))
         started = time.monotonic()
         pauses = _Pauses()
-        while busy := {n: o for n, o in enumerate(outcomes) if isinstance(o, Busy)}:
-            await self._wait(max(busy.values(), key=lambda error: error.retry_after), pauses, started)
-            again = list(busy)
+        while passing := {n: o for n, o in enumerate(outcomes) if isinstance(o, (Busy, ConnectionError))}:
+            await self._wait(max(passing.values(), key=lambda e: getattr(e, "retry_after", 0.0)), pauses, started)
+            again = list(passing)
             repeated = await self._repeated(lambda again=again: self.client.step([steps[n] for n in again]))
             for number, outcome in zip(again, repeated, strict=True):
                 outcomes[number] = outcome

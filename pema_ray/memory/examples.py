@@ -15,7 +15,6 @@ from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pema_ray.errors import UserError
@@ -128,8 +127,12 @@ class PreparedPairs:
     wording: Wording
     at_hand = False
 
-    @cached_property
+    @property
     def digest(self) -> str:
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:  # reads the whole file
         parts = [content_digest(self.path), self.wording.digest, self.wording.probe]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -169,10 +172,14 @@ def content_digest(path: Path) -> str:
             texts = [batch.column(name).cast(pa.binary()) for name in columns[1:]]
             for name, text in zip(columns[1:], texts, strict=True):
                 contents[name].update(b"".join(text.to_pylist()))
-            sizes = [pc.binary_length(text).to_numpy().astype("<i8") for text in texts]
-            lengths.update(np.column_stack(sizes).tobytes())
+            lengths.update(np.column_stack([_lengths(text) for text in texts]).tobytes())
     found = [digest.hexdigest() for digest in (*contents.values(), lengths)]
     return hashlib.sha256("".join(found).encode()).hexdigest()
+
+
+def _lengths(text: pa.BinaryArray) -> np.ndarray:
+    """Bytes of each text, int64."""
+    return np.fromiter(map(len, text.to_pylist()), "<i8", len(text))
 
 
 def _open(path: Path) -> pq.ParquetFile:

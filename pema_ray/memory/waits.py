@@ -42,6 +42,7 @@ def teller(board: Any, who: str) -> OnWait:
 def showing(on_wait: OnWait) -> Iterator[Any]:
     """A board for the time of the block; `on_wait` is called, in a thread, with each new text on it, "" for none."""
     import ray
+    from ray.exceptions import RayError
 
     board: Any = ray.remote(_Board).options(num_cpus=0, max_restarts=-1).remote()
     over = threading.Event()
@@ -50,8 +51,8 @@ def showing(on_wait: OnWait) -> Iterator[Any]:
         shown = ""
         while not over.wait(_SECONDS_BETWEEN_LOOKS):
             try:
-                text = ray.get(board.latest.remote(), timeout=5)
-            except ray.exceptions.RayError:  # it is being started again, or Ray is going
+                text: Any = ray.get(board.latest.remote(), timeout=5)
+            except RayError:  # it is being started again, or Ray is going
                 continue
             if text != shown:
                 shown = text

@@ -46,7 +46,9 @@ _EVIDENCE: dict[str, tuple[str, ...]] = {
 class Run(StageRun[ExperimentConfig]):
     """The folder of one experiment."""
 
-    incidental = HOW_FAST | {"overwrite", "max_rejected", "threads", "published"}
+    incidental = HOW_FAST | {
+        "overwrite", "max_rejected", "threads", "published", "max_actors", "requests_in_flight", "patience_seconds",
+    }  # fmt: skip
 
     def sections(self, stage: str) -> tuple[str, ...]:
         return (STAGES | _EXTRA)[stage][0]
