@@ -9,13 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from pema_ray.config import KnnMixConfig
-from pema_ray.data_owner import AdapterConfig, PemaAdapter
-from pema_ray.data_owner.experts import ExpertSpec
-from pema_ray.data_owner.knn import NearestNeighbours, WithNeighbours
+from pema_ray.data_owner.knn import NearestNeighbours
 from pema_ray.data_owner.unrolling import mix
 from pema_ray.errors import UserError
-from tests.data_owner.test_ray_training import write_memory
 
 faiss = pytest.importorskip("faiss")
 
@@ -72,40 +68,3 @@ def test_too_few_rows_and_a_missing_library_are_refused(make_head, make_rows, mo
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(UserError, match="pip install faiss-cpu"):
         NearestNeighbours(make_rows(100, 1), make_head())
-
-
-def test_an_adapter_may_ask_the_memory_too(make_head, make_rows, card):
-    head, adapter = make_head(), PemaAdapter(AdapterConfig(16, 4, card.name, card.fingerprint))
-    torch.nn.init.normal_(adapter.B_pd)
-    knn = NearestNeighbours(make_rows(500, 1), head, 16, 5.0)
-    expert = WithNeighbours(adapter, knn, 0.3)
-    state = torch.from_numpy(make_rows(20, 2).key[:])
-    with torch.inference_mode():
-        found = expert.begin(None, [], head).log_probs(state)  # type: ignore[arg-type]  # it looks at no prompt
-        both = 0.7 * adapter.log_probs(state, head).exp() + 0.3 * knn.log_probs(state, head).exp()
-    torch.testing.assert_close(found.exp(), both)
-    torch.testing.assert_close(found.exp().sum(-1), torch.ones(20))
-
-
-def test_an_expert_is_named_by_what_lies_on_disk(make_head, make_rows, card, tmp_path):
-    adapter = PemaAdapter(AdapterConfig(16, 4, card.name, card.fingerprint)).save_pretrained(tmp_path / "adapter")
-    memory = write_memory(tmp_path / "memory", card, make_rows(300, 1), "train")
-    asked = KnnMixConfig(weight=0.25, neighbours=8, temperature=2.0)
-    assert isinstance(ExpertSpec(adapter).load(card, make_head()), PemaAdapter)
-    assert isinstance(ExpertSpec(None, memory, asked).load(card, make_head()), NearestNeighbours)
-    both = ExpertSpec(adapter, memory, asked)
-    loaded = both.load(card, make_head())
-    assert isinstance(loaded, WithNeighbours)
-    assert (loaded.neighbours.neighbours, loaded.neighbours.temperature) == (8, 2.0)
-    assert {both: 1}[ExpertSpec(adapter, memory, asked)] == 1  # actors keep what they have loaded by it
-    assert isinstance(ExpertSpec(adapter, memory).load(card, make_head()), PemaAdapter)  # weight 0
-    few = ExpertSpec(None, memory, asked, max_examples=20).load(card, make_head())
-    assert isinstance(few, NearestNeighbours) and len(few) == 20
-    both.check(card)
-    with pytest.raises(UserError, match="an adapter, a memory, or both"):
-        ExpertSpec()
-    for refuse in (ExpertSpec(adapter, tmp_path / "nothing", asked), ExpertSpec(tmp_path / "nothing")):
-        with pytest.raises(UserError, match="nothing: "):
-            refuse.check(card)
-        with pytest.raises(UserError, match="nothing: "):
-            refuse.load(card, make_head())

@@ -70,6 +70,19 @@ def test_only_the_rows_that_are_wanted_are_made(memory, rows):
     torch.testing.assert_close(some, every[wanted])
 
 
+@pytest.mark.parametrize("known", [0, 1, 4])
+@torch.no_grad()
+def test_steps_give_what_one_pass_gives(memory, rows, known: int):
+    """After a prompt of any length, which may be none."""
+    x, target, _, log_pema = (part[:5] for part in rows)
+    expected = log_mixture(x, log_pema, memory, target, torch.zeros(5), torch.ones(5, dtype=torch.bool))
+    cache = memory.begin(x[:known], target[:known])
+    for t in range(known, 5):
+        cache.step(x[t : t + 1])
+        torch.testing.assert_close(cache.mix(log_pema[t : t + 1])[0], expected[t])
+        cache.follow(int(target[t]))
+
+
 @torch.no_grad()
 def test_an_adapters_rows_are_those_of_its_loss(make_head, rows):
     x, target, example, _ = rows

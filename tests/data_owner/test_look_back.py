@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +11,10 @@ import torch
 from pema_ray.config import ExperimentConfig, TrainConfig
 from pema_ray.data_owner import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.feed import SequenceShuffle, sequences_in_order
-from pema_ray.data_owner.generation import Decoding, Generator, Request
 from pema_ray.data_owner.look_back import LookBack
 from pema_ray.data_owner.objectives import JointObjective
 from pema_ray.data_owner.training import Trainer
-from pema_ray.data_owner.unrolling import UnrollingSchedule
 from pema_ray.errors import UserError
-from pema_ray.line import ExtractBatch
 from pema_ray.memory import MemoryRows
 from pema_ray.memory.codec import encode
 from tests.data_owner.test_training import assert_one_curve, close, run_in_processes
@@ -84,36 +80,26 @@ def test_tokens_and_states_that_came_before_are_seen(look_back, sequence):
     assert not torch.allclose(look_back(moved, follows, embedding)[:, 4], before[:, 4])
 
 
-def test_steps_give_what_one_pass_gives(look_back, sequence):
+@pytest.mark.parametrize("known", [0, 1, 4, 6])
+@torch.inference_mode()
+def test_steps_give_what_one_pass_gives(look_back, sequence, known: int):
+    """After a prompt of any length, which may be none."""
     x, follows, embedding = sequence
     expected = look_back(x, follows, embedding)
-    cache, rows = look_back.begin(3), torch.arange(3)
-    for t in range(7):
-        torch.testing.assert_close(cache.step(x[:, t]), expected[:, t])
-        cache.follow(rows, follows[:, t], embedding)
+    for i in range(3):
+        cache = look_back.begin(x[i, :known], follows[i, :known], embedding)
+        for t in range(known, 7):
+            torch.testing.assert_close(cache.step(x[i, t : t + 1])[0], expected[i, t])
+            cache.follow(int(follows[i, t]), embedding)
 
 
-def test_sequences_of_other_lengths_are_aligned_at_their_ends(look_back, sequence):
-    """Sequence i begins at step i; the steps before it are padding."""
+@torch.inference_mode()
+def test_a_position_that_did_not_step_is_not_remembered(look_back, sequence):
+    """λ is 0 there: nobody asks, so nothing follows."""
     x, follows, embedding = sequence
-    expected = [look_back(x[i : i + 1, i:], follows[i : i + 1, i:], embedding)[0] for i in range(3)]
-    cache, rows = look_back.begin(3), torch.arange(3)
-    for t in range(7):
-        found = cache.step(x[:, t])
-        for i in range(min(t, 2) + 1):
-            torch.testing.assert_close(found[i], expected[i][t - i])
-        cache.follow(rows, follows[:, t], embedding, torch.tensor([t >= i for i in range(3)]))
-
-
-def test_rows_fork_and_are_dropped(look_back, sequence):
-    x, follows, embedding = sequence
-    cache = look_back.begin(3)
-    cache.step(x[:, 0])
-    cache.follow(torch.tensor([2, 0, 2]), torch.tensor([5, 6, 7]), embedding)
-    chosen = torch.tensor([2, 0, 2])
-    found = cache.step(x[chosen, 1])
-    told = torch.stack([torch.tensor([5, 6, 7]), follows[chosen, 1]], 1)
-    torch.testing.assert_close(found, look_back(x[chosen, :2], told, embedding)[:, 1])
+    asked, passed = (look_back.begin(x[0, :3], follows[0, :3], embedding) for _ in range(2))
+    passed.follow(int(follows[0, 3]), embedding)
+    assert torch.equal(passed.step(x[0, 5:6]), asked.step(x[0, 5:6]))
 
 
 # ── in an adapter ───────────────────────────────────────────────────────────
@@ -212,70 +198,7 @@ def test_sequences_in_order_end_where_enough_is_predicted():
     assert np.array_equal(np.concatenate([batch.target for batch in every]), rows.target)
 
 
-# ── while decoding ──────────────────────────────────────────────────────────
-
-PROMPTS = [
-    [5, 9, 3, 44, 7, 21],
-    [5, 9, 3, 8],
-    [5, 9, 3, 30, 31, 32, 33, 34, 35],
-    [6, 4],
-]  # the last: no row but its own
-
-
-BLOCKS, LOCAL = {"look_back_layers": 2, "look_back_width": 8}, {"local_memory_width": 8}
-
-
-@pytest.fixture(params=[BLOCKS, LOCAL, {**BLOCKS, **LOCAL, "predicts_lambda": True}], ids="+".join)
-def looking(tiny_source, request: pytest.FixtureRequest) -> tuple[object, PemaAdapter]:
-    source = tiny_source("llama")
-    card = source.describe()
-    named = (card.name, card.fingerprint)
-    config = AdapterConfig(card.hidden_size, 4, *named, residual=True, prompt_from=3, **request.param)
-    adapter = stirred(PemaAdapter(config), 3)
-    if adapter.gate is not None:
-        adapter.gate.bias.data.fill_(0.3)
-    assert isinstance(adapter, PemaAdapter)
-    return source, adapter
-
-
-def by_hand(source, adapter: PemaAdapter, prompt: list[int], tokens: list[int]) -> torch.Tensor:
-    """log P of every token, each from one pass over the whole sequence."""
-    head, ids = source.lm_head().head, [*prompt, *tokens]
-    first = min(adapter.config.prompt_from, len(prompt) - 1)
-    state = source.extract(ExtractBatch([ids[:-1]], [first]))
-    target, example = torch.tensor(ids[first + 1 :]), torch.zeros(len(state), dtype=torch.long)
-    return adapter.log_probs(state, head, (target, example, torch.arange(len(state)) >= len(state) - len(tokens)))
-
-
-@pytest.mark.parametrize("decoding", [Decoding("greedy"), Decoding("beam", beams=3)], ids=lambda d: d.kind)
-@torch.inference_mode()
-def test_answers_are_those_of_whole_passes(looking, decoding: Decoding):
-    source, adapter = looking
-    text: Callable = lambda tokens: " ".join(map(str, tokens))  # noqa: E731
-    generator = Generator(source, source.lm_head().head, adapter, text, [1])
-    requests = [
-        Request(prompt, steps, UnrollingSchedule(1.0)) for prompt, steps in zip(PROMPTS, (6, 9, 4, 5), strict=True)
-    ]
-    answers = generator.generate(requests, decoding, explain=True)
-    for prompt, answer in zip(PROMPTS, answers, strict=True):
-        log_p = by_hand(source, adapter, prompt, answer.tokens)
-        told = torch.tensor([trace.log_pema for trace in answer.trace])
-        torch.testing.assert_close(told, log_p[range(len(told)), answer.tokens], atol=1e-4, rtol=1e-4)
-        assert answer.log_prob == pytest.approx(float(told.sum()), abs=1e-3)
-        if decoding.kind == "greedy":
-            assert log_p.argmax(-1).tolist() == answer.tokens
-
-
-@torch.inference_mode()
-def test_nobody_looks_back_at_lambda_0(looking):
-    source, adapter = looking
-    head = source.lm_head().head
-
-    def answer(expert):
-        generator = Generator(source, head, expert, str, [1])
-        return generator.generate([Request(p, 5, UnrollingSchedule(0.0)) for p in PROMPTS], Decoding())
-
-    assert [found.tokens for found in answer(adapter)] == [found.tokens for found in answer(None)]
+# ── what is refused ─────────────────────────────────────────────────────────
 
 
 def test_a_memory_without_prompts_is_refused(tmp_path: Path, make_rows, card):

@@ -50,8 +50,8 @@ class Decoder:
         eos: tokens that end an answer.
         max_sequences: answers at a time; beam search counts every beam.
         lockstep: choose only when no step is under way, and send all branches in one message. Answers then do not
-            depend on timing, to the last bit, and requests wait for room; the offline stages decode so. A service does
-            not: it answers whatever has arrived, and rejects requests beyond `max_sequences`.
+            depend on timing, to the last bit unless they draft, and requests wait for room; the offline stages decode
+            so. A service does not: it answers whatever has arrived, and rejects requests beyond `max_sequences`.
         threads: CPU threads of torch for choosing tokens; 0 takes torch's default.
 
     Attributes:

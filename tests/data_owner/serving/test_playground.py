@@ -9,16 +9,18 @@ import pytest
 
 playwright = pytest.importorskip("playwright.async_api", reason="pip install -e '.[browser]'")
 
-from test_openai_api import Service, save_adapter  # noqa: E402
+from api_kit import Service  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")]
 
 
 @pytest.fixture
-async def service(tiny_plm_folder, tiny_source, tmp_path, anyio_backend):
-    folder = save_adapter(tiny_source, tmp_path / "modern", 0)
-    async with Service(tiny_plm_folder("llama"), {"modern": folder}) as service:
+async def service(tiny_plm_folder, adapters, anyio_backend):
+    task = {"task": {"name": "modern", "template": "Rewrite: {source}\nModern:"}}
+    task["generate"] = {"lambda_max": 0.7, "schedule": "linear", "length": 20}
+    live = {"adapters": {"modern": adapters["modern"]}, "tasks": {"modern": task}}
+    async with Service(tiny_plm_folder("llama"), live) as service:
         yield service
         await service.until_idle()
 
@@ -72,7 +74,7 @@ async def test_errors_are_shown_and_a_stopped_answer_frees_its_slot(service, pag
     await page.wait_for_function("document.getElementById('model').options.length === 1")
     await page.fill("#tokens", "900")
     await page.click("#go")
-    await page.wait_for_function("document.getElementById('error').textContent.includes('900 more are asked for')")
+    await page.wait_for_function("document.getElementById('error').textContent.includes('900 more are requested')")
     await page.fill("#source", "x")
     await page.fill("#tokens", "70")
     await page.click("#go")

@@ -1,0 +1,301 @@
+"""Answers stay the same, or end with a reason, whatever goes wrong between the decoder and the PLM owner."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import replace
+
+import pytest
+from decoding_kit import (
+    GREEDY,
+    PROMPTS,
+    SAMPLE,
+    Forgetful,
+    World,
+    answers,
+    decoding,
+    ids_of,
+    make_adapter,
+    requests,
+    various,
+)
+
+from pema_ray.data_owner.decoding import GenerationAborted, GenerationRequest, SamplingParams
+from pema_ray.data_owner.decoding.text import AnswerText
+from pema_ray.errors import FingerprintMismatch, UserError
+from pema_ray.line import Busy, SessionLost
+
+BEAM = SamplingParams("beam", beams=3)
+KINDS = pytest.mark.parametrize("sampling", [GREEDY, SAMPLE, BEAM], ids=lambda s: s.kind)
+
+
+@pytest.fixture
+def world_of(tiny_plm_folder, tiny_plm):
+    return lambda **settings: World(tiny_plm_folder("llama"), make_adapter(tiny_plm("llama")), **settings)
+
+
+@pytest.fixture
+async def expected_of(tiny_client, tiny_plm):
+    async def expected(wanted: list[GenerationRequest]) -> list[list[int]]:
+        return ids_of(await answers(tiny_client("llama"), wanted, make_adapter(tiny_plm("llama"))))
+
+    return expected
+
+
+def many(sampling: SamplingParams = GREEDY) -> list[GenerationRequest]:
+    """Twelve requests, some of the PLM alone, some with drafts."""
+    wanted = [*various(draft=4), *requests(0.7), *various(adapter=None)]
+    return [replace(request, sampling=sampling, stream=n) for n, request in enumerate(wanted)]
+
+
+# ── sessions and replicas that are lost ─────────────────────────────────────
+
+
+@KINDS
+@pytest.mark.parametrize("lockstep", [True, False])
+async def test_a_lost_session_is_opened_again_with_the_same_answer(tiny_client, tiny_plm, sampling, lockstep: bool):
+    client, adapter = tiny_client("llama"), make_adapter(tiny_plm("llama"))
+    wanted = requests(sampling=sampling)
+    undisturbed = await answers(client, wanted, adapter)
+    for every in (1, 3):
+        forgetful = Forgetful(client, every)
+        async with decoding(forgetful, adapter, lockstep=lockstep) as decoder:  # type: ignore[arg-type]
+            assert ids_of(await decoder.generate(wanted)) == ids_of(undisturbed)
+            assert decoder.counts["replays"] == forgetful.lost > 0
+    engine = await client.engine()
+    assert await _comes_true(lambda: engine.batcher.live_sessions == 0)
+
+
+async def test_a_replica_that_dies_at_any_step_changes_no_answer(world_of, expected_of):
+    wanted = replace(requests()[0], max_new_tokens=8)
+    (expected,) = await expected_of([wanted])
+    at, steps = 0, 1
+    while steps > at:
+        async with world_of(replicas=2) as world:
+            steps = 0
+
+            def before(method: str, world=world, at=at) -> None:
+                nonlocal steps
+                steps += method == "step"
+                if method == "step" and steps == at + 1:
+                    for name in set(world.line._owner_replica.values()) or {"r0"}:
+                        world.kill(name)
+
+            world.handle.before = before
+            assert await world.all([wanted]) == [expected]
+            assert await world.live_sessions() == 0
+        at += 1
+    assert at > 5
+
+
+@KINDS
+async def test_replicas_that_come_and_go_under_many_answers_change_none(world_of, expected_of, sampling):
+    wanted = many(sampling) * 2
+    expected, draw = await expected_of(wanted), random.Random(1)
+    async with world_of(replicas=2, slots=72) as world:  # a beam that waits for a slot holds up the others
+        calls = 0
+
+        def before(method: str) -> None:
+            nonlocal calls
+            calls += method == "step"
+            if method == "step" and draw.random() < 0.1 and calls < 120:
+                world.kill(draw.choice(sorted(world.handle.replicas)))
+
+        world.handle.before = before
+        assert await world.all(wanted) == expected
+        assert world.decoder.counts["replays"] + world.decoder.counts["busy"] > 0
+        assert await world.live_sessions() == 0
+        assert world.decoder.live == 0
+
+
+async def test_more_answers_than_slots_all_come_to_an_end(world_of, expected_of):
+    wanted = many() * 2
+    async with world_of(slots=3, idle_seconds=0.05) as world:  # so few that sessions lose their slots all the time
+        assert await world.all(wanted) == await expected_of(wanted)
+        assert await world.live_sessions() == 0
+
+
+async def test_a_session_that_is_lost_every_time_ends_its_answer(tiny_client, tiny_plm, monkeypatch):
+    monkeypatch.setattr("pema_ray.data_owner.decoding.decoder._REPLAYS", 3)
+    client = tiny_client("llama")
+    step = client.step
+
+    async def losing(steps):
+        return [
+            SessionLost(s.session) if s.tokens[0] == 0 and s.tokens[1] == 200 else (await step([s]))[0] for s in steps
+        ]
+
+    client.step = losing
+    async with decoding(client, make_adapter(tiny_plm("llama")), lockstep=False) as decoder:
+        found = await asyncio.gather(*(decoder.generate([r]) for r in requests()), return_exceptions=True)
+    assert [isinstance(one, GenerationAborted) for one in found] == [prompt[1] == 200 for prompt in PROMPTS]
+    assert "loses this session every time" in str(found[1])
+
+
+# ── PLM owners that are busy, gone or others ────────────────────────────────
+
+
+@pytest.mark.parametrize("lockstep", [True, False])
+async def test_a_busy_plm_owner_is_asked_again_and_keeps_the_sessions(world_of, expected_of, lockstep: bool):
+    wanted = many()
+    async with world_of() as world:
+        calls = 0
+
+        def before(method: str) -> None:
+            nonlocal calls
+            calls += method == "step"
+            if method == "step" and calls % 3 == 0:
+                raise Busy("the quota is used up", 0.01)
+
+        world.handle.before = before
+        async with decoding(world.line, world.decoder.predictors, lockstep=lockstep) as decoder:
+            assert ids_of(await decoder.generate(wanted)) == await expected_of(wanted)
+            assert decoder.counts["busy"] > 5
+            assert decoder.counts["replays"] == 0
+
+
+@pytest.mark.parametrize("lockstep", [True, False])
+async def test_a_line_that_breaks_is_tried_again(tiny_client, tiny_plm, expected_of, lockstep: bool):
+    client, calls = tiny_client("llama"), 0
+    step = client.step
+
+    async def breaking(steps):
+        nonlocal calls
+        calls += 1
+        if calls % 3 == 1:
+            raise ConnectionError("no route")
+        return await step(steps)
+
+    client.step = breaking
+    found = await answers(client, requests(), make_adapter(tiny_plm("llama")), lockstep=lockstep)
+    assert ids_of(found) == await expected_of(requests())
+
+
+@pytest.mark.parametrize("lockstep", [True, False])
+async def test_a_plm_owner_that_is_gone_is_told_in_bounded_time(world_of, lockstep: bool):
+    async with world_of() as world, decoding(world.line, world.decoder.predictors, lockstep=lockstep) as decoder:
+        world.handle.kill("r0")
+        with pytest.raises(GenerationAborted, match=r"not finished within 0.5 seconds|did not answer in time"):
+            await decoder.generate(requests()[:1], timeout=0.5)
+        assert decoder.live == 0
+
+
+async def test_the_time_of_an_answer_begins_with_its_first_step(tiny_client, tiny_plm, expected_of):
+    """In lockstep, requests wait for room as long as it takes; what they wait counts to no answer's time."""
+    client, busy = tiny_client("llama"), {}
+    step = client.step
+
+    async def slow(steps):
+        await asyncio.sleep(0.03)
+        name = steps[0].session
+        busy[name] = busy.get(name, 0) + 1
+        return [Busy("a moment", 0.01)] * len(steps) if busy[name] == 2 else await step(steps)
+
+    client.step = slow
+    wanted = [replace(request, max_new_tokens=6) for request in requests() * 2]
+    async with decoding(client, make_adapter(tiny_plm("llama")), max_sequences=1) as decoder:
+        assert ids_of(await decoder.generate(wanted, timeout=0.9)) == await expected_of(wanted)
+    assert sum(busy.values()) * 0.03 > 1.2  # seconds, of all
+
+
+@pytest.mark.parametrize("lockstep", [True, False])
+async def test_another_plm_in_its_place_ends_all_answers(tiny_client, tiny_plm, lockstep: bool):
+    """Stages are told which; callers of a service are not."""
+    client, calls = tiny_client("llama"), 0
+    step = client.step
+
+    async def replaced(steps):
+        nonlocal calls
+        calls += 1
+        if calls > 3:
+            raise FingerprintMismatch("The PLM owner", "other (b)", "a")
+        return await step(steps)
+
+    client.step = replaced
+    async with decoding(client, make_adapter(tiny_plm("llama")), lockstep=lockstep) as decoder:
+        found = await asyncio.gather(*(decoder.generate([r]) for r in requests()), return_exceptions=True)
+        assert {type(one) for one in found} == {FingerprintMismatch if lockstep else GenerationAborted}
+        assert decoder.live == 0
+
+
+# ── callers, and the decoder's own end ──────────────────────────────────────
+
+
+async def test_a_caller_that_leaves_frees_its_sessions(world_of):
+    async with world_of() as world:
+        for request in (requests()[0], replace(requests()[0], sampling=BEAM)):
+            answer = world.decoder.answer(request)
+            waiting = asyncio.ensure_future(anext(answer))
+            assert await _comes_true(lambda: bool(world.line._owner_replica))
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+            await answer.aclose()
+            assert world.decoder.live == 0
+            assert await world.live_sessions() == 0
+
+
+async def test_a_caller_that_leaves_makes_room_in_lockstep(tiny_client, tiny_plm, expected_of):
+    adapter, wanted = make_adapter(tiny_plm("llama")), requests()
+    async with decoding(tiny_client("llama"), adapter, max_sequences=1) as decoder:
+        leaving = decoder.answer(wanted[0])
+        await anext(leaving)
+        waiting = asyncio.create_task(decoder.generate(wanted[1:3]))
+        given_up = asyncio.create_task(decoder.generate(wanted[3:]))
+        await asyncio.sleep(0)
+        given_up.cancel()
+        await leaving.aclose()
+        assert ids_of(await waiting) == (await expected_of(wanted))[1:3]
+        assert decoder.live == 0
+
+
+async def test_more_answers_than_may_live_are_sent_away(world_of):
+    async with world_of(max_sequences=5) as world:
+        wanted = [*requests(), replace(requests()[0], sampling=BEAM), requests()[1], requests()[2]]
+        found = await asyncio.gather(*map(world.tokens, wanted), return_exceptions=True)
+        assert [isinstance(one, Busy) for one in found] == [False] * 4 + [True, False, True]  # three beams have no room
+        assert await world.live_sessions() == 0
+
+
+async def test_a_decoder_that_stops_aborts_its_answers_and_closes_their_sessions(world_of):
+    async def rest_of(answer) -> list:
+        return [token async for token in answer]
+
+    async with world_of() as world:
+        running = [world.decoder.answer(request) for request in requests()[:3]]
+        for answer in running:
+            await anext(answer)
+        await world.decoder.stop()
+        assert await world.live_sessions() == 0
+        for answer in running:
+            with pytest.raises(GenerationAborted, match="the data owner's service ends"):
+                await rest_of(answer)
+        with pytest.raises(RuntimeError, match="has stopped"):
+            world.decoder.check_health()
+
+
+@pytest.mark.parametrize("lockstep", [True, False])
+async def test_one_answer_that_fails_fails_alone(tiny_client, tiny_plm, expected_of, monkeypatch, lockstep: bool):
+    """Its text cannot be shown, its prompt is too long, or its adapter is unknown."""
+    push = AnswerText.push
+
+    def breaking(text: AnswerText, token: int) -> str:
+        return push(text, token) if "break" not in text._stop else 1 / 0  # type: ignore[return-value]
+
+    monkeypatch.setattr(AnswerText, "push", breaking)
+    good = requests()
+    bad = [replace(good[0], stop=("break",)), replace(good[1], prompt=[5] * 97), replace(good[2], adapter="yours")]
+    async with decoding(tiny_client("llama"), make_adapter(tiny_plm("llama")), lockstep=lockstep) as decoder:
+        wanted = [*bad, *good]
+        found = await asyncio.gather(*(decoder.generate([r]) for r in wanted), return_exceptions=True)
+        assert [type(one) for one in found[:3]] == [ZeroDivisionError, UserError, UserError]
+        assert [one[0].ids for one in found[3:]] == await expected_of(good)  # type: ignore[index]
+        assert decoder.live == 0
+
+
+async def _comes_true(condition) -> bool:
+    for _ in range(500):
+        if condition():
+            return True
+        await asyncio.sleep(0.01)
+    return False
