@@ -118,7 +118,7 @@ class Replicas:
             response.cancel()
             raise
         except (UserError, Busy) as error:
-            raise _own(error) from None
+            raise self._own(error) from None
         except (RayError, RayServeException) as error:
             raise Busy(f"no replica of the PLM answers ({type(error).__name__})") from None
 
@@ -176,7 +176,7 @@ class Replicas:
         except (BackPressureError, Busy) as error:
             outcomes = [Busy(str(error), getattr(error, "retry_after", 1.0))] * len(steps)
         except UserError as error:
-            outcomes = [_own(error)] * len(steps)
+            outcomes = [self._own(error)] * len(steps)
         except (RayError, RayServeException) as error:  # the replica died, or is being replaced: ask another
             for name in names:
                 self._owner_replica.pop(name, None)
@@ -222,7 +222,9 @@ class Replicas:
             response = Context().run(self._handle.broadcast, "close", self._owner, sessions)
             await response.results_async(return_exceptions=True)
 
-
-def _own(error: Exception) -> Exception:
-    """The error as the replica raised it: Ray's own words are a traceback."""
-    return getattr(error, "cause", error)
+    def _own(self, error: Exception) -> Exception:
+        """The error as the replica raised it, without Ray's traceback and without its own name for its PLM."""
+        cause = getattr(error, "cause", error)
+        if isinstance(cause, FingerprintMismatch):
+            return FingerprintMismatch(self._label, cause.found, cause.expected)
+        return cause

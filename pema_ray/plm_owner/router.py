@@ -2,8 +2,8 @@
 
 A request whose session id begins with a replica's name and `/` goes to that replica alone; any other, or one whose
 replica is gone, goes where Serve's consistent hashing sends it. Affinity is an optimisation: a step that comes to
-another replica is answered `SessionLost`, and said again whole. It leans on private parts of Ray 2.60, which is why Ray
-is pinned.
+another replica is answered `SessionLost`, and the session is opened again. It uses private parts of Ray 2.60, which is
+why Ray is pinned.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from ray.serve._private.common import ReplicaID
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 
 
-class HomeRouter(ConsistentHashRouter):
-    """Serve's consistent-hash router, but who names a home goes there."""
+class SessionAffinityRouter(ConsistentHashRouter):
+    """Serve's consistent-hash router, but a request that names a replica goes there."""
 
     def _lookup_ranked_replicas(self, routing_key: str) -> list[ReplicaID]:
-        home, slash, _ = routing_key.partition("/")
+        name, slash, _ = routing_key.partition("/")
         if slash:
             for replica in self._replica_set_snapshot:
-                if replica.unique_id == home:
+                if replica.unique_id == name:
                     return [replica]
         return super()._lookup_ranked_replicas(routing_key)
 

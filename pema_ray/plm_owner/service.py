@@ -8,13 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
-import torch
-
 from pema_ray.config import PLMConfig
-from pema_ray.hardware import DTYPES
 from pema_ray.line import Description, Stepped, codec
 from pema_ray.metrics import RayMetrics
 from pema_ray.plm_owner.engine import Engine, EngineConfig, LocalPLM
@@ -36,7 +32,6 @@ class PLMEngine:
         self.plm = LocalPLM(PLMConfig(**(plm or {})), self.config)
         self._head_frame: asyncio.Task[bytes] | None = None
         self._sampling: asyncio.Task[None] | None = None
-        self._dtype = None if self.config.wire_dtype is None else DTYPES[self.config.wire_dtype]
         try:
             from ray import serve
 
@@ -74,12 +69,7 @@ class PLMEngine:
             raise
 
     def _encoded(self, outcomes: Sequence[Stepped | Exception]) -> bytes:
-        return codec.encode_stepped(
-            [replace(o, state_NH=self._sent(o.state_NH)) if isinstance(o, Stepped) else o for o in outcomes]
-        )
-
-    def _sent(self, state_NH: torch.Tensor) -> torch.Tensor:
-        return state_NH if self._dtype is None else state_NH.to(self._dtype)
+        return codec.encode_stepped([self.plm.sent_outcome(outcome) for outcome in outcomes])
 
     async def extract(self, owner: str, body: bytes) -> bytes:
         """Representations of a batch, frame in and frame out.
@@ -93,7 +83,7 @@ class PLMEngine:
         batch, fingerprint = await run_in_executor(len(body), codec.decode_extract, body)
         self.plm.check(fingerprint)
         rows = await engine.extract(owner, batch, self.config.timeout_seconds)
-        return await run_in_executor(rows.nbytes, lambda: codec.encode_rows(self._sent(rows)))
+        return await run_in_executor(rows.nbytes, lambda: codec.encode_rows(self.plm.sent(rows)))
 
     async def close(self, owner: str, sessions: Sequence[str]) -> None:
         """Forget sessions."""

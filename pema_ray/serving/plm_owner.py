@@ -56,7 +56,7 @@ def plm_engine(plm: PLMConfig, engine: EngineConfig, scale: Scale) -> Applicatio
                 ),
             )
         }
-    router: Any = "pema_ray.plm_owner.router:HomeRouter"
+    router: Any = "pema_ray.plm_owner.router:SessionAffinityRouter"
     deployed: Any = serve.deployment(  # its types do not describe the call form
         name="PLMEngine",
         max_ongoing_requests=UNLIMITED,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,7 +152,7 @@ async def test_a_replica_of_another_checkpoint_refuses_the_steps_of_an_answer(ha
         await handle.replicas[name].plm.end()
         handle.kill(name)
         handle.add()
-    with pytest.raises(FingerprintMismatch, match=rf"tiny-llama1 \(.*uses PLM '{card.fingerprint}'"):
+    with pytest.raises(FingerprintMismatch, match=rf"^The PLM owner .* 'tiny-llama1 \(.* '{card.fingerprint}'"):
         await line.step([Step("a", 4, [7])])
     for _ in range(2):  # nor is it opened again, nor anything else of it taken
         with pytest.raises(FingerprintMismatch):
@@ -203,3 +204,20 @@ async def test_replicas_report_what_waits(handle):
     assert (await replica.state())["waiting_tokens"] > 0
     request.cancel()
     await asyncio.gather(request, return_exceptions=True)
+
+
+@pytest.mark.parametrize(
+    "running", [{}, {"pluglm": ["PlugLM"]}, {"pema": ["PLMEngine", "DataOwner"], "pluglm": ["PlugLM"]}]
+)
+def test_an_application_that_does_not_run_is_named_with_those_that_do(monkeypatch, running):
+    from ray import serve
+
+    applications = {name: SimpleNamespace(deployments=dict.fromkeys(names)) for name, names in running.items()}
+    monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications=applications))
+    monkeypatch.setattr(serve, "get_deployment_handle", lambda deployment, app_name: (deployment, app_name))
+    only = "pema" if "pema" in running else "none"
+    for name in ("pemma", "pluglm"):
+        with pytest.raises(UserError, match=f"plm.serve={name}: no PLM owner of this name .*, only: {only}"):
+            Replicas.of_application(name)
+    if "pema" in running:
+        assert Replicas.of_application("pema", "me", "0" * 16)._handle == ("PLMEngine", "pema")

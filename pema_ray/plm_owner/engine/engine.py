@@ -38,7 +38,7 @@ class Engine:
         self._changes: list[Callable[[], None]] = []
         self._futures: dict[Job, asyncio.Future[Any]] = {}
         self._loop: asyncio.Task[None] | None = None
-        self._failed: BaseException | None = None
+        self.failure: BaseException | None = None
         self.batcher: Batcher
         self.metrics: Metrics = NoMetrics()
         self.counts: Counter[str] = Counter()
@@ -125,11 +125,11 @@ class Engine:
     @property
     def healthy(self) -> bool:
         """Whether passes can still be run."""
-        return self._failed is None
+        return self.failure is None
 
     def _raise_if_failed(self) -> None:
-        if self._failed is not None:
-            raise Busy(f"the engine has failed: {self._failed}")
+        if self.failure is not None:
+            raise Busy(f"the engine has failed: {self.failure}")
 
     def _change(self, change: Callable[[], None]) -> None:
         self._changes.append(change)
@@ -159,7 +159,7 @@ class Engine:
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            self._failed = error
+            self.failure = error
             self._answer_all(Busy(f"the engine has failed: {error}"))
             raise
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
 from pema_ray.config import PLMConfig
 from pema_ray.errors import FingerprintMismatch, UserError
-from pema_ray.line import Description, ExtractBatch, Limits, LMHeadBundle, Step, Stepped
+from pema_ray.hardware import DTYPES
+from pema_ray.line import Busy, Description, ExtractBatch, Limits, LMHeadBundle, Step, Stepped
 from pema_ray.plm_owner.engine.batcher import Batcher
 from pema_ray.plm_owner.engine.config import EngineConfig
 from pema_ray.plm_owner.engine.engine import Engine
@@ -40,6 +43,7 @@ class LocalPLM:
         self._plm, self.config, self.owner, self._expected = plm, engine or EngineConfig(), owner, fingerprint
         self._starting: asyncio.Task[Engine] | None = None
         self._ended = False
+        self._dtype = None if self.config.wire_dtype is None else DTYPES[self.config.wire_dtype]
         self._bundle: LMHeadBundle
 
     async def engine(self) -> Engine:
@@ -90,11 +94,24 @@ class LocalPLM:
         await self.engine()
         return self._bundle
 
+    def sent(self, state_NH: torch.Tensor) -> torch.Tensor:
+        """Representations in the type that crosses the line."""
+        return state_NH if self._dtype is None else state_NH.to(self._dtype)
+
+    def sent_outcome(self, outcome: Stepped | Exception) -> Stepped | Exception:
+        """The same for the outcome of a step."""
+        return replace(outcome, state_NH=self.sent(outcome.state_NH)) if isinstance(outcome, Stepped) else outcome
+
     async def extract(self, batch: ExtractBatch) -> torch.Tensor:
-        return await (await self.engine()).extract(self.owner, batch, self.config.timeout_seconds)
+        engine = await self.engine()
+        with _failures_of(engine):
+            return self.sent(await engine.extract(self.owner, batch, self.config.timeout_seconds))
 
     async def step(self, steps: Sequence[Step]) -> list[Stepped | Exception]:
-        return await (await self.engine()).step(self.owner, steps, self.config.timeout_seconds)
+        engine = await self.engine()
+        with _failures_of(engine):
+            outcomes = await engine.step(self.owner, steps, self.config.timeout_seconds)
+        return [self.sent_outcome(outcome) for outcome in outcomes]
 
     async def close(self, sessions: Sequence[str]) -> None:
         await (await self.engine()).close(self.owner, sessions)
@@ -103,3 +120,15 @@ class LocalPLM:
         starting, self._ended = self._starting, True
         if starting is not None and not (await asyncio.wait([starting]))[0].pop().exception():
             await starting.result().stop()
+
+
+@contextmanager
+def _failures_of(engine: Engine) -> Iterator[None]:
+    """Raise the cause if the engine has failed: here no replica takes its place, so repeating does not help."""
+    try:
+        yield
+    except Busy:
+        if engine.healthy:
+            raise
+    if engine.failure is not None:
+        raise RuntimeError(f"The PLM's engine has failed: {engine.failure}") from engine.failure

@@ -142,3 +142,29 @@ async def test_an_ended_client_answers_nobody(tiny_client):
     assert isinstance((await waiting)[0], SessionLost | Stepped)
     with pytest.raises(UserError, match="ended"):
         await client.describe()
+
+
+async def test_a_failed_engine_is_told_with_its_cause(tiny_client):
+    """Here nothing takes its place, so it must not look as if repeating helped."""
+    client = tiny_client("llama")
+    engine = await client.engine()
+
+    def fail():
+        raise MemoryError("no room")
+
+    engine.batcher.run = fail
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="engine has failed: no room"):
+            await client.step([Step("a", 0, [5])])
+        with pytest.raises(RuntimeError, match="engine has failed: no room"):
+            await client.extract(ExtractBatch([[5]], [0]))
+
+
+async def test_representations_have_the_type_that_is_set(tiny_client):
+    exact, short = tiny_client("llama"), tiny_client("llama", wire_dtype="bfloat16")
+    batch, step = ExtractBatch([[5, 6, 7]], [0]), Step("a", 0, [5, 6], 2)
+    assert torch.equal(await short.extract(batch), (await exact.extract(batch)).bfloat16())
+    (ours,), (theirs,) = await short.step([step]), await exact.step([step])
+    assert torch.equal(ours.state_NH, theirs.state_NH.bfloat16())
+    for client in (exact, short):
+        await client.close(["a"])
