@@ -56,6 +56,14 @@ def test_build_memory_measures_every_variant(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
+def test_build_plan_measures_the_driver(tmp_path: Path):
+    figures = smoke("build_plan", tmp_path)["figures"]
+    assert figures["rows"] == figures["planned_rows"] > 600
+    assert figures["peak_bytes"] >= figures["planned_peak_bytes"] > 2**20
+
+
+@pytest.mark.slow
 def test_train_adapter_measures_both_stages_and_memory(tmp_path: Path):
     figures = smoke("train_adapter", tmp_path)["figures"]
     stage1, stage3 = figures["stage1"], figures["stage3"]
