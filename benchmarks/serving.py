@@ -1,7 +1,7 @@
 """What serving costs and brings: many sessions against one, against `generate` and against the published loop, PEMA on
 against off, drafts, the line in a cluster.
 
-The PLM owner's engine and the data owner's unroller run in one process, with the line's bytes between them and, for
+The PLM owner's engine and the data owner's decoder run in one process, with the line's bytes between them and, for
 drafts, a round trip as long as between two organisations. Every answer is greedy; speeds are of whole answers, prompts
 included. Answers of the first three ratios are all of one length.
 """
@@ -27,15 +27,14 @@ from transformers import DynamicCache
 
 from pema_ray.config import PLMConfig, load_config
 from pema_ray.data_owner.adapter import AdapterConfig, PemaAdapter
-from pema_ray.data_owner.serving.drafts import MemoryLookup
-from pema_ray.data_owner.serving.orders import Order, Token
-from pema_ray.data_owner.serving.unroller import Unroller
+from pema_ray.data_owner.decoding import Decoder, GenerationRequest, Predictor
+from pema_ray.data_owner.decoding.drafts import MemoryLookup
 from pema_ray.data_owner.unrolling import UnrollingSchedule, mix
 from pema_ray.errors import UserError
-from pema_ray.line import LMHeadBundle, ModelCard, codec
-from pema_ray.line.stepping import Step, Stepped
+from pema_ray.line import Description, LMHeadBundle, Step, Stepped, codec
 from pema_ray.memory import ExternalMemory
-from pema_ray.plm_owner import InProcessPLM, load_plm
+from pema_ray.plm_owner import LoadedPLM, load_plm
+from pema_ray.plm_owner.export import export_lm_head
 from pema_ray.plm_owner.service import PLMEngine
 from pema_ray.plm_owner.states import capture_state
 
@@ -51,20 +50,18 @@ AIMS: dict[str, Aim] = {  # the published loop has no number of its own to reach
 
 
 class Line:
-    """The line in one process: a `Stepper` that waits a round trip before it answers."""
+    """The line in one process: a `PLMClient` that waits a round trip before it answers."""
 
-    def __init__(self, engine: PLMEngine, round_trip: float = 0.0) -> None:
-        self.engine, self.round_trip = engine, round_trip
+    def __init__(self, engine: PLMEngine, fingerprint: str, round_trip: float = 0.0) -> None:
+        self.engine, self.fingerprint, self.round_trip = engine, fingerprint, round_trip
         self.owner = f"benchmark {uuid.uuid4()}"  # a new one finds nothing of what was computed for others
 
-    async def describe(self) -> ModelCard:
-        return ModelCard.from_dict(
-            {k: v for k, v in (await self.engine.describe()).items() if k != "max_session_tokens"}
-        )
+    async def describe(self) -> Description:
+        return await self.engine.describe()
 
     async def step(self, steps: Sequence[Step]) -> list[Stepped | Exception]:
         await asyncio.sleep(self.round_trip)
-        _, body = await self.engine.step(self.owner, codec.encode_steps(steps))
+        _, body = await self.engine.step(self.owner, codec.encode_steps(steps, self.fingerprint))
         return codec.decode_stepped(body, UserError)
 
     async def close(self, sessions: Sequence[str]) -> None:
@@ -97,10 +94,10 @@ async def _measure(o: argparse.Namespace, scratch: Path) -> None:
     device = device_of(o)
     name = tiny_model(scratch / "tiny") if o.smoke else o.model
     plm = PLMConfig(name=name, device=str(device), threads=o.threads)
-    source = InProcessPLM(load_plm(plm))
-    experiment = load_config(CONFIG)
-    prompts = [example.prompt for example in packaged_examples(source, experiment, max(o.sessions, o.drafts))]
-    bundle = source.lm_head()
+    loaded = load_plm(plm)
+    bundle = export_lm_head(loaded)
+    examples = packaged_examples(bundle.tokenizer(), load_config(CONFIG), max(o.sessions, o.drafts))
+    prompts = [example.prompt for example in examples]
     adapter = _adapter(o.adapter, bundle)
     settings = {"slots": o.sessions + 1, "max_tokens": max(map(len, prompts)) + max(o.tokens, 128)}
     engine = PLMEngine(plm.model_dump(), settings)
@@ -115,13 +112,14 @@ async def _measure(o: argparse.Namespace, scratch: Path) -> None:
             ("one", batch[:1], True),
             ("plm alone", batch, False),
         ):
-            orders = [_order(p, o.tokens, "it" if with_adapter else None) for p in chosen]
-            speed, latencies = await _run(Line(engine), bundle, adapter, orders, eos=False, together=True)
+            requests = [_request(p, o.tokens, "it" if with_adapter else None) for p in chosen]
+            line = Line(engine, bundle.card.fingerprint)
+            speed, latencies = await _run(line, bundle, adapter, requests, eos=False, together=True)
             speeds.setdefault(what, []).append(speed)
             if what == "many":
                 figures["milliseconds"] = latencies
-        speeds.setdefault("generate", []).append(_generate(source, batch, o.tokens))
-        speeds.setdefault("published loop", []).append(_published(source, bundle, adapter, batch, o.tokens, scratch))
+        speeds.setdefault("generate", []).append(_generate(loaded, batch, o.tokens))
+        speeds.setdefault("published loop", []).append(_published(loaded, bundle, adapter, batch, o.tokens, scratch))
     speed = {what: median(found) for what, found in speeds.items()}
     ratios = {
         "many_sessions_over_one": speed["many"] / speed["one"],
@@ -135,17 +133,18 @@ async def _measure(o: argparse.Namespace, scratch: Path) -> None:
         found: dict[int, list[float]] = {0: [], 12: []}
         for _ in range(o.repeats):
             for draft, kept in found.items():
-                orders = [_order(p, 64 if not o.smoke else 4, "it", draft, o.lambda_max) for p in prompts[: o.drafts]]
-                line = Line(engine, round_trip)
+                tokens = 4 if o.smoke else 64
+                requests = [_request(p, tokens, "it", draft, o.lambda_max) for p in prompts[: o.drafts]]
+                line = Line(engine, bundle.card.fingerprint, round_trip)
                 counts: Counter[str] = Counter()
                 speed_, _ = await _run(
-                    line, bundle, adapter, orders, eos=True, together=False, memory=memory, kept=counts
+                    line, bundle, adapter, requests, eos=True, together=False, memory=memory, kept=counts
                 )
                 kept.append(speed_)
                 drafts[f"{draft}{suffix}"] = dict(counts)
         speed |= {f"draft {draft}{suffix}": median(kept) for draft, kept in found.items()}
         ratios[f"drafted_over_not{suffix}"] = median(found[12]) / median(found[0])
-    await (await engine._engine()).stop()
+    await engine.plm.end()
     if not o.no_cluster:
         figures["line_milliseconds"] = line = await _line_in_a_cluster(scratch, 100 if o.smoke else 1000)
         ratios["line_in_cluster_adds_ms"] = line["in a cluster, median"] - line["in one process, median"]
@@ -184,45 +183,45 @@ def _adapter(folder: Path | None, bundle: LMHeadBundle) -> PemaAdapter:
     return PemaAdapter(AdapterConfig(card.hidden_size, rank, card.name, card.fingerprint, residual=True)).eval()
 
 
-def _order(prompt: list[int], tokens: int, adapter: str | None, draft: int = 0, lam: float = 0.9) -> Order:
-    return Order(prompt, tokens, UnrollingSchedule(lam), adapter, tokens, draft=draft)
+def _request(
+    prompt: list[int], tokens: int, adapter: str | None, draft: int = 0, lam: float = 0.9
+) -> GenerationRequest:
+    return GenerationRequest(prompt, tokens, UnrollingSchedule(lam), adapter, tokens, draft=draft)
 
 
 async def _run(
-    line: Line,
+    line: Any,
     bundle: LMHeadBundle,
     adapter: PemaAdapter,
-    orders: Sequence[Order],
+    requests: Sequence[GenerationRequest],
     eos: bool,
     together: bool,
     memory: MemoryLookup | None = None,
     kept: Counter[str] | None = None,
 ) -> tuple[float, dict[str, float]]:
     """Tokens a second, and milliseconds to the first token and between tokens."""
-    tokenizer = bundle.tokenizer()
-    ends = bundle.card.eos_token_ids if eos else ()
-    unroller = Unroller(line, bundle.head, lambda ids: tokenizer.decode(ids), ends)
-    unroller.adapters, unroller.most_drafted = {"it": adapter}, 12
-    unroller.memories = {} if memory is None else {"it": memory}
+    decoder = Decoder(line, bundle.head, bundle.tokenizer(), bundle.card.eos_token_ids if eos else ())
+    decoder.allow_plm_drafts(12)
+    decoder.predictors = {"it": Predictor(bundle.head, adapter)}
+    decoder.memories = {} if memory is None else {"it": memory}
     times: list[list[float]] = []
 
-    async def one(order: Order) -> None:
+    async def one(request: GenerationRequest) -> None:
         mine = [time.perf_counter()]
-        async for token in unroller.answer(order, timeout=3600):
-            assert isinstance(token, Token)
+        async for _ in decoder.answer(request, timeout=3600):
             mine.append(time.perf_counter())
         times.append(mine)
 
     started = time.perf_counter()
     if together:
-        await asyncio.gather(*(one(order) for order in orders))
+        await asyncio.gather(*(one(request) for request in requests))
     else:
-        for order in orders:
-            await one(order)
+        for request in requests:
+            await one(request)
     seconds = time.perf_counter() - started
     if kept is not None:
-        kept.update(unroller.counts)
-    await unroller.stop()
+        kept.update(decoder.counts)
+    await decoder.stop()
     first = [mine[1] - mine[0] for mine in times]
     between = sorted(b - a for mine in times for a, b in pairwise(mine[1:]))
     milliseconds = {
@@ -234,15 +233,15 @@ async def _run(
 
 
 @torch.inference_mode()
-def _generate(source: InProcessPLM, prompts: Sequence[list[int]], tokens: int) -> float:
+def _generate(plm: LoadedPLM, prompts: Sequence[list[int]], tokens: int) -> float:
     """Tokens a second of transformers' own greedy `generate` on the same prompts, padded on their left."""
-    model, longest = source.plm.model, max(map(len, prompts))
+    model, longest = plm.model, max(map(len, prompts))
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
-    device = source.plm.device
+    device = plm.device
     started = time.perf_counter()
     out = model.generate(
         ids.to(device), attention_mask=mask.to(device), do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens
@@ -254,7 +253,7 @@ def _generate(source: InProcessPLM, prompts: Sequence[list[int]], tokens: int) -
 
 @torch.inference_mode()
 def _published(
-    source: InProcessPLM,
+    plm: LoadedPLM,
     bundle: LMHeadBundle,
     adapter: PemaAdapter,
     prompts: Sequence[list[int]],
@@ -266,7 +265,7 @@ def _published(
     stored = to / "published.pt"
     if not stored.exists():
         torch.save({"head": bundle.head.weight, "A": adapter.A.detach(), "B": adapter.B_pd.detach()}, stored)
-    plm, device, longest = source.plm, source.plm.device, max(map(len, prompts))
+    device, longest = plm.device, max(map(len, prompts))
     started = time.perf_counter()
     held = torch.load(stored, map_location=device, weights_only=True)
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -293,16 +292,16 @@ def _published(
 # ── the line in a cluster ───────────────────────────────────────────────────────
 
 
-async def _one_by_one(stepper: Any, count: int) -> list[float]:
+async def _one_by_one(client: Any, count: int) -> list[float]:
     """Seconds of steps of one token, one after the other, of a session that is 200 tokens long."""
-    await stepper.step([Step("it", 0, [5] * 200)])
+    await client.step([Step("it", 0, [5] * 200)])
     took = []
     for _ in range(count):
         started = time.perf_counter()
-        (outcome,) = await stepper.step([Step("it", 199, [6])])
+        (outcome,) = await client.step([Step("it", 199, [6])])
         took.append(time.perf_counter() - started)
         assert isinstance(outcome, Stepped)
-    await stepper.close(["it"])
+    await client.close(["it"])
     return took[count // 10 :]
 
 
@@ -311,14 +310,16 @@ async def _line_in_a_cluster(scratch: Path, count: int) -> dict[str, float]:
     import ray
     from ray import serve
 
+    from pema_ray.plm_owner.engine import EngineConfig
     from pema_ray.plm_owner.replicas import Replicas
-    from pema_ray.plm_owner.service import EngineConfig
-    from pema_ray.serving.applications import Scale, plm_engine
+    from pema_ray.serving.plm_owner import plm_engine
+    from pema_ray.serving.scale import Scale
 
     plm = PLMConfig(name=tiny_model(scratch / "tiny"), device="cpu", dtype="float32", threads=1)
     engine = PLMEngine(plm.model_dump(), {"slots": 4, "max_tokens": 512})
-    within = await _one_by_one(Line(engine), count)
-    await (await engine._engine()).stop()
+    fingerprint = (await engine.describe()).card.fingerprint
+    within = await _one_by_one(Line(engine, fingerprint), count)
+    await engine.plm.end()
 
     class Probe:
         def __init__(self, handle: Any) -> None:

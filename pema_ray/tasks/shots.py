@@ -54,14 +54,15 @@ class SimilarShots:
         """The pairs to show before a source.
 
         Args:
-            example_id: of the source itself, which is never shown.
+            example_id: of the source itself, which is never shown. Splits count alike: another pair of that number is.
         """
         words = _words([source])
         if not any(word in self._index.vocab_dict for word in words[0]):  # nothing is like it
             words = [[next(iter(self._index.vocab_dict))]]
         found, _ = self._index.retrieve(words, k=self.shots + 1, show_progress=False)
         chosen = [self.pairs[place] for place in found[0].tolist()]
-        return [pair for pair in chosen if pair.example_id != example_id][: self.shots][::-1]
+        shown = [pair for pair in chosen if (pair.example_id, pair.source) != (example_id, source)]
+        return shown[: self.shots][::-1]
 
 
 def _words(texts: Sequence[str]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,16 +12,22 @@ import torch
 from pema_ray.baselines.lora import _loss, train_lora
 from pema_ray.config import LoraSettings, PLMConfig
 from pema_ray.errors import UserError
-from pema_ray.plm_owner import InProcessPLM, load_plm
+from pema_ray.plm_owner import LoadedPLM, load_plm
+from pema_ray.plm_owner.export import export_lm_head
 from pema_ray.tasks import EncodedPair
 
 pytest.importorskip("peft")
 
 
 @pytest.fixture
-def source(tiny_plm_folder) -> InProcessPLM:
-    """A model of its own: training changes it."""
-    return InProcessPLM(load_plm(PLMConfig(name=tiny_plm_folder("llama"), dtype="float32", device="cpu", threads=1)))
+def load(tiny_plm_folder) -> Callable[[], LoadedPLM]:
+    """Loads a model of its own: training changes it."""
+    return lambda: load_plm(PLMConfig(name=tiny_plm_folder("llama"), dtype="float32", device="cpu", threads=1))
+
+
+@pytest.fixture
+def plm(load) -> LoadedPLM:
+    return load()
 
 
 def pairs(count: int = 24) -> list[EncodedPair]:
@@ -30,8 +37,8 @@ def pairs(count: int = 24) -> list[EncodedPair]:
     return [EncodedPair(i, prompt, [prompt[-1]] * 3) for i, prompt in enumerate(prompts)]
 
 
-def test_it_learns_and_leaves_embeddings_norms_and_head_alone(source: InProcessPLM):
-    plm, head, told = source.plm, source.lm_head().head, []
+def test_it_learns_and_leaves_embeddings_norms_and_head_alone(plm: LoadedPLM):
+    head, told = export_lm_head(plm).head, []
     before = {name: tensor.clone() for name, tensor in plm.model.state_dict().items()}
     loss = float(_loss(plm, head, pairs()))
     settings = LoraSettings(rank=8, epochs=30, learning_rate=1e-2, max_batch_tokens=120)
@@ -49,22 +56,22 @@ def test_it_learns_and_leaves_embeddings_norms_and_head_alone(source: InProcessP
     assert not any(parameter.requires_grad for parameter in tuned.model.parameters())
 
 
-def test_the_loss_is_that_of_the_models_own_logits(source: InProcessPLM):
-    plm, (first, *_) = source.plm, pairs()
+def test_the_loss_is_that_of_the_models_own_logits(plm: LoadedPLM):
+    first, *_ = pairs()
     with torch.no_grad():
         logits = plm.model(torch.tensor([first.prompt + first.target])).logits[0, len(first.prompt) - 1 :]
         gold = torch.tensor([*first.target, plm.eos_token_ids[0]])
         expected = torch.nn.functional.cross_entropy(logits, gold)
-        torch.testing.assert_close(_loss(plm, source.lm_head().head, [first]), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(_loss(plm, export_lm_head(plm).head, [first]), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_one_seed_gives_one_model(source: InProcessPLM, tiny_plm_folder):
-    other = InProcessPLM(load_plm(PLMConfig(name=tiny_plm_folder("llama"), dtype="float32", device="cpu", threads=1)))
-    runs = [train_lora(s.plm, s.lm_head().head, pairs(), LoraSettings(epochs=2), seed=3)[1] for s in (source, other)]
+def test_one_seed_gives_one_model(load):
+    models, settings = [load(), load()], LoraSettings(epochs=2)
+    runs = [train_lora(plm, export_lm_head(plm).head, pairs(), settings, seed=3)[1] for plm in models]
     assert runs[0].losses == runs[1].losses
 
 
-def test_a_missing_library_is_named(source: InProcessPLM, monkeypatch):
+def test_a_missing_library_is_named(plm: LoadedPLM, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match="pip install peft"):
-        train_lora(source.plm, source.lm_head().head, pairs(), LoraSettings())
+        train_lora(plm, export_lm_head(plm).head, pairs(), LoraSettings())

@@ -14,7 +14,7 @@ async def main(wanted: dict) -> dict:
     from ray.cluster_utils import Cluster
     from test_serving_cluster import ask, until_no_session_lives
 
-    from pema_ray.serving import applications
+    from pema_ray.serving.local import local
 
     small = {"object_store_memory": 80 * 2**20}
     head = {"num_cpus": 3, "resources": {"texts": 1}, "include_dashboard": False, **small}
@@ -22,7 +22,7 @@ async def main(wanted: dict) -> dict:
     nodes = [cluster.add_node(num_cpus=2, resources={"weights": 1}, **small) for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": wanted["port"]})
-    await asyncio.to_thread(lambda: serve.run(applications.local(wanted["args"]), name="pema"))
+    await asyncio.to_thread(lambda: serve.run(local(wanted["args"]), name="pema"))
     url = f"http://127.0.0.1:{wanted['port']}/v1"
     prompts = wanted["prompts"]
     told = {"undisturbed": await asyncio.gather(*(ask(url, prompt) for prompt in prompts))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 
@@ -10,8 +11,6 @@ def main() -> None:
     wanted = json.loads(sys.argv[1])
     import ray
     from ray import serve
-
-    import importlib
 
     ray.init(
         address="local",
@@ -25,7 +24,9 @@ def main() -> None:
         runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}},
     )
     serve.start(http_options={"host": wanted["address"], "port": wanted["port"], **wanted.get("tls", {})})
-    serve.run(getattr(importlib.import_module(f"pema_ray.serving.{wanted['builder']}"), wanted["builder"])(wanted["args"]), name="app")
+    builder = wanted["builder"]
+    build = getattr(importlib.import_module(f"pema_ray.serving.{builder}"), builder)
+    serve.run(build(wanted["args"]), name="app")
     print("up", flush=True)
     sys.stdin.read()
     serve.shutdown()

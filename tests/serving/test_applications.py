@@ -1,4 +1,4 @@
-"""Serve files say what builders take; mistakes in them are told in words before anything starts."""
+"""Serve files build their applications; mistakes in them are named before anything starts."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import yaml
 from typer.testing import CliRunner
 
 from pema_ray.cli import app
-from pema_ray.config import load_config
+from pema_ray.config import GenerateConfig, UnrollingConfig, load_config
+from pema_ray.data_owner import UnrollingSchedule
+from pema_ray.data_owner.serving.protocol import CompletionRequest
+from pema_ray.data_owner.serving.service import DataOwner, DecoderConfig
 from pema_ray.errors import UserError
 from pema_ray.plm_owner.access import Access
-from pema_ray.serving import applications
-from pema_ray.serving.run import arguments_of
+from pema_ray.serving.local import LocalArgs
+from pema_ray.serving.run import application_of, arguments_of
 
 CONFIGS = Path(__file__).parents[2] / "serve_configs"
 
@@ -37,14 +40,46 @@ def test_every_serve_file_builds_its_application(topology: str):
     [
         ("local", {"live": {"adaptors": {}}}, "unknown key 'live.adaptors'"),
         ("local", {"engine": {"slot": 3}}, "unknown key 'engine.slot'"),
-        ("local", {"unroller": {"lambda_max": 2}}, "unroller.lambda_max.*less than or equal to 1"),
+        ("local", {"decoder": {"lambda_max": 2}}, "decoder.lambda_max.*less than or equal to 1"),
+        ("local", {"live": {"tasks": {"a": {"task": {"name": "a"}}}}}, "live.tasks.a.task.template.*Field required"),
         ("plm_owner", {}, "keys.*Field required"),
-        ("data_owner", {"line": {}}, "line.url.*Field required"),
+        ("data_owner", {}, "plm.*Field required"),
+        ("data_owner", {"plm": {}}, r"args.plm: this application holds no weights: give plm.url or plm.serve"),
+        ("data_owner", {"plm": {"name": "gpt2"}}, "pema_ray.serving.local:local serves a PLM of one's own"),
+        ("data_owner", {"plm": {"url": "https://a.b", "serve": "c"}}, "url and serve exclude each other"),
+        ("data_owner", {"plm": {"url": "https://a.b", "threads": 2}}, "'threads' belongs to name"),
     ],
 )
-def test_mistakes_in_a_serve_file_are_told_in_words(builder, args, problem):
+def test_mistakes_in_a_serve_file_are_named(builder, args, problem):
     with pytest.raises(UserError, match=problem):
-        getattr(applications, builder)(args)
+        getattr(import_module(f"pema_ray.serving.{builder}"), builder)(args)
+
+
+def test_lambda_has_one_declaration_for_stages_and_services():
+    """A task's own settings, a service's and a request's that leaves them out agree."""
+    for name, field in UnrollingConfig.model_fields.items():
+        assert getattr(GenerateConfig(), name) == getattr(DecoderConfig(), name) == field.default
+        assert name not in {*GenerateConfig.__annotations__, *DecoderConfig.__annotations__}
+        assert CompletionRequest.model_fields[name].default is None
+    assert LocalArgs().decoder == DecoderConfig()
+    options = GenerateConfig()
+    owner = DataOwner(lambda: pytest.fail("nothing is to be connected"))
+    assert owner.schedule == UnrollingSchedule(options.lambda_max, options.schedule, options.floor)
+
+
+@pytest.mark.parametrize(
+    ("plm", "deployments"),
+    [
+        ({"name": "gpt2"}, {"DataOwner", "PLMEngine"}),
+        ({"url": "https://plm.example.org"}, {"DataOwner"}),
+        ({"serve": "shared"}, {"DataOwner"}),
+    ],
+)
+def test_an_experiment_is_served_with_a_plm_owner_only_if_the_plm_is_its_own(plm, deployments):
+    built = application_of({"plm": plm, "decoder": {"device": "cpu"}})
+    arguments = built._bound_deployment.init_args
+    bound = {a._bound_deployment.name for a in arguments if hasattr(a, "_bound_deployment")}
+    assert {built._bound_deployment.name, *bound} == deployments
 
 
 def test_an_experiment_without_an_adapter_is_not_served(tmp_path):

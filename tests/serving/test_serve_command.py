@@ -17,14 +17,10 @@ import httpx
 import openai
 import psutil
 import pytest
-import torch
 import yaml
+from api_kit import offline_texts, save_adapter
 from test_line_over_https import certificate
 from test_serving_cluster import free_port
-
-from pema_ray.data_owner.adapter import AdapterConfig, PemaAdapter
-from pema_ray.data_owner.generation import Decoding, Generator, Request
-from pema_ray.data_owner.unrolling import UnrollingSchedule
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 CONFIGS = Path(__file__).parents[2] / "serve_configs"
@@ -140,20 +136,11 @@ def place() -> Iterator[Any]:
 
 @pytest.fixture
 def expected(tiny_source, tmp_path) -> tuple[str, Path]:
-    """What the offline generator answers, and the folder of the adapter that it used."""
-    source = tiny_source("llama")
-    bundle, card = source.lm_head(), source.describe()
-    torch.manual_seed(3)
-    adapter = PemaAdapter(AdapterConfig(card.hidden_size, 8, card.name, card.fingerprint, residual=True))
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    adapter.save_pretrained(tmp_path / "adapter")
-    tokenizer = bundle.tokenizer()
-    text = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
-    generator = Generator(source, bundle.head, adapter.eval(), text, card.eos_token_ids)
-    (answer,) = generator.generate([Request(tokenizer(PROMPT).input_ids, MOST, UnrollingSchedule(0.9))], Decoding())
-    return answer.text, tmp_path / "adapter"
+    """What the offline decoder answers, and the folder of the adapter that it used."""
+    source, folder = tiny_source("llama"), tmp_path / "adapter"
+    save_adapter(source.describe().card, folder)
+    (text,) = offline_texts(source, folder, [PROMPT], MOST, 0.9)
+    return text, folder
 
 
 def ask(url: str) -> str:
@@ -169,8 +156,8 @@ def exact(args: dict[str, Any], plm: str | None = None) -> None:
     """As exact as what it is compared with."""
     if plm is not None:
         args["plm"] = {"name": plm, "dtype": "float32", "device": "cpu"}
-    if "unroller" in args:
-        args["unroller"]["dtype"] = "float32"
+    if "decoder" in args:
+        args["decoder"]["dtype"] = "float32"
 
 
 def test_serve_run_serves_both_owners_until_it_is_interrupted(place, tiny_plm_folder, expected):
@@ -205,7 +192,7 @@ def test_serve_deploy_joins_two_clusters_by_https_and_a_key(place, tiny_plm_fold
 
     def change_ours(told: dict[str, Any], args: dict[str, Any]) -> None:
         told["http_options"]["port"] = ours_port
-        args["line"] |= {"url": f"https://127.0.0.1:{port}", "ca_file": crt}
+        args["plm"] |= {"url": f"https://127.0.0.1:{port}", "ca_file": crt}
         exact(args)
 
     made = subprocess.run(
@@ -232,15 +219,15 @@ def test_serve_deploy_joins_two_clusters_by_https_and_a_key(place, tiny_plm_fold
 
     ours.deploy(ours.write("data_owner.yaml", mistake))
     told, until = {}, time.monotonic() + 60
-    while "refused" not in told and time.monotonic() < until:
+    while "rejected" not in told and time.monotonic() < until:
         told = httpx.get(f"http://127.0.0.1:{ours_port}/healthz").json()
         time.sleep(0.5)
-    assert told["ready"] and "runs/nowhere" in told["refused"]
+    assert told["ready"] and "runs/nowhere" in told["rejected"]
     time.sleep(10)  # in which Serve would have replaced a replica whose change had failed
     assert ask(f"http://127.0.0.1:{ours_port}/v1") == want
     ours.deploy(ours.write("data_owner.yaml", change_ours))
     until = time.monotonic() + 60
-    while "refused" in told and time.monotonic() < until:
+    while "rejected" in told and time.monotonic() < until:
         told = httpx.get(f"http://127.0.0.1:{ours_port}/healthz").json()
         time.sleep(0.5)
-    assert told["ready"] and "refused" not in told
+    assert told["ready"] and "rejected" not in told

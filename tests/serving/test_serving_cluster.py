@@ -11,7 +11,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 import httpx2
@@ -19,16 +21,18 @@ import openai
 import psutil
 import pytest
 import ray
-import torch
+from api_kit import offline_answers, offline_texts, save_adapter
 from ray import serve
 
-from pema_ray.data_owner.adapter import AdapterConfig, PemaAdapter
-from pema_ray.data_owner.generation import Decoding, Generator, Request
-from pema_ray.data_owner.unrolling import UnrollingSchedule
-from pema_ray.serving.applications import local
+from pema_ray.data_owner import PemaAdapter, UnrollingSchedule
+from pema_ray.data_owner.decoding import Answer, GenerationRequest, Predictor, SamplingParams
+from pema_ray.line import BlockingPLM, PLMClient, Step, Stepped
+from pema_ray.plm_owner.replicas import Replicas
+from pema_ray.serving.local import local
 
 pytestmark = pytest.mark.cluster
-MOST = 30
+MOST = 30  # tokens of an answer
+PROMPTS = ["Rewrite each", "Formal:", "Informal: thx", "Rewrite each Bible verse", "I would", "gimme an", "your answer"]
 BROKEN = (openai.OpenAIError, httpx.HTTPError, httpx2.HTTPError)  # what a client sees of a stream that was cut off
 
 
@@ -40,14 +44,8 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def adapter(tiny_source, tmp_path_factory):
-    card = tiny_source("llama").describe()
-    torch.manual_seed(3)
-    adapter = PemaAdapter(AdapterConfig(card.hidden_size, 8, card.name, card.fingerprint, residual=True))
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
     folder = tmp_path_factory.mktemp("adapter")
-    adapter.save_pretrained(folder)
+    save_adapter(tiny_source("llama").describe().card, folder)
     return folder
 
 
@@ -57,11 +55,7 @@ def application(ray_cluster, tiny_plm_folder, adapter):
     args = {
         "plm": plm,
         "engine": {"slots": 8, "max_tokens": 90, "forget_seconds": 8},
-        "unroller": {
-            "lambda_max": 0.7,
-            "timeout_seconds": 60,
-            "dtype": "float32",
-        },  # as exact as what it is compared with
+        "decoder": {"lambda_max": 0.7, "timeout_seconds": 60, "dtype": "float32"},  # as exact as the offline decoder
         "live": {"adapters": {"mine": str(adapter)}},
         "plm_owner": {"replicas": 2, "cpus": 0.1},
         "data_owner": {"cpus": 0.1},
@@ -74,26 +68,10 @@ def application(ray_cluster, tiny_plm_folder, adapter):
 
 
 @pytest.fixture(scope="module")
-def expected(tiny_source, adapter):
-    """What the offline generator answers."""
-    source = tiny_source("llama")
-    bundle = source.lm_head()
-    tokenizer = bundle.tokenizer()
-    expert = PemaAdapter.from_pretrained(adapter, bundle.card)
-    generator = Generator(
-        source,
-        bundle.head,
-        expert,
-        lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
-        bundle.card.eos_token_ids,
-    )
-
-    def answer(prompt: str) -> str:
-        ids = tokenizer(prompt).input_ids
-        (found,) = generator.generate([Request(ids, MOST, UnrollingSchedule(0.7))], Decoding())
-        return found.text
-
-    return answer
+def expected(tiny_source, adapter) -> Callable[[str], str]:
+    """What the offline decoder answers to each of PROMPTS."""
+    texts = offline_texts(tiny_source("llama"), adapter, PROMPTS, MOST, 0.7)
+    return dict(zip(PROMPTS, texts, strict=True)).__getitem__
 
 
 def engines(deployment: str = "PLMEngine") -> set[int]:
@@ -105,7 +83,6 @@ def engines(deployment: str = "PLMEngine") -> set[int]:
     return found
 
 
-PROMPTS = ["Rewrite each", "Formal:", "Informal: thx", "Rewrite each Bible verse", "I would", "gimme an", "your answer"]
 
 
 async def ask(url: str, prompt: str, model: str = "mine", began: list[str] | None = None) -> str:
@@ -117,7 +94,7 @@ async def ask(url: str, prompt: str, model: str = "mine", began: list[str] | Non
         return "".join([piece.choices[0].text async for piece in stream])
 
 
-async def test_replicas_that_are_killed_change_no_answer(application, expected):
+async def test_answers_survive_killed_replicas(application, expected):
     url, _ = application
     want = [expected(prompt) for prompt in PROMPTS]
     assert await asyncio.gather(*(ask(url, prompt) for prompt in PROMPTS)) == want
@@ -135,7 +112,7 @@ async def test_replicas_that_are_killed_change_no_answer(application, expected):
     assert engines().isdisjoint(before)
 
 
-async def test_sessions_keep_to_their_replica_and_leave_nothing_behind(application, expected):
+async def test_every_session_is_closed_after_its_answer(application, expected):
     url, _ = application
     want = [expected(prompt) for prompt in PROMPTS]
     for _ in range(2):
@@ -155,7 +132,56 @@ async def until_no_session_lives(seconds: float = 25) -> None:
 
 
 @pytest.mark.slow
-async def test_clients_that_go_away_at_any_moment_leave_no_session(application):
+def test_an_offline_generation_survives_five_kills_of_the_plm_owner(application, tiny_source, adapter):
+    """Over a Serve handle: every replica dies five times, and the answers stay the undisturbed ones."""
+    bundle = tiny_source("llama").lm_head()
+    predictor = Predictor(bundle.head, PemaAdapter.from_pretrained(adapter, bundle.card))
+    tokenizer, schedule = bundle.tokenizer(), UnrollingSchedule(0.7, "linear")
+    kinds = (SamplingParams(), SamplingParams("sample", seed=5), SamplingParams("beam", beams=2))
+    requests = [
+        GenerationRequest(tokenizer.encode(prompt), 60, schedule, "mine", 60, kinds[n % 3], stream=n)
+        for n, prompt in enumerate(PROMPTS * 2)
+    ]
+    undisturbed = tiny_source("llama")
+    want = undisturbed._runner.run(offline_answers(undisturbed.client, bundle, predictor, requests))
+    with BlockingPLM(Replicas.of_application("pema")) as plm:
+        found, kills = plm._runner.run(_disturbed(plm.client, bundle, predictor, requests))
+    assert kills == 5
+    assert [answer.ids for answer in found] == [answer.ids for answer in want]
+    assert [answer.finish for answer in found] == [answer.finish for answer in want]
+
+
+class Counted:
+    """A PLM owner that is asked slowly, and whose answered messages are counted."""
+
+    def __init__(self, client: PLMClient) -> None:
+        self._client, self.answered = client, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    async def step(self, steps: Sequence[Step]) -> list[Stepped | Exception]:
+        await asyncio.sleep(0.05)
+        outcomes = await self._client.step(steps)
+        self.answered += all(isinstance(outcome, Stepped) for outcome in outcomes)
+        return outcomes
+
+
+async def _disturbed(client, bundle, predictor, requests) -> tuple[list[Answer], int]:
+    """The answers while all replicas are killed up to five times, each time after the decoder has got on."""
+    counted, kills, answered = Counted(client), 0, 0
+    task = asyncio.create_task(offline_answers(counted, bundle, predictor, requests))
+    while kills < 5 and not task.done():
+        await asyncio.sleep(0.05)
+        if (alive := engines()) and counted.answered >= answered + 2:
+            for pid in alive:
+                os.kill(pid, signal.SIGKILL)
+            kills, answered = kills + 1, counted.answered
+    return await task, kills
+
+
+@pytest.mark.slow
+async def test_clients_that_disconnect_at_any_moment_leave_no_session(application):
     """Sooner than sessions are forgotten by themselves: what was under way is cancelled, or closed when it is known."""
     url, args = application
     draw = random.Random(0)
@@ -188,7 +214,7 @@ async def test_sixteen_sessions_survive_kills_at_random_moments(application, exp
 
 
 @pytest.mark.slow
-async def test_a_data_owner_that_is_killed_comes_back_and_leaves_no_session(application, expected):
+async def test_a_killed_data_owner_is_replaced_and_leaves_no_session(application, expected):
     url, _ = application
     answers = [asyncio.create_task(ask(url, prompt)) for prompt in PROMPTS]
     await asyncio.sleep(0.1)
@@ -213,7 +239,7 @@ async def test_a_data_owner_that_is_killed_comes_back_and_leaves_no_session(appl
 
 
 @pytest.mark.slow
-async def test_an_application_deployed_anew_takes_other_adapters(application, expected, tmp_path, adapter):
+async def test_a_redeployed_application_serves_other_adapters(application, expected, tmp_path, adapter):
     url, args = application
     renamed = {**args, "live": {"adapters": {"renamed": str(adapter)}}}
     began: list[str] = []
@@ -229,7 +255,7 @@ async def test_an_application_deployed_anew_takes_other_adapters(application, ex
 
 
 @pytest.mark.slow
-async def test_replicas_come_and_go_with_sessions_and_no_answer_changes(application, expected):
+async def test_answers_survive_autoscaling(application, expected):
     """1 → 3 → 1 by autoscaling, under way all the time."""
     url, args = application
     scale = {"replicas": 1, "max_replicas": 3, "sessions_per_replica": 2, "upscale_seconds": 0, "downscale_seconds": 2}
@@ -251,12 +277,12 @@ async def test_replicas_come_and_go_with_sessions_and_no_answer_changes(applicat
 
 
 @pytest.mark.slow
-def test_nodes_that_die_change_no_answer(tiny_plm_folder, adapter, expected, tmp_path):
+def test_answers_survive_dying_nodes(tiny_plm_folder, adapter, expected, tmp_path):
     """Two nodes hold a replica each; one dies, another comes, then the other of the two dies, under 16 answers each."""
     args = {
         "plm": {"name": tiny_plm_folder("llama"), "dtype": "float32", "device": "cpu"},
         "engine": {"slots": 16, "max_tokens": 90, "forget_seconds": 8},
-        "unroller": {"lambda_max": 0.7, "timeout_seconds": 110, "dtype": "float32"},
+        "decoder": {"lambda_max": 0.7, "timeout_seconds": 110, "dtype": "float32"},
         "live": {"adapters": {"mine": str(adapter)}},
         "plm_owner": {"replicas": 2, "cpus": 0.5, "resources": {"weights": 1}},
         "data_owner": {"cpus": 0.5, "resources": {"texts": 1}},  # on the node that stays

@@ -1,4 +1,4 @@
-"""A mistake in a `user_config` is told and served on, unless nothing is served yet."""
+"""A mistake in a `user_config` is logged and the previous one stays in use, unless there is none."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ async def mistaken() -> None:
     raise UserError("runs/nowhere: no adapter here.")
 
 
-async def test_who_serves_goes_on_and_says_why(caplog) -> None:
+async def test_a_serving_replica_keeps_its_configuration_and_says_why(caplog) -> None:
     assert await refused(mistaken(), serving=True) == "runs/nowhere: no adapter here."
-    assert "served on: runs/nowhere: no adapter here." in caplog.text
+    assert "still serving the previous one: runs/nowhere: no adapter here." in caplog.text
     assert await refused(made(), serving=True) is None
 
 
-async def test_who_does_not_serve_yet_does_not_begin() -> None:
+async def test_a_replica_that_does_not_serve_yet_raises() -> None:
     with pytest.raises(UserError, match="runs/nowhere"):
         await refused(mistaken(), serving=False)
     assert await refused(made(), serving=False) is None

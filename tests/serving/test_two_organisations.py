@@ -14,13 +14,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
+from api_kit import offline_texts, save_adapter
 from safetensors.torch import load_file
 from test_line_over_https import certificate
 
-from pema_ray.data_owner.adapter import AdapterConfig, PemaAdapter
-from pema_ray.data_owner.generation import Decoding, Generator, Request
-from pema_ray.data_owner.unrolling import UnrollingSchedule
 from pema_ray.plm_owner.access import Quota, add_client
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -212,13 +209,9 @@ def test_each_organisation_keeps_its_own(apart, tiny_plm_folder, tiny_source):
     folders = {owner: base / owner for owner in OWNERS}
     for folder in folders.values():
         folder.mkdir()
-    card = tiny_source("llama").describe()
-    torch.manual_seed(3)
-    adapter = PemaAdapter(AdapterConfig(card.hidden_size, 8, card.name, card.fingerprint, residual=True))
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    adapter.save_pretrained(folders["data"] / "adapter")
+    source = tiny_source("llama")
+    card = source.describe().card
+    save_adapter(card, folders["data"] / "adapter")
     shutil.copytree(tiny_plm_folder("llama"), folders["plm"] / "plm")
     crt, private = certificate(folders["plm"], "server", address=apart.address["plm"])
     shutil.copy(crt, folders["data"] / "ca.crt")
@@ -246,9 +239,9 @@ def test_each_organisation_keeps_its_own(apart, tiny_plm_folder, tiny_source):
             {
                 "builder": "data_owner", "port": 8001,
                 "args": {
-                    "line": {"url": url, "key_file": str(folders["data"] / "key"), "fingerprint": card.fingerprint,
+                    "plm": {"url": url, "key_file": str(folders["data"] / "key"), "fingerprint": card.fingerprint,
                              "ca_file": str(folders["data"] / "ca.crt"), "timeout_seconds": 10},
-                    "unroller": {"lambda_max": 0.7, "timeout_seconds": 8, "dtype": "float32"},
+                    "decoder": {"lambda_max": 0.7, "timeout_seconds": 8, "dtype": "float32"},
                     "data_owner": {"cpus": 0.1},
                     "live": {"adapters": {"mine": str(folders["data"] / "adapter")}},
                 },
@@ -269,15 +262,7 @@ def test_each_organisation_keeps_its_own(apart, tiny_plm_folder, tiny_source):
             command = [*apart.within("data"), sys.executable, "-c", ask, wire, prompt, str(MOST)]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-        source = tiny_source("llama")
-        bundle = source.lm_head()
-        tokenizer = bundle.tokenizer()
-        generator = Generator(
-            source, bundle.head, adapter.eval(), lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
-            card.eos_token_ids,
-        )  # fmt: skip
-        request = Request(tokenizer(prompt).input_ids, MOST, UnrollingSchedule(0.7))
-        assert asked() == generator.generate([request], Decoding())[0].text
+        assert [asked()] == offline_texts(source, folders["data"] / "adapter", [prompt], MOST, 0.7)
 
         weights = load_file(folders["plm"] / "plm" / "model.safetensors")
         layer = next(name for name in weights if "mlp" in name)

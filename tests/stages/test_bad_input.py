@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from pema_ray.config import load_config
 from pema_ray.errors import FingerprintMismatch
 from pema_ray.line import LMHeadBundle
 from pema_ray.memory import ExternalMemory, Manifest
 from pema_ray.stages.main import run_stage, stages
+from pema_ray.stages.run import Run
 
 
 def refused(capsys, stage: str, path: Path, *overrides: str) -> str:
@@ -86,6 +88,24 @@ def test_a_stage_whose_parents_are_missing_says_which_to_run(capsys, experiment)
     path = experiment()
     assert "Run: pema-ray prepare" in refused(capsys, "build_memory", path)
     assert "Run: pema-ray build-memory" in refused(capsys, "train", path)
+
+
+@pytest.mark.parametrize(
+    "plm", [["plm.url=https://plm.example.org", "plm.key_file=key"], ["plm.serve=shared"]], ids=["url", "serve"]
+)
+def test_comparing_with_lora_is_refused_without_weights_before_anything_is_computed(
+    capsys, tmp_path, experiment, monkeypatch, plm
+):
+    monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("Ray must not be started"))
+    path, elsewhere = experiment(), ["plm.name=null", "plm.dtype=auto", *plm]
+    run = Run(load_config(path, elsewhere))
+    for stage in ("prepare", "export_head", "build_memory"):  # as if they were finished
+        run.path(stage).mkdir(parents=True)
+        run.path(stage, "metrics.json").write_text(json.dumps({"stamp": run.stamp(stage), "summary": ""}))
+    before = written(tmp_path / "run")
+    line = refused(capsys, "compare", path, *elsewhere, "compare.systems=[copy, lora]")
+    assert "compare.systems: lora trains the PLM's weights" in line and plm[0] in line and "set plm.name" in line
+    assert written(tmp_path / "run") == before
 
 
 def test_a_run_folder_that_cannot_be_one_is_refused(capsys, tmp_path, experiment):

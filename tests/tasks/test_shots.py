@@ -39,6 +39,12 @@ def test_a_pair_is_never_shown_to_itself():
         assert pair not in shown
 
 
+def test_a_pair_of_another_split_with_the_same_number_is_shown():
+    shots, source = SimilarShots(PAIRS, 2), "a time to laugh"
+    for pair in PAIRS:
+        assert shots.like(source, pair.example_id) == shots.like(source)
+
+
 def test_a_source_like_nothing_is_shown_examples_all_the_same():
     assert len(SimilarShots(PAIRS, 3).like("xyzzy")) == 3
     assert len(SimilarShots(PAIRS, 3).like("")) == 3

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pema_ray.data_owner.decoding import SamplingParams
 from pema_ray.data_owner.unrolling import UnrollingSchedule
@@ -16,12 +16,24 @@ _AS_GOOD_AS_GREEDY = 1e-3  # a temperature; below it probabilities overflow
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
+def _of_whole_characters(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half a character (a lone surrogate) at position {error.start}") from None
+    return text
+
+
+# Texts that are not tokenised: the tokenizer checks the others.
+Text = Annotated[str, AfterValidator(_of_whole_characters)]
+
+
 class _Unrolled(BaseModel):
     """Parameters of both kinds of request; the last seven are this project's own (`extra_body` in OpenAI's client)."""
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str
+    model: Text
     n: int = Field(default=1, ge=1, le=_MOST_ANSWERS)
     stop: str | list[str] | None = None
     stream: bool = False
@@ -29,7 +41,7 @@ class _Unrolled(BaseModel):
     temperature: Finite = Field(default=1.0, ge=0, le=10)
     top_p: Finite = Field(default=1.0, gt=0, le=1)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
-    user: str | None = None
+    user: Text | None = None
     presence_penalty: Literal[0] = 0
     frequency_penalty: Literal[0] = 0
 
@@ -62,6 +74,8 @@ class _Unrolled(BaseModel):
         each = [stop] if isinstance(stop, str) else stop or []
         if len(each) > 4 or any(not s or len(s) > 500 for s in each):
             raise ValueError("at most four stop strings, of 1 to 500 characters each")
+        for text in each:
+            _of_whole_characters(text)
         return stop
 
     @property
@@ -143,7 +157,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="forbid")
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
-    name: str | None = None
+    name: Text | None = None
 
     @property
     def text(self) -> str:
