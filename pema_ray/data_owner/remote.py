@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from asyncio import sleep
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -27,6 +28,7 @@ _BUSY = (429, 502, 503, 504)
 _TOKEN_BYTES = 4
 _SEQUENCE_BYTES = 10  # of a frame's header: a length and a first position
 _HEADER_BYTES = 4096
+_LONGEST_WAIT = 600.0  # seconds, between the requests of one batch
 _Count = Annotated[int, msgspec.Meta(ge=1, lt=2**40)]
 
 
@@ -35,6 +37,10 @@ class _OwnersLimits(msgspec.Struct):
     max_rows: _Count
     max_draft: Annotated[int, msgspec.Meta(ge=0)]
     max_body_mb: Annotated[float, msgspec.Meta(gt=0.01)]
+
+
+class _Quota(msgspec.Struct):
+    rows_per_minute: Annotated[int, msgspec.Meta(ge=0)] | None = None
 
 
 class _Model(msgspec.Struct):
@@ -48,6 +54,7 @@ class _Model(msgspec.Struct):
     eos_token_ids: tuple[int, ...]
     max_session_tokens: _Count
     limits: _OwnersLimits
+    quota: _Quota = _Quota()
 
 
 class RemotePLM:
@@ -98,10 +105,11 @@ class RemotePLM:
             )
             if self._fingerprint not in (None, card.fingerprint):
                 raise FingerprintMismatch(self.config.label, card.label, str(self._fingerprint))
-            limits = model.limits
+            limits, quota = model.limits, model.quota.rows_per_minute
+            max_rows = limits.max_rows if quota is None else max(1, min(limits.max_rows, quota))
             self._fingerprint, self._body_bytes = card.fingerprint, int(limits.max_body_mb * 2**20)
             self._described = Description(
-                card, Limits(model.max_session_tokens, limits.max_draft, limits.max_steps, limits.max_rows)
+                card, Limits(model.max_session_tokens, limits.max_draft, limits.max_steps, max_rows)
             )
         return self._described
 
@@ -117,16 +125,31 @@ class RemotePLM:
         return bundle
 
     async def extract(self, batch: ExtractBatch) -> torch.Tensor:
-        """Representations `[N, H]`; a batch that exceeds the PLM owner's limits goes in several requests, in turn."""
-        described = await self.describe()
-        rows = []
-        for request in _requests(batch, described.limits.max_rows, self._body_bytes):
-            body = codec.encode_extract(request, described.card.fingerprint)
-            answer = await self._frame("/v1/extract", body, codec.decode_rows)
-            if answer.shape != (request.rows, described.card.hidden_size):
-                raise UserError(f"{self.config.url}: sent {list(answer.shape)} for a batch of {request.rows} rows.")
-            rows.append(answer)
+        """Representations `[N, H]`; a batch that exceeds the PLM owner's limits goes in several requests, in turn.
+
+        After the first of them this waits for the quota itself: to repeat them all would use it up again.
+        """
+        limits = (await self.describe()).limits
+        rows: list[torch.Tensor] = []
+        waited = 0.0
+        for request in _requests(batch, limits.max_rows, self._body_bytes):
+            while True:
+                try:
+                    rows.append(await self._extract(request))
+                    break
+                except Busy as busy:
+                    waited += busy.retry_after
+                    if not rows or waited > _LONGEST_WAIT:
+                        raise
+                    await sleep(busy.retry_after)
         return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+    async def _extract(self, batch: ExtractBatch) -> torch.Tensor:
+        card = (await self.describe()).card
+        rows = await self._frame("/v1/extract", codec.encode_extract(batch, card.fingerprint), codec.decode_rows)
+        if rows.shape != (batch.rows, card.hidden_size):
+            raise UserError(f"{self.config.url}: sent {list(rows.shape)} for a batch of {batch.rows} rows.")
+        return rows
 
     async def step(self, steps: Sequence[Step]) -> list[Stepped | Exception]:
         limits = (await self.describe()).limits

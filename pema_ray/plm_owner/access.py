@@ -65,10 +65,10 @@ class Clients(Section):
     @field_validator("clients")
     @classmethod
     def _are_distinct(cls, clients: tuple[Client, ...]) -> tuple[Client, ...]:
-        for told in ("name", "key_sha256"):
-            values = [getattr(client, told) for client in clients]
+        for name in ("name", "key_sha256"):
+            values = [getattr(client, name) for client in clients]
             if len(set(values)) < len(values):
-                raise ValueError(f"two clients have the same {told}")
+                raise ValueError(f"two clients have the same {name}")
         return clients
 
 
@@ -96,12 +96,12 @@ class Refused(Exception):
 
 
 class Account:
-    """What one data owner has used of its quota in the last minute, and what its requests hold just now.
+    """What one data owner has used of its quota in the last minute, and the memory of its requests under way.
 
     Attributes:
-        sessions: open ones, and when they were last heard of.
+        sessions: open ones, and when they took their last step.
         requests: under way.
-        held_bytes: of their bodies and answers.
+        reserved_bytes: of their bodies and answers.
     """
 
     def __init__(self, client: Client, clock: Callable[[], float] = time.monotonic) -> None:
@@ -109,51 +109,51 @@ class Account:
         self._used: dict[str, deque[tuple[float, int]]] = {}
         self._sums: dict[str, int] = {}
         self.sessions: dict[str, float] = {}
-        self.requests = self.held_bytes = 0
+        self.requests = self.reserved_bytes = 0
 
     def spend(self, rows: int, tokens: int, opens: set[str]) -> None:
-        """Count a request before it is done; nothing is counted of one that is refused.
+        """Count a request before it is done; a refused one is not counted.
 
         Raises:
             Refused: 413 what would never fit, 429 what does not fit now.
         """
         quota, now = self.client.quota, self._clock()
-        wanted = {"rows": (rows, quota.rows_per_minute), "tokens": (tokens, quota.tokens_per_minute)}
-        self._afford(wanted, now)
+        amounts = {"rows": (rows, quota.rows_per_minute), "tokens": (tokens, quota.tokens_per_minute)}
+        self._afford(amounts, now)
         fresh = opens - self.sessions.keys()
         if quota.sessions is not None and len(self.sessions) + len(fresh) > quota.sessions:
             raise Refused(429, f"Your quota is {quota.sessions} sessions at a time; close one first.", 1.0)
-        self._count(wanted, now)
+        self._count(amounts, now)
         self.sessions |= dict.fromkeys(opens, now)
 
-    def spend_head(self, most: int) -> None:
-        """Count an LM head that is asked for; `most` are given a minute.
+    def spend_head(self, limit: int) -> None:
+        """Count a requested LM head, of at most `limit` a minute.
 
         Raises:
             Refused: 429.
         """
-        wanted, now = {"LM heads": (1, most)}, self._clock()
-        self._afford(wanted, now)
-        self._count(wanted, now)
+        amounts, now = {"LM heads": (1, limit)}, self._clock()
+        self._afford(amounts, now)
+        self._count(amounts, now)
 
-    def _afford(self, wanted: Mapping[str, tuple[int, int | None]], now: float) -> None:
-        for name, (amount, most) in wanted.items():
+    def _afford(self, amounts: Mapping[str, tuple[int, int | None]], now: float) -> None:
+        for name, (amount, limit) in amounts.items():
             self._forget(name, now)
-            if most is None:
+            if limit is None:
                 continue
-            if amount > most:
-                raise Refused(413, f"{amount} {name} in one request; your quota is {most} a minute.")
-            if self._sums.get(name, 0) + amount > most:
-                wait = self._until(name, amount, most, now)
-                raise Refused(429, f"Your quota is {most} {name} a minute; come again in {wait:.0f} s.", wait)
+            if amount > limit:
+                raise Refused(413, f"{amount} {name} in one request; your quota is {limit} a minute.")
+            if self._sums.get(name, 0) + amount > limit:
+                wait = self._until(name, amount, limit, now)
+                raise Refused(429, f"Your quota is {limit} {name} a minute; come again in {wait:.0f} s.", wait)
 
-    def _count(self, wanted: Mapping[str, tuple[int, int | None]], now: float) -> None:
-        for name, (amount, _) in wanted.items():
+    def _count(self, amounts: Mapping[str, tuple[int, int | None]], now: float) -> None:
+        for name, (amount, _) in amounts.items():
             self._used.setdefault(name, deque()).append((now, amount))
             self._sums[name] = self._sums.get(name, 0) + amount
 
     def forget_idle(self, seconds: float) -> None:
-        """Count sessions no more that were not heard of for so long."""
+        """Stop counting sessions that took no step for so long."""
         oldest = self._clock() - seconds
         self.sessions = {name: at for name, at in self.sessions.items() if at >= oldest}
 
@@ -162,9 +162,9 @@ class Account:
         while used and used[0][0] <= now - _MINUTE:
             self._sums[name] -= used.popleft()[1]
 
-    def _until(self, name: str, amount: int, most: int, now: float) -> float:
+    def _until(self, name: str, amount: int, limit: int, now: float) -> float:
         """Seconds until so much is free again."""
-        over = self._sums[name] + amount - most
+        over = self._sums[name] + amount - limit
         for at, used in self._used[name]:
             over -= used
             if over <= 0:
@@ -172,41 +172,41 @@ class Account:
         return _MINUTE
 
 
-class Held:
-    """What one request holds in memory, from its first byte until its answer has been sent: a context.
+class Reservation:
+    """The memory of one request, from its first byte until its answer has been sent: a context manager.
 
     Args:
-        most_requests: of the account, under way at the same time.
-        most_bytes: of all of them; one request alone may always be as large as single requests may.
+        max_requests: of the account, under way at the same time.
+        max_bytes: of all of them; one request alone may always be as large as single requests may.
 
     Raises:
         Refused: 429, on entering; the data owner has as many under way.
     """
 
-    def __init__(self, account: Account, most_requests: float, most_bytes: float) -> None:
-        self._account, self._most_requests, self._most_bytes = account, most_requests, most_bytes
+    def __init__(self, account: Account, max_requests: float, max_bytes: float) -> None:
+        self._account, self._max_requests, self._max_bytes = account, max_requests, max_bytes
         self._bytes = 0
 
-    def __enter__(self) -> Held:
-        if self._account.requests >= self._most_requests:
-            raise Refused(429, f"{self._most_requests} requests of yours are under way; come again after one.", 1.0)
+    def __enter__(self) -> Reservation:
+        if self._account.requests >= self._max_requests:
+            raise Refused(429, f"{self._max_requests} requests of yours are under way; come again after one.", 1.0)
         self._account.requests += 1
         return self
 
     def __exit__(self, *_: object) -> None:
         self._account.requests -= 1
-        self._account.held_bytes -= self._bytes
+        self._account.reserved_bytes -= self._bytes
 
     def add(self, size: int) -> None:
-        """So many bytes more: of the body as they come, of the answer before it is made.
+        """Reserve more bytes: of the body as they arrive, of the answer before it is made.
 
         Raises:
             Refused: 429, too much with the data owner's other requests.
         """
-        others = self._account.held_bytes - self._bytes
-        if others and others + self._bytes + size > self._most_bytes:
+        others = self._account.reserved_bytes - self._bytes
+        if others and others + self._bytes + size > self._max_bytes:
             raise Refused(429, f"Your requests under way hold {others / 2**20:.0f} MiB; come again after one.", 1.0)
-        self._account.held_bytes += size
+        self._account.reserved_bytes += size
         self._bytes += size
 
 
@@ -265,13 +265,13 @@ class Access:
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key:
             raise Refused(401, "A key is needed: Authorization: Bearer pema-…")
-        found, hashed = None, hash_of(key.strip())
-        for known, account in self._accounts.items():  # all of them, so that time tells nothing
+        account, hashed = None, hash_of(key.strip())
+        for known, candidate in self._accounts.items():  # all of them, so that the time reveals nothing
             if secrets.compare_digest(known, hashed):
-                found = account
-        if found is None:
+                account = candidate
+        if account is None:
             raise Refused(401, "This key is not known here.")
-        return found
+        return account
 
     def _changed_at(self) -> tuple[int, int] | None:
         try:

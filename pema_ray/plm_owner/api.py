@@ -30,7 +30,7 @@ from pema_ray.config import Section
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import Busy, SessionLost, codec
 from pema_ray.line.protocol import LONGEST_NAME
-from pema_ray.plm_owner.access import Access, Account, Held, Refused
+from pema_ray.plm_owner.access import Access, Account, Refused, Reservation
 from pema_ray.plm_owner.executor import run_in_executor
 from pema_ray.plm_owner.replicas import Replicas
 
@@ -65,11 +65,11 @@ class Limits(Section):
 
 
 @dataclass
-class _Asked:
+class _Request:
     """One request of a data owner that is known."""
 
     account: Account
-    held: Held
+    reservation: Reservation
     used: dict[str, int] = field(default_factory=dict)
     """What is counted and logged of it."""
 
@@ -133,28 +133,28 @@ def make_api(access: Access, limits: Limits, replicas: Callable[[str, str | None
         request: Request,
         authorization: str | None,
         what: str,
-        work: Callable[[_Asked], Awaitable[Response]],
+        work: Callable[[_Request], Awaitable[Response]],
         makes_room: bool = False,
     ) -> Response:
         """One request: who asks, whether it may, and what it took. What makes room is never refused for want of it."""
-        started, told = time.perf_counter(), request.headers.get("x-request-id", "")
+        started, given = time.perf_counter(), request.headers.get("x-request-id", "")
         response: Response | None = None
-        number = told if 0 < len(told) <= 64 and told.isascii() and told.isprintable() else uuid.uuid4().hex
+        number = given if 0 < len(given) <= 64 and given.isascii() and given.isprintable() else uuid.uuid4().hex
         name, used, status = "", {}, 499  # of a caller that has gone away before the answer
         try:
             account = await access.admit(authorization)
             name = account.client.name
             account.forget_idle(limits.session_seconds)
-            most = (math.inf, math.inf) if makes_room else (limits.max_requests, limits.max_held_mb * 2**20)
-            held = Held(account, *most)
-            request.scope[_UNTIL_SENT].enter_context(held)
-            response = await work(_Asked(account, held, used))
+            allowed = (math.inf, math.inf) if makes_room else (limits.max_requests, limits.max_held_mb * 2**20)
+            reservation = Reservation(account, *allowed)
+            request.scope[_UNTIL_SENT].enter_context(reservation)
+            response = await work(_Request(account, reservation, used))
         except Refused as refused:
             response = _error(refused.status, str(refused), refused.retry_after)
         except codec.BadFrame as error:
             response = _error(400, str(error))
         except FingerprintMismatch as error:
-            message = f"You expect the PLM {error.expected}; this is {error.found}. Export its LM head anew."
+            message = f"You expect the PLM {error.expected[:64]}; this is {error.found}. Export its LM head anew."
             response = _error(409, message, found=error.found)
         except UserError as error:
             response = _error(422, str(error))
@@ -175,25 +175,25 @@ def make_api(access: Access, limits: Limits, replicas: Callable[[str, str | None
         response.headers["X-Request-Id"] = number
         return response
 
-    async def body_of(request: Request, asked: _Asked, mb: float = limits.max_body_mb) -> bytes:
+    async def body_of(request: Request, call: _Request, mb: float = limits.max_body_mb) -> bytes:
         """The body, never more of it than is allowed."""
-        most, parts, size = int(mb * 2**20), [], 0
+        limit, parts, size = int(mb * 2**20), [], 0
         async for part in request.stream():
             size += len(part)
-            if size > most:
+            if size > limit:
                 raise Refused(413, f"The body is larger than {mb:g} MiB.")
-            asked.held.add(len(part))
+            call.reservation.add(len(part))
             parts.append(part)
-            asked.used["received_bytes"] = size
+            call.used["received_bytes"] = size
         return b"".join(parts)
 
     @api.get("/v1/model")
     async def model(request: Request, authorization: Authorization = None, fingerprint: Fingerprint = None) -> Any:
         """Name, fingerprint and sizes of the PLM, and your limits."""
 
-        async def work(asked: _Asked) -> Response:
-            quota = asked.account.client.quota.model_dump(exclude_none=True)
-            described = await (await line_of(asked.account, fingerprint)).describe()
+        async def work(call: _Request) -> Response:
+            quota = call.account.client.quota.model_dump(exclude_none=True)
+            described = await (await line_of(call.account, fingerprint)).describe()
             sizes = {**described.card.to_dict(), "max_session_tokens": described.limits.max_tokens}
             return JSONResponse({**sizes, "limits": limits.model_dump(), "quota": quota})
 
@@ -203,9 +203,9 @@ def make_api(access: Access, limits: Limits, replicas: Callable[[str, str | None
     async def lm_head(request: Request, authorization: Authorization = None, fingerprint: Fingerprint = None) -> Any:
         """The LM-head bundle: final norm, LM head and tokenizer, as files in a frame."""
 
-        async def work(asked: _Asked) -> Response:
-            asked.account.spend_head(limits.lm_heads_per_minute)
-            frame = await head_of(await line_of(asked.account, fingerprint))  # one for all: nobody holds it alone
+        async def work(call: _Request) -> Response:
+            call.account.spend_head(limits.lm_heads_per_minute)
+            frame = await head_of(await line_of(call.account, fingerprint))  # one for all: nobody holds it alone
             return Response(frame, media_type=codec.MEDIA_TYPE)
 
         return await perform(request, authorization, "lm-head", work)
@@ -216,15 +216,15 @@ def make_api(access: Access, limits: Limits, replicas: Callable[[str, str | None
     async def extract(request: Request, authorization: Authorization = None) -> Any:
         """Representations of the requested positions of a batch."""
 
-        async def work(asked: _Asked) -> Response:
-            body = await body_of(request, asked)
+        async def work(call: _Request) -> Response:
+            body = await body_of(request, call)
             batch, fingerprint = await run_in_executor(len(body), codec.decode_extract, body)
-            asked.used |= {"rows": batch.rows, "tokens": batch.tokens}
-            line = await line_of(asked.account, fingerprint)
+            call.used |= {"rows": batch.rows, "tokens": batch.tokens}
+            line = await line_of(call.account, fingerprint)
             if batch.rows > limits.max_rows:
                 raise Refused(413, f"{batch.rows} rows in one request; {limits.max_rows} are allowed.")
-            asked.held.add(batch.rows * (await line.describe()).card.hidden_size * _STATE_BYTES)
-            asked.account.spend(asked.used["rows"], asked.used["tokens"], set())
+            call.reservation.add(batch.rows * (await line.describe()).card.hidden_size * _STATE_BYTES)
+            call.account.spend(call.used["rows"], call.used["tokens"], set())
             return Response(await line.extract_bytes(body), media_type=codec.MEDIA_TYPE)
 
         return await perform(request, authorization, "extract", work)
@@ -233,26 +233,26 @@ def make_api(access: Access, limits: Limits, replicas: Callable[[str, str | None
     async def step(request: Request, authorization: Authorization = None) -> Any:
         """Steps of sessions: open, continue, rewind, in one message. Errors of single steps stand in their places."""
 
-        async def work(asked: _Asked) -> Response:
-            body = await body_of(request, asked)
+        async def work(call: _Request) -> Response:
+            body = await body_of(request, call)
             steps, fingerprint = await run_in_executor(len(body), codec.decode_steps, body)
             if len(steps) > limits.max_steps:
                 raise Refused(413, f"{len(steps)} steps in one message; {limits.max_steps} are allowed.")
             rows = sum(s.states + s.draft for s in steps)
-            asked.used |= {"sessions": len(steps), "rows": rows, "tokens": sum(len(s.tokens) for s in steps)}
+            call.used |= {"sessions": len(steps), "rows": rows, "tokens": sum(len(s.tokens) for s in steps)}
             if rows > limits.max_rows or any(s.draft > limits.max_draft for s in steps):
                 raise Refused(
                     413,
                     f"At most {limits.max_rows} states in one answer, and {limits.max_draft} drafted tokens a step.",
                 )
-            line = await line_of(asked.account, fingerprint)
+            line = await line_of(call.account, fingerprint)
             size = rows * (await line.describe()).card.hidden_size * _STATE_BYTES
-            asked.held.add(size)
-            asked.account.spend(rows, asked.used["tokens"], {s.session for s in steps})
+            call.reservation.add(size)
+            call.account.spend(rows, call.used["tokens"], {s.session for s in steps})
             outcomes = await line.step(steps)
             for step, outcome in zip(steps, outcomes, strict=True):
                 if isinstance(outcome, SessionLost) or (step.position == 0 and isinstance(outcome, Exception)):
-                    asked.account.sessions.pop(step.session, None)
+                    call.account.sessions.pop(step.session, None)
             return Response(await run_in_executor(size, codec.encode_stepped, outcomes), media_type=codec.MEDIA_TYPE)
 
         return await perform(request, authorization, "step", work)
@@ -265,15 +265,15 @@ def make_api(access: Access, limits: Limits, replicas: Callable[[str, str | None
     async def close(request: Request, authorization: Authorization = None) -> Any:
         """Forget sessions; those that are gone already are no error."""
 
-        async def work(asked: _Asked) -> Response:
+        async def work(call: _Request) -> Response:
             try:
-                sessions = msgspec.json.decode(await body_of(request, asked, names_mb), type=_Sessions)
+                sessions = msgspec.json.decode(await body_of(request, call, names_mb), type=_Sessions)
             except msgspec.MsgspecError as error:
                 raise Refused(400, f"A list of up to 4,096 sessions' names is expected: {error}") from None
-            asked.used["sessions"] = len(sessions)
+            call.used["sessions"] = len(sessions)
             for session in sessions:
-                asked.account.sessions.pop(session, None)
-            for line in list(lines.get(asked.account.client.name, {}).values()):
+                call.account.sessions.pop(session, None)
+            for line in list(lines.get(call.account.client.name, {}).values()):
                 await line.close(sessions)
             return Response(status_code=204)
 

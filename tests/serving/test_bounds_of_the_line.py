@@ -13,7 +13,7 @@ from test_line_over_https import Owner
 
 from pema_ray.line import Step, codec
 from pema_ray.plm_owner import access as access_module
-from pema_ray.plm_owner.access import Account, Client, Held, Quota, Refused, add_client, hash_of
+from pema_ray.plm_owner.access import Account, Client, Reservation, Quota, Refused, add_client, hash_of
 from pema_ray.plm_owner.api import Limits
 
 
@@ -68,7 +68,7 @@ async def test_a_data_owner_has_so_many_requests_under_way_and_no_more(owner_of)
         assert {(await upload.answer).status_code for upload in uploads} == {200}
         assert (await http.post("/v1/sessions/step", content=step)).status_code == 200
         await until(lambda: mine(owner).requests == 0)
-        assert mine(owner).held_bytes == 0
+        assert mine(owner).reserved_bytes == 0
 
 
 async def test_who_goes_away_in_the_middle_of_a_body_holds_nothing_any_more(owner_of):
@@ -76,11 +76,11 @@ async def test_who_goes_away_in_the_middle_of_a_body_holds_nothing_any_more(owne
         step = owner.steps(Step("a", 0, [5]))
         async with owner.raw() as http:
             upload = Upload(http, step[:5], step[5:])
-            await until(lambda: mine(owner).held_bytes == 5)
+            await until(lambda: mine(owner).reserved_bytes == 5)
             upload.answer.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await upload.answer
-        await until(lambda: (mine(owner).requests, mine(owner).held_bytes) == (0, 0))
+        await until(lambda: (mine(owner).requests, mine(owner).reserved_bytes) == (0, 0))
         async with owner.raw() as http:
             assert (await http.post("/v1/sessions/step", content=step)).status_code == 200
         assert 499 in {entry["status"] for entry in owner.log()}
@@ -90,32 +90,32 @@ async def test_bodies_and_answers_that_are_held_together_are_bounded(owner_of):
     async with owner_of(limits=Limits(max_held_mb=0.02)) as owner, owner.raw() as http:
         batch = owner.batch(*[[5] * 80] * 40, first=79)  # 13 kB, and 5 kB of answer
         upload = Upload(http, batch[:10_000], batch[10_000:], "/v1/extract")
-        await until(lambda: mine(owner).held_bytes == 10_000)
+        await until(lambda: mine(owner).reserved_bytes == 10_000)
         told_to_come_again(await http.post("/v1/extract", content=batch), "Your requests under way hold")
         many = owner.batch(*[[5] * 80] * 2)  # less than 1 kB, and 20 kB of answer
         told_to_come_again(await http.post("/v1/extract", content=many), "Your requests under way hold")
         upload.go_on.set()
         assert (await upload.answer).status_code == 200
-        await until(lambda: mine(owner).held_bytes == 0)
+        await until(lambda: mine(owner).reserved_bytes == 0)
         alone = owner.batch(*[[5] * 80] * 9)  # more than all may have, by itself
         assert (await http.post("/v1/extract", content=alone)).status_code == 200
 
 
 def test_what_is_held_is_counted_to_the_byte():
     account = Account(Client(name="a", key_sha256="0" * 64))
-    with Held(account, 2, 100) as first:
+    with Reservation(account, 2, 100) as first:
         first.add(80)
-        with Held(account, 2, 100) as second:
+        with Reservation(account, 2, 100) as second:
             second.add(20)
             with pytest.raises(Refused) as raised:
                 second.add(1)
             assert (raised.value.status, raised.value.retry_after) == (429, 1.0)
-            with pytest.raises(Refused), Held(account, 2, 100):
+            with pytest.raises(Refused), Reservation(account, 2, 100):
                 raise AssertionError("a third one was let in")
-            assert (account.requests, account.held_bytes) == (2, 100)
-        assert (account.requests, account.held_bytes) == (1, 80)
+            assert (account.requests, account.reserved_bytes) == (2, 100)
+        assert (account.requests, account.reserved_bytes) == (1, 80)
         first.add(1000)  # alone
-    assert (account.requests, account.held_bytes) == (0, 0)
+    assert (account.requests, account.reserved_bytes) == (0, 0)
 
 
 async def test_the_lm_head_is_counted_and_its_frame_is_made_once(owner_of):

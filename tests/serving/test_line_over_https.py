@@ -220,8 +220,9 @@ async def test_quotas_are_told_with_the_time_to_come_again(owner_of):
         with pytest.raises(Busy, match="10 rows a minute; come again in 40 s") as raised:
             await remote.extract(ExtractBatch([[5] * 8], [2]))
         assert raised.value.retry_after == 40
-        with pytest.raises(UserError, match="413: 11 rows in one request; your quota is 10 a minute"):
-            await remote.extract(ExtractBatch([[5] * 11], [0]))
+        async with owner.raw() as http:
+            got = await http.post("/v1/extract", content=owner.batch([5] * 11))
+            assert got.status_code == 413 and "11 rows in one request; your quota is 10 a minute" in got.text
         owner.now += 41
         await remote.extract(ExtractBatch([[5] * 8], [2]))
         with pytest.raises(Busy, match="40 tokens a minute"):
@@ -364,6 +365,24 @@ async def test_a_batch_beyond_the_limits_goes_in_several_requests(owner_of, tiny
         assert len(requests) > 1
         assert {entry["status"] for entry in requests} == {200}
         assert sum(entry["rows"] for entry in requests) == batch.rows
+
+
+async def test_a_batch_beyond_the_quota_waits_for_it_between_its_requests(owner_of, tiny_client, monkeypatch):
+    """To begin the batch again would use the quota up again, and never come to its end."""
+    async with owner_of(rows_per_minute=10) as owner:
+        waited = []
+
+        async def sleep(seconds: float) -> None:
+            waited.append(seconds)
+            owner.now += seconds
+
+        monkeypatch.setattr("pema_ray.data_owner.remote.sleep", sleep)
+        batch = ExtractBatch([list(range(3, 3 + n)) for n in (8, 25, 3)], [0, 0, 0])
+        rows = await owner.remote().extract(batch)
+        torch.testing.assert_close(rows, await tiny_client("llama").extract(batch), atol=2e-4, rtol=2e-4)
+        assert waited == [60.0] * 3
+        with pytest.raises(Busy, match="10 rows a minute"):  # its first request: the caller may do something else
+            await owner.remote().extract(ExtractBatch([[5] * 8], [0]))
 
 
 def answering(model: object) -> RemotePLM:

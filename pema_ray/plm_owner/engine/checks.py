@@ -40,8 +40,8 @@ def plain_states(plm: LoadedPLM, ids: Sequence[int]) -> torch.Tensor:
 
 
 def same_states(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether the states `[N, H]` of every position differ by no more than rounding does."""
-    found, limit = found.float(), 1e-3 if expected.dtype == torch.float32 else 0.1
+    """Whether states `[N, H]` differ by no more than rounding does, on average and at every position."""
+    average, worst = (1e-3, 1e-3) if expected.dtype == torch.float32 else (0.1, 0.5)
     expected = expected.float().to(found.device)
-    scale = expected.abs().mean().clamp_min(1e-6)
-    return bool((found - expected).abs().mean(-1).max() / scale <= limit)  # NaN is not
+    gap_N = (found.float() - expected).abs().mean(-1) / expected.abs().mean().clamp_min(1e-6)
+    return bool(gap_N.mean() <= average) and bool(gap_N.max() <= worst)  # NaN is neither
