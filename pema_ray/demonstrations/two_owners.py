@@ -24,7 +24,7 @@ from pema_ray.demonstrations.organisation import Organisation, self_signed_certi
 from pema_ray.errors import UserError
 from pema_ray.progress import console
 
-_PLM_PORT, _API_PORT = 8443, 8001
+PLM_PORT, _API_PORT = 8443, 8001
 
 
 def run(config: Path, folder: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def run(config: Path, folder: Path, overrides: Iterable[str] = ()) -> dict[str, 
     folder = folder.absolute()
     with two_organisations(folder, {"data_owner": _site_without_plm_owner(folder)}) as (plm_owner, data_owner, apart):
         console.print(f"[bold]two-owners[/]    {apart}", highlight=False)
-        service = _set_up_plm_owner(plm_owner, load_config(config, list(overrides)).plm.model_dump())
+        service = set_up_plm_owner(plm_owner, load_config(config, list(overrides)).plm.model_dump())
         experiment = _set_up_data_owner(data_owner, plm_owner, config.absolute(), overrides)
         answers = partial(_plm_owner_answers, data_owner, experiment)
         with plm_owner.service(answers, "serve", "--topology", str(service), RAY_ADDRESS="local"):
@@ -56,7 +56,7 @@ def run(config: Path, folder: Path, overrides: Iterable[str] = ()) -> dict[str, 
 # ── the PLM owner ───────────────────────────────────────────────────────────────
 
 
-def _set_up_plm_owner(owner: Organisation, plm: dict[str, Any]) -> Path:
+def set_up_plm_owner(owner: Organisation, plm: dict[str, Any]) -> Path:
     """Its certificate, its service's file, and a key for the data owner; returns the file."""
     certificate, private = self_signed_certificate(owner.folder, owner.address)
     arguments = {
@@ -71,7 +71,7 @@ def _set_up_plm_owner(owner: Organisation, plm: dict[str, Any]) -> Path:
     tls = {"ssl_certfile": str(certificate), "ssl_keyfile": str(private)}
     service = {
         "proxy_location": "HeadOnly",
-        "http_options": {"host": owner.address, "port": _PLM_PORT, **tls},
+        "http_options": {"host": owner.address, "port": PLM_PORT, **tls},
         "applications": [{**application, "route_prefix": "/"}],
     }
     path = owner.folder / "service.yaml"
@@ -91,7 +91,7 @@ def _set_up_data_owner(owner: Organisation, plm_owner: Organisation, config: Pat
     experiment = load_config(config, list(overrides)).model_dump(mode="json")
     experiment["run_dir"] = str(owner.folder / "run")
     experiment["plm"] = {
-        "url": f"https://{plm_owner.address}:{_PLM_PORT}",
+        "url": f"https://{plm_owner.address}:{PLM_PORT}",
         "key_file": str(owner.folder / "plm_key"),
         "ca_file": str(owner.folder / "plm.crt"),
     }

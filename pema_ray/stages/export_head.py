@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from pema_ray.config import ExperimentConfig
+from pema_ray.errors import UserError
 from pema_ray.hardware import dtype_name
-from pema_ray.line import BlockingPLM
+from pema_ray.line import BlockingPLM, Busy
 from pema_ray.stages.plm import connect
 from pema_ray.stages.run import Run
 
@@ -16,8 +17,11 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
     run = Run(config)
 
     def work() -> dict[str, Any]:
-        with BlockingPLM(connect(config.plm)) as plm:
-            bundle = plm.lm_head()
+        try:
+            with BlockingPLM(connect(config.plm)) as plm:
+                bundle = plm.lm_head()
+        except (Busy, ConnectionError) as error:
+            raise UserError(f"{config.plm.label}: the PLM owner cannot be reached now: {error}") from None
         bundle.save(run.path("export_head", "lm_head"))
         card = bundle.card
         dtype = dtype_name(bundle.head.dtype)

@@ -1,0 +1,30 @@
+"""A PLM owner's public service without Ray, as a process that can be killed. Run by a test: folder, port, PLM."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import uvicorn
+from serving_kit import DirectHandle
+
+from pema_ray.plm_owner.access import Access
+from pema_ray.plm_owner.api import Limits, make_api
+from pema_ray.plm_owner.replicas import Replicas
+from pema_ray.plm_owner.service import PLMEngine
+
+
+async def main(folder: Path, port: int, plm: str) -> None:
+    config = {"name": plm, "dtype": "float32", "device": "cpu", "threads": 1}
+    handle = DirectHandle(lambda: PLMEngine(config, {"slots": 16, "max_tokens": 90}))
+    access = Access(folder / "keys.yaml", folder / "audit.jsonl")
+    api = make_api(access, Limits(), partial(Replicas, handle))
+    tls = {"ssl_certfile": str(folder / "server.crt"), "ssl_keyfile": str(folder / "server.key")}
+    await uvicorn.Server(uvicorn.Config(api, port=port, log_level="critical", **tls)).serve()
+
+
+if __name__ == "__main__":
+    import asyncio
+
+    asyncio.run(main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]))
