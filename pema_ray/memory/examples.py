@@ -23,6 +23,7 @@ from pema_ray.tasks import EncodedPair, Pair, Prompter, Task
 from pema_ray.tasks.shots import SimilarShots
 
 _ROWS_AT_ONCE = 2**16
+_FEW = 1024  # pairs: tokenised within a second, sooner than Ray starts a worker
 _prompters: dict[tuple[str, str], Prompter] = {}  # (bundle, digest of a wording) → its prompter, once in a process
 
 
@@ -31,7 +32,7 @@ class Examples(Protocol):
 
     @property
     def at_hand(self) -> bool:
-        """Whether `read` only looks up; else tasks do it."""
+        """Whether `read` is too little work for tasks of its own."""
         ...
 
     @property
@@ -106,7 +107,7 @@ class Wording:
             _prompters[key] = Prompter(LMHeadBundle.load(self.bundle).tokenizer(), self.task, shown, self.chat)
         return _prompters[key]
 
-    @property
+    @cached_property
     def probe(self) -> list[list[int]]:
         """Token ids of a fixed prompt and target, without pairs shown: they tell one way of tokenising from another."""
         tokenizer = LMHeadBundle.load(self.bundle).tokenizer()
@@ -125,7 +126,10 @@ class PreparedPairs:
 
     path: Path
     wording: Wording
-    at_hand = False
+
+    @property
+    def at_hand(self) -> bool:
+        return len(self) <= _FEW and self.wording.similar is None
 
     @property
     def digest(self) -> str:

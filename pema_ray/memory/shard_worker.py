@@ -98,7 +98,8 @@ class ShardWorker:
         path = build.folder / shard_name(number)
         if receipt := read_receipt(path):
             return receipt
-        shard, _ = build.shard(number, examples_of(row) if "prompt" in row else build.read(number))
+        examples = examples_of(row) if "prompt" in row else await asyncio.to_thread(build.read, number)
+        shard, _ = build.shard(number, examples)
         return await self._make(path, shard, build)
 
     async def _make(self, path: Path, shard: ShardPlan, build: MemoryBuild) -> ShardInfo:

@@ -28,7 +28,7 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
 
     def work() -> dict[str, Any]:
         chosen = actor_settings(config)
-        builds = [plan_memory(run, split) for split in chosen.splits]
+        builds = list(plan_memories(run).values())
         client = plm_client(run)
         if all(find_plan(build) and not prepare_folder(build)[0] for build in builds):
             return measure_memory(run_builds(builds, client), 0, 1.0)
@@ -59,19 +59,22 @@ def actor_settings(config: ExperimentConfig) -> BuildMemoryConfig:
     return chosen.model_copy(update={"cpus_per_actor": _CLIENT_CPUS})
 
 
-def plan_memory(run: Run, split: str) -> MemoryBuild:
-    """What a split's memory will be, from the prepared pairs and the run's prompts. Reads no more than it must."""
-    words = wording(run)
-    chosen = actor_settings(run.config)
-    return MemoryBuild(
-        folder=run.path("build_memory", split),
-        examples=PreparedPairs(run.path("prepare", f"{split}.parquet"), words),
-        card=run.bundle.card,
-        task=run.task.name,
-        split=split,
-        config=chosen,
-        shared_tokens=words.prompter().shared_tokens if chosen.prompts else 0,
-    )
+def plan_memories(run: Run) -> dict[str, MemoryBuild]:
+    """What each configured split's memory will be, from the prepared pairs and the run's prompts."""
+    words, chosen = wording(run), actor_settings(run.config)
+    shared_tokens = words.prompter().shared_tokens if chosen.prompts else 0
+    return {
+        split: MemoryBuild(
+            folder=run.path("build_memory", split),
+            examples=PreparedPairs(run.path("prepare", f"{split}.parquet"), words),
+            card=run.bundle.card,
+            task=run.task.name,
+            split=split,
+            config=chosen,
+            shared_tokens=shared_tokens,
+        )
+        for split in chosen.splits
+    }
 
 
 def wording(run: Run) -> Wording:

@@ -22,7 +22,7 @@ from pema_ray.memory.planning import find_or_make_plan, finished_shards, planned
 from pema_ray.memory.published import SCHEME, open_published
 from pema_ray.memory.waits import showing
 from pema_ray.progress import Tracker, track
-from pema_ray.stages.build_memory import actor_settings, measure_memory, plan_memory, plm_client, showing_waits
+from pema_ray.stages.build_memory import actor_settings, measure_memory, plan_memories, plm_client, showing_waits
 from pema_ray.stages.run import Run
 
 
@@ -62,7 +62,7 @@ def _while_building(run: Run) -> dict[str, Any]:
     trained: list[History] = []
 
     def work() -> dict[str, Any]:
-        builds = {split: plan_memory(run, split) for split in chosen.splits}
+        builds = plan_memories(run)
         client = plm_client(run)
         train_folder = builds["train"].folder
         # Actors and the worker run side by side here, beside the one CPU that Ray Data reads with.

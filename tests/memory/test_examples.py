@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 from pema_ray.errors import UserError
 from pema_ray.line import LMHeadBundle
+from pema_ray.memory.build import run_build
 from pema_ray.memory.examples import ListedExamples, PreparedPairs, Wording, content_digest, read_pairs
 from pema_ray.tasks import EncodedPair, Pair, Prompter, Task
 from pema_ray.tasks.shots import SimilarShots
+from tests.memory import kit
 
 TASK = Task(name="t", template="Modern English. Old: {source}\nModern:", chat_system="Be modern.")
 PAIRS = [Pair(i * 7 % 23, f"And he said unto them number {i} ä", f"He said {i} ß to them") for i in range(23)]
@@ -124,3 +126,16 @@ def test_a_split_that_is_missing_or_broken_is_named(bundle: Path, tmp_path: Path
         UserError, match=r"train.parquet: (no such prepared split|not a readable Parquet).*pema-ray prepare"
     ):
         len(PreparedPairs(path, Wording(bundle, TASK)))
+
+
+@pytest.mark.cluster
+def test_tasks_tokenise_what_one_process_would(ray_cluster, bundle: Path, tmp_path: Path, monkeypatch):
+    pairs = PreparedPairs(write(tmp_path / "train.parquet", PAIRS), Wording(bundle, TASK))
+    here, there = (replace(kit.build(tmp_path / name), examples=pairs) for name in ("here", "there"))
+    assert pairs.at_hand
+    kit.in_this_process(here)
+    run_build(here, kit.fake_plm())
+    monkeypatch.setattr("pema_ray.memory.examples._FEW", 0)
+    assert not pairs.at_hand
+    run_build(there, kit.fake_plm())
+    assert kit.contents(here.folder) == kit.contents(there.folder)
