@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from pema_ray.errors import UserError
 from pema_ray.line.messages import ModelCard
 from pema_ray.line.tokenizer import PLMTokenizer
 
+# transformers imports lazily, and patches torch while it loads a model: neither is thread-safe.
+TRANSFORMERS_LOCK = threading.RLock()
 FORMAT_VERSION = 1
 
 
@@ -182,9 +185,9 @@ class LMHeadBundle:
         Raises:
             UserError: its files are damaged, or as `PLMTokenizer` does.
         """
-        from transformers import AutoTokenizer
+        with TRANSFORMERS_LOCK, tempfile.TemporaryDirectory() as folder:
+            from transformers import AutoTokenizer
 
-        with tempfile.TemporaryDirectory() as folder:
             for name, content in self.tokenizer_files.items():
                 (Path(folder) / name).write_bytes(content)
             try:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import re
-import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,9 +14,9 @@ from typing import Any
 from torch import nn
 
 from pema_ray.errors import UserError
+from pema_ray.line.lm_head import TRANSFORMERS_LOCK
 
 logger = logging.getLogger(__name__)
-_LOADING = threading.Lock()  # transformers patches torch while it loads, and two loads at once leave it patched
 _NAMED = 3  # tensors that a message names
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
@@ -33,10 +32,10 @@ def read_model(name: str, where: str, **options: Any) -> Any:
         UserError: tensors are missing, have another shape, or belong to the model but find no place in it.
         OSError, ValueError and others of transformers: the files cannot be read as a causal LM.
     """
-    from transformers import AutoModelForCausalLM
-
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # mismatches are named below instead
-    with _LOADING, _without_report() as reports:
+    with TRANSFORMERS_LOCK, _without_report() as reports:
+        from transformers import AutoModelForCausalLM
+
         loaded: Any = AutoModelForCausalLM.from_pretrained(where, **options)
     model, info = loaded
     if getattr(model, "_hf_peft_config_loaded", False):  # then `info` describes the adapter, not the model under it

@@ -15,6 +15,7 @@ from torch import nn
 from pema_ray.config import PLMConfig
 from pema_ray.errors import UserError, nearest
 from pema_ray.hardware import pick_device, pick_dtype, set_threads
+from pema_ray.line.lm_head import TRANSFORMERS_LOCK
 from pema_ray.plm_owner.checkpoint import read_model
 from pema_ray.plm_owner.gguf import converted
 
@@ -66,6 +67,11 @@ def load_plm(config: PLMConfig) -> LoadedPLM:
     Raises:
         UserError: the model cannot be found, is no causal LM, or its checkpoint is incomplete.
     """
+    with TRANSFORMERS_LOCK:
+        return _load(config)
+
+
+def _load(config: PLMConfig) -> LoadedPLM:
     from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
