@@ -1,4 +1,4 @@
-"""A mistake in a `user_config` must not end a replica that serves. Knows no deployment."""
+"""An invalid `user_config` must not end a replica that serves. Knows no deployment."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ logger = logging.getLogger(__name__)
 
 
 async def refused(change: Awaitable[None], serving: bool) -> str | None:
-    """Why a change was refused; None: it was made.
+    """Make a change; returns why it was refused, or None.
 
-    Serve stops a replica whose `reconfigure` raises, starts it again with the same mistake, and gives up: then nobody
-    answers. So whoever serves goes on as before and says why; whoever does not yet serve raises.
+    Serve stops a replica whose `reconfigure` raises, starts it again with the same mistake, and gives up. A serving
+    replica therefore keeps its configuration and logs the reason; one that does not serve yet raises.
 
     Args:
-        change: must change nothing where it raises.
+        change: must change nothing if it raises.
     """
     try:
         await change

@@ -169,7 +169,8 @@ class Counted:
 
 async def _disturbed(client, bundle, predictor, requests) -> tuple[list[Answer], int]:
     """The answers while all replicas are killed up to five times, each time after the decoder has got on."""
-    counted, kills, answered = Counted(client), 0, 0
+    counted: Any = Counted(client)
+    kills, answered = 0, 0
     task = asyncio.create_task(offline_answers(counted, bundle, predictor, requests))
     while kills < 5 and not task.done():
         await asyncio.sleep(0.05)

@@ -24,17 +24,19 @@ from pema_ray.serving.run import arguments_of
 from pema_ray.stages.answers import make_job, predictor_of, to_row
 from pema_ray.stages.main import stages
 from pema_ray.stages.run import Run
+from pema_ray.tasks.postprocess import RULES
 
 TASK = {
     "name": "reversed",
     "template": "Old: {source}\nModern: ",
     "chat_system": "Be brief.",
-    "chat_user": "Rewrite: {source}",
+    "chat_user": "Old: {source}",
     "columns": {"source": "en", "target": "du"},
     "stop": ["\n"],
-    "postprocess": ["strip_spaces"],
+    "postprocess": ["in_brackets"],
 }
-LONG = "the old people have seen the large garden and tell them the verse"  # long enough for `task.show: first`
+LONG = "the old people have seen the large garden and tell the verse."  # long enough for `task.show: first`
+SOURCES = ("the house", "old garden and people", "ye have seen", "tell them the verse", "large")
 SHOTS = {"task": {"shots": 1}, "generate": {"max_new_tokens": 8}}
 SETTINGS: dict[str, dict[str, Any]] = {
     "lambda falls over the source": {"generate": {"lambda_max": 0.8, "schedule": "linear", "floor": 0.1}},
@@ -55,8 +57,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def trained(experiment: Callable[..., Path], tiny_plm_folder, tmp_path: Path) -> Callable[..., Run]:
-    """Makes a run up to a random adapter, with a memory of random rows."""
+def trained(experiment: Callable[..., Path], tmp_path: Path, monkeypatch) -> Callable[..., Run]:
+    """Makes a run up to a random adapter, with a memory of random rows; its post-processing changes every answer."""
+    monkeypatch.setitem(RULES, "in_brackets", lambda answer, source: f"[{answer.strip()}] of {source}")
 
     def make(**sections: Any) -> Run:
         (tmp_path / "task.yaml").write_text(yaml.safe_dump(TASK))
@@ -65,6 +68,8 @@ def trained(experiment: Callable[..., Path], tiny_plm_folder, tmp_path: Path) ->
         path = experiment(task=task, generate=generate, **sections)
         with (tmp_path / "train.jsonl").open("a") as file:
             file.write(json.dumps({"en": LONG, "du": "alt"}) + "\n")
+        lines = [json.dumps({"en": source, "du": "neu"}) + "\n" for source in SOURCES]
+        (tmp_path / "test.jsonl").write_text("".join(lines))
         config = load_config(path)
         for name in ("prepare", "export_head"):
             stages()[name](config)
@@ -127,7 +132,7 @@ async def test_a_source_is_answered_as_the_offline_stage_answers_it(trained, tin
             raw = await _completion(http, {**body, "raw": True})
             assert raw["choices"][-1]["text"] == row["raw"]
         await service.until_idle()
-    assert any(row["answer"] != row["raw"] for row in rows)  # post-processing changes something here
+    assert all(row["answer"] == f"[{row['raw'].strip()}] of {row['source']}" for row in rows)
     assert _has_effect(name, job, rows)
 
 

@@ -1,5 +1,5 @@
-"""The data owner's side of serving: sequences unrolled token by token, many at once, and the API that users call.
+"""The data owner's service: OpenAI's API and a playground over the one decoder.
 
-`text.py` turns tokens into text as they come, `drafts.py` guesses ahead, `unroller.py` decodes all sequences together
-over a `Stepper`, `protocol.py` and `api.py` speak OpenAI's language. Knows the line, not the PLM.
+`protocol.py` has the requests, `forms.py` makes generation requests of them and answers of tokens, `api.py` is the
+application, `admission.py` limits and logs requests, `service.py` loads adapters and tasks. Knows the line, not the PLM.
 """
