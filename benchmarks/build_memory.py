@@ -251,8 +251,8 @@ def own_plm(
 
 
 def engine_settings(settings: BuildMemoryConfig) -> dict[str, Any]:
-    """As the stage has them: a batch of the build is one pass."""
-    return {"max_tokens": None, "pass_tokens": settings.max_batch_tokens}
+    """As the stage has them."""
+    return {"slots": settings.sequences, "max_tokens": None}
 
 
 async def in_process(

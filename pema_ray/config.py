@@ -145,7 +145,8 @@ class BuildMemoryConfig(Section):
     examples_per_shard: int = Field(default=256, ge=1)
     """Examples per Parquet file: the unit of work and of resuming."""
     max_batch_tokens: int = Field(default=4096, ge=1)
-    """Most token positions (padding included, shared prompt prefix apart) in one forward pass."""
+    """Most token positions (padding included, shared prompt prefix apart) in one request to the PLM, which may compute
+    it in several passes."""
     key_dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
     """Number format of the representations: 16 bits are half the disk, `int8` (a scale for each row) a quarter."""
     context: Literal["teacher_forced", "generated"] = "teacher_forced"

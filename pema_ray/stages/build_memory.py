@@ -90,7 +90,7 @@ def wording(run: Run) -> Wording:
 def plm_client(run: Run) -> Callable[[], PLMClient]:
     """Makes the PLM's client in an actor."""
     chosen, card = actor_settings(run.config), run.bundle.card
-    engine = {"slots": chosen.sequences, "max_tokens": None, "pass_tokens": chosen.max_batch_tokens}  # nobody else asks
+    engine = {"slots": chosen.sequences, "max_tokens": None}  # passes as in a service: the same bytes from both
     return connector(run.config.plm, card, chosen.cpus_per_actor, engine if run.config.plm.is_own else None)
 
 
