@@ -30,9 +30,9 @@ from pema_ray.line.tokenizer import PLMTokenizer
 from pema_ray.memory.build import run_build
 from pema_ray.memory.examples import ListedExamples
 from pema_ray.memory.plan import ShardPlan, plan_batches
-from pema_ray.memory.planning import MemoryBuild
 from pema_ray.memory.rows import rows_of_shard
 from pema_ray.memory.shards import write_shard
+from pema_ray.memory.specification import MemoryBuild
 from pema_ray.plm_owner import EngineConfig, LoadedPLM, LocalPLM, load_plm
 from pema_ray.stages.plm import connector
 from pema_ray.tasks import EncodedPair, Prompter, load_pairs, load_task

@@ -24,7 +24,8 @@ from pema_ray.line import LMHead, LMHeadBundle, ModelCard
 from pema_ray.line.lm_head import HeadSpec
 from pema_ray.memory.build import run_build
 from pema_ray.memory.examples import PreparedPairs, Wording
-from pema_ray.memory.planning import MemoryBuild, find_or_make_plan
+from pema_ray.memory.planning import find_or_make_plan
+from pema_ray.memory.specification import MemoryBuild
 from pema_ray.tasks import Task
 
 NAME = "build_plan"

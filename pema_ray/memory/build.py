@@ -14,9 +14,10 @@ from dataclasses import replace
 from typing import Any
 
 from pema_ray.memory.manifest import Manifest, ShardInfo
-from pema_ray.memory.planning import MemoryBuild, find_or_make_plan, number_rows, prepare_folder
+from pema_ray.memory.planning import find_or_make_plan, number_rows, prepare_folder
 from pema_ray.memory.rows import Extractor
 from pema_ray.memory.shard_worker import ShardWorker, tokenise
+from pema_ray.memory.specification import MemoryBuild
 from pema_ray.memory.waits import OnWait, showing
 
 Factory = Callable[[], Extractor]

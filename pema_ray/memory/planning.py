@@ -1,19 +1,16 @@
 """What a build will make, and how much of it is there: the plan on disk, counted once and kept.
 
-Shard number i holds the examples i·n up to (i+1)·n, so that names and ranges follow from the number of examples alone.
-Which of them the PLM cannot take is known only from their tokens: every shard is counted before the PLM works, by Ray
+Which examples the PLM cannot take is known only from their tokens: every shard is counted before the PLM works, by Ray
 tasks where examples have to be tokenised, and the counts are kept in `plan.json`. The process that plans holds no
 examples.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,103 +18,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from pema_ray.config import BuildMemoryConfig
 from pema_ray.errors import FingerprintMismatch, UserError
-from pema_ray.line import ModelCard
-from pema_ray.memory.examples import Examples
 from pema_ray.memory.manifest import MANIFEST, Manifest, ShardInfo
-from pema_ray.memory.plan import Context, Rejected, ShardPlan, Weights, count_duplicates, sort_out
+from pema_ray.memory.plan import Rejected
 from pema_ray.memory.shards import atomic_file
-from pema_ray.tasks import EncodedPair
+from pema_ray.memory.specification import MemoryBuild, shard_name
 
 _PLAN = "plan.json"
-_SCHEME = 2  # of cutting examples into shards: another one is another plan
 REJECTED = "rejected.parquet"
 _MOST_BLOCKS = 1024  # Ray Data keeps some 30 KB a block in the driver
 OnCounted = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class MemoryBuild:
-    """One memory to be built: its folder, its examples (bad ones too), and what its manifest will say."""
-
-    folder: Path
-    examples: Examples
-    card: ModelCard
-    task: str
-    split: str
-    config: BuildMemoryConfig
-    shared_tokens: int = 0
-    """How many tokens all prompts of the task begin with."""
-    eos_row: bool = True
-    """Each example ends with a row of EOS; off where examples are pieces of one text."""
-
-    @property
-    def context(self) -> Context:
-        """`test` is teacher-forced whatever the others are: a likelihood is one of the gold prefix."""
-        return "teacher_forced" if self.split == "test" else self.config.context
-
-    @property
-    def shards(self) -> int:
-        """How many shards there are, empty ones too."""
-        return -(-len(self.examples) // self.config.examples_per_shard)
-
-    @property
-    def prompt_from(self) -> int | None:
-        """The first token of prompts that has a row, where prompts have any."""
-        return self.shared_tokens if self.config.prompts else None
-
-    @cached_property
-    def weights(self) -> Weights | None:
-        """How often the rows of examples with equal prompts occur; none where equal rows are kept.
-
-        `build_memory.deduplicate` compares all examples: they are read and held here, some KB each.
-        """
-        if not (self.config.deduplicate and self.split == "train"):
-            return None
-        good, _ = sort_out(self.examples.read(0, len(self.examples)), self._longest)
-        return count_duplicates(good, self.card.eos_token_ids[0], self.context)
-
-    @property
-    def _longest(self) -> int:
-        return self.card.max_positions + (not self.eos_row)  # without a row of EOS the last token is no input
-
-    @cached_property
-    def plan_hash(self) -> str:
-        """16 hex digits that two builds share exactly when they would write the same shards."""
-        settings: dict[str, object] = {
-            "scheme": _SCHEME,
-            "examples": self.examples.digest,
-            "fingerprint": self.card.fingerprint,
-            "key_dtype": self.config.key_dtype,
-            "examples_per_shard": self.config.examples_per_shard,
-            "max_batch_tokens": self.config.max_batch_tokens,
-            "context": self.context,
-        }
-        if self.context == "generated":
-            settings["sequences"] = self.config.sequences
-        if self.config.deduplicate and self.split == "train":
-            settings["deduplicate"] = True
-        if self.config.prompts:
-            settings["prompt_from"] = self.shared_tokens
-        if not self.eos_row:
-            settings["eos_row"] = False
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-    def read(self, number: int) -> list[EncodedPair]:
-        """All examples of a shard, tokenised."""
-        n = self.config.examples_per_shard
-        return self.examples.read(number * n, min((number + 1) * n, len(self.examples)))
-
-    def shard(self, number: int, examples: Sequence[EncodedPair]) -> tuple[ShardPlan, list[Rejected]]:
-        """A shard as a unit of work, from all of its examples, and those that are set aside."""
-        good, bad = sort_out(examples, self._longest)
-        weights = None
-        if self.weights is not None:
-            good = [e for e in good if any(self.weights.get(e.example_id, (1,)))]
-            weights = {e.example_id: self.weights[e.example_id] for e in good if e.example_id in self.weights}
-        plan = ShardPlan(shard_name(number), tuple(good), self.context, weights, self.prompt_from, self.eos_row)
-        return plan, bad
 
 
 @dataclass(frozen=True)
@@ -132,10 +42,6 @@ class Plan:
     rejected: int
     first_rejected: tuple[Rejected, ...]
     """As many as may be set aside, and one more, in the order of the examples."""
-
-
-def shard_name(number: int) -> str:
-    return f"shard-{number:05d}.parquet"
 
 
 def planned_rows(build: MemoryBuild) -> int:

@@ -16,9 +16,10 @@ from pema_ray.errors import UserError
 from pema_ray.line.retry import PatientPLM
 from pema_ray.memory.manifest import ShardInfo
 from pema_ray.memory.plan import ShardPlan
-from pema_ray.memory.planning import MemoryBuild, read_receipt, receipt_path, shard_name
+from pema_ray.memory.planning import read_receipt, receipt_path
 from pema_ray.memory.rows import Extractor, generated_rows_of_shard, rows_of_shard, weighted
 from pema_ray.memory.shards import MemoryRows, atomic_file, write_shard
+from pema_ray.memory.specification import MemoryBuild, shard_name
 from pema_ray.memory.waits import teller
 from pema_ray.tasks import EncodedPair
 

@@ -13,7 +13,8 @@ from pema_ray.line import PLMClient
 from pema_ray.memory.build import run_builds
 from pema_ray.memory.examples import PreparedPairs, Wording, read_pairs
 from pema_ray.memory.manifest import Manifest
-from pema_ray.memory.planning import MemoryBuild, find_or_make_plan, find_plan, prepare_folder
+from pema_ray.memory.planning import find_or_make_plan, find_plan, prepare_folder
+from pema_ray.memory.specification import MemoryBuild
 from pema_ray.progress import Tracker, track
 from pema_ray.stages.plm import connector
 from pema_ray.stages.run import Run

@@ -12,8 +12,9 @@ import numpy as np
 from pema_ray.cluster import ray_cluster
 from pema_ray.line import ModelCard
 from pema_ray.memory.build import run_build
-from pema_ray.memory.planning import MemoryBuild, prepare_folder
+from pema_ray.memory.planning import prepare_folder
 from pema_ray.memory.rows import BlockingExtractor
+from pema_ray.memory.specification import MemoryBuild
 from pema_ray.progress import track
 from pema_ray.trime.config import TrimeConfig
 from pema_ray.trime.datastore import KeySource, plan_datastore

@@ -18,7 +18,7 @@ from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import ExtractBatch, ModelCard
 from pema_ray.memory import ExternalMemory
 from pema_ray.memory.examples import ListedExamples
-from pema_ray.memory.planning import MemoryBuild
+from pema_ray.memory.specification import MemoryBuild
 from pema_ray.tasks import EncodedPair
 from pema_ray.trime.config import DatastoreConfig
 from pema_ray.trime.model import MemoryLM

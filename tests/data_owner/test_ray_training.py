@@ -22,8 +22,9 @@ from pema_ray.line import LMHeadBundle, ModelCard
 from pema_ray.memory import ExternalMemory, Manifest, MemoryRows, ShardInfo
 from pema_ray.memory.build import run_build, stream_shards
 from pema_ray.memory.examples import ListedExamples
-from pema_ray.memory.planning import MemoryBuild, planned_rows
+from pema_ray.memory.planning import planned_rows
 from pema_ray.memory.shards import write_shard
+from pema_ray.memory.specification import MemoryBuild
 from pema_ray.tasks import EncodedPair
 from pema_ray.training.ray_loop import _worker
 

@@ -31,7 +31,7 @@ from pema_ray.line import LMHeadBundle
 from pema_ray.memory import ExternalMemory
 from pema_ray.memory.build import run_build
 from pema_ray.memory.manage import verify
-from pema_ray.memory.planning import MemoryBuild
+from pema_ray.memory.specification import MemoryBuild
 from pema_ray.tasks import EncodedPair
 from tests.data_owner.conftest import make_rows  # noqa: F401  a fixture
 from tests.data_owner.test_ray_training import write_memory

@@ -12,8 +12,9 @@ import pyarrow as pa
 from pema_ray.config import BuildMemoryConfig
 from pema_ray.line import ModelCard
 from pema_ray.memory.examples import ListedExamples
-from pema_ray.memory.planning import MemoryBuild, prepare_folder
+from pema_ray.memory.planning import prepare_folder
 from pema_ray.memory.shard_worker import ShardWorker
+from pema_ray.memory.specification import MemoryBuild
 from pema_ray.tasks import EncodedPair
 
 CARD = ModelCard("counting", "c" * 16, 2, 300, 96, (1,))

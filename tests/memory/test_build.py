@@ -17,7 +17,8 @@ from pema_ray.memory import ExternalMemory
 from pema_ray.memory.build import run_build
 from pema_ray.memory.examples import ListedExamples
 from pema_ray.memory.manage import verify
-from pema_ray.memory.planning import MemoryBuild, prepare_folder, shard_name
+from pema_ray.memory.planning import prepare_folder
+from pema_ray.memory.specification import MemoryBuild, shard_name
 from pema_ray.stages.plm import connector
 from pema_ray.tasks import EncodedPair
 from tests.memory.kit import CARD, EXAMPLES, SETTINGS, build, contents, fake_plm, in_this_process, work

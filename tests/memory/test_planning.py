@@ -14,14 +14,8 @@ from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import ModelCard
 from pema_ray.memory import ExternalMemory
 from pema_ray.memory.build import run_build
-from pema_ray.memory.planning import (
-    MemoryBuild,
-    find_or_make_plan,
-    finished_shards,
-    planned_rows,
-    prepare_folder,
-    shard_name,
-)
+from pema_ray.memory.planning import find_or_make_plan, finished_shards, planned_rows, prepare_folder
+from pema_ray.memory.specification import MemoryBuild, shard_name
 from pema_ray.tasks import EncodedPair
 from tests.memory.kit import EXAMPLES, build, contents, fake_plm, in_this_process
 

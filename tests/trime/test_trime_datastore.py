@@ -13,7 +13,8 @@ from pema_ray.line import ModelCard
 from pema_ray.memory import ExternalMemory
 from pema_ray.memory.build import run_build
 from pema_ray.memory.manage import verify
-from pema_ray.memory.planning import MemoryBuild, planned_rows
+from pema_ray.memory.planning import planned_rows
+from pema_ray.memory.specification import MemoryBuild
 from pema_ray.trime.config import DatastoreConfig
 from pema_ray.trime.datastore import open_datastore, plan_datastore
 from pema_ray.trime.windows import plan_windows

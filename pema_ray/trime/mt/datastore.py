@@ -21,8 +21,9 @@ from pema_ray.config import BuildMemoryConfig
 from pema_ray.line import ExtractBatch, ModelCard
 from pema_ray.memory.build import run_build
 from pema_ray.memory.examples import ListedExamples
-from pema_ray.memory.planning import MemoryBuild, prepare_folder
+from pema_ray.memory.planning import prepare_folder
 from pema_ray.memory.rows import BlockingExtractor
+from pema_ray.memory.specification import MemoryBuild
 from pema_ray.progress import track
 from pema_ray.tasks import EncodedPair
 from pema_ray.trime.config import DatastoreConfig
