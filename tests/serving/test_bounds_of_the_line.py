@@ -13,7 +13,7 @@ from test_line_over_https import Owner
 
 from pema_ray.line import Step, codec
 from pema_ray.plm_owner import access as access_module
-from pema_ray.plm_owner.access import Account, Client, Reservation, Quota, Refused, add_client, hash_of
+from pema_ray.plm_owner.access import Account, Client, Quota, Refused, Reservation, add_client, hash_of
 from pema_ray.plm_owner.api import Limits
 
 
