@@ -39,7 +39,7 @@ class _OwnersLimits(msgspec.Struct):
     max_body_mb: Annotated[float, msgspec.Meta(gt=0.01)]
 
 
-class _Quota(msgspec.Struct):
+class _Quota(msgspec.Struct, frozen=True):
     rows_per_minute: Annotated[int, msgspec.Meta(ge=0)] | None = None
 
 
