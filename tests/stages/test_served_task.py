@@ -133,10 +133,10 @@ async def test_a_source_is_answered_as_the_offline_stage_answers_it(trained, tin
             assert raw["choices"][-1]["text"] == row["raw"]
         await service.until_idle()
     assert all(row["answer"] == f"[{row['raw'].strip()}] of {row['source']}" for row in rows)
-    assert _has_effect(name, job, rows)
+    assert _has_effect(name, run, job, rows)
 
 
-def _has_effect(name: str, job: GenerationJob, rows: list[dict[str, Any]]) -> bool:
+def _has_effect(name: str, run: Run, job: GenerationJob, rows: list[dict[str, Any]]) -> bool:
     """Whether the setting under test shows in the offline answers."""
     lengths, limits = [len(row["tokens"]) for row in rows], {request.max_new_tokens for request in job.requests}
     lams = [{round(token["lam"], 4) for token in row["tokens"]} for row in rows]
@@ -149,7 +149,8 @@ def _has_effect(name: str, job: GenerationJob, rows: list[dict[str, Any]]) -> bo
     if name == "at most half the source":
         return len(limits) > 1
     if "shown" in name:
-        return all(len(request.prompt) > 35 for request in job.requests)
+        bare = [len(run.prompter(0).encode_prompt(row["source"])) for row in rows]
+        return all(len(request.prompt) > length for request, length in zip(job.requests, bare, strict=True))
     return True
 
 

@@ -10,7 +10,7 @@ import pytest
 from ray import serve
 
 from pema_ray.config import ExperimentConfig, PLMConfig, load_config
-from pema_ray.errors import FingerprintMismatch, UserError
+from pema_ray.errors import UserError
 from pema_ray.evaluation.results import Evaluation
 from pema_ray.memory import ExternalMemory
 from pema_ray.plm_owner import EngineConfig
@@ -18,7 +18,7 @@ from pema_ray.serving.plm_owner import plm_engine
 from pema_ray.serving.scale import Scale
 from pema_ray.stages.main import stages
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 CHAIN = ("prepare", "export_head", "build_memory", "train", "generate", "evaluate")
 
 
@@ -57,7 +57,7 @@ def test_a_shared_plm_owner_gives_the_memory_and_answers_of_a_plm_of_ones_own(
     (tmp_path / "shared" / "generate" / "metrics.json").unlink()
     other = PLMConfig(name=tiny_plm_folder("llama", 1), dtype="float32", device="cpu")
     serve.run(plm_engine(other, EngineConfig(slots=8), Scale(cpus=0.1)), name="shared", route_prefix=None)
-    with pytest.raises(FingerprintMismatch, match=r"plm.serve=shared"):
+    with pytest.raises(UserError, match=r"plm.serve=shared belongs to PLM .*, but this run uses PLM"):
         stages()["generate"](config)
     serve.delete("shared")
     with pytest.raises(UserError, match=r"plm.serve=shared: no PLM owner of this name runs .* only: none. Start one"):
