@@ -1,6 +1,6 @@
 """Connects a stage to its PLM owner, whichever `plm:` names: this process, a Serve application, or an HTTPS service.
 
-The PLM owner's code is imported only where `plm.name` or `plm.serve` asks for it: a data owner may be installed without.
+The PLM owner's code is imported only where `plm.name` or `plm.serve` asks for it: a data owner needs none of it.
 """
 
 from __future__ import annotations
