@@ -89,7 +89,8 @@ async def decoding(
     """A decoder in lockstep, unless the settings say otherwise; an adapter is the one named `mine`."""
     bundle = await client.lm_head()
     ends = bundle.card.eos_token_ids if eos is None else eos
-    decoder = Decoder(client, bundle.head, bundle.tokenizer(), ends, **{"lockstep": True, **settings})
+    settings = {"lockstep": True, "max_sequences": 30, **settings}  # an engine has 32 slots
+    decoder = Decoder(client, bundle.head, bundle.tokenizer(), ends, **settings)
     if isinstance(predictors, PemaAdapter):
         predictors = {"mine": Predictor(bundle.head, predictors)}
     decoder.predictors = predictors or {}

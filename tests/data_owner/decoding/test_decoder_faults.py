@@ -122,9 +122,8 @@ async def test_a_session_that_is_lost_every_time_ends_its_answer(tiny_client, ti
     step = client.step
 
     async def losing(steps):
-        return [
-            SessionLost(s.session) if s.tokens[0] == 0 and s.tokens[1] == 200 else (await step([s]))[0] for s in steps
-        ]
+        done = await step(steps)
+        return [SessionLost() if s.tokens[:2] == [0, 200] else d for s, d in zip(steps, done, strict=True)]
 
     client.step = losing
     async with decoding(client, make_adapter(tiny_plm("llama")), lockstep=False) as decoder:
@@ -139,7 +138,7 @@ async def test_a_session_that_is_lost_every_time_ends_its_answer(tiny_client, ti
 @pytest.mark.parametrize("lockstep", [True, False])
 async def test_a_busy_plm_owner_is_asked_again_and_keeps_the_sessions(world_of, expected_of, lockstep: bool):
     wanted = many()
-    async with world_of() as world:
+    async with world_of(slots=16) as world:
         calls = 0
 
         def before(method: str) -> None:
