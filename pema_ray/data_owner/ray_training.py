@@ -16,8 +16,8 @@ from pema_ray.errors import UserError
 from pema_ray.hardware import pick_dtype
 from pema_ray.line import LMHeadBundle, ModelCard
 from pema_ray.memory import ExternalMemory, MemoryRows, ShardInfo
-from pema_ray.memory.planning import finished_shards
 from pema_ray.memory.external_memory import RowsView
+from pema_ray.memory.planning import finished_shards
 from pema_ray.memory.shards import read_shard
 from pema_ray.training.ray_loop import reporting, run_workers, worker_place
 

@@ -29,6 +29,7 @@ _TOKEN_BYTES = 4
 _SEQUENCE_BYTES = 10  # of a frame's header: a length and a first position
 _HEADER_BYTES = 4096
 _LONGEST_WAIT = 600.0  # seconds, between the requests of one batch
+_UNLIMITED = 2**31 - 1
 _Count = Annotated[int, msgspec.Meta(ge=1, lt=2**40)]
 
 
@@ -40,7 +41,8 @@ class _OwnersLimits(msgspec.Struct):
 
 
 class _Quota(msgspec.Struct, frozen=True):
-    rows_per_minute: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    rows_per_minute: Annotated[int, msgspec.Meta(ge=0)] = _UNLIMITED
+    sessions: Annotated[int, msgspec.Meta(ge=0)] = _UNLIMITED
 
 
 class _Model(msgspec.Struct):
@@ -105,11 +107,17 @@ class RemotePLM:
             )
             if self._fingerprint not in (None, card.fingerprint):
                 raise FingerprintMismatch(self.config.label, card.label, str(self._fingerprint))
-            limits, quota = model.limits, model.quota.rows_per_minute
-            max_rows = limits.max_rows if quota is None else max(1, min(limits.max_rows, quota))
+            limits, quota = model.limits, model.quota
             self._fingerprint, self._body_bytes = card.fingerprint, int(limits.max_body_mb * 2**20)
             self._described = Description(
-                card, Limits(model.max_session_tokens, limits.max_draft, limits.max_steps, max_rows)
+                card,
+                Limits(
+                    max_tokens=model.max_session_tokens,
+                    max_draft=limits.max_draft,
+                    max_steps=limits.max_steps,
+                    max_rows=max(1, min(limits.max_rows, quota.rows_per_minute)),
+                    max_sessions=max(1, quota.sessions),
+                ),
             )
         return self._described
 

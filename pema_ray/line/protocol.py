@@ -52,6 +52,8 @@ class Limits:
     """Steps in one message."""
     max_rows: int = 2**31 - 1
     """Representations in one answer."""
+    max_sessions: int = 2**31 - 1
+    """Sessions of one data owner at a time."""
 
 
 @dataclass(frozen=True, slots=True)

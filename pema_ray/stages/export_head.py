@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from pema_ray.config import ExperimentConfig
@@ -18,12 +19,14 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
 
     def work() -> dict[str, Any]:
         try:
-            with BlockingPLM(connect(config.plm)) as plm:
-                bundle = plm.lm_head()
+            with BlockingPLM(connect(config.plm, engine={"max_tokens": None} if config.plm.is_own else None)) as plm:
+                bundle, longest = plm.lm_head(), plm.describe().limits.max_tokens
         except (Busy, ConnectionError) as error:
             raise UserError(f"{config.plm.label}: the PLM owner cannot be reached now: {error}") from None
+        # a service may accept shorter sequences than its PLM does: prompts and examples are checked against this
+        card = replace(bundle.card, max_positions=min(bundle.card.max_positions, longest))
+        bundle = replace(bundle, card=card)
         bundle.save(run.path("export_head", "lm_head"))
-        card = bundle.card
         dtype = dtype_name(bundle.head.dtype)
         return {
             "card": card.to_dict(),

@@ -48,6 +48,7 @@ class Run(StageRun[ExperimentConfig]):
 
     incidental = HOW_FAST | {
         "overwrite", "max_rejected", "threads", "published", "max_actors", "requests_in_flight", "patience_seconds",
+        "key_file", "ca_file", "timeout_seconds",
     }  # fmt: skip
 
     def sections(self, stage: str) -> tuple[str, ...]:

@@ -81,7 +81,7 @@ def generate(
     numbers = ray.data.from_items([{"number": n} for n in range(len(tasks))], override_num_blocks=len(tasks))
     done = numbers.map_batches(
         _Actor,
-        fn_constructor_args=(connect, bundle, held, batch_size, device, cpus_per_actor),
+        fn_constructor_args=(connect, bundle, held, batch_size, device, cpus_per_actor, actors),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(actors, len(tasks)), max_tasks_in_flight_per_actor=2),
         num_cpus=cpus_per_actor,
@@ -112,12 +112,13 @@ class _Actor:
         batch_size: int,
         device: str = "auto",
         cpus: float = 0,
+        actors: int = 1,
     ) -> None:
         import ray
 
         self._predictors: dict[PredictorSpec, Predictor] = {}
         self._tasks: list[GenerationJob] = ray.get(tasks) if isinstance(tasks, ray.ObjectRef) else tasks
-        self._batch_size, self._threads = batch_size, int(cpus)
+        self._batch_size, self._threads, self._actors = batch_size, int(cpus), actors
         self._runner = asyncio.Runner()
         self._refusal = ""
         try:
@@ -140,10 +141,10 @@ class _Actor:
 
     async def _answer(self, job: GenerationJob) -> list[SystemAnswer]:
         started = time.perf_counter()
+        limits = (await self.client.describe()).limits
+        sequences = max(1, min(self._batch_size, limits.max_sessions // self._actors))
         eos = self.card.eos_token_ids
-        decoder = Decoder(
-            self.client, self.head, self.tokenizer, eos, self._batch_size, lockstep=True, threads=self._threads
-        )
+        decoder = Decoder(self.client, self.head, self.tokenizer, eos, sequences, lockstep=True, threads=self._threads)
         if job.predictor is not None:
             predictor = self._predictor(job.predictor)
             decoder.predictors = {request.adapter: predictor for request in job.requests if request.adapter}

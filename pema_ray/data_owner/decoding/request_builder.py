@@ -50,8 +50,8 @@ class RequestBuilder:
         room = self.max_tokens - len(prompt)
         if room < 1:
             raise UserError(
-                f"Example {example_id}: its prompt has {len(prompt)} tokens, the PLM owner allows {self.max_tokens} for "
-                "prompt and answer. Shorten the source, or show fewer examples (task.shots)."
+                f"Example {example_id}: its prompt has {len(prompt)} tokens; the PLM owner allows {self.max_tokens} in "
+                "all. Shorten the source, or show fewer examples (task.shots)."
             )
         length = {"prompt": len(prompt), "source": source_tokens}.get(str(options.length), options.length)
         if options.length == "reference":  # an oracle: it knows how long the answer should be

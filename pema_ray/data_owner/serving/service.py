@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,12 +21,16 @@ from pema_ray.data_owner.unrolling import UnrollingSchedule
 from pema_ray.errors import UserError, nearest
 from pema_ray.hardware import pick_device, pick_dtype, set_threads
 from pema_ray.line import ModelCard, PLMClient
+from pema_ray.line.retry import PatientPLM
 from pema_ray.line.tokenizer import PLMTokenizer
 from pema_ray.memory import ExternalMemory
 from pema_ray.memory.examples import read_pairs
 from pema_ray.metrics import RayMetrics
 from pema_ray.tasks import Pair, Prompter, Task
 from pema_ray.tasks.shots import SimilarShots
+
+logger = logging.getLogger(__name__)
+_START_SECONDS = 600.0  # that a service waits for its PLM owner before it gives up
 
 
 class DecoderConfig(UnrollingConfig):
@@ -152,7 +157,8 @@ class DataOwner:
         c = self.config
         set_threads(c.threads)
         client = self._connect()
-        described, bundle = await client.describe(), await client.lm_head()
+        patient = PatientPLM(client, _START_SECONDS, lambda reason: reason and logger.warning("not ready: %s", reason))
+        described, bundle = await patient.describe(), await patient.lm_head()
         device = pick_device(c.device)
         head = bundle.head.to(device, pick_dtype(c.dtype, device))
         self.card, self.tokenizer = bundle.card, bundle.tokenizer()
