@@ -16,8 +16,11 @@ from pema_ray.data_owner.decoding.request import Answer, GenerationAborted, Gene
 from pema_ray.errors import UserError
 from pema_ray.hardware import pick_device
 from pema_ray.line import LMHeadBundle, PLMClient
+from pema_ray.line.retry import PatientPLM
 
 _BATCHES_PER_TASK = 8  # answers that finish make room for the next ones: long tasks keep the batch full
+
+_PATIENCE_SECONDS = 600.0  # of a task, for a PLM owner that is away when it begins
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ class _Actor:
 
     async def _answer(self, job: GenerationJob) -> list[SystemAnswer]:
         started = time.perf_counter()
-        limits = (await self.client.describe()).limits
+        limits = (await PatientPLM(self.client, _PATIENCE_SECONDS).describe()).limits
         sequences = max(1, min(self._batch_size, limits.max_sessions // self._actors))
         eos = self.card.eos_token_ids
         decoder = Decoder(self.client, self.head, self.tokenizer, eos, sequences, lockstep=True, threads=self._threads)

@@ -98,6 +98,11 @@ class Live(Section):
     """Name of an adapter -> folder of a memory that its drafts come from. Drafts go to the PLM owner."""
 
 
+def _log_wait(reason: str) -> None:
+    if reason:
+        logger.warning("not ready: %s", reason)
+
+
 @dataclass(frozen=True)
 class _Loaded:
     """What `Live` names, loaded."""
@@ -157,7 +162,7 @@ class DataOwner:
         c = self.config
         set_threads(c.threads)
         client = self._connect()
-        patient = PatientPLM(client, _START_SECONDS, lambda reason: reason and logger.warning("not ready: %s", reason))
+        patient = PatientPLM(client, _START_SECONDS, _log_wait)
         described, bundle = await patient.describe(), await patient.lm_head()
         device = pick_device(c.device)
         head = bundle.head.to(device, pick_dtype(c.dtype, device))
