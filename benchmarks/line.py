@@ -113,12 +113,12 @@ async def measure_builds(o: argparse.Namespace, plm: PLMConfig, folder: Path, ke
                 url = "" if wire is None else f"https://127.0.0.1:{wire.port}"
                 client = local if wire is None else RemotePLM(PLMConfig(url=url, **files), card.fingerprint)
                 await client.describe()
-                before = 0 if wire is None else wire.sent + wire.received
+                before = near.sent + near.received
                 rows, seconds = await build(client, shards, card.eos_token_ids[0])
                 if turn:  # the first warms up
                     rates[name].append(rows / seconds)
                 if wire is near:
-                    figures["rows"], figures["bytes"] = rows, wire.sent + wire.received - before
+                    figures["rows"], figures["bytes"] = rows, near.sent + near.received - before
                 if wire is not None:
                     await client.end()
     batch = ExtractBatch([[5, 6, 7]], [0])

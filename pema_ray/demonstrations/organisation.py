@@ -1,7 +1,7 @@
 """One organisation on this machine: a folder, a home and an address of its own, and commands that run in them.
 
-Where root allows it, each organisation is a network namespace and a wire joins the two; elsewhere they share the loopback
-device and use different ports. Knows no owner.
+Where root allows it, each organisation is a network namespace and a wire joins the two; elsewhere they share the
+loopback device and use different ports. Knows no owner.
 """
 
 from __future__ import annotations

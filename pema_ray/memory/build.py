@@ -1,8 +1,8 @@
 """Builds external memories on Ray Data: one pipeline for any PLM, and the manifest comes last.
 
-Shard numbers → tasks read and tokenise each shard's examples → actors ask the PLM, encode and write. A finished shard
-leaves a receipt beside it; a build that was stopped skips the shards that have one. Knows no owner: the PLM is handed
-in as a factory of a client, called once in every actor.
+Shard numbers → tasks read and tokenise each shard's examples (actors do, where these are few or no CPU is spare) →
+actors ask the PLM, encode and write. A finished shard leaves a receipt beside it; a build that was stopped skips the
+shards that have one. Knows no owner: the PLM is handed in as a factory of a client, called once in every actor.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ def stream_shards(build: MemoryBuild, factory: Factory, board: Any = None) -> An
     Args:
         board: where actors tell what they wait for (`memory.waits`).
     """
+    build = replace(build, config=build.config.model_copy(update={"max_actors": None}))  # others need the room
     plan = find_or_make_plan(build)
     prepare_folder(build)
     data = _dataset([build], [(0, number) for number, rows in enumerate(plan.rows) if rows], factory, board)
@@ -126,13 +127,21 @@ def _dataset(builds: Sequence[MemoryBuild], todo: Sequence[tuple[int, int]], fac
     for build in builds:
         _ = build.weights  # counted here, not in every actor
     data = number_rows(todo)
-    if not all(build.examples.at_hand for build in builds):
-        readers = [replace(build) for build in builds]  # without weights
-        data = data.map_batches(tokenise, batch_size=1, fn_kwargs={"builds": readers}, num_cpus=1)
     actors = min(config.actors, len(todo))
+    most = max(actors, min(config.max_actors or 0, len(todo)))
+    spare = ray.cluster_resources().get("CPU", 0) - most * config.cpus_per_actor
+    if spare >= 1 and not all(build.examples.at_hand for build in builds):  # else actors tokenise: tasks would starve
+        data = data.map_batches(
+            tokenise,
+            batch_size=1,
+            fn_kwargs={"builds": [replace(build) for build in builds]},  # without weights
+            num_cpus=1,
+            # Never reached; that it is not the size of the actor pool keeps Ray Data from fusing the two.
+            compute=ray.data.TaskPoolStrategy(size=most + int(spare)),
+        )
     pool = ray.data.ActorPoolStrategy(
         min_size=actors,
-        max_size=max(actors, min(config.max_actors or 0, len(todo))),
+        max_size=most,
         max_tasks_in_flight_per_actor=2 * _CALLS_AT_ONCE,
         max_concurrent_calls_per_actor=_CALLS_AT_ONCE,
     )

@@ -133,6 +133,13 @@ def test_tasks_count_what_one_process_counts_and_build_the_same_bytes(ray_cluste
 
 
 @pytest.mark.cluster
+def test_actors_that_take_every_cpu_tokenise_themselves(ray_cluster, tmp_path: Path):
+    """Tasks would wait for a CPU, and the actors for the tasks."""
+    one = of(elsewhere(9), tmp_path / "m", actors=2, cpus_per_actor=2)
+    assert run_build(one, fake_plm()).examples == 9
+
+
+@pytest.mark.cluster
 def test_a_user_error_in_a_task_comes_out_as_itself(ray_cluster, tmp_path: Path):
     with pytest.raises(UserError) as caught:
         find_or_make_plan(of(elsewhere(23, refuse_at=11), tmp_path / "m"))

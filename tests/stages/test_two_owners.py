@@ -16,7 +16,6 @@ from pema_ray.evaluation.results import Evaluation
 from pema_ray.memory import ExternalMemory
 
 
-
 def test_a_data_owners_process_cannot_import_the_plm_owners_code(tmp_path: Path):
     site = two_owners._site_without_plm_owner(tmp_path)
     owner = Organisation("data_owner", tmp_path / "data_owner", "127.0.0.1", site=site)
@@ -25,7 +24,9 @@ def test_a_data_owners_process_cannot_import_the_plm_owners_code(tmp_path: Path)
         command = owner.command("-c", code)
         return subprocess.run(command, env=owner.environment(), cwd=tmp_path, capture_output=True, text=True)
 
-    whole = "import pema_ray.cli, pema_ray.serving.data_owner; from pema_ray.stages.main import stages; print(*stages())"
+    whole = (
+        "import pema_ray.cli, pema_ray.serving.data_owner; from pema_ray.stages.main import stages; print(*stages())"
+    )
     done = python(whole)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split()[0] == "prepare"
@@ -78,5 +79,3 @@ def test_a_service_that_does_not_start_is_named_with_its_last_words(tmp_path: Pa
         owner.service(lambda: False, "serve", "--topology", "no.yaml"),
     ):
         pass
-
-
