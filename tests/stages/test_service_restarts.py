@@ -47,6 +47,16 @@ class Service:
             env={**os.environ, "PYTHONPATH": str(script.parents[1])},
         )
 
+    def wait(self) -> None:
+        """Until the service listens."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            time.sleep(0.2)
+        raise AssertionError("the service does not start")
+
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
@@ -105,15 +115,12 @@ def test_a_memory_and_answers_are_those_of_an_undisturbed_plm(experiment, ray_cl
     plm = ["plm.name=null", "plm.dtype=auto", "plm.device=cpu", f"plm.url={url}", "plm.timeout_seconds=10", *keys]
     theirs = load_config(path, [f"run_dir={tmp_path / 'theirs'}", *plm])
     stages()["prepare"](theirs)
-    deadline = time.monotonic() + 60
-    while True:  # the service is being started
-        try:
-            stages()["export_head"](theirs)
-            break
-        except UserError as error:
-            assert "cannot be reached" in str(error)
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
+    with pytest.raises(UserError, match="cannot be reached"):
+        stages()["export_head"](
+            load_config(path, [f"run_dir={tmp_path / 'theirs'}", *plm, "plm.url=https://127.0.0.1:1"])
+        )
+    service.wait()
+    stages()["export_head"](theirs)
     service.kill_under(lambda: stages()["build_memory"](theirs), every=3)
     assert service.kills == KILLS
     for split in ("train", "dev", "test"):

@@ -1,4 +1,4 @@
-"""A data owner without weights and without the PLM owner's code runs everything against a service of somebody else's."""
+"""A data owner without weights and without the PLM owner's code runs everything against another owner's service."""
 
 from __future__ import annotations
 
