@@ -141,7 +141,7 @@ class BuildMemoryConfig(Section):
     requests_in_flight: int = Field(default=4, ge=1)
     """Batches that one actor has under way at the PLM owner at the same time."""
     patience_seconds: float = Field(default=600.0, gt=0)
-    """Longest wait of a request that is over quota or finds nobody; then the build ends, and the next start continues."""
+    """Longest wait of a request that is over quota or finds nobody; then the build ends. A new start continues it."""
     examples_per_shard: int = Field(default=256, ge=1)
     """Examples per Parquet file: the unit of work and of resuming."""
     max_batch_tokens: int = Field(default=4096, ge=1)
