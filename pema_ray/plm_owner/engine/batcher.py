@@ -49,7 +49,7 @@ class Batcher:
         self._waiting: deque[StepJob] = deque()
         self._active: list[StepJob] = []
         self._extractions: list[ExtractJob] = []
-        self._fair, self._bulk_is_next = FairQueue(), False
+        self._owners, self._kinds, self._bulk_is_next = FairQueue(), FairQueue(), False
         self.passes: list[tuple[int, int]] = []
         """Sequences and tokens of every forward pass of the last `run`."""
 
@@ -144,14 +144,17 @@ class Batcher:
             flows.setdefault((job.owner, "prefill"), []).append(job)
         for job in self._extractions:
             flows.setdefault((job.owner, "extract"), []).append(job)
-        chosen = self._fair.choose(flows)
+        owner = self._owners.choose(dict.fromkeys(owner for owner, _ in flows))
+        chosen = self._kinds.choose(flow for flow in flows if flow[0] == owner)
         jobs = flows[chosen]
         if isinstance(jobs[0], ExtractJob):
             self.passes.append(self._extraction.advance(jobs[0]))
             done = [jobs[0]] if jobs[0].result is not None else []
         else:
             done = self._prefill([job for job in jobs if isinstance(job, StepJob)])
-        self._fair.charge(chosen, sum(positions for _, positions in self.passes))
+        positions = sum(positions for _, positions in self.passes)
+        self._owners.charge(owner, positions)
+        self._kinds.charge(chosen, positions)
         return done
 
     def _prefill(self, jobs: Sequence[StepJob]) -> list[StepJob]:

@@ -158,6 +158,19 @@ def test_an_owner_with_prompts_and_extractions_starves_neither(batcher_of):
     assert sum(prompt.result is None for prompt in prompts) > 8
 
 
+def test_an_owner_with_prompts_and_extractions_gets_one_owners_share(batcher_of):
+    batcher = batcher_of(pass_tokens=20, slots=16)
+    batcher.submit_extraction("me", ExtractBatch([[5] * 20] * 60, [0] * 60))
+    for number in range(12):
+        batcher.submit("me", Step(f"s{number}", 0, [number + 3] * 80))
+    extraction = batcher.submit_extraction("you", ExtractBatch([[5] * 20] * 6, [0] * 6))
+    tokens = 0
+    while extraction.result is None:
+        batcher.run()
+        tokens += sum(count for _, count in batcher.passes)
+    assert tokens <= 2 * 120 + 20
+
+
 def test_an_extraction_that_waits_too_long_is_busy_and_one_that_has_begun_is_finished(batcher_of, clock):
     batcher = batcher_of(pass_tokens=30)
     begun = batcher.submit_extraction("me", ExtractBatch([[5] * 30] * 3, [0] * 3), deadline=2.0)
