@@ -214,10 +214,8 @@ def mixture(plm: LoadedPLM, adapter: PemaAdapter, ids: Sequence[int], lam: float
 
 
 def own_generate(plm: LoadedPLM, eos: int = 1, **options: Any) -> list[list[int]]:
-    """What transformers' `generate` answers to the prompts, left-padded, up to and with EOS."""
-    longest = max(map(len, PROMPTS))
-    ids = torch.tensor([[2] * (longest - len(p)) + p for p in PROMPTS])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in PROMPTS])
+    """What transformers' `generate` answers to each prompt, up to and with EOS; one by one, because padding on the left
+    changes the states of state-space layers."""
     settings = {"do_sample": False, "max_new_tokens": STEPS, "eos_token_id": eos, "pad_token_id": 2, **options}
-    rows = plm.model.generate(ids, attention_mask=mask, **settings)[:, longest:].tolist()
+    rows = [plm.model.generate(torch.tensor([p]), **settings)[0, len(p) :].tolist() for p in PROMPTS]
     return [row[: row.index(eos) + 1] if eos in row else row for row in rows]

@@ -50,7 +50,7 @@ def test_the_answer_is_limited_by_each_of_three(prompter):
 
 def test_a_prompt_that_leaves_no_room_is_refused(prompter):
     prompt = len(prompter.encode_prompt(SOURCE))
-    with pytest.raises(UserError, match=f"Example 3: its prompt has {prompt} tokens, the PLM owner allows {prompt}"):
+    with pytest.raises(UserError, match=f"Example 3: its prompt has {prompt} tokens; the PLM owner allows {prompt}"):
         builder(prompter, prompt).build(SOURCE, 3)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_model
+from tiny_models import random_model
 
 from pema_ray.errors import UserError
 from pema_ray.plm_owner import LoadedPLM
