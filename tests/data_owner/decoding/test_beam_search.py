@@ -27,9 +27,10 @@ from pema_ray.data_owner.decoding import GenerationRequest, SamplingParams
 THREE = pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])
 
 
-async def test_beams_at_lambda_0_are_transformers_own(tiny_client, tiny_plm, architecture: str):
-    plm = tiny_plm(architecture)
-    client, adapter = tiny_client(architecture), make_adapter(plm)
+@pytest.mark.parametrize("name", ["gpt2", "opt", "opt_without_final_norm", "llama", "qwen3", "gemma2", "cohere"])
+async def test_beams_at_lambda_0_are_transformers_own(tiny_client, tiny_plm, name: str):
+    plm = tiny_plm(name)
+    client, adapter = tiny_client(name), make_adapter(plm)
     longest = max(own_generate(plm), key=len)
     eos = longest[min(4, len(longest) - 1)]
     for penalty in (0.0, 1.0, 2.0):
