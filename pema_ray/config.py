@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -76,6 +77,22 @@ class PLMConfig(Section):
                 owners = [kind for kind, settings in _PLM_SETTINGS.items() if name in settings]
                 raise ValueError(f"'{name}' belongs to {' or '.join(owners)}, and has no meaning with {kinds[0]}")
         return self
+
+    @field_validator("url")
+    @classmethod
+    def _is_an_address(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        try:
+            parts = urlsplit(url)
+            host, _ = parts.hostname, parts.port
+        except ValueError as error:
+            raise ValueError(f"not an address: {error}") from None
+        if parts.scheme not in ("http", "https") or not host:
+            raise ValueError("an address such as https://plm.example.org is expected")
+        if parts.scheme == "http" and host not in ("localhost", "::1") and not host.startswith("127."):
+            raise ValueError("http:// would send key and tokens in the clear; use https://")
+        return url
 
     @property
     def is_own(self) -> bool:

@@ -25,6 +25,7 @@ from pema_ray.line import Busy, Description, ExtractBatch, Limits, LMHeadBundle,
 
 T = TypeVar("T")
 _BUSY = (429, 502, 503, 504)
+_TLS_MISTAKES = ("CERTIFICATE", "WRONG_VERSION_NUMBER", "RECORD_LAYER", "HTTP_REQUEST")  # in OpenSSL's messages
 _TOKEN_BYTES = 4
 _SEQUENCE_BYTES = 10  # of a frame's header: a length and a first position
 _HEADER_BYTES = 4096
@@ -55,6 +56,7 @@ class _Model(msgspec.Struct):
     max_positions: _Count
     eos_token_ids: tuple[int, ...]
     max_session_tokens: _Count
+    max_sessions: _Count
     limits: _OwnersLimits
     quota: _Quota = _Quota()
 
@@ -116,7 +118,7 @@ class RemotePLM:
                     max_draft=limits.max_draft,
                     max_steps=limits.max_steps,
                     max_rows=max(1, min(limits.max_rows, quota.rows_per_minute)),
-                    max_sessions=max(1, quota.sessions),
+                    max_sessions=max(1, min(model.max_sessions, quota.sessions)),
                 ),
             )
         return self._described
@@ -204,18 +206,29 @@ class RemotePLM:
     async def _request(self, method: str, path: str, **options: Any) -> httpx.Response:
         try:
             response = await self._http.request(method, path, **options)
-        except (httpx.TransportError, httpx.InvalidURL) as error:
-            if "CERTIFICATE" in str(error).upper():
-                raise UserError(f"{self.config.url}: its certificate is not trusted: {error}") from None
+        except httpx.UnsupportedProtocol as error:
+            raise UserError(f"{self.config.label}: {error}") from None
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            if any(sign in str(error).upper() for sign in _TLS_MISTAKES):
+                raise UserError(f"{self.config.url}: TLS fails: {error}. Check plm.url and plm.ca_file.") from None
             raise ConnectionError(f"{self.config.url}: {type(error).__name__}: {error}") from None
         if response.is_success:
             return response
         message = codec.as_error(response.content)
-        if response.status_code in _BUSY:
+        if response.status_code in _BUSY or not _is_of_the_line(response):
             raise Busy(message, _seconds(response.headers.get("Retry-After")))
         if response.status_code == 409 and self._fingerprint is not None:
             raise FingerprintMismatch(self.config.label, _found(response.content), self._fingerprint)
         raise UserError(f"{self.config.url}{path}: {response.status_code}: {message}")
+
+
+def _is_of_the_line(response: httpx.Response) -> bool:
+    """Whether the PLM owner's API answered; Serve's proxy answers for an application that is away or restarts."""
+    if response.status_code not in (404, 500):
+        return True
+    with suppress(msgspec.MsgspecError, KeyError, TypeError):
+        return msgspec.json.decode(response.content)["error"]["type"] == "line_error"
+    return False
 
 
 def _answers(outcome: Stepped, step: Step, card: ModelCard) -> bool:
@@ -265,6 +278,8 @@ def _key(file: str | None) -> str | None:
         raise UserError(f"plm.key_file={file}: cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     if not key:
         raise UserError(f"plm.key_file={file}: is empty; it must hold the key.")
+    if not key.isascii() or len(key.split()) > 1:
+        raise UserError(f"plm.key_file={file}: holds more than a key: one word of ASCII characters is expected.")
     return key
 
 

@@ -24,7 +24,7 @@ from pema_ray.tasks.shots import SimilarShots
 
 _ROWS_AT_ONCE = 2**16
 _FEW = 1024  # pairs: tokenised within a second, sooner than Ray starts a worker
-_prompters: dict[tuple[str, str], Prompter] = {}  # (bundle, digest of a wording) → its prompter, once in a process
+_prompters: dict[tuple[str, str], Prompter] = {}  # (fingerprint, digest of a wording) → its prompter, once in a process
 
 
 class Examples(Protocol):
@@ -101,10 +101,11 @@ class Wording:
         Raises:
             UserError: the bundle or the pairs to choose from cannot be read.
         """
-        key = str(self.bundle), self.digest
+        bundle = LMHeadBundle.load(self.bundle)
+        key = bundle.card.fingerprint, self.digest
         if key not in _prompters:
             shown = SimilarShots(list(read_pairs(self.similar)), self.shots) if self.similar else self.shown
-            _prompters[key] = Prompter(LMHeadBundle.load(self.bundle).tokenizer(), self.task, shown, self.chat)
+            _prompters[key] = Prompter(bundle.tokenizer(), self.task, shown, self.chat)
         return _prompters[key]
 
     @cached_property

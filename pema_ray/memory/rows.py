@@ -32,6 +32,7 @@ from pema_ray.memory.plan import ShardPlan, Weights, first_position, plan_batche
 from pema_ray.memory.shards import MemoryRows
 from pema_ray.tasks import EncodedPair
 
+_REPLAYS = 20
 _CHUNK = 16  # tokens drafted at a time: what is decoded past EOS is lost
 
 
@@ -190,7 +191,8 @@ async def generated_rows_of_shard(
     """
     limits = (await plm.describe()).limits
     chunk = max(1, min(_CHUNK, limits.max_draft))
-    sequences = max(1, min(sequences, limits.max_steps, limits.max_rows // (1 + chunk)))
+    sequences = max(1, min(sequences, limits.max_steps, limits.max_sessions, limits.max_rows // (1 + chunk)))
+    lost = 0  # messages in a row that lost a session
     name = uuid.uuid4().hex
     all_of_it = [_Continuation(example, f"{name}/{number}") for number, example in enumerate(shard.examples)]
     waiting = sorted(all_of_it, key=lambda c: (len(c.example.target), c.example.example_id), reverse=True)
@@ -200,6 +202,10 @@ async def generated_rows_of_shard(
             while waiting and len(running) < sequences:
                 running.append(waiting.pop())
             answers = await plm.step([continuation.step(chunk) for continuation in running])
+            lost = lost + 1 if any(isinstance(answer, SessionLost) for answer in answers) else 0
+            if lost > _REPLAYS:
+                raise UserError("The PLM owner loses sessions every time: it holds fewer than are decoded together.")
+            await asyncio.sleep(min(1.0, 0.05 * 2**lost) if lost else 0)
             for continuation, answer in zip(running, answers, strict=True):
                 if isinstance(answer, SessionLost):
                     continuation.is_held = False

@@ -73,6 +73,7 @@ class MemoryBuild:
             "scheme": _SCHEME,
             "examples": self.examples.digest,
             "fingerprint": self.card.fingerprint,
+            "longest": self._longest,
             "key_dtype": self.config.key_dtype,
             "examples_per_shard": self.config.examples_per_shard,
             "max_batch_tokens": self.config.max_batch_tokens,

@@ -111,8 +111,8 @@ class Account:
         self.sessions: dict[str, float] = {}
         self.requests = self.reserved_bytes = 0
 
-    def spend(self, rows: int, tokens: int, opens: set[str]) -> None:
-        """Count a request before it is done; a refused one is not counted.
+    def spend(self, rows: int, tokens: int, opens: set[str]) -> float:
+        """Count a request before it is done, and return when; a refused one is not counted.
 
         Raises:
             Refused: 413 what would never fit, 429 what does not fit now.
@@ -125,6 +125,16 @@ class Account:
             raise Refused(429, f"Your quota is {quota.sessions} sessions at a time; close one first.", 1.0)
         self._count(amounts, now)
         self.sessions |= dict.fromkeys(opens, now)
+        return now
+
+    def refund(self, spent_at: float, rows: int, tokens: int) -> None:
+        """Give back what `spend` counted, at the time that it returned, for work that the PLM did not do."""
+        for name, amount in (("rows", rows), ("tokens", tokens)):
+            for place in reversed(range(len(used := self._used[name]))):
+                if used[place][0] == spent_at:  # older entries have expired, and count no more
+                    used[place] = spent_at, used[place][1] - amount
+                    self._sums[name] -= amount
+                    break
 
     def spend_head(self, limit: int) -> None:
         """Count a requested LM head, of at most `limit` a minute.

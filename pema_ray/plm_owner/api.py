@@ -194,7 +194,10 @@ def make_api(access: Access, limits: Limits, replicas: Callable[[str, str | None
         async def work(call: _Request) -> Response:
             quota = call.account.client.quota.model_dump(exclude_none=True)
             described = await (await line_of(call.account, fingerprint)).describe()
-            sizes = {**described.card.to_dict(), "max_session_tokens": described.limits.max_tokens}
+            limit = described.limits
+            sizes = {
+                **described.card.to_dict(), "max_session_tokens": limit.max_tokens, "max_sessions": limit.max_sessions
+            }  # fmt: skip
             return JSONResponse({**sizes, "limits": limits.model_dump(), "quota": quota})
 
         return await perform(request, authorization, "model", work)
@@ -224,8 +227,12 @@ def make_api(access: Access, limits: Limits, replicas: Callable[[str, str | None
             if batch.rows > limits.max_rows:
                 raise Refused(413, f"{batch.rows} rows in one request; {limits.max_rows} are allowed.")
             call.reservation.add(batch.rows * (await line.describe()).card.hidden_size * _STATE_BYTES)
-            call.account.spend(call.used["rows"], call.used["tokens"], set())
-            return Response(await line.extract_bytes(body), media_type=codec.MEDIA_TYPE)
+            spent_at = call.account.spend(call.used["rows"], call.used["tokens"], set())
+            try:
+                return Response(await line.extract_bytes(body), media_type=codec.MEDIA_TYPE)
+            except Exception:
+                call.account.refund(spent_at, batch.rows, batch.tokens)
+                raise
 
         return await perform(request, authorization, "extract", work)
 
@@ -248,8 +255,11 @@ def make_api(access: Access, limits: Limits, replicas: Callable[[str, str | None
             line = await line_of(call.account, fingerprint)
             size = rows * (await line.describe()).card.hidden_size * _STATE_BYTES
             call.reservation.add(size)
-            call.account.spend(rows, call.used["tokens"], {s.session for s in steps})
+            spent_at = call.account.spend(rows, call.used["tokens"], {s.session for s in steps})
             outcomes = await line.step(steps)
+            undone = [s for s, outcome in zip(steps, outcomes, strict=True) if isinstance(outcome, Exception)]
+            undone_rows, undone_tokens = sum(s.states + s.draft for s in undone), sum(len(s.tokens) for s in undone)
+            call.account.refund(spent_at, undone_rows, undone_tokens)
             for step, outcome in zip(steps, outcomes, strict=True):
                 if isinstance(outcome, SessionLost) or (step.position == 0 and isinstance(outcome, Exception)):
                     call.account.sessions.pop(step.session, None)

@@ -56,7 +56,7 @@ def run_jobs(
         plm: another PLM that answers instead of the run's, with the same tokenizer, norm and head.
     """
     options = config.generate
-    engine = {"slots": options.batch_size + _SPARE_SLOTS, "max_tokens": None}
+    engine = {"slots": max(options.batch_size, options.beams) + _SPARE_SLOTS, "max_tokens": None}
     connect = (
         connector(config.plm, run.bundle.card, options.cpus_per_actor, engine)
         if plm is None
@@ -76,6 +76,7 @@ def run_jobs(
             options.cpus_per_actor,
             options.gpus_per_actor,
             config.plm.device,
+            share_sessions=not (plm or config.plm).is_own,
         ):
             for answer in batch:
                 answers[answer.system][answer.key] = answer

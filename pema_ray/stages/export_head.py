@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+from pema_ray.cluster import ray_cluster
 from pema_ray.config import ExperimentConfig
 from pema_ray.errors import UserError
 from pema_ray.hardware import dtype_name
@@ -18,8 +20,10 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
     run = Run(config)
 
     def work() -> dict[str, Any]:
+        whole = {"max_tokens": None} if config.plm.is_own else None
         try:
-            with BlockingPLM(connect(config.plm, engine={"max_tokens": None} if config.plm.is_own else None)) as plm:
+            cluster = ray_cluster(config.ray) if config.plm.serve else nullcontext()
+            with cluster, BlockingPLM(connect(config.plm, engine=whole)) as plm:
                 bundle, longest = plm.lm_head(), plm.describe().limits.max_tokens
         except (Busy, ConnectionError) as error:
             raise UserError(f"{config.plm.label}: the PLM owner cannot be reached now: {error}") from None

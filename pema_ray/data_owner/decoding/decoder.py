@@ -53,6 +53,7 @@ class Decoder:
             depend on timing, to the last bit unless they draft, and requests wait for room; the offline stages decode
             so. A service does not: it answers whatever has arrived, and rejects requests beyond `max_sequences`.
         threads: CPU threads of torch for choosing tokens; 0 takes torch's default.
+        max_sessions: that the PLM owner holds; beam searches together never need more: they would wait for each other.
 
     Attributes:
         predictors, memories: by adapter name; the memory of a name is where its drafts come from. May be replaced at
@@ -68,9 +69,10 @@ class Decoder:
         max_sequences: int = 256,
         lockstep: bool = False,
         threads: int = 0,
+        max_sessions: int = 2**31 - 1,
     ) -> None:
         self.head, self._client, self._tokenizer = head, client, tokenizer
-        self._max_sequences, self._lockstep = max_sequences, lockstep
+        self._max_sequences, self._max_sessions, self._lockstep = max_sequences, max_sessions, lockstep
         self._chooser = Chooser(head, eos)
         self.predictors: Mapping[str, Predictor] = {}
         self.memories: Mapping[str, MemoryLookup] = {}
@@ -130,7 +132,7 @@ class Decoder:
         """All answers, in the order of their requests.
 
         Args:
-            timeout: seconds for each answer, from its first step.
+            timeout: seconds without progress after which an answer is given up.
 
         Raises:
             as `answer`; the first error ends the others.
@@ -161,12 +163,16 @@ class Decoder:
             Busy: the decoder is full.
             GenerationAborted: the PLM owner was busy or gone until the time was over.
         """
+        if self._loop.done():
+            raise GenerationAborted("the decoder has stopped")
         generation = self._begin(request, timeout)
         if self._lockstep:
             self._waiting.append(generation)
             self._wake.set()
         else:
-            if self._sequences + generation.width > self._max_sequences:
+            beams = sum(other.width for other in [*self._live, generation] if other.beams is not None)
+            crowded = generation.beams is not None and beams > self._max_sessions
+            if crowded or self._sequences + generation.width > self._max_sequences:
                 raise Busy(f"{self._sequences} answers are being generated, the limit of this service; retry later")
             self._live.add(generation)
             generation.start()
@@ -202,11 +208,15 @@ class Decoder:
         return sum(generation.width for generation in self._live)
 
     def _begin(self, request: GenerationRequest, timeout: float) -> Generation:
+        if not request.prompt:
+            raise UserError("A prompt needs at least one token.")
         if request.adapter is not None and request.adapter not in self.predictors:
             known = ", ".join(self.predictors) or "none"
             raise UserError(f"There is no adapter '{request.adapter}'; loaded are: {known}.")
         predictor = None if request.adapter is None else self.predictors[request.adapter]
         beams = BeamSearch(request.sampling) if request.sampling.kind == "beam" else None
+        if beams is not None and beams.width > self._max_sessions:
+            raise UserError(f"{beams.width} beams: the PLM owner allows {self._max_sessions} sessions at a time.")
         lookup = memory = None
         if request.draft and beams is None and not (predictor is not None and predictor.looks_back):
             lookup, memory = PromptLookup(request.prompt), self.memories.get(request.adapter or "")
@@ -281,16 +291,16 @@ class Decoder:
         return outcomes
 
     async def _step(self, pairs: _Pairs) -> list[Stepped | Exception]:
-        steps: list[Step] = [branch.next_step(generation.prompt_from) for generation, branch in pairs]
         try:
+            steps: list[Step] = [branch.next_step(generation.prompt_from) for generation, branch in pairs]
             return await self._client.step(steps)
         except (Busy, OSError) as error:
-            return [Busy(str(error), getattr(error, "retry_after", 0.2))] * len(steps)
+            return [Busy(str(error), getattr(error, "retry_after", 0.2))] * len(pairs)
         except Exception as error:  # of the line as a whole, not of any answer
             if self._lockstep:
-                return [error] * len(steps)
+                return [error] * len(pairs)
             logger.error("the PLM owner rejects this service: %s", error)
-            return [GenerationAborted("the PLM owner rejects this service")] * len(steps)
+            return [GenerationAborted("the PLM owner rejects this service")] * len(pairs)
 
     def _receive(self, generation: Generation, branch: Branch, outcome: Stepped | Exception) -> None:
         generation.waiting -= 1
@@ -302,9 +312,9 @@ class Decoder:
                 self._arrived.append(generation)
         elif isinstance(outcome, SessionLost):
             self._replay(generation, branch)
-        elif isinstance(outcome, Busy):  # a step may be repeated: the session stays as it is
+        elif isinstance(outcome, Busy | OSError):  # a step may be repeated: the session stays as it is
             self.counts["busy"] += 1
-            self._retry(generation, branch, outcome.retry_after, str(outcome))
+            self._retry(generation, branch, getattr(outcome, "retry_after", 0.2), str(outcome))
         else:
             generation.out.put_nowait(outcome)
 
@@ -374,6 +384,8 @@ class Decoder:
         if isinstance(tokens, Exception):
             generation.out.put_nowait(tokens)
             return []
+        if self._lockstep:  # whoever makes progress is not late, however many wait with it
+            generation.start()
         for token in tokens:
             generation.out.put_nowait(token)
         if generation.gone or (tokens and tokens[-1].finish is not None):

@@ -25,7 +25,7 @@ class Generation:
         branches: hypotheses that still grow.
         lookup, memory: where draft tokens come from.
         rng: this answer's random draws.
-        timeout: seconds for the whole answer, from its first step.
+        timeout: seconds for the answer; in lockstep, for one step of it.
         deadline: on `time.monotonic`.
         waiting: branches whose step is under way.
         ended: sessions that are no longer needed.

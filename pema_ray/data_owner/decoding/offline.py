@@ -61,6 +61,7 @@ def generate(
     cpus_per_actor: float = 1,
     gpus_per_actor: float = 0,
     device: str = "auto",
+    share_sessions: bool = False,
 ) -> Iterator[list[SystemAnswer]]:
     """Answers of all jobs, task by task as they are finished. Ray must be running.
 
@@ -68,6 +69,7 @@ def generate(
         connect: makes a client of the PLM owner in an actor; must be picklable.
         batch_size: sequences that an actor decodes together; every beam is one.
         device: where each actor keeps the LM head and the adapters.
+        share_sessions: the actors' clients ask one PLM owner, whose limit of sessions is for all of them.
 
     Raises:
         UserError: as the decoder raises it, or the PLM owner did not answer in time.
@@ -78,13 +80,22 @@ def generate(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    sharing = actors if share_sessions else 1
     tasks = [task for job in jobs for task in _split(job, batch_size)]
     # Requests travel once, through the object store; Ray Data's rows are only their numbers.
     held = ray.put(tasks)
     numbers = ray.data.from_items([{"number": n} for n in range(len(tasks))], override_num_blocks=len(tasks))
     done = numbers.map_batches(
         _Actor,
-        fn_constructor_args=(connect, bundle, held, batch_size, device, cpus_per_actor, actors),
+        fn_constructor_args=(
+            connect,
+            bundle,
+            held,
+            batch_size,
+            device,
+            cpus_per_actor,
+            sharing,
+        ),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(actors, len(tasks)), max_tasks_in_flight_per_actor=2),
         num_cpus=cpus_per_actor,
@@ -115,13 +126,13 @@ class _Actor:
         batch_size: int,
         device: str = "auto",
         cpus: float = 0,
-        actors: int = 1,
+        sharing: int = 1,
     ) -> None:
         import ray
 
         self._predictors: dict[PredictorSpec, Predictor] = {}
         self._tasks: list[GenerationJob] = ray.get(tasks) if isinstance(tasks, ray.ObjectRef) else tasks
-        self._batch_size, self._threads, self._actors = batch_size, int(cpus), actors
+        self._batch_size, self._threads, self._sharing = batch_size, int(cpus), sharing
         self._runner = asyncio.Runner()
         self._refusal = ""
         try:
@@ -145,9 +156,11 @@ class _Actor:
     async def _answer(self, job: GenerationJob) -> list[SystemAnswer]:
         started = time.perf_counter()
         limits = (await PatientPLM(self.client, _PATIENCE_SECONDS).describe()).limits
-        sequences = max(1, min(self._batch_size, limits.max_sessions // self._actors))
+        sequences = max(1, min(self._batch_size, limits.max_sessions // self._sharing))
         eos = self.card.eos_token_ids
-        decoder = Decoder(self.client, self.head, self.tokenizer, eos, sequences, lockstep=True, threads=self._threads)
+        decoder = Decoder(
+            self.client, self.head, self.tokenizer, eos, sequences, True, self._threads, limits.max_sessions
+        )
         if job.predictor is not None:
             predictor = self._predictor(job.predictor)
             decoder.predictors = {request.adapter: predictor for request in job.requests if request.adapter}

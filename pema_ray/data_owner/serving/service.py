@@ -169,7 +169,9 @@ class DataOwner:
         self.card, self.tokenizer = bundle.card, bundle.tokenizer()
         self.max_tokens = described.limits.max_tokens
         eos = self.card.eos_token_ids
-        self.decoder = Decoder(client, head, self.tokenizer, eos, c.max_live, threads=c.threads)
+        self.decoder = Decoder(
+            client, head, self.tokenizer, eos, c.max_live, threads=c.threads, max_sessions=described.limits.max_sessions
+        )
         if c.draft_by_plm:
             self.decoder.allow_plm_drafts(min(c.draft, described.limits.max_draft))
         self._use(await asyncio.to_thread(self._load, self._live))

@@ -212,8 +212,8 @@ class Batcher:
         for job in steps:
             if job.slot is not None:
                 job.slot.job = None
-                if job.step.position == 0:  # its caller will never know of this session
-                    self.close(*job.key)
+                if job.step.position == 0:  # its caller will never know of this session; a retry of it opens it anew
+                    self._sessions.close(job.key, True)
         self._waiting = deque(job for job in self._waiting if not job.cancelled)
         self._active = [job for job in self._active if not job.cancelled]
         self._extractions = [job for job in self._extractions if not job.cancelled]

@@ -88,7 +88,9 @@ class LocalPLM:
 
     async def describe(self) -> Description:
         engine = await self.engine()
-        return Description(self._bundle.card, Limits(max_tokens=engine.batcher.max_tokens))
+        return Description(
+            self._bundle.card, Limits(max_tokens=engine.batcher.max_tokens, max_sessions=self.config.slots)
+        )
 
     async def lm_head(self) -> LMHeadBundle:
         await self.engine()
