@@ -67,6 +67,10 @@ def test_plm_names_one_plm_owner(overrides: list[str], label: str):
         (["plm.url=https://a.b", "plm.serve=shared"], "url and serve exclude each other"),
         (["plm.url=https://a.b", "plm.dtype=float32"], "'dtype' belongs to name, and has no meaning with url"),
         (["plm.url=https://a.b", "plm.device_map=auto"], "'device_map' belongs to name, and has no meaning with url"),
+        (["plm.url=plm.example.org"], "an address such as https://plm.example.org is expected"),
+        (["plm.url=ftp://plm.example.org"], "an address such as https://plm.example.org is expected"),
+        (["plm.url='https://[::1'"], "not an address"),
+        (["plm.url=http://plm.example.org"], "in the clear; use https://"),
         (["plm.serve=shared", "plm.threads=3"], "'threads' belongs to name, and has no meaning with serve"),
         (["plm.serve=shared", "plm.trust_remote_code=true"], "'trust_remote_code' belongs to name"),
         (["plm.serve=shared", "plm.key_file=key"], "'key_file' belongs to url, and has no meaning with serve"),
@@ -78,7 +82,7 @@ def test_plm_names_one_plm_owner(overrides: list[str], label: str):
 def test_settings_of_another_kind_of_plm_are_refused_by_name(overrides: list[str], complaint: str):
     with pytest.raises(UserError, match=complaint) as caught:
         load_config(None, overrides)
-    assert str(caught.value).startswith("configuration: 'plm'") and "\n" not in str(caught.value)
+    assert str(caught.value).startswith("configuration: 'plm") and "\n" not in str(caught.value)
 
 
 def test_a_config_is_frozen():

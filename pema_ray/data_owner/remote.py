@@ -25,7 +25,7 @@ from pema_ray.line import Busy, Description, ExtractBatch, Limits, LMHeadBundle,
 
 T = TypeVar("T")
 _BUSY = (429, 502, 503, 504)
-_TLS_MISTAKES = ("CERTIFICATE", "WRONG_VERSION_NUMBER", "RECORD_LAYER", "HTTP_REQUEST")  # in OpenSSL's messages
+_NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER", "HTTP_REQUEST")  # in OpenSSL's messages
 _TOKEN_BYTES = 4
 _SEQUENCE_BYTES = 10  # of a frame's header: a length and a first position
 _HEADER_BYTES = 4096
@@ -209,8 +209,11 @@ class RemotePLM:
         except httpx.UnsupportedProtocol as error:
             raise UserError(f"{self.config.label}: {error}") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            if any(sign in str(error).upper() for sign in _TLS_MISTAKES):
-                raise UserError(f"{self.config.url}: TLS fails: {error}. Check plm.url and plm.ca_file.") from None
+            said = str(error).upper()
+            if "CERTIFICATE" in said:
+                raise UserError(f"{self.config.url}: its certificate is not trusted: {error}") from None
+            if any(sign in said for sign in _NO_TLS):
+                raise UserError(f"{self.config.url}: no TLS is spoken there: {error}. Check plm.url.") from None
             raise ConnectionError(f"{self.config.url}: {type(error).__name__}: {error}") from None
         if response.is_success:
             return response

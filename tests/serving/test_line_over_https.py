@@ -393,7 +393,8 @@ def answering(model: object) -> RemotePLM:
 
 MODEL = {
     "name": "a", "fingerprint": "f", "hidden_size": 4, "vocab_size": 9, "max_positions": 90, "eos_token_ids": [1],
-    "max_session_tokens": 80, "limits": {"max_steps": 3, "max_rows": 8, "max_draft": 0, "max_body_mb": 1},
+    "max_session_tokens": 80, "max_sessions": 8,
+    "limits": {"max_steps": 3, "max_rows": 8, "max_draft": 0, "max_body_mb": 1},
 }  # fmt: skip
 
 
@@ -476,3 +477,37 @@ def test_a_broken_file_of_keys_is_refused(tmp_path, content, problem):
     path.write_text(yaml.safe_dump(twice))
     with pytest.raises(UserError, match="the same key_sha256"):
         Access(path)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "error"),
+    [
+        (404, b"Path '/v1/model' not found. Ping http://.../-/routes for available routes.", Busy),
+        (500, b"Internal Server Error", Busy),
+        (404, b'{"error": {"message": "Not Found", "type": "line_error"}}', UserError),
+        (400, b'{"error": {"message": "bad", "type": "line_error"}}', UserError),
+    ],
+)
+async def test_a_proxy_whose_application_restarts_is_waited_for(status, body, error):
+    transport = httpx.MockTransport(lambda request: httpx.Response(status, content=body))
+    remote = RemotePLM(PLMConfig(url="https://plm.example.org"), transport=transport)
+    with pytest.raises(error):
+        await remote.describe()
+    await remote.end()
+
+
+@pytest.mark.parametrize("key", ["two words", "two\nlines", "schlüssel", ""])
+def test_a_file_that_holds_no_key_is_named(tmp_path, key):
+    (tmp_path / "key").write_text(key)
+    with pytest.raises(UserError, match="plm.key_file=.*key"):
+        RemotePLM(PLMConfig(url="https://plm.example.org", key_file=str(tmp_path / "key")))
+
+
+async def test_work_that_was_not_done_is_not_counted(owner_of):
+    async with owner_of(rows_per_minute=100) as owner:
+        remote = owner.remote()
+        for _ in range(30):  # of 10 rows each, for sessions that are not there
+            (outcome,) = await remote.step([Step("nobody", 5, list(range(3, 13)), states=10)])
+            assert isinstance(outcome, SessionLost)
+        (outcome,) = await remote.step([Step("me", 0, list(range(3, 13)), states=10)])
+        assert isinstance(outcome, Stepped)

@@ -21,6 +21,7 @@ from decoding_kit import (
     various,
 )
 
+from pema_ray.data_owner import UnrollingSchedule
 from pema_ray.data_owner.decoding import GenerationAborted, GenerationRequest, SamplingParams
 from pema_ray.data_owner.decoding.text import AnswerText
 from pema_ray.errors import FingerprintMismatch, UserError
@@ -298,3 +299,42 @@ async def _comes_true(condition) -> bool:
             return True
         await asyncio.sleep(0.01)
     return False
+
+
+async def test_requests_that_cannot_be_answered_are_rejected_and_not_waited_for(tiny_client):
+    client = tiny_client("llama")
+    async with decoding(client, max_sessions=2) as decoder:
+        with pytest.raises(UserError, match="at least one token"):
+            await decoder.generate([GenerationRequest([], 3, UnrollingSchedule(0.0))])
+        with pytest.raises(UserError, match="3 beams: the PLM owner allows 2 sessions"):
+            await decoder.generate([GenerationRequest([5], 3, UnrollingSchedule(0.0), sampling=BEAM)])
+    with pytest.raises(GenerationAborted, match="has stopped"):
+        await decoder.generate([GenerationRequest([5], 3, UnrollingSchedule(0.0))])
+
+
+async def test_beam_searches_never_need_more_sessions_together_than_there_are(tiny_client):
+    request = GenerationRequest([0, 5, 9], 6, UnrollingSchedule(0.0), sampling=BEAM)
+    async with decoding(tiny_client("llama"), lockstep=False, max_sessions=5) as decoder:
+        results = await asyncio.gather(*(decoder.generate([request]) for _ in range(3)), return_exceptions=True)
+    assert sum(isinstance(result, Busy) for result in results) == 2
+
+
+async def test_an_error_of_the_line_in_one_steps_place_is_retried(tiny_client):
+    class Breaking:
+        def __init__(self, client) -> None:
+            self._client, self.messages = client, 0
+
+        def __getattr__(self, name: str):
+            return getattr(self._client, name)
+
+        async def step(self, steps):
+            self.messages += 1
+            outcomes = await self._client.step(steps)
+            return [ConnectionError("the wire was cut"), *outcomes[1:]] if self.messages == 3 else outcomes
+
+    wanted = [GenerationRequest(prompt, 6, UnrollingSchedule(0.0)) for prompt in PROMPTS]
+    breaking = Breaking(tiny_client("llama"))
+    assert ids_of(await answers(breaking, wanted, eos=[])) == ids_of(
+        await answers(tiny_client("llama"), wanted, eos=[])
+    )
+    assert breaking.messages > 3

@@ -370,3 +370,13 @@ def test_texts_that_are_too_long_are_refused_and_hurt_nobody(batcher_of):
 def test_steps_that_make_no_sense_are_not_made(wrong):
     with pytest.raises(ValueError, match=r"session|position|states"):
         Step(**({"session": "s", "position": 0, "tokens": [1, 2]} | wrong))
+
+
+def test_a_retry_of_an_opening_whose_caller_left_is_answered(batcher_of):
+    batcher = batcher_of("llama", slots=2)
+    first = batcher.submit("me", Step("s", 0, list(range(3, 60))))
+    batcher.run()
+    first.cancelled = True
+    (result,) = finish(batcher, [batcher.submit("me", Step("s", 0, [5, 6]))])
+    assert isinstance(result, Stepped)
+    assert not batcher.busy
