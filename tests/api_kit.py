@@ -35,10 +35,15 @@ def save_adapter(card: ModelCard, folder: Path, seed: int = 3) -> PemaAdapter:
 
 
 async def offline_answers(
-    client: PLMClient, bundle: LMHeadBundle, predictor: Predictor, requests: Sequence[GenerationRequest]
+    client: PLMClient,
+    bundle: LMHeadBundle,
+    predictor: Predictor,
+    requests: Sequence[GenerationRequest],
+    max_sequences: int = 8,
 ) -> list[Answer]:
-    """What a stage answers: by a decoder in lockstep."""
-    decoder = Decoder(client, bundle.head, bundle.tokenizer(), bundle.card.eos_token_ids, lockstep=True)
+    """What a stage answers: by a decoder in lockstep, with no more sequences at a time than a replica has slots."""
+    eos = bundle.card.eos_token_ids
+    decoder = Decoder(client, bundle.head, bundle.tokenizer(), eos, max_sequences, lockstep=True)
     decoder.predictors = {request.adapter: predictor for request in requests if request.adapter}
     try:
         return await decoder.generate(requests)
