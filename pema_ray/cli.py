@@ -99,7 +99,9 @@ def prepare(
 
 
 _command(
-    "export_head", "export-head", "PLM owner: load the PLM and export what it shares (final norm, LM head, tokenizer)."
+    "export_head",
+    "export-head",
+    "Get what the PLM owner shares: final norm, LM head, tokenizer. A PLM of one's own is checked.",
 )
 _command(
     "build_memory",
@@ -115,7 +117,7 @@ _command(
     "PEMA beside its peers on the same pairs: PLM alone, few-shot, kNN-LM, PEMA's variants, LoRA with the weights. "
     "Trains and answers for each; what is finished is kept.",
 )
-_command("generate", "generate", "Data owner: answer the test split by Gradual Unrolling.")
+_command("generate", "generate", "Answer the test split by Gradual Unrolling.")
 _command(
     "evaluate", "evaluate", "Compare PEMA with the PLM alone, few-shot prompting and copying: sBLEU, chrF, NLL over λ."
 )
@@ -127,7 +129,7 @@ def serve(
     overrides: Overrides = None,
     config: Annotated[
         Path | None,
-        typer.Option("--config", "-c", help="An experiment whose PLM and trained adapter are served together."),
+        typer.Option("--config", "-c", help="An experiment whose trained adapter is served, over its PLM."),
     ] = None,
     topology: Annotated[
         Path | None, typer.Option("--topology", "-t", help="Or a Serve config file, such as serve_configs/local.yaml.")
@@ -135,7 +137,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Where the API listens.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Where the API listens.")] = 8000,
 ) -> None:
-    """Serve both owners on this machine until Ctrl-C: OpenAI's API over an experiment's adapter."""
+    """Serve an experiment's adapter on this machine until Ctrl-C: OpenAI's API, over whichever PLM `plm` names."""
 
     def work() -> None:
         from pema_ray.serving.run import serve_experiment, serve_topology

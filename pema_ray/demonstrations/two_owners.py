@@ -38,10 +38,12 @@ def run(config: Path, folder: Path, overrides: Iterable[str] = ()) -> dict[str, 
         The counts of the PLM owner's audit log, and what was found in the data owner's folder.
     """
     started = time.perf_counter()
-    folder = folder.absolute()
+    folder, plm = folder.absolute(), load_config(config, list(overrides)).plm
+    if not plm.is_own:
+        raise UserError(f"{plm.label}: the PLM owner of this demonstration loads a PLM of its own: set plm.name.")
     with two_organisations(folder, {"data_owner": _site_without_plm_owner(folder)}) as (plm_owner, data_owner, apart):
         console.print(f"[bold]two-owners[/]    {apart}", highlight=False)
-        service = set_up_plm_owner(plm_owner, load_config(config, list(overrides)).plm.model_dump())
+        service = set_up_plm_owner(plm_owner, plm.model_dump())
         experiment = _set_up_data_owner(data_owner, plm_owner, config.absolute(), overrides)
         answers = partial(_plm_owner_answers, data_owner, experiment)
         with plm_owner.service(answers, "serve", "--topology", str(service), RAY_ADDRESS="local"):

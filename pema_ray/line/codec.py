@@ -328,4 +328,4 @@ def as_error(data: Any) -> str:
     try:
         return str(msgspec.json.decode(data)["error"]["message"])
     except (msgspec.MsgspecError, KeyError, TypeError):
-        return bytes(data)[:200].decode("utf-8", "replace")
+        return " ".join(bytes(data)[:200].decode("utf-8", "replace").split())

@@ -53,7 +53,7 @@ class Client(Section):
     @classmethod
     def _is_a_hash(cls, value: str) -> str:
         if len(value) != 64 or set(value) - set("0123456789abcdef"):
-            raise ValueError("64 hexadecimal digits are expected, as `pema-ray serve-key` prints them")
+            raise ValueError("64 hexadecimal digits are expected, as `pema-ray serve-key` writes them")
         return value
 
 

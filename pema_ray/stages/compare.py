@@ -60,14 +60,14 @@ _LABELS = {
 def run(config: ExperimentConfig) -> dict[str, Any]:
     """Write `compare/comparison.json` and `compare/table.md`."""
     run = Run(config)
+    if "lora" in config.compare.systems and not config.plm.is_own:
+        raise UserError(
+            f"compare.systems: lora trains the PLM's weights, which {config.plm.label} does not hand out. "
+            "Leave it out, or set plm.name."
+        )
 
     def work() -> dict[str, Any]:
         for name in config.compare.systems:  # refused now rather than when the others are done
-            if name == "lora" and not config.plm.is_own:
-                raise UserError(
-                    f"compare.systems: lora trains the PLM's weights, which {config.plm.label} does not hand out. "
-                    "Leave it out, or set plm.name."
-                )
             if name in _VARIANTS:
                 _variant(config.train, name)
         with ray_cluster(config.ray, max(config.train.cpus_per_worker, config.generate.cpus_per_actor), readers=1):

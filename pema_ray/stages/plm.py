@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from pema_ray.config import PLMConfig
@@ -45,4 +46,7 @@ def connector(
     """
     if config.is_own:
         config = config.model_copy(update={"threads": config.threads or max(1, int(cpus))})
+    files = {name: getattr(config, name) for name in ("key_file", "ca_file")}
+    absolute = {name: str(Path(file).expanduser().absolute()) for name, file in files.items() if file is not None}
+    config = config.model_copy(update=absolute)  # actors have other working folders
     return partial(connect, config, card, dict(engine or {}))
