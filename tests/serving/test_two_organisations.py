@@ -173,10 +173,10 @@ def files_with(folder: Path, secret: bytes) -> list[Path]:
 REFUSALS = """
 import json, pickle, sys, ssl, httpx
 from pema_ray.line import ExtractBatch, codec
-url, ca, key, most = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+url, ca, key, most, fingerprint = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5]
 trusted = ssl.create_default_context(cafile=ca)
 def ask(name, path="/v1/extract", content=b"", verify=trusted, **headers):
-    headers = {"Authorization": f"Bearer {key}", **{k.replace("_", "-"): v for k, v in headers.items()}}
+    headers = {"Authorization": f"Bearer {key}", **headers}
     try:
         with httpx.Client(base_url=url, verify=verify, timeout=30) as http:
             got = http.post(path, content=content, headers=headers)
@@ -185,21 +185,22 @@ def ask(name, path="/v1/extract", content=b"", verify=trusted, **headers):
         told[name] = type(error).__name__, str(error), ""
 told = {}
 ask("wrong key", Authorization="Bearer pema-wrong")
-ask("wrong fingerprint", X_PLM_Fingerprint="0" * 16)
+def frame(count, fingerprint=fingerprint):
+    return codec.encode_extract(ExtractBatch([[5] * 80] * count, [0] * count), fingerprint)
+ask("wrong fingerprint", content=frame(1, "0" * 16))
 ask("a pickle", content=pickle.dumps({"a": 1}))
 ask("no certificate of its own", verify=True)
-batch = codec.encode_extract(ExtractBatch([[5] * 80] * (most // 80 - 1), [0] * (most // 80 - 1)))
-ask("over quota", content=codec.encode_extract(ExtractBatch([[5] * 80] * (most // 80 + 1), [0] * (most // 80 + 1))))
-ask("nearly all", content=batch)
-ask("over quota, in all", content=batch)
+ask("over quota", content=frame(most // 80 + 1))
+ask("nearly all", content=frame(most // 80 - 1))
+ask("over quota, in all", content=frame(most // 80 - 1))
 print(json.dumps(told))
 """
 
 
-def refusals(apart: Apart, url: str, folder: Path, key: str) -> dict[str, tuple]:
+def refusals(apart: Apart, url: str, folder: Path, key: str, fingerprint: str) -> dict[str, tuple]:
     """What the data owner is told for mistakes, asked from where it is."""
     command = [*apart.within("data"), sys.executable, "-c", REFUSALS]
-    command += [url, str(folder / "ca.crt"), key, str(ROWS)]
+    command += [url, str(folder / "ca.crt"), key, str(ROWS), fingerprint]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
@@ -279,7 +280,7 @@ def test_each_organisation_keeps_its_own(apart, tiny_plm_folder, tiny_source):
         assert not files_with(folders["plm"], TEXT)
         assert not holders(at["plm"], TEXT)
         assert not files_with(folders["plm"], key.encode())
-        told = refusals(apart, url, folders["data"], key)
+        told = refusals(apart, url, folders["data"], key, card.fingerprint)
         assert told["wrong key"][0] == 401
         assert told["wrong fingerprint"][0] == 409 and card.fingerprint in told["wrong fingerprint"][1]
         assert told["over quota"][0] == 413  # more than a minute's rows in one request
