@@ -111,6 +111,10 @@ def _site_without_plm_owner(folder: Path) -> Path:
     shutil.rmtree(site, ignore_errors=True)
     ignored = shutil.ignore_patterns("plm_owner", "plm_owner.py", "__pycache__")
     shutil.copytree(Path(pema_ray.__file__).parent, site / "pema_ray", ignore=ignored)
+    # an editable installation would look for it in the sources: this stands in its way
+    (site / "pema_ray" / "plm_owner.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'pema_ray.plm_owner'\")\n"
+    )
     return site
 
 

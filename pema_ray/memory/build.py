@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from pema_ray.memory.manifest import Manifest, ShardInfo
-from pema_ray.memory.planning import find_or_make_plan, number_rows, prepare_folder
+from pema_ray.memory.planning import find_or_make_plan, number_rows, prepare_folder, remove_leftovers
 from pema_ray.memory.rows import Extractor
 from pema_ray.memory.shard_worker import ShardWorker, tokenise
 from pema_ray.memory.specification import MemoryBuild
@@ -87,6 +87,7 @@ def stream_shards(build: MemoryBuild, factory: Factory, board: Any = None) -> An
 
 
 def _write_manifest(build: MemoryBuild, done: Sequence[ShardInfo]) -> Manifest:
+    remove_leftovers(build.folder)  # of an ended run's actors, which may have died after this one began
     done = [info for info in done if info.rows]  # counted out to the last row: the PLM ended before any that is new
     manifest = Manifest(
         plm_name=build.card.name,

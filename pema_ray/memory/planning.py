@@ -49,6 +49,12 @@ def planned_rows(build: MemoryBuild) -> int:
     return sum(find_or_make_plan(build).rows)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files of actors that were killed while they wrote."""
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
 def prepare_folder(build: MemoryBuild) -> tuple[list[int], list[ShardInfo]]:
     """Make the folder ready and say what is left: `(numbers of shards to do, receipts of finished ones)`.
 
@@ -56,8 +62,7 @@ def prepare_folder(build: MemoryBuild) -> tuple[list[int], list[ShardInfo]]:
         UserError: as `find_or_make_plan` does.
     """
     plan = find_or_make_plan(build)
-    for leftover in build.folder.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+    remove_leftovers(build.folder)
     todo, done = [], []
     for number, rows in enumerate(plan.rows):
         if rows:
