@@ -247,7 +247,7 @@ async def test_drafted_samples_have_the_distribution_of_the_mixture(world_of, ti
         counts = world.decoder.counts
     if by == "a memory":
         assert counts["drafted"] == drawn.drafted
-        assert 0.1 * drawn.drafted < drawn.expected < 0.6 * drawn.drafted  # many are accepted, and many are not
+        assert 0.25 < drawn.expected / drawn.drafted < 0.75  # many are accepted, and many are not: .6
         assert abs(counts["accepted"] - drawn.expected) < 4 * drawn.variance**0.5
     chi, freedom = chi_squared(found, exact, prompt)
     assert freedom >= 20
