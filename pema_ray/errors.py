@@ -21,7 +21,7 @@ class FingerprintMismatch(UserError):
     def __init__(self, what: str, found: str, expected: str) -> None:
         super().__init__(
             f"{what} belongs to PLM '{found}', but this run uses PLM '{expected}'. "
-            "Use the PLM it was made with, or make it again with this one."
+            "Name the PLM that it was made with, or begin a run of its own (another run_dir) with this one."
         )
         self.found, self.expected = found, expected
 

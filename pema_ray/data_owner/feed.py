@@ -64,10 +64,13 @@ class ShardedRows(Protocol):
 
     Attributes:
         counts: rows of each shard.
+        mean_weight: of all rows.
     """
 
     @property
     def counts(self) -> list[int]: ...
+    @property
+    def mean_weight(self) -> float: ...
     def read(self, shards: Sequence[int]) -> Rows: ...
 
 
@@ -77,8 +80,8 @@ class Batch:
 
     Attributes:
         key: `[n, H]` float32; target: `[n]` int64.
-        share: `[n]` float32, each row's share of the loss. The mean over processes of Σ share · loss is the
-            weighted mean over the whole batch (with windows: the mean of each process's weighted mean).
+        share: `[n]` float32, each row's share of the loss: weight / (rows of the process's batch · the memory's mean
+            weight). The mean over processes and over an epoch's batches of Σ share · loss is the memory's weighted mean.
         example: `[n]` int64, the sequence of each row, where whole ones are wanted; rows of a prompt have share 0.
     """
 
@@ -133,6 +136,7 @@ class GlobalShuffle:
 
     def __init__(self, rows: Rows, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
         self._rows, self._seed, self._rank, self._world = rows, seed, rank, world
+        self._mean_weight = _mean_weight(rows.weight)
         self.rows = len(rows.target)
         self.batch_size = _shared_out(self.rows, batch_size, world)
         self.steps_per_epoch = max(1, self.rows // self.batch_size)
@@ -142,7 +146,7 @@ class GlobalShuffle:
         for step in range(first, self.steps_per_epoch):
             everyones = order[step * self.batch_size : (step + 1) * self.batch_size]
             mine = np.sort(everyones[self._rank :: self._world])  # sorted: memory is read in order
-            yield _batch(self._rows, mine, everyones, self._world)
+            yield _batch(self._rows, mine, len(everyones) / self._world, self._mean_weight)
 
     def once(self) -> Iterator[Rows]:
         for start in range(self._rank * CHUNK, self.rows, self._world * CHUNK):
@@ -162,15 +166,15 @@ class SequenceShuffle:
         sequences = len(self._starts)
         each = self.rows / sequences
         self._sequences = _shared_out(sequences, max(1, round(batch_size / each)), world, "sequences")
-        self.batch_size = round(self._sequences * each)
+        self._batch_rows = self._sequences * each  # on average
+        self.batch_size = round(self._batch_rows)
         self.steps_per_epoch = max(1, sequences // self._sequences)
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         order = np.random.default_rng([self._seed, epoch]).permutation(len(self._starts))
         for step in range(first, self.steps_per_epoch):
             everyones = order[step * self._sequences : (step + 1) * self._sequences]
-            rows = sum(int(self._wanted[self._starts[n] : self._ends[n]].sum()) for n in everyones)
-            yield self._batch(np.sort(everyones[self._rank :: self._world]), self._world / rows)
+            yield self._batch(np.sort(everyones[self._rank :: self._world]), self._world / self._batch_rows)
 
     def _batch(self, sequences: np.ndarray, share: float) -> Batch:
         index = np.concatenate([np.arange(int(self._starts[n]), int(self._ends[n])) for n in sequences])
@@ -204,11 +208,12 @@ class SequenceShuffle:
 
 
 def in_order(rows: Rows, most: int | None = None, size: int = CHUNK) -> Iterator[Batch]:
-    """The first `most` rows, in their order, `size` at a time; shares are equal."""
+    """The first `most` rows, in their order, `size` at a time; a batch counts as its number of rows."""
     total = len(rows.target) if most is None else min(most, len(rows.target))
+    mean_weight = _mean_weight(None if rows.weight is None else rows.weight[:total])
     for start in range(0, total, size):
         part = np.arange(start, min(total, start + size))
-        yield _batch(rows, part, part, 1)
+        yield _batch(rows, part, len(part), mean_weight)
 
 
 def sequences_in_order(rows: Sequences, most: int | None = None) -> Iterator[Batch]:
@@ -270,7 +275,7 @@ class WindowShuffle:
                 order = np.random.default_rng([self._seed, epoch, self._rank, number]).permutation(len(rows.target))
                 for step in range(begin, steps):
                     mine = np.sort(order[step * size : (step + 1) * size])
-                    yield _batch(rows, mine, mine, 1)
+                    yield _batch(rows, mine, size, self._shards.mean_weight)
 
     def once(self) -> Iterator[Rows]:
         for shard in range(self._rank, len(self._shards.counts), self._world):
@@ -286,6 +291,7 @@ class StreamShuffle:
 
     Args:
         rows: of the finished memory.
+        mean_weight: of these rows.
         arrivals: starts the stream: the rows of each shard, in order.
         finished: all rows, once the stream has ended.
     """
@@ -293,12 +299,13 @@ class StreamShuffle:
     def __init__(
         self,
         rows: int,
+        mean_weight: float,
         arrivals: Callable[[], Iterator[Rows]],
         finished: Callable[[], Rows],
         batch_size: int,
         seed: int,
     ) -> None:
-        self._arrivals, self._finished, self._seed = arrivals, finished, seed
+        self._arrivals, self._finished, self._seed, self._mean_weight = arrivals, finished, seed, mean_weight
         self._stream: Iterator[Rows] | None = None
         self._later: GlobalShuffle | None = None
         self.rows, self.batch_size = rows, _shared_out(rows, batch_size, 1)
@@ -313,7 +320,7 @@ class StreamShuffle:
         for number, rows in enumerate(self._begin()):
             waiting.add(rows, np.random.default_rng([self._seed, number]).permutation(len(rows.target)))
             while len(waiting) >= self.batch_size and step < self.steps_per_epoch:
-                batch = waiting.take(self.batch_size)
+                batch = waiting.take(self.batch_size, self._mean_weight)
                 if step >= first:
                     yield batch
                 step += 1
@@ -344,17 +351,16 @@ class _Waiting:
     def add(self, rows: Rows, order: np.ndarray) -> None:
         self._held.append((rows, order))
 
-    def take(self, count: int) -> Batch:
+    def take(self, count: int, mean_weight: float) -> Batch:
         parts: list[Batch] = []
-        while count:
+        left = count
+        while left:
             rows, order = self._held[0]
-            mine, rest = np.sort(order[:count]), order[count:]
+            mine, rest = np.sort(order[:left]), order[left:]
             self._held[:1] = [(rows, rest)] if len(rest) else []
-            count -= len(mine)
-            weight = np.ones(len(mine), np.float32) if rows.weight is None else rows.weight[mine].astype(np.float32)
-            parts.append(Batch(np.ascontiguousarray(rows.key[mine]), rows.target[mine].astype(np.int64), weight))
-        key, target, weight = (np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS)
-        return Batch(key, target, (weight / weight.sum()).astype(np.float32))
+            left -= len(mine)
+            parts.append(_batch(rows, mine, count, mean_weight))
+        return Batch(*(np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS))
 
 
 class _Block:
@@ -365,13 +371,15 @@ class _Block:
         self.weight = None if rows.weight is None else rows.weight[part]
 
 
-def _batch(rows: Rows, mine: np.ndarray, everyones: np.ndarray, world: int) -> Batch:
-    """The rows `mine` of a batch that `world` processes make of `everyones` rows."""
-    if rows.weight is None:
-        share = np.full(len(mine), world / len(everyones), np.float32)
-    else:
-        share = (rows.weight[mine] * (world / rows.weight[everyones].sum())).astype(np.float32)
+def _batch(rows: Rows, mine: np.ndarray, size: float, mean_weight: float) -> Batch:
+    """The rows `mine`, of batches of `size` rows a process."""
+    weight = np.ones(len(mine)) if rows.weight is None else rows.weight[mine]
+    share = (weight / (size * mean_weight)).astype(np.float32)
     return Batch(np.ascontiguousarray(rows.key[mine]), rows.target[mine].astype(np.int64), share)
+
+
+def _mean_weight(weight_N: np.ndarray | None) -> float:
+    return 1.0 if weight_N is None else float(weight_N.mean(dtype=np.float64))
 
 
 def _starts(example_N: np.ndarray) -> np.ndarray:

@@ -37,6 +37,8 @@ class TrainingJob:
     seed: int = 0
     streamed_rows: int | None = None
     """Rows that `train_memory` will have, when it is being built while the job runs."""
+    streamed_mean_weight: float = 1.0
+    """How often each of them occurs, on average."""
 
 
 def fit(
@@ -114,7 +116,7 @@ def _streamed(job: TrainingJob, rows: int) -> StreamShuffle:
     def finished() -> RowsView:
         return RowsView([read_shard(folder / info.name, info.sha256).of_targets for info in finished_shards(folder)])
 
-    return StreamShuffle(rows, arrivals, finished, job.config.batch_size, job.seed)
+    return StreamShuffle(rows, job.streamed_mean_weight, arrivals, finished, job.config.batch_size, job.seed)
 
 
 def _figures(history: History) -> str:

@@ -43,6 +43,7 @@ class _OwnersLimits(msgspec.Struct):
 
 class _Quota(msgspec.Struct, frozen=True):
     rows_per_minute: Annotated[int, msgspec.Meta(ge=0)] = _UNLIMITED
+    tokens_per_minute: Annotated[int, msgspec.Meta(ge=0)] = _UNLIMITED
     sessions: Annotated[int, msgspec.Meta(ge=0)] = _UNLIMITED
 
 
@@ -90,7 +91,7 @@ class RemotePLM:
             limits=httpx.Limits(max_connections=64, max_keepalive_connections=64),
         )
         self._described: Description | None = None
-        self._body_bytes = 0
+        self._body_bytes, self._max_tokens = 0, _UNLIMITED  # of one request
 
     async def describe(self) -> Description:
         if self._described is None:
@@ -111,6 +112,7 @@ class RemotePLM:
                 raise FingerprintMismatch(self.config.label, card.label, str(self._fingerprint))
             limits, quota = model.limits, model.quota
             self._fingerprint, self._body_bytes = card.fingerprint, int(limits.max_body_mb * 2**20)
+            self._max_tokens = quota.tokens_per_minute
             self._described = Description(
                 card,
                 Limits(
@@ -142,7 +144,7 @@ class RemotePLM:
         limits = (await self.describe()).limits
         rows: list[torch.Tensor] = []
         waited = 0.0
-        for request in _requests(batch, limits.max_rows, self._body_bytes):
+        for request in _requests(batch, limits.max_rows, self._max_tokens, self._body_bytes):
             while True:
                 try:
                     rows.append(await self._extract(request))
@@ -163,7 +165,7 @@ class RemotePLM:
 
     async def step(self, steps: Sequence[Step]) -> list[Stepped | Exception]:
         limits = (await self.describe()).limits
-        messages = list(_messages(steps, limits.max_steps, limits.max_rows))
+        messages = list(_messages(steps, limits.max_steps, limits.max_rows, self._max_tokens))
         answers = await asyncio.gather(*(self._step(message) for message in messages), return_exceptions=True)
         outcomes: list[Stepped | Exception] = []
         for message, answer in zip(messages, answers, strict=True):
@@ -239,36 +241,39 @@ def _answers(outcome: Stepped, step: Step, card: ModelCard) -> bool:
     return outcome.state_NH.shape == expected and len(outcome.drafted) == step.draft
 
 
-def _messages(steps: Sequence[Step], max_steps: int, max_rows: int) -> Iterator[list[Step]]:
+def _messages(steps: Sequence[Step], max_steps: int, max_rows: int, max_tokens: int) -> Iterator[list[Step]]:
     """The steps in their order, in messages that the PLM owner accepts."""
     message: list[Step] = []
-    rows = 0
+    rows = tokens = 0
     for step in steps:
-        new = step.states + step.draft
-        if message and (len(message) >= max_steps or rows + new > max_rows):
+        new_rows, new_tokens = step.states + step.draft, len(step.tokens)
+        full = len(message) >= max_steps or rows + new_rows > max_rows or tokens + new_tokens > max_tokens
+        if message and full:
             yield message
-            message, rows = [], 0
+            message, rows, tokens = [], 0, 0
         message.append(step)
-        rows += new
+        rows, tokens = rows + new_rows, tokens + new_tokens
     yield message
 
 
-def _requests(batch: ExtractBatch, max_rows: int, max_bytes: int) -> Iterator[ExtractBatch]:
-    """The batch in its order, in requests of at most `max_rows` rows and `max_bytes` bytes, each with its prefix."""
+def _requests(batch: ExtractBatch, max_rows: int, max_tokens: int, max_bytes: int) -> Iterator[ExtractBatch]:
+    """The batch in its order, in requests within the limits, each with its prefix; longer texts than that stay whole."""
+    most_tokens = max_tokens - len(batch.prefix)
     empty = _HEADER_BYTES + _TOKEN_BYTES * len(batch.prefix)
     sequences: list[list[int]] = []
     starts: list[int] = []
-    rows, size = 0, empty
+    rows, tokens, size = 0, 0, empty
     for whole, begin in zip(batch.token_ids, batch.first, strict=True):
         for first in range(begin, len(whole), max_rows):
             ids = whole[: first + max_rows]  # states do not depend on what follows
             new_rows, new_size = len(ids) - first, _TOKEN_BYTES * len(ids) + _SEQUENCE_BYTES
-            if sequences and (rows + new_rows > max_rows or size + new_size > max_bytes):
+            full = rows + new_rows > max_rows or tokens + len(ids) > most_tokens or size + new_size > max_bytes
+            if sequences and full:
                 yield ExtractBatch(sequences, starts, batch.prefix)
-                sequences, starts, rows, size = [], [], 0, empty
+                sequences, starts, rows, tokens, size = [], [], 0, 0, empty
             sequences.append(ids)
             starts.append(first)
-            rows, size = rows + new_rows, size + new_size
+            rows, tokens, size = rows + new_rows, tokens + len(ids), size + new_size
     yield ExtractBatch(sequences, starts, batch.prefix)
 
 

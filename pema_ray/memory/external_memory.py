@@ -88,6 +88,11 @@ class ExternalMemory:
         """Rows of each shard."""
         return [info.rows for info in self.manifest.shards]
 
+    @property
+    def mean_weight(self) -> float:
+        """How often a row occurs, on average."""
+        return sum(info.represents or info.rows for info in self.manifest.shards) / len(self)
+
     def read(self, shards: Sequence[int]) -> MemoryRows:
         """The rows of some shards, by number, one after the other; raises as `shards` does."""
         return MemoryRows.concatenate([self.shard(self.manifest.shards[number]) for number in shards])

@@ -49,6 +49,12 @@ def planned_rows(build: MemoryBuild) -> int:
     return sum(find_or_make_plan(build).rows)
 
 
+def planned_mean_weight(build: MemoryBuild) -> float:
+    """How often each of these rows occurs, on average."""
+    repeated = sum(weight - 1 for weights in (build.weights or {}).values() for weight in weights if weight)
+    return 1 + repeated / planned_rows(build)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove temporary files of actors that were killed while they wrote."""
     for leftover in folder.glob(".*.tmp"):

@@ -18,7 +18,7 @@ from pema_ray.data_owner.training import History, Point
 from pema_ray.errors import UserError
 from pema_ray.memory import ExternalMemory
 from pema_ray.memory.build import run_build, run_builds, stream_shards
-from pema_ray.memory.planning import find_or_make_plan, finished_shards, planned_rows
+from pema_ray.memory.planning import find_or_make_plan, finished_shards, planned_mean_weight, planned_rows
 from pema_ray.memory.published import SCHEME, open_published
 from pema_ray.memory.waits import showing
 from pema_ray.progress import Tracker, track
@@ -74,7 +74,8 @@ def _while_building(run: Run) -> dict[str, Any]:
             rows, already = planned_rows(builds["train"]), len(finished_shards(train_folder))
             manifests = run_builds([build for split, build in builds.items() if split != "train"], client)
             started = time.time()
-            job = replace(training_job(run), streamed_rows=rows)
+            weight = planned_mean_weight(builds["train"])
+            job = replace(training_job(run), streamed_rows=rows, streamed_mean_weight=weight)
             forget_other_settings(job.run_dir, run.stamp("train"))
             with (
                 track("building and training", _steps(c, rows)) as bar,

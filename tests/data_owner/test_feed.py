@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pema_ray.data_owner.feed import GlobalShuffle, WindowShuffle
+from pema_ray.data_owner.feed import GlobalShuffle, StreamShuffle, WindowShuffle, in_order
 from pema_ray.errors import UserError
 from pema_ray.memory import MemoryRows
 
@@ -26,6 +26,11 @@ class Shards:
     @property
     def counts(self) -> list[int]:
         return [len(part) for part in self._parts]
+
+    @property
+    def mean_weight(self) -> float:
+        weights = [np.ones(len(part)) if part.weight is None else part.weight for part in self._parts]
+        return float(np.concatenate(weights).mean())
 
     def read(self, shards) -> MemoryRows:
         self.asked.append(list(shards))
@@ -113,17 +118,34 @@ def test_once_gives_every_row_to_one_process(make_rows):
         assert sorted(np.concatenate(seen).tolist()) == list(range(20_000))
 
 
-def test_shares_make_a_weighted_mean_over_all_processes(make_rows):
-    weight = np.random.default_rng(0).integers(1, 9, 200).astype(np.int32)
-    rows = replace(marked(make_rows, 200), weight=weight)
-    feeds = [GlobalShuffle(rows, 30, 7, rank, 3) for rank in range(3)]
-    for parts in zip(*(feed.batches(0) for feed in feeds), strict=True):
-        everyone = np.concatenate([part.target for part in parts])
-        mean = np.mean([np.cos(part.target) @ part.share for part in parts])
-        expected = np.average(np.cos(everyone), weights=weight[everyone])
-        assert mean == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    plain = GlobalShuffle(marked(make_rows, 200), 30, 7, 1, 3)
-    assert all(batch.share == pytest.approx(np.full(10, 0.1)) for batch in plain.batches(0))
+@pytest.mark.parametrize("kind", ["global", "window", "stream", "in order"])
+@pytest.mark.parametrize("heavy", [1, 20_000])
+def test_every_row_counts_as_often_as_it_occurs(make_rows, kind: str, heavy: int):
+    """Over an epoch, a row's shares are to those of others as its weight is to theirs, whatever batch it lies in."""
+    weight = np.random.default_rng(0).integers(1, 9, 240).astype(np.int32)
+    weight[[3, 50, 51, 120, 239]] *= heavy
+    rows = replace(marked(make_rows, 240), weight=weight)
+    shards = Shards(rows, [60] * 4)
+    feeds = {
+        "global": lambda rank: GlobalShuffle(rows, 30, 7, rank, 3),
+        "window": lambda rank: WindowShuffle(shards, 1, 20, 1, 7, rank, 2),
+        "stream": lambda _: StreamShuffle(
+            240, shards.mean_weight, lambda: iter([shards.read([n]) for n in range(4)]), lambda: rows, 30, 7
+        ),
+    }
+    world = {"global": 3, "window": 2}.get(kind, 1)
+    share = np.zeros(240)
+    for rank in range(world):
+        batches = list(in_order(rows, size=80) if kind == "in order" else feeds[kind](rank).batches(0))
+        for batch in batches:
+            share[batch.target] += batch.share / (len(batches) * world)
+    assert share == pytest.approx(weight / weight.sum(), rel=1e-5)
+
+
+def test_rows_of_equal_weight_share_equally(make_rows):
+    for weight in (None, np.full(200, 7, np.int32)):
+        plain = GlobalShuffle(replace(marked(make_rows, 200), weight=weight), 30, 7, 1, 3)
+        assert all(batch.share == pytest.approx(np.full(10, 0.1)) for batch in plain.batches(0))
 
 
 def test_what_cannot_be_shared_out_is_refused(make_rows):

@@ -169,14 +169,18 @@ def test_batches_are_whole_sequences_and_processes_share_them():
     parts = [SequenceShuffle(rows, 36, seed=1, rank=rank, world=2) for rank in range(2)]
     assert whole.rows == int((rows.position >= 0).sum())
     seen: list[int] = []
+    shares: list[float] = []
     for one, *others in zip(whole.batches(3), *(part.batches(3) for part in parts), strict=True):
         assert sorted(np.concatenate([b.example for b in others])) == sorted(one.example)
-        assert one.share.sum() == pytest.approx(1) and sum(b.share.sum() for b in others) == pytest.approx(2)
+        assert sum(b.share.sum() for b in others) == pytest.approx(2 * one.share.sum())
+        shares += one.share[one.wanted].tolist()
         for example in np.unique(one.example):
             assert (one.example == example).sum() == (rows.example_id == example).sum()
         assert one.wanted.sum() * 2 == len(one.target)
         seen += np.unique(one.example).tolist()
     assert len(seen) == len(set(seen)) >= 40
+    assert shares == pytest.approx([shares[0]] * len(shares))  # in a batch of few rows a row counts no more
+    assert sum(shares) / whole.steps_per_epoch == pytest.approx(1, rel=0.1)
     once = np.concatenate([block.target for part in parts for block in part.once()])
     assert sorted(once) == sorted(rows.target[rows.position >= 0])
 

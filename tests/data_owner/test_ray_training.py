@@ -139,7 +139,7 @@ def test_training_begins_before_a_tenth_of_the_memory_is_built(
     assert (manifest.rows, len(manifest.shards)) == (780, 60)
     memory = ExternalMemory.open(build.folder, card)
     arrivals = lambda: (memory.read([number]) for number in range(60))  # noqa: E731
-    feed = StreamShuffle(780, arrivals, memory.view, 20, job.seed)
+    feed = StreamShuffle(780, 1.0, arrivals, memory.view, 20, job.seed)
     dev = ExternalMemory.open(job.dev_memory).view(max_rows=config.validation_rows)
     head = LMHeadBundle.load(job.bundle).head
     here, alone = Trainer(job.adapter, config, head, feed, dev, tmp_path / "here").run()

@@ -352,6 +352,17 @@ async def test_many_steps_go_in_messages_that_the_plm_owner_takes(owner_of):
         assert sorted(sizes) == [1, 2, 2, 2]
 
 
+async def test_steps_beyond_a_quota_of_tokens_are_busy_for_a_while_and_never_too_large(owner_of):
+    async with owner_of(tokens_per_minute=7) as owner:
+        plm = owner.remote()
+        answers = await plm.step([Step(f"s{i}", 0, [5, 6, 7]) for i in range(5)])
+        assert [type(answer) for answer in answers].count(Stepped) == 2
+        assert all(isinstance(answer, Stepped | Busy) for answer in answers)
+        owner.now += 60
+        (again,) = await plm.step([Step("s9", 0, [5, 6, 7])])
+        assert isinstance(again, Stepped)
+
+
 @pytest.mark.parametrize("limits", [{"max_rows": 20}, {"max_body_mb": 0.0117}, {"max_rows": 7}])
 async def test_a_batch_beyond_the_limits_goes_in_several_requests(owner_of, tiny_client, limits):
     random = torch.Generator().manual_seed(0)
@@ -383,6 +394,20 @@ async def test_a_batch_beyond_the_quota_waits_for_it_between_its_requests(owner_
         assert waited == [60.0] * 3
         with pytest.raises(Busy, match="10 rows a minute"):  # its first request: the caller may do something else
             await owner.remote().extract(ExtractBatch([[5] * 8], [0]))
+
+
+async def test_a_batch_of_more_tokens_than_a_minutes_quota_goes_in_several_requests(owner_of, tiny_client, monkeypatch):
+    async with owner_of(tokens_per_minute=40) as owner:
+
+        async def sleep(seconds: float) -> None:
+            owner.now += seconds
+
+        monkeypatch.setattr("pema_ray.data_owner.remote.sleep", sleep)
+        batch = ExtractBatch([list(range(3, 3 + n)) for n in (8, 25, 3, 28)], [0, 20, 0, 27], tuple(range(50, 62)))
+        rows = await owner.remote().extract(batch)
+        torch.testing.assert_close(rows, await tiny_client("llama").extract(batch), atol=2e-4, rtol=2e-4)
+        answered = [entry for entry in owner.log() if entry["what"] == "extract" and entry["status"] == 200]
+        assert [entry["tokens"] for entry in answered] == [12 + 8, 12 + 25 + 3, 12 + 28]
 
 
 def answering(model: object) -> RemotePLM:
