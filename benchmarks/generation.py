@@ -23,6 +23,7 @@ from pema_ray.config import GenerateConfig, PLMConfig
 from pema_ray.data_owner.adapter import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.decoding import Answer, Decoder, GenerationRequest, Predictor
 from pema_ray.data_owner.decoding.request_builder import RequestBuilder
+from pema_ray.hardware import compute_thread
 from pema_ray.line import LMHeadBundle
 from pema_ray.plm_owner import LoadedPLM, load_plm
 from pema_ray.plm_owner.engine import EngineConfig, LocalPLM
@@ -36,23 +37,27 @@ class Bench:
 
     def __init__(self, o: argparse.Namespace) -> None:
         self.o, self.runner = o, asyncio.Runner()
-        self.plm: LoadedPLM = load_plm(PLMConfig(threads=o.threads, device="cuda" if o.gpu else "cpu"))
+        plm = PLMConfig(threads=o.threads, device="cuda" if o.gpu else "cpu")
+        self.plm: LoadedPLM = compute_thread().submit(load_plm, plm).result()
         self.client = LocalPLM(self.plm, EngineConfig(slots=o.batch_size + 4))
         self.bundle: LMHeadBundle = self.runner.run(self.client.lm_head())
         self.tokenizer = self.bundle.tokenizer()
         card = self.bundle.card
-        torch.manual_seed(0)
-        adapter = PemaAdapter(AdapterConfig(card.hidden_size, 512, card.name, card.fingerprint))
-        adapter.start_from_reconstruction(*_identity(512, card.hidden_size))
-        self.predictor = Predictor(self.bundle.head, adapter.eval())
+        self.predictor = compute_thread().submit(self._predictor).result()
         task = load_task("bible_modern")
         limits = {"train": 1, "dev": 1, "test": o.answers}
         pairs = load_pairs(task, {}, limits, 0)["test"]
         options = GenerateConfig(lambda_max=0.7, draft=o.draft)
         builder = RequestBuilder(Prompter(self.tokenizer, task, (), chat=True), options, "pema", card.max_positions)
-        self.requests = sorted(
-            (builder.build(pair.source, pair.example_id, explain=True) for pair in pairs), key=lambda r: len(r.prompt)
-        )
+        requests = [builder.build(pair.source, pair.example_id, explain=True) for pair in pairs]
+        self.requests = sorted(requests, key=lambda request: -len(request.prompt))  # as the stages order them
+
+    def _predictor(self) -> Predictor:
+        card = self.bundle.card
+        torch.manual_seed(0)
+        adapter = PemaAdapter(AdapterConfig(card.hidden_size, 512, card.name, card.fingerprint))
+        adapter.start_from_reconstruction(*_identity(512, card.hidden_size))
+        return Predictor(self.bundle.head, adapter.eval())
 
     def decode(self, requests: list[GenerationRequest], eos: tuple[int, ...]) -> int:
         """Tokens of all answers, by the decoder."""
@@ -71,6 +76,9 @@ class Bench:
 
     def plain(self, requests: list[GenerationRequest], fixed: bool) -> int:
         """Tokens of all answers, by transformers' `generate` with left padding."""
+        return compute_thread().submit(self._plain, requests, fixed).result()
+
+    def _plain(self, requests: list[GenerationRequest], fixed: bool) -> int:
         pad, count = self.bundle.card.eos_token_ids[0], 0
         for start in range(0, len(requests), self.o.batch_size):
             batch = requests[start : start + self.o.batch_size]

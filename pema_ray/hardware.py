@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
 import torch
 
 from pema_ray.errors import UserError
@@ -46,9 +50,41 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def set_threads(threads: int) -> None:
-    """Bound torch's CPU threads. Two processes that both take every core slow each other down tenfold."""
+    """Bound torch's CPU threads. Two processes that both take every core slow each other down tenfold.
+
+    Args:
+        threads: of the calling thread, and of those that use torch for the first time later; 0 changes nothing.
+    """
     if threads > 0:
         torch.set_num_threads(threads)
+    if threading.current_thread().name.startswith(_COMPUTE):
+        torch.get_num_threads()  # the first call makes the number this thread's own
+        one = threading.Thread(target=torch.set_num_threads, args=(1,))
+        one.start()
+        one.join()
+
+
+_COMPUTE = "compute"
+
+
+def compute_elsewhere() -> None:
+    """Let the calling thread, which prepares or fetches what another computes with, use one CPU thread of torch."""
+    torch.set_num_threads(1)
+
+
+@cache
+def compute_thread() -> ThreadPoolExecutor:
+    """The thread of this process in which torch computes; others use one CPU thread each, the main thread its own.
+
+    Each thread in which torch computes in parallel gets a pool of OpenMP threads. Once all pools together have more
+    threads than the machine has cores, libgomp lets them sleep between any two operations: passes then take twice as
+    long. So the engine and the decoder share this thread; helpers such as those that encode frames need no pool.
+    """
+    if threading.current_thread() is threading.main_thread():
+        torch.get_num_threads()  # what follows shall not change it
+    executor = ThreadPoolExecutor(1, _COMPUTE)
+    executor.submit(set_threads, 0).result()
+    return executor
 
 
 def peak_memory(device: torch.device) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -42,3 +45,23 @@ def test_the_machine_is_described_in_plain_values():
 
     described = json.loads(json.dumps(describe_machine()))
     assert described["cores"] >= 1 and described["torch"] == torch.__version__
+
+
+def test_only_the_compute_thread_and_the_main_thread_have_pools_of_cpu_threads():
+    """In a process of its own: what a thread's first use of torch has set stays for ever."""
+    program = """
+import torch
+from concurrent.futures import ThreadPoolExecutor
+from pema_ray.hardware import compute_elsewhere, compute_thread, set_threads
+torch.set_num_threads(3)
+number = lambda thread: thread.submit(lambda: (torch.ones(10**6) + 1, torch.get_num_threads())[1]).result()
+default = number(compute_thread())
+compute_thread().submit(set_threads, 2).result()
+print(default, number(compute_thread()), number(ThreadPoolExecutor(1)), torch.get_num_threads())
+compute_elsewhere()
+print(number(compute_thread()), torch.get_num_threads())
+compute_thread().submit(set_threads, 3).result()
+print(number(compute_thread()), number(ThreadPoolExecutor(1)), torch.get_num_threads())
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout.split("\n") == ["3 2 1 3", "2 1", "3 1 1", ""]

@@ -22,6 +22,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from pema_ray.errors import UserError
+from pema_ray.hardware import compute_elsewhere
 
 CHUNK = 8192  # rows handled at once where no gradient is kept
 _FIELDS = ("key", "target", "share")
@@ -81,7 +82,7 @@ class Batch:
     Attributes:
         key: `[n, H]` float32; target: `[n]` int64.
         share: `[n]` float32, each row's share of the loss: weight / (rows of the process's batch · the memory's mean
-            weight). The mean over processes and over an epoch's batches of Σ share · loss is the memory's weighted mean.
+            weight). Over processes and an epoch, the mean of Σ share · loss is the memory's weighted mean.
         example: `[n]` int64, the sequence of each row, where whole ones are wanted; rows of a prompt have share 0.
     """
 
@@ -262,7 +263,7 @@ class WindowShuffle:
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         windows, size = self._windows(epoch, self._rank), self.batch_size // self._world
         done = 0  # steps of the windows before
-        with ThreadPoolExecutor(1) as reader:
+        with ThreadPoolExecutor(1, initializer=compute_elsewhere) as reader:
             coming: Future[Rows] | None = None
             for number, window in enumerate(windows):
                 steps = min(self._steps(window), self.steps_per_epoch - done)

@@ -257,7 +257,7 @@ def _messages(steps: Sequence[Step], max_steps: int, max_rows: int, max_tokens: 
 
 
 def _requests(batch: ExtractBatch, max_rows: int, max_tokens: int, max_bytes: int) -> Iterator[ExtractBatch]:
-    """The batch in its order, in requests within the limits, each with its prefix; longer texts than that stay whole."""
+    """The batch in its order, in requests within the limits, each with its prefix; longer ones stay whole."""
     most_tokens = max_tokens - len(batch.prefix)
     empty = _HEADER_BYTES + _TOKEN_BYTES * len(batch.prefix)
     sequences: list[list[int]] = []

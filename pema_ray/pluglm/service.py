@@ -13,7 +13,6 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pema_ray.config import Section, validate
 from pema_ray.errors import UserError
-from pema_ray.hardware import set_threads
+from pema_ray.hardware import compute_thread, set_threads
 from pema_ray.pluglm.editing import Change
 from pema_ray.pluglm.editor_keys import hash_of
 from pema_ray.pluglm.encoding import DocumentEncoder
@@ -128,7 +127,8 @@ class PlugLMService:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = c = validate(ServiceConfig, dict(config), "service")
-        set_threads(c.threads)
+        self._thread = compute_thread()
+        self._thread.submit(set_threads, c.threads).result()
         self._models: dict[str, tuple[Any, Any]] = {}
         if c.fill_mask is not None:
             self._models["fill-mask"] = load_pluglm(c.fill_mask)
@@ -137,7 +137,6 @@ class PlugLMService:
         self._encoder = None
         if c.fill_mask is not None:
             self._encoder = DocumentEncoder(*self._models["fill-mask"], name=Path(c.fill_mask).resolve().name)
-        self._thread = ThreadPoolExecutor(1)  # torch's work, away from the event loop
         self._editing = asyncio.Lock()
         self._held: Knowledge
         self._follow()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from pema_ray.config import Section, read_config, validate
 from pema_ray.errors import UserError, nearest
-from pema_ray.hardware import pick_device, set_threads
+from pema_ray.hardware import compute_thread, pick_device, set_threads
 from pema_ray.trime.build_datastore import card_of
 from pema_ray.trime.calibration import Mixture, Settings, token_log_probs
 from pema_ray.trime.combination import joint_over_vocabulary, linear_over_vocabulary, memory_mass
@@ -99,7 +98,8 @@ class TrimeService:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = validate(ServiceConfig, dict(config), "service")
-        set_threads(self.config.threads)
+        self._thread = compute_thread()
+        self._thread.submit(set_threads, self.config.threads).result()
         self.experiment = read_config(TrimeConfig, self.config.config, self.config.overrides)
         self.run = run = TrimeRun(self.experiment)
         self.device = pick_device(self.experiment.evaluate.device)
@@ -117,7 +117,6 @@ class TrimeService:
         self._held: dict[str, Held] = {}
         self.refused: str | None = None
         """Why the last change of datastores was not made, if it was not."""
-        self._thread = ThreadPoolExecutor(1)  # torch's work, away from the event loop
 
     def _names(self) -> dict[bool, str]:
         return {True: self.config.system, False: self.config.without}

@@ -12,7 +12,6 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from contextvars import Context
 from typing import Any
@@ -27,7 +26,7 @@ from pema_ray.data_owner.decoding.request import Answer, GenerationAborted, Gene
 from pema_ray.data_owner.decoding.sampling import random_stream
 from pema_ray.data_owner.decoding.text import AnswerText
 from pema_ray.errors import UserError
-from pema_ray.hardware import set_threads
+from pema_ray.hardware import compute_thread, set_threads
 from pema_ray.line import Busy, LMHead, PLMClient, SessionLost, Step, Stepped
 from pema_ray.line.tokenizer import PLMTokenizer
 from pema_ray.metrics import Metrics
@@ -37,6 +36,7 @@ _REPLAYS = 20  # of one branch without a new token before its answer is aborted
 _SHORTEST_PAUSE = 0.05  # seconds between two attempts at a busy PLM owner, which may ask for longer ones
 _CONCURRENT_OPENINGS = 16  # those that wait for a slot must not take up the line of those that have one
 _CLOSING_SECONDS = 2.0  # to close sessions in, when the decoder stops
+_ADMITTED_SHARE = 8  # in lockstep: room for an eighth of all sequences is filled at once
 _PATIENCE = 1.5  # round trips, as long as they were lately
 
 _Pairs = Sequence[tuple[Generation, Branch]]
@@ -77,7 +77,8 @@ class Decoder:
         self.predictors: Mapping[str, Predictor] = {}
         self.memories: Mapping[str, MemoryLookup] = {}
         self._openings = asyncio.Semaphore(_CONCURRENT_OPENINGS)
-        self._thread = ThreadPoolExecutor(1, "decoder", initializer=set_threads, initargs=(threads,))
+        self._thread = compute_thread()
+        self._thread.submit(set_threads, threads)
         self._waiting: deque[Generation] = deque()
         self._live: set[Generation] = set()
         self._in_flight, self._trip_seconds = 0, 0.0
@@ -126,7 +127,7 @@ class Decoder:
         await asyncio.gather(self._loop, *self._tasks, return_exceptions=True)
         for generation in [*self._live, *self._waiting]:
             generation.out.put_nowait(GenerationAborted("the data owner's service ends"))
-        self._thread.shutdown(wait=True)
+        await asyncio.wrap_future(self._thread.submit(int))  # what is being chosen comes to its end
 
     async def generate(self, requests: Sequence[GenerationRequest], timeout: float = 900.0) -> list[Answer]:
         """All answers, in the order of their requests.
@@ -235,8 +236,11 @@ class Decoder:
         self._wake.set()
 
     def _admit(self) -> list[tuple[Generation, Branch]]:
-        """In lockstep: requests that wait, as long as there is room."""
+        """In lockstep: requests that wait, some at a time, because a pass for one prompt costs as much as for many."""
         admitted: list[tuple[Generation, Branch]] = []
+        room = self._max_sequences - self._sequences
+        if self._live and room < min(len(self._waiting), self._max_sequences // _ADMITTED_SHARE):
+            return admitted
         while self._waiting and (not self._live or self._sequences + self._waiting[0].width <= self._max_sequences):
             generation = self._waiting.popleft()
             self._live.add(generation)

@@ -14,7 +14,7 @@ from pema_ray.data_owner.decoding.decoder import Decoder
 from pema_ray.data_owner.decoding.predictor import Predictor, PredictorSpec
 from pema_ray.data_owner.decoding.request import Answer, GenerationAborted, GenerationRequest
 from pema_ray.errors import UserError
-from pema_ray.hardware import pick_device
+from pema_ray.hardware import compute_elsewhere, compute_thread, pick_device
 from pema_ray.line import LMHeadBundle, PLMClient
 from pema_ray.line.retry import PatientPLM
 
@@ -108,9 +108,9 @@ def generate(
 
 
 def _split(job: GenerationJob, batch_size: int) -> Iterator[GenerationJob]:
-    """A job in tasks of prompts of similar length."""
+    """A job in tasks of prompts of similar length, the longest first: at a task's end no long answer goes on alone."""
     size = batch_size * _BATCHES_PER_TASK
-    order = sorted(range(len(job.requests)), key=lambda i: (len(job.requests[i].prompt), job.keys[i]))
+    order = sorted(range(len(job.requests)), key=lambda i: (-len(job.requests[i].prompt), job.keys[i]))
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
         keys, requests = [job.keys[i] for i in chosen], [job.requests[i] for i in chosen]
@@ -130,6 +130,8 @@ class _Actor:
     ) -> None:
         import ray
 
+        compute_thread()
+        compute_elsewhere()
         self._predictors: dict[PredictorSpec, Predictor] = {}
         self._tasks: list[GenerationJob] = ray.get(tasks) if isinstance(tasks, ray.ObjectRef) else tasks
         self._batch_size, self._threads, self._sharing = batch_size, int(cpus), sharing

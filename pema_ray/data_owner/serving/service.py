@@ -19,7 +19,7 @@ from pema_ray.data_owner.decoding.drafts import MemoryLookup
 from pema_ray.data_owner.decoding.request_builder import RequestBuilder
 from pema_ray.data_owner.unrolling import UnrollingSchedule
 from pema_ray.errors import UserError, nearest
-from pema_ray.hardware import pick_device, pick_dtype, set_threads
+from pema_ray.hardware import compute_thread, pick_device, pick_dtype, set_threads
 from pema_ray.line import ModelCard, PLMClient
 from pema_ray.line.retry import PatientPLM
 from pema_ray.line.tokenizer import PLMTokenizer
@@ -160,7 +160,7 @@ class DataOwner:
 
     async def _start(self) -> None:
         c = self.config
-        set_threads(c.threads)
+        compute_thread().submit(set_threads, c.threads)
         client = self._connect()
         patient = PatientPLM(client, _START_SECONDS, _log_wait)
         described, bundle = await patient.describe(), await patient.lm_head()

@@ -1,4 +1,4 @@
-"""The engine of a PLM owner: requests come in on the event loop, passes run in one thread, answers go back.
+"""The engine of a PLM owner: requests come in on the event loop, passes run in the compute thread, answers go back.
 
 The event loop never waits for torch. Between two passes the batcher admits new requests and drops cancelled ones, so a
 client that disconnects frees its slot within one pass. N rows, H hidden.
@@ -10,12 +10,12 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
 import torch
 
+from pema_ray.hardware import compute_thread
 from pema_ray.line import Busy, ExtractBatch, SessionLost, Step, Stepped
 from pema_ray.metrics import Metrics, NoMetrics
 from pema_ray.plm_owner.engine.batcher import Batcher, Job
@@ -28,12 +28,12 @@ class Engine:
     """Runs a batcher. All its methods belong to the event loop that it was made on.
 
     Args:
-        make: loads the PLM and makes its batcher; called in the engine's thread, which is the only one that uses torch.
+        make: loads the PLM and makes its batcher; called in the thread that runs its passes.
     """
 
     def __init__(self, make: Callable[[], Batcher]) -> None:
         self._make = make
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._thread = compute_thread()
         self._wake = asyncio.Event()
         self._changes: list[Callable[[], None]] = []
         self._futures: dict[Job, asyncio.Future[Any]] = {}
@@ -49,11 +49,7 @@ class Engine:
         Raises:
             UserError: the PLM cannot be loaded or served.
         """
-        try:
-            self.batcher = await asyncio.get_running_loop().run_in_executor(self._thread, self._make)
-        except BaseException:
-            self._thread.shutdown(wait=False)
-            raise
+        self.batcher = await asyncio.get_running_loop().run_in_executor(self._thread, self._make)
         self._loop = asyncio.create_task(self._serve(), name="engine")
         return self
 
@@ -64,7 +60,7 @@ class Engine:
             with suppress(asyncio.CancelledError, Exception):
                 await self._loop
         self._answer_all(SessionLost())
-        self._thread.shutdown(wait=True)
+        await asyncio.wrap_future(self._thread.submit(int))  # the pass that is running comes to its end
 
     async def step(self, owner: str, steps: Sequence[Step], timeout: float = 60.0) -> list[Stepped | Exception]:
         """Take steps of different sessions of one data owner; errors stand in their places, as `PLMClient.step` says.

@@ -92,7 +92,7 @@ def test_tasks_hold_every_request_with_its_key_and_prompts_of_similar_length(siz
     pairs = {key: request for task in tasks for key, request in zip(task.keys, task.requests, strict=True)}
     assert pairs == dict(zip(whole.keys, whole.requests, strict=True))
     lengths = [len(request.prompt) for task in tasks for request in task.requests]
-    assert lengths == sorted(lengths)
+    assert lengths == sorted(lengths, reverse=True)
 
 
 @pytest.mark.parametrize(
