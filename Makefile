@@ -81,6 +81,10 @@ two-owners: $(CORE) ## Two organisations on this machine: the data owner runs qu
 test: $(DEV) ## Install what is missing, then run the tests (ARGS="-k memory" narrows them)
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu and not browser" $(ARGS)
 
+.PHONY: test-all
+test-all: $(DEV) ## All tests: those that CI has no time for too (slow, browser); those that find no GPU or browser are skipped
+	@$(BIN)/python -m pytest -q $(ARGS)
+
 .PHONY: lint
 lint: $(DEV) ## Rules, formatting and spelling
 	@$(BIN)/ruff check

@@ -190,5 +190,30 @@ def serve_key(
     raise typer.Exit(guarded(work))
 
 
+@app.command("import-adapter")
+def import_adapter(
+    prediction: Annotated[Path, typer.Argument(help="The published code's state dict of stage 2 or 3.")],
+    new: Annotated[Path, typer.Argument(help="The new adapter's folder.")],
+    bundle: Annotated[Path, typer.Option(help="The LM-head bundle of the PLM it was trained for (export-head).")],
+    reconstruction: Annotated[
+        Path | None, typer.Option(help="The state dict of stage 1; not needed to generate.", show_default="none")
+    ] = None,
+) -> None:
+    """Make an adapter of a checkpoint that the published PEMA code left."""
+
+    def work() -> None:
+        from pema_ray.data_owner.adapter import PemaAdapter
+        from pema_ray.line import LMHeadBundle
+        from pema_ray.progress import console
+
+        if new.exists():
+            raise UserError(f"{new}: is there already. Choose another folder for the new adapter.")
+        adapter = PemaAdapter.from_published(prediction, LMHeadBundle.load(bundle).card, reconstruction)
+        adapter.save_pretrained(new)
+        console.print(f"{new}: rank {adapter.config.rank}, {adapter.config.plm_name}", highlight=False)
+
+    raise typer.Exit(guarded(work))
+
+
 def main() -> None:
     sys.exit(app())

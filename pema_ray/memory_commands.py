@@ -116,8 +116,12 @@ def import_(
     new: New,
     rows: Annotated[int, typer.Option(help="N, the number of rows.")],
     bundle: Annotated[Path, typer.Option(help="The LM-head bundle of the PLM that made them (export-head).")],
-    keys_dtype: Annotated[str, typer.Option(help="Number format of the keys.")] = "float16",
-    targets_dtype: Annotated[str, typer.Option(help="Number format of the token ids.")] = "int32",
+    keys_dtype: Annotated[
+        str | None, typer.Option(help="Number format of the keys.", show_default="as the file's size says")
+    ] = None,
+    targets_dtype: Annotated[
+        str | None, typer.Option(help="Number format of the token ids.", show_default="as the file's size says")
+    ] = None,
     key_dtype: Annotated[KeyDtype, typer.Option(help="Number format of the new memory's keys.")] = "float32",
 ) -> None:
     """Make a memory of the raw arrays that the published PEMA code leaves."""

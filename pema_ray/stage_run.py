@@ -8,8 +8,9 @@ and its translation each say what their stages are; this module knows none of th
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import shutil
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 from pydantic import BaseModel
 
 from pema_ray.errors import UserError
-from pema_ray.memory.shards import atomic_file
+from pema_ray.files import atomic_file, one_process
 from pema_ray.progress import console
 
 # Settings that change how fast a stage goes, not what it makes, wherever they stand.
@@ -97,9 +98,8 @@ class StageRun(ABC, Generic[E]):
 
     def _settings(self, name: str) -> Any:
         section, _, setting = name.partition(".")
-        told: BaseModel = getattr(self.config, section)
-        found = told.model_dump(mode="json")
-        return found[setting] if setting else {k: v for k, v in found.items() if k not in self.incidental}
+        chosen = chosen_settings(getattr(self.config, section))
+        return chosen.get(setting) if setting else {k: v for k, v in chosen.items() if k not in self.incidental}
 
     def recorded(self, stage: str) -> dict[str, Any]:
         """What lies in a stage's `metrics.json`, whatever its stamp; nothing if it is not there or was torn."""
@@ -138,11 +138,23 @@ class StageRun(ABC, Generic[E]):
         return found if self.is_whole(stage) else None
 
     def perform(self, stage: str, work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """Do a stage unless it is done: its parents must be; its metrics (a `summary` among them) are written last."""
+        """Do a stage unless it is done: its parents must be; its metrics (a `summary` among them) are written last.
+
+        Raises:
+            UserError: a parent is not done, or another process is doing this stage.
+        """
         self._require_parents(stage)
+        if found := self._reused(stage):
+            return found
+        with one_process(self.path(stage)):
+            return self._reused(stage) or self._do(stage, work)
+
+    def _reused(self, stage: str) -> dict[str, Any] | None:
         if found := self.finished(stage):
             console.print(f"[dim]{stage:13} finished before, reused: {found['summary']}[/]", highlight=False)
-            return found
+        return found
+
+    def _do(self, stage: str, work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         started, stamp = time.perf_counter(), self.stamp(stage)
         with self.under_way(stage, stamp):
             measured = work()
@@ -161,14 +173,50 @@ class StageRun(ABC, Generic[E]):
             self._require_parents(parent)
 
 
+def chosen_settings(section: BaseModel) -> dict[str, Any]:
+    """The settings that are not the defaults, as JSON: a later version's new setting changes no stamp.
+
+    A version that changes what a default means, or a default's value, must change the stage's result by name.
+    """
+    return section.model_dump(mode="json", exclude_defaults=True)
+
+
 @contextmanager
 def own_folder(folder: Path, stamp: str) -> Iterator[None]:
-    """A stage's folder: what lies there under another stamp is removed first; with the same, work may go on."""
-    marker = folder / "stamp"
-    if not marker.exists() or marker.read_text() != stamp:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        with atomic_file(marker) as temporary:
-            temporary.write_text(stamp)
+    """A stage's folder: what lies there under another stamp is set aside first; with the same, work may go on."""
+    claim(folder, stamp)
     (folder / "metrics.json").unlink(missing_ok=True)
     yield
+
+
+def claim(folder: Path, stamp: str, metrics: str | None = None) -> None:
+    """Make a stage's folder that of a stamp. What another stamp left is set aside; what this one left comes back.
+
+    Args:
+        metrics: the `metrics.json` of what is set aside, where it was taken away already.
+    """
+    marker = folder / _MARKER
+    if _stamp_in(folder) == stamp:
+        return
+    others = {path: _stamp_in(path) for path in sorted(folder.parent.glob(f"{folder.name}.before-*"))}
+    if folder.exists() and {path.name for path in folder.iterdir()} - {_MARKER}:
+        if metrics is not None:
+            (folder / "metrics.json").write_text(metrics)
+        names = (folder.with_name(f"{folder.name}.before-{number}") for number in itertools.count(1))
+        aside = next(path for path in names if path not in others)
+        os.replace(folder, aside)
+        console.print(f"[yellow]{folder}: other settings made what was there; kept as {aside.name}[/]", highlight=False)
+    if returning := next((path for path, found in others.items() if found == stamp), None):
+        os.replace(returning, folder)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_file(marker) as temporary:
+        temporary.write_text(stamp)
+
+
+_MARKER = "stamp"
+
+
+def _stamp_in(folder: Path) -> str | None:
+    marker = folder / _MARKER
+    return marker.read_text() if marker.is_file() else None

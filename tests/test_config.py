@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from pema_ray.config import ExperimentConfig, PLMConfig, load_config
+from pema_ray.config import ExperimentConfig, PLMConfig, load_config, validate
 from pema_ray.errors import FingerprintMismatch, UserError, nearest
+from pema_ray.pluglm.config import PretrainConfig
+from pema_ray.pluglm.finetune_config import FinetuneConfig
+from pema_ray.trime.config import TrimeConfig
+from pema_ray.trime.mt.config import MtConfig
 
 
 def written(folder: Path, text: str, name: str = "experiment.yaml") -> Path:
@@ -227,3 +231,13 @@ def test_a_fingerprint_mismatch_names_both_and_survives_pickling():
 def test_nearest_stays_silent_when_nothing_is_close():
     assert nearest("rnak", ["rank", "seed"]) == " Did you mean 'rank'?"
     assert nearest("zzz", ["rank", "seed"]) == ""
+
+
+@pytest.mark.parametrize("kind", [ExperimentConfig, TrimeConfig, MtConfig, PretrainConfig, FinetuneConfig])
+@pytest.mark.parametrize("address", ["s3://bucket/run", "gs://bucket", "hdfs://node:9000/run"])
+def test_an_address_is_no_run_folder(kind, address: str, tmp_path, monkeypatch):
+    """A local folder named `s3:` would be made."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"run_dir: .*is no folder: name one on a disk that all nodes share"):
+        validate(kind, {"run_dir": address}, "experiment.yaml")
+    assert not list(tmp_path.iterdir())

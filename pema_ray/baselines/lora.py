@@ -40,12 +40,14 @@ def train_lora(
     pairs: Sequence[EncodedPair],
     settings: LoraSettings,
     seed: int = 0,
+    end_token: int | None = None,
     on_step: Callable[[int, int, float], None] = lambda step, steps, loss: None,
 ) -> tuple[LoadedPLM, LoraTraining]:
     """Fine-tune a PLM in place on the targets of pairs; the updates are merged into its weights.
 
     Args:
         head: the PLM's own norm and LM head, which stay as they are.
+        end_token: what follows a target; by default the PLM's first EOS.
         on_step: told of every step, of how many, and its loss.
 
     Raises:
@@ -65,11 +67,11 @@ def train_lora(
     batches = list(plan_batches(pairs, settings.max_batch_tokens))
     steps, losses, started = len(batches) * settings.epochs, [], time.perf_counter()
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 20), steps)
-    head = head.to(plm.device)
+    head, eos = head.to(plm.device), plm.eos_token_ids[0] if end_token is None else end_token
     wrapped.train()
     for epoch in range(settings.epochs):
         for number in np.random.default_rng([seed, epoch]).permutation(len(batches)):
-            loss = _loss(plm, head, batches[number])
+            loss = _loss(plm, head, batches[number], eos)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -85,7 +87,7 @@ def train_lora(
     return LoadedPLM(f"{plm.name}+LoRA", merged, plm.tokenizer), LoraTraining(losses, count, seconds)
 
 
-def _loss(plm: LoadedPLM, head: LMHead, batch: Sequence[EncodedPair]) -> torch.Tensor:
+def _loss(plm: LoadedPLM, head: LMHead, batch: Sequence[EncodedPair], eos: int) -> torch.Tensor:
     """Mean cross-entropy of the batch's targets and their EOS; logits of prompts are not computed."""
     sequences = [e.prompt + e.target for e in batch]
     padded_BT = torch.zeros(len(batch), max(map(len, sequences)), dtype=torch.long)
@@ -93,7 +95,7 @@ def _loss(plm: LoadedPLM, head: LMHead, batch: Sequence[EncodedPair]) -> torch.T
     for row, (ids, example) in enumerate(zip(sequences, batch, strict=True)):
         padded_BT[row, : len(ids)] = torch.tensor(ids)
         wanted_BT[row, len(example.prompt) - 1 : len(ids)] = True
-    gold = torch.tensor([token for e in batch for token in (*e.target, plm.eos_token_ids[0])])
+    gold = torch.tensor([token for e in batch for token in (*e.target, eos)])
     state_BTH = capture_state(plm, input_ids=padded_BT.to(plm.device), use_cache=False)  # causal: no mask is needed
     state_NH = state_BTH[wanted_BT.to(state_BTH.device)]
     return F.cross_entropy(head.logits(head.norm(state_NH)).float(), gold.to(state_NH.device))

@@ -4,7 +4,7 @@ A batch follows from (seed, epoch, place in the epoch) alone, so that a run whic
 would have seen.
 
 - `GlobalShuffle`: every epoch is a permutation of all rows; they must be at hand one by one (in RAM, or in the
-  object store). The batch of n processes is the batch of one, dealt out.
+  object store). The batch of n processes is the batch of one, dealt out: some get a row more than others.
 - `StreamShuffle`: the first epoch takes shards as a build produces them.
 - `SequenceShuffle`: the same with whole sequences, prompts included, for adapters that look back.
 - `WindowShuffle`: a process reads whole shards, in an order drawn anew every epoch, and shuffles the rows of a few of
@@ -238,7 +238,7 @@ class WindowShuffle:
                 "each worker whole ones. Use fewer workers, smaller shards, or train.shuffle=global."
             )
         self.rows = sum(shards.counts)
-        self.batch_size = _shared_out(self.rows, batch_size, world)
+        self.batch_size = _shared_out(self.rows, batch_size, world) // world * world
         # Whoever has the fewest batches in any epoch sets the number of steps: processes step together.
         self.steps_per_epoch = min(
             sum(self._steps(window) for window in self._windows(epoch, rank))
@@ -389,9 +389,9 @@ def _starts(example_N: np.ndarray) -> np.ndarray:
 
 
 def _shared_out(rows: int, batch_size: int, world: int, what: str = "rows") -> int:
-    """The batch of all processes: a memory smaller than one is a single batch."""
-    size = min(batch_size, rows) // world * world
-    if size == 0:
+    """The batch of all processes, whatever their number: a memory smaller than one is a single batch."""
+    size = min(batch_size, rows)
+    if size < world:
         raise UserError(
             f"train.workers={world}: {rows} {what} in batches of {batch_size} give a worker nothing to do. "
             "Use fewer workers or a larger train.batch_size."

@@ -16,6 +16,7 @@ from pema_ray.errors import UserError
 from pema_ray.hardware import pick_dtype
 from pema_ray.line import LMHeadBundle, ModelCard
 from pema_ray.memory import ExternalMemory, MemoryRows, ShardInfo
+from pema_ray.memory.build import await_shard
 from pema_ray.memory.external_memory import RowsView
 from pema_ray.memory.planning import finished_shards
 from pema_ray.memory.shards import read_shard
@@ -111,6 +112,7 @@ def _streamed(job: TrainingJob, rows: int) -> StreamShuffle:
             if row["error"]:
                 raise UserError(row["error"])
             info = ShardInfo.model_validate_json(row["info"])
+            await_shard(folder / info.name, row["node"])
             yield read_shard(folder / info.name, info.sha256).of_targets
 
     def finished() -> RowsView:

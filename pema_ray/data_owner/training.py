@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -37,15 +38,18 @@ from pema_ray.data_owner.objectives import JointObjective, ReconstructionObjecti
 from pema_ray.data_owner.predicted_lambda import fit_gate
 from pema_ray.data_owner.reconstruction import SecondMoment, reconstruction_error, solve
 from pema_ray.errors import UserError
+from pema_ray.files import atomic_file
 from pema_ray.hardware import peak_memory
 from pema_ray.line import LMHead
-from pema_ray.memory.shards import atomic_file
 from pema_ray.training import schedules
-from pema_ray.training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
+from pema_ray.training.checkpoint import CHECKPOINT, PointLog, load_checkpoint, save_checkpoint
 from pema_ray.training.strategies import Place, Strategy, make_strategy
 
 logger = logging.getLogger(__name__)
 Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]  # what `JointObjective.forward` takes
+
+
+_KINDS = ("train", "validation")  # of points
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +87,12 @@ class History:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> History:
-        points = {name: [Point(**point) for point in data[name]] for name in ("train", "validation")}
+        points = {kind: [Point(**point) for point in data[kind]] for kind in _KINDS}
         return cls(**{**data, **points})
+
+    def without_points(self) -> dict[str, Any]:
+        """All but the points of steps, which a checkpoint keeps in a file of their own."""
+        return asdict(replace(self, train=[], validation=[]))
 
 
 @dataclass
@@ -94,7 +102,8 @@ class Trainer:
     Args:
         train: rows at hand (whole sequences for an adapter that looks back, and so in `dev`), shards to be read (for
             `config.shuffle: window`), or a feed made elsewhere.
-        run_dir: holds `checkpoint.safetensors` (resume) and `best.safetensors`; every process sees the same folder.
+        run_dir: holds `checkpoint.safetensors` and `points.jsonl` (resume), and `best.safetensors`; every process sees
+            the same folder.
         on_point: called by the leading process with each training or validation point.
     """
 
@@ -107,6 +116,7 @@ class Trainer:
     seed: int = 0
     place: Place = field(default_factory=Place)
     on_point: Callable[[str, Point], None] = lambda kind, point: None
+    _logged: Counter[str] = field(default_factory=Counter)  # points of each kind that are in the file of points
 
     def run(self) -> tuple[PemaAdapter, History]:
         """Stage 1, then stage 2 or 3; returns the best adapter by dev prediction loss, and the history."""
@@ -271,7 +281,8 @@ class Trainer:
     def _learn(self, strategy: Strategy, batch: Batch) -> torch.Tensor:
         """Gradients of a batch, part by part; its losses `[3]` as `Point` names them."""
         total = torch.zeros(3, dtype=torch.float64, device=self.place.device)
-        parts = batch.split(self.config.accumulate)
+        fewest = max(1, self.feed.batch_size // self.place.world)  # rows of a process: all take as many parts
+        parts = batch.split(min(self.config.accumulate, fewest))
         for number, part in enumerate(parts):
             total += torch.stack(strategy.learn(self._tensors(part), last=number == len(parts) - 1))
         return total
@@ -347,6 +358,10 @@ class Trainer:
     def _checkpoint(self) -> Path:
         return self.run_dir / CHECKPOINT
 
+    @cached_property
+    def _log(self) -> PointLog:
+        return PointLog(self.run_dir / "points.jsonl")
+
     @property
     def _best(self) -> Path:
         return self.run_dir / "best.safetensors"
@@ -355,20 +370,30 @@ class Trainer:
         moments = strategy.optimizer_state()  # every process must ask
         if not self.place.leads:
             return
+        for kind in _KINDS:
+            points = getattr(history, kind)
+            self._log.append({"kind": kind, **asdict(point)} for point in points[self._logged[kind] :])
+            self._logged[kind] = len(points)
         groups = {"adapter": adapter.state_dict(), "optimizer": moments}
-        save_checkpoint(self._checkpoint, groups, {"step": step, "history": history.to_dict()})
+        described = {"step": step, "history": history.without_points(), "points_bytes": self._log.size}
+        save_checkpoint(self._checkpoint, groups, described)
 
     def _restore(self, adapter: PemaAdapter) -> tuple[int, History, dict[str, torch.Tensor]]:
         groups, described = load_checkpoint(self._checkpoint)
         try:
             adapter.load_state_dict(groups.get("adapter", {}))
-        except RuntimeError:
+            points = self._log.read(described["points_bytes"])
+        except (RuntimeError, KeyError):
             raise UserError(
                 f"{self._checkpoint}: holds an adapter of another shape, from another version perhaps. "
                 "Delete it to start over."
             ) from None
+        history = described["history"]
+        for point in points:
+            history[point.pop("kind")].append(point)
+        self._logged = Counter({kind: len(history[kind]) for kind in _KINDS})
         logger.info("training resumes at step %d", described["step"])
-        return described["step"], History.from_dict(described["history"]), groups.get("optimizer", {})
+        return described["step"], History.from_dict(history), groups.get("optimizer", {})
 
     def _write_best(self, adapter: PemaAdapter) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,6 @@ Knows the evaluation's figures, the plots and a template; no model, no Ray. The 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -18,6 +17,7 @@ from markupsafe import Markup
 
 from pema_ray.evaluation import plots
 from pema_ray.evaluation.results import Evaluation, Example, SystemScore, TokenShare
+from pema_ray.files import atomic_file
 
 _OPEN_EXAMPLES = 8
 
@@ -49,15 +49,11 @@ class Plot:
 
 
 def write_report(evaluation: Evaluation, path: Path) -> Path:
-    """Write the report to `path` (parent folders are made), through a temporary name beside it; returns `path`."""
+    """Write the report to `path` (parent folders are made), whole or not at all; returns `path`."""
     page = render_report(evaluation)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(page, encoding="utf-8")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with atomic_file(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
     return path
 
 

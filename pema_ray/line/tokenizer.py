@@ -12,6 +12,8 @@ import json
 import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 from pema_ray.errors import UserError
@@ -22,6 +24,28 @@ _BYTE_LEVEL = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for
 """Character → byte, of byte-level BPEs (Radford et al. 2019, `bytes_to_unicode`)."""
 _SOME_SCRIPTS = "a1я的あ"  # some of it is in the vocabulary of any language
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+_PROBE = "Zq"
+_NO_ARGUMENTS_OF_TEMPLATES = {
+    "conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
+    "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
+    "tokenizer_kwargs", "strftime_now",
+}  # fmt: skip
+"""What transformers would take for its own, such as another `chat_template`."""
+
+
+@dataclass(frozen=True)
+class AnswerFrame:
+    """What a chat template puts around an answer.
+
+    Attributes:
+        lead: between the prompt and the answer's text: white space, mostly none.
+        end: the control token after the text, which ends the turn; None if there is none.
+    """
+
+    lead: str
+    end: int | None
 
 
 class TextStream:
@@ -100,7 +124,10 @@ class PLMTokenizer:
         return [*(self._prefix if special_tokens else ()), *self.encode_rendered("", text)]
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **template_arguments: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        template_arguments: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids `[T]` of a chat. Control tokens are the chat template's alone.
 
@@ -110,27 +137,52 @@ class PLMTokenizer:
         Raises:
             UserError: there is no chat template, it refuses the messages, or as `encode` does.
         """
-        return self.encode_rendered(self.render_chat(messages, add_generation_prompt, **template_arguments))
+        return self.encode_rendered(self.render_chat(messages, add_generation_prompt, template_arguments))
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **template_arguments: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        template_arguments: Mapping[str, Any] | None = None,
+        today: date | None = None,
     ) -> str:
         """The text of a chat with the template's control tokens under their secret names; raises as `encode_chat`.
 
         `encode_rendered` tokenises it; `readable` shows it to people.
+
+        Args:
+            today: the date for templates that write one; None lets them look at the clock.
         """
         if not self.chat_template:
             raise UserError("This PLM's tokenizer has no chat template. Send a prompt in place of messages.")
+        arguments = dict(template_arguments or {})
+        if ours := sorted(_NO_ARGUMENTS_OF_TEMPLATES & arguments.keys()):
+            raise UserError(f"chat_template_kwargs: '{ours[0]}' is nothing that a chat template takes. Leave it out.")
         try:
             rendered = self.hf.apply_chat_template(
                 self._control.mark(messages),
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                **self._control.mark(template_arguments),
+                **self._control.mark(arguments),
+                **({} if today is None else {"strftime_now": today.strftime}),
             )
         except Exception as error:  # a template is a program of the PLM owner's and can raise anything
             raise UserError(f"The tokenizer's chat template refuses the messages: {error}") from None
         return self._control.name_unmarked(rendered)
+
+    def answer_frame(
+        self, template_arguments: Mapping[str, Any] | None = None, today: date | None = None
+    ) -> AnswerFrame:
+        """What the chat template puts around an answer, found by rendering one; raises as `encode_chat`."""
+        asked = [{"role": "user", "content": "a"}]
+        answered = [*asked, {"role": "assistant", "content": _PROBE}]
+        prompt = self.render_chat(asked, True, template_arguments, today).rstrip(" ")
+        before, _, after = self.render_chat(answered, False, template_arguments, today).rpartition(_PROBE)
+        lead = before.removeprefix(prompt)
+        if not before.startswith(prompt) or lead.strip():
+            lead = ""  # answers of the past are worded otherwise than new ones, without their thoughts for one
+        name = self._control.first_name(after)
+        return AnswerFrame(lead, None if name is None else self._renamed.token_to_id(name))
 
     def readable(self, rendered: str) -> str:
         """What `render_chat` gave, with the control tokens as people write them."""
@@ -257,6 +309,11 @@ class _ControlTokens:
         """What a template made of `mark`'s output: its own control tokens under their names, the marks gone."""
         named = self._any_rendered.sub(lambda found: self.names[found[1]] if found[1] else found[0], rendered)
         return self._any_mark.sub("", named)
+
+    def first_name(self, named: str) -> str | None:
+        """The secret name that a text begins with, white space aside."""
+        found = self._any_name.match(named.lstrip())
+        return None if found is None else found[0]
 
     def name_not_special(self, text: str) -> str:
         """A text with the control tokens that are not special, such as `<think>`, under their names."""

@@ -8,11 +8,16 @@ shards that have one. Knows no owner: the PLM is handed in as a factory of a cli
 from __future__ import annotations
 
 import pickle
+import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from pema_ray.errors import UserError
+from pema_ray.files import one_process
 from pema_ray.memory.manifest import Manifest, ShardInfo
 from pema_ray.memory.planning import find_or_make_plan, number_rows, prepare_folder, remove_leftovers
 from pema_ray.memory.rows import Extractor
@@ -21,6 +26,7 @@ from pema_ray.memory.specification import MemoryBuild
 from pema_ray.memory.waits import OnWait, showing
 
 Factory = Callable[[], Extractor]
+_ARRIVAL_SECONDS = 60.0  # network disks show a new file after a while
 _CALLS_AT_ONCE = 2  # of one actor: the next shard's requests follow while the last answers of one are awaited
 
 
@@ -50,9 +56,21 @@ def run_builds(
         on_wait: called, from another thread, with what actors wait for, and "" when none waits any more.
 
     Raises:
-        UserError: what an actor was refused; the next start goes on from there.
+        UserError: what an actor was refused, and the next start goes on from there; or another process builds there.
         FingerprintMismatch: another PLM than the card's has answered.
     """
+    with ExitStack() as locks:
+        for build in builds:
+            locks.enter_context(one_process(build.folder))
+        return _run_builds(builds, factory, on_shard, on_wait)
+
+
+def _run_builds(
+    builds: Sequence[MemoryBuild],
+    factory: Factory,
+    on_shard: Callable[[ShardInfo], None] | None,
+    on_wait: OnWait | None,
+) -> list[Manifest]:
     for build in builds:
         find_or_make_plan(build)
     todo: list[tuple[int, int]] = []
@@ -94,7 +112,7 @@ def _write_manifest(build: MemoryBuild, done: Sequence[ShardInfo]) -> Manifest:
         fingerprint=build.card.fingerprint,
         hidden_size=build.card.hidden_size,
         vocab_size=build.card.vocab_size,
-        eos_token_id=build.card.eos_token_ids[0],
+        eos_token_id=build.eos_token_ids[0],
         task=build.task,
         split=build.split,
         context=build.context,
@@ -117,7 +135,26 @@ def _compute(
         for row in _dataset(builds, todo, factory, board).iter_rows():
             if row["error"]:
                 raise pickle.loads(row["refusal"])
-            yield row["build"], ShardInfo.model_validate_json(row["info"])
+            info = ShardInfo.model_validate_json(row["info"])
+            await_shard(builds[row["build"]].folder / info.name, row["node"])
+            yield row["build"], info
+
+
+def await_shard(shard: Path, node: str) -> None:
+    """Wait until a shard that a node wrote is to be seen from here.
+
+    Raises:
+        UserError: it is not; the nodes share no disk.
+    """
+    deadline = time.monotonic() + _ARRIVAL_SECONDS
+    while not shard.exists():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{shard}: was written on node {node}, but is not to be seen from {socket.gethostname()}. Every node "
+                "needs the same folder under this path: put run_dir on a disk that all nodes share (NFS, a mounted "
+                "bucket), or run the stages on one node."
+            )
+        time.sleep(0.2)
 
 
 def _dataset(builds: Sequence[MemoryBuild], todo: Sequence[tuple[int, int]], factory: Factory, board: Any) -> Any:

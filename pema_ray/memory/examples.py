@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from pema_ray.errors import UserError
 from pema_ray.line import LMHeadBundle
+from pema_ray.line.tokenizer import PLMTokenizer
 from pema_ray.tasks import EncodedPair, Pair, Prompter, Task
 from pema_ray.tasks.shots import SimilarShots
 
@@ -78,6 +79,7 @@ class Wording:
         similar: the prepared pairs to choose from, where each prompt shows those most like its source. Every process
             that tokenises then holds all of them.
         shots: how many of those a prompt shows.
+        chat_template_kwargs: what a chat template takes beside the messages.
     """
 
     bundle: Path
@@ -86,6 +88,7 @@ class Wording:
     shown: tuple[Pair, ...] = ()
     similar: Path | None = None
     shots: int = 0
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def digest(self) -> str:
@@ -93,6 +96,7 @@ class Wording:
         worded = [self.task.template, self.task.chat_system, self.task.chat_user] if self.chat else self.task.template
         chosen = [self.shots, content_digest(self.similar)] if self.similar else None
         described = [worded, self.chat, [asdict(pair) for pair in self.shown], chosen]
+        described += [dict(self.chat_template_kwargs)] if self.chat_template_kwargs else []
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
     def prompter(self) -> Prompter:
@@ -105,15 +109,18 @@ class Wording:
         key = bundle.card.fingerprint, self.digest
         if key not in _prompters:
             shown = SimilarShots(list(read_pairs(self.similar)), self.shots) if self.similar else self.shown
-            _prompters[key] = Prompter(bundle.tokenizer(), self.task, shown, self.chat)
+            _prompters[key] = self._prompter(bundle.tokenizer(), shown)
         return _prompters[key]
 
     @cached_property
     def probe(self) -> list[list[int]]:
         """Token ids of a fixed prompt and target, without pairs shown: they tell one way of tokenising from another."""
         tokenizer = LMHeadBundle.load(self.bundle).tokenizer()
-        example = Prompter(tokenizer, self.task, (), self.chat).encode_pair(Pair(0, "Thou art 1 äß.", "You are 1 äß."))
+        example = self._prompter(tokenizer).encode_pair(Pair(0, "Thou art 1 äß.", "You are 1 äß."))
         return [example.prompt, example.target]
+
+    def _prompter(self, tokenizer: PLMTokenizer, shown: Sequence[Pair] | SimilarShots = ()) -> Prompter:
+        return Prompter(tokenizer, self.task, shown, self.chat, self.chat_template_kwargs)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from pema_ray.memory.codec import KeyDtype, encode
 from pema_ray.memory.external_memory import ExternalMemory
 from pema_ray.memory.manifest import MANIFEST, Manifest, ShardInfo
 from pema_ray.memory.shards import MemoryRows, write_shard
+from pema_ray.tasks.sources import name_of_example
 
 Progress = Callable[[ShardInfo], None]
 _IMPORTED_ROWS = 65_536  # rows a shard, of imported memories
@@ -111,7 +112,8 @@ def merge(sources: Sequence[Path], target: Path, on_shard: Progress = lambda inf
             for example in np.unique(rows.example_id).tolist():
                 if owner.setdefault(example, place) != place:
                     other = memories[owner[example]].folder
-                    raise UserError(f"Example {example} is in {other} and in {memory.folder}: merge takes it once.")
+                    name = name_of_example(example).capitalize()
+                    raise UserError(f"{name} is in {other} and in {memory.folder}: merge takes it once.")
             shards.append(_write(target, f"shard-{len(shards):05d}.parquet", rows, info))
             on_shard(shards[-1])
     tasks = "+".join(dict.fromkeys(memory.manifest.task for memory in memories))
@@ -129,8 +131,8 @@ def import_memmaps(
     rows: int,
     card: ModelCard,
     target: Path,
-    keys_dtype: str = "float16",
-    targets_dtype: str = "int32",
+    keys_dtype: str | None = None,
+    targets_dtype: str | None = None,
     key_dtype: KeyDtype = "float32",
     on_shard: Progress = lambda info: None,
 ) -> Manifest:
@@ -141,12 +143,14 @@ def import_memmaps(
 
     Args:
         rows: N; H is the card's.
+        keys_dtype, targets_dtype: of the arrays; by default what the files' sizes say. The published code writes
+            float32 keys with int32 ids, or float16 with int16 (`dstore_fp16`).
 
     Raises:
         UserError: a file is missing or has another size, or a target is no token (16-bit ids that overflowed).
     """
-    stored = _memmap(keys, keys_dtype, rows, card.hidden_size)
-    ids = _memmap(targets, targets_dtype, rows, 1)
+    stored = _memmap(keys, keys_dtype, ("float16", "float32"), rows, card.hidden_size)
+    ids = _memmap(targets, targets_dtype, ("int16", "int32", "int64"), rows, 1)
     _claim(target)
     shards = []
     for number, start in enumerate(range(0, rows, _IMPORTED_ROWS)):
@@ -156,7 +160,7 @@ def import_memmaps(
         if len(wrong):
             raise UserError(
                 f"{targets}: row {start + wrong[0]} holds {tokens[wrong[0]]}, no token of {card.name} (0 to "
-                f"{card.vocab_size - 1}). Is {targets_dtype} its dtype? The published code's int16 ids overflow."
+                f"{card.vocab_size - 1}). Is {ids.dtype} its dtype? The published code's int16 ids overflow."
             )
         index = np.arange(part.start, part.stop, dtype=np.int64)
         block = MemoryRows(
@@ -185,17 +189,20 @@ def import_memmaps(
     return _finish(target, described, shards, {})
 
 
-def _memmap(path: Path, dtype: str, rows: int, columns: int) -> np.ndarray:
-    try:
-        numbers = np.dtype(dtype)
-    except TypeError:
-        raise UserError(f"'{dtype}' is no number format: write float16, float32, int16, int32 or int64.") from None
+def _memmap(path: Path, dtype: str | None, known: Sequence[str], rows: int, columns: int) -> np.ndarray:
+    """An array of numbers `[rows, columns]`; without `dtype`, of the known one that explains the file's size."""
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
-    expected, found = rows * columns * numbers.itemsize, path.stat().st_size
-    if rows < 1 or expected != found:
-        raise UserError(f"{path}: {rows:,} × {columns:,} numbers of {dtype} take {expected:,} bytes, it has {found:,}.")
-    return np.memmap(path, numbers, "r", shape=(rows, columns))
+    found, count = path.stat().st_size, rows * columns
+    try:
+        chosen = [np.dtype(dtype)] if dtype else [np.dtype(name) for name in known]
+    except TypeError:
+        raise UserError(f"'{dtype}' is no number format: write {', '.join(known)}.") from None
+    fitting = [numbers for numbers in chosen if rows > 0 and count * numbers.itemsize == found]
+    if not fitting:
+        sizes = " or ".join(f"{count * numbers.itemsize:,} bytes as {numbers}" for numbers in chosen)
+        raise UserError(f"{path}: {rows:,} × {columns:,} numbers take {sizes}, it has {found:,}.")
+    return np.memmap(path, fitting[0], "r", shape=(rows, columns))
 
 
 # ── writing ─────────────────────────────────────────────────────────────────

@@ -19,10 +19,11 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from pema_ray.errors import FingerprintMismatch, UserError
+from pema_ray.files import atomic_file
 from pema_ray.memory.manifest import MANIFEST, Manifest, ShardInfo
 from pema_ray.memory.plan import Rejected
-from pema_ray.memory.shards import atomic_file
 from pema_ray.memory.specification import MemoryBuild, shard_name
+from pema_ray.tasks.sources import name_of_example
 
 _PLAN = "plan.json"
 REJECTED = "rejected.parquet"
@@ -151,7 +152,7 @@ def _check(build: MemoryBuild, plan: Plan) -> None:
         first, others = plan.first_rejected[0], plan.rejected - 1
         more = f" ({others:,} more are bad.)" if others else ""
         raise UserError(
-            f"Split '{build.split}', example {first.example_id}: {first.reason}.{more} "
+            f"Split '{build.split}', {name_of_example(first.example_id)}: {first.reason}.{more} "
             f"Shorten or remove them, or set build_memory.max_rejected={plan.rejected} to have them set aside."
         )
     if not any(plan.examples):

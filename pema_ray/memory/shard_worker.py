@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import socket
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,12 +14,13 @@ import numpy as np
 import pyarrow as pa
 
 from pema_ray.errors import UserError
+from pema_ray.files import atomic_file
 from pema_ray.line.retry import PatientPLM
 from pema_ray.memory.manifest import ShardInfo
 from pema_ray.memory.plan import ShardPlan
 from pema_ray.memory.planning import read_receipt, receipt_path
 from pema_ray.memory.rows import Extractor, generated_rows_of_shard, rows_of_shard, weighted
-from pema_ray.memory.shards import MemoryRows, atomic_file, write_shard
+from pema_ray.memory.shards import MemoryRows, write_shard
 from pema_ray.memory.specification import MemoryBuild, shard_name
 from pema_ray.memory.waits import teller
 from pema_ray.tasks import EncodedPair
@@ -93,7 +95,8 @@ class ShardWorker:
             except UserError as refused:  # carried back as data: Ray would bury its one line in a traceback
                 refusal = pickle.dumps(refused)
         error = str(pickle.loads(refusal)) if refusal else ""
-        return {"build": [row["build"]], "shard": [number], "info": [info], "error": [error], "refusal": [refusal]}
+        told = {"build": row["build"], "shard": number, "info": info, "error": error, "refusal": refusal}
+        return {name: [value] for name, value in told.items()} | {"node": [socket.gethostname()]}
 
     async def _shard(self, build: MemoryBuild, number: int, row: dict[str, Any]) -> ShardInfo:
         path = build.folder / shard_name(number)
@@ -104,7 +107,7 @@ class ShardWorker:
         return await self._make(path, shard, build)
 
     async def _make(self, path: Path, shard: ShardPlan, build: MemoryBuild) -> ShardInfo:
-        config, eos, plm = self.config, build.card.eos_token_ids, self._plm
+        config, eos, plm = self.config, build.eos_token_ids, self._plm
         assert plm is not None
         if shard.context == "generated":
             async with self._sessions:

@@ -7,10 +7,7 @@ metadata names the number format: `key_dtype`. Lists of float32 or float16 are r
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pema_ray.errors import UserError
+from pema_ray.files import atomic_file, sha256_of
 from pema_ray.memory.codec import KEY_DTYPES, STORAGE, KeyDtype, Keys
 
 _LISTS: dict[pa.DataType, KeyDtype] = {pa.float32(): "float32", pa.float16(): "float16"}
@@ -82,23 +80,6 @@ def weights_of(parts: Sequence[MemoryRows]) -> np.ndarray | None:
     if all(part.weight is None for part in parts):
         return None
     return np.concatenate([np.ones(len(p), np.int32) if p.weight is None else p.weight for p in parts])
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place on success and vanishes on any failure."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written: {error.strerror or error}. Start again when it can; what is finished is kept."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_shard(path: Path, rows: MemoryRows) -> tuple[int, str]:
@@ -170,8 +151,3 @@ def read_shard(path: Path, sha256: str | None = None) -> MemoryRows:
     names += ["weight"] if "weight" in table.column_names else []
     plain = {name: table.column(name).to_numpy() for name in names}
     return MemoryRows(Keys(dtype, data, plain.pop("scale", None)), **plain)
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -35,6 +35,8 @@ class MemoryBuild:
     """How many tokens all prompts of the task begin with."""
     eos_row: bool = True
     """Each example ends with a row of EOS; off where examples are pieces of one text."""
+    end_token: int | None = None
+    """What that row predicts; by default the PLM's first EOS."""
 
     @property
     def context(self) -> Context:
@@ -60,7 +62,13 @@ class MemoryBuild:
         if not (self.config.deduplicate and self.split == "train"):
             return None
         good, _ = sort_out(self.examples.read(0, len(self.examples)), self._longest)
-        return count_duplicates(good, self.card.eos_token_ids[0], self.context)
+        return count_duplicates(good, self.eos_token_ids[0], self.context)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """All tokens that end an example, that of its row first."""
+        ids = self.card.eos_token_ids
+        return ids if self.end_token is None else tuple(dict.fromkeys((self.end_token, *ids)))
 
     @property
     def _longest(self) -> int:
@@ -87,6 +95,8 @@ class MemoryBuild:
             settings["prompt_from"] = self.shared_tokens
         if not self.eos_row:
             settings["eos_row"] = False
+        if self.eos_token_ids != self.card.eos_token_ids:
+            settings["end_token"] = self.end_token
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
     def read(self, number: int) -> list[EncodedPair]:

@@ -25,6 +25,7 @@ from pydantic import Field, field_validator
 
 from pema_ray.config import Section, validate
 from pema_ray.errors import UserError
+from pema_ray.files import temporary_beside
 
 logger = logging.getLogger(__name__)
 _PREFIX = "pema-"
@@ -354,7 +355,7 @@ def _read(keys: Path) -> tuple[Client, ...]:
 
 
 def _write_private(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

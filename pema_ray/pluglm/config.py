@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pema_ray.config import RayConfig, Section, TrainingConfig
+from pema_ray.config import Folder, RayConfig, Section, TrainingConfig
 
 
 class TextConfig(Section):
@@ -143,7 +143,7 @@ class PretrainSettings(TrainingConfig):
 class PretrainConfig(Section):
     """One pre-training run."""
 
-    run_dir: str = "runs/pluglm"
+    run_dir: Folder = "runs/pluglm"
     seed: int = Field(default=0, ge=0)
     ray: RayConfig = RayConfig()
     model: ModelSettings

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pema_ray.errors import UserError
+from pema_ray.files import temporary_beside
 from pema_ray.pluglm import versions
 from pema_ray.pluglm.encoding import DocumentEncoder
 from pema_ray.pluglm.entries import (
@@ -239,7 +240,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
     except FileExistsError:
         return
     except OSError:  # another disk, or one that has no links
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        temporary = temporary_beside(target)
         try:
             shutil.copyfile(source, temporary)
             os.replace(temporary, target)

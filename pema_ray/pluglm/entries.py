@@ -24,8 +24,8 @@ from torch import Tensor
 
 from pema_ray.config import Section
 from pema_ray.errors import UserError
+from pema_ray.files import atomic_file, sha256_of
 from pema_ray.hardware import DTYPES
-from pema_ray.memory.shards import atomic_file, sha256_of
 from pema_ray.pluglm.knowledge import document_codes
 
 VectorDtype = Literal["float32", "float16", "bfloat16"]

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from pema_ray.cluster import ray_cluster
 from pema_ray.errors import UserError
-from pema_ray.memory.shards import atomic_file, sha256_of
+from pema_ray.files import atomic_file, sha256_of
 from pema_ray.pluglm import refresh as refreshing
 from pema_ray.pluglm import run_folder, versions
 from pema_ray.pluglm.editing import publish_on_current, take_files
@@ -42,6 +42,7 @@ from pema_ray.pluglm.tasks import Task, make_task
 from pema_ray.pluglm.tasks.reading import Example
 from pema_ray.pluglm.training import MemoryAccess, Tell
 from pema_ray.progress import console, track
+from pema_ray.stage_run import chosen_settings
 from pema_ray.training.ray_loop import reporting, run_workers, worker_place
 
 _OWN = ("memory", "model")  # folders that other settings would make otherwise
@@ -254,10 +255,12 @@ def _absolute(config: FinetuneConfig) -> FinetuneConfig:
 
 def _stamp(config: FinetuneConfig) -> str:
     """What the result depends on, as 16 hex digits. Raises `UserError` where a file is missing."""
-    settings = config.model_dump(mode="json", exclude={"run_dir", "ray"})
-    settings["train"] = {name: value for name, value in settings["train"].items() if name not in _INCIDENTAL}
+    settings = config.model_dump(mode="json", exclude={"run_dir", "ray", "train", "memory"}, exclude_defaults=True)
+    train, memory = chosen_settings(config.train), chosen_settings(config.memory)
+    settings["train"] = {name: value for name, value in train.items() if name not in _INCIDENTAL}
     for name in ("shards", "cpus_per_shard", "refresh_workers", "cpus_per_refresh_worker"):
-        settings["memory"].pop(name)
+        memory.pop(name, None)
+    settings["memory"] = memory
     paths = [path for path in (config.data.train, config.data.validation, config.data.test) if path]
     weights = sorted(Path(config.model).glob("*.safetensors"))
     if not weights:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pema_ray.config import RayConfig, Section, TrainingConfig
+from pema_ray.config import Folder, RayConfig, Section, TrainingConfig
 
 
 class TaskSettings(Section):
@@ -98,7 +98,7 @@ class FinetuneSettings(TrainingConfig):
 class FinetuneConfig(Section):
     """One fine-tuning run."""
 
-    run_dir: str = "runs/pluglm_task"
+    run_dir: Folder = "runs/pluglm_task"
     seed: int = Field(default=0, ge=0)
     ray: RayConfig = RayConfig()
     model: str

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from pema_ray.errors import UserError
-from pema_ray.memory.shards import sha256_of
+from pema_ray.files import sha256_of
 from pema_ray.pluglm import versions
 from pema_ray.pluglm.editing import (
     Change,

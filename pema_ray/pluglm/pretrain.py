@@ -36,6 +36,7 @@ from pema_ray.pluglm.sharded import ShardedKnowledge, start_shards
 from pema_ray.pluglm.text import Sequences, content_hash, prepare_sequences
 from pema_ray.pluglm.training import MemoryAccess, PretrainLoop, Tell
 from pema_ray.progress import console, track
+from pema_ray.stage_run import chosen_settings
 from pema_ray.training.ray_loop import reporting, run_workers, worker_place
 
 _OWN = ("start", "memory", "model")  # folders that other settings would make otherwise
@@ -181,10 +182,11 @@ def _memory(folder: Path, config: PretrainConfig, encoder: DocumentEncoder) -> i
 
 def _stamp(config: PretrainConfig) -> str:
     """What the result depends on, as 16 hex digits."""
-    settings = config.model_dump(mode="json", exclude={"run_dir", "ray", "documents", "text", "validation"})
-    settings["train"] = {name: value for name, value in settings["train"].items() if name not in _INCIDENTAL}
-    kept = ("dtype", "entries_per_segment")
-    settings["memory"] = {name: settings["memory"][name] for name in kept}
+    sections = {"run_dir", "ray", "documents", "text", "validation", "train", "memory"}
+    settings = config.model_dump(mode="json", exclude=sections, exclude_defaults=True)
+    train, memory = chosen_settings(config.train), chosen_settings(config.memory)
+    settings["train"] = {name: value for name, value in train.items() if name not in _INCIDENTAL}
+    settings["memory"] = {name: memory.get(name) for name in ("dtype", "entries_per_segment")}
     texts = [config.documents, config.text, *([config.validation] if config.validation else [])]
     hashes = [content_hash(one) for one in texts]
     return run_folder.stamp_of(settings, hashes)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pema_ray.errors import UserError
+from pema_ray.files import atomic_file
 from pema_ray.hardware import set_threads
-from pema_ray.memory.shards import atomic_file
 from pema_ray.pluglm.config import TextConfig
 from pema_ray.pluglm.editing import encode_segment, require_new
 from pema_ray.pluglm.encoding import DocumentEncoder

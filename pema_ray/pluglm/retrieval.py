@@ -18,7 +18,7 @@ from jinja2 import Environment, StrictUndefined
 
 from pema_ray.config import Section
 from pema_ray.errors import UserError
-from pema_ray.memory.shards import atomic_file
+from pema_ray.files import atomic_file
 from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
 from pema_ray.pluglm.memory_layer import Retrieved
 

@@ -8,13 +8,15 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import shutil
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pema_ray.memory.shards import atomic_file
+from pema_ray.files import atomic_file
+from pema_ray.progress import console
 from pema_ray.training.checkpoint import CHECKPOINT
 
 _STAMP, _METRICS = "stamp", "metrics.json"
@@ -26,14 +28,18 @@ def stamp_of(*settings: Any) -> str:
 
 
 def begin(run_dir: Path, stamp: str, keep: bool, folders: Sequence[str]) -> None:
-    """Take away the folders and the checkpoint that other settings have left, or any (`keep` false)."""
+    """Set aside the folders and the checkpoint that other settings have left in `run_dir`, or any (`keep` false)."""
     path = run_dir / _STAMP
-    if not keep or not path.exists() or path.read_text() != stamp:
-        for name in folders:
-            shutil.rmtree(run_dir / name, ignore_errors=True)
-        for name in (CHECKPOINT, _METRICS):
-            (run_dir / name).unlink(missing_ok=True)
     run_dir.mkdir(parents=True, exist_ok=True)
+    if not keep or not path.exists() or path.read_text() != stamp:
+        left = [run_dir / name for name in (*folders, CHECKPOINT, _METRICS) if (run_dir / name).exists()]
+        if left:
+            numbers = (run_dir / f"before-{number}" for number in itertools.count(1))
+            aside = next(folder for folder in numbers if not folder.exists())
+            aside.mkdir()
+            for one in left:
+                os.replace(one, aside / one.name)
+            console.print(f"[yellow]{run_dir}: what was there is kept in {aside.name}[/]", highlight=False)
     with atomic_file(path) as temporary:
         temporary.write_text(stamp)
 

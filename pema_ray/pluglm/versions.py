@@ -19,7 +19,7 @@ from typing import Any
 
 from pema_ray.config import Section, validate
 from pema_ray.errors import UserError
-from pema_ray.memory.shards import atomic_file
+from pema_ray.files import atomic_file, temporary_beside
 from pema_ray.pluglm.entries import FileInfo, Segment
 
 logger = logging.getLogger(__name__)
@@ -177,7 +177,7 @@ def publish(folder: Path, version: Version) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     assert version.version == (version.parent or 0) + 1
     fields = version.model_dump(mode="json")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+    temporary = temporary_beside(path)
     try:
         with temporary.open("w") as file:
             file.write(json.dumps({**fields, _CHECKSUM: _checksum(fields)}) + "\n")

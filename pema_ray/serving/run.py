@@ -68,6 +68,7 @@ def arguments_of(experiment: ExperimentConfig) -> dict[str, Any]:
     served: dict[str, Any] = {
         "task": run.task.model_dump(),
         "chat": task.chat,
+        "chat_template_kwargs": task.chat_template_kwargs,
         "generate": generate.model_dump(),
         "memory": str(run.path("build_memory", "train").resolve()) if knn else None,
         "max_examples": experiment.train.max_train_pairs,

@@ -13,7 +13,7 @@ from pema_ray.data_owner.decoding.offline import GenerationJob, SystemAnswer, ge
 from pema_ray.data_owner.decoding.predictor import PredictorSpec
 from pema_ray.data_owner.decoding.request import Token
 from pema_ray.data_owner.decoding.request_builder import RequestBuilder
-from pema_ray.memory.shards import atomic_file
+from pema_ray.files import atomic_file
 from pema_ray.progress import track
 from pema_ray.stages.plm import connector
 from pema_ray.stages.run import Run

@@ -64,6 +64,7 @@ def plan_memories(run: Run) -> dict[str, MemoryBuild]:
     """What each configured split's memory will be, from the prepared pairs and the run's prompts."""
     words, chosen = wording(run), actor_settings(run.config)
     shared_tokens = words.prompter().shared_tokens if chosen.prompts else 0
+    end_token = words.prompter().end_token if words.chat else None
     return {
         split: MemoryBuild(
             folder=run.path("build_memory", split),
@@ -73,6 +74,7 @@ def plan_memories(run: Run) -> dict[str, MemoryBuild]:
             split=split,
             config=chosen,
             shared_tokens=shared_tokens,
+            end_token=end_token,
         )
         for split in chosen.splits
     }
@@ -81,11 +83,11 @@ def plan_memories(run: Run) -> dict[str, MemoryBuild]:
 def wording(run: Run) -> Wording:
     """What the run's prompts are made of."""
     task, train = run.config.task, run.path("prepare", "train.parquet")
-    bundle = run.path("export_head", "lm_head")
+    bundle, extra = run.path("export_head", "lm_head"), task.chat_template_kwargs
     if task.shots and task.show == "similar":
-        return Wording(bundle, run.task, task.chat, similar=train, shots=task.shots)
+        return Wording(bundle, run.task, task.chat, similar=train, shots=task.shots, chat_template_kwargs=extra)
     shown = first_shots(read_pairs(train), task.shots) if task.shots else []
-    return Wording(bundle, run.task, task.chat, tuple(shown))
+    return Wording(bundle, run.task, task.chat, tuple(shown), chat_template_kwargs=extra)
 
 
 def plm_client(run: Run) -> Callable[[], PLMClient]:

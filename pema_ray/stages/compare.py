@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import BaseModel
 
 from pema_ray.cluster import ray_cluster
 from pema_ray.config import CompareConfig, ExperimentConfig, KnnMixConfig, PLMConfig, TrainConfig, validate
@@ -26,13 +27,14 @@ from pema_ray.errors import UserError
 from pema_ray.evaluation.comparison import Comparison, Peer, markdown
 from pema_ray.evaluation.likelihood import TokenLikelihood
 from pema_ray.evaluation.scores import Scorer
+from pema_ray.files import atomic_file
 from pema_ray.memory import ExternalMemory
-from pema_ray.memory.shards import atomic_file
 from pema_ray.progress import console, track
+from pema_ray.stage_run import chosen_settings, claim
 from pema_ray.stages.answers import make_job, predictor_of, run_jobs, to_row
 from pema_ray.stages.likelihood import likelihood_of
 from pema_ray.stages.run import Run
-from pema_ray.stages.train import forget_other_settings, training_job
+from pema_ray.stages.train import training_job
 
 _SERVICE = "LM head, representations"
 _LOCAL_MEMORY_WIDTH = 256
@@ -136,7 +138,7 @@ class _Bench:
         chosen: CompareConfig = self.config.compare
         of_each = {"knn": chosen.knn, "lora": chosen.lora} | dict.fromkeys(_FEW_SHOT, chosen.few_shot)
         settings = of_each.get(self.name)
-        described = settings.model_dump(mode="json") if hasattr(settings, "model_dump") else settings  # type: ignore[union-attr]
+        described = chosen_settings(settings) if isinstance(settings, BaseModel) else settings
         whole = [self.name, self.run.stamp("train"), self.run.stamp("generate"), described]
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -193,7 +195,7 @@ class _Bench:
     def _train(self) -> History:
         c = _variant(self.config.train, self.name)
         job = replace(training_job(self.run, c), run_dir=self.folder.resolve())
-        forget_other_settings(job.run_dir, f"{self.name} {self.run.stamp('train')}")  # else it would be resumed
+        claim(job.run_dir, f"{self.name} {self.run.stamp('train')}")  # else it would be resumed
         with track(f"training {self.name}", c.epochs, "epochs"):
             return fit(job)
 
@@ -210,7 +212,8 @@ class _Bench:
         with track("training lora", config.compare.lora.epochs, "epochs"):
             threads = max(1, int(config.train.cpus_per_worker))
             plm = config.plm.model_copy(update={"threads": config.plm.threads or threads})
-            found: Any = ray.get(task.remote(plm, config.compare.lora, train, test, str(folder), config.seed))
+            end = prompter.end_token
+            found: Any = ray.get(task.remote(plm, config.compare.lora, train, test, str(folder), config.seed, end))
         if found["error"]:
             raise UserError(found["error"])
         name = f"LoRA, r = {config.compare.lora.rank}, all linear layers"
@@ -261,7 +264,7 @@ class _Bench:
         return min(found, key=lambda settings: found[settings])
 
 
-def _train_lora(plm: PLMConfig, settings, train, test, folder: str, seed: int) -> dict[str, Any]:
+def _train_lora(plm: PLMConfig, settings, train, test, folder: str, seed: int, end_token: int | None) -> dict[str, Any]:
     """In a process of its own: fine-tune, save the merged model, measure its likelihood of the test targets."""
     import torch
 
@@ -274,7 +277,7 @@ def _train_lora(plm: PLMConfig, settings, train, test, folder: str, seed: int) -
     try:
         loaded = load_plm(plm)
         head = export_lm_head(loaded).head.to(loaded.device)
-        tuned, training = train_lora(loaded, head, train, settings, seed)
+        tuned, training = train_lora(loaded, head, train, settings, seed, end_token)
         peak = peak_memory(loaded.device)
     except UserError as error:
         return {"error": str(error)}

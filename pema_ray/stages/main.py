@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from pema_ray.config import ExperimentConfig, load_config  # noqa: E402
 from pema_ray.stages.settings import settings_of  # noqa: E402
 
 INTERRUPTED_EXIT_CODE = 130
+TERMINATED_EXIT_CODE = 143
 # What a user's machine can refuse, anywhere: a full disk, rights, a file where a folder should be.
 _ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
 Stage = Callable[[ExperimentConfig], dict[str, Any]]
@@ -42,10 +45,15 @@ def find_stage(name: str) -> Stage:
 
 
 def guarded(work: Callable[[], object]) -> int:
-    """Run `work`; a user's mistake becomes one line on stderr and exit code 2, Ctrl-C leaves with 130."""
+    """Run `work`; a user's mistake becomes one line on stderr and exit code 2.
+
+    Ctrl-C leaves with 130 and SIGTERM with 143; both end what was begun, Ray included.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("ray", "httpx", "transformers", "datasets"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _leave)
     try:
         work()
     except UserError as error:
@@ -58,11 +66,22 @@ def guarded(work: Callable[[], object]) -> int:
         print(f"error: {where}{error.strerror}. Finished stages, shards and checkpoints are kept.", file=sys.stderr)
         return USER_ERROR_EXIT_CODE
     except KeyboardInterrupt:
-        print(
-            "interrupted: finished stages, shards and checkpoints are kept; the same command goes on.", file=sys.stderr
-        )
+        print(f"interrupted: {_KEPT}", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
+    except SystemExit as ended:
+        if ended.code != signal.SIGTERM:
+            raise
+        print(f"terminated: {_KEPT}", file=sys.stderr)
+        return TERMINATED_EXIT_CODE
     return 0
+
+
+_KEPT = "finished stages, shards and checkpoints are kept; the same command goes on."
+
+
+def _leave(number: int, _: object) -> None:
+    """As Ray's own handler does, which takes this one's place once Ray runs."""
+    sys.exit(number)
 
 
 def run_stage(name: str, config: Path | None, overrides: Sequence[str]) -> int:

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 from pema_ray.config import ExperimentConfig
 from pema_ray.errors import UserError
+from pema_ray.files import atomic_file, sha256_of
 from pema_ray.line import LMHeadBundle
 from pema_ray.memory.manifest import Manifest
-from pema_ray.memory.shards import atomic_file, sha256_of
-from pema_ray.stage_run import HOW_FAST, StageRun
+from pema_ray.stage_run import HOW_FAST, StageRun, chosen_settings, claim
 from pema_ray.tasks import Pair, Prompter, Task, load_task
 from pema_ray.tasks.shots import SimilarShots, first_shots
 
@@ -48,8 +48,9 @@ class Run(StageRun[ExperimentConfig]):
 
     incidental = HOW_FAST | {
         "overwrite", "max_rejected", "threads", "published", "max_actors", "requests_in_flight", "patience_seconds",
-        "key_file", "ca_file", "timeout_seconds",
+        "key_file", "ca_file", "timeout_seconds", "workers",
     }  # fmt: skip
+    _metrics_before: str | None = None
 
     def sections(self, stage: str) -> tuple[str, ...]:
         return (STAGES | _EXTRA)[stage][0]
@@ -64,7 +65,7 @@ class Run(StageRun[ExperimentConfig]):
         return f"pema-ray {stage.replace('_', '-')}"
 
     def others(self, stage: str) -> list[Any]:
-        return [self.task.model_dump(mode="json"), self.file_hashes] if stage == "prepare" else []
+        return [chosen_settings(self.task), self.file_hashes] if stage == "prepare" else []
 
     @cached_property
     def file_hashes(self) -> dict[str, str]:
@@ -94,15 +95,20 @@ class Run(StageRun[ExperimentConfig]):
         """A stage that is under way has no metrics; one that was refused keeps those of the result it left in place."""
         self.path(stage).mkdir(parents=True, exist_ok=True)
         path = self.path(stage, "metrics.json")
-        before = path.read_text() if path.exists() else None
+        self._metrics_before = path.read_text() if path.exists() else None
         path.unlink(missing_ok=True)
         try:
             yield
         except UserError:
-            if before is not None and self.is_whole(stage):
+            if self._metrics_before is not None and self.is_whole(stage):
                 with atomic_file(path) as temporary:
-                    temporary.write_text(before)
+                    temporary.write_text(self._metrics_before)
             raise
+
+    def claim(self, stage: str) -> None:
+        """Set aside what other settings left in the folder of a stage that is under way, once nothing can refuse it."""
+        before, self._metrics_before = self._metrics_before, None
+        claim(self.path(stage), self.stamp(stage), before)
 
     # ── what stages share ───────────────────────────────────────────────────
 
@@ -131,7 +137,8 @@ class Run(StageRun[ExperimentConfig]):
         """The prompts of this experiment, or the same with another number or choice of examples."""
         task = self.config.task
         shots, similar = task.shots if shots is None else shots, (show or task.show) == "similar"
+        extra = task.chat_template_kwargs
         if shots and similar:
-            return Prompter(self.tokenizer, self.task, SimilarShots(self.pairs("train"), shots), task.chat)
+            return Prompter(self.tokenizer, self.task, SimilarShots(self.pairs("train"), shots), task.chat, extra)
         shown = first_shots(self.pairs("train"), shots) if shots else []
-        return Prompter(self.tokenizer, self.task, shown, task.chat)
+        return Prompter(self.tokenizer, self.task, shown, task.chat, extra)

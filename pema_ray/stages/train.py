@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from pema_ray.cluster import ray_cluster
@@ -22,6 +20,7 @@ from pema_ray.memory.planning import find_or_make_plan, finished_shards, planned
 from pema_ray.memory.published import SCHEME, open_published
 from pema_ray.memory.waits import showing
 from pema_ray.progress import Tracker, track
+from pema_ray.stage_run import claim
 from pema_ray.stages.build_memory import actor_settings, measure_memory, plan_memories, plm_client, showing_waits
 from pema_ray.stages.run import Run
 
@@ -48,7 +47,7 @@ def _train(run: Run) -> History:
     with cluster, track("training", _steps(c, rows)) as bar:
         if c.published:
             job = replace(job, train_memory=_published(c.published, train_memory))
-        forget_other_settings(job.run_dir, run.stamp("train"))  # once nothing is left to be refused for
+        run.claim("train")
         return fit(job, _showing(bar, c.batch_size))
 
 
@@ -76,7 +75,7 @@ def _while_building(run: Run) -> dict[str, Any]:
             started = time.time()
             weight = planned_mean_weight(builds["train"])
             job = replace(training_job(run), streamed_rows=rows, streamed_mean_weight=weight)
-            forget_other_settings(job.run_dir, run.stamp("train"))
+            claim(job.run_dir, run.stamp("train"))
             with (
                 track("building and training", _steps(c, rows)) as bar,
                 showing(showing_waits(bar)) as board,
@@ -148,15 +147,6 @@ def _published(name: str, memory: ExternalMemory) -> str:
             f"(plans {found.manifest.plan_hash} and {memory.manifest.plan_hash}). Publish this run's."
         )
     return SCHEME + name
-
-
-def forget_other_settings(folder: Path, stamp: str) -> None:
-    """A checkpoint is resumed only by a run with the very settings that wrote it."""
-    marker = folder / "stamp"
-    if not marker.exists() or marker.read_text() != stamp:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        marker.write_text(stamp)
 
 
 def _measure(history: History, batch_size: int) -> dict[str, Any]:

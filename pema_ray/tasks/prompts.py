@@ -6,15 +6,19 @@ Byte-level BPEs merge a trailing space with the word after it: `"Modern: " + "An
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
+from typing import Any
 
 from pema_ray.errors import UserError
-from pema_ray.line.tokenizer import PLMTokenizer
+from pema_ray.line.tokenizer import AnswerFrame, PLMTokenizer
 from pema_ray.tasks.shots import SimilarShots
 from pema_ray.tasks.sources import Pair
 from pema_ray.tasks.task import Task
+
+_TODAY = date(2024, 7, 26)  # for chat templates that name the day: prompts are the same on every day
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +36,21 @@ class Prompter:
     Args:
         shots: pairs shown as worked examples before every source, or who chooses them for each.
         chat: render through the tokenizer's chat template, with the task's own chat wording.
+        chat_template_kwargs: what the template takes beside the messages, such as `enable_thinking`.
     """
 
     def __init__(
-        self, tokenizer: PLMTokenizer, task: Task, shots: Sequence[Pair] | SimilarShots = (), chat: bool = False
+        self,
+        tokenizer: PLMTokenizer,
+        task: Task,
+        shots: Sequence[Pair] | SimilarShots = (),
+        chat: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if chat and not tokenizer.chat_template:
             raise UserError("task.chat is on, but this PLM's tokenizer has no chat template. Set task.chat=false.")
         self.tokenizer, self.task, self.shots, self.chat = tokenizer, task, shots, chat
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
 
     def text(self, source: str, example_id: int | None = None) -> str:
         """The prompt for one source, as people read it.
@@ -74,9 +85,21 @@ class Prompter:
             messages.append({"role": "assistant", "content": shot.target})
         messages.append({"role": "user", "content": self.task.chat_user.format(source=source)})
         try:
-            return self.tokenizer.render_chat(messages)
+            return self.tokenizer.render_chat(messages, True, self.chat_template_kwargs, _TODAY)
         except UserError as error:
             raise UserError(f"Task '{self.task.name}': {error}") from None
+
+    @cached_property
+    def _frame(self) -> AnswerFrame:
+        return self.tokenizer.answer_frame(self.chat_template_kwargs, _TODAY) if self.chat else AnswerFrame("", None)
+
+    @property
+    def end_token(self) -> int | None:
+        """The token with which a chat template ends an answer; None: the PLM's EOS."""
+        return self._frame.end
+
+    def _split(self, prompt: str) -> tuple[str, str]:
+        return (prompt.rstrip(" "), self._frame.lead) if self.chat else split_seam(prompt)
 
     @cached_property
     def shared_tokens(self) -> int:
@@ -93,11 +116,11 @@ class Prompter:
         return self._prompt_ids(self._rendered(source, example_id))
 
     def _prompt_ids(self, rendered: str) -> list[int]:
-        return self._ids(split_seam(rendered)[0])
+        return self._ids(self._split(rendered)[0])
 
     def encode_pair(self, pair: Pair) -> EncodedPair:
         """Token ids of prompt and target; `prompt + target` tokenises the joint text wherever its seam allows."""
-        prompt, lead = split_seam(self._rendered(pair.source, pair.example_id))
+        prompt, lead = self._split(self._rendered(pair.source, pair.example_id))
         prompt_ids = self._ids(prompt)
         joint_ids = self._ids(prompt, lead + pair.target)
         if joint_ids[: len(prompt_ids)] == prompt_ids:

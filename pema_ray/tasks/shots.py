@@ -10,17 +10,27 @@ from typing import Any
 from pema_ray.errors import UserError
 from pema_ray.tasks.sources import Pair
 
+_MODERATE = range(61, 120)  # characters of a source that shows much and takes little room
 
-def first_shots(pairs: Iterable[Pair], shots: int, longest: int = 120) -> list[Pair]:
-    """`shots` worked examples: the first pairs, by number, of moderate length whose target differs from the source."""
-    fitting = (pair for pair in pairs if 60 < len(pair.source) < longest and pair.source != pair.target)
-    chosen = heapq.nsmallest(shots, fitting, key=lambda pair: pair.example_id)
+
+def first_shots(pairs: Iterable[Pair], shots: int) -> list[Pair]:
+    """`shots` worked examples: the first pairs, by number, of moderate length whose target differs from the source.
+
+    Where there are too few of them, others whose length is nearest to a moderate one.
+
+    Raises:
+        UserError: there are fewer pairs than shots.
+    """
+
+    def unfitness(pair: Pair) -> tuple[bool, int, int]:
+        length = len(pair.source)
+        off = max(_MODERATE[0] - length, length - _MODERATE[-1], 0)
+        return pair.source == pair.target, off, pair.example_id
+
+    chosen = heapq.nsmallest(shots, pairs, key=unfitness)
     if len(chosen) < shots:
-        raise UserError(
-            f"task.shots={shots}, but only {len(chosen)} training pairs are of a length to be shown "
-            f"(60 to {longest} characters)."
-        )
-    return chosen
+        raise UserError(f"task.shots={shots}, but there are only {len(chosen)} training pairs to be shown.")
+    return sorted(chosen, key=lambda pair: pair.example_id)
 
 
 class SimilarShots:
@@ -54,14 +64,14 @@ class SimilarShots:
         """The pairs to show before a source.
 
         Args:
-            example_id: of the source itself, which is never shown. Splits count alike: another pair of that number is.
+            example_id: of the source itself, which is never shown.
         """
         words = _words([source])
         if not any(word in self._index.vocab_dict for word in words[0]):  # nothing is like it
             words = [[next(iter(self._index.vocab_dict))]]
         found, _ = self._index.retrieve(words, k=self.shots + 1, show_progress=False)
         chosen = [self.pairs[place] for place in found[0].tolist()]
-        shown = [pair for pair in chosen if (pair.example_id, pair.source) != (example_id, source)]
+        shown = [pair for pair in chosen if pair.example_id != example_id]
         return shown[: self.shots][::-1]
 
 

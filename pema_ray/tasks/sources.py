@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pema_ray.errors import UserError, nearest
+from pema_ray.files import sha256_of
 from pema_ray.tasks import bible
 from pema_ray.tasks.task import Columns, Task
 
@@ -18,7 +20,12 @@ SPLITS = ("train", "dev", "test")
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A source text and its target, with a number that stays the same in every later stage."""
+    """A source text and its target, with a number that stays the same in every later stage.
+
+    Attributes:
+        example_id: of a file's pair, the beginning of the file's checksum and the line: no two files' pairs have the
+            same, whatever split they are for. `name_of_example` reads it.
+    """
 
     example_id: int
     source: str
@@ -90,6 +97,24 @@ def _file_pairs(task: Task, files: Mapping[str, str], rejected: list[RejectedLin
     return {split: list(read_file(Path(paths[split]), task.columns, split, rejected)) for split in SPLITS}
 
 
+_LINE_BITS = 31  # of an example id; 32 more are the file's
+
+
+def name_of_example(example_id: int) -> str:
+    """An example, as messages name it."""
+    line = example_id & (2**_LINE_BITS - 1)
+    checksum = example_id >> _LINE_BITS
+    return f"example {example_id}" if checksum <= 0 else f"the example of line {line} of the file {checksum:08x}…"
+
+
+def _first_example_id(path: Path) -> int:
+    """Of a file: it depends on its contents, so that a copy elsewhere gives the same examples."""
+    files = sorted(found for found in path.rglob("*") if found.is_file()) if path.is_dir() else [path]
+    digests = [sha256_of(file) for file in files]
+    whole = digests[0] if path.is_file() else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return int(whole[:8], 16) << _LINE_BITS
+
+
 class EmptyText(UserError):
     """A line's source or target is empty."""
 
@@ -97,7 +122,7 @@ class EmptyText(UserError):
 def read_file(
     path: Path, columns: Columns, split: str = "", rejected: list[RejectedLine] | None = None
 ) -> Iterator[Pair]:
-    """Pairs of one file; example ids count from 0, lines without a pair included.
+    """Pairs of one file, in their order and in that of their example ids.
 
     Args:
         rejected: takes the lines whose text is empty; without it, they are refused.
@@ -115,8 +140,8 @@ def read_file(
         raise UserError(f"{path}: unknown kind of file; use {', '.join(readers)}.")
     if path.is_dir() and reader is not _parquet:
         raise UserError(f"{path}: is a folder, expected a file.")
-    count = 0
-    for count, (line, row) in enumerate(reader(path), start=1):
+    first, line = _first_example_id(path), 0
+    for line, row in reader(path):
         try:
             source = _text(path, line, row, columns.source, "source")
             target = _text(path, line, row, columns.target, "target")
@@ -125,8 +150,8 @@ def read_file(
                 raise
             rejected.append(RejectedLine(split, str(path), line, str(empty).removeprefix(f"{path}: line {line}: ")))
             continue
-        yield Pair(count - 1, source, target)
-    if count == 0:
+        yield Pair(first + line, source, target)
+    if line == 0:
         raise UserError(f"{path}: the file holds no pairs.")
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pema_ray.errors import UserError
-from pema_ray.memory.shards import atomic_file
+from pema_ray.files import atomic_file
 
 CHECKPOINT = "checkpoint.safetensors"
 """The file's name in a run's folder; `ray_loop.run_workers` removes it when a run is not to be resumed."""
@@ -27,7 +28,7 @@ def save_checkpoint(
 
     Args:
         groups: group names without a dot; tensors of any device. Tensors that share memory are written one by one.
-        described: whatever JSON can say: the step, the history.
+        described: whatever JSON can say in some kilobytes; what grows with the run belongs into a `PointLog`.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -57,6 +58,53 @@ def load_checkpoint(path: Path) -> tuple[Groups, dict[str, Any]]:
     except (SafetensorError, ValueError) as error:
         raise UserError(f"{path}: damaged checkpoint: {error}. Delete it to start over.") from None
     return groups, described
+
+
+class PointLog:
+    """What a run measured, point by point, as JSON lines beside its checkpoint, which says how much of it counts.
+
+    Points are appended before the checkpoint that counts them is written: a checkpoint stays small, however long the
+    run, and lines of a run that died after its last checkpoint are cut off.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self.size = path, 0
+
+    def append(self, points: Iterable[Mapping[str, Any]]) -> int:
+        """Write points behind those that count; returns the bytes that count now.
+
+        Raises:
+            UserError: the disk is full or the folder cannot be written.
+        """
+        try:
+            with self._path.open("ab") as file:
+                if file.tell() < self.size:
+                    raise OSError("somebody has shortened it")
+                file.truncate(self.size)
+                file.write(b"".join(json.dumps(point).encode() + b"\n" for point in points))
+                file.flush()
+                os.fsync(file.fileno())
+                self.size = file.tell()
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be written: {error.strerror or error}.") from None
+        return self.size
+
+    def read(self, size: int) -> list[dict[str, Any]]:
+        """The points that count, for a checkpoint that says `size` bytes do.
+
+        Raises:
+            UserError: they are not there.
+        """
+        try:
+            with self._path.open("rb") as file:
+                lines = file.read(size)
+            points = [json.loads(line) for line in lines.splitlines()]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self._path}: damaged: {error}. Delete the checkpoint beside it to start over.") from None
+        if len(lines) < size:
+            raise UserError(f"{self._path}: ends too early. Delete the checkpoint beside it to start over.")
+        self.size = size
+        return points
 
 
 def _flat(groups: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

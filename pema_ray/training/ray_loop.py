@@ -16,8 +16,8 @@ from typing import Any, TypeVar, cast
 
 from pema_ray.config import TrainingConfig
 from pema_ray.errors import UserError
+from pema_ray.files import atomic_file
 from pema_ray.hardware import set_threads
-from pema_ray.memory.shards import atomic_file
 from pema_ray.training.checkpoint import CHECKPOINT
 from pema_ray.training.strategies import Place
 from pema_ray.training.tracking import make_trackers

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pema_ray.config import RayConfig, Section, TrainingConfig
+from pema_ray.config import Folder, RayConfig, Section, TrainingConfig
 from pema_ray.errors import nearest
 from pema_ray.training.schedules import Schedule
 
@@ -335,7 +335,7 @@ class TableConfig(Section):
 class TrimeConfig(Section):
     """A whole TRIME experiment; every stage reads its own section and the shared ones."""
 
-    run_dir: str = "runs/trime"
+    run_dir: Folder = "runs/trime"
     seed: int = Field(default=0, ge=0)
     ray: RayConfig = RayConfig()
     prepare: PrepareConfig = PrepareConfig()

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from pema_ray.cluster import ray_cluster
 from pema_ray.errors import UserError
-from pema_ray.memory.shards import atomic_file
+from pema_ray.files import atomic_file
 from pema_ray.progress import track
 from pema_ray.trime.config import PrepareConfig, Split, TrimeConfig
 from pema_ray.trime.corpus import Span, find_documents

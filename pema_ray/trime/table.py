@@ -17,7 +17,7 @@ from typing import Any
 
 from pema_ray.cluster import ray_cluster
 from pema_ray.config import Section, validate
-from pema_ray.memory.shards import atomic_file
+from pema_ray.files import atomic_file
 from pema_ray.progress import console
 from pema_ray.trime import build_datastore, build_index, evaluate, prepare, report, train, walk
 from pema_ray.trime.config import MemoryKind, TrimeConfig

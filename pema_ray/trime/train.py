@@ -13,7 +13,7 @@ import torch
 
 from pema_ray.cluster import ray_cluster
 from pema_ray.errors import UserError
-from pema_ray.memory.shards import atomic_file
+from pema_ray.files import atomic_file
 from pema_ray.progress import track
 from pema_ray.training.ray_loop import reporting, run_workers, worker_place
 from pema_ray.trime.config import TrimeConfig

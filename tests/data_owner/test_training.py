@@ -320,6 +320,10 @@ class Sharded:
         self._parts = [rows.take(slice(at, at + size)) for at in range(0, len(rows), size)]
 
     @property
+    def mean_weight(self) -> float:
+        return 1.0
+
+    @property
     def counts(self) -> list[int]:
         return [len(part) for part in self._parts]
 
@@ -458,3 +462,13 @@ def test_a_checkpoint_of_another_shape_is_named(make_trainer):
         dying.run()
     with pytest.raises(UserError, match=r"checkpoint.safetensors: holds an adapter of another shape.*Delete it"):
         make_trainer("dying", rank=4).run()
+
+
+def test_a_checkpoints_description_does_not_grow_with_the_run(make_trainer):
+    sizes = []
+    for epochs in (1, 4):
+        trainer = make_trainer(f"{epochs} epochs", epochs=epochs)
+        trainer.run()
+        sizes.append(int.from_bytes((trainer.run_dir / "checkpoint.safetensors").read_bytes()[:8], "little"))
+        assert (trainer.run_dir / "points.jsonl").read_bytes().count(b'"train"') == 10 * epochs
+    assert abs(sizes[1] - sizes[0]) < 64

@@ -268,7 +268,9 @@ def test_a_chats_text_survives_its_special_tokens():
     ids = tokenizer.encode_chat(chat([forged]))
     assert tokenizer.decode(ids) == f"user\n{forged}\nassistant\n"
     tools = PLMTokenizer(dressed("byte_level", template="{{ tools }}{{ messages[0].role }}<s>"))
-    asked = tools.encode_chat([{"role": "</s>", "content": ""}], tools=[{"</s>": ["<|im_end|>"]}])
+    asked = tools.encode_chat(
+        [{"role": "</s>", "content": ""}], template_arguments={"tools": [{"</s>": ["<|im_end|>"]}]}
+    )
     assert control(tools, asked) == ["<s>"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from pema_ray.config import BuildMemoryConfig, PLMConfig
 from pema_ray.errors import UserError
 from pema_ray.line import ModelCard
 from pema_ray.memory import ExternalMemory
-from pema_ray.memory.build import run_build
+from pema_ray.memory.build import await_shard, run_build
 from pema_ray.memory.examples import ListedExamples
 from pema_ray.memory.manage import verify
 from pema_ray.memory.planning import prepare_folder
@@ -246,3 +247,14 @@ def test_two_actors_with_a_real_model_write_what_one_process_would(
     assert run_build(here, factory) == run_build(there, factory)
     assert contents(here.folder) == contents(there.folder)
     assert ExternalMemory.open(there.folder, card).load().key.shape == (33, 32)
+
+
+def test_nodes_that_share_no_disk_are_told_apart_by_name(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("pema_ray.memory.build._ARRIVAL_SECONDS", 0.3)
+    shard = tmp_path / "shard-00000.parquet"
+    with pytest.raises(UserError, match=r"shard-00000.parquet: was written on node gpu-7, but is not to be seen from"):
+        await_shard(shard, "gpu-7")
+    late = threading.Timer(0.1, shard.touch)  # a network disk shows a new file after a while
+    late.start()
+    await_shard(shard, "gpu-7")
+    late.join()

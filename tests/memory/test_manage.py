@@ -148,13 +148,15 @@ def write_memmaps(folder: Path, keys: np.ndarray, ids: np.ndarray) -> tuple[Path
     return folder / "dstore_keys.npy", folder / "dstore_vals.npy"
 
 
+@pytest.mark.parametrize("told", [False, True], ids=["by size", "told"])
 @pytest.mark.parametrize("ids_dtype", ["int16", "int32", "int64"])
 @pytest.mark.parametrize("keys_dtype", ["float16", "float32"])
-def test_published_arrays_are_imported_row_by_row(keys_dtype: str, ids_dtype: str, tmp_path: Path):
+def test_published_arrays_are_imported_row_by_row(keys_dtype: str, ids_dtype: str, told: bool, tmp_path: Path):
     random = np.random.default_rng(0)
     keys, ids = random.normal(size=(70_000, H)).astype(keys_dtype), random.integers(0, V, (70_000, 1)).astype(ids_dtype)
     paths = write_memmaps(tmp_path, keys, ids)
-    manifest = import_memmaps(*paths, 70_000, CARD, tmp_path / "m", keys_dtype, ids_dtype)
+    dtypes = (keys_dtype, ids_dtype) if told else ()
+    manifest = import_memmaps(*paths, 70_000, CARD, tmp_path / "m", *dtypes)
     assert (manifest.rows, len(manifest.shards), manifest.fingerprint) == (70_000, 2, CARD.fingerprint)
     rows = rows_of(tmp_path / "m")
     assert np.array_equal(rows.key[:], keys.astype(np.float32)) and np.array_equal(rows.target, ids[:, 0])
@@ -165,9 +167,11 @@ def test_arrays_of_another_size_dtype_or_vocabulary_are_refused(tmp_path: Path):
     ids = np.full((8, 1), 7, np.int16)
     ids[5] = -3  # a large id that overflowed
     keys, targets = write_memmaps(tmp_path, np.zeros((8, H), np.float16), ids)
-    with pytest.raises(UserError, match="dstore_keys.npy: 9 × 6 numbers of float16 take 108 bytes, it has 96"):
-        import_memmaps(keys, targets, 9, CARD, tmp_path / "m", "float16", "int16")
-    with pytest.raises(UserError, match="dstore_vals.npy: 8 × 1 numbers of int32 take 32 bytes, it has 16"):
+    with pytest.raises(
+        UserError, match="dstore_keys.npy: 9 × 6 numbers take 108 bytes as float16 or 216 bytes as float32, it has 96"
+    ):
+        import_memmaps(keys, targets, 9, CARD, tmp_path / "m")
+    with pytest.raises(UserError, match="dstore_vals.npy: 8 × 1 numbers take 32 bytes as int32, it has 16"):
         import_memmaps(keys, targets, 8, CARD, tmp_path / "m", "float16", "int32")
     with pytest.raises(UserError, match="'float61' is no number format"):
         import_memmaps(keys, targets, 8, CARD, tmp_path / "m", "float61")

@@ -243,7 +243,7 @@ def test_a_run_from_files_to_a_model_and_its_memory(config) -> None:
     assert all(torch.equal(tensor, same[name]) for name, tensor in weights.items())
 
 
-def test_what_other_settings_left_is_taken_away(config, tmp_path) -> None:
+def test_what_other_settings_left_is_set_aside(config, tmp_path) -> None:
     one = config()
     faster = one.train.model_copy(update={"trackers": ("tensorboard",), "max_failures": 1})
     same = one.model_copy(update={"train": faster})
@@ -255,6 +255,8 @@ def test_what_other_settings_left_is_taken_away(config, tmp_path) -> None:
         (run_dir / "checkpoint.safetensors").write_text("")
         begin(run_dir, stamp, keep, ("memory",))
         assert (run_dir / "memory").exists() == (run_dir / "checkpoint.safetensors").exists() == is_left
+    for number in (1, 2, 3):
+        assert {path.name for path in (run_dir / f"before-{number}").iterdir()} == {"memory", "checkpoint.safetensors"}
 
 
 @pytest.mark.slow

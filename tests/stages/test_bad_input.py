@@ -9,7 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -196,23 +199,40 @@ def test_a_memory_is_never_used_with_another_plm_nor_when_damaged(
     assert "holds a memory built from other examples or with other settings" in line
 
 
+ENDS = pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"])
+
+
+@contextmanager
+def ended(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Whatever happens, the process ends, and what it has started with it."""
+    try:
+        yield
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
 @pytest.mark.cluster
-def test_ctrl_c_leaves_a_state_that_goes_on(tmp_path, experiment):
+@ENDS
+def test_ctrl_c_leaves_a_state_that_goes_on(tmp_path, experiment, number: int, code: int):
     path = experiment(build_memory={"examples_per_shard": 1})
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path)}
     for name in ("prepare", "export_head"):
         assert run_stage(name, path, []) == 0
     command = [sys.executable, str(Path(__file__).parents[2] / "jobs" / "build_memory.py"), "--config", str(path)]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    pipe: dict[str, Any] = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen(command, env=environment, **pipe)
     memory = tmp_path / "run" / "build_memory"
-    deadline = time.monotonic() + 120
-    while not list(memory.rglob("*.receipt.json")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, complaint = process.communicate(timeout=120)
-    assert process.returncode == 130
+    with ended(process):
+        deadline = time.monotonic() + 120
+        while not list(memory.rglob("*.receipt.json")):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, complaint = process.communicate(timeout=120)
+    assert process.returncode == code
     assert "the same command goes on" in complaint
     assert not (memory / "metrics.json").exists()
     kept = {p: p.stat().st_mtime_ns for p in memory.rglob("shard-*.parquet")}
@@ -224,7 +244,8 @@ def test_ctrl_c_leaves_a_state_that_goes_on(tmp_path, experiment):
 
 
 @pytest.mark.cluster
-def test_ctrl_c_in_training_is_ours_and_training_goes_on(tmp_path, experiment):
+@ENDS
+def test_ctrl_c_in_training_is_ours_and_training_goes_on(tmp_path, experiment, number: int, code: int):
     train = {"epochs": 100_000, "patience": 1_000_000, "validate_every": 4}
     path, run = experiment(train=train), tmp_path / "run"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path)}
@@ -233,14 +254,16 @@ def test_ctrl_c_in_training_is_ours_and_training_goes_on(tmp_path, experiment):
     command = [sys.executable, str(Path(__file__).parents[2] / "jobs" / "train_adapter.py"), "--config", str(path)]
     reached = 0
     for _ in range(2):
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + 180
-        while _checkpointed(run) <= reached:
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        _, complaint = process.communicate(timeout=120)
-        assert process.returncode == 130, complaint[-2000:]
+        pipe: dict[str, Any] = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+        process = subprocess.Popen(command, env=environment, **pipe)
+        with ended(process):
+            deadline = time.monotonic() + 180
+            while _checkpointed(run) <= reached:
+                assert time.monotonic() < deadline and process.poll() is None
+                time.sleep(0.1)
+            process.send_signal(number)
+            _, complaint = process.communicate(timeout=120)
+        assert process.returncode == code, complaint[-2000:]
         assert "the same command goes on" in complaint
         first = json.loads((run / "train" / "progress.jsonl").read_text().splitlines()[0])
         assert (first["step"] == 0) == (reached == 0)  # validation before the first step, of the first run alone

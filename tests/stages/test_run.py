@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from pema_ray.config import load_config
+from pema_ray.config import TrainConfig, load_config
 from pema_ray.errors import UserError
+from pema_ray.stage_run import claim
 from pema_ray.stages.answers import read_rows, write_rows
 from pema_ray.stages.run import STAGES, Run
-from pema_ray.stages.train import forget_other_settings
 
 
 def test_answers_with_unicode_line_separators_are_read_back(tmp_path):
@@ -74,16 +76,76 @@ def test_a_refused_stage_keeps_the_metrics_of_the_run_before(experiment):
     assert not run.path("prepare", "metrics.json").exists()
 
 
-def test_a_checkpoint_is_taken_up_under_the_settings_that_wrote_it_alone(tmp_path):
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_checkpoint_is_taken_up_under_the_settings_that_wrote_it_and_never_deleted(tmp_path):
     """Of `train`, and of every variant that `compare` trains."""
     folder = tmp_path / "train"
-    forget_other_settings(folder, "pema one")
-    (folder / "checkpoint.safetensors").touch()
-    forget_other_settings(folder, "pema one")
-    assert (folder / "checkpoint.safetensors").exists()
-    forget_other_settings(folder, "pema another")
-    assert [path.name for path in folder.iterdir()] == ["stamp"]
-    (folder / "stamp").unlink()
-    (folder / "checkpoint.safetensors").touch()
-    forget_other_settings(folder, "pema another")
-    assert [path.name for path in folder.iterdir()] == ["stamp"]
+    claim(folder, "pema one")
+    (folder / "checkpoint.safetensors").write_text("one")
+    claim(folder, "pema one")
+    assert names_in(folder) == {"stamp", "checkpoint.safetensors"}
+    claim(folder, "pema another", metrics="{}")
+    assert names_in(folder) == {"stamp"}
+    assert names_in(tmp_path / "train.before-1") == {"stamp", "checkpoint.safetensors", "metrics.json"}
+    (folder / "checkpoint.safetensors").write_text("another")
+    claim(folder, "pema one")  # what was set aside comes back
+    assert (folder / "checkpoint.safetensors").read_text() == "one"
+    assert names_in(tmp_path) == {"train", "train.before-2"}
+    (folder / "stamp").unlink()  # nobody knows whose it is now
+    claim(folder, "pema another")
+    assert (folder / "checkpoint.safetensors").read_text() == "another"
+    assert (tmp_path / "train.before-1" / "checkpoint.safetensors").read_text() == "one"
+
+
+def test_a_refused_training_keeps_the_adapter_and_one_that_begins_sets_it_aside(experiment):
+    run = Run(load_config(experiment()))
+    for stage in ("prepare", "export_head", "build_memory", "train"):
+        run.path(stage).mkdir(parents=True)
+        run.path(stage, "metrics.json").write_text(f'{{"stamp": "{run.stamp(stage)}", "summary": ""}}')
+    run.path("train", "adapter").mkdir()
+    for name in ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "history.json"):
+        run.path("train", name).touch()
+    before = '{"stamp": "of other settings", "summary": ""}'
+    run.path("train", "metrics.json").write_text(before)
+    adapter = run.path("train", "adapter", "adapter_model.safetensors")
+
+    def refuse():
+        raise UserError("no")
+
+    with pytest.raises(UserError, match="no"):
+        run.perform("train", refuse)
+    assert adapter.exists() and run.path("train", "metrics.json").read_text() == before
+
+    def begin_and_fail():
+        run.claim("train")
+        assert not adapter.exists()
+        raise UserError("no")
+
+    with pytest.raises(UserError, match="no"):
+        run.perform("train", begin_and_fail)
+    aside = run.path("train.before-1")
+    assert (aside / "adapter" / adapter.name).exists() and (aside / "metrics.json").read_text() == before
+
+
+def test_a_new_setting_with_its_default_changes_no_stamp(experiment):
+    """A release that brings one must not make anybody's finished stages look as if they had other settings."""
+
+    class Later(TrainConfig):
+        brought_by_a_release: int = 3
+
+    config = load_config(experiment())
+    changed = {"rank": 7, "epochs": 2}
+    stamps = [
+        Run(config.model_copy(update={"train": section})).stamp("train")
+        for section in (TrainConfig(**changed), Later(**changed), Later(**changed, brought_by_a_release=4))
+    ]
+    assert stamps[0] == stamps[1] != stamps[2]
+
+
+def test_the_number_of_workers_changes_no_stamp(experiment):
+    path = experiment()
+    one, two = (Run(load_config(path, [f"train.workers={n}"])).stamp("train") for n in (1, 2))
+    assert one == two

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from pema_ray.errors import UserError
-from pema_ray.tasks import Pair, Prompter, Task
+from pema_ray.tasks import Pair, Prompter, Task, load_pairs
 from pema_ray.tasks.shots import SimilarShots, first_shots
 
 PAIRS = [
@@ -20,8 +22,15 @@ TASK = Task(name="t", template="Old: {source}\nNew: ")
 def test_shots_are_the_first_pairs_worth_showing_whatever_the_order():
     pairs = [Pair(9, "x" * 80, "y"), Pair(1, "short", "y"), Pair(4, "z" * 80, "z" * 80), Pair(2, "w" * 80, "y")]
     assert [pair.example_id for pair in first_shots(pairs, 2)] == [2, 9]
-    with pytest.raises(UserError, match="task.shots=3, but only 2"):
-        first_shots(pairs, 3)
+    assert [pair.example_id for pair in first_shots(pairs, 3)] == [1, 2, 9]  # rather short than telling nothing
+    with pytest.raises(UserError, match="task.shots=5, but there are only 4"):
+        first_shots(pairs, 5)
+
+
+def test_pairs_of_any_length_can_be_shown_the_most_moderate_ones_first():
+    pairs = [Pair(number, "w" * length, "y") for number, length in enumerate((5, 20, 4000, 130))]
+    assert [pair.example_id for pair in first_shots(pairs, 2)] == [1, 3]
+    assert len(first_shots(pairs, 4)) == 4
 
 
 def test_the_likest_pair_stands_last():
@@ -39,10 +48,16 @@ def test_a_pair_is_never_shown_to_itself():
         assert pair not in shown
 
 
-def test_a_pair_of_another_split_with_the_same_number_is_shown():
-    shots, source = SimilarShots(PAIRS, 2), "a time to laugh"
-    for pair in PAIRS:
-        assert shots.like(source, pair.example_id) == shots.like(source)
+def test_the_training_pair_that_is_exactly_like_a_test_pair_is_shown(tmp_path):
+    """Both are the first of their files, which are numbered apart."""
+    row = {"source": "a time to laugh", "target": "a time to be glad"}
+    others = [{"source": f"number {word}", "target": word} for word in ("one", "two", "three")]
+    for split, rows in (("train", [row, *others]), ("dev", others), ("test", [row])):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    files = {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "dev", "test")}
+    splits = load_pairs(Task(name="t", template="{source}"), files)
+    (asked,) = splits["test"]
+    assert SimilarShots(splits["train"], 2).like(asked.source, asked.example_id)[-1].target == "a time to be glad"
 
 
 def test_a_source_like_nothing_is_shown_examples_all_the_same():

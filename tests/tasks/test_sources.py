@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,14 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pema_ray.errors import UserError
+from pema_ray.files import sha256_of
 from pema_ray.tasks import Pair, Task, load_pairs
-from pema_ray.tasks.sources import _draw, read_file
+from pema_ray.tasks.sources import _draw, name_of_example, read_file
 from pema_ray.tasks.task import Columns
 
 COLUMNS = Columns(source="en", target="du")
 TASK = Task(name="t", template="{source}", columns=COLUMNS)
 ROWS = [{"en": "Good day", "du": "Guten Tag"}, {"en": 'große, "Zahl"', "du": "two words"}, {"en": "x", "du": "y"}]
-PAIRS = [Pair(i, row["en"], row["du"]) for i, row in enumerate(ROWS)]
+TEXTS = [(row["en"], row["du"]) for row in ROWS]
+
+
+def texts(pairs: Iterable[Pair]) -> list[tuple[str, str]]:
+    return [(pair.source, pair.target) for pair in pairs]
 
 
 def write(folder: Path, content: str | bytes, name: str = "pairs.jsonl") -> Path:
@@ -42,12 +48,32 @@ def complaint(path: Path) -> str:
 
 def test_json_lines_are_read_with_bom_blank_lines_and_more_columns(tmp_path: Path):
     content = "\ufeff" + jsonl([ROWS[0] | {"id": 7}]) + "\n  \n" + jsonl(ROWS[1:]).rstrip("\n")
-    assert list(read_file(write(tmp_path, content), COLUMNS)) == PAIRS
+    assert texts(read_file(write(tmp_path, content), COLUMNS)) == TEXTS
+
+
+def test_pairs_of_all_files_are_numbered_apart_and_those_of_a_copy_alike(tmp_path: Path):
+    found: dict[str, list[Pair]] = {}
+    for number, kind in enumerate(("one", "two")):
+        (tmp_path / kind).mkdir()
+        rows = [{"en": f"{kind} {i}", "du": "x"} for i in range(40)]
+        found[f"{kind}.jsonl"] = list(read_file(write(tmp_path, jsonl(rows), f"{kind}.jsonl"), COLUMNS))
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / kind / "a.parquet")
+        pq.write_table(pa.Table.from_pylist(rows[: number + 1]), tmp_path / kind / "b.parquet")
+        (tmp_path / kind).rename(tmp_path / f"{kind}.parquet")
+        found[kind] = list(read_file(tmp_path / f"{kind}.parquet", COLUMNS))
+    ids = [pair.example_id for pairs in found.values() for pair in pairs]
+    assert len(ids) == len(set(ids)) and min(ids) >= 0 and max(ids) < 2**63
+    for pairs in found.values():
+        assert [pair.example_id for pair in pairs] == sorted(pair.example_id for pair in pairs)
+    copy = write(tmp_path, (tmp_path / "one.jsonl").read_bytes(), "copy.jsonl")
+    assert list(read_file(copy, COLUMNS)) == found["one.jsonl"]
+    checksum = sha256_of(copy)[:8]
+    assert name_of_example(found["one.jsonl"][6].example_id) == f"the example of line 7 of the file {checksum}…"
 
 
 def test_text_is_trimmed_at_its_ends(tmp_path: Path):
     path = write(tmp_path, jsonl([{"en": " a b ", "du": "\tc\n"}]))
-    assert list(read_file(path, COLUMNS)) == [Pair(0, "a b", "c")]
+    assert texts(read_file(path, COLUMNS)) == [("a b", "c")]
 
 
 def test_csv_tsv_and_parquet_hold_the_same_pairs(tmp_path: Path):
@@ -58,9 +84,9 @@ def test_csv_tsv_and_parquet_hold_the_same_pairs(tmp_path: Path):
             writer = csv.DictWriter(file, ["en", "du"], delimiter=delimiter)
             writer.writeheader()
             writer.writerows(ROWS)
-        assert list(read_file(tmp_path / name, COLUMNS)) == PAIRS
+        assert texts(read_file(tmp_path / name, COLUMNS)) == TEXTS
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "p.parquet")
-    assert list(read_file(tmp_path / "p.parquet", COLUMNS)) == PAIRS
+    assert texts(read_file(tmp_path / "p.parquet", COLUMNS)) == TEXTS
 
 
 def test_missing_and_empty_files_and_unknown_suffixes_are_named(tmp_path: Path):

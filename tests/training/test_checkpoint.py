@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pema_ray.errors import UserError
-from pema_ray.training.checkpoint import load_checkpoint, save_checkpoint
+from pema_ray.training.checkpoint import PointLog, load_checkpoint, save_checkpoint
 
 GROUPS = {
     "model": {"layer.0.weight": torch.arange(6.0).reshape(2, 3), "half": torch.ones(3, dtype=torch.bfloat16)},
@@ -75,3 +75,26 @@ def test_a_write_that_fails_leaves_the_last_checkpoint(tmp_path: Path, monkeypat
     groups, told = load_checkpoint(path)
     assert same(groups, GROUPS) and told == {"step": 4}
     assert [found.name for found in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+
+
+def test_points_come_back_as_far_as_a_checkpoint_counts_them(tmp_path: Path):
+    log = PointLog(tmp_path / "points.jsonl")
+    first = log.append([{"step": 1, "loss": 0.5}, {"step": 2, "loss": float("inf")}])
+    log.append([{"step": 3, "loss": 0.1}])  # and then the run died, before its checkpoint
+    resumed = PointLog(tmp_path / "points.jsonl")
+    assert resumed.read(first) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": float("inf")}]
+    size = resumed.append([{"step": 3, "loss": 0.2}])
+    assert [point["loss"] for point in PointLog(tmp_path / "points.jsonl").read(size)] == [0.5, float("inf"), 0.2]
+
+
+def test_missing_points_are_told(tmp_path: Path):
+    log = PointLog(tmp_path / "points.jsonl")
+    size = log.append([{"step": 1}, {"step": 2}])
+    (tmp_path / "points.jsonl").write_bytes(b'{"step": 1}\n')
+    with pytest.raises(UserError, match=r"points.jsonl: ends too early. Delete the checkpoint"):
+        PointLog(tmp_path / "points.jsonl").read(size)
+    with pytest.raises(UserError, match=r"points.jsonl: cannot be written: somebody has shortened it"):
+        log.append([{"step": 3}])
+    (tmp_path / "points.jsonl").unlink()
+    with pytest.raises(UserError, match=r"points.jsonl: damaged: .*No such file"):
+        PointLog(tmp_path / "points.jsonl").read(size)

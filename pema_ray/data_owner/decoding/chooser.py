@@ -129,10 +129,18 @@ class Chooser:
             device=state_NH.device,
         )
         explain_N = torch.tensor([g.request.explain for g, _, _ in rows], device=state_NH.device)
-        log_own_NV, lam_N = self._own(rows, state_NH, schedule_N, explain_N | (schedule_N > 0))
+        wanted_N = explain_N | (schedule_N > 0)
+        predictors = {g.predictor for g, _, _ in rows}
         log_plm_NV = None
-        if log_own_NV is None or bool((explain_N | (lam_N < 1)).any()):
-            log_plm_NV = self.head.log_probs(self.head.norm(state_NH))
+        if len(predictors) == 1 and None not in predictors and bool((wanted_N & (explain_N | (schedule_N < 1))).all()):
+            (predictor,) = predictors
+            assert predictor is not None
+            log_own_NV, share_N, log_plm_NV = predictor.both(state_NH, [branch.decoding for _, branch, _ in rows])
+            lam_N = schedule_N * share_N
+        else:
+            log_own_NV, lam_N = self._own(rows, state_NH, schedule_N, wanted_N)
+            if log_own_NV is None or bool((explain_N | (lam_N < 1)).any()):
+                log_plm_NV = self.head.log_probs(self.head.norm(state_NH))
         if log_own_NV is None or log_plm_NV is None:
             log_p_NV = log_plm_NV if log_own_NV is None else log_own_NV
             assert log_p_NV is not None

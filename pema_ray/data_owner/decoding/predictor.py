@@ -59,6 +59,21 @@ class Predictor:
         x_TH = self.adapter.enter(state_TH.to(self.head.weight.device), self.head)
         return DecodingState(self.adapter, self.head, x_TH, tokens)
 
+    def both(
+        self, state_NH: torch.Tensor, decoding: Sequence[DecodingState | None]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`(log P_own [N, V], s [N], log P_LM [N, V])`, float32: of plain adapters in one product with the LM head.
+
+        Arguments as in `distribution`.
+        """
+        normed_NH = self.head.norm(state_NH)
+        if self.adapter is None or self.neighbours is not None or self.looks_back:
+            return *self.distribution(state_NH, decoding), self.head.log_probs(normed_NH)
+        own_NH = self.adapter.leave(self.adapter.predict(self.adapter.enter(state_NH, self.head)), self.head)
+        rows = torch.cat([own_NH.to(self.head.dtype), normed_NH.to(self.head.dtype)])
+        log_own, log_plm = self.head.log_probs(rows).split(len(state_NH))
+        return log_own, self.adapter.predicted_lambda(state_NH, self.head), log_plm
+
     def distribution(
         self, state_NH: torch.Tensor, decoding: Sequence[DecodingState | None]
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ from pema_ray.data_owner.unrolling import UnrollingSchedule
 from pema_ray.errors import UserError
 from pema_ray.tasks import Prompter
 from pema_ray.tasks.postprocess import tidy
+from pema_ray.tasks.sources import name_of_example
 
 _EXTRA_TOKENS = 16  # beyond `max_new_ratio` times the source
 
@@ -50,8 +51,8 @@ class RequestBuilder:
         room = self.max_tokens - len(prompt)
         if room < 1:
             raise UserError(
-                f"Example {example_id}: its prompt has {len(prompt)} tokens; the PLM owner allows {self.max_tokens} in "
-                "all. Shorten the source, or show fewer examples (task.shots)."
+                f"{name_of_example(example_id).capitalize()}: its prompt has {len(prompt)} tokens; the PLM owner "
+                f"allows {self.max_tokens} in all. Shorten the source, or show fewer examples (task.shots)."
             )
         length = {"prompt": len(prompt), "source": source_tokens}.get(str(options.length), options.length)
         if options.length == "reference":  # an oracle: it knows how long the answer should be
@@ -82,7 +83,9 @@ class RequestBuilder:
 
     @property
     def stop(self) -> tuple[str, ...]:
-        return (*self.prompter.task.stop, *self.options.stop)
+        end = self.prompter.end_token  # of a chat's turn, which the PLM's configuration may not know as an EOS
+        ends = () if end is None else (self.prompter.tokenizer.token_text(end),)
+        return (*self.prompter.task.stop, *self.options.stop, *ends)
 
     def postprocess(self, text: str, source: str) -> tuple[str, list[str]]:
         """The answer after the task's rules, and the rules that changed it."""

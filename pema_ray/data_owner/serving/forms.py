@@ -264,7 +264,10 @@ class Chat(Form):
 
     def _prompts(self) -> list[list[int]]:
         messages = [{"role": m.role.replace("developer", "system"), "content": m.text} for m in self.body.messages]
-        return [self.service.tokenizer.encode_chat(messages)]
+        chosen = self.body.chat_template_kwargs
+        if chosen is None:
+            chosen = {} if self.builder is None else self.builder.prompter.chat_template_kwargs
+        return [self.service.tokenizer.encode_chat(messages, template_arguments=chosen)]
 
     @property
     def max_tokens(self) -> int | None:

@@ -173,6 +173,8 @@ class ChatRequest(_Unrolled):
     logprobs: bool | None = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     response_format: dict[Literal["type"], Literal["text"]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    """What the chat template takes beside the messages; by default the adapter's task's."""
 
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> ChatRequest:

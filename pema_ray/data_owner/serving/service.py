@@ -65,6 +65,8 @@ class ServedTask(Section):
     task: Task
     chat: bool = False
     """Render prompts through the tokenizer's chat template."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """What the template takes beside the messages; also of chats with this adapter that give none."""
     shown: tuple[ShownPair, ...] = ()
     """Pairs that every prompt shows."""
     similar: str | None = None
@@ -82,9 +84,9 @@ class ServedTask(Section):
         """Words the task's prompts, exactly as the offline stages do."""
         if self.similar is not None:
             shots = SimilarShots(list(read_pairs(Path(self.similar))), self.shots)
-            return Prompter(tokenizer, self.task, shots, self.chat)
+            return Prompter(tokenizer, self.task, shots, self.chat, self.chat_template_kwargs)
         shown = [Pair(-1, pair.source, pair.target) for pair in self.shown]
-        return Prompter(tokenizer, self.task, shown, self.chat)
+        return Prompter(tokenizer, self.task, shown, self.chat, self.chat_template_kwargs)
 
 
 class Live(Section):

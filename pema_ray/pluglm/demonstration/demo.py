@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from pema_ray.config import Section
 from pema_ray.evaluation.plots import Level, Series, line_plot
-from pema_ray.memory.shards import atomic_file
+from pema_ray.files import atomic_file
 from pema_ray.pluglm.demonstration.facts import World
 from pema_ray.pluglm.demonstration.learning import FactsSettings, Point, learn
 from pema_ray.pluglm.demonstration.measures import FactsFigures, measure

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pema_ray.config import Section
 from pema_ray.errors import UserError
-from pema_ray.memory.shards import atomic_file
+from pema_ray.files import atomic_file
 from pema_ray.pluglm import run_folder
 from pema_ray.pluglm.config import PretrainSettings, TextConfig
 from pema_ray.pluglm.cutting import Cutter

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pema_ray.config import RayConfig, Section, TrainingConfig
+from pema_ray.config import Folder, RayConfig, Section, TrainingConfig
 from pema_ray.errors import nearest
 from pema_ray.training.schedules import Schedule
 from pema_ray.trime.config import DatastoreConfig, IndexConfig, Split
@@ -203,7 +203,7 @@ class MtPlanConfig(Section):
 class MtConfig(Section):
     """A whole translation experiment; every stage reads its own section and the shared ones."""
 
-    run_dir: str = "runs/trime/mt"
+    run_dir: Folder = "runs/trime/mt"
     seed: int = Field(default=0, ge=0)
     ray: RayConfig = RayConfig()
     data: MtDataConfig = MtDataConfig()

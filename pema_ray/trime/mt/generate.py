@@ -10,8 +10,8 @@ from typing import Any
 from pema_ray.cluster import ray_cluster
 from pema_ray.errors import UserError
 from pema_ray.evaluation.scores import Scorer
+from pema_ray.files import atomic_file
 from pema_ray.hardware import pick_device
-from pema_ray.memory.shards import atomic_file
 from pema_ray.trime.datastore import open_datastore
 from pema_ray.trime.mt.calibrate import calibrate, listen, nll
 from pema_ray.trime.mt.config import MtConfig

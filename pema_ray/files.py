@@ -1,0 +1,71 @@
+"""Files that are whole or not there, and folders that one process works in at a time. Knows nothing of the package."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import socket
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pema_ray.errors import UserError
+
+
+def temporary_beside(path: Path) -> Path:
+    """A name beside `path` that nobody else writes under: containers and machines that share a disk share numbers."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:16]}.tmp")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place on success and vanishes on any failure."""
+    temporary = temporary_beside(path)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written: {error.strerror or error}. Start again when it can; what is finished is kept."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def one_process(folder: Path) -> Iterator[None]:
+    """Let one process at a time work in a folder, which need not be there yet; the lock lies beside it.
+
+    It goes with its process, whatever that process dies of. On a disk that knows no locks there is none.
+
+    Raises:
+        UserError: another process works there.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_name(f".{folder.name}.lock")
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            who = file.read().strip()
+            raise UserError(
+                f"{folder}: {who or 'another process'} is working there. Wait until it has ended, or end it."
+            ) from None
+        except OSError:
+            yield
+            return
+        with suppress(OSError):  # of a full disk: who it is stays unsaid
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        yield
