@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from pema_ray.errors import UserError
 
@@ -43,29 +44,43 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def one_process(folder: Path) -> Iterator[None]:
-    """Let one process at a time work in a folder, which need not be there yet; the lock lies beside it.
+    """Let one process at a time work in a folder, which need not be there yet; the lock lies beside it meanwhile.
 
-    It goes with its process, whatever that process dies of. On a disk that knows no locks there is none.
+    The lock goes with its process, whatever that dies of. On a disk that knows no locks there is none.
 
     Raises:
         UserError: another process works there.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f".{folder.name}.lock")
-    with path.open("a+") as file:
+    file = _locked(path, folder)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def _locked(path: Path, folder: Path) -> TextIO:
+    while True:
+        file = path.open("a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             who = file.read().strip()
+            file.close()
             raise UserError(
                 f"{folder}: {who or 'another process'} is working there. Wait until it has ended, or end it."
             ) from None
         except OSError:
-            yield
-            return
-        with suppress(OSError):  # of a full disk: who it is stays unsaid
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-        yield
+            return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        file.close()  # its owner has ended and taken it away since it was opened
+    with suppress(OSError):  # of a full disk: who it is stays unsaid
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+    return file

@@ -56,6 +56,7 @@ with one_process(Path({str(folder)!r})):
             folder.mkdir()
     with one_process(folder):
         assert folder.is_dir()
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_disk_without_locks_has_none(tmp_path: Path, monkeypatch):

@@ -159,12 +159,13 @@ class PLMTokenizer:
         if ours := sorted(_NO_ARGUMENTS_OF_TEMPLATES & arguments.keys()):
             raise UserError(f"chat_template_kwargs: '{ours[0]}' is nothing that a chat template takes. Leave it out.")
         try:
+            template = self.hf.get_chat_template(None, tools=arguments.get("tools"))
             rendered = self.hf.apply_chat_template(
                 self._control.mark(messages),
+                chat_template=template if today is None else _on_a_day(template, today),
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 **self._control.mark(arguments),
-                **({} if today is None else {"strftime_now": today.strftime}),
             )
         except Exception as error:  # a template is a program of the PLM owner's and can raise anything
             raise UserError(f"The tokenizer's chat template refuses the messages: {error}") from None
@@ -322,6 +323,18 @@ class _ControlTokens:
     def readable(self, named: str) -> str:
         """A text without secret names."""
         return self._any_name.sub(lambda found: self._contents[found[0]], named)
+
+
+def _on_a_day(template: str, today: date) -> str:
+    """A chat template for which it is a certain day; transformers' `strftime_now` looks at the clock."""
+    formats = {found[2] for found in _STRFTIME.finditer(template)}
+    if not formats:
+        return template
+    told = json.dumps({one: today.strftime(one) for one in sorted(formats)})
+    return f"{{%- macro strftime_now(format) -%}}{{{{ ({told})[format] }}}}{{%- endmacro -%}}{template}"
+
+
+_STRFTIME = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1""")
 
 
 def _any_of(texts: Iterable[str]) -> str:

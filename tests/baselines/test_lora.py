@@ -40,12 +40,12 @@ def pairs(count: int = 24) -> list[EncodedPair]:
 def test_it_learns_and_leaves_embeddings_norms_and_head_alone(plm: LoadedPLM):
     head, told = export_lm_head(plm).head, []
     before = {name: tensor.clone() for name, tensor in plm.model.state_dict().items()}
-    loss = float(_loss(plm, head, pairs()))
+    loss = float(_loss(plm, head, pairs(), plm.eos_token_ids[0]))
     settings = LoraSettings(rank=8, epochs=30, learning_rate=1e-2, max_batch_tokens=120)
     tuned, training = train_lora(plm, head, pairs(), settings, on_step=lambda *step: told.append(step))
     assert tuned.name == f"{plm.name}+LoRA" and len(told) == len(training.losses) == told[0][1]
     with torch.no_grad():
-        after = float(_loss(tuned, head, pairs()))
+        after = float(_loss(tuned, head, pairs(), plm.eos_token_ids[0]))
     assert after < 0.5 * loss
     state = tuned.model.state_dict()
     assert state.keys() == before.keys()
@@ -62,7 +62,9 @@ def test_the_loss_is_that_of_the_models_own_logits(plm: LoadedPLM):
         logits = plm.model(torch.tensor([first.prompt + first.target])).logits[0, len(first.prompt) - 1 :]
         gold = torch.tensor([*first.target, plm.eos_token_ids[0]])
         expected = torch.nn.functional.cross_entropy(logits, gold)
-        torch.testing.assert_close(_loss(plm, export_lm_head(plm).head, [first]), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            _loss(plm, export_lm_head(plm).head, [first], plm.eos_token_ids[0]), expected, atol=1e-4, rtol=1e-4
+        )
 
 
 def test_one_seed_gives_one_model(load):

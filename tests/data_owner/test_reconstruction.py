@@ -66,8 +66,7 @@ def test_adam_comes_as_near_to_the_optimum_as_its_epochs_allow():
             found = reconstruction_error(objective.A.detach(), objective.B.detach(), [x])
             assert float(objective(x).detach()) == pytest.approx(found, rel=1e-5)
             gaps.append(found / optimum - 1)
-    assert gaps[0] > 0.1 and gaps[0] > gaps[1] > gaps[2] > -1e-5
-    assert gaps[2] < 0.01
+    assert gaps[0] > 0.02 and 1e-3 > gaps[1] > gaps[2] > -1e-5, gaps
 
 
 def test_the_moments_of_two_parts_add_up_to_that_of_the_whole():

@@ -161,7 +161,7 @@ def test_too_long_prompts_are_refused_before_anything_is_computed(capsys, tmp_pa
         file.write(json.dumps({"en": "old house " * 80, "du": "alt"}) + "\n")
     assert [run_stage(name, path, []) for name in ("prepare", "export_head")] == [0, 0]
     line = refused(capsys, "build_memory", path)
-    assert "Split 'train', example 24: prompt and target have" in line
+    assert "Split 'train', the example of line 25 of the file" in line and "prompt and target have" in line
     assert "allows 96" in line
     assert written(tmp_path / "run" / "build_memory") == []
 

@@ -99,7 +99,8 @@ def _write_memory(run: Run) -> None:
 
 async def offline(run: Run, client) -> tuple[GenerationJob, list[dict[str, Any]]]:
     """The job of `generate` and its rows of `answers.jsonl`."""
-    pairs, spec = run.pairs("test"), predictor_of(run)
+    pairs = [replace(pair, example_id=number) for number, pair in enumerate(run.pairs("test"))]
+    spec = predictor_of(run)
     job = make_job(run, "pema", pairs, run.prompter(), run.config.generate, spec)
     predictor = spec.load(run.bundle.card, run.bundle.head)
     answers = await offline_answers(client, run.bundle, predictor, job.requests)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import date
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -129,9 +130,9 @@ def test_prompt_target_and_end_are_what_the_template_makes_of_the_whole_chat(nam
     rendered = tokenizer.hf.apply_chat_template(
         [{"role": "user", "content": PAIR.source}, {"role": "assistant", "content": PAIR.target}],
         tokenize=False,
-        strftime_now=lambda _: "26 Jul 2024",
         **KWARGS.get(name, {}),
     )
+    rendered = rendered.replace(date.today().strftime("%d %b %Y"), "26 Jul 2024")
     whole = tokenizer.hf(rendered, add_special_tokens=False).input_ids
     joined = [*encoded.prompt, *encoded.target, prompter.end_token]
     assert joined == whole[: len(joined)]
