@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from pema_ray.config import RayConfig
 from pema_ray.environment import ray_address, worker_environment
 from pema_ray.errors import UserError
+from pema_ray.progress import console
 
 
 @contextmanager
@@ -19,7 +20,8 @@ def ray_cluster(
     """Ray, for the time of the block. A session that is already running is used and left running.
 
     Args:
-        cpus, gpus: what one actor or worker will ask for; a cluster that can never give it is refused at once.
+        cpus, gpus: what one actor or worker will ask for; a cluster that can never give it is refused at once. One
+            whose autoscaler can start nodes that do is waited for.
         workers: how many must run at the same time (actors may wait for each other, training workers may not).
         readers: CPUs that Ray Data needs beside its actors; without one, both wait for ever.
     """
@@ -29,19 +31,34 @@ def ray_cluster(
     if mine:
         _start(config)
     try:
-        total = ray.cluster_resources()
+        total, largest = ray.cluster_resources(), _largest_resources()
         for name, asked in (("CPU", cpus * workers + readers), ("GPU", gpus * workers)):
-            if asked > total.get(name, 0):
-                who = "One actor asks" if workers == 1 else f"{workers} workers ask"
-                who += f" (and {readers} reader)" if readers and name == "CPU" else ""
+            found, most = total.get(name, 0), max(total.get(name, 0), largest.get(name, 0))
+            if asked <= found:
+                continue
+            who = "One actor asks" if workers == 1 else f"{workers} workers ask"
+            who += f" (and {readers} reader)" if readers and name == "CPU" else ""
+            if asked > most:
                 raise UserError(
-                    f"{who} for {asked:g} {name}, the Ray cluster has {total.get(name, 0):g} in all. "
-                    f"Lower the stage's {name.lower()}s_per_* setting or join a larger cluster (ray.address)."
+                    f"{who} for {asked:g} {name}, the Ray cluster has {found:g} in all"
+                    + (f" and its autoscaler may make it {most:g}. " if most > found else ". ")
+                    + f"Lower the stage's {name.lower()}s_per_* setting or join a larger cluster (ray.address)."
                 )
+            console.print(
+                f"{who} for {asked:g} {name}, the Ray cluster has {found:g} now: waiting for its autoscaler, which may "
+                f"make it {most:g}.", highlight=False,
+            )  # fmt: skip
         yield
     finally:
         if mine:
             ray.shutdown()
+
+
+def _largest_resources() -> Mapping[str, float]:
+    """What the cluster may grow to, as its autoscaler is configured; empty where there is none."""
+    import ray._private.state  # Ray has no public way to ask; Ray Train asks so too
+
+    return ray._private.state.state.get_max_resources_from_cluster_config() or {}
 
 
 @contextmanager

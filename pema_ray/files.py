@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import socket
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -46,19 +47,29 @@ def sha256_of(path: Path) -> str:
 def one_process(folder: Path) -> Iterator[None]:
     """Let one process at a time work in a folder, which need not be there yet; the lock lies beside it meanwhile.
 
-    The lock goes with its process, whatever that dies of. On a disk that knows no locks there is none.
+    The lock goes with its process, whatever that dies of, and its holder may take it again. On a disk that knows no
+    locks there is none.
 
     Raises:
         UserError: another process works there.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f".{folder.name}.lock")
+    mine = threading.get_ident(), path.absolute()
+    if mine in _held:
+        yield
+        return
     file = _locked(path, folder)
+    _held.add(mine)
     try:
         yield
     finally:
+        _held.discard(mine)
         path.unlink(missing_ok=True)
         file.close()
+
+
+_held: set[tuple[int, Path]] = set()
 
 
 def _locked(path: Path, folder: Path) -> TextIO:

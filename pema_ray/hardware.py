@@ -72,7 +72,6 @@ def compute_elsewhere() -> None:
     torch.set_num_threads(1)
 
 
-@cache
 def compute_thread() -> ThreadPoolExecutor:
     """The thread of this process in which torch computes; others use one CPU thread each, the main thread its own.
 
@@ -80,6 +79,15 @@ def compute_thread() -> ThreadPoolExecutor:
     threads than the machine has cores, libgomp lets them sleep between any two operations: passes then take twice as
     long. So the engine and the decoder share this thread; helpers such as those that encode frames need no pool.
     """
+    with _lock:
+        return _compute_thread()
+
+
+_lock = threading.Lock()
+
+
+@cache
+def _compute_thread() -> ThreadPoolExecutor:
     if threading.current_thread() is threading.main_thread():
         torch.get_num_threads()  # what follows shall not change it
     executor = ThreadPoolExecutor(1, _COMPUTE)

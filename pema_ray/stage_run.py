@@ -147,6 +147,7 @@ class StageRun(ABC, Generic[E]):
         if found := self._reused(stage):
             return found
         with one_process(self.path(stage)):
+            bring_back(self.path(stage), self.stamp(stage))
             return self._reused(stage) or self._do(stage, work)
 
     def _reused(self, stage: str) -> dict[str, Any] | None:
@@ -195,23 +196,43 @@ def claim(folder: Path, stamp: str, metrics: str | None = None) -> None:
     Args:
         metrics: the `metrics.json` of what is set aside, where it was taken away already.
     """
-    marker = folder / _MARKER
-    if _stamp_in(folder) == stamp:
+    if _stamp_in(folder) == stamp or bring_back(folder, stamp, metrics):
         return
-    others = {path: _stamp_in(path) for path in sorted(folder.parent.glob(f"{folder.name}.before-*"))}
-    if folder.exists() and {path.name for path in folder.iterdir()} - {_MARKER}:
-        if metrics is not None:
-            (folder / "metrics.json").write_text(metrics)
-        names = (folder.with_name(f"{folder.name}.before-{number}") for number in itertools.count(1))
-        aside = next(path for path in names if path not in others)
-        os.replace(folder, aside)
-        console.print(f"[yellow]{folder}: other settings made what was there; kept as {aside.name}[/]", highlight=False)
-    if returning := next((path for path, found in others.items() if found == stamp), None):
-        os.replace(returning, folder)
-        return
+    _set_aside(folder, metrics)
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_file(marker) as temporary:
+    with atomic_file(folder / _MARKER) as temporary:
         temporary.write_text(stamp)
+
+
+def bring_back(folder: Path, stamp: str, metrics: str | None = None) -> bool:
+    """Put back what `claim` has set aside of a stamp, in place of what is there; whether there was any."""
+    if _stamp_in(folder) == stamp:
+        return False
+    returning = next((path for path in _aside(folder) if _stamp_in(path) == stamp), None)
+    if returning is None:
+        return False
+    _set_aside(folder, metrics)
+    os.replace(returning, folder)
+    return True
+
+
+def _set_aside(folder: Path, metrics: str | None) -> None:
+    if not folder.exists():
+        return
+    if {path.name for path in folder.iterdir()} <= {_MARKER}:  # nothing was made yet
+        (folder / _MARKER).unlink(missing_ok=True)
+        folder.rmdir()
+        return
+    if metrics is not None:
+        (folder / "metrics.json").write_text(metrics)
+    names, taken = (folder.with_name(f"{folder.name}.before-{number}") for number in itertools.count(1)), _aside(folder)
+    aside = next(path for path in names if path not in taken)
+    os.replace(folder, aside)
+    console.print(f"[yellow]{folder}: other settings made what was there; kept as {aside.name}[/]", highlight=False)
+
+
+def _aside(folder: Path) -> list[Path]:
+    return sorted(folder.parent.glob(f"{folder.name}.before-*"))
 
 
 _MARKER = "stamp"

@@ -55,7 +55,9 @@ with one_process(Path({str(folder)!r})):
         with one_process(folder):
             folder.mkdir()
     with one_process(folder):
-        assert folder.is_dir()
+        with one_process(folder):  # a build within the stage that it is the whole of
+            assert folder.is_dir()
+        assert (tmp_path / ".train.lock").exists()
     assert list(tmp_path.iterdir()) == [folder]
 
 

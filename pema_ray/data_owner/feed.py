@@ -117,10 +117,12 @@ class Feed(Protocol):
     Attributes:
         rows: of all processes together.
         batch_size: of all processes together.
+        pieces: rows, or sequences, that each process has of every batch at least.
     """
 
     rows: int
     batch_size: int
+    pieces: int
     steps_per_epoch: int
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
@@ -140,6 +142,7 @@ class GlobalShuffle:
         self._mean_weight = _mean_weight(rows.weight)
         self.rows = len(rows.target)
         self.batch_size = _shared_out(self.rows, batch_size, world)
+        self.pieces = self.batch_size // world
         self.steps_per_epoch = max(1, self.rows // self.batch_size)
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
@@ -167,6 +170,7 @@ class SequenceShuffle:
         sequences = len(self._starts)
         each = self.rows / sequences
         self._sequences = _shared_out(sequences, max(1, round(batch_size / each)), world, "sequences")
+        self.pieces = self._sequences // world
         self._batch_rows = self._sequences * each  # on average
         self.batch_size = round(self._batch_rows)
         self.steps_per_epoch = max(1, sequences // self._sequences)
@@ -239,6 +243,7 @@ class WindowShuffle:
             )
         self.rows = sum(shards.counts)
         self.batch_size = _shared_out(self.rows, batch_size, world) // world * world
+        self.pieces = self.batch_size // world
         # Whoever has the fewest batches in any epoch sets the number of steps: processes step together.
         self.steps_per_epoch = min(
             sum(self._steps(window) for window in self._windows(epoch, rank))
@@ -310,6 +315,7 @@ class StreamShuffle:
         self._stream: Iterator[Rows] | None = None
         self._later: GlobalShuffle | None = None
         self.rows, self.batch_size = rows, _shared_out(rows, batch_size, 1)
+        self.pieces = self.batch_size
         self.steps_per_epoch = max(1, rows // self.batch_size)
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:

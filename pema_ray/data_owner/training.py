@@ -281,8 +281,7 @@ class Trainer:
     def _learn(self, strategy: Strategy, batch: Batch) -> torch.Tensor:
         """Gradients of a batch, part by part; its losses `[3]` as `Point` names them."""
         total = torch.zeros(3, dtype=torch.float64, device=self.place.device)
-        fewest = max(1, self.feed.batch_size // self.place.world)  # rows of a process: all take as many parts
-        parts = batch.split(min(self.config.accumulate, fewest))
+        parts = batch.split(min(self.config.accumulate, self.feed.pieces))  # every process takes as many
         for number, part in enumerate(parts):
             total += torch.stack(strategy.learn(self._tensors(part), last=number == len(parts) - 1))
         return total

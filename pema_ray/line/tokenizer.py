@@ -27,10 +27,11 @@ _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 _PROBE = "Zq"
+_MOST_FRAMES = 64  # that are kept: users of a service choose template arguments
 _NO_ARGUMENTS_OF_TEMPLATES = {
     "conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
     "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
-    "tokenizer_kwargs", "strftime_now",
+    "tokenizer_kwargs", "strftime_now", "sanitize_control_tokens",
 }  # fmt: skip
 """What transformers would take for its own, such as another `chat_template`."""
 
@@ -100,6 +101,7 @@ class PLMTokenizer:
         self._control = _ControlTokens([token for _, token in added.values()], self.chat_template)
         self._renamed = _renamed(backend, self._control.names, {text: id for text, (id, _) in added.items()})
         self._prefix = self._find_prefix()
+        self._frames: dict[str, AnswerFrame] = {}
 
     def _find_prefix(self) -> list[int]:
         """What the tokenizer puts in front of a text, found by comparing two encodings."""
@@ -174,15 +176,27 @@ class PLMTokenizer:
     def answer_frame(
         self, template_arguments: Mapping[str, Any] | None = None, today: date | None = None
     ) -> AnswerFrame:
-        """What the chat template puts around an answer, found by rendering one; raises as `encode_chat`."""
+        """What the chat template puts around an answer, found by rendering one; nothing where it refuses that."""
+        key = json.dumps([template_arguments, today], sort_keys=True, default=str)
+        if key not in self._frames:
+            if len(self._frames) >= _MOST_FRAMES:
+                self._frames.clear()
+            try:
+                self._frames[key] = self._find_frame(template_arguments, today)
+            except UserError:
+                self._frames[key] = AnswerFrame("", None)
+        return self._frames[key]
+
+    def _find_frame(self, template_arguments: Mapping[str, Any] | None, today: date | None) -> AnswerFrame:
         asked = [{"role": "user", "content": "a"}]
         answered = [*asked, {"role": "assistant", "content": _PROBE}]
-        prompt = self.render_chat(asked, True, template_arguments, today).rstrip(" ")
-        before, _, after = self.render_chat(answered, False, template_arguments, today).rpartition(_PROBE)
-        lead = before.removeprefix(prompt)
-        if not before.startswith(prompt) or lead.strip():
-            lead = ""  # answers of the past are worded otherwise than new ones, without their thoughts for one
-        name = self._control.first_name(after)
+        prompt = self.render_chat(asked, True, template_arguments, today)
+        before, found, after = self.render_chat(answered, False, template_arguments, today).rpartition(_PROBE)
+        kept = prompt.rstrip(" ")
+        lead = before.removeprefix(kept)
+        if not before.startswith(kept) or lead.strip():
+            lead = prompt[len(kept) :]  # answers of the past are worded otherwise than new ones, without their thoughts
+        name = self._control.first_name(after) if found else None
         return AnswerFrame(lead, None if name is None else self._renamed.token_to_id(name))
 
     def readable(self, rendered: str) -> str:
@@ -327,11 +341,11 @@ class _ControlTokens:
 
 def _on_a_day(template: str, today: date) -> str:
     """A chat template for which it is a certain day; transformers' `strftime_now` looks at the clock."""
-    formats = {found[2] for found in _STRFTIME.finditer(template)}
-    if not formats:
+    if "strftime_now" not in template:
         return template
-    told = json.dumps({one: today.strftime(one) for one in sorted(formats)})
-    return f"{{%- macro strftime_now(format) -%}}{{{{ ({told})[format] }}}}{{%- endmacro -%}}{template}"
+    told = json.dumps({found[2]: today.strftime(found[2]) for found in _STRFTIME.finditer(template)})
+    said = f"({told}).get(format, '{today.isoformat()}')"
+    return f"{{%- macro strftime_now(format) -%}}{{{{ {said} }}}}{{%- endmacro %}}{template}"
 
 
 _STRFTIME = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1""")

@@ -77,6 +77,7 @@ def run_jobs(
             options.gpus_per_actor,
             config.plm.device,
             share_sessions=not (plm or config.plm).is_own,
+            threads=(plm or config.plm).threads,
         ):
             for answer in batch:
                 answers[answer.system][answer.key] = answer

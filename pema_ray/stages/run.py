@@ -65,7 +65,10 @@ class Run(StageRun[ExperimentConfig]):
         return f"pema-ray {stage.replace('_', '-')}"
 
     def others(self, stage: str) -> list[Any]:
-        return [chosen_settings(self.task), self.file_hashes] if stage == "prepare" else []
+        if stage == "prepare":
+            return [chosen_settings(self.task), self.file_hashes]
+        train = self.config.train  # with windows, the number of workers decides how many steps there are
+        return [["workers", train.workers]] if stage == "train" and train.shuffle == "window" else []
 
     @cached_property
     def file_hashes(self) -> dict[str, str]:

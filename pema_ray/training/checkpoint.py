@@ -81,10 +81,11 @@ class PointLog:
                 if file.tell() < self.size:
                     raise OSError("somebody has shortened it")
                 file.truncate(self.size)
-                file.write(b"".join(json.dumps(point).encode() + b"\n" for point in points))
+                lines = b"".join(json.dumps(point).encode() + b"\n" for point in points)
+                file.write(lines)
                 file.flush()
                 os.fsync(file.fileno())
-                self.size = file.tell()
+                self.size += len(lines)
         except OSError as error:
             raise UserError(f"{self._path}: cannot be written: {error.strerror or error}.") from None
         return self.size

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from pema_ray.errors import UserError
 from pema_ray.evaluation.plots import Series, line_plot, ticks
 from pema_ray.evaluation.report import render_report, seconds, verdict, write_report
 from pema_ray.evaluation.results import (
@@ -237,8 +238,8 @@ def test_the_file_appears_whole_or_not_at_all(evaluation: Evaluation, tmp_path: 
     def full_disk(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("pema_ray.evaluation.report.os.replace", full_disk)
-    with pytest.raises(OSError, match="no space left"):
+    monkeypatch.setattr("os.replace", full_disk)
+    with pytest.raises(UserError, match="no space left"):
         write_report(make_evaluation(task="other"), path)
     assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == before
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,8 @@ from pema_ray.errors import UserError
 from pema_ray.stage_run import claim
 from pema_ray.stages.answers import read_rows, write_rows
 from pema_ray.stages.run import STAGES, Run
+from pema_ray.trime.config import TrimeConfig
+from pema_ray.trime.run import TrimeRun
 
 
 def test_answers_with_unicode_line_separators_are_read_back(tmp_path):
@@ -94,6 +97,9 @@ def test_a_checkpoint_is_taken_up_under_the_settings_that_wrote_it_and_never_del
     claim(folder, "pema one")  # what was set aside comes back
     assert (folder / "checkpoint.safetensors").read_text() == "one"
     assert names_in(tmp_path) == {"train", "train.before-2"}
+    claim(folder, "pema nothing made yet")
+    claim(folder, "pema one")
+    assert names_in(tmp_path) == {"train", "train.before-2"} and names_in(folder) >= {"checkpoint.safetensors"}
     (folder / "stamp").unlink()  # nobody knows whose it is now
     claim(folder, "pema another")
     assert (folder / "checkpoint.safetensors").read_text() == "another"
@@ -128,6 +134,32 @@ def test_a_refused_training_keeps_the_adapter_and_one_that_begins_sets_it_aside(
         run.perform("train", begin_and_fail)
     aside = run.path("train.before-1")
     assert (aside / "adapter" / adapter.name).exists() and (aside / "metrics.json").read_text() == before
+
+
+def test_a_finished_result_that_was_set_aside_is_reused_when_its_settings_come_back(tmp_path):
+    """Of a kind of experiment that claims a stage's folder as soon as the stage begins, as TRIME's do."""
+    done: list[int] = []
+
+    class Alone(TrimeRun):
+        def parents(self, stage: str) -> tuple[str, ...]:
+            return ()
+
+    def finish(updates: int) -> dict[str, Any]:
+        run = Alone(TrimeConfig(run_dir=str(tmp_path), train={"updates": updates}))
+
+        def work() -> dict[str, Any]:
+            done.append(updates)
+            run.path("train", "model").mkdir()
+            for name in run.evidence("train"):
+                run.path("train", name).touch()
+            return {"summary": "", "updates": updates}
+
+        return run.perform("train", work)
+
+    first = finish(7)
+    assert finish(8)["updates"] == 8
+    assert finish(7) == first and done == [7, 8]
+    assert finish(8)["updates"] == 8 and done == [7, 8]
 
 
 def test_a_new_setting_with_its_default_changes_no_stamp(experiment):

@@ -143,7 +143,7 @@ def test_prompt_target_and_end_are_what_the_template_makes_of_the_whole_chat(nam
 @every_family
 def test_an_answer_stops_where_a_turn_ends_whatever_the_plm_calls_its_eos(name: str):
     request = RequestBuilder(prompter_of(name), GenerateConfig(), None, 500).build("Thou art 1.")
-    assert FAMILIES[name].end in request.stop
+    assert request.eos == (prompter_of(name).tokenizer.hf.convert_tokens_to_ids(FAMILIES[name].end),)
 
 
 def test_thinking_is_switched_off_by_the_tasks_own_arguments():

@@ -223,9 +223,10 @@ class Chooser:
         self, generation: Generation, found: _Distributions, row: int, token: int, text: AnswerText, position: int
     ) -> Token:
         request = generation.request
-        piece = "" if token in self._eos else text.push(token)
+        ends = token in self._eos or token in request.eos
+        piece = "" if ends else text.push(token)
         finish: Finish | None = None
-        if token in self._eos:
+        if ends:
             finish = "eos"
         elif text.stopped:
             finish = "stop"

@@ -62,6 +62,7 @@ def generate(
     gpus_per_actor: float = 0,
     device: str = "auto",
     share_sessions: bool = False,
+    threads: int = 0,
 ) -> Iterator[list[SystemAnswer]]:
     """Answers of all jobs, task by task as they are finished. Ray must be running.
 
@@ -69,6 +70,7 @@ def generate(
         connect: makes a client of the PLM owner in an actor; must be picklable.
         batch_size: sequences that an actor decodes together; every beam is one.
         device: where each actor keeps the LM head and the adapters.
+        threads: CPU threads of an actor, which a PLM in its process shares with the decoder; by default its CPUs.
         share_sessions: the actors' clients ask one PLM owner, whose limit of sessions is for all of them.
 
     Raises:
@@ -93,7 +95,7 @@ def generate(
             held,
             batch_size,
             device,
-            cpus_per_actor,
+            threads or cpus_per_actor,
             sharing,
         ),
         batch_size=1,

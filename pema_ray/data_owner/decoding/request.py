@@ -37,6 +37,7 @@ class GenerationRequest:
         adapter: its name; None answers with the PLM alone.
         length: steps over which a falling λ reaches its floor.
         stop: strings that end an answer and are not part of it; white space before the first word never does.
+        eos: tokens that end the answer beside the PLM's own, such as the end of a chat's turn.
         top: return so many most probable tokens with every token.
         explain: return an `Attribution` with every token.
         draft: most draft tokens of one step; 0 drafts none. Drafts never change an answer.
@@ -50,6 +51,7 @@ class GenerationRequest:
     length: int = 1
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
+    eos: tuple[int, ...] = ()
     top: int = 0
     explain: bool = False
     draft: int = 0

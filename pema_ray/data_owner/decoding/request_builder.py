@@ -66,6 +66,7 @@ class RequestBuilder:
             "length": max(1, int(length)),
             "sampling": self.sampling,
             "stop": self.stop,
+            "eos": () if self.prompter.end_token is None else (self.prompter.end_token,),
             "draft": options.draft,
             "stream": example_id,
         }
@@ -83,9 +84,7 @@ class RequestBuilder:
 
     @property
     def stop(self) -> tuple[str, ...]:
-        end = self.prompter.end_token  # of a chat's turn, which the PLM's configuration may not know as an EOS
-        ends = () if end is None else (self.prompter.tokenizer.token_text(end),)
-        return (*self.prompter.task.stop, *self.options.stop, *ends)
+        return (*self.prompter.task.stop, *self.options.stop)
 
     def postprocess(self, text: str, source: str) -> tuple[str, list[str]]:
         """The answer after the task's rules, and the rules that changed it."""

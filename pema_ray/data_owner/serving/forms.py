@@ -71,6 +71,11 @@ class Form:
         raise NotImplementedError
 
     @property
+    def eos(self) -> tuple[int, ...]:
+        """Tokens that end an answer beside the PLM's own."""
+        return ()
+
+    @property
     def top(self) -> int | None:
         """Most probable tokens requested with each; None: no log-probabilities at all."""
         raise NotImplementedError
@@ -94,6 +99,7 @@ class Form:
                     length=body.length or limit,
                     sampling=sampling,
                     stop=body.stops,
+                    eos=self.eos,
                     stream=len(requests) + k,
                     **self._common(),
                 )
@@ -264,10 +270,18 @@ class Chat(Form):
 
     def _prompts(self) -> list[list[int]]:
         messages = [{"role": m.role.replace("developer", "system"), "content": m.text} for m in self.body.messages]
-        chosen = self.body.chat_template_kwargs
-        if chosen is None:
-            chosen = {} if self.builder is None else self.builder.prompter.chat_template_kwargs
-        return [self.service.tokenizer.encode_chat(messages, template_arguments=chosen)]
+        return [self.service.tokenizer.encode_chat(messages, template_arguments=self._template_arguments)]
+
+    @property
+    def _template_arguments(self) -> Mapping[str, Any]:
+        if self.body.chat_template_kwargs is not None:
+            return self.body.chat_template_kwargs
+        return {} if self.builder is None else self.builder.prompter.chat_template_kwargs
+
+    @property
+    def eos(self) -> tuple[int, ...]:
+        end = self.service.tokenizer.answer_frame(self._template_arguments).end
+        return () if end is None else (end,)
 
     @property
     def max_tokens(self) -> int | None:

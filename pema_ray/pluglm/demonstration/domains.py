@@ -9,6 +9,7 @@ Shapes: B sequences, T positions, S sequences of a domain, D texts.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -143,6 +144,8 @@ def run_domains(
     tokenizer = learn_tokenizer([text for one in domains for text in one.learned], c.vocabulary)
     learned, entries = _sequences(domains, "learned", tokenizer, c.max_tokens)
     model = _new_model(c, tokenizer, seed)
+    for name in ("memory", "model"):  # of the demonstration before
+        shutil.rmtree(folder / name, ignore_errors=True)
     run_folder.begin(folder, f"demo-text {seed} {c.model_dump_json()}", False, ("memory", "model"))
     (folder / _FIGURES).unlink(missing_ok=True)
     encoder = DocumentEncoder(model, tokenizer, "domains")
