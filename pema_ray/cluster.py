@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -85,7 +87,8 @@ def _join(address: str) -> None:
 
     _quieten()
     try:
-        ray.init(address=address, **_common())
+        with _sigterm_kept():
+            ray.init(address=address, **_common())
     except (ConnectionError, ValueError) as error:
         raise UserError(f"Ray at {address}: cannot connect: {str(error).splitlines()[0]}") from None
 
@@ -112,10 +115,20 @@ def _start(config: RayConfig) -> None:
         _join(address)
         return
     _quieten()
-    ray.init(
-        address="local",  # else Ray joins whatever cluster it finds on this machine
-        num_cpus=config.num_cpus,
-        object_store_memory=config.object_store_mb * 2**20,
-        include_dashboard=False,
-        **_common(),
-    )
+    with _sigterm_kept():
+        ray.init(
+            address="local",  # else Ray joins whatever cluster it finds on this machine
+            num_cpus=config.num_cpus,
+            object_store_memory=config.object_store_mb * 2**20,
+            include_dashboard=False,
+            **_common(),
+        )
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Ray takes SIGTERM over; whoever had it before gets it back."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)

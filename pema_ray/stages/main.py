@@ -65,23 +65,24 @@ def guarded(work: Callable[[], object]) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror}. Finished stages, shards and checkpoints are kept.", file=sys.stderr)
         return USER_ERROR_EXIT_CODE
+    except Terminated:
+        print(f"terminated: {_KEPT}", file=sys.stderr)
+        return TERMINATED_EXIT_CODE
     except KeyboardInterrupt:
         print(f"interrupted: {_KEPT}", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
-    except SystemExit as ended:
-        if ended.code != signal.SIGTERM:
-            raise
-        print(f"terminated: {_KEPT}", file=sys.stderr)
-        return TERMINATED_EXIT_CODE
     return 0
 
 
 _KEPT = "finished stages, shards and checkpoints are kept; the same command goes on."
 
 
-def _leave(number: int, _: object) -> None:
-    """As Ray's own handler does, which takes this one's place once Ray runs."""
-    sys.exit(number)
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends what Ctrl-C ends, in the same way."""
+
+
+def _leave(number: int, frame: object) -> None:
+    raise Terminated
 
 
 def run_stage(name: str, config: Path | None, overrides: Sequence[str]) -> int:
