@@ -54,7 +54,7 @@ def test_an_experiment_runs_from_text_to_report_and_is_reused(experiment, ray_cl
     assert (run / "report" / "report.html").stat().st_size > 10_000
     told = capsys.readouterr().out
     assert "copy of the source" in told
-    assert "'PLM, 2 examples shown' is left out (evaluate.few_shot): task.shots=2, but only" in " ".join(told.split())
+    assert "PLM, 2 examples shown" in " ".join(told.split())
 
     again = {name: stage(config) for name, stage in stages().items()}
     assert again == measured
