@@ -177,7 +177,8 @@ class StageRun(ABC, Generic[E]):
 def chosen_settings(section: BaseModel) -> dict[str, Any]:
     """The settings that are not the defaults, as JSON: a later version's new setting changes no stamp.
 
-    A version that changes what a default means, or a default's value, must change the stage's result by name.
+    A stamp does not tell either that a default has another value in a later version: whoever changes one renames the
+    setting.
     """
     return section.model_dump(mode="json", exclude_defaults=True)
 

@@ -9,6 +9,25 @@ from pema_ray.cli import app
 from pema_ray.config import ExperimentConfig
 
 runner = CliRunner()
+
+
+def test_a_published_checkpoint_becomes_an_adapter_and_nothing_is_overwritten(tiny_source, tmp_path):
+    import torch
+
+    from pema_ray.data_owner import PemaAdapter
+
+    bundle = tiny_source("llama").lm_head()
+    bundle.save(tmp_path / "lm_head")
+    A, B = torch.randn(4, bundle.card.hidden_size), torch.randn(bundle.card.hidden_size, 4)
+    torch.save({"lora_A": A, "lora_B": B}, tmp_path / "stage3.pt")
+    new = tmp_path / "adapter"
+    command = ["import-adapter", str(tmp_path / "stage3.pt"), str(new), "--bundle", str(tmp_path / "lm_head")]
+    assert runner.invoke(app, command).exit_code == 0
+    adapter = PemaAdapter.from_pretrained(new, bundle.card)
+    torch.testing.assert_close(adapter.B_pd, B / 4)
+    assert runner.invoke(app, command).exit_code == 2
+
+
 COMMANDS = ("quickstart", "prepare", "export-head", "build-memory", "train", "generate", "evaluate", "report")
 
 
