@@ -45,7 +45,7 @@ class Batcher:
         self._vocabulary = min(head.vocab_size, plm.model.get_input_embeddings().weight.shape[0])
         self._caches = make_caches(plm, config.slots, self.max_tokens)
         self._sessions = Sessions(self._caches, config.slots, config.idle_seconds, clock)
-        self._extraction = Extraction(plm, self.pass_tokens)
+        self._extraction = Extraction(plm, self.pass_tokens, config.share_passes)
         self._waiting: deque[StepJob] = deque()
         self._active: list[StepJob] = []
         self._extractions: list[ExtractJob] = []
@@ -148,10 +148,11 @@ class Batcher:
         chosen = self._kinds.choose(flow for flow in flows if flow[0] == owner)
         jobs = flows[chosen]
         if isinstance(jobs[0], ExtractJob):
-            self.passes.append(self._extraction.advance(jobs[0]))
-            done = [jobs[0]] if jobs[0].result is not None else []
+            extractions = [job for job in jobs if isinstance(job, ExtractJob)]
+            self.passes.append(self._extraction.advance(extractions))
+            done: list[Job] = [job for job in extractions if job.result is not None]
         else:
-            done = self._prefill([job for job in jobs if isinstance(job, StepJob)])
+            done = [*self._prefill([job for job in jobs if isinstance(job, StepJob)])]
         positions = sum(positions for _, positions in self.passes)
         self._owners.charge(owner, positions)
         self._kinds.charge(chosen, positions)

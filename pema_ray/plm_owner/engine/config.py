@@ -19,6 +19,9 @@ class EngineConfig(Section):
     pass_tokens: int | None = Field(default=None, ge=1)
     """Positions of one pass over prompts or extraction batches, padding included; smaller passes delay steps less.
     Default: 512 on a CPU, 4096 on a GPU. One longer sequence of an extraction batch is still one pass."""
+    share_passes: bool = False
+    """Compute small extractions of one data owner together. Faster on a GPU; rounding then depends on what else was
+    requested at the same moment, so that a memory which is built again may differ in its last bits."""
     idle_seconds: float = Field(default=30.0, ge=0)
     """A session without steps for so long may lose its slot to another."""
     forget_seconds: float = Field(default=600.0, gt=0)

@@ -2,7 +2,9 @@
 
 How a batch is cut into pieces depends on the batch and the token budget alone, and sequences of different requests
 never share a forward pass. So its representations are the same bytes whatever else the engine computes, and a memory
-that is built twice is byte-identical. B sequences, T positions, N rows, H hidden, h key-value heads, D head size.
+that is built twice is byte-identical. A PLM owner with many small requests may give that up: with `share_passes`,
+pieces of one data owner's requests fill a pass together. B sequences, T positions, N rows, H hidden, h key-value heads,
+D head size.
 """
 
 from __future__ import annotations
@@ -54,6 +56,15 @@ class ExtractJob:
     _pieces: list[list[int]] = field(default_factory=list)
     _rows: dict[int, torch.Tensor] = field(default_factory=dict)
 
+    def computed(self, i: int) -> Sequence[int]:
+        """What a pass computes for a sequence: with the prefix, unless its keys and values are reused."""
+        ids = self.batch.token_ids[i]
+        return ids if self._prefix is not None else [*self.batch.prefix, *ids]
+
+    def length(self, i: int) -> int:
+        """Positions of a sequence in a pass."""
+        return len(self.computed(i))
+
 
 class Extraction:
     """Computes extractions piece by piece.
@@ -63,10 +74,11 @@ class Extraction:
 
     Args:
         budget: positions of a piece, padding included; a longer sequence is a piece of its own.
+        share_passes: whether pieces of several requests may be computed together.
     """
 
-    def __init__(self, plm: LoadedPLM, budget: int) -> None:
-        self._plm, self.budget = plm, budget
+    def __init__(self, plm: LoadedPLM, budget: int, share_passes: bool = False) -> None:
+        self._plm, self.budget, self._share_passes = plm, budget, share_passes
         self._prefixes: OrderedDict[str, _Prefix] = OrderedDict()
         self.batches, self.reuses_prefixes = True, holds_plain_rows(plm)
         if self.reuses_prefixes and not attempt(self._is_exact):
@@ -81,15 +93,23 @@ class Extraction:
         self._begin(job)
         job._pieces = [[0, 1]] if self.batches else [[0], [1]]  # whatever the budget
         while job.result is None:
-            self.advance(job)
+            self.advance([job])
         self._prefixes.clear()
         plain = [plain_states(self._plm, [*prefix, *ids])[len(prefix) :].cpu() for ids in sequences]
         assert isinstance(job.result, torch.Tensor)
         return same_states(job.result, torch.cat(plain))
 
     @torch.inference_mode()
-    def advance(self, job: ExtractJob) -> tuple[int, int]:
-        """Compute the next piece, or a piece of the prefix; returns how many sequences and positions that were."""
+    def advance(self, jobs: Sequence[ExtractJob]) -> tuple[int, int]:
+        """Compute the first job's next piece, or a piece of its prefix.
+
+        Args:
+            jobs: of one data owner; where passes are shared, those after the first fill the pass with pieces of theirs.
+
+        Returns:
+            How many sequences and positions that were.
+        """
+        job = jobs[0]
         if not job.begun:
             self._begin(job)
         prefix = job._prefix
@@ -99,23 +119,48 @@ class Extraction:
             self._plm.decoder(input_ids=input_ids, past_key_values=prefix.cache, use_cache=True)
             prefix.computed += len(ids)
             return 1, len(ids)
-        piece = job._pieces.pop(0)
-        positions = self._run(job, piece)
-        job.tokens -= sum(len(job.batch.token_ids[i]) for i in piece)
-        if not job._pieces:
-            job.result = torch.cat([job._rows[i] for i in range(len(job.batch.token_ids))])
-            job._rows, job._prefix = {}, None
-        return len(piece), positions
+        pieces = [(job, job._pieces.pop(0))]
+        if self._share_passes and self.batches:
+            self._fill(pieces, jobs[1:])
+        positions = self._run(pieces)
+        for taken, piece in pieces:
+            taken.tokens -= sum(len(taken.batch.token_ids[i]) for i in piece)
+            if not taken._pieces:
+                taken.result = torch.cat([taken._rows[i] for i in range(len(taken.batch.token_ids))])
+                taken._rows, taken._prefix = {}, None
+        return sum(len(piece) for _, piece in pieces), positions
+
+    def _fill(self, pieces: list[tuple[ExtractJob, list[int]]], jobs: Sequence[ExtractJob]) -> None:
+        """Add pieces of other jobs that have the same prefix, as far as the budget goes."""
+        job, piece = pieces[0]
+        count, width = len(piece), max(job.length(i) for i in piece)
+        most = self._most(job)
+        for other in jobs:
+            if count == most or (count + 1) * width > self.budget:
+                return
+            if other.batch.prefix != job.batch.prefix:
+                continue
+            if not other.begun:
+                self._begin(other)
+            if other._prefix is not job._prefix:
+                continue
+            piece = other._pieces[-1]  # the one with most room
+            wider = max(width, *(other.length(i) for i in piece))
+            if count + len(piece) <= most and (count + len(piece)) * wider <= self.budget:
+                pieces.append((other, other._pieces.pop()))
+                count, width = count + len(piece), wider
 
     def _begin(self, job: ExtractJob) -> None:
         job.begun = True
-        prefix, room = job.batch.prefix, self.budget
-        reused = self.reuses_prefixes and len(prefix) >= _SHORTEST_PREFIX
-        job._prefix = self._prefix_of(job.owner, prefix) if reused else None
-        whole = 0 if reused else len(prefix)
-        lengths = [whole + len(ids) for ids in job.batch.token_ids]
-        most = _ROWS_OF_PREFIX * room // len(prefix) if reused else len(lengths)
-        job._pieces = cut(lengths, room, max(1, most) if self.batches else 1)
+        prefix = job.batch.prefix
+        if self.reuses_prefixes and len(prefix) >= _SHORTEST_PREFIX:
+            job._prefix = self._prefix_of(job.owner, prefix)
+        lengths = [job.length(i) for i in range(len(job.batch.token_ids))]
+        job._pieces = cut(lengths, self.budget, self._most(job) if self.batches else 1)
+
+    def _most(self, job: ExtractJob) -> int:
+        """Sequences of a pass."""
+        return self.budget if job._prefix is None else max(1, _ROWS_OF_PREFIX * self.budget // len(job._prefix.ids))
 
     def _prefix_of(self, owner: str, ids: tuple[int, ...]) -> _Prefix:
         kept = self._prefixes.get(owner)
@@ -126,23 +171,23 @@ class Extraction:
             self._prefixes.popitem(last=False)
         return kept
 
-    def _run(self, job: ExtractJob, piece: Sequence[int]) -> int:
-        batch, prefix = job.batch, job._prefix
-        before = () if prefix is not None else batch.prefix
-        sequences = [[*before, *batch.token_ids[i]] for i in piece]
-        padded = torch.zeros(len(piece), max(map(len, sequences)), dtype=torch.long)
+    def _run(self, pieces: Sequence[tuple[ExtractJob, list[int]]]) -> int:
+        prefix = pieces[0][0]._prefix
+        sequences = [(job, i, job.computed(i)) for job, piece in pieces for i in piece]
+        padded = torch.zeros(len(sequences), max(len(ids) for _, _, ids in sequences), dtype=torch.long)
         requested = torch.zeros(padded.shape, dtype=torch.bool)
-        for row, (i, ids) in enumerate(zip(piece, sequences, strict=True)):
+        for row, (job, i, ids) in enumerate(sequences):
             padded[row, : len(ids)] = torch.tensor(ids)
-            requested[row, len(before) + batch.first[i] : len(ids)] = True
+            requested[row, len(ids) - len(job.batch.token_ids[i]) + job.batch.first[i] : len(ids)] = True
         inputs: dict[str, Any] = {"input_ids": padded.to(self._plm.device), "use_cache": False}
         if prefix is not None:
             cache: Any = DynamicCache(config=self._plm.model.config)
-            cache.layers = [_SharedPrefixLayer(layer, len(piece)) for layer in prefix.cache.layers]
+            cache.layers = [_SharedPrefixLayer(layer, len(sequences)) for layer in prefix.cache.layers]
             inputs |= {"past_key_values": cache, "use_cache": True}
         state_BTH = capture_state(self._plm, **inputs)  # causal: no position attends to the padding on the right
         rows = state_BTH[requested.to(state_BTH.device)].cpu().split(requested.sum(-1).tolist())
-        job._rows |= dict(zip(piece, rows, strict=True))
+        for (job, i, _), row in zip(sequences, rows, strict=True):
+            job._rows[i] = row
         return padded.numel()
 
 

@@ -222,7 +222,7 @@ def test_a_prefix_whose_cache_gives_other_states_is_computed_with_every_sequence
     assert not extraction.reuses_prefixes and extraction.batches
     job = ExtractJob("me", ExtractBatch([[5, 6], [7]], [0, 0], PREFIX), 0.0)
     while job.result is None:
-        extraction.advance(job)
+        extraction.advance([job])
     expected = torch.cat([plain(plm, [*PREFIX, *ids])[len(PREFIX) :] for ids in ([5, 6], [7])])
     torch.testing.assert_close(job.result, expected, **CLOSE)
 
@@ -238,6 +238,30 @@ def test_sequences_that_disturb_each_other_in_a_batch_run_singly(tiny_plm):
         assert not extraction.batches and not extraction.reuses_prefixes
         job = ExtractJob("me", ExtractBatch([[5, 6], [7]], [0, 0], PREFIX), 0.0)
         while job.result is None:
-            extraction.advance(job)
+            extraction.advance([job])
     expected = torch.cat([plain(plm, [*PREFIX, *ids])[len(PREFIX) :] for ids in ([5, 6], [7])])
     torch.testing.assert_close(job.result, expected, **CLOSE)
+
+
+def test_small_extractions_of_one_owner_fill_a_pass_where_passes_may_be_shared(batcher_of, tiny_plm):
+    prefixes = [PREFIX, (), PREFIX, (), PREFIX, (4, 5, 6)]
+    batches = [
+        ExtractBatch([list(range(5 + n, 9 + 3 * n)), [7, 8, n]], [1, 0], prefix) for n, prefix in enumerate(prefixes)
+    ]
+    passes = {}
+    for share in (False, True):
+        batcher = batcher_of(pass_tokens=96, share_passes=share)
+        jobs = [batcher.submit_extraction("me", batch) for batch in batches]
+        other = batcher.submit_extraction("another", batches[0])
+        passes[share] = 0
+        while batcher.busy:
+            batcher.run()
+            passes[share] += len(batcher.passes)
+            assert all(positions <= 96 for _, positions in batcher.passes)
+        for job, batch in zip([*jobs, other], [*batches, batches[0]], strict=True):
+            whole = [plain(tiny_plm("llama"), [*batch.prefix, *ids])[len(batch.prefix) :] for ids in batch.token_ids]
+            expected = torch.cat([states[first:] for states, first in zip(whole, batch.first, strict=True)])
+            torch.testing.assert_close(job.result, expected, **CLOSE)
+        assert batcher.waiting_tokens == 0
+    # each owner's prefix once; then a pass for each batch, or for each prefix: three of one owner, one of the other
+    assert passes == {False: 2 + 7, True: 2 + 4}
