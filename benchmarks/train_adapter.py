@@ -41,6 +41,8 @@ from pema_ray.data_owner.training import Point, Trainer
 from pema_ray.hardware import dtype_name, pick_dtype
 from pema_ray.line import LMHead
 from pema_ray.line.lm_head import HeadSpec
+from pema_ray.memory import MemoryRows
+from pema_ray.memory.codec import Keys
 from pema_ray.training.strategies import Place
 
 NAME = "train_adapter"
@@ -55,12 +57,18 @@ AIMS = {
 
 
 class Block:
-    """Rows in memory, as the Trainer reads them: `key [N, H]` float32, `target [N]` int32."""
+    """Rows in memory: `key [N, H]` float32, `target [N]` int32."""
 
     def __init__(self, folder: Path, split: str) -> None:
         self.key: np.ndarray = np.load(folder / f"{split}_key.npy")
         self.target: np.ndarray = np.load(folder / f"{split}_target.npy")
         self.weight = None
+
+    @property
+    def rows(self) -> MemoryRows:
+        """The same, as the Trainer reads them."""
+        index = np.arange(len(self.target))
+        return MemoryRows(Keys("float32", self.key), self.target, index, index.astype(np.int32))
 
 
 def main() -> None:
@@ -265,7 +273,7 @@ def _ours(o: argparse.Namespace) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory(dir=o.data) as folder:
         trainer = Trainer(
-            adapter, config, head, train, dev, Path(folder), place=Place(device=device), on_point=on_point
+            adapter, config, head, train.rows, dev.rows, Path(folder), place=Place(device=device), on_point=on_point
         )
         _, history = trainer.run()
     return {

@@ -9,15 +9,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from pema_ray.config import RayConfig
+from pema_ray.config import PlacementConfig, RayConfig
 from pema_ray.environment import ray_address, worker_environment
 from pema_ray.errors import UserError
+from pema_ray.placement import ANYWHERE, describe, describe_nodes, for_tasks, matching_nodes, matching_resource
 from pema_ray.progress import console
 
 
 @contextmanager
 def ray_cluster(
-    config: RayConfig, cpus: float = 0, gpus: float = 0, workers: int = 1, readers: int = 0
+    config: RayConfig,
+    cpus: float = 0,
+    gpus: float = 0,
+    workers: int = 1,
+    readers: int = 0,
+    placement: PlacementConfig = ANYWHERE,
 ) -> Iterator[None]:
     """Ray, for the time of the block. A session that is already running is used and left running.
 
@@ -26,6 +32,10 @@ def ray_cluster(
             whose autoscaler can start nodes that do is waited for.
         workers: how many must run at the same time (actors may wait for each other, training workers may not).
         readers: CPUs that Ray Data needs beside its actors; without one, both wait for ever.
+        placement: nodes that actors and workers are restricted to; only these count.
+
+    Raises:
+        UserError: Ray cannot be joined, has no such node, or too little room on its nodes.
     """
     import ray
 
@@ -33,27 +43,70 @@ def ray_cluster(
     if mine:
         _start(config)
     try:
-        total, largest = ray.cluster_resources(), _largest_resources()
-        for name, asked in (("CPU", cpus * workers + readers), ("GPU", gpus * workers)):
-            found, most = total.get(name, 0), max(total.get(name, 0), largest.get(name, 0))
-            if asked <= found:
-                continue
-            who = "One actor asks" if workers == 1 else f"{workers} workers ask"
-            who += f" (and {readers} reader)" if readers and name == "CPU" else ""
-            if asked > most:
-                raise UserError(
-                    f"{who} for {asked:g} {name}, the Ray cluster has {found:g} in all"
-                    + (f" and its autoscaler may make it {most:g}. " if most > found else ". ")
-                    + f"Lower the stage's {name.lower()}s_per_* setting or join a larger cluster (ray.address)."
-                )
-            console.print(
-                f"{who} for {asked:g} {name}, the Ray cluster has {found:g} now: waiting for its autoscaler, which may "
-                f"make it {most:g}.", highlight=False,
-            )  # fmt: skip
+        if _has_nodes(placement):
+            _check_room(cpus, gpus, workers, readers, placement)
+            _check_strategy(cpus, gpus, workers, placement)
         yield
     finally:
         if mine:
             ray.shutdown()
+
+
+def _has_nodes(placement: PlacementConfig) -> bool:
+    """Whether the cluster has nodes for a placement now; False where only its autoscaler may start some."""
+    if matching_nodes(placement):
+        return True
+    missing = f"placement: no node of the Ray cluster has {describe(placement)}"
+    if not _largest_resources():
+        raise UserError(
+            f"{missing}; its nodes have {describe_nodes(placement)}. Correct the section 'placement', or start such a "
+            "node (ray start --labels)."
+        )
+    console.print(f"{missing} now: waiting for its autoscaler.", highlight=False)
+    return False
+
+
+def _check_room(cpus: float, gpus: float, workers: int, readers: int, placement: PlacementConfig) -> None:
+    checks = [("CPU", cpus * workers, readers, for_tasks(placement)), ("GPU", gpus * workers, 0, placement)]
+    if placement.accelerator_type:
+        checks.append(("CPU", cpus * workers, 0, placement))
+    largest = _largest_resources()
+    for name, of_workers, of_readers, nodes in checks:
+        asked, found = of_workers + of_readers, matching_resource(nodes, name)
+        most = max(found, largest.get(name, 0))
+        if asked <= found:
+            continue
+        who = "One actor asks" if workers == 1 else f"{workers} workers ask"
+        who += f" (and {of_readers} reader)" if of_readers else ""
+        where = f"the Ray cluster has {found:g}" + (f" on nodes with {describe(nodes)}" if describe(nodes) else "")
+        if asked > most:
+            raise UserError(
+                f"{who} for {asked:g} {name}, {where} in all"
+                + (f" and its autoscaler may make it {most:g}. " if most > found else ". ")
+                + f"Lower the stage's {name.lower()}s_per_* setting or join a larger cluster (ray.address)."
+            )
+        console.print(
+            f"{who} for {asked:g} {name}, {where} now: waiting for its autoscaler, which may make it {most:g}.",
+            highlight=False,
+        )
+
+
+def _check_strategy(cpus: float, gpus: float, workers: int, placement: PlacementConfig) -> None:
+    """Refuse a strict strategy that no set of the cluster's nodes fulfils; Ray Train would wait for ever."""
+    if workers == 1 or not placement.strategy.startswith("STRICT") or _largest_resources():
+        return
+    together = workers if placement.strategy == "STRICT_PACK" else 1
+    nodes = [
+        node
+        for node in matching_nodes(placement)
+        if node.get("CPU", 0) >= cpus * together and node.get("GPU", 0) >= gpus * together
+    ]
+    if len(nodes) * together < workers:
+        needed = "one node with room for all" if together > 1 else "a node each"
+        raise UserError(
+            f"placement.strategy={placement.strategy}: {workers} workers need {needed}, the Ray cluster has "
+            f"{len(nodes)} such. Lower train.workers, or take {placement.strategy.removeprefix('STRICT_')}."
+        )
 
 
 def _largest_resources() -> Mapping[str, float]:

@@ -53,8 +53,15 @@ class PLMConfig(Section):
     """`auto`: bfloat16 where the processor is fast at it, float16 on older GPUs, else float32."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:N`; `auto` takes a GPU where one is visible."""
-    device_map: str | None = None
-    """accelerate's `device_map` (such as `auto`) for a model that does not fit one device."""
+    device_map: str | dict[str, int | str] | None = None
+    """accelerate's `device_map` for a model that does not fit one device: `auto`, or module → device."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model; none takes the newest."""
+    attn_implementation: str | None = None
+    """transformers' attention kernel: `eager`, `sdpa`, `flash_attention_2` …; none takes transformers' default."""
+    quantization: dict[str, Any] | None = None
+    """transformers' quantization config, such as `{quant_method: bitsandbytes, load_in_4bit: true}`. A checkpoint that
+    is quantised already needs none."""
     threads: int = Field(default=0, ge=0)
     """CPU threads of one PLM process; 0 means as many as its Ray CPUs."""
     trust_remote_code: bool = False
@@ -118,10 +125,13 @@ class PLMConfig(Section):
 
 # kind of PLM → the settings that go with it
 _PLM_SETTINGS: dict[str, tuple[str, ...]] = {
-    "name": ("dtype", "device", "device_map", "threads", "trust_remote_code"),
+    "name": (
+        "dtype", "device", "device_map", "revision", "attn_implementation", "quantization", "threads",
+        "trust_remote_code",
+    ),
     "url": ("key_file", "ca_file", "fingerprint", "timeout_seconds", "device"),
     "serve": ("fingerprint", "device"),
-}
+}  # fmt: skip
 
 
 class TaskConfig(Section):
@@ -154,6 +164,41 @@ class RayConfig(Section):
     """Logical CPUs of a local cluster (Ray Data needs more than the PLM's own)."""
     object_store_mb: int = Field(default=200, ge=80)
     """Object store of a local cluster, MiB."""
+
+
+_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+_LABEL_SELECTOR = re.compile(rf"(!?)(?:in\(({_LABEL}(?:, ?{_LABEL})*)\)|({_LABEL}))")  # the syntax of Ray's selectors
+
+
+class PlacementConfig(Section):
+    """Nodes for the actors of build-memory and generate and for training workers; none: wherever Ray has room."""
+
+    accelerator_type: str | None = None
+    """Accelerator that a node must have, as Ray names it: `H100`, `A100`, `L4` …"""
+    labels: dict[str, str] = {}
+    """Labels that a node must have (`ray start --labels`): label → `value`, `!value`, `in(a, b)` or `!in(a, b)`."""
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """Of training workers: on few nodes or on many; `STRICT_`: all on one, or each on its own. Ray Data spreads actors
+    by itself."""
+
+    @field_validator("labels")
+    @classmethod
+    def _are_selectors(cls, labels: dict[str, str]) -> dict[str, str]:
+        for label, value in labels.items():
+            if not _LABEL_SELECTOR.fullmatch(value):
+                raise ValueError(f"{label}: '{value}' is no value, !value, in(a, b) or !in(a, b)")
+        return labels
+
+    def accepts(self, labels: Mapping[str, str]) -> bool:
+        """Whether a node with these labels fits, as Ray decides it: `!` accepts a node without the label."""
+        return all(_accepts(selector, labels.get(label)) for label, selector in self.labels.items())
+
+
+def _accepts(selector: str, value: str | None) -> bool:
+    found = _LABEL_SELECTOR.fullmatch(selector)
+    assert found is not None
+    excludes, several, one = found.groups()
+    return (value in (re.split(", ?", several) if several else [one])) != bool(excludes)
 
 
 class BuildMemoryConfig(Section):
@@ -234,6 +279,9 @@ class TrainingConfig(Section):
     """Go on from a checkpoint of the same settings. A finished training is reused either way."""
     max_failures: int = Field(default=8, ge=-1)
     """Deaths of a worker that training survives; -1: any number."""
+    storage_path: str | None = Field(default=None, min_length=1)
+    """Where Ray Train keeps copies of checkpoints: a folder that all workers share, or a URI (`s3://bucket/folder`). A
+    run whose folder has no checkpoint resumes from there. None: in the run's folder."""
 
     @model_validator(mode="after")
     def _has_room_to_shrink(self) -> TrainingConfig:
@@ -284,7 +332,11 @@ class TrainConfig(TrainingConfig):
     reconstruction_batch_size: int = Field(default=20480, ge=1)
     """Of the `adam` solver."""
     reconstruction_epochs: int = Field(default=10, ge=1)
-    """Of the `adam` solver."""
+    """Of the `adam` solver, at most: it stops as stage 3 does, by the error on the dev memory."""
+    scale_by_rank: bool = False
+    """`h = B A f / r`, as published: changes what a learning rate means."""
+    fresh_maps: bool = False
+    """Stage 3 starts from new maps, as published, and takes only the frozen `B_rct` from stage 1."""
     validate_every: int = Field(default=100, ge=1)
     """Optimisation steps between two validations on the dev memory."""
     validation_rows: int = Field(default=4096, ge=1)
@@ -420,9 +472,11 @@ class LoraSettings(Section):
     rank: int = Field(default=16, ge=1)
     alpha: int = Field(default=32, ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    learning_rate: float = Field(default=5e-4, gt=0)
-    """AdamW's, after a warm-up of a twentieth of the steps, falling to zero as a cosine."""
-    epochs: int = Field(default=1, ge=1)
+    learning_rates: tuple[float, ...] = Field(default=(2e-4, 5e-4), min_length=1)
+    """Tried; AdamW's, after a warm-up of a twentieth of the steps, falling to zero as a cosine. The rate and the epoch
+    with the lowest loss on the dev pairs are kept."""
+    epochs: int = Field(default=2, ge=1)
+    """At most."""
     max_batch_tokens: int = Field(default=2048, ge=1)
     """Most token positions of a step, padding included."""
 
@@ -433,36 +487,68 @@ class KnnSettings(Section):
     neighbours: int = Field(default=32, ge=1)
     temperatures: tuple[float, ...] = (10.0, 30.0, 100.0, 300.0)
     """Tried, in squared distance after the PLM's final norm."""
-    lambdas: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+    lambdas: tuple[float, ...] = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
     """Tried; λ is the weight of the neighbours."""
     index: Literal["flat", "inverted"] = "flat"
     """`flat` compares with every row, `inverted` with those of the nearest lists."""
     probes: int = Field(default=16, ge=1)
     """Lists that `inverted` looks into."""
-    dev_rows: int = Field(default=4096, ge=1)
-    """Rows of the dev memory to choose by."""
 
 
 SYSTEMS = (
-    "copy", "plm", "few_shot", "few_shot_similar", "knn", "pema", "pema_kappa_0", "pema_no_stage_1", "pema_adam",
-    "pema_predicted_lambda", "lora", "pema_look_back", "pema_local_memory",
+    "copy", "plm", "few_shot", "few_shot_similar", "knn", "pema", "pema_shots", "pema_published", "pema_kappa_0",
+    "pema_no_stage_1", "pema_adam", "pema_predicted_lambda", "memory_decoder", "proxy_tuning", "lora", "lora_shots",
+    "pema_look_back", "pema_local_memory",
 )  # fmt: skip
+
+
+class SmallLMSettings(Section):
+    """Of the small language models of `memory_decoder` and `proxy_tuning`: a Llama over the LM head's rows."""
+
+    layers: int = Field(default=2, ge=1)
+    learning_rates: tuple[float, ...] = Field(default=(3e-4, 1e-3), min_length=1)
+    """Tried; AdamW's, in one cycle. The rate and the epoch with the lowest loss on the dev pairs are kept."""
+    epochs: int = Field(default=4, ge=1)
+    """At most."""
+    max_batch_tokens: int = Field(default=4096, ge=1)
+    """Most token positions of a step, padding included."""
+    beta: float = Field(default=0.5, ge=0, le=1)
+    """Weight of the neighbours' distribution in what `memory_decoder` learns; the rest is the target itself."""
+    neighbours: int = Field(default=32, ge=1)
+    """k of that distribution."""
+    temperature: float = Field(default=100.0, gt=0)
+    """Of that distribution, in squared distance after the PLM's final norm."""
+    alphas: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.5)
+    """Tried, by NLL on the dev pairs; how far `proxy_tuning` shifts the PLM's logits."""
 
 
 class CompareConfig(Section):
     """PEMA beside its peers on the same pairs, decoded as `generate` says."""
 
     systems: tuple[str, ...] = SYSTEMS[:-2]
-    """Which; leave out what takes too long (`lora` trains the whole PLM, `pema_adam` solves stage 1 by gradient).
+    """Which; leave out what takes too long (`lora` trains the whole PLM, `pema_published` trains for many epochs).
     `pema_look_back` and `pema_local_memory` need `build_memory.prompts`."""
     few_shot: int = Field(default=3, ge=1)
-    """Examples shown to the few-shot PLM: the first training pairs, and in `few_shot_similar` the likest."""
+    """Examples shown to the few-shot PLM, and in `pema_shots` and `lora_shots`: the first training pairs; in
+    `few_shot_similar` the likest."""
+    seeds: int = Field(default=1, ge=1)
+    """Trainings of every system that is trained, with seeds that follow the run's."""
+    single_seed: tuple[str, ...] = ("pema_published", "memory_decoder", "proxy_tuning", "lora", "lora_shots")
+    """Systems that are trained once all the same, because it takes long."""
+    lambdas: tuple[float, ...] = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    """Tried for every adapter where `generate.schedule` is constant, by NLL on the dev memory; none: `lambda_max`."""
+    dev_rows: int = Field(default=4096, ge=1)
+    """Rows of the dev memory to choose by."""
+    bootstrap_samples: int = Field(default=1000, ge=0)
+    """Of the paired bootstrap against `pema`; 0: none."""
     knn: KnnSettings = KnnSettings()
     """Of kNN-LM."""
+    small_lm: SmallLMSettings = SmallLMSettings()
+    """Of `memory_decoder` and `proxy_tuning`."""
     lora: LoraSettings = LoraSettings()
     """Of LoRA."""
 
-    @field_validator("systems")
+    @field_validator("systems", "single_seed")
     @classmethod
     def _are_known(cls, systems: tuple[str, ...]) -> tuple[str, ...]:
         for name in systems:
@@ -479,6 +565,7 @@ class ExperimentConfig(Section):
     plm: PLMConfig = PLMConfig()
     task: TaskConfig = TaskConfig()
     ray: RayConfig = RayConfig()
+    placement: PlacementConfig = PlacementConfig()
     build_memory: BuildMemoryConfig = BuildMemoryConfig()
     train: TrainConfig = TrainConfig()
     generate: GenerateConfig = GenerateConfig()

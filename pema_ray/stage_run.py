@@ -28,7 +28,7 @@ from pema_ray.progress import console
 HOW_FAST = frozenset(
     {
         "actors", "cpus_per_actor", "gpus_per_actor", "cpus_per_worker", "gpus_per_worker", "min_workers",
-        "max_failures", "resume", "trackers",
+        "max_failures", "resume", "storage_path", "trackers",
     }
 )  # fmt: skip
 

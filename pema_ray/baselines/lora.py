@@ -27,9 +27,18 @@ from pema_ray.tasks import EncodedPair
 
 @dataclass(frozen=True, slots=True)
 class LoraTraining:
-    """What training gave, beside the weights: losses in nats per target token, EOS included."""
+    """What training gave, beside the weights: losses in nats per target token, EOS included.
+
+    Attributes:
+        losses: of every step.
+        dev_losses: after every epoch.
+        epoch: whose weights were kept, from 1.
+        seconds: of training, without the measuring on dev pairs.
+    """
 
     losses: list[float]
+    dev_losses: list[float]
+    epoch: int
     trained_parameters: int
     seconds: float
 
@@ -39,6 +48,8 @@ def train_lora(
     head: LMHead,
     pairs: Sequence[EncodedPair],
     settings: LoraSettings,
+    learning_rate: float,
+    dev: Sequence[EncodedPair] = (),
     seed: int = 0,
     end_token: int | None = None,
     on_step: Callable[[int, int, float], None] = lambda step, steps, loss: None,
@@ -47,31 +58,37 @@ def train_lora(
 
     Args:
         head: the PLM's own norm and LM head, which stay as they are.
+        learning_rate: AdamW's; `settings.learning_rates` are for `stages.systems` to choose from.
+        dev: pairs by whose loss the best epoch is kept; without any, the last.
         end_token: what follows a target; by default the PLM's first EOS.
-        on_step: told of every step, of how many, and its loss.
+        on_step: called after every step with its number, the number of all steps, and its loss.
 
     Raises:
-        UserError: peft is not installed.
+        UserError: peft is not installed, the PLM is quantised, or the loss became infinite or no number.
     """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise UserError("The LoRA baseline needs peft: pip install peft.") from None
+    if plm.is_quantized:
+        raise UserError(f"LoRA: {plm.name} is quantised; updates are merged into floating-point weights only.")
     torch.manual_seed(seed)
     chosen = LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules="all-linear"
     )
     wrapped: Any = get_peft_model(plm.model, chosen)
     trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate)
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate)
     batches = list(plan_batches(pairs, settings.max_batch_tokens))
-    steps, losses, started = len(batches) * settings.epochs, [], time.perf_counter()
+    steps, losses, dev_losses, seconds = len(batches) * settings.epochs, [], [], 0.0
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 20), steps)
     head, eos = head.to(plm.device), plm.eos_token_ids[0] if end_token is None else end_token
-    wrapped.train()
+    best: tuple[float, int, list[torch.Tensor]] = (math.inf, settings.epochs, [])
     for epoch in range(settings.epochs):
+        started = time.perf_counter()
+        wrapped.train()
         for number in np.random.default_rng([seed, epoch]).permutation(len(batches)):
-            loss = _loss(plm, head, batches[number], eos)
+            loss = _losses(plm, head, batches[number], eos).mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -79,23 +96,43 @@ def train_lora(
             schedule.step()
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
-                raise UserError(f"LoRA: the loss became no number at step {len(losses)}: lower its learning_rate.")
+                raise UserError(f"LoRA: the loss became no number at step {len(losses)}: lower its learning rate.")
             on_step(len(losses), steps, losses[-1])
-    seconds = time.perf_counter() - started
+        seconds += time.perf_counter() - started
+        if dev:
+            wrapped.eval()
+            dev_losses.append(float(np.mean(target_losses(plm, head, dev, eos, settings.max_batch_tokens))))
+            if dev_losses[-1] < best[0]:
+                best = dev_losses[-1], epoch + 1, [parameter.detach().clone() for parameter in trained]
+    with torch.no_grad():
+        for parameter, kept in zip(trained, best[2], strict=bool(best[2])):
+            parameter.copy_(kept)
     count = sum(parameter.numel() for parameter in trained)
     merged = wrapped.merge_and_unload().eval().requires_grad_(False)
-    return LoadedPLM(f"{plm.name}+LoRA", merged, plm.tokenizer), LoraTraining(losses, count, seconds)
+    tuned = LoadedPLM(f"{plm.name}+LoRA", merged, plm.tokenizer)
+    return tuned, LoraTraining(losses, dev_losses, best[1], count, seconds)
 
 
-def _loss(plm: LoadedPLM, head: LMHead, batch: Sequence[EncodedPair], eos: int) -> torch.Tensor:
-    """Mean cross-entropy of the batch's targets and their EOS; logits of prompts are not computed."""
+@torch.inference_mode()
+def target_losses(
+    plm: LoadedPLM, head: LMHead, pairs: Sequence[EncodedPair], eos: int | None, max_batch_tokens: int = 2048
+) -> list[float]:
+    """Cross-entropy of every target token, in nats; with that of `eos` behind each target, where it is given."""
+    losses: list[float] = []
+    for batch in plan_batches(pairs, max_batch_tokens):
+        losses += _losses(plm, head, batch, eos).tolist()
+    return losses
+
+
+def _losses(plm: LoadedPLM, head: LMHead, batch: Sequence[EncodedPair], eos: int | None) -> torch.Tensor:
+    """Cross-entropy of the batch's targets, and of their EOS; logits of prompts are not computed."""
     sequences = [e.prompt + e.target for e in batch]
     padded_BT = torch.zeros(len(batch), max(map(len, sequences)), dtype=torch.long)
     wanted_BT = torch.zeros_like(padded_BT, dtype=torch.bool)
     for row, (ids, example) in enumerate(zip(sequences, batch, strict=True)):
         padded_BT[row, : len(ids)] = torch.tensor(ids)
-        wanted_BT[row, len(example.prompt) - 1 : len(ids)] = True
-    gold = torch.tensor([token for e in batch for token in (*e.target, eos)])
+        wanted_BT[row, len(example.prompt) - 1 : len(ids) - (eos is None)] = True
+    gold = torch.tensor([token for e in batch for token in (*e.target, *(() if eos is None else (eos,)))])
     state_BTH = capture_state(plm, input_ids=padded_BT.to(plm.device), use_cache=False)  # causal: no mask is needed
     state_NH = state_BTH[wanted_BT.to(state_BTH.device)]
-    return F.cross_entropy(head.logits(head.norm(state_NH)).float(), gold.to(state_NH.device))
+    return F.cross_entropy(head.logits(head.norm(state_NH)).float(), gold.to(state_NH.device), reduction="none")

@@ -53,6 +53,8 @@ class AdapterConfig:
     predicts_lambda: bool = False
     prompt_from: int = 0
     """The first token of a prompt that it looks back at."""
+    scale: float = 1.0
+    """s of `h = s B A x`; the published code trains with 1/r."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.rank <= self.hidden_size:
@@ -100,11 +102,14 @@ class PemaAdapter(nn.Module):
         """Take stage 1's solution and let prediction start from it, so that PEMA starts as the PLM.
 
         With `residual`, x itself is already carried over: `B_pd` starts at zero.
+
+        Args:
+            A, B_rct: with `B_rct A x` near x.
         """
         with torch.no_grad():
             self.A.copy_(A)
-            self.B_rct.copy_(B_rct)
-            self.B_pd.copy_(torch.zeros_like(B_rct) if self.config.residual else B_rct)
+            self.B_rct.copy_(B_rct / self.config.scale)
+            self.B_pd.copy_(torch.zeros_like(B_rct) if self.config.residual else self.B_rct)
 
     def enter(self, state_NH: torch.Tensor, head: LMHead) -> torch.Tensor:
         """From stored representations to this adapter's input space, `[N, H]` float32."""
@@ -116,8 +121,9 @@ class PemaAdapter(nn.Module):
         return h_NH if self.config.space == "post_norm" else head.norm(h_NH)
 
     def project(self, x_NH: torch.Tensor, drop: bool = False) -> torch.Tensor:
-        """`A x`, `[N, R]`; `drop` applies the training dropout to the input."""
-        return F.linear(F.dropout(x_NH, self.config.dropout, training=drop), self.A)
+        """`s A x`, `[N, R]`; `drop` applies the training dropout to the input."""
+        down = F.linear(F.dropout(x_NH, self.config.dropout, training=drop), self.A)
+        return down if self.config.scale == 1 else down * self.config.scale
 
     def predict(self, x_NH: torch.Tensor, drop: bool = False) -> torch.Tensor:
         """`h_pd [N, H]`."""

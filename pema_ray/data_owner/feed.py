@@ -23,16 +23,17 @@ import numpy as np
 
 from pema_ray.errors import UserError
 from pema_ray.hardware import compute_elsewhere
+from pema_ray.memory.codec import Keys
 
 CHUNK = 8192  # rows handled at once where no gradient is kept
-_FIELDS = ("key", "target", "share")
 _SEQUENCE_ROWS = 2048  # of whole sequences handled at once where no gradient is kept: they are padded to the longest
 
 
 class Representations(Protocol):
-    """`[N, H]`, some rows at a time: an array, or a memory's encoded keys."""
+    """A memory's encoded keys `[N, H]`; indexing decodes, `take` does not."""
 
     def __getitem__(self, index: np.ndarray | slice, /) -> np.ndarray: ...
+    def take(self, index: np.ndarray | slice, /) -> Keys: ...
 
 
 @runtime_checkable
@@ -80,13 +81,13 @@ class Batch:
     """One process's part of a batch.
 
     Attributes:
-        key: `[n, H]` float32; target: `[n]` int64.
+        key: `[n, H]`, still encoded; target: `[n]` int64.
         share: `[n]` float32, each row's share of the loss: weight / (rows of the process's batch · the memory's mean
             weight). Over processes and an epoch, the mean of Σ share · loss is the memory's weighted mean.
         example: `[n]` int64, the sequence of each row, where whole ones are wanted; rows of a prompt have share 0.
     """
 
-    key: np.ndarray
+    key: Keys
     target: np.ndarray
     share: np.ndarray
     example: np.ndarray | None = None
@@ -107,7 +108,7 @@ class Batch:
 
     def _part(self, part: slice) -> Batch:
         example = None if self.example is None else self.example[part]
-        return Batch(self.key[part], self.target[part], self.share[part], example)
+        return Batch(self.key.take(part), self.target[part], self.share[part], example)
 
 
 @runtime_checkable
@@ -184,7 +185,7 @@ class SequenceShuffle:
     def _batch(self, sequences: np.ndarray, share: float) -> Batch:
         index = np.concatenate([np.arange(int(self._starts[n]), int(self._ends[n])) for n in sequences])
         return Batch(
-            np.ascontiguousarray(self._rows.key[index]),
+            self._rows.key.take(index),
             self._rows.target[index].astype(np.int64),
             np.where(self._wanted[index], share, 0).astype(np.float32),
             self._example[index],
@@ -367,14 +368,15 @@ class _Waiting:
             self._held[:1] = [(rows, rest)] if len(rest) else []
             left -= len(mine)
             parts.append(_batch(rows, mine, count, mean_weight))
-        return Batch(*(np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS))
+        target, share = (np.concatenate([getattr(part, name) for part in parts]) for name in ("target", "share"))
+        return Batch(Keys.concatenate([part.key for part in parts]), target, share)
 
 
 class _Block:
-    """Some consecutive rows, decoded."""
+    """Some of the rows."""
 
     def __init__(self, rows: Rows, part: slice | np.ndarray) -> None:
-        self.key, self.target = rows.key[part], rows.target[part]
+        self.key, self.target = rows.key.take(part), rows.target[part]
         self.weight = None if rows.weight is None else rows.weight[part]
 
 
@@ -382,7 +384,7 @@ def _batch(rows: Rows, mine: np.ndarray, size: float, mean_weight: float) -> Bat
     """The rows `mine`, of batches of `size` rows a process."""
     weight = np.ones(len(mine)) if rows.weight is None else rows.weight[mine]
     share = (weight / (size * mean_weight)).astype(np.float32)
-    return Batch(np.ascontiguousarray(rows.key[mine]), rows.target[mine].astype(np.int64), share)
+    return Batch(rows.key.take(mine), rows.target[mine].astype(np.int64), share)
 
 
 def _mean_weight(weight_N: np.ndarray | None) -> float:

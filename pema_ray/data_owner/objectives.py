@@ -143,10 +143,10 @@ def _squared_error(found_NH: torch.Tensor, x_NH: torch.Tensor, share_N: torch.Te
 class ReconstructionObjective(nn.Module):
     """`L_rct` for the gradient solver of stage 1 (the published one)."""
 
-    def __init__(self, A: torch.Tensor, B: torch.Tensor, dropout: float) -> None:
+    def __init__(self, A: torch.Tensor, B: torch.Tensor, dropout: float, scale: float = 1.0) -> None:
         super().__init__()
-        self.A, self.B, self.dropout = nn.Parameter(A), nn.Parameter(B), dropout
+        self.A, self.B, self.dropout, self.scale = nn.Parameter(A), nn.Parameter(B), dropout, scale
 
     def forward(self, x_NH: torch.Tensor, share_N: torch.Tensor | None = None) -> torch.Tensor:
-        down = F.linear(F.dropout(x_NH, self.dropout, self.training), self.A)
+        down = F.linear(F.dropout(x_NH, self.dropout, self.training), self.A) * self.scale
         return _squared_error(F.linear(down, self.B), x_NH, share_N)

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pema_ray.config import TrainConfig
+from pema_ray.config import PlacementConfig, TrainConfig
 from pema_ray.data_owner.adapter import AdapterConfig
 from pema_ray.data_owner.feed import StreamShuffle
-from pema_ray.data_owner.training import History, Point, Trainer
+from pema_ray.data_owner.training import RESUMED_FROM, History, Point, Trainer
 from pema_ray.errors import UserError
 from pema_ray.hardware import pick_dtype
 from pema_ray.line import LMHeadBundle, ModelCard
@@ -20,6 +20,8 @@ from pema_ray.memory.build import await_shard
 from pema_ray.memory.external_memory import RowsView
 from pema_ray.memory.planning import finished_shards
 from pema_ray.memory.shards import read_shard
+from pema_ray.placement import ANYWHERE
+from pema_ray.training.ray_checkpoint import reporting_checkpoints
 from pema_ray.training.ray_loop import reporting, run_workers, worker_place
 
 FIRST_STEP = "first_step.json"  # of a streamed training: how much of the memory was there
@@ -40,6 +42,8 @@ class TrainingJob:
     """Rows that `train_memory` will have, when it is being built while the job runs."""
     streamed_mean_weight: float = 1.0
     """How often each of them occurs, on average."""
+    placement: PlacementConfig = ANYWHERE
+    """On which nodes workers run."""
 
 
 def fit(
@@ -53,15 +57,16 @@ def fit(
     Raises:
         UserError: what a worker refused, in its own words.
     """
-    told = run_workers(
+    outcome = run_workers(
         _train,
         job,
         job.run_dir,
         job.config,
         lambda kind, point: on_point(kind, Point(**point)),
         {} if stream is None else {"train": stream},
+        job.placement,
     )
-    return History.from_dict(told)
+    return History.from_dict(outcome.returned)
 
 
 def _train(job: TrainingJob) -> dict[str, Any]:
@@ -76,7 +81,10 @@ def _train(job: TrainingJob) -> dict[str, Any]:
     config = job.config.model_copy(update={"resume": True})  # `run_workers` has seen to what the user wants
     name = f"{job.adapter.task or 'adapter'} r={job.adapter.rank}"
     settings = {**job.config.model_dump(mode="json"), "plm": job.adapter.plm_name, "seed": job.seed}
-    with reporting(job.run_dir, place, job.config, name, settings) as tell:
+    with (
+        reporting(job.run_dir, place, job.config, name, settings) as tell,
+        reporting_checkpoints(job.run_dir, place, RESUMED_FROM) as on_saved,
+    ):
 
         def on_point(kind: str, point: Point) -> None:
             if kind == "train" and point.step == 1 and job.streamed_rows is not None:  # before trackers take their time
@@ -84,7 +92,8 @@ def _train(job: TrainingJob) -> dict[str, Any]:
                 (job.run_dir / FIRST_STEP).write_text(json.dumps({"shards": built}))
             tell(kind, asdict(point))
 
-        adapter, history = Trainer(job.adapter, config, head, train, dev, job.run_dir, job.seed, place, on_point).run()
+        trainer = Trainer(job.adapter, config, head, train, dev, job.run_dir, job.seed, place, on_point, on_saved)
+        adapter, history = trainer.run()
     if place.leads:
         (job.run_dir / "history.json").write_text(json.dumps(history.to_dict()))
         adapter.save_pretrained(job.run_dir / "adapter", adapter.model_card(_figures(history)))

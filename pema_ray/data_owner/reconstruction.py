@@ -13,17 +13,17 @@ import torch
 
 
 class SecondMoment:
-    """Accumulates `M = Σ x xᵀ [H, H]` in float64. Two of them add up to that of both their rows."""
+    """Accumulates `M = Σ x xᵀ [H, H]` in float64, on the rows' device; two add up to that of both their rows."""
 
-    def __init__(self, hidden_size: int) -> None:
-        self.M = torch.zeros(hidden_size, hidden_size, dtype=torch.float64)
+    def __init__(self, hidden_size: int, device: torch.device | str = "cpu") -> None:
+        self.M = torch.zeros(hidden_size, hidden_size, dtype=torch.float64, device=device)
         self.rows = 0
 
     def add(self, x_NH: torch.Tensor, weight_N: torch.Tensor | None = None) -> None:
         """Count rows in, each as often as its weight says."""
         x = x_NH.float()
         times = x if weight_N is None else x * weight_N[:, None]
-        self.M += (x.T @ times).double().cpu()
+        self.M += (x.T @ times).double()
         self.rows += len(x) if weight_N is None else int(weight_N.sum())
 
     def __iadd__(self, other: SecondMoment) -> SecondMoment:
@@ -34,7 +34,7 @@ class SecondMoment:
 
 def solve(moment: SecondMoment, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
     """`(A [R, H], B_rct [H, R], error)`; error is the mean squared reconstruction error per element (L_rct)."""
-    values, vectors = torch.linalg.eigh(moment.M)
+    values, vectors = torch.linalg.eigh(moment.M.cpu())
     U = vectors[:, -rank:].flip(-1)
     hidden = len(values)
     error = float(values[: hidden - rank].clamp_min(0).sum() / (max(1, moment.rows) * hidden))

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,7 @@ from pema_ray.data_owner.feed import (
     in_order,
     sequences_in_order,
 )
+from pema_ray.data_owner.loader import Part, load, load_parts
 from pema_ray.data_owner.objectives import JointObjective, ReconstructionObjective, head_cross_entropy
 from pema_ray.data_owner.predicted_lambda import fit_gate
 from pema_ray.data_owner.reconstruction import SecondMoment, reconstruction_error, solve
@@ -41,15 +42,16 @@ from pema_ray.errors import UserError
 from pema_ray.files import atomic_file
 from pema_ray.hardware import peak_memory
 from pema_ray.line import LMHead
+from pema_ray.memory.codec import Keys, decode
 from pema_ray.training import schedules
 from pema_ray.training.checkpoint import CHECKPOINT, PointLog, load_checkpoint, save_checkpoint
 from pema_ray.training.strategies import Place, Strategy, make_strategy
 
 logger = logging.getLogger(__name__)
-Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]  # what `JointObjective.forward` takes
-
-
 _KINDS = ("train", "validation")  # of points
+_POINTS, _BEST = "points.jsonl", "best.safetensors"
+RESUMED_FROM = (_POINTS, _BEST, CHECKPOINT)
+"""Files in a run's folder that a resumed run needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,7 @@ class Trainer:
         run_dir: holds `checkpoint.safetensors` and `points.jsonl` (resume), and `best.safetensors`; every process sees
             the same folder.
         on_point: called by the leading process with each training or validation point.
+        on_saved: called by every process with the last validation's figures, once their checkpoint is saved.
     """
 
     adapter_config: AdapterConfig
@@ -116,6 +119,7 @@ class Trainer:
     seed: int = 0
     place: Place = field(default_factory=Place)
     on_point: Callable[[str, Point], None] = lambda kind, point: None
+    on_saved: Callable[[Mapping[str, Any]], None] = lambda metrics: None
     _logged: Counter[str] = field(default_factory=Counter)  # points of each kind that are in the file of points
 
     def run(self) -> tuple[PemaAdapter, History]:
@@ -163,27 +167,35 @@ class Trainer:
     def _reconstruct(self, adapter: PemaAdapter, history: History) -> None:
         started = time.perf_counter()
         if self.config.solver == "closed_form":
-            adapter.start_from_reconstruction(*self._solve(adapter))
+            A, B = self._solve(adapter)
         elif self.config.solver == "adam":
-            adapter.start_from_reconstruction(*self._reconstruct_by_gradient(adapter))
+            A, B = self._reconstruct_by_gradient(adapter)
+        else:
+            return
         history.reconstruction_seconds = time.perf_counter() - started
-        if self.config.solver != "none":
-            dev = (self._enter(adapter, batch.key[batch.wanted]) for batch in self._dev(None))
-            history.reconstruction_error = reconstruction_error(adapter.A, adapter.B_rct, dev)
+        history.reconstruction_error = self._dev_reconstruction_error(adapter, A, B)
+        if self.config.fresh_maps:
+            with torch.no_grad():
+                adapter.B_rct.copy_(B / adapter.config.scale)
+        else:
+            adapter.start_from_reconstruction(A, B)
+
+    def _dev_reconstruction_error(self, adapter: PemaAdapter, A: torch.Tensor, B: torch.Tensor) -> float:
+        dev = (self._enter(adapter, batch.key.take(batch.wanted)) for batch in self._dev(None))
+        return reconstruction_error(A, B, dev)
 
     @torch.no_grad()
     def _solve(self, adapter: PemaAdapter) -> tuple[torch.Tensor, torch.Tensor]:
         """Every process sums up its own rows; the leading one solves, so that all start from the same bits."""
-        moment = SecondMoment(self.adapter_config.hidden_size)
+        moment = SecondMoment(self.adapter_config.hidden_size, self.place.device)
         for rows in self.feed.once():
             weight = None if rows.weight is None else torch.from_numpy(rows.weight).to(self.place.device)
-            moment.add(self._enter(adapter, rows.key[:]), weight)
+            moment.add(self._enter(adapter, rows.key.take(slice(None))), weight)
         if self.place.world > 1:
-            total = moment.M.to(self.place.device)
             rows = torch.tensor(moment.rows, device=self.place.device)
-            torch.distributed.all_reduce(total)
+            torch.distributed.all_reduce(moment.M)
             torch.distributed.all_reduce(rows)
-            moment.M, moment.rows = total.cpu(), int(rows)
+            moment.rows = int(rows)
         if self.place.leads:
             A, B, _ = solve(moment, self.adapter_config.rank)
         else:
@@ -195,7 +207,7 @@ class Trainer:
         return A, B
 
     def _reconstruct_by_gradient(self, adapter: PemaAdapter) -> tuple[torch.Tensor, torch.Tensor]:
-        """The published stage 1, every process for itself over the whole of its feed's rows."""
+        """The published stage 1, every process for itself over all rows of its feed: `(A, B)`, the best on dev."""
         c, device = self.config, self.place.device
         if not isinstance(self.train, Rows):
             raise UserError(
@@ -203,21 +215,36 @@ class Trainer:
             )
         torch.manual_seed(self.seed)
         init = PemaAdapter(self.adapter_config)
-        objective = ReconstructionObjective(init.A.detach(), init.B_rct.detach(), c.dropout).to(device)
+        scale = self.adapter_config.scale
+        objective = ReconstructionObjective(init.A.detach(), init.B_rct.detach(), c.dropout, scale).to(device)
         optimizer = torch.optim.Adam(objective.parameters(), lr=c.learning_rate)
         feed = GlobalShuffle(self.train, c.reconstruction_batch_size, self.seed)
+        best, stale, done = (math.inf, objective.A.detach(), objective.B.detach()), 0, 0
+        total = c.reconstruction_epochs * feed.steps_per_epoch
         for epoch in range(c.reconstruction_epochs):
-            for step, batch in enumerate(feed.batches(epoch)):
+            for step, (_, (state, _, share, _)) in enumerate(load_parts(feed.batches(epoch), device)):
                 torch.manual_seed(_mix_seed(self.seed, epoch, step))
-                loss = objective(self._enter(adapter, batch.key), torch.from_numpy(batch.share).to(device))
+                with torch.no_grad():
+                    x = adapter.enter(state, self.head)
+                loss = objective(x, share)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
-        return objective.A.detach(), objective.B.detach()
+                done += 1
+                if done % c.validate_every and done < total:
+                    continue
+                A, B = objective.A.detach().clone(), objective.B.detach() * scale
+                error = self._dev_reconstruction_error(adapter, A, B)
+                best, stale = ((error, A, B), 0) if error < best[0] else (best, stale + 1)
+                if stale >= c.patience:
+                    return best[1:]
+        return best[1:]
 
     @torch.no_grad()
-    def _enter(self, adapter: PemaAdapter, key_NH: np.ndarray) -> torch.Tensor:
-        return adapter.enter(self._tensor(key_NH), self.head)
+    def _enter(self, adapter: PemaAdapter, keys: Keys) -> torch.Tensor:
+        data, scale = (None if t is None else t.to(self.place.device) for t in keys.tensors())
+        assert data is not None
+        return adapter.enter(decode(data, scale, keys.dtype), self.head)
 
     # ── stages 2 and 3 ──────────────────────────────────────────────────────
 
@@ -257,13 +284,13 @@ class Trainer:
         if step == 0:
             self._validate(objective, history, 0)
         for epoch in range(step // self.feed.steps_per_epoch, self.config.epochs):
-            for batch in self.feed.batches(epoch, step - epoch * self.feed.steps_per_epoch):
+            for parts in self._parts(epoch, step - epoch * self.feed.steps_per_epoch):
                 if history.stopped_early:
                     return
                 started = time.perf_counter()
                 torch.manual_seed(_mix_seed(self.seed, step, self.place.rank))
                 objective.train()
-                losses = self._learn(strategy, batch)
+                losses = self._learn(strategy, parts)
                 strategy.step(self.learning_rate(step), self.config.clip)
                 step += 1
                 point = Point(step, *self._mean(losses))
@@ -278,18 +305,17 @@ class Trainer:
                 if step % self.config.validate_every == 0 or step == self.total_steps:
                     self._save(objective.adapter, strategy, history, step)
 
-    def _learn(self, strategy: Strategy, batch: Batch) -> torch.Tensor:
+    def _parts(self, epoch: int, first: int) -> Iterator[list[Part]]:
+        """An epoch's batches on the device, each in the parts that gradients are accumulated over."""
+        count = min(self.config.accumulate, self.feed.pieces)  # every process takes as many
+        return load((batch.split(count) for batch in self.feed.batches(epoch, first)), self.place.device)
+
+    def _learn(self, strategy: Strategy, parts: Sequence[Part]) -> torch.Tensor:
         """Gradients of a batch, part by part; its losses `[3]` as `Point` names them."""
         total = torch.zeros(3, dtype=torch.float64, device=self.place.device)
-        parts = batch.split(min(self.config.accumulate, self.feed.pieces))  # every process takes as many
         for number, part in enumerate(parts):
-            total += torch.stack(strategy.learn(self._tensors(part), last=number == len(parts) - 1))
+            total += torch.stack(strategy.learn(part, last=number == len(parts) - 1))
         return total
-
-    def _tensors(self, batch: Batch) -> Part:
-        target = torch.from_numpy(batch.target).to(self.place.device)
-        example = None if batch.example is None else torch.from_numpy(batch.example).to(self.place.device)
-        return self._tensor(batch.key), target, self._tensor(batch.share), example
 
     def _dev(self, most: int | None) -> Iterator[Batch]:
         if self.adapter_config.looks_back:
@@ -299,11 +325,11 @@ class Trainer:
     @torch.no_grad()
     def _validate(self, objective: JointObjective, history: History, step: int) -> None:
         objective.eval()
-        rows, losses = 0, np.zeros(3)
-        for batch in self._dev(self.config.validation_rows):
-            found, held = objective(*self._tensors(batch)), int(batch.wanted.sum())
-            losses += np.array([float(loss) for loss in found]) * held
-            rows += held
+        rows, losses = 0, torch.zeros(3, dtype=torch.float64, device=self.place.device)
+        for batch, part in load_parts(self._dev(self.config.validation_rows), self.place.device):
+            count = int(batch.wanted.sum())
+            losses += torch.stack(objective(*part)).double() * count
+            rows += count
         point = Point(step, *self._agree(losses / rows))
         history.validation.append(point)
         if point.prediction < history.best_prediction:
@@ -322,20 +348,18 @@ class Trainer:
         assert adapter.gate is not None
         objective = JointObjective(adapter, self.head, 0.0).eval()
         rows = []
-        for batch in self._dev(self.config.validation_rows):
-            state, target, share, example = self._tensors(batch)
+        for _, (state, target, share, example) in load_parts(self._dev(self.config.validation_rows), self.place.device):
             x, _, loss, _ = objective.row_losses(state, target, share, example)
             wanted = share > 0
             plain = head_cross_entropy(self.head, self.head.norm(state[wanted]), target[wanted])
             rows.append((x, -loss, -plain))
         return fit_gate(adapter.gate, rows)
 
-    def _agree(self, losses: np.ndarray) -> list[float]:
+    def _agree(self, losses: torch.Tensor) -> list[float]:
         """The leading process's figures, for all: a rounding difference must not stop some workers and not others."""
-        agreed = torch.from_numpy(losses).to(self.place.device)
         if self.place.world > 1:
-            torch.distributed.broadcast(agreed, src=0)
-        return agreed.tolist()
+            torch.distributed.broadcast(losses, src=0)
+        return losses.tolist()
 
     def _mean(self, losses: torch.Tensor) -> list[float]:
         """Over all processes; one that is no number makes all of them give up together."""
@@ -347,10 +371,6 @@ class Trainer:
         if self.place.world > 1:
             torch.distributed.barrier()
 
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        writable = np.require(array, requirements=["C", "W"])  # what lies in the object store is read-only
-        return torch.from_numpy(writable).to(self.place.device).float()
-
     # ── resume ──────────────────────────────────────────────────────────────
 
     @property
@@ -359,16 +379,22 @@ class Trainer:
 
     @cached_property
     def _log(self) -> PointLog:
-        return PointLog(self.run_dir / "points.jsonl")
+        return PointLog(self.run_dir / _POINTS)
 
     @property
     def _best(self) -> Path:
-        return self.run_dir / "best.safetensors"
+        return self.run_dir / _BEST
 
     def _save(self, adapter: PemaAdapter, strategy: Strategy, history: History, step: int) -> None:
         moments = strategy.optimizer_state()  # every process must ask
-        if not self.place.leads:
-            return
+        if self.place.leads:
+            self._write_checkpoint(adapter, moments, history, step)
+        best = {"best_step": history.best_step, "best_prediction": history.best_prediction}
+        self.on_saved({**asdict(history.validation[-1]), **best})
+
+    def _write_checkpoint(
+        self, adapter: PemaAdapter, moments: dict[str, torch.Tensor], history: History, step: int
+    ) -> None:
         for kind in _KINDS:
             points = getattr(history, kind)
             self._log.append({"kind": kind, **asdict(point)} for point in points[self._logged[kind] :])
@@ -385,7 +411,7 @@ class Trainer:
         except (RuntimeError, KeyError):
             raise UserError(
                 f"{self._checkpoint}: holds an adapter of another shape, from another version perhaps. "
-                "Delete it to start over."
+                "Start over with train.resume=false."
             ) from None
         history = described["history"]
         for point in points:

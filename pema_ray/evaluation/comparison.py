@@ -1,20 +1,21 @@
-"""PEMA beside its peers, typed, and as one Markdown table. Knows no model and no Ray."""
+"""PEMA beside its peers, typed, tested for significance, and as one Markdown table. Knows no model and no Ray."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import mean, stdev
+from typing import Any
 
 from pydantic import Field
 
 from pema_ray.evaluation.results import Result
+from pema_ray.evaluation.scores import Scorer
 
 
-class Peer(Result):
-    """One system on the test pairs."""
+class Measurement(Result):
+    """One system on the test pairs, trained with one seed."""
 
-    name: str
-    given: str
-    """What it must be given, beside prompts."""
+    seed: int
     nll: float | None = None
     """Nats per target token, EOS apart; none for what has no likelihood."""
     bleu: float
@@ -25,7 +26,50 @@ class Peer(Result):
     """Most memory held by the process that trained."""
     seconds_per_token: float | None = None
     """Of answers, with as many decoded together as `generate.batch_size`."""
+    line_bytes: int | None = None
+    """Representations that the PLM owner sends: for training and tuning, and for the answers."""
     note: str = ""
+    """What was chosen on the dev pairs."""
+
+
+class Significance(Result):
+    """A system's sBLEU against the reference system's, by paired bootstrap over the test pairs (Koehn, 2004)."""
+
+    bleu_low: float
+    bleu_high: float
+    """95 % interval of the system's own sBLEU."""
+    bleu_p: float | None = None
+    """Of no difference from the reference system; none for that one itself."""
+    chrf_p: float | None = None
+
+
+class Peer(Result):
+    """One system: a measurement for every seed."""
+
+    name: str
+    given: str
+    """What must be given to it, beside prompts."""
+    measurements: tuple[Measurement, ...] = Field(min_length=1)
+    significance: Significance | None = None
+    """Of the first seed."""
+
+    def mean(self, figure: str) -> float | None:
+        """Of a figure over the seeds."""
+        values = self._values(figure)
+        return mean(values) if values else None
+
+    def deviation(self, figure: str) -> float | None:
+        """Standard deviation of a figure over the seeds; none for a single one."""
+        values = self._values(figure)
+        return stdev(values) if len(values) > 1 else None
+
+    def _values(self, figure: str) -> list[float]:
+        return [value for m in self.measurements if (value := getattr(m, figure)) is not None]
+
+    @property
+    def bleu(self) -> float:
+        """The mean over the seeds."""
+        return mean(m.bleu for m in self.measurements)
 
 
 class Comparison(Result):
@@ -37,10 +81,46 @@ class Comparison(Result):
     test_pairs: int
     decoding: str
     bleu_signature: str
+    reference: str | None = None
+    """The system that the others are tested against."""
+    bootstrap_samples: int = 0
     peers: tuple[Peer, ...] = Field(min_length=1)
 
 
-_HEADER = ("system", "must be given", "NLL", "sBLEU", "chrF", "old style", "training", "peak memory", "a token")
+def significance(
+    scorer: Scorer, answers: Mapping[str, Sequence[str]], reference: str, samples: int
+) -> dict[str, Significance]:
+    """sacreBLEU's paired bootstrap of every system against one of them.
+
+    Args:
+        answers: one for each of the scorer's references, by system.
+        samples: draws of as many pairs as there are.
+    """
+    from sacrebleu.significance import PairedTest
+
+    systems: Any = [
+        (reference, list(answers[reference])),
+        *((n, list(a)) for n, a in answers.items() if n != reference),
+    ]
+    metrics = {"BLEU": scorer.bleu, "chrF": scorer.chrf}
+    test = PairedTest(systems, metrics, [scorer.references], test_type="bs", n_samples=samples)
+    _, scores = test()  # columns in the order of the metrics, under names of sacreBLEU's own
+    _, bleu_scores, chrf_scores = scores.values()
+    figures: Any = zip((name for name, _ in systems), bleu_scores, chrf_scores, strict=True)
+    found: dict[str, Significance] = {}
+    for name, bleu, chrf in figures:
+        half = bleu.ci or 0.0
+        p = bleu.p_value, chrf.p_value
+        if name != reference and list(answers[name]) == list(answers[reference]):
+            p = 1.0, 1.0  # sacreBLEU's smallest p, because no draw's difference exceeds none
+        found[name] = Significance(bleu_low=bleu.mean - half, bleu_high=bleu.mean + half, bleu_p=p[0], chrf_p=p[1])
+    return found
+
+
+_HEADER = (
+    "system", "must be given", "seeds", "NLL", "sBLEU", "95 %", "p", "chrF", "old style", "training", "peak memory",
+    "a token", "over the line",
+)  # fmt: skip
 
 
 def markdown(comparison: Comparison) -> str:
@@ -53,21 +133,45 @@ def markdown(comparison: Comparison) -> str:
         "|" + "---|" * len(_HEADER),
         *("| " + " | ".join(_cells(peer)) + " |" for peer in c.peers),
         "",
-        f"NLL in nats per target token. {c.bleu_signature}",
+        f"NLL in nats per target token. Means over the seeds ± standard deviation. {c.bleu_signature}",
     ]
-    notes = [f"- {peer.name}: {peer.note}" for peer in c.peers if peer.note]
+    if c.reference:
+        lines.append(
+            f"95 % and p: paired bootstrap of the first seed's answers, {c.bootstrap_samples:,} samples; p of no "
+            f"difference in sBLEU from {c.reference}."
+        )
+    notes = [f"- {peer.name}: {note}" for peer in c.peers if (note := peer.measurements[0].note)]
     return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
 
 
 def _cells(peer: Peer) -> Sequence[str]:
+    tested = peer.significance
     return (
         peer.name,
         peer.given,
-        "" if peer.nll is None else f"{peer.nll:.3f}",
-        f"{peer.bleu:.1f}",
-        f"{peer.chrf:.1f}",
-        "" if peer.archaic_share is None else f"{peer.archaic_share:.1%}",
-        "" if peer.train_seconds is None else f"{peer.train_seconds:,.0f} s",
-        "" if peer.peak_bytes is None else f"{peer.peak_bytes / 2**20:,.0f} MiB",
-        "" if peer.seconds_per_token is None else f"{1000 * peer.seconds_per_token:.1f} ms",
+        str(len(peer.measurements)),
+        _figure(peer, "nll", "{:.3f}"),
+        _figure(peer, "bleu", "{:.1f}"),
+        "" if tested is None else f"{tested.bleu_low:.1f} to {tested.bleu_high:.1f}",
+        "" if tested is None or tested.bleu_p is None else f"{tested.bleu_p:.3f}",
+        _figure(peer, "chrf", "{:.1f}"),
+        _figure(peer, "archaic_share", "{:.1f} %", 100),
+        _figure(peer, "train_seconds", "{:,.0f} s"),
+        _figure(peer, "peak_bytes", "{:,.0f} MiB", 2**-20),
+        _figure(peer, "seconds_per_token", "{:.1f} ms", 1000),
+        _figure(peer, "line_bytes", "{:,.1f} MiB", 2**-20),
     )
+
+
+_SPREAD = ("nll", "bleu", "chrf", "archaic_share")
+
+
+def _figure(peer: Peer, figure: str, form: str, factor: float = 1) -> str:
+    value, deviation = peer.mean(figure), peer.deviation(figure)
+    if value is None:
+        return ""
+    number, _, unit = form.partition(" ")
+    text = number.format(value * factor)
+    if deviation is not None and figure in _SPREAD:
+        text += f" ± {number.format(deviation * factor)}"
+    return f"{text} {unit}".rstrip()

@@ -29,11 +29,17 @@ class TokenLikelihood:
         return float(-mixed.mean())
 
 
+class Representations(Protocol):
+    """`[n, H]`; indexing gives float32."""
+
+    def __getitem__(self, index: np.ndarray, /) -> np.ndarray: ...
+
+
 class Block(Protocol):
     """Some rows of a memory: `key [n, H]`, `target [n]`, and which of them are asked about."""
 
     @property
-    def key(self) -> np.ndarray: ...
+    def key(self) -> Representations: ...
     @property
     def target(self) -> np.ndarray: ...
     @property

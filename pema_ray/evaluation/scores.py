@@ -30,18 +30,18 @@ class Scorer:
     """
 
     def __init__(self, references: Sequence[str], language: str = "en", archaic_pattern: str | None = None) -> None:
-        self._references = list(references)
-        self._bleu, self._chrf = BLEU(trg_lang=language), CHRF()
+        self.references = list(references)
+        self.bleu, self.chrf = BLEU(trg_lang=language), CHRF()
         self._pattern = re.compile(archaic_pattern) if archaic_pattern else None
 
     def score(self, answers: Sequence[str]) -> Scores:
         """Raises ValueError unless there is one answer per reference."""
-        if len(answers) != len(self._references):
-            raise ValueError(f"{len(answers)} answers for {len(self._references)} references")
+        if len(answers) != len(self.references):
+            raise ValueError(f"{len(answers)} answers for {len(self.references)} references")
         count = self.archaic_count(answers)
         return Scores(
-            bleu=self._bleu.corpus_score(answers, [self._references]).score,
-            chrf=self._chrf.corpus_score(answers, [self._references]).score,
+            bleu=self.bleu.corpus_score(answers, [self.references]).score,
+            chrf=self.chrf.corpus_score(answers, [self.references]).score,
             archaic_count=count,
             archaic_share=None if count is None else count / len(answers),
             mean_words=sum(len(answer.split()) for answer in answers) / len(answers),
@@ -53,4 +53,4 @@ class Scorer:
     @property
     def signatures(self) -> tuple[str, str]:
         """sacreBLEU's signatures of BLEU and chrF; known after the first `score`."""
-        return str(self._bleu.get_signature()), str(self._chrf.get_signature())
+        return str(self.bleu.get_signature()), str(self.chrf.get_signature())

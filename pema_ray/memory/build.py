@@ -24,6 +24,7 @@ from pema_ray.memory.rows import Extractor
 from pema_ray.memory.shard_worker import ShardWorker, tokenise
 from pema_ray.memory.specification import MemoryBuild
 from pema_ray.memory.waits import OnWait, showing
+from pema_ray.placement import for_tasks, matching_resource, ray_options
 
 Factory = Callable[[], Extractor]
 _ARRIVAL_SECONDS = 60.0  # network disks show a new file after a while
@@ -48,7 +49,7 @@ def run_builds(
 ) -> list[Manifest]:
     """Compute what is missing of every memory, with one set of actors, and write the manifests.
 
-    Ray must be running if anything is missing. The builds share their settings and their PLM.
+    Ray must be running if anything is missing. The builds share their settings, their PLM and their placement.
 
     Args:
         factory: makes the PLM's client inside an actor, a `PLMClient` for the generated context; must be picklable.
@@ -161,19 +162,20 @@ def _dataset(builds: Sequence[MemoryBuild], todo: Sequence[tuple[int, int]], fac
     import ray
     import ray.data
 
-    config = builds[0].config
+    config, placement = builds[0].config, builds[0].placement
     for build in builds:
         _ = build.weights  # counted here, not in every actor
     data = number_rows(todo)
     actors = min(config.actors, len(todo))
     most = max(actors, min(config.max_actors or 0, len(todo)))
-    spare = ray.cluster_resources().get("CPU", 0) - most * config.cpus_per_actor
+    spare = matching_resource(for_tasks(placement), "CPU") - most * config.cpus_per_actor
     if spare >= 1 and not all(build.examples.at_hand for build in builds):  # else actors tokenise: tasks would starve
         data = data.map_batches(
             tokenise,
             batch_size=1,
             fn_kwargs={"builds": [replace(build) for build in builds]},  # without weights
             num_cpus=1,
+            **ray_options(for_tasks(placement)),
             # Never reached; that it is not the size of the actor pool keeps Ray Data from fusing the two.
             compute=ray.data.TaskPoolStrategy(size=most + int(spare)),
         )
@@ -191,4 +193,5 @@ def _dataset(builds: Sequence[MemoryBuild], todo: Sequence[tuple[int, int]], fac
         compute=pool,
         num_cpus=config.cpus_per_actor,
         num_gpus=config.gpus_per_actor or None,
+        **ray_options(placement),
     )

@@ -59,22 +59,20 @@ class Keys:
 
     def __getitem__(self, index: np.ndarray | slice) -> np.ndarray:
         """Rows as float32 `[n, H]`."""
+        rows = self.take(index)
+        return rows.data if self.dtype == "float32" else decode(*rows.tensors(), self.dtype).numpy()
+
+    def take(self, index: np.ndarray | slice) -> Keys:
+        """The same rows, still encoded."""
         if isinstance(index, np.ndarray) and index.dtype != bool and self.data.flags.c_contiguous:
             rows = self.data.take(index.astype(np.intp, copy=False), 0)  # faster than indexing
         else:
             rows = self.data[index]
-        if self.dtype == "bfloat16":
-            return (rows.astype(np.uint32) << 16).view(np.float32)
-        if self.scale is not None:
-            return rows.astype(np.float32) * self.scale[index][:, None]
-        if self.dtype == "float16" and rows.flags.writeable:  # of others torch warns
-            # By the processor's own conversion, which numpy has not.
-            return torch.from_numpy(np.ascontiguousarray(rows)).float().numpy()
-        return rows.astype(np.float32, copy=False)
+        return Keys(self.dtype, rows, None if self.scale is None else self.scale[index])
 
-    def take(self, index: np.ndarray | slice) -> Keys:
-        """The same rows, still encoded."""
-        return Keys(self.dtype, self.data[index], None if self.scale is None else self.scale[index])
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`data` and `scale` as tensors, for `decode`; memory is shared unless it is read-only."""
+        return _tensor(self.data), None if self.scale is None else _tensor(self.scale)
 
     @classmethod
     def concatenate(cls, parts: Sequence[Keys]) -> Keys:
@@ -83,6 +81,17 @@ class Keys:
             raise ValueError(f"keys of several formats: {', '.join(sorted({part.dtype for part in parts}))}")
         scales = [part.scale for part in parts if part.scale is not None]
         return cls(dtype, np.concatenate([part.data for part in parts]), np.concatenate(scales) if scales else None)
+
+
+def decode(data_NH: torch.Tensor, scale_N: torch.Tensor | None, dtype: KeyDtype) -> torch.Tensor:
+    """Stored representations as float32 `[N, H]`, on the device where they lie."""
+    if dtype == "bfloat16":
+        return data_NH.view(torch.bfloat16).float()
+    return data_NH.float() if scale_N is None else data_NH.float() * scale_N[:, None]
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))  # torch warns of read-only memory
 
 
 def encode(exact_NH: np.ndarray, dtype: KeyDtype) -> Keys:

@@ -9,6 +9,7 @@ import numpy as np
 
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import ModelCard
+from pema_ray.memory.codec import Keys
 from pema_ray.memory.manifest import Manifest, ShardInfo
 from pema_ray.memory.shards import MemoryRows, read_shard, weights_of
 
@@ -147,6 +148,8 @@ class RowsView:
 
     def __init__(self, parts: Sequence[MemoryRows]) -> None:
         self._keys = [part.key for part in parts]
+        if len({key.dtype for key in self._keys}) > 1:
+            raise ValueError("shards of several number formats")
         self._ends = np.cumsum([len(part) for part in parts])
         self.target = np.concatenate([part.target for part in parts])
         self.weight = weights_of(parts)
@@ -171,11 +174,19 @@ class RowsView:
         return self
 
     def __getitem__(self, index: np.ndarray | slice) -> np.ndarray:
+        return self.take(index)[:]
+
+    def take(self, index: np.ndarray | slice) -> Keys:
+        """The rows' keys, still encoded."""
         rows = np.arange(*index.indices(len(self))) if isinstance(index, slice) else np.asarray(index)
         shard = np.searchsorted(self._ends, rows, side="right")
-        found = np.empty((len(rows), self._keys[0].shape[1]), np.float32)
+        first = self._keys[0]
+        data = np.empty((len(rows), first.shape[1]), first.data.dtype)
+        scale = None if first.scale is None else np.empty(len(rows), first.scale.dtype)
         for number in np.unique(shard):
             chosen = shard == number
-            begin = self._ends[number] - len(self._keys[number])
-            found[chosen] = self._keys[number][rows[chosen] - begin]
-        return found
+            part = self._keys[number].take(rows[chosen] - (self._ends[number] - len(self._keys[number])))
+            data[chosen] = part.data
+            if scale is not None and part.scale is not None:
+                scale[chosen] = part.scale
+        return Keys(first.dtype, data, scale)

@@ -23,6 +23,7 @@ from pema_ray.files import atomic_file
 from pema_ray.memory.manifest import MANIFEST, Manifest, ShardInfo
 from pema_ray.memory.plan import Rejected
 from pema_ray.memory.specification import MemoryBuild, shard_name
+from pema_ray.placement import for_tasks, ray_options
 from pema_ray.tasks.sources import name_of_example
 
 _PLAN = "plan.json"
@@ -211,7 +212,7 @@ def _counted_shards(build: MemoryBuild) -> Iterator[dict[str, Any]]:
         yield from (count_shard(build, number) for number in range(build.shards))
         return
     counts = number_rows([(0, number) for number in range(build.shards)]).map_batches(
-        _count_batch, batch_size=1, fn_kwargs={"build": build}, num_cpus=1
+        _count_batch, batch_size=1, fn_kwargs={"build": build}, num_cpus=1, **ray_options(for_tasks(build.placement))
     )
     counts.context.execution_options.preserve_order = True
     yield from counts.iter_rows()

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from pema_ray.config import BuildMemoryConfig
+from pema_ray.config import BuildMemoryConfig, PlacementConfig
 from pema_ray.line import ModelCard
 from pema_ray.memory.examples import Examples
 from pema_ray.memory.plan import Context, Rejected, ShardPlan, Weights, count_duplicates, sort_out
+from pema_ray.placement import ANYWHERE
 from pema_ray.tasks import EncodedPair
 
 _SCHEME = 2  # of cutting examples into shards: another one is another plan
@@ -37,6 +38,8 @@ class MemoryBuild:
     """Each example ends with a row of EOS; off where examples are pieces of one text."""
     end_token: int | None = None
     """What that row predicts; by default the PLM's first EOS."""
+    placement: PlacementConfig = ANYWHERE
+    """On which nodes actors and tasks run."""
 
     @property
     def context(self) -> Context:

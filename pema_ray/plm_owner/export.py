@@ -17,6 +17,7 @@ from pema_ray.line import LMHead, LMHeadBundle, ModelCard
 from pema_ray.line.lm_head import HeadSpec, fingerprint_of
 from pema_ray.plm_owner.load import LoadedPLM
 from pema_ray.plm_owner.proof import prove
+from pema_ray.plm_owner.quantization import is_floating_point
 from pema_ray.plm_owner.states import find_final_norm
 
 _PROBE_TEXT = "In 1999, she said: 'Ça va?' — don't RE-tokenise  double  spaces;\n\tЯ 日本 ½."
@@ -26,16 +27,23 @@ def export_lm_head(plm: LoadedPLM) -> LMHeadBundle:
     """The LM-head bundle of a loaded PLM, its tensors copied to the CPU.
 
     Raises:
-        UserError: the model has no norm or head that a bundle can express, or fails its proof.
+        UserError: the model has no norm or head that a bundle can express, its head is quantised, or its proof fails.
     """
     norm, head = find_final_norm(plm), plm.model.get_output_embeddings()
     if head is None:
         raise UserError(f"{plm.name}: {type(plm.model).__name__} has no LM head.")
+    if not is_floating_point(getattr(head, "weight", None)):
+        raise UserError(
+            f"{plm.name}: its LM head is quantised ({type(head).__name__}), the data owner needs it in floating point. "
+            "Take a checkpoint whose lm_head is not, or skip it in plm.quantization (bitsandbytes: "
+            "llm_int8_skip_modules: [lm_head])."
+        )
     spec, tensors = _describe_norm(plm, norm)
     tensors["weight"] = head.weight
     tensors["bias"] = getattr(head, "bias", None)
     kept = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items() if t is not None}
     lm_head = LMHead(spec, kept)
+    sample = _sample(plm)  # before the first pass: some quantised layers pack their codes anew in it
     prove(plm, lm_head)
     files = _tokenizer_files(plm)
     description = {
@@ -47,7 +55,7 @@ def export_lm_head(plm: LoadedPLM) -> LMHeadBundle:
     }
     card = ModelCard(
         name=plm.name,
-        fingerprint=fingerprint_of(description, tensors.get("norm_weight"), head.weight, _sample(plm.model)),
+        fingerprint=fingerprint_of(description, tensors.get("norm_weight"), head.weight, sample),
         hidden_size=lm_head.hidden_size,
         vocab_size=lm_head.vocab_size,
         max_positions=plm.max_positions,
@@ -56,12 +64,15 @@ def export_lm_head(plm: LoadedPLM) -> LMHeadBundle:
     return LMHeadBundle(card, lm_head, files)
 
 
-def _sample(model: nn.Module) -> torch.Tensor:
-    """A few numbers of every parameter: a PLM that was fine-tuned under the same head gets another fingerprint."""
+def _sample(plm: LoadedPLM) -> torch.Tensor:
+    """A few numbers of every parameter: a PLM that was fine-tuned under the same head gets another fingerprint.
+
+    Of a quantised one also of every buffer, where some methods keep their codes and scales.
+    """
     samples = []
-    for parameter in model.parameters():
-        if parameter.device.type != "meta":  # offloaded to disk by accelerate
-            flat = parameter.detach().reshape(-1)
+    for tensor in (*plm.model.parameters(), *(plm.model.buffers() if plm.is_quantized else ())):
+        if tensor.device.type != "meta":  # offloaded to disk by accelerate
+            flat = tensor.detach().reshape(-1)
             samples.append(flat[:: max(1, len(flat) // 64)][:64].to("cpu", torch.bfloat16))
     return torch.cat(samples)
 

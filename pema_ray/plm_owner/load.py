@@ -18,6 +18,12 @@ from pema_ray.hardware import pick_device, pick_dtype, set_threads
 from pema_ray.line.lm_head import TRANSFORMERS_LOCK
 from pema_ray.plm_owner.checkpoint import read_model
 from pema_ray.plm_owner.gguf import converted
+from pema_ray.plm_owner.quantization import (
+    applies_to_quantized,
+    is_quantized,
+    quantization_config,
+    stores_quantized,
+)
 
 _PACKAGE = "package:"
 _HUB_SECONDS = 5  # to wait for the hub's answer whether a model is there
@@ -44,6 +50,11 @@ class LoadedPLM:
         """Where token ids go in (with `device_map`, the embedding's device)."""
         return self.model.get_input_embeddings().weight.device
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether weights are quantised; the LM head is not (`export.py` sees to it)."""
+        return is_quantized(self.model)
+
     @cached_property
     def max_positions(self) -> int:
         config = self.model.config.get_text_config()
@@ -65,7 +76,8 @@ def load_plm(config: PLMConfig) -> LoadedPLM:
     """Load a PLM for inference; device and dtype as `pema_ray.hardware` picks them.
 
     Raises:
-        UserError: the model cannot be found, is no causal LM, or its checkpoint is incomplete.
+        UserError: the model cannot be found, is no causal LM, its checkpoint is incomplete, or it cannot be loaded with
+            the attention kernel, quantisation, revision or device map that were chosen.
     """
     with TRANSFORMERS_LOCK:
         return _load(config)
@@ -79,29 +91,79 @@ def _load(config: PLMConfig) -> LoadedPLM:
     set_threads(config.threads)
     assert config.name is not None  # a PLM of one's own, as PLMConfig checks
     where, gguf = locate(config.name)
+    _check_revision(config, where, gguf)
     device = pick_device(config.device)
-    options: dict[str, Any] = {"dtype": pick_dtype(config.dtype, device)}
-    if config.trust_remote_code:
-        options["trust_remote_code"] = True
-    if config.device_map:
-        options["device_map"] = config.device_map
     try:
-        readable = where if Path(where).is_dir() else _ask_hub(where)
+        readable = where if Path(where).is_dir() else _ask_hub(where, config.revision)
         if gguf:
             readable = str(converted(Path(where) / gguf))
-        tokenizer = AutoTokenizer.from_pretrained(readable, trust_remote_code=config.trust_remote_code)
-        model = read_model(config.name, readable, **options)
+        # A folder of the hub's local cache is that of the revision already.
+        source = {} if config.revision is None or Path(readable).is_dir() else {"revision": config.revision}
+        tokenizer = AutoTokenizer.from_pretrained(readable, trust_remote_code=config.trust_remote_code, **source)
+        options = _options(config, device, stores_quantized(readable, **source))
+        model = read_model(config.name, readable, **options, **source)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"plm.name={config.name}: cannot be loaded as a causal LM: {reason}") from error
+        raise UserError(
+            f"plm.name={config.name}: cannot be loaded as a causal LM{_chosen(config)}: {reason}"
+        ) from error
+    _check_loaded(config, model)
+    if "device_map" not in options and not is_quantized(model):  # a quantised model is where transformers put it
+        model = model.to(device)
+    name = Path(gguf).stem if gguf else Path(where).name if Path(where).exists() else where
+    return LoadedPLM(name, model.eval().requires_grad_(False), tokenizer)
+
+
+def _check_revision(config: PLMConfig, where: str, gguf: str | None) -> None:
+    if config.revision is None or not Path(where).is_dir():
+        return
+    kind = "an installed package" if str(config.name).startswith(_PACKAGE) else "a GGUF file" if gguf else "a folder"
+    raise UserError(
+        f"plm.revision={config.revision}: {config.name} is {kind}; only models of the hub have revisions. "
+        "Leave plm.revision out."
+    )
+
+
+def _check_loaded(config: PLMConfig, model: Any) -> None:
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UserError(
             f"plm.device_map={config.device_map}: {config.name} does not fit the devices of one actor, and weights "
             "left on disk or in RAM are not supported. Give the actor more GPUs, or choose plm.dtype=bfloat16."
         )
-    model = model if config.device_map else model.to(device)
-    name = Path(gguf).stem if gguf else Path(where).name if Path(where).exists() else where
-    return LoadedPLM(name, model.eval().requires_grad_(False), tokenizer)
+    if "flash" in (config.attn_implementation or "") and model.dtype == torch.float32:
+        raise UserError(
+            f"plm.attn_implementation={config.attn_implementation}: computes in 16 bits only. Set plm.dtype=bfloat16, "
+            "or take sdpa."
+        )
+
+
+def _options(config: PLMConfig, device: torch.device, stored: bool) -> dict[str, Any]:
+    """What `from_pretrained` takes beside the model's name.
+
+    Args:
+        stored: the checkpoint is quantised already.
+    """
+    options: dict[str, Any] = {"dtype": pick_dtype(config.dtype, device)}
+    if config.trust_remote_code:
+        options["trust_remote_code"] = True
+    if config.device_map:
+        options["device_map"] = config.device_map
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    if config.quantization:
+        options["quantization_config"] = chosen = quantization_config(config.quantization)
+        if stored and not applies_to_quantized(chosen):
+            raise UserError(f"plm.quantization: {config.name} is quantised already. Leave plm.quantization out.")
+    if (stored or config.quantization) and not config.device_map:  # some methods compute where they load
+        options["device_map"] = {"": (device.index or 0) if device.type == "cuda" else str(device)}
+    return options
+
+
+def _chosen(config: PLMConfig) -> str:
+    """The settings that may be why a model cannot be loaded, as the message names them."""
+    names = ("revision", "attn_implementation", "quantization", "device_map")
+    chosen = [f"plm.{name}={getattr(config, name)}" for name in names if getattr(config, name)]
+    return f" with {' and '.join(chosen)}" if chosen else ""
 
 
 def locate(name: str) -> tuple[str, str | None]:
@@ -136,21 +198,27 @@ def locate(name: str) -> tuple[str, str | None]:
     return name, None
 
 
-def _ask_hub(name: str) -> str:
+def _ask_hub(name: str, revision: str | None = None) -> str:
     """The name of a model that the hub has, or its folder in the hub's local cache where the hub does not serve it.
 
     One request, because transformers repeats each of its own for most of a minute where the network is down.
 
     Raises:
-        UserError: it is in neither.
+        UserError: it, or its revision, is in neither.
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        HTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     cached = None
     try:
-        cached = try_to_load_from_cache(name, "config.json")
-        HfApi().model_info(name, timeout=_HUB_SECONDS)
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+        HfApi().model_info(name, revision=revision, timeout=_HUB_SECONDS)
         return name
     except HFValidationError:
         reason = "no such folder, and no name of a hub model"
@@ -158,6 +226,8 @@ def _ask_hub(name: str) -> str:
         reason = "the hub asks for a login: accept the model's terms on its page, then run `hf auth login`"
     except RepositoryNotFoundError:
         reason = "no such folder, and no such model on the hub (a private one needs `hf auth login`)"
+    except RevisionNotFoundError:
+        reason = f"the hub has it, but no plm.revision={revision}: take one of its branches, tags or commits"
     except (HTTPError, OSError):
         reason = "no such folder, not in the hub's local cache, and the hub does not answer: check the name"
     if isinstance(cached, str):

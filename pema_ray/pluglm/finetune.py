@@ -43,11 +43,15 @@ from pema_ray.pluglm.tasks.reading import Example
 from pema_ray.pluglm.training import MemoryAccess, Tell
 from pema_ray.progress import console, track
 from pema_ray.stage_run import chosen_settings
+from pema_ray.training.checkpoint import CHECKPOINT
+from pema_ray.training.ray_checkpoint import reporting_checkpoints
 from pema_ray.training.ray_loop import reporting, run_workers, worker_place
 
 _OWN = ("memory", "model")  # folders that other settings would make otherwise
 # Settings that change how fast a run goes, not what it makes.
-_INCIDENTAL = {"resume", "max_failures", "trackers", "min_workers", "cpus_per_worker", "gpus_per_worker"}
+_INCIDENTAL = {
+    "resume", "max_failures", "trackers", "min_workers", "cpus_per_worker", "gpus_per_worker", "storage_path",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         shards = start_shards(run_dir / "memory", m.shards, m.cpus_per_shard) if first and m.shards else []
         with track("fine-tuning", c.epochs) as bar:
             job = _Job(config, run_dir, shards, first)
-            result = run_workers(_work, job, run_dir, c, _showing(bar))
+            result = run_workers(_work, job, run_dir, c, _showing(bar)).returned
     if first:
         _make_current(run_dir / "memory", result["memory_version"])
     scores = evaluate(config, run_dir)
@@ -135,10 +139,13 @@ def _work(job: _Job) -> dict[str, Any]:
     validation = Examples.of(task, task.read(Path(config.data.validation)), tokenizer, c.max_tokens)
     memory = _access(job) if job.first_version else None
     model = new_task_model(config, task, memory_fingerprint=_fingerprint(job))
-    with reporting(run_dir, place, c, run_dir.name, c.model_dump(mode="json")) as tell:
+    with (
+        reporting(run_dir, place, c, run_dir.name, c.model_dump(mode="json")) as tell,
+        reporting_checkpoints(run_dir, place, ("model", CHECKPOINT)) as on_saved,
+    ):
         loop = Finetuner(
             model.to(place.device), tokenizer, task, c, train, validation, memory, run_dir, config.seed, place, tell,
-            lambda model: save_model(model, tokenizer, run_dir / "model"),
+            lambda model: save_model(model, tokenizer, run_dir / "model"), on_saved,
         )  # fmt: skip
         loop.run()
     return {"memory_version": loop.best_version, "history": loop.history, "best": loop.best}

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ from pema_ray.pluglm.training import MemoryAccess, Tell
 from pema_ray.training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from pema_ray.training.schedules import learning_rate
 from pema_ray.training.strategies import Place, Strategy, make_strategy
+
+if TYPE_CHECKING:
+    from pema_ray.training.ray_checkpoint import Saved
 
 logger = logging.getLogger(__name__)
 _MODEL, _OPTIMIZER = "model", "optimizer"
@@ -79,6 +82,7 @@ class Finetuner:
     Args:
         memory: none: the model goes without.
         keep: writes the model away; the leading process asks when an epoch was the best so far.
+        on_saved: called by every process with an epoch's scores, once its checkpoint is saved.
     """
 
     def __init__(
@@ -95,10 +99,12 @@ class Finetuner:
         place: Place | None = None,
         tell: Tell = lambda kind, point: None,
         keep: Callable[[Any], None] = lambda model: None,
+        on_saved: Saved = lambda metrics: None,
     ) -> None:
         self.model, self.tokenizer, self.task, self.settings = model, tokenizer, task, settings
         self.train, self.validation, self.memory = train, validation, memory
         self.run_dir, self.seed, self.place, self.tell, self.keep = run_dir, seed, place or Place(), tell, keep
+        self.on_saved = on_saved
         self.version = memory.first if memory else 0
         self.best_version, self.history = self.version, []
         self._strategy: Strategy
@@ -152,8 +158,9 @@ class Finetuner:
                     "history": self.history,
                 }  # fmt: skip
                 save_checkpoint(checkpoint, {_MODEL: self.model.state_dict(), _OPTIMIZER: moments}, described)
-                if self.memory is not None:  # only now: a run that dies before goes on with an older version
-                    self.memory.prune([self.version, self.best_version])
+            self.on_saved(self.history[-1])
+            if self.place.leads and self.memory is not None:  # only now: a run that dies before needs an older version
+                self.memory.prune([self.version, self.best_version])
 
     @torch.no_grad()
     def predict(

@@ -37,12 +37,15 @@ from pema_ray.pluglm.text import Sequences, content_hash, prepare_sequences
 from pema_ray.pluglm.training import MemoryAccess, PretrainLoop, Tell
 from pema_ray.progress import console, track
 from pema_ray.stage_run import chosen_settings
+from pema_ray.training.checkpoint import CHECKPOINT
+from pema_ray.training.ray_checkpoint import reporting_checkpoints
 from pema_ray.training.ray_loop import reporting, run_workers, worker_place
 
 _OWN = ("start", "memory", "model")  # folders that other settings would make otherwise
 # Settings that change how fast a run goes, not what it makes.
 _INCIDENTAL = {
     "resume", "max_failures", "trackers", "min_workers", "cpus_per_worker", "gpus_per_worker", "checkpoint_every",
+    "storage_path",
 }  # fmt: skip
 
 
@@ -79,7 +82,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         first = _memory(run_dir / "memory", config, DocumentEncoder(model, tokenizer, run_dir.name))
         shards = start_shards(run_dir / "memory", m.shards, m.cpus_per_shard)
         with track("pre-training", c.steps) as bar:
-            result = run_workers(_work, _Job(config, run_dir, shards, first), run_dir, c, _showing(bar, c.batch_size))
+            job = _Job(config, run_dir, shards, first)
+            result = run_workers(_work, job, run_dir, c, _showing(bar, c.batch_size)).returned
     metrics = {"stamp": stamp, **result, "summary": _summary(result)}
     run_folder.finish(run_dir, metrics)
     console.print(f"[bold]pretrain[/] {metrics['summary']}")
@@ -93,10 +97,14 @@ def _work(job: _Job) -> dict[str, Any]:
     model, tokenizer = load_pluglm(run_dir / "start")
     validation = None if config.validation is None else Sequences.open(run_dir / "validation")
     name = run_dir.name
-    with reporting(run_dir, place, config.train, name, config.train.model_dump(mode="json")) as tell:
+    settings = config.train.model_dump(mode="json")
+    with (
+        reporting(run_dir, place, config.train, name, settings) as tell,
+        reporting_checkpoints(run_dir, place, (CHECKPOINT,)) as on_saved,
+    ):
         loop = PretrainLoop(
             model.to(place.device), tokenizer, config.train, Sequences.open(run_dir / "sequences"), validation,
-            _access(job), run_dir, config.seed, place, tell, name,
+            _access(job), run_dir, config.seed, place, tell, name, on_saved,
         )  # fmt: skip
         version = loop.run()
     if place.leads:

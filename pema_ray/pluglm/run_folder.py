@@ -18,6 +18,7 @@ from typing import Any
 from pema_ray.files import atomic_file
 from pema_ray.progress import console
 from pema_ray.training.checkpoint import CHECKPOINT
+from pema_ray.training.ray_checkpoint import RAY_TRAIN
 
 _STAMP, _METRICS = "stamp", "metrics.json"
 
@@ -28,11 +29,11 @@ def stamp_of(*settings: Any) -> str:
 
 
 def begin(run_dir: Path, stamp: str, keep: bool, folders: Sequence[str]) -> None:
-    """Set aside the folders and the checkpoint that other settings have left in `run_dir`, or any (`keep` false)."""
+    """Set aside the folders and checkpoints that other settings have left in `run_dir`, or any (`keep` false)."""
     path = run_dir / _STAMP
     run_dir.mkdir(parents=True, exist_ok=True)
     if not keep or not path.exists() or path.read_text() != stamp:
-        left = [run_dir / name for name in (*folders, CHECKPOINT, _METRICS) if (run_dir / name).exists()]
+        left = [run_dir / name for name in (*folders, CHECKPOINT, RAY_TRAIN, _METRICS) if (run_dir / name).exists()]
         if left:
             numbers = (run_dir / f"before-{number}" for number in itertools.count(1))
             aside = next(folder for folder in numbers if not folder.exists())

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ from pema_ray.pluglm.text import Sequences
 from pema_ray.training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from pema_ray.training.schedules import learning_rate
 from pema_ray.training.strategies import Place, Strategy, make_strategy
+
+if TYPE_CHECKING:
+    from pema_ray.training.ray_checkpoint import Saved
 
 logger = logging.getLogger(__name__)
 Tell = Callable[[str, Mapping[str, Any]], None]
@@ -67,12 +70,13 @@ class PretrainLoop:
         place: Place | None = None,
         tell: Tell = lambda kind, point: None,
         name: str = "pluglm",
+        on_saved: Saved = lambda metrics: None,
     ) -> None:
         if len(train) < settings.batch_size:
             raise UserError(f"train.batch_size={settings.batch_size}: there are only {len(train)} training sequences.")
         self.model, self.tokenizer, self.settings, self.name = model, tokenizer, settings, name
         self.train, self.validation, self.memory = train, validation, memory
-        self.run_dir, self.seed, self.place, self.tell = run_dir, seed, place or Place(), tell
+        self.run_dir, self.seed, self.place, self.tell, self.on_saved = run_dir, seed, place or Place(), tell, on_saved
         self.version = memory.first
         self.history: list[dict[str, Any]] = []
         self._masker = Masker.of(tokenizer, settings.mask_share, seed, settings.masking == "dynamic")
@@ -275,11 +279,13 @@ class PretrainLoop:
 
     def _save(self, step: int) -> None:
         moments = self._strategy.optimizer_state()  # every process must ask
-        if not self.place.leads:
-            return
-        described = {"step": step, "memory_version": self.version, "history": self.history}
-        save_checkpoint(self.checkpoint, {_MODEL: self.model.state_dict(), _OPTIMIZER: moments}, described)
-        self.memory.prune([self.version])
+        if self.place.leads:
+            described = {"step": step, "memory_version": self.version, "history": self.history}
+            save_checkpoint(self.checkpoint, {_MODEL: self.model.state_dict(), _OPTIMIZER: moments}, described)
+        validated = {"validation_loss": self.history[-1]["loss"]} if self.history else {}
+        self.on_saved({"step": step, "memory_version": self.version, **validated})
+        if self.place.leads:
+            self.memory.prune([self.version])
 
     def _restore(self) -> int:
         groups, described = load_checkpoint(self.checkpoint)

@@ -10,7 +10,7 @@ from typing import Any
 from pema_ray.cluster import ray_cluster
 from pema_ray.config import ExperimentConfig, GenerateConfig, PLMConfig
 from pema_ray.data_owner.decoding.offline import GenerationJob, SystemAnswer, generate
-from pema_ray.data_owner.decoding.predictor import PredictorSpec
+from pema_ray.data_owner.decoding.predictor import PredictorSource, PredictorSpec
 from pema_ray.data_owner.decoding.request import Token
 from pema_ray.data_owner.decoding.request_builder import RequestBuilder
 from pema_ray.files import atomic_file
@@ -30,12 +30,17 @@ def make_job(
     pairs: Sequence[Pair],
     prompter: Prompter,
     options: GenerateConfig,
-    predictor: PredictorSpec | None,
+    predictor: PredictorSource | None,
+    explain: bool = True,
 ) -> GenerationJob:
-    """Prompts and limits of one system. A prompt that leaves no room for an answer is refused."""
+    """Prompts and limits of one system. A prompt that leaves no room for an answer is refused.
+
+    Args:
+        explain: keep with every token which distribution chose it, as `to_row` needs.
+    """
     adapter = None if predictor is None else _ADAPTER
     builder = RequestBuilder(prompter, options, adapter, run.bundle.card.max_positions, run.config.seed)
-    requests = [builder.build(pair.source, pair.example_id, pair.target, explain=True) for pair in pairs]
+    requests = [builder.build(pair.source, pair.example_id, pair.target, explain=explain) for pair in pairs]
     return GenerationJob(system, [pair.example_id for pair in pairs], requests, predictor)
 
 
@@ -64,7 +69,7 @@ def run_jobs(
     )
     answers: dict[str, dict[int, SystemAnswer]] = {job.system: {} for job in jobs}
     with (
-        ray_cluster(config.ray, options.cpus_per_actor, options.gpus_per_actor, readers=1),
+        ray_cluster(config.ray, options.cpus_per_actor, options.gpus_per_actor, readers=1, placement=config.placement),
         track(title, sum(len(job.requests) for job in jobs), "answers") as bar,
     ):
         for batch in generate(
@@ -78,6 +83,7 @@ def run_jobs(
             config.plm.device,
             share_sessions=not (plm or config.plm).is_own,
             threads=(plm or config.plm).threads,
+            placement=config.placement,
         ):
             for answer in batch:
                 answers[answer.system][answer.key] = answer

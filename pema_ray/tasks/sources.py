@@ -81,7 +81,7 @@ def _bible_pairs(task: Task) -> dict[str, list[Pair]]:
     assert books is not None
     bible.check_books((*books.dev, *books.test))
     pairs: dict[str, list[Pair]] = {split: [] for split in SPLITS}
-    for number, book, source, target in bible.verses():
+    for number, book, source, target in bible.verses(books.source, books.target):
         pairs[bible.split_of(book, books.dev, books.test)].append(Pair(number, source, target))
     return pairs
 

@@ -20,8 +20,11 @@ class Columns(Section):
 
 
 class BookSplit(Section):
-    """The packaged Bible, divided by book, so that test text is never seen in training."""
+    """Two packaged translations of the Bible, divided by book, so that test text is never seen in training."""
 
+    source: str = "kjv"
+    """The package `pythonbible-<source>`."""
+    target: str = "web"
     dev: tuple[str, ...]
     test: tuple[str, ...]
 

@@ -17,6 +17,7 @@ from pema_ray.files import atomic_file
 
 CHECKPOINT = "checkpoint.safetensors"
 """The file's name in a run's folder; `ray_loop.run_workers` removes it when a run is not to be resumed."""
+_REMEDY = "training then resumes from Ray Train's copy, or starts over where there is none."
 
 Groups = dict[str, dict[str, torch.Tensor]]
 
@@ -56,7 +57,7 @@ def load_checkpoint(path: Path) -> tuple[Groups, dict[str, Any]]:
                 group, _, rest = name.partition(".")
                 groups.setdefault(group, {})[rest] = file.get_tensor(name)
     except (SafetensorError, ValueError) as error:
-        raise UserError(f"{path}: damaged checkpoint: {error}. Delete it to start over.") from None
+        raise UserError(f"{path}: damaged checkpoint: {error}. Delete it: {_REMEDY}") from None
     return groups, described
 
 
@@ -101,9 +102,9 @@ class PointLog:
                 lines = file.read(size)
             points = [json.loads(line) for line in lines.splitlines()]
         except (OSError, ValueError) as error:
-            raise UserError(f"{self._path}: damaged: {error}. Delete the checkpoint beside it to start over.") from None
+            raise UserError(f"{self._path}: damaged: {error}. Delete the checkpoint beside it: {_REMEDY}") from None
         if len(lines) < size:
-            raise UserError(f"{self._path}: ends too early. Delete the checkpoint beside it to start over.")
+            raise UserError(f"{self._path}: ends too early. Delete the checkpoint beside it: {_REMEDY}")
         self.size = size
         return points
 

@@ -57,5 +57,5 @@ def by_name(
 def foreign(key: str) -> UserError:
     return UserError(
         f"The checkpoint's optimiser state '{key}' is of another model or optimiser. "
-        "Delete the checkpoint to start over."
+        "Start over with train.resume=false."
     )

@@ -1,7 +1,8 @@
 """Runs training processes under Ray Train: restarts, refusals, the same failure again, curves. Knows no model.
 
 A run's folder is seen by all workers. In it: `progress.jsonl` (points as they happen), `refusal.txt` (a worker's words
-to the user), `failure-<rank>.json` (what it failed with last), `ray_train/`, and the trackers' own.
+to the user), `failure-<rank>.json` (what it failed with last), `ray_train/` (Ray Train's copies of checkpoints, unless
+`storage_path` says otherwise), and the trackers' own.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
-from pema_ray.config import TrainingConfig
+from pema_ray.config import PlacementConfig, TrainingConfig
 from pema_ray.errors import UserError
 from pema_ray.files import atomic_file
 from pema_ray.hardware import set_threads
+from pema_ray.placement import ANYWHERE, ray_options
 from pema_ray.training.checkpoint import CHECKPOINT
+from pema_ray.training.ray_checkpoint import Storage, restore_checkpoint
 from pema_ray.training.strategies import Place
 from pema_ray.training.tracking import make_trackers
 
@@ -30,6 +34,17 @@ _PROGRESS = "progress.jsonl"
 _REFUSAL = "refusal.txt"
 _FAILURE = "failure"
 _SAME_FAILURES = 2  # after the first, before it is believed
+_KEPT_CHECKPOINTS = 2  # by Ray Train
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What workers leave when all of them have ended well."""
+
+    returned: dict[str, Any]
+    """By rank 0's work."""
+    metrics: Mapping[str, Any]
+    """Of the last checkpoint that was reported to Ray Train; empty where none was."""
 
 
 def run_workers(
@@ -39,11 +54,14 @@ def run_workers(
     config: TrainingConfig,
     on_point: Tell = lambda kind, point: None,
     datasets: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Do `work(settings)` in every worker, and again in all of them when one dies; returns what rank 0's returned.
+    placement: PlacementConfig = ANYWHERE,
+) -> Outcome:
+    """Do `work(settings)` in every worker, and again in all of them when one dies.
 
     `work` goes on from `run_dir / CHECKPOINT` whenever that file is there: what the user wants (`config.resume`) has
-    been seen to before it starts. It asks `worker_place` where it is, and tells of points through `reporting`.
+    been seen to before it starts, and a file that was lost is put back from what was reported to Ray Train. It asks
+    `worker_place` where it is, tells of points through `reporting`, and of checkpoints through
+    `ray_checkpoint.reporting_checkpoints`.
 
     Args:
         work: a function of a module, so that workers find it; what it returns can be said in JSON. A `UserError` in
@@ -51,17 +69,19 @@ def run_workers(
         settings: all that `work` needs, with paths that every worker can read.
         on_point: is called here with every point that the leading worker tells of.
         datasets: Ray Data sets by name; workers read their part with `ray.train.get_dataset_shard(name)`.
+        placement: on which nodes the workers run.
 
     Raises:
-        UserError: what a worker refused; or that workers died, or failed in the same way, too often.
+        UserError: what a worker refused; or that workers died, or failed in the same way, too often; or that
+            `config.storage_path` cannot be used.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     c = config
     resources = {"CPU": c.cpus_per_worker} | ({"GPU": c.gpus_per_worker} if c.gpus_per_worker else {})
 
-    def run() -> dict[str, Any]:
+    def run() -> Any:
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"work": work, "settings": settings, "run_dir": run_dir},
@@ -70,15 +90,18 @@ def run_workers(
                 num_workers=c.workers if c.min_workers is None else (c.min_workers, c.workers),
                 use_gpu=c.gpus_per_worker > 0,
                 resources_per_worker=resources,
+                placement_strategy=placement.strategy,
+                **ray_options(placement),
             ),
             torch_config=TorchConfig(backend="nccl" if c.gpus_per_worker else "gloo"),
             run_config=RunConfig(
-                name="ray_train",
-                storage_path=str(run_dir.resolve()),
+                name=storage.name,
+                storage_path=storage.path,
                 failure_config=FailureConfig(max_failures=c.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=_KEPT_CHECKPOINTS),
             ),
         )
-        return cast(dict[str, Any], trainer.fit().return_value)  # what `_worker` returned on rank 0
+        return trainer.fit()
 
     run_dir.mkdir(parents=True, exist_ok=True)
     refusal = run_dir / _REFUSAL
@@ -86,9 +109,11 @@ def run_workers(
         told.unlink(missing_ok=True)
     if not c.resume:  # once, here: a worker that dies goes on from the checkpoint all the same
         (run_dir / CHECKPOINT).unlink(missing_ok=True)
+    storage = Storage.of(run_dir, c.storage_path)
+    storage.prepare(c.resume, (run_dir / CHECKPOINT).exists())
     with _following(run_dir / _PROGRESS, on_point):
         try:
-            outcome = _apart(lambda: _past_deaths_at_start(run, c.max_failures))
+            result = _apart(lambda: _past_deaths_at_start(run, c.max_failures))
         except TrainingFailedError as error:
             if refusal.exists():
                 raise UserError(refusal.read_text()) from None
@@ -97,9 +122,10 @@ def run_workers(
                 f"{run_dir}: training was given up after its workers died {c.max_failures + 1} times; the last "
                 f"word was: {last[-1].strip()} What was learned is kept: the same command goes on from there."
             ) from error
+    outcome = result.return_value  # what `_worker` returned on rank 0
     if outcome["error"]:
         raise UserError(outcome["error"])
-    return outcome["result"]
+    return Outcome(outcome["result"], result.metrics or {})
 
 
 def worker_place(config: TrainingConfig) -> Place:
@@ -145,7 +171,7 @@ def reporting(
                 tracker.close()
 
 
-def _past_deaths_at_start(run: Callable[[], dict[str, Any]], most: int) -> dict[str, Any]:
+def _past_deaths_at_start(run: Callable[[], Any], most: int) -> Any:
     """`run()`, begun anew, at most `most` times (-1: any number), when a worker dies before its first step.
 
     Ray Train starts workers again that die at work, but takes one that dies while the group is being set up for a
@@ -195,6 +221,7 @@ def _worker(told: dict[str, Any]) -> dict[str, Any]:
     if refusal.exists():
         return {"error": refusal.read_text(), "result": {}}
     try:
+        restore_checkpoint(run_dir)
         return {"error": "", "result": told["work"](told["settings"])}
     except UserError as error:
         if ray.train.get_context().get_world_size() > 1:

@@ -26,12 +26,15 @@ from pema_ray.training.schedules import learning_rate
 from pema_ray.training.strategies import Place, Strategy
 
 if TYPE_CHECKING:
+    from pema_ray.training.ray_checkpoint import Saved
     from pema_ray.training.ray_loop import Tell
     from pema_ray.trime.config import TrimeTrainConfig
     from pema_ray.trime.mt.config import MtTrainConfig
 
 logger = logging.getLogger(__name__)
 BEST = "best.safetensors"
+RESUMED_FROM = (BEST, CHECKPOINT)
+"""Files in a run's folder that a resumed run needs."""
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -76,12 +79,14 @@ class UpdateLoop(ABC, Generic[M]):
     Attributes:
         run_dir: holds the checkpoint (resume) and the best model; every process sees the same folder.
         tell: called with each training or validation point.
+        on_saved: called by every process with the last validation's figures, once their checkpoint is saved.
     """
 
     model: M
     run_dir: Path
     place: Place
     tell: Tell
+    on_saved: Saved
 
     # ── what a trainer says ─────────────────────────────────────────────────
 
@@ -220,6 +225,8 @@ class UpdateLoop(ABC, Generic[M]):
         if self.place.leads:
             groups = {"model": self.model.state_dict(), "optimizer": moments}
             save_checkpoint(self.run_dir / CHECKPOINT, groups, {"step": step, "history": history.to_dict()})
+        best = {"best_step": history.best_step, "best_loss": history.best_loss}
+        self.on_saved({**asdict(history.validation[-1]), **best})
 
     def _restore(self) -> tuple[int, History, dict[str, Tensor]]:
         path = self.run_dir / CHECKPOINT
@@ -229,6 +236,6 @@ class UpdateLoop(ABC, Generic[M]):
         try:
             self.model.load_state_dict(groups["model"])
         except RuntimeError:
-            raise UserError(f"{path}: holds a model of another shape. Delete it to start over.") from None
+            raise UserError(f"{path}: holds a model of another shape. Start over with train.resume=false.") from None
         logger.info("training resumes at update %d", told["step"])
         return told["step"], History.from_dict(told["history"]), groups.get("optimizer", {})

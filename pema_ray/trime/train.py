@@ -15,9 +15,10 @@ from pema_ray.cluster import ray_cluster
 from pema_ray.errors import UserError
 from pema_ray.files import atomic_file
 from pema_ray.progress import track
+from pema_ray.training.ray_checkpoint import reporting_checkpoints
 from pema_ray.training.ray_loop import reporting, run_workers, worker_place
 from pema_ray.trime.config import TrimeConfig
-from pema_ray.trime.loop import History
+from pema_ray.trime.loop import RESUMED_FROM, History
 from pema_ray.trime.models import count_parameters, make_model, save_model, shape_of
 from pema_ray.trime.run import TrimeRun
 from pema_ray.trime.segments import Segments, TokenStream
@@ -63,7 +64,7 @@ def _train(run: TrimeRun) -> dict[str, Any]:
             if kind == "train":
                 bar.advance(point["step"] - bar.done, note=f"loss {point['loss']:.3f}")
 
-        told = run_workers(_work, job, job.run_dir, t, show)
+        told = run_workers(_work, job, job.run_dir, t, show).returned
     history = History.from_dict(told["history"])
     with atomic_file(run.path("train", "history.json")) as temporary:
         temporary.write_text(json.dumps(told["history"]) + "\n")
@@ -99,8 +100,11 @@ def _work(job: TrainingJob) -> dict[str, Any]:
         )
     settings = {"memory": c.train.memory, **c.train.model_dump(mode="json"), "seed": c.seed}
     name = f"trime {c.train.memory} {c.model.name}"
-    with reporting(job.run_dir, place, c.train, name, settings) as tell:
-        trainer = Trainer(c, model, train, dev, job.run_dir, place, tell, walk_S)
+    with (
+        reporting(job.run_dir, place, c.train, name, settings) as tell,
+        reporting_checkpoints(job.run_dir, place, RESUMED_FROM) as on_saved,
+    ):
+        trainer = Trainer(c, model, train, dev, job.run_dir, place, tell, walk_S, on_saved)
         history = trainer.run()
     if place.leads:
         save_model(model, job.run_dir / MODEL)

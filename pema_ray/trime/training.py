@@ -26,6 +26,7 @@ from pema_ray.trime.objective import TrimeObjective, Ways
 from pema_ray.trime.segments import PADDING, SegmentBatch, Segments
 
 if TYPE_CHECKING:
+    from pema_ray.training.ray_checkpoint import Saved
     from pema_ray.training.ray_loop import Tell
 
 
@@ -91,6 +92,7 @@ class Trainer(UpdateLoop[TrainableLM]):
     place: Place = field(default_factory=Place)
     tell: Tell = lambda kind, point: None
     walk_S: np.ndarray | None = None
+    on_saved: Saved = lambda metrics: None
 
     def __post_init__(self) -> None:
         self._schedule = Schedule(self.config, len(self.train), self.walk_S)

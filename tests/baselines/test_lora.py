@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pema_ray.baselines.lora import _loss, train_lora
+from pema_ray.baselines.lora import _losses, target_losses, train_lora
 from pema_ray.config import LoraSettings, PLMConfig
 from pema_ray.errors import UserError
 from pema_ray.plm_owner import LoadedPLM, load_plm
@@ -40,12 +40,12 @@ def pairs(count: int = 24) -> list[EncodedPair]:
 def test_it_learns_and_leaves_embeddings_norms_and_head_alone(plm: LoadedPLM):
     head, told = export_lm_head(plm).head, []
     before = {name: tensor.clone() for name, tensor in plm.model.state_dict().items()}
-    loss = float(_loss(plm, head, pairs(), plm.eos_token_ids[0]))
-    settings = LoraSettings(rank=8, epochs=30, learning_rate=1e-2, max_batch_tokens=120)
-    tuned, training = train_lora(plm, head, pairs(), settings, on_step=lambda *step: told.append(step))
+    loss = float(_losses(plm, head, pairs(), plm.eos_token_ids[0]).mean())
+    settings = LoraSettings(rank=8, epochs=30, max_batch_tokens=120)
+    tuned, training = train_lora(plm, head, pairs(), settings, 1e-2, on_step=lambda *step: told.append(step))
     assert tuned.name == f"{plm.name}+LoRA" and len(told) == len(training.losses) == told[0][1]
     with torch.no_grad():
-        after = float(_loss(tuned, head, pairs(), plm.eos_token_ids[0]))
+        after = float(_losses(tuned, head, pairs(), plm.eos_token_ids[0]).mean())
     assert after < 0.5 * loss
     state = tuned.model.state_dict()
     assert state.keys() == before.keys()
@@ -63,17 +63,30 @@ def test_the_loss_is_that_of_the_models_own_logits(plm: LoadedPLM):
         gold = torch.tensor([*first.target, plm.eos_token_ids[0]])
         expected = torch.nn.functional.cross_entropy(logits, gold)
         torch.testing.assert_close(
-            _loss(plm, export_lm_head(plm).head, [first], plm.eos_token_ids[0]), expected, atol=1e-4, rtol=1e-4
+            _losses(plm, export_lm_head(plm).head, [first], plm.eos_token_ids[0]).mean(), expected, atol=1e-4, rtol=1e-4
         )
+
+
+def test_the_epoch_with_the_lowest_dev_loss_is_kept(load):
+    plm = load()
+    head, eos = export_lm_head(plm).head, plm.eos_token_ids[0]
+    dev = [EncodedPair(n, pair.prompt, [50, 51, 52]) for n, pair in enumerate(pairs()[:4])]
+    settings = LoraSettings(rank=4, epochs=20, max_batch_tokens=120)
+    tuned, training = train_lora(plm, head, pairs(), settings, 5e-2, dev)
+    assert len(training.dev_losses) == 20
+    assert training.epoch == 1 + training.dev_losses.index(min(training.dev_losses)) < 20  # else it shows nothing
+    found = sum(target_losses(tuned, head, dev, eos)) / sum(len(pair.target) + 1 for pair in dev)
+    assert found == pytest.approx(min(training.dev_losses), rel=1e-4)
+    assert len(target_losses(tuned, head, dev, None)) == sum(len(pair.target) for pair in dev)
 
 
 def test_one_seed_gives_one_model(load):
     models, settings = [load(), load()], LoraSettings(epochs=2)
-    runs = [train_lora(plm, export_lm_head(plm).head, pairs(), settings, seed=3)[1] for plm in models]
+    runs = [train_lora(plm, export_lm_head(plm).head, pairs(), settings, 1e-3, seed=3)[1] for plm in models]
     assert runs[0].losses == runs[1].losses
 
 
 def test_a_missing_library_is_named(plm: LoadedPLM, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match="pip install peft"):
-        train_lora(plm, export_lm_head(plm).head, pairs(), LoraSettings())
+        train_lora(plm, export_lm_head(plm).head, pairs(), LoraSettings(), 1e-3)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import types
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from ray.train import Result
 
 from pema_ray.config import BuildMemoryConfig, TrainConfig
 from pema_ray.data_owner import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.feed import StreamShuffle
 from pema_ray.data_owner.ray_training import FIRST_STEP, TrainingJob, _train, fit
-from pema_ray.data_owner.training import History, Trainer
+from pema_ray.data_owner.training import RESUMED_FROM, History, Trainer
 from pema_ray.errors import UserError
 from pema_ray.line import LMHeadBundle, ModelCard
 from pema_ray.memory import ExternalMemory, Manifest, MemoryRows, ShardInfo
@@ -83,6 +84,12 @@ def test_two_workers_leave_the_adapter_of_one_its_history_and_its_curves(ray_clu
     assert [point for kind, point in told if kind == "validation"] == history.validation
     assert History.from_dict(json.loads((job.run_dir / "history.json").read_text())) == history
     assert list((job.run_dir / "tensorboard").glob("events.out.tfevents.*"))
+    reported = Result.from_path(str(job.run_dir / "ray_train"))
+    best = {"best_step": history.best_step, "best_prediction": history.best_prediction}
+    assert reported.metrics == asdict(history.validation[-1]) | best
+    assert reported.checkpoint is not None
+    for name in RESUMED_FROM:
+        assert (Path(reported.checkpoint.path) / name).read_bytes() == (job.run_dir / name).read_bytes()
 
     bundle = LMHeadBundle.load(job.bundle)
     adapter = PemaAdapter.from_pretrained(job.run_dir / "adapter", bundle.card)
@@ -166,6 +173,7 @@ def work(job: TrainingJob) -> str:
 def test_a_damaged_shard_is_refused_by_name(make_job, monkeypatch):
     alone = types.SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
     monkeypatch.setattr("ray.train.get_context", lambda: alone)
+    monkeypatch.setattr("ray.train.get_checkpoint", lambda: None)
     monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))
     job = make_job()
     shard = job.train_memory / "shard-00001.parquet"

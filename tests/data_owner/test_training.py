@@ -35,8 +35,9 @@ def make_trainer(make_head, make_rows, tmp_path: Path):
     def make(folder: str = "run", rows: int = 640, space: str = "post_norm", **changes) -> Trainer:
         config = TrainConfig(**{**SETTINGS, **changes})
         adapter = AdapterConfig(
-            H, config.rank, "tiny", "a" * 16, space=space, residual=config.residual, dropout=config.dropout
-        )
+            H, config.rank, "tiny", "a" * 16, space=space, residual=config.residual, dropout=config.dropout,
+            scale=1 / config.rank if config.scale_by_rank else 1.0,
+        )  # fmt: skip
         return Trainer(adapter, config, make_head(), make_rows(rows, 1), make_rows(300, 2), tmp_path / folder, seed=7)
 
     return make
@@ -93,6 +94,44 @@ def test_adam_approaches_the_closed_form_from_above(make_trainer):
     many = make_trainer("many", epochs=1, dropout=0.0, solver="adam", reconstruction_epochs=60).run()[1]
     assert exact <= many.reconstruction_error * 1.05
     assert many.reconstruction_error < 0.7 * few.reconstruction_error
+
+
+@pytest.mark.parametrize("solver", ["closed_form", "adam"])
+def test_a_scale_changes_how_maps_are_written_and_not_what_they_reconstruct(make_trainer, solver: str):
+    settings = {"epochs": 1, "dropout": 0.0, "solver": solver, "reconstruction_epochs": 60}
+    plain = make_trainer("plain", **settings).run()
+    scaled = make_trainer("scaled", scale_by_rank=True, **settings).run()
+    near = 1e-4 if solver == "closed_form" else 1.0  # Adam's steps are of another size: it is not as far
+    assert scaled[1].reconstruction_error == pytest.approx(plain[1].reconstruction_error, rel=near)
+    assert scaled[0].config.scale == 1 / R
+    x = torch.from_numpy(make_trainer().dev.key[:])
+    again = scaled[0].project(x) @ scaled[0].B_rct.T  # A has moved on in stage 3, but not far
+    assert (again - x).square().mean() < 1.5 * scaled[1].reconstruction_error
+
+
+def test_the_published_recipe_starts_stage_3_from_new_maps(make_trainer):
+    published = {"solver": "adam", "scale_by_rank": True, "fresh_maps": True, "residual": False, "epochs": 1}
+    torch.manual_seed(7)
+    drawn = PemaAdapter(make_trainer(**published).adapter_config)
+    trainer = make_trainer(learning_rate=1e-12, **published)  # so that nothing moves in stage 3
+    adapter, history = trainer.run()
+    torch.testing.assert_close(adapter.A, drawn.A)
+    assert float(adapter.B_pd.abs().max()) < 1e-6
+    kept, taken_over = make_trainer("taken over", learning_rate=1e-12, **{**published, "fresh_maps": False}).run()
+    assert history.reconstruction_error == taken_over.reconstruction_error
+    assert torch.equal(adapter.B_rct, kept.B_rct)  # stage 1's, in both
+    torch.testing.assert_close(kept.B_pd, kept.B_rct)
+
+
+def test_adam_stops_when_the_dev_rows_say_so_and_keeps_its_best(make_trainer, monkeypatch):
+    errors: list[float] = []
+    plain = Trainer._dev_reconstruction_error
+    monkeypatch.setattr(Trainer, "_dev_reconstruction_error", lambda *a: errors.append(plain(*a)) or errors[-1])
+    settings = {"solver": "adam", "dropout": 0.0, "epochs": 1, "validate_every": 5, "learning_rate": 0.5}
+    history = make_trainer(reconstruction_epochs=200, patience=2, **settings).run()[1]
+    *during, reported = errors
+    assert during[-1] >= min(during[:-2]) <= during[-2] and len(during) < 200  # the last two were no better
+    assert reported == history.reconstruction_error == min(during)
 
 
 def test_the_best_validation_is_what_is_returned_and_its_figures_are_true(make_trainer):
@@ -152,6 +191,11 @@ class Recorded:
         if isinstance(index, np.ndarray):
             self.asked.append(index)
         return self._key[index]
+
+    def take(self, index):
+        if isinstance(index, np.ndarray):
+            self.asked.append(index)
+        return self._key.take(index)
 
 
 def test_every_epoch_sees_every_row_once_in_an_order_of_its_own(make_trainer):

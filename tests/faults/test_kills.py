@@ -6,16 +6,18 @@ Together these tests kill 20 times and more; each asserts that its kills did str
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from pema_ray.config import TrainConfig
 from pema_ray.data_owner import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.ray_training import TrainingJob, fit
 from pema_ray.data_owner.training import History, Trainer
+from pema_ray.errors import UserError
 from pema_ray.line import LMHeadBundle
 from pema_ray.memory import ExternalMemory
 from pema_ray.memory.build import run_build
@@ -235,6 +238,75 @@ def test_train_workers_are_killed(ray_cluster, tiny_source, make_rows, tmp_path:
         assert torch.equal(tensor, found.state_dict()[name]), name
     assert [p.prediction for p in history.validation] == [p.prediction for p in alone.validation]
     assert len(history.train) == history.total_steps
+
+
+@contextmanager
+def killed_once_reported(storage: Path, then: Callable[[], object]) -> Iterator[list[int]]:
+    """While the block runs, kill the train worker once Ray Train knows a checkpoint; `then` is done when it is dead."""
+    struck: list[int] = []
+    over = threading.Event()
+
+    def strike() -> None:
+        while not any(storage.glob("*/checkpoint_manager_snapshot.json")):
+            if over.wait(0.05):
+                return
+        (victim,) = workers("RayTrainWorker")
+        victim.send_signal(signal.SIGKILL)
+        victim.wait(30)
+        then()
+        struck.append(victim.pid)
+
+    thread = threading.Thread(target=strike, daemon=True)
+    thread.start()
+    try:
+        yield struck
+    finally:
+        over.set()
+        thread.join()
+
+
+def resumed_after(job: TrainingJob) -> int:
+    """The step that the last start of the training went on from."""
+    lines = (job.run_dir / "progress.jsonl").read_text().splitlines()
+    steps = [point["step"] for point in map(json.loads, lines) if point["kind"] == "train"]
+    starts = [step for before, step in zip([math.inf, *steps], steps) if step <= before]
+    return starts[-1] - 1
+
+
+def assert_undisturbed(bundle: LMHeadBundle, job: TrainingJob, history: History, folder: Path) -> None:
+    """The adapter is bit for bit that of an undisturbed run, and so are all figures."""
+    expected, alone = undisturbed_training(bundle, job, folder)
+    found = PemaAdapter.from_pretrained(job.run_dir / "adapter", bundle.card)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(tensor, found.state_dict()[name]), name
+    assert history.train == alone.train and history.validation == alone.validation
+
+
+def test_a_training_that_lost_its_checkpoint_resumes_from_a_copy(ray_cluster, tiny_source, make_rows, tmp_path):  # noqa: F811
+    """The worker dies, and the file in the run's folder goes with it."""
+    bundle, job = training(tiny_source, make_rows, tmp_path, epochs=150)
+    with killed_once_reported(job.run_dir, (job.run_dir / "checkpoint.safetensors").unlink) as struck:
+        history = fit(job)
+    assert struck and resumed_after(job) > 0 and resumed_after(job) % job.config.validate_every == 0
+    assert_undisturbed(bundle, job, history, tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_a_training_that_lost_its_folder_resumes_from_its_storage(ray_cluster, tiny_source, make_rows, tmp_path):  # noqa: F811
+    """The same command again, on a machine that has nothing of the first one's."""
+    storage = tmp_path / "bucket"
+    changes = {"epochs": 150, "max_failures": 0, "storage_path": storage.as_uri()}
+    bundle, job = training(tiny_source, make_rows, tmp_path, **changes)
+    with (
+        pytest.raises(UserError, match="training was given up after its workers died 1 times"),
+        killed_once_reported(storage, lambda: None) as struck,
+    ):
+        fit(job)
+    shutil.rmtree(job.run_dir)
+    history = fit(job)
+    assert struck and resumed_after(job) > 0 and resumed_after(job) % job.config.validate_every == 0
+    assert not (job.run_dir / "ray_train").exists()
+    assert_undisturbed(bundle, job, history, tmp_path / "alone")
 
 
 @pytest.mark.slow

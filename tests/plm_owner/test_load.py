@@ -134,6 +134,42 @@ def test_a_mistyped_folder_is_refused_with_the_nearest_one(hub, monkeypatch, tmp
         load_plm(PLMConfig(name="models/of/mine", device="cpu"))
 
 
+def test_a_revision_that_the_hub_does_not_have_is_refused_by_name(hub):
+    requests = hub(404, "RevisionNotFound")
+    with pytest.raises(UserError, match="^plm.name=facebook/opt-125m: the hub has it, but no plm.revision=v9: take"):
+        load_plm(PLMConfig(name="facebook/opt-125m", revision="v9", device="cpu"))
+    assert requests == ["/api/models/facebook/opt-125m/revision/v9"]
+
+
+def test_each_revision_of_a_cached_hub_model_is_its_own(hub, tmp_path, tiny_plm_folder):
+    repository = tmp_path / "hub" / "models--org--tiny"
+    (repository / "refs").mkdir(parents=True)
+    for seed, branch in enumerate(("main", "second")):
+        shutil.copytree(tiny_plm_folder("llama", seed), repository / "snapshots" / (str(seed) * 40))
+        (repository / "refs" / branch).write_text(str(seed) * 40)
+    hub(503)
+    options = {"name": "org/tiny", "dtype": "float32", "device": "cpu", "threads": 1}
+    first, second, commit = (
+        export_lm_head(load_plm(PLMConfig(**options, revision=revision))).card.fingerprint
+        for revision in (None, "second", "1" * 40)
+    )
+    assert first != second == commit
+
+
+def test_a_revision_of_what_has_none_is_refused(tiny_plm_folder, tmp_path: Path, monkeypatch):
+    gguf = tmp_path / "package_with_a_model" / "model.gguf"
+    gguf.parent.mkdir()
+    gguf.write_bytes(b"GGUF")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = {
+        tiny_plm_folder("llama"): "a folder", str(gguf): "a GGUF file",
+        "package:package_with_a_model": "an installed package",
+    }  # fmt: skip
+    for name, kind in names.items():
+        with pytest.raises(UserError, match=f"^plm.revision=main: .* is {kind}; only models of the hub"):
+            load_plm(PLMConfig(name=name, revision="main", device="cpu"))
+
+
 @pytest.mark.parametrize("status", [404, 503])
 def test_a_cached_hub_model_loads_although_the_hub_does_not_serve_it(status: int, hub, tmp_path, tiny_plm_folder):
     snapshot = tmp_path / "hub" / "models--org--tiny" / "snapshots" / ("0" * 40)
@@ -153,11 +189,13 @@ def test_a_folder_without_a_model_is_refused_in_one_line(tmp_path: Path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_spread_by_accelerate_gives_the_states_of_one_that_is_not(tiny_plm_folder):
+@pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}], ids=str)
+def test_a_model_spread_by_accelerate_gives_the_states_of_one_that_is_not(device_map, tiny_plm_folder):
     name, options = tiny_plm_folder("llama"), {"dtype": "float32", "device": "cpu"}
     whole = load_plm(PLMConfig(name=name, **options))
-    spread = load_plm(PLMConfig(name=name, device_map="auto", **options))
+    spread = load_plm(PLMConfig(name=name, device_map=device_map, **options))
     assert export_lm_head(spread).card == export_lm_head(whole).card
+    assert spread.device.type == "cpu"
     with torch.inference_mode():
         state, expected = (capture_state(plm, input_ids=torch.tensor([[5, 6, 7, 8]])) for plm in (spread, whole))
     torch.testing.assert_close(state, expected)
@@ -175,6 +213,41 @@ def test_a_model_that_accelerate_left_on_disk_is_refused(tiny_plm_folder, monkey
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", leave_on_disk)
     with pytest.raises(UserError, match="does not fit the devices of one actor"):
         load_plm(PLMConfig(name=tiny_plm_folder("llama"), device_map="auto", device="cpu"))
+
+
+def test_an_attention_kernel_changes_nothing_but_rounding(tiny_plm_folder):
+    options = {"name": tiny_plm_folder("llama"), "dtype": "float32", "device": "cpu", "threads": 1}
+    sdpa, eager = (load_plm(PLMConfig(**options, attn_implementation=kernel)) for kernel in ("sdpa", "eager"))
+    assert [plm.model.config._attn_implementation for plm in (sdpa, eager)] == ["sdpa", "eager"]
+    with torch.inference_mode():
+        states = [capture_state(plm, input_ids=torch.tensor([[5, 6, 7, 8]])) for plm in (sdpa, eager)]
+    torch.testing.assert_close(*states)
+    assert export_lm_head(sdpa).card == export_lm_head(eager).card
+
+
+@pytest.mark.parametrize("kernel", ["nonsense", "flash_attention_2"])
+def test_an_attention_kernel_that_transformers_refuses_is_named(kernel: str, tiny_plm_folder):
+    if kernel == "flash_attention_2" and importlib.util.find_spec("flash_attn"):
+        pytest.skip("flash attention is installed")
+    complaint = f"cannot be loaded as a causal LM with plm.attn_implementation={kernel}: "
+    with pytest.raises(UserError, match=complaint) as caught:
+        load_plm(PLMConfig(name=tiny_plm_folder("llama"), attn_implementation=kernel, device="cpu"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.gpu
+def test_flash_attention_gives_the_states_of_the_default(tiny_plm_folder):
+    pytest.importorskip("flash_attn")
+    options = {"name": tiny_plm_folder("llama"), "dtype": "bfloat16", "device": "cuda"}
+    with pytest.raises(UserError, match="computes in 16 bits only. Set plm.dtype=bfloat16"):
+        load_plm(PLMConfig(**options | {"dtype": "float32"}, attn_implementation="flash_attention_2"))
+    ids = torch.tensor([list(range(5, 60))], device="cuda")
+    with torch.inference_mode():
+        flash, expected = (
+            capture_state(load_plm(PLMConfig(**options, attn_implementation=kernel)), input_ids=ids)
+            for kernel in ("flash_attention_2", None)
+        )
+    torch.testing.assert_close(flash, expected, atol=0.1, rtol=0.1)
 
 
 def test_the_packaged_gguf_model_is_converted_once_and_speaks():

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from ray.train import Result
 
 from pema_ray.errors import UserError
 from pema_ray.pluglm.config import ModelSettings, PretrainConfig, TextConfig
@@ -236,6 +237,8 @@ def test_a_run_from_files_to_a_model_and_its_memory(config) -> None:
     metrics, weights, memory = trained(config(optimizer="lamb", contrastive_steps=2))
     assert [point["step"] for point in metrics["history"]] == [0, 2, 4]
     assert memory.version == metrics["memory_version"] == 3
+    reported = Result.from_path(str(Path(config().run_dir) / "ray_train")).metrics
+    assert reported == {"step": 4, "memory_version": 3, "validation_loss": metrics["history"][-1]["loss"]}
     assert memory.entries().__next__().document_id == "d0"
     assert all(np.isfinite(point["loss"]) for point in metrics["history"])
     again, same, _ = trained(config(optimizer="lamb", contrastive_steps=2))
@@ -253,10 +256,12 @@ def test_what_other_settings_left_is_set_aside(config, tmp_path) -> None:
     for stamp, keep, is_left in (("a", True, False), ("a", True, True), ("b", True, False), ("b", False, False)):
         (run_dir / "memory").mkdir(parents=True, exist_ok=True)
         (run_dir / "checkpoint.safetensors").write_text("")
+        (run_dir / "ray_train").mkdir(exist_ok=True)
         begin(run_dir, stamp, keep, ("memory",))
         assert (run_dir / "memory").exists() == (run_dir / "checkpoint.safetensors").exists() == is_left
     for number in (1, 2, 3):
-        assert {path.name for path in (run_dir / f"before-{number}").iterdir()} == {"memory", "checkpoint.safetensors"}
+        aside = {path.name for path in (run_dir / f"before-{number}").iterdir()}
+        assert aside == {"memory", "checkpoint.safetensors", "ray_train"}
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from ray.train import Result
 
 from pema_ray.errors import UserError
 from pema_ray.pluglm.editor_keys import new_key
@@ -57,6 +58,9 @@ def test_from_files_to_a_model_with_its_report(config, ray_cluster, tmp_path) ->
     metrics = finetune(config())
     assert [point["epoch"] for point in metrics["history"]] == [1, 2, 3, 4]
     assert metrics["scores"]["validation"]["accuracy"] == pytest.approx(metrics["best"])
+    reported = Result.from_path(str(tmp_path / "run" / "ray_train"))
+    assert reported.metrics == metrics["history"][-1] and reported.checkpoint is not None
+    assert (Path(reported.checkpoint.path) / "model" / "config.json").exists()
     assert "test" not in metrics["scores"]  # it has no labels
     answers = [json.loads(line) for line in (tmp_path / "run" / "test.jsonl").read_text().splitlines()]
     assert [one["id"] for one in answers] == ["0", "1"]

@@ -19,7 +19,7 @@ import pytest
 from pema_ray.config import SYSTEMS, load_config
 from pema_ray.data_owner import PemaAdapter
 from pema_ray.errors import UserError
-from pema_ray.evaluation.comparison import Comparison
+from pema_ray.evaluation.comparison import Comparison, Measurement
 from pema_ray.evaluation.results import Evaluation
 from pema_ray.memory import ExternalMemory, published
 from pema_ray.stages.main import find_stage, stages
@@ -143,7 +143,11 @@ def test_pema_is_compared_with_its_peers(experiment, ray_cluster, capsys):
         "systems": [name for name in SYSTEMS if name != "pema_predicted_lambda"],  # which wants more dev rows
         "few_shot": 1,
         "knn": {"neighbours": 8, "temperatures": [10.0, 100.0], "lambdas": [0.2, 0.6]},
-        "lora": {"rank": 2, "max_batch_tokens": 200},
+        "lora": {"rank": 2, "max_batch_tokens": 200, "learning_rates": [1e-3, 1e-2]},
+        "small_lm": {"layers": 1, "neighbours": 8, "learning_rates": [1e-3], "epochs": 1, "alphas": [0.5, 1.0]},
+        "seeds": 2,
+        "single_seed": [name for name in SYSTEMS if name not in ("plm", "pema", "pema_shots")],
+        "bootstrap_samples": 50,
     }
     path = experiment(compare=compare, build_memory={"prompts": True}, train={"reconstruction_epochs": 2})
     config = load_config(path)
@@ -154,22 +158,33 @@ def test_pema_is_compared_with_its_peers(experiment, ray_cluster, capsys):
     found = Comparison.model_validate_json((run / "compare" / "comparison.json").read_bytes())
     peers = dict(zip(config.compare.systems, found.peers, strict=True))
     assert list(peers) == list(config.compare.systems) and found.test_pairs == 5
-    assert {name for name, peer in peers.items() if peer.nll is None} == {"copy", "few_shot", "few_shot_similar"}
-    assert {name for name, peer in peers.items() if peer.train_seconds} == {
-        "pema", "pema_kappa_0", "pema_no_stage_1", "pema_adam", "pema_look_back", "pema_local_memory", "lora",
-    }  # fmt: skip
-    likelihoods = [round(peer.nll, 6) for peer in peers.values() if peer.nll]
+    means = {figure: {name: peer.mean(figure) for name, peer in peers.items()} for figure in Measurement.model_fields}
+    without_likelihood = {"copy", "few_shot", "few_shot_similar"}
+    assert {name for name, value in means["nll"].items() if value is None} == without_likelihood
+    untrained = {*without_likelihood, "plm", "knn"}
+    assert {name for name, value in means["train_seconds"].items() if value} == set(peers) - untrained
+    likelihoods = [round(value, 6) for value in means["nll"].values() if value]
     assert len(set(likelihoods)) == len(likelihoods)  # all of them differ
-    assert all(peer.seconds_per_token > 0 for name, peer in peers.items() if name != "copy")
-    assert all(peer.peak_bytes > 2**20 for peer in peers.values() if peer.train_seconds)
+    assert all(value > 0 for name, value in means["seconds_per_token"].items() if name != "copy")
+    assert all(means["peak_bytes"][name] > 2**20 for name in set(peers) - untrained)
+    assert not any(means["line_bytes"][name] for name in ("copy", "lora", "lora_shots"))
+    assert means["line_bytes"]["pema"] > means["line_bytes"]["plm"] > 0
+    assert {name for name, peer in peers.items() if len(peer.measurements) == 2} == {"pema", "pema_shots"}
+    first, second = peers["pema"].measurements
+    assert first.seed == config.seed and second.seed == config.seed + 1 and first.nll != second.nll
+    assert peers["pema"].significance.bleu_p is None and found.reference == peers["pema"].name
+    assert all(0 < p.significance.bleu_p <= 1 for name, p in peers.items() if name != "pema")
+    assert all(p.significance.bleu_low <= p.significance.bleu_high for p in found.peers)
     table = (run / "compare" / "table.md").read_text()
     assert all(f"| {peer.name} |" in table for peer in found.peers) and "chosen on the dev memory" in table
+    assert len({peer.name for peer in found.peers}) == len(found.peers)
     assert find_stage("compare")(config) == measured
     (run / "compare" / "metrics.json").unlink()
-    (run / "compare" / "knn" / "peer.json").unlink()
+    (run / "compare" / "knn" / "seed-0" / "measurement.json").unlink()
     capsys.readouterr()
     again = find_stage("compare")(config)
-    assert again["bleu"] == measured["bleu"] and capsys.readouterr().out.count("measured before") == len(peers) - 1
+    measurements = sum(len(peer.measurements) for peer in found.peers)
+    assert again["bleu"] == measured["bleu"] and capsys.readouterr().out.count("measured before") == measurements - 1
     with pytest.raises(UserError, match=r"'lorra' is no system. Did you mean 'lora'\?"):
         load_config(path, ["compare.systems=[plm, lorra]"])
 

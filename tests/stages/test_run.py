@@ -177,6 +177,25 @@ def test_a_new_setting_with_its_default_changes_no_stamp(experiment):
     assert stamps[0] == stamps[1] != stamps[2]
 
 
+@pytest.mark.parametrize("setting", ["labels={pool: gpu}", "accelerator_type=H100", "strategy=SPREAD"])
+def test_where_stages_run_changes_no_stamp(setting: str, experiment):
+    path = experiment()
+    here, there = (Run(load_config(path, overrides)) for overrides in ([], [f"placement.{setting}"]))
+    assert [here.stamp(stage) for stage in STAGES] == [there.stamp(stage) for stage in STAGES]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["dtype=bfloat16", "revision=v2", "attn_implementation=eager", "quantization={load_in_8bit: true}",
+     "device_map={'': cpu}"],
+)  # fmt: skip
+def test_how_the_plm_computes_is_in_the_stamps_of_all_that_is_made_of_it(setting: str, experiment):
+    path = experiment()
+    one, other = (Run(load_config(path, overrides)) for overrides in ([], [f"plm.{setting}"]))
+    differing = [stage for stage in STAGES if one.stamp(stage) != other.stamp(stage)]
+    assert differing == [stage for stage in STAGES if stage != "prepare"]
+
+
 def test_the_number_of_workers_changes_no_stamp(experiment):
     path = experiment()
     one, two = (Run(load_config(path, [f"train.workers={n}"])).stamp("train") for n in (1, 2))

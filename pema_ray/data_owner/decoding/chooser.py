@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -27,19 +26,37 @@ from pema_ray.metrics import Metrics, NoMetrics
 _MOST_ROWS = 128  # of one product with the LM head
 
 
-@dataclass
 class _Distributions:
-    """Of N rows: the mixture, and its two parts where they were needed."""
+    """Of N rows: the mixture, and its two parts where they were needed.
 
-    log_p_NV: torch.Tensor
-    log_own_NV: torch.Tensor | None
-    log_plm_NV: torch.Tensor | None
-    lam: list[float]
-    best: list[int]
-    """The likeliest token of every row."""
+    What a greedy answer needs of every row comes to the host in one copy: a device is waited for once a step.
 
-    def log_prob(self, row: int, token: int) -> float:
-        return float(self.log_p_NV[row, token])
+    Attributes:
+        lam: λ of every row.
+        best: the likeliest token of every row.
+    """
+
+    def __init__(
+        self,
+        log_p_NV: torch.Tensor,
+        log_own_NV: torch.Tensor | None,
+        log_plm_NV: torch.Tensor | None,
+        lam_N: torch.Tensor,
+    ) -> None:
+        self.log_p_NV, self.log_own_NV, self.log_plm_NV = log_p_NV, log_own_NV, log_plm_NV
+        self._parts = [part for part in (log_p_NV, log_own_NV, log_plm_NV) if part is not None]
+        best_N1 = log_p_NV.argmax(-1, keepdim=True)
+        columns = [best_N1[:, 0], lam_N, *(part.gather(1, best_N1)[:, 0] for part in self._parts)]
+        best, self.lam, *self._best_log_probs = torch.stack([column.double() for column in columns]).tolist()
+        self.best = [int(token) for token in best]
+
+    def log_prob(self, row: int, token: int, part: torch.Tensor | None = None) -> float:
+        """Of a token in the mixture, or in one of its parts."""
+        part = self.log_p_NV if part is None else part
+        if token == self.best[row]:
+            place = next(n for n, known in enumerate(self._parts) if known is part)
+            return self._best_log_probs[place][row]
+        return float(part[row, token])
 
 
 class Chooser:
@@ -93,7 +110,7 @@ class Chooser:
             for branch in generation.branches:
                 if branch.decoding is None:
                     states = _states(branch)
-                    branch.decoding = generation.predictor.begin(states, branch.ids[-len(states) :])
+                    branch.decoding = generation.predictor.begin(states, branch.ids)
                     branch.state_NH = states[-1:]
 
     # ── distributions ───────────────────────────────────────────────────────
@@ -121,44 +138,47 @@ class Chooser:
         return chosen
 
     def _distributions(self, rows: Sequence[tuple[Generation, Branch, int]], state_NH: torch.Tensor) -> _Distributions:
-        schedule_N = torch.tensor(
-            [
-                0.0 if g.predictor is None else g.request.schedule.at(branch.position + i, g.request.length)
-                for g, branch, i in rows
-            ],
-            device=state_NH.device,
-        )
-        explain_N = torch.tensor([g.request.explain for g, _, _ in rows], device=state_NH.device)
-        wanted_N = explain_N | (schedule_N > 0)
+        schedule = [
+            0.0 if g.predictor is None else g.request.schedule.at(branch.position + i, g.request.length)
+            for g, branch, i in rows
+        ]
+        explain = [g.request.explain for g, _, _ in rows]
+        wanted = [own or lam > 0 for own, lam in zip(explain, schedule, strict=True)]
+        # A predicted λ is known on the device alone: the PLM's part is computed whatever it is.
+        needs_plm = [
+            own or lam < 1 or (g.predictor is not None and g.predictor.predicts_lambda)
+            for own, lam, (g, _, _) in zip(explain, schedule, rows, strict=True)
+        ]
+        schedule_N = torch.tensor(schedule, device=state_NH.device)
         predictors = {g.predictor for g, _, _ in rows}
         log_plm_NV = None
-        if len(predictors) == 1 and None not in predictors and bool((wanted_N & (explain_N | (schedule_N < 1))).all()):
+        if len(predictors) == 1 and None not in predictors and all(wanted) and all(needs_plm):
             (predictor,) = predictors
             assert predictor is not None
             log_own_NV, share_N, log_plm_NV = predictor.both(state_NH, [branch.decoding for _, branch, _ in rows])
             lam_N = schedule_N * share_N
         else:
-            log_own_NV, lam_N = self._own(rows, state_NH, schedule_N, wanted_N)
-            if log_own_NV is None or bool((explain_N | (lam_N < 1)).any()):
+            log_own_NV, lam_N = self._own(rows, state_NH, schedule_N, wanted)
+            if log_own_NV is None or any(needs_plm):
                 log_plm_NV = self.head.log_probs(self.head.norm(state_NH))
         if log_own_NV is None or log_plm_NV is None:
             log_p_NV = log_plm_NV if log_own_NV is None else log_own_NV
             assert log_p_NV is not None
         else:
             log_p_NV = mix(log_own_NV, log_plm_NV, lam_N)
-        return _Distributions(log_p_NV, log_own_NV, log_plm_NV, lam_N.tolist(), log_p_NV.argmax(-1).tolist())
+        return _Distributions(log_p_NV, log_own_NV, log_plm_NV, lam_N)
 
     def _own(
         self,
         rows: Sequence[tuple[Generation, Branch, int]],
         state_NH: torch.Tensor,
         schedule_N: torch.Tensor,
-        wanted_N: torch.Tensor,
+        wanted: Sequence[bool],
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """`(log P_own [N, V] or None where nobody needs it, λ [N])`; zeros in rows that do not need it."""
         groups: dict[Predictor, list[int]] = {}
-        for row, ((generation, _, _), wanted) in enumerate(zip(rows, wanted_N.tolist(), strict=True)):
-            if wanted and generation.predictor is not None:
+        for row, ((generation, _, _), is_wanted) in enumerate(zip(rows, wanted, strict=True)):
+            if is_wanted and generation.predictor is not None:
                 groups.setdefault(generation.predictor, []).append(row)
         if not groups:
             return None, schedule_N
@@ -266,7 +286,9 @@ def _attribution(generation: Generation, found: _Distributions, row: int, token:
     alone = generation.predictor is None or found.log_own_NV is None
     own_V = plm_V if alone else found.log_own_NV[row]  # type: ignore[index]
     tops = top_tokens(own_V, top), top_tokens(plm_V, top)
-    return Attribution(found.lam[row], float(own_V[token]), float(plm_V[token]), *tops)
+    own = found.log_plm_NV if alone else found.log_own_NV
+    probabilities = found.log_prob(row, token, own), found.log_prob(row, token, found.log_plm_NV)
+    return Attribution(found.lam[row], *probabilities, *tops)
 
 
 def _states(branch: Branch) -> torch.Tensor:

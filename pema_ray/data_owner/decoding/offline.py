@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pema_ray.config import PlacementConfig
 from pema_ray.data_owner.decoding.decoder import Decoder
-from pema_ray.data_owner.decoding.predictor import Predictor, PredictorSpec
+from pema_ray.data_owner.decoding.predictor import Predictor, PredictorSource
 from pema_ray.data_owner.decoding.request import Answer, GenerationAborted, GenerationRequest
 from pema_ray.errors import UserError
 from pema_ray.hardware import compute_elsewhere, compute_thread, pick_device
 from pema_ray.line import LMHeadBundle, PLMClient
 from pema_ray.line.retry import PatientPLM
+from pema_ray.placement import ANYWHERE, ray_options
 
 _BATCHES_PER_TASK = 8  # answers that finish make room for the next ones: long tasks keep the batch full
 
@@ -35,7 +37,7 @@ class GenerationJob:
     system: str
     keys: list[int]
     requests: list[GenerationRequest]
-    predictor: PredictorSpec | None
+    predictor: PredictorSource | None
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def generate(
     device: str = "auto",
     share_sessions: bool = False,
     threads: int = 0,
+    placement: PlacementConfig = ANYWHERE,
 ) -> Iterator[list[SystemAnswer]]:
     """Answers of all jobs, task by task as they are finished. Ray must be running.
 
@@ -72,6 +75,7 @@ def generate(
         device: where each actor keeps the LM head and the adapters.
         threads: CPU threads of an actor, which a PLM in its process shares with the decoder; by default its CPUs.
         share_sessions: the actors' clients ask one PLM owner, whose limit of sessions is for all of them.
+        placement: on which nodes the actors run.
 
     Raises:
         UserError: as the decoder raises it, or the PLM owner did not answer in time.
@@ -102,6 +106,7 @@ def generate(
         compute=ray.data.ActorPoolStrategy(size=min(actors, len(tasks)), max_tasks_in_flight_per_actor=2),
         num_cpus=cpus_per_actor,
         num_gpus=gpus_per_actor or None,
+        **ray_options(placement),
     )
     for row in done.iter_rows():
         if row["error"]:
@@ -134,7 +139,7 @@ class _Actor:
 
         compute_thread()
         compute_elsewhere()
-        self._predictors: dict[PredictorSpec, Predictor] = {}
+        self._predictors: dict[PredictorSource, Predictor] = {}
         self._tasks: list[GenerationJob] = ray.get(tasks) if isinstance(tasks, ray.ObjectRef) else tasks
         self._batch_size, self._threads, self._sharing = batch_size, int(cpus), sharing
         self._runner = asyncio.Runner()
@@ -175,7 +180,7 @@ class _Actor:
         seconds = (time.perf_counter() - started) / len(answers)
         return [SystemAnswer(job.system, key, a, seconds) for key, a in zip(job.keys, answers, strict=True)]
 
-    def _predictor(self, spec: PredictorSpec) -> Predictor:
+    def _predictor(self, spec: PredictorSource) -> Predictor:
         if spec not in self._predictors:
             self._predictors[spec] = spec.load(self.card, self.head)
         return self._predictors[spec]

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -53,11 +54,21 @@ class Predictor:
         """The first position of a prompt whose representation it needs, if it looks back."""
         return 0 if self.adapter is None else self.adapter.config.prompt_from
 
-    def begin(self, state_TH: torch.Tensor, tokens: Sequence[int]) -> DecodingState:
-        """The state of one sequence of an adapter that looks back, from its prompt's last T positions."""
+    @property
+    def predicts_lambda(self) -> bool:
+        """Whether its share of the mixture differs from row to row."""
+        return self.adapter is not None and self.adapter.config.predicts_lambda
+
+    def begin(self, state_TH: torch.Tensor, ids: Sequence[int]) -> DecodingState:
+        """The state of one sequence of an adapter that looks back.
+
+        Args:
+            state_TH: of its prompt's last T positions.
+            ids: all tokens of the prompt.
+        """
         assert self.adapter is not None, "neighbours keep no state"
         x_TH = self.adapter.enter(state_TH.to(self.head.weight.device), self.head)
-        return DecodingState(self.adapter, self.head, x_TH, tokens)
+        return DecodingState(self.adapter, self.head, x_TH, ids[len(ids) - len(state_TH) :])
 
     def both(
         self, state_NH: torch.Tensor, decoding: Sequence[DecodingState | None]
@@ -128,6 +139,12 @@ class Predictor:
         rows = state_NH if sequences is None else state_NH[sequences[2]]
         log_knn = self.neighbours.log_probs(rows, self.head)
         return torch.logaddexp(log_p + math.log1p(-self.weight), log_knn + math.log(self.weight))
+
+
+class PredictorSource(Protocol):
+    """Says where a predictor's parts lie; hashable, so that an actor loads each once."""
+
+    def load(self, card: ModelCard, head: LMHead) -> Predictor: ...
 
 
 @dataclass(frozen=True)

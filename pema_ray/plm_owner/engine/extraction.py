@@ -97,7 +97,7 @@ class Extraction:
         self._prefixes.clear()
         plain = [plain_states(self._plm, [*prefix, *ids])[len(prefix) :].cpu() for ids in sequences]
         assert isinstance(job.result, torch.Tensor)
-        return same_states(job.result, torch.cat(plain))
+        return same_states(self._plm, job.result, torch.cat(plain))
 
     @torch.inference_mode()
     def advance(self, jobs: Sequence[ExtractJob]) -> tuple[int, int]:

@@ -66,7 +66,9 @@ def make_caches(plm: LoadedPLM, slots: int, most: int) -> Caches:
         lambda count: SeparateCaches(plm, count),
         lambda count: SeparateCaches(plm, count, one_token=True),
     ]
-    if holds_plain_rows(plm) and "position_ids" in inspect.signature(plm.decoder.forward).parameters:
+    attention = getattr(plm.model.config.get_text_config(), "_attn_implementation", None)
+    takes_masks = attention in (None, "eager", "sdpa")  # flash and flex kernels take none of four dimensions
+    if takes_masks and holds_plain_rows(plm) and "position_ids" in inspect.signature(plm.decoder.forward).parameters:
         one_kind = getattr(plm.model.config.get_text_config(), "layer_types", None) is None
         for by_kind in (not one_kind, one_kind):
             ways.insert(int(by_kind == one_kind), partial(SlotCaches, plm, most=most, by_kind=by_kind))
@@ -89,7 +91,9 @@ def _same_as_plain(plm: LoadedPLM, caches: Caches) -> bool:
     second = caches.run([Feed(2, len(short) - 1, short[-1:]), Feed(0, half, long[half:-1])])
     third = caches.run([Feed(0, length - 1, long[-1:])])
     found = [torch.cat([first[0], second[1], third[0]]), torch.cat([first[1][:-1], second[0]])]
-    return all(same_states(states, plain_states(plm, ids)) for states, ids in zip(found, (long, short), strict=True))
+    return all(
+        same_states(plm, states, plain_states(plm, ids)) for states, ids in zip(found, (long, short), strict=True)
+    )
 
 
 # ── batched ────────────────────────────────────────────────────────────────

@@ -14,8 +14,9 @@ import torch
 from pema_ray.cluster import ray_cluster
 from pema_ray.files import atomic_file
 from pema_ray.progress import track
+from pema_ray.training.ray_checkpoint import reporting_checkpoints
 from pema_ray.training.ray_loop import reporting, run_workers, worker_place
-from pema_ray.trime.loop import History
+from pema_ray.trime.loop import RESUMED_FROM, History
 from pema_ray.trime.models import count_parameters
 from pema_ray.trime.mt.config import MtConfig
 from pema_ray.trime.mt.data import Parallel, load_subwords, prepare
@@ -74,7 +75,7 @@ def _train(run: MtRun) -> dict[str, Any]:
             if kind == "train":
                 bar.advance(point["step"] - bar.done, note=f"loss {point['loss']:.3f}")
 
-        told = run_workers(_work, job, job.run_dir, t, show)
+        told = run_workers(_work, job, job.run_dir, t, show).returned
     history = History.from_dict(told["history"])
     with atomic_file(run.path("train", "history.json")) as temporary:
         temporary.write_text(json.dumps(told["history"]) + "\n")
@@ -108,8 +109,11 @@ def _work(job: TrainingJob) -> dict[str, Any]:
     c = job.config
     place = worker_place(c.train)
     settings = {**c.train.model_dump(mode="json"), "seed": c.seed}
-    with reporting(job.run_dir, place, c.train, f"trime mt {c.train.memory}", settings) as tell:
-        trainer = make_trainer(job, place=place, tell=tell)
+    with (
+        reporting(job.run_dir, place, c.train, f"trime mt {c.train.memory}", settings) as tell,
+        reporting_checkpoints(job.run_dir, place, RESUMED_FROM) as on_saved,
+    ):
+        trainer = make_trainer(job, place=place, tell=tell, on_saved=on_saved)
         history = trainer.run()
     if place.leads:
         save_translator(trainer.model, job.run_dir / MODEL)

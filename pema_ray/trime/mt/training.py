@@ -27,6 +27,7 @@ from pema_ray.trime.mt.model import Translator
 from pema_ray.trime.mt.objective import MtObjective, Ways
 
 if TYPE_CHECKING:
+    from pema_ray.training.ray_checkpoint import Saved
     from pema_ray.training.ray_loop import Tell
 
 
@@ -51,6 +52,7 @@ class MtTrainer(UpdateLoop[Translator]):
     place: Place = field(default_factory=Place)
     tell: Tell = lambda kind, point: None
     walk_S: np.ndarray | None = None
+    on_saved: Saved = lambda metrics: None
 
     def __post_init__(self) -> None:
         self._groups = groups_of(self.train, self.config.batches, self.config.seed, self.walk_S)

@@ -33,6 +33,16 @@ def test_sequences_are_batched_where_the_types_of_the_layers_allow_it(architectu
     assert Extraction(tiny_plm(architecture), 64).reuses_prefixes == (architecture in BATCHED)
 
 
+@pytest.mark.parametrize(("kernel", "kind"), [("eager", SlotCaches), ("flex_attention", SeparateCaches)])
+def test_sequences_are_batched_by_kernels_that_take_a_mask_for_each(kernel: str, kind: type, random_plm):
+    plm = random_plm("llama")
+    plm.model.set_attn_implementation(kernel)
+    caches, ids = make_caches(plm, 2, 90), list(range(10, 40))
+    assert isinstance(caches, kind)
+    states = [caches.run([Feed(1, 0, ids[:20])])[0], caches.run([Feed(1, 20, ids[20:])])[0]]
+    torch.testing.assert_close(torch.cat(states), plain_states(plm, ids), **CLOSE)
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_models_with_linear_attention_run_singly(random_plm, name):
     plm = random_plm(name)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from ray.train import Result
 
 from pema_ray.config import read_config
 from pema_ray.errors import UserError
@@ -31,7 +32,10 @@ def test_the_stages_go_from_text_to_scores(tmp_path: Path):
     config = read_config(MtConfig, None, told)
     with pytest.raises(UserError, match="mt-train"):
         datastore.run(config)
-    assert train.run(config)["updates"] > 1
+    trained = train.run(config)
+    assert trained["updates"] > 1
+    reported = Result.from_path(str(tmp_path / "run/train/ray_train")).metrics or {}
+    assert (reported["step"], reported["best_loss"]) == (trained["updates"], trained["dev_loss"])
     with pytest.raises(UserError, match="mt-datastore"):
         generate.run(config)
     datastore.run(config)

@@ -1,0 +1,63 @@
+"""On which nodes of a Ray cluster actors, tasks and training workers run, in Ray's own options. Knows no stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pema_ray.config import PlacementConfig
+
+ANYWHERE = PlacementConfig()
+"""No constraint."""
+
+_ACCELERATOR = "accelerator_type:"  # before an accelerator's name, in the resources of a node
+
+
+def for_tasks(placement: PlacementConfig) -> PlacementConfig:
+    """The same nodes for work that needs no accelerator: those with the labels."""
+    return placement.model_copy(update={"accelerator_type": None})
+
+
+def ray_options(placement: PlacementConfig) -> dict[str, Any]:
+    """Options of Ray's tasks, actors and data sets, and of Ray Train's `ScalingConfig`."""
+    options: dict[str, Any] = {"label_selector": dict(placement.labels)} if placement.labels else {}
+    if placement.accelerator_type is not None:
+        options["accelerator_type"] = placement.accelerator_type
+    return options
+
+
+def matching_nodes(placement: PlacementConfig) -> list[dict[str, float]]:
+    """Resources of every living node with the labels and the accelerator. Ray must be running."""
+    accelerator = placement.accelerator_type
+    return [
+        node["Resources"]
+        for node in _living_nodes()
+        if placement.accepts(node["Labels"])
+        and (accelerator is None or _ACCELERATOR + accelerator in node["Resources"])
+    ]
+
+
+def matching_resource(placement: PlacementConfig, resource: str) -> float:
+    """What these nodes have of a resource (`CPU`, `GPU`), all together."""
+    return sum(node.get(resource, 0.0) for node in matching_nodes(placement))
+
+
+def describe(placement: PlacementConfig) -> str:
+    """What a node must have, as messages show it; empty without constraint."""
+    accelerator = [placement.accelerator_type] if placement.accelerator_type else []
+    return " and ".join([*accelerator, *(f"{label}={value}" for label, value in placement.labels.items())])
+
+
+def describe_nodes(placement: PlacementConfig) -> str:
+    """Which accelerators the cluster's nodes have, and which values of the labels that `placement` names."""
+    seen: set[str] = set()
+    for node in _living_nodes():
+        if placement.accelerator_type:
+            seen |= {name.removeprefix(_ACCELERATOR) for name in node["Resources"] if name.startswith(_ACCELERATOR)}
+        seen |= {f"{label}={value}" for label, value in node["Labels"].items() if label in placement.labels}
+    return ", ".join(sorted(seen)) or "none of these"
+
+
+def _living_nodes() -> list[dict[str, Any]]:
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]

@@ -1,0 +1,220 @@
+"""Checkpoints as Ray Train keeps them: workers report them, and a run that has lost its own resumes from them.
+
+The files in the run's folder are the checkpoint that counts: they change whole or not at all, and at once. Ray Train
+lags behind, since its controller learns of a report when it next polls the workers, and writes its record in place.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pema_ray.errors import UserError
+from pema_ray.files import atomic_file, temporary_beside
+from pema_ray.training.checkpoint import CHECKPOINT
+from pema_ray.training.strategies import Place
+
+logger = logging.getLogger(__name__)
+RAY_TRAIN = "ray_train"
+"""The folder in a run's folder where Ray Train keeps its checkpoints, unless `storage_path` says otherwise."""
+REPORT_SECONDS = 2.0
+"""Least time between two reports: the controller takes one at each poll, every 2 s, and a report waits for the last."""
+
+Saved = Callable[[Mapping[str, Any]], None]
+"""`on_saved(metrics)`: every process calls it once its checkpoint is saved; metrics are numbers, `step` among them."""
+
+_STAGED = ".reported"
+_STAMP = "stamp"  # in a run's folder: whose settings made it
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where Ray Train keeps a run: what `RunConfig` calls `storage_path` and `name`."""
+
+    path: str
+    name: str
+
+    @classmethod
+    def of(cls, run_dir: Path, storage_path: str | None) -> Storage:
+        """In the run's folder, or under `storage_path` by a name that is this folder's and its settings' own."""
+        folder = run_dir.resolve()
+        if storage_path is None:
+            return cls(str(folder), RAY_TRAIN)
+        stamp = (folder / _STAMP).read_text() if (folder / _STAMP).exists() else ""
+        digest = hashlib.sha256(f"{folder}\n{stamp}".encode()).hexdigest()[:16]
+        path = storage_path if "://" in storage_path else str(Path(storage_path).absolute())
+        return cls(path, "-".join([*folder.parts[-2:], digest]))
+
+    def prepare(self, resume: bool, has_checkpoint: bool) -> None:
+        """Delete what no run needs: all of it unless it is to be resumed, and checkpoints that were never registered.
+
+        Args:
+            has_checkpoint: the run's own folder has one, so that a record that Ray Train cannot read may go.
+
+        Raises:
+            UserError: the storage cannot be used, or it has the only checkpoint and Ray Train cannot read its record.
+        """
+        import pyarrow.fs
+
+        try:
+            files, root = pyarrow.fs.FileSystem.from_uri(self.path)
+            folder = f"{root.rstrip('/')}/{self.name}"
+            registered = self._registered(files, folder, has_checkpoint) if resume else None
+            files.create_dir(folder)
+            for found in files.get_file_info(pyarrow.fs.FileSelector(folder)):
+                if found.type == pyarrow.fs.FileType.Directory and found.base_name not in (registered or ()):
+                    files.delete_dir(found.path)
+                elif found.is_file and registered is None:
+                    files.delete_file(found.path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path}: cannot be used as train.storage_path: {error}") from None
+
+    def _registered(self, files: Any, folder: str, has_checkpoint: bool) -> set[str] | None:
+        """Names of the checkpoints in Ray Train's record; none where there is no record that is of use."""
+        import pyarrow.fs
+        from ray.train import Result
+        from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+
+        record = f"{folder}/{CHECKPOINT_MANAGER_SNAPSHOT_FILENAME}"
+        if files.get_file_info(record).type == pyarrow.fs.FileType.NotFound:
+            return None
+        try:
+            found = Result.from_path(folder, storage_filesystem=files).best_checkpoints or []
+        except OSError:
+            raise
+        except Exception as error:  # torn, or of another version of Ray
+            if has_checkpoint:
+                logger.warning("%s: Ray Train's record cannot be read; the run's own checkpoint is used", record)
+                return None
+            last = str(error).strip().splitlines() or [type(error).__name__]
+            raise UserError(
+                f"{record}: cannot be read: {last[-1]} Use the version of Ray that wrote it, or start over with "
+                "train.resume=false."
+            ) from None
+        return {Path(checkpoint.path).name for checkpoint, _ in found}
+
+
+def restore_checkpoint(run_dir: Path) -> None:
+    """Put Ray Train's last checkpoint into the run's folder if that has none; every worker calls it before its work."""
+    import ray.train
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return
+    context = ray.train.get_context()
+    if context.get_world_rank() == 0 and not (run_dir / CHECKPOINT).exists():
+        with checkpoint.as_directory() as folder:
+            _copy_all(Path(folder), run_dir)
+        logger.warning("%s: no checkpoint there; training resumes from Ray Train's copy", run_dir)
+    if context.get_world_size() > 1:
+        torch.distributed.barrier()
+
+
+@contextmanager
+def reporting_checkpoints(run_dir: Path, place: Place, names: Sequence[str]) -> Iterator[Saved]:
+    """Where every worker reports the checkpoints of a training that it runs in the block.
+
+    A checkpoint that follows another within `REPORT_SECONDS` is reported with the next one; the last is reported at
+    the end of the block.
+
+    Args:
+        names: files and folders in the run's folder that a resumed run needs, `CHECKPOINT` among them.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    reports = _Reports(run_dir, place, names)
+    yield reports.saved
+    reports.finish()
+
+
+class _Reports:
+    """Reports of one worker; all workers report equally often."""
+
+    def __init__(self, run_dir: Path, place: Place, names: Sequence[str]) -> None:
+        self._run_dir, self._place, self._names = run_dir, place, names
+        self._latest: dict[str, Any] | None = None  # metrics of a checkpoint that is not reported yet
+        self._reported_at = -math.inf
+
+    def saved(self, metrics: Mapping[str, Any]) -> None:
+        self._latest = dict(metrics)
+        if self._is_due():
+            self._report(self._latest)
+
+    def finish(self) -> None:
+        if self._latest is not None:
+            self._report(self._latest)
+
+    def _is_due(self) -> bool:
+        """By the leading worker's clock, for all."""
+        waited = time.monotonic() - self._reported_at
+        due = torch.tensor(int(waited >= REPORT_SECONDS), device=self._place.device)
+        if self._place.world > 1:
+            torch.distributed.broadcast(due, src=0)
+        return bool(due)
+
+    def _report(self, metrics: dict[str, Any]) -> None:
+        import ray.train
+
+        checkpoint = None
+        if self._place.leads:
+            checkpoint = ray.train.Checkpoint.from_directory(str(_stage(self._run_dir, self._names)))
+        try:
+            ray.train.report(metrics, checkpoint)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise  # a bucket may answer again: Ray Train starts the workers again
+            raise UserError(f"{self._run_dir}: Ray Train cannot keep a checkpoint: {error.strerror}.") from None
+        self._latest, self._reported_at = None, time.monotonic()
+        if self._place.leads:
+            shutil.rmtree(self._run_dir / _STAGED, ignore_errors=True)
+
+
+def _stage(run_dir: Path, names: Sequence[str]) -> Path:
+    """A folder of nothing but a checkpoint's files, which Ray Train copies: links, where the disk has them."""
+    folder = run_dir / _STAGED
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name in names:
+        source = run_dir / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, copy_function=_link)
+        elif source.exists():
+            _link(source, folder / name)
+    return folder
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _copy_all(folder: Path, run_dir: Path) -> None:
+    """Copy a checkpoint's files, `CHECKPOINT` last: once it is there, all of them are."""
+    for source in sorted(folder.iterdir(), key=lambda path: path.name == CHECKPOINT):
+        target = run_dir / source.name
+        if source.is_dir():
+            beside = temporary_beside(target)
+            try:
+                shutil.copytree(source, beside)
+                shutil.rmtree(target, ignore_errors=True)
+                beside.rename(target)
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
+        else:
+            with atomic_file(target) as temporary:
+                shutil.copyfile(source, temporary)
