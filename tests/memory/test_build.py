@@ -61,7 +61,7 @@ def test_the_parts_of_a_finished_memory_agree(tmp_path: Path):
     assert (manifest.fingerprint, manifest.eos_token_id, manifest.hidden_size) == (CARD.fingerprint, 1, 2)
     rows = ExternalMemory.open(tmp_path, CARD).load()
     assert list(dict.fromkeys(rows.example_id.tolist())) == [e.example_id for e in EXAMPLES]
-    assert rows.key[0].tolist() == [60.0, 2.0] and rows.target[:2].tolist() == [4, 1]
+    assert rows.key[:1].tolist() == [[60.0, 2.0]] and rows.target[:2].tolist() == [4, 1]
 
 
 def test_a_finished_shard_is_skipped_and_one_that_lacks_its_file_or_receipt_is_not(tmp_path: Path):
