@@ -22,7 +22,7 @@ from pema_ray.memory.planning import finished_shards
 from pema_ray.memory.shards import read_shard
 from pema_ray.placement import ANYWHERE
 from pema_ray.training.ray_checkpoint import reporting_checkpoints
-from pema_ray.training.ray_loop import reporting, run_workers, worker_place
+from pema_ray.training.ray_loop import is_first_on_its_node, reporting, run_workers, worker_place
 
 FIRST_STEP = "first_step.json"  # of a streamed training: how much of the memory was there
 
@@ -73,10 +73,11 @@ def _train(job: TrainingJob) -> dict[str, Any]:
     """What every worker does; the leading one leaves the adapter and its history."""
     place = worker_place(job.config)
     bundle = LMHeadBundle.load(job.bundle)
-    train = _training_rows(job, bundle.card)
+    verify = is_first_on_its_node()  # its refusal ends all workers before the first step
+    train = _training_rows(job, bundle.card, verify)
     looks_back = job.adapter.looks_back
     most = None if looks_back else job.config.validation_rows
-    dev = ExternalMemory.open(job.dev_memory, bundle.card).view(max_rows=most, prompts=looks_back)
+    dev = ExternalMemory.open(job.dev_memory, bundle.card).view(max_rows=most, prompts=looks_back, verify=verify)
     head = bundle.head.to(pick_dtype(job.config.dtype, place.device))
     config = job.config.model_copy(update={"resume": True})  # `run_workers` has seen to what the user wants
     name = f"{job.adapter.task or 'adapter'} r={job.adapter.rank}"
@@ -100,13 +101,13 @@ def _train(job: TrainingJob) -> dict[str, Any]:
     return history.to_dict()
 
 
-def _training_rows(job: TrainingJob, card: ModelCard) -> Any:
+def _training_rows(job: TrainingJob, card: ModelCard, verify: bool) -> Any:
     if job.streamed_rows is not None:
         return _streamed(job, job.streamed_rows)
     memory = ExternalMemory.open(job.train_memory, card)
     if job.config.shuffle == "window":
         return memory
-    return memory.view(max_examples=job.config.max_train_pairs, prompts=job.adapter.looks_back)
+    return memory.view(max_examples=job.config.max_train_pairs, prompts=job.adapter.looks_back, verify=verify)
 
 
 def _streamed(job: TrainingJob, rows: int) -> StreamShuffle:

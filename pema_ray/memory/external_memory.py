@@ -107,11 +107,14 @@ class ExternalMemory:
         """
         return MemoryRows.concatenate(list(self._first(max_examples, max_rows)))
 
-    def view(self, max_examples: int | None = None, max_rows: int | None = None, prompts: bool = False) -> RowsView:
+    def view(
+        self, max_examples: int | None = None, max_rows: int | None = None, prompts: bool = False, verify: bool = True
+    ) -> RowsView:
         """The same rows without the copy that makes one block of them: shards stay as they were read.
 
         Args:
             prompts: with the rows of prompts, so that every example is a whole sequence.
+            verify: check the files against the manifest; off where another process of this machine does.
 
         Raises:
             UserError: the memory has no rows of prompts.
@@ -121,11 +124,13 @@ class ExternalMemory:
                 f"{self.folder}: has no rows of prompts, which an adapter that looks back needs. "
                 "Build it with build_memory.prompts=true."
             )
-        return RowsView(list(self._first(max_examples, max_rows, prompts)))
+        return RowsView(list(self._first(max_examples, max_rows, prompts, verify)))
 
-    def _first(self, max_examples: int | None, max_rows: int | None, prompts: bool = False) -> Iterator[MemoryRows]:
+    def _first(
+        self, max_examples: int | None, max_rows: int | None, prompts: bool = False, verify: bool = True
+    ) -> Iterator[MemoryRows]:
         examples, rows = 0, 0
-        for part in self.shards(prompts=prompts):
+        for part in self.shards(verify, prompts):
             if max_examples is not None:
                 starts = np.flatnonzero(np.diff(part.example_id, prepend=part.example_id[0] - 1))
                 if len(starts) > max_examples - examples:

@@ -138,6 +138,13 @@ def worker_place(config: TrainingConfig) -> Place:
     return Place(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
 
 
+def is_first_on_its_node() -> bool:
+    """Whether this worker does what is needed once a node, such as checking files."""
+    import ray.train
+
+    return ray.train.get_context().get_local_rank() == 0
+
+
 @contextmanager
 def reporting(
     run_dir: Path, place: Place, config: TrainingConfig, name: str, settings: Mapping[str, Any]

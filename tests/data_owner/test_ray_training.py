@@ -171,7 +171,7 @@ def work(job: TrainingJob) -> str:
 
 
 def test_a_damaged_shard_is_refused_by_name(make_job, monkeypatch):
-    alone = types.SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+    alone = types.SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1, get_local_rank=lambda: 0)
     monkeypatch.setattr("ray.train.get_context", lambda: alone)
     monkeypatch.setattr("ray.train.get_checkpoint", lambda: None)
     monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))
@@ -183,6 +183,18 @@ def test_a_damaged_shard_is_refused_by_name(make_job, monkeypatch):
     assert "shard-00001.parquet: damaged shard" in work(job)
     shard.unlink()
     assert "shard-00001.parquet: this shard is missing" in work(job)
+
+
+@pytest.mark.cluster
+def test_one_worker_of_a_node_checks_the_files_for_all(ray_cluster, make_job):
+    job = make_job(config=CONFIG.model_copy(update={"workers": 2}))
+    shard = job.train_memory / "shard-00001.parquet"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=r"shard-00001\.parquet: damaged shard"):
+        fit(job)
+    assert not (job.run_dir / "adapter").exists()
 
 
 def test_a_rank_above_the_hidden_size_is_refused_before_anything_starts(make_job):
