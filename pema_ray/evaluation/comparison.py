@@ -105,14 +105,16 @@ def significance(
     metrics = {"BLEU": scorer.bleu, "chrF": scorer.chrf}
     test = PairedTest(systems, metrics, [scorer.references], test_type="bs", n_samples=samples)
     _, scores = test()  # columns in the order of the metrics, under names of sacreBLEU's own
-    _, bleu_scores, chrf_scores = scores.values()
+    columns: Any = scores.values()
+    _, bleu_scores, chrf_scores = columns
     figures: Any = zip((name for name, _ in systems), bleu_scores, chrf_scores, strict=True)
     found: dict[str, Significance] = {}
-    for name, bleu, chrf in figures:
-        half = bleu.ci or 0.0
-        p = bleu.p_value, chrf.p_value
-        if name != reference and list(answers[name]) == list(answers[reference]):
-            p = 1.0, 1.0  # sacreBLEU's smallest p, because no draw's difference exceeds none
+    baseline = bleu_scores[0], chrf_scores[0]
+    for name, *scored in figures:
+        # Where no draw differs, sacreBLEU gives its smallest p: no difference exceeds none.
+        equal = [one.score == other.score for one, other in zip(scored, baseline, strict=True)]
+        p = [1.0 if same and one.p_value else one.p_value for one, same in zip(scored, equal, strict=True)]
+        bleu, half = scored[0], scored[0].ci or 0.0
         found[name] = Significance(bleu_low=bleu.mean - half, bleu_high=bleu.mean + half, bleu_p=p[0], chrf_p=p[1])
     return found
 

@@ -113,6 +113,10 @@ def _training(config: TrainConfig, name: str, hidden_size: int | None = None) ->
     return validate_section(TrainConfig, {**config.model_dump(), **changes, "stream": False}, where)
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def describe_adapter(config: TrainConfig) -> str:
     """What a training makes, for a table: form, rank, and stage 1."""
     form = "residual" if config.residual else "low-rank"
@@ -146,8 +150,8 @@ class System:
         return {
             "copy": "nothing",
             "plm": "nothing",
-            "few_shot": f"{shots} pairs",
-            "few_shot_similar": f"{shots} pairs a prompt",
+            "few_shot": _count(shots, "pair"),
+            "few_shot_similar": f"{_count(shots, 'pair')} a prompt",
             **dict.fromkeys(_SMALL, _SERVICE),
             "knn": f"{_SERVICE}; the memory to answer with",
         }[self.name]
@@ -162,14 +166,16 @@ class System:
             knn = self.config.generate.knn
             asks = f", k = {knn.neighbours} neighbours" if knn.weight > 0 else ""
             return f"{variant.label} ({describe_adapter(training)}{asks})"
-        shots = f" on prompts with {c.few_shot} examples" if _LORA.get(self.name) else ""
+        shots = f" on prompts with {_count(c.few_shot, 'example')}" if _LORA.get(self.name) else ""
         return {
             "copy": "copy of the source",
             "plm": "PLM alone",
-            "few_shot": f"PLM, {c.few_shot} examples",
-            "few_shot_similar": f"PLM, {c.few_shot} similar examples",
+            "few_shot": f"PLM, {_count(c.few_shot, 'example')}",
+            "few_shot_similar": f"PLM, {_count(c.few_shot, 'similar example')}",
             "knn": f"kNN-LM, k = {c.knn.neighbours}",
-            **{name: f"{label}, {c.small_lm.layers} layers, not pretrained" for name, label in _SMALL.items()},
+            **{
+                name: f"{label}, {_count(c.small_lm.layers, 'layer')}, not pretrained" for name, label in _SMALL.items()
+            },
         }.get(self.name, f"LoRA, r = {c.lora.rank}, all linear layers{shots}")
 
     def measurement(self) -> Measurement:
