@@ -166,6 +166,7 @@ class System:
             knn = self.config.generate.knn
             asks = f", k = {knn.neighbours} neighbours" if knn.weight > 0 else ""
             return f"{variant.label} ({describe_adapter(training)}{asks})"
+        layers = _count(c.small_lm.layers, "layer")
         shots = f" on prompts with {_count(c.few_shot, 'example')}" if _LORA.get(self.name) else ""
         return {
             "copy": "copy of the source",
@@ -173,9 +174,7 @@ class System:
             "few_shot": f"PLM, {_count(c.few_shot, 'example')}",
             "few_shot_similar": f"PLM, {_count(c.few_shot, 'similar example')}",
             "knn": f"kNN-LM, k = {c.knn.neighbours}",
-            **{
-                name: f"{label}, {_count(c.small_lm.layers, 'layer')}, not pretrained" for name, label in _SMALL.items()
-            },
+            **{name: f"{label}, {layers}, not pretrained" for name, label in _SMALL.items()},
         }.get(self.name, f"LoRA, r = {c.lora.rank}, all linear layers{shots}")
 
     def measurement(self) -> Measurement:
