@@ -13,11 +13,21 @@ from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from pema_ray.errors import UserError, nearest
 
 Split = Literal["train", "dev", "test"]
+Share = Annotated[float, Field(ge=0, le=1)]
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -472,7 +482,7 @@ class LoraSettings(Section):
     rank: int = Field(default=16, ge=1)
     alpha: int = Field(default=32, ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    learning_rates: tuple[float, ...] = Field(default=(2e-4, 5e-4), min_length=1)
+    learning_rates: tuple[PositiveFloat, ...] = Field(default=(2e-4, 5e-4), min_length=1)
     """Tried; AdamW's, after a warm-up of a twentieth of the steps, falling to zero as a cosine. The rate and the epoch
     with the lowest loss on the dev pairs are kept."""
     epochs: int = Field(default=2, ge=1)
@@ -485,9 +495,9 @@ class KnnSettings(Section):
     """Of kNN-LM; temperature and λ are those with the lowest NLL on the dev memory."""
 
     neighbours: int = Field(default=32, ge=1)
-    temperatures: tuple[float, ...] = (10.0, 30.0, 100.0, 300.0)
+    temperatures: tuple[PositiveFloat, ...] = Field(default=(10.0, 30.0, 100.0, 300.0), min_length=1)
     """Tried, in squared distance after the PLM's final norm."""
-    lambdas: tuple[float, ...] = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+    lambdas: tuple[Share, ...] = Field(default=(0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7), min_length=1)
     """Tried; λ is the weight of the neighbours."""
     index: Literal["flat", "inverted"] = "flat"
     """`flat` compares with every row, `inverted` with those of the nearest lists."""
@@ -506,7 +516,7 @@ class SmallLMSettings(Section):
     """Of the small language models of `memory_decoder` and `proxy_tuning`: a Llama over the LM head's rows."""
 
     layers: int = Field(default=2, ge=1)
-    learning_rates: tuple[float, ...] = Field(default=(3e-4, 1e-3), min_length=1)
+    learning_rates: tuple[PositiveFloat, ...] = Field(default=(3e-4, 1e-3), min_length=1)
     """Tried; AdamW's, in one cycle. The rate and the epoch with the lowest loss on the dev pairs are kept."""
     epochs: int = Field(default=4, ge=1)
     """At most."""
@@ -518,7 +528,7 @@ class SmallLMSettings(Section):
     """k of that distribution."""
     temperature: float = Field(default=100.0, gt=0)
     """Of that distribution, in squared distance after the PLM's final norm."""
-    alphas: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.5)
+    alphas: tuple[PositiveFloat, ...] = Field(default=(0.25, 0.5, 0.75, 1.0, 1.5), min_length=1)
     """Tried, by NLL on the dev pairs; how far `proxy_tuning` shifts the PLM's logits."""
 
 
@@ -535,7 +545,7 @@ class CompareConfig(Section):
     """Trainings of every system that is trained, with seeds that follow the run's."""
     single_seed: tuple[str, ...] = ("pema_published", "memory_decoder", "proxy_tuning", "lora", "lora_shots")
     """Systems that are trained once all the same, because it takes long."""
-    lambdas: tuple[float, ...] = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    lambdas: tuple[Share, ...] = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     """Tried for every adapter where `generate.schedule` is constant, by NLL on the dev memory; none: `lambda_max`."""
     dev_rows: int = Field(default=4096, ge=1)
     """Rows of the dev memory to choose by."""

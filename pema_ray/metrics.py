@@ -32,6 +32,7 @@ TOTALS = {
         "drafted": "Tokens guessed ahead",
         "accepted": "Tokens guessed ahead that came true",
         "round_trips": "Messages to the PLM owner",
+        "received_rows": "Representations from the PLM owner",
         "replays": "Sessions that were lost and said again whole",
         "busy": "Steps that the PLM owner put off",
     },

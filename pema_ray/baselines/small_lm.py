@@ -110,25 +110,29 @@ class SmallLM(nn.Module):
 class AlignedMemory:
     """A memory's rows beside the pairs that they were built from.
 
+    Args:
+        pairs: those without rows are left out: the build has rejected them, or the view ends before them.
+
     Raises:
-        UserError: the memory does not have a row for every token of every pair: equal rows were merged, or the context
+        UserError: the memory does not have a row for every token of the others: equal rows were merged, or the context
             was generated.
     """
 
     def __init__(self, rows: RowsView, pairs: Sequence[EncodedPair]) -> None:
-        self.rows, self.pairs = rows, pairs
+        self.rows = rows
         example_N = rows.example_id
         starts = np.flatnonzero(np.diff(example_N, prepend=example_N[0] - 1))
         ends = np.append(starts[1:], len(example_N))
         where = {int(example_N[start]): (int(start), int(end)) for start, end in zip(starts, ends, strict=True)}
-        self._where = [where.get(pair.example_id, (0, 0)) for pair in pairs]
+        self.pairs = [pair for pair in pairs if pair.example_id in where]
+        self._where = [where[pair.example_id] for pair in self.pairs]
         lengths = [end - start for start, end in self._where]
-        if rows.weight is not None or lengths != [len(pair.target) + 1 for pair in pairs]:
+        if not self.pairs or rows.weight is not None or lengths != [len(pair.target) + 1 for pair in self.pairs]:
             raise UserError(
                 "proxy_tuning and memory_decoder need a memory with a row for every target token and EOS: "
                 "build_memory.context=teacher_forced, and no equal rows merged."
             )
-        self._number = {pair.example_id: n for n, pair in enumerate(pairs)}
+        self._number = {pair.example_id: n for n, pair in enumerate(self.pairs)}
 
     def rows_of(self, pairs: Sequence[EncodedPair]) -> np.ndarray:
         """`[N]`, the rows of some of its pairs, one pair after the other."""
@@ -475,5 +479,11 @@ def _models(
     plm, dev_plm = plm_teacher(train.rows, head), plm_teacher(dev.rows, head)
     other, first = train_small_lm(fresh, train, plm, dev_plm, dev, s, job.seed)
     gold = gold_teacher(train.rows, head)
-    expert, second = train_small_lm(lambda: copy.deepcopy(other), train, gold, dev_gold, dev, s, job.seed)
+
+    def like_the_other() -> SmallLM:
+        model = fresh()
+        model.load_state_dict(other.state_dict())
+        return model
+
+    expert, second = train_small_lm(like_the_other, train, gold, dev_gold, dev, s, job.seed)
     return {"expert": expert, "anti_expert": other}, [first, second]

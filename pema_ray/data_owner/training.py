@@ -75,7 +75,9 @@ class History:
     stale: int = 0
     reconstruction_error: float | None = None
     reconstruction_seconds: float = 0.0
+    """Of stage 1, without the measuring on the dev memory."""
     seconds: float = 0.0
+    """Of the steps, waiting for their batches included, without validations and checkpoints."""
     rows: int = 0
     total_steps: int = 0
     stopped_early: bool = False
@@ -138,7 +140,7 @@ class Trainer:
         strategy = self._strategy(objective)
         strategy.load_optimizer_state(moments)
         self._optimise(objective, strategy, history, step)
-        history.peak_bytes = peak_memory(device)
+        history.peak_bytes = max(history.peak_bytes, peak_memory(device))
         self._meet()  # the leading process may still be writing its best
         best = PemaAdapter(self.adapter_config)
         best.load_state_dict(load_file(self._best))
@@ -166,13 +168,14 @@ class Trainer:
 
     def _reconstruct(self, adapter: PemaAdapter, history: History) -> None:
         started = time.perf_counter()
+        measuring = 0.0
         if self.config.solver == "closed_form":
             A, B = self._solve(adapter)
         elif self.config.solver == "adam":
-            A, B = self._reconstruct_by_gradient(adapter)
+            A, B, measuring = self._reconstruct_by_gradient(adapter)
         else:
             return
-        history.reconstruction_seconds = time.perf_counter() - started
+        history.reconstruction_seconds = time.perf_counter() - started - measuring
         history.reconstruction_error = self._dev_reconstruction_error(adapter, A, B)
         if self.config.fresh_maps:
             with torch.no_grad():
@@ -206,8 +209,12 @@ class Trainer:
             torch.distributed.broadcast(B, src=0)
         return A, B
 
-    def _reconstruct_by_gradient(self, adapter: PemaAdapter) -> tuple[torch.Tensor, torch.Tensor]:
-        """The published stage 1, every process for itself over all rows of its feed: `(A, B)`, the best on dev."""
+    def _reconstruct_by_gradient(self, adapter: PemaAdapter) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """The published stage 1, every process for itself over all rows of its feed.
+
+        Returns:
+            `(A, B)` with the lowest error on dev, and the seconds spent on measuring it.
+        """
         c, device = self.config, self.place.device
         if not isinstance(self.train, Rows):
             raise UserError(
@@ -219,7 +226,8 @@ class Trainer:
         objective = ReconstructionObjective(init.A.detach(), init.B_rct.detach(), c.dropout, scale).to(device)
         optimizer = torch.optim.Adam(objective.parameters(), lr=c.learning_rate)
         feed = GlobalShuffle(self.train, c.reconstruction_batch_size, self.seed)
-        best, stale, done = (math.inf, objective.A.detach(), objective.B.detach()), 0, 0
+        best, stale, done = (math.inf, objective.A.detach().clone(), objective.B.detach() * scale), 0, 0
+        measuring = 0.0
         total = c.reconstruction_epochs * feed.steps_per_epoch
         for epoch in range(c.reconstruction_epochs):
             for step, (_, (state, _, share, _)) in enumerate(load_parts(feed.batches(epoch), device)):
@@ -233,12 +241,15 @@ class Trainer:
                 done += 1
                 if done % c.validate_every and done < total:
                     continue
+                started = time.perf_counter()
                 A, B = objective.A.detach().clone(), objective.B.detach() * scale
-                error = self._dev_reconstruction_error(adapter, A, B)
-                best, stale = ((error, A, B), 0) if error < best[0] else (best, stale + 1)
+                error = torch.tensor([self._dev_reconstruction_error(adapter, A, B)], dtype=torch.float64)
+                (agreed,) = self._agree(error.to(device))
+                best, stale = ((agreed, A, B), 0) if agreed < best[0] else (best, stale + 1)
+                measuring += time.perf_counter() - started
                 if stale >= c.patience:
-                    return best[1:]
-        return best[1:]
+                    return *best[1:], measuring
+        return *best[1:], measuring
 
     @torch.no_grad()
     def _enter(self, adapter: PemaAdapter, keys: Keys) -> torch.Tensor:
@@ -284,10 +295,10 @@ class Trainer:
         if step == 0:
             self._validate(objective, history, 0)
         for epoch in range(step // self.feed.steps_per_epoch, self.config.epochs):
+            started = time.perf_counter()
             for parts in self._parts(epoch, step - epoch * self.feed.steps_per_epoch):
                 if history.stopped_early:
                     return
-                started = time.perf_counter()
                 torch.manual_seed(_mix_seed(self.seed, step, self.place.rank))
                 objective.train()
                 losses = self._learn(strategy, parts)
@@ -299,11 +310,12 @@ class Trainer:
                 history.train.append(point)
                 if self.place.leads:
                     self.on_point("train", point)
-                if step % self.config.validate_every == 0 or step == self.total_steps:
-                    self._validate(objective, history, step)
                 history.seconds += time.perf_counter() - started
                 if step % self.config.validate_every == 0 or step == self.total_steps:
+                    self._validate(objective, history, step)
+                    history.peak_bytes = max(history.peak_bytes, peak_memory(self.place.device))
                     self._save(objective.adapter, strategy, history, step)
+                started = time.perf_counter()
 
     def _parts(self, epoch: int, first: int) -> Iterator[list[Part]]:
         """An epoch's batches on the device, each in the parts that gradients are accumulated over."""

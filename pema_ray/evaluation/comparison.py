@@ -142,7 +142,12 @@ def markdown(comparison: Comparison) -> str:
             f"95 % and p: paired bootstrap of the first seed's answers, {c.bootstrap_samples:,} samples; p of no "
             f"difference in sBLEU from {c.reference}."
         )
-    notes = [f"- {peer.name}: {note}" for peer in c.peers if (note := peer.measurements[0].note)]
+    notes = [
+        f"- {peer.name}{f', seed {m.seed}' if len(peer.measurements) > 1 else ''}: {m.note}"
+        for peer in c.peers
+        for m in peer.measurements
+        if m.note
+    ]
     return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from pema_ray.cluster import ray_cluster
@@ -12,7 +14,7 @@ from pema_ray.files import atomic_file
 from pema_ray.progress import console
 from pema_ray.stages.answers import read_rows
 from pema_ray.stages.run import Run
-from pema_ray.stages.systems import System, check, needs_weights, scorer_of
+from pema_ray.stages.systems import System, check, scorer_of
 
 _REFERENCE = "pema"
 
@@ -20,17 +22,16 @@ _REFERENCE = "pema"
 def run(config: ExperimentConfig) -> dict[str, Any]:
     """Write `compare/comparison.json` and `compare/table.md`."""
     run, chosen = Run(config), config.compare
-    if (weights := needs_weights(chosen.systems)) and not config.plm.is_own:
+    if config.generate.split != "test":
         raise UserError(
-            f"compare.systems: {weights[0]} trains the PLM's weights, which {config.plm.label} does not hand out. "
-            "Leave it out, or set plm.name."
+            f"compare measures on the test pairs, since all systems are tuned on dev: generate.split is "
+            f"{config.generate.split}."
         )
+    for name in chosen.systems:  # refused now rather than when the others are done
+        check(config, name)
 
     def work() -> dict[str, Any]:
-        for name in chosen.systems:  # refused now rather than when the others are done
-            check(config, name)
-        cpus = max(config.train.cpus_per_worker, config.generate.cpus_per_actor)
-        with ray_cluster(config.ray, cpus, readers=1, placement=config.placement):
+        with _cluster(run):
             peers = {name: _peer(run, name) for name in chosen.systems}
         found = _comparison(run, peers)
         with atomic_file(run.path("compare", "comparison.json")) as temporary:
@@ -46,6 +47,23 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
         }
 
     return run.perform("compare", work)
+
+
+@contextmanager
+def _cluster(run: Run) -> Iterator[None]:
+    """Ray with room for generation and, if anything is trained, for all training workers."""
+    config = run.config
+    t, g = config.train, config.generate
+    with ExitStack() as stack:
+        stack.enter_context(
+            ray_cluster(config.ray, g.cpus_per_actor, g.gpus_per_actor, readers=1, placement=config.placement)
+        )
+        if any(System(run, name, config.seed).is_trained for name in config.compare.systems):
+            workers = t.min_workers or t.workers
+            stack.enter_context(
+                ray_cluster(config.ray, t.cpus_per_worker, t.gpus_per_worker, workers, placement=config.placement)
+            )
+        yield
 
 
 def _peer(run: Run, name: str) -> Peer:

@@ -41,6 +41,9 @@ _EVIDENCE: dict[str, tuple[str, ...]] = {
     "report": ("report.html",),
     "compare": ("comparison.json", "table.md"),
 }
+COMPARE_PROTOCOL = "protocol 2"
+"""Changes when other defaults or another way of measuring give other figures: stamps leave defaults out."""
+_ADAM_SCHEME = "best on dev"  # how the `adam` solver of stage 1 ends
 
 
 class Run(StageRun[ExperimentConfig]):
@@ -67,8 +70,13 @@ class Run(StageRun[ExperimentConfig]):
     def others(self, stage: str) -> list[Any]:
         if stage == "prepare":
             return [chosen_settings(self.task), self.file_hashes]
+        if stage == "compare":
+            return [COMPARE_PROTOCOL]
+        if stage != "train":
+            return []
         train = self.config.train  # with windows, the number of workers decides how many steps there are
-        return [["workers", train.workers]] if stage == "train" and train.shuffle == "window" else []
+        windows = [["workers", train.workers]] if train.shuffle == "window" else []
+        return [*windows, _ADAM_SCHEME] if train.solver == "adam" else windows
 
     @cached_property
     def file_hashes(self) -> dict[str, str]:
@@ -136,12 +144,23 @@ class Run(StageRun[ExperimentConfig]):
             raise UserError(f"{path}: no such prepared split. Run: pema-ray prepare")
         return [Pair(**row) for row in pq.read_table(path).to_pylist()]
 
-    def prompter(self, shots: int | None = None, show: Literal["first", "similar"] | None = None) -> Prompter:
-        """The prompts of this experiment, or the same with another number or choice of examples."""
+    def prompter(
+        self,
+        shots: int | None = None,
+        show: Literal["first", "similar"] | None = None,
+        limit: int | None = None,
+    ) -> Prompter:
+        """The prompts of this experiment, or the same with another number or choice of examples.
+
+        Args:
+            limit: choose among the first so many training pairs.
+        """
         task = self.config.task
         shots, similar = task.shots if shots is None else shots, (show or task.show) == "similar"
         extra = task.chat_template_kwargs
         if shots and similar:
-            return Prompter(self.tokenizer, self.task, SimilarShots(self.pairs("train"), shots), task.chat, extra)
-        shown = first_shots(self.pairs("train"), shots) if shots else []
+            return Prompter(
+                self.tokenizer, self.task, SimilarShots(self.pairs("train")[:limit], shots), task.chat, extra
+            )
+        shown = first_shots(self.pairs("train")[:limit], shots) if shots else []
         return Prompter(self.tokenizer, self.task, shown, task.chat, extra)

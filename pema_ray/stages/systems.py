@@ -6,8 +6,11 @@ as soon as it is finished, so a comparison that was stopped continues.
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import importlib.util
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,11 +20,19 @@ import numpy as np
 from pydantic import BaseModel
 
 from pema_ray.baselines.small_lm import SmallLMJob, SmallLMSpec, train_peer
-from pema_ray.config import CompareConfig, ExperimentConfig, GenerateConfig, KnnMixConfig, PLMConfig, TrainConfig
+from pema_ray.config import (
+    CompareConfig,
+    ExperimentConfig,
+    GenerateConfig,
+    KnnMixConfig,
+    LoraSettings,
+    PLMConfig,
+    TrainConfig,
+)
 from pema_ray.config import validate as validate_section
 from pema_ray.data_owner.decoding.offline import GenerationJob, SystemAnswer
 from pema_ray.data_owner.decoding.predictor import Predictor, PredictorSource, PredictorSpec
-from pema_ray.data_owner.knn import NearestNeighbours
+from pema_ray.data_owner.knn import NearestNeighbours, require_faiss
 from pema_ray.data_owner.ray_training import fit
 from pema_ray.data_owner.training import History
 from pema_ray.errors import UserError
@@ -35,7 +46,7 @@ from pema_ray.progress import console, track
 from pema_ray.stage_run import chosen_settings, claim
 from pema_ray.stages.answers import make_job, predictor_of, run_jobs, write_rows
 from pema_ray.stages.likelihood import likelihood_of
-from pema_ray.stages.run import Run
+from pema_ray.stages.run import COMPARE_PROTOCOL, Run
 from pema_ray.stages.train import training_job
 from pema_ray.tasks import EncodedPair
 from pema_ray.tasks.postprocess import tidy
@@ -83,11 +94,6 @@ _LORA = {"lora": False, "lora_shots": True}  # whether its prompts show examples
 _SMALL = {"memory_decoder": "Memory Decoder", "proxy_tuning": "proxy-tuning"}
 
 
-def needs_weights(systems: Sequence[str]) -> list[str]:
-    """Those that train the PLM itself."""
-    return [name for name in systems if name in _LORA]
-
-
 def check(config: ExperimentConfig, name: str) -> None:
     """Refuse a system whose settings do not go with the run's.
 
@@ -96,12 +102,28 @@ def check(config: ExperimentConfig, name: str) -> None:
     """
     if name in _VARIANTS:
         _training(config.train, name)
+    if name in ("knn", "memory_decoder"):
+        require_faiss()
+    if name in _LORA:
+        _check_lora(config.plm, name)
     build = config.build_memory
     if name in _SMALL and (build.context != "teacher_forced" or build.deduplicate):
         raise UserError(
             f"compare.systems: {name} needs a row for every token: build_memory.context=teacher_forced and "
             "build_memory.deduplicate=false."
         )
+
+
+def _check_lora(plm: PLMConfig, name: str) -> None:
+    if not plm.is_own:
+        raise UserError(
+            f"compare.systems: {name} trains the PLM's weights, which {plm.label} does not hand out. "
+            "Leave it out, or set plm.name."
+        )
+    if plm.quantization:
+        raise UserError(f"compare.systems: {name} trains the PLM's weights, which plm.quantization does not allow.")
+    if importlib.util.find_spec("peft") is None:
+        raise UserError(f"compare.systems: {name} needs peft: pip install peft.")
 
 
 def _training(config: TrainConfig, name: str, hidden_size: int | None = None) -> TrainConfig:
@@ -186,6 +208,7 @@ class System:
                 console.print(f"[dim]{self.name:16} seed {self.seed}: measured before[/]")
                 return Measurement.model_validate(before["measurement"])
         self.folder.mkdir(parents=True, exist_ok=True)
+        kept.unlink(missing_ok=True)  # answers are replaced before it is written again
         makers: dict[str, Callable[[], Measurement]] = {
             "copy": self._copy, "plm": self._plm, "few_shot": self._few_shot, "few_shot_similar": self._few_shot,
             "knn": self._knn, "lora": self._lora, "lora_shots": self._lora, "memory_decoder": self._small_lm,
@@ -200,14 +223,21 @@ class System:
     def _stamp(self) -> str:
         chosen: CompareConfig = self.config.compare
         shots = self.name in ("few_shot", "few_shot_similar", "pema_shots", "lora_shots")
+        grids: dict[str, Any] = {}
+        if self.name in {**_VARIANTS, "knn": None}:
+            grids |= {"dev_rows": chosen.dev_rows}
+        if self.name in {**_VARIANTS, "memory_decoder": None}:
+            grids |= {"lambdas": chosen.lambdas}
+        if self.name == "memory_decoder":
+            grids |= {"knn.lambdas": chosen.knn.lambdas}
         sections: list[BaseModel] = []
         sections += [chosen.knn] if self.name == "knn" else []
         sections += [chosen.lora] if self.name in _LORA else []
         sections += [chosen.small_lm] if self.name in _SMALL else []
         described = [chosen_settings(section) for section in sections]
-        tuned = list(chosen.lambdas) if self.name in _VARIANTS else None
         stages = [self.run.stamp("train"), self.run.stamp("generate")]
-        whole = [self.name, self.seed, *stages, chosen.few_shot if shots else None, tuned, described]
+        few_shot = chosen.few_shot if shots else None
+        whole = [COMPARE_PROTOCOL, self.name, self.seed, *stages, few_shot, grids, described]
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
 
     # ── the systems ─────────────────────────────────────────────────────────
@@ -263,7 +293,11 @@ class System:
         """A run of its own, with a memory of these prompts, whose first system is PEMA."""
         from pema_ray.stages.main import stages
 
-        task = self.config.task.model_copy(update={"shots": self.config.compare.few_shot, "show": "first"})
+        limits, most = dict(self.config.task.limits), self.config.train.max_train_pairs
+        if most is not None:  # the first so many, as a smaller limit draws them
+            limits["train"] = min(most, limits.get("train", most))
+        shown = {"shots": self.config.compare.few_shot, "show": "first", "limits": limits}
+        task = self.config.task.model_copy(update=shown)
         compare = self.config.compare.model_copy(update={"systems": ("pema",)})
         changes = {"run_dir": str(self.run.path("compare", self.name, "run")), "task": task, "compare": compare}
         config = self.config.model_copy(update=changes)
@@ -287,7 +321,7 @@ class System:
         folder = self.folder / "model"
         job = SmallLMJob(
             kind="memory_decoder" if self.name == "memory_decoder" else "proxy_tuning",
-            pairs={split: self._encoded(split) for split in ("train", "dev", self._split)},
+            pairs={split: self._encoded(split, limit=None) for split in ("train", "dev", self._split)},
             memory=self.run.path("build_memory").resolve(),
             bundle=self.run.path("export_head", "lm_head").resolve(),
             test=self._split,
@@ -302,9 +336,9 @@ class System:
         found = self._in_a_process(train_peer, job)
         proxy = self.name == "proxy_tuning"
         lam = 1.0 if proxy else found["chosen"]
-        note = (
-            f"{'α' if proxy else 'λ'} {found['chosen']:g}, learning rate and epoch ({found['trained']}), chosen on dev"
-        )
+        symbol = "α" if proxy else "λ"
+        note = f"{symbol} {found['chosen']:g}, learning rate and epoch ({found['trained']}), chosen on dev"
+        note += "; decoded one sequence at a time"
         return self._answered(
             config.generate.model_copy(update={"lambda_max": lam, "schedule": "constant"}),
             SmallLMSpec(folder.resolve(), found["chosen"] if proxy else None),
@@ -322,24 +356,28 @@ class System:
             UserError: what it was refused.
         """
         import ray
+        from ray.exceptions import OutOfMemoryError, WorkerCrashedError
 
         train = self.config.train
         resources = {"num_cpus": train.cpus_per_worker, "num_gpus": train.gpus_per_worker}
-        task: Any = ray.remote(max_calls=1, **resources, **ray_options(self.config.placement))(work)
-        with track(f"training {self.name}", 1, "systems"):
-            found: dict[str, Any] = ray.get(task.remote(*arguments))
+        placed = ray_options(self.config.placement)
+        task: Any = ray.remote(max_calls=1, max_retries=0, **resources, **placed)(work)
+        try:
+            with track(f"training {self.name}", 1, "systems"):
+                found: dict[str, Any] = ray.get(task.remote(*arguments))
+        except (WorkerCrashedError, OutOfMemoryError) as error:
+            raise UserError(f"{self.name}: its process died, for want of memory perhaps: {error}") from None
         if found["error"]:
             raise UserError(found["error"])
         return found
 
-    def _encoded(self, split: str) -> list[EncodedPair]:
-        limit = self.config.train.max_train_pairs if split == "train" else None
+    def _encoded(self, split: str, limit: int | None) -> list[EncodedPair]:
         return [self._prompter.encode_pair(pair) for pair in self.run.pairs(split)[:limit]]
 
     def _lora(self) -> Measurement:
-
         config, folder = self.config, self.folder / "model"
-        splits = [self._encoded(split) for split in ("train", "dev", self._split)]
+        most = config.train.max_train_pairs
+        splits = [self._encoded("train", most), *(self._encoded(split, None) for split in ("dev", self._split))]
         threads = config.plm.threads or max(1, int(config.train.cpus_per_worker))
         plm = config.plm.model_copy(update={"threads": threads})
         end_token = self._prompter.end_token
@@ -363,10 +401,10 @@ class System:
 
     @cached_property
     def _prompter(self):
-        shots = self.config.compare.few_shot
+        shots, limit = self.config.compare.few_shot, self.config.train.max_train_pairs
         if self.name in ("few_shot", "lora_shots"):
-            return self.run.prompter(shots, "first")
-        return self.run.prompter(shots, "similar") if self.name == "few_shot_similar" else self.run.prompter()
+            return self.run.prompter(shots, "first", limit)
+        return self.run.prompter(shots, "similar", limit) if self.name == "few_shot_similar" else self.run.prompter()
 
     def _answered(
         self,
@@ -400,13 +438,19 @@ class System:
         return self.run.bundle.card.hidden_size * head.weight.element_size()
 
     def _memory_bytes(self) -> int:
-        """Representations of the memories that training and tuning read."""
-        manifests = [ExternalMemory.open(self.run.path("build_memory", split)).manifest for split in ("train", "dev")]
-        rows = sum(shard.rows + shard.prompt_rows for manifest in manifests for shard in manifest.shards)
+        """Representations of the memories that training and tuning read, rows of prompts included."""
+        rows = 0
+        for split, limit in (("train", self.config.train.max_train_pairs), ("dev", None)):
+            memory = ExternalMemory.open(self.run.path("build_memory", split))
+            has_prompts = memory.manifest.prompt_from is not None
+            if limit is None:
+                rows += sum(shard.rows + shard.prompt_rows for shard in memory.manifest.shards)
+            else:
+                rows += len(memory.view(max_examples=limit, prompts=has_prompts, verify=False))
         return rows * self._row_bytes
 
     def _answer_bytes(self, answers: Sequence[SystemAnswer]) -> int:
-        return sum(len(answer.answer.tokens) for answer in answers) * self._row_bytes
+        return round(sum(answer.received_rows for answer in answers)) * self._row_bytes
 
     def _likelihood(self, spec: PredictorSpec | None, split: str, limit: int | None = None) -> TokenLikelihood:
         """The predictor is loaded for this alone: actors load their own."""
@@ -441,37 +485,61 @@ def scorer_of(run: Run) -> Scorer:
     return Scorer([pair.target for pair in pairs], run.task.sacrebleu_language, run.task.archaic_pattern)
 
 
-def _train_lora(plm: PLMConfig, settings, splits, folder: str, seed: int, end_token: int | None) -> dict[str, Any]:
+def _train_lora(
+    plm: PLMConfig,
+    settings: LoraSettings,
+    splits: Sequence[Sequence[EncodedPair]],
+    folder: str,
+    seed: int,
+    end_token: int | None,
+) -> dict[str, Any]:
     """In a process of its own: fine-tune at every rate, save the best by dev loss merged, measure the test targets."""
+    best: dict[str, Any] = {"dev": math.inf, "error": "LoRA: every learning rate gave a loss that is no number."}
+    for rate in settings.learning_rates:
+        try:
+            found = _lora_at_rate(rate, best["dev"], plm, settings, splits, folder, seed, end_token)
+        except UserError as error:
+            found = None
+            best = best if "nll" in best else {**best, "error": str(error)}
+        best = found or best
+        gc.collect()  # or the next rate's peak memory is that of two models
+    return best
+
+
+def _lora_at_rate(
+    rate: float,
+    lowest: float,
+    plm: PLMConfig,
+    settings: LoraSettings,
+    splits: Sequence[Sequence[EncodedPair]],
+    folder: str,
+    seed: int,
+    end_token: int | None,
+) -> dict[str, Any] | None:
+    """What `_train_lora` returns, if the dev loss is below the lowest so far."""
     from pema_ray.baselines.lora import target_losses, train_lora
     from pema_ray.hardware import peak_memory
     from pema_ray.plm_owner import load_plm
     from pema_ray.plm_owner.export import export_lm_head
 
     train, dev, test = splits
-    best: dict[str, Any] = {"dev": float("inf"), "error": "every learning rate gave a loss that is no number"}
-    for rate in settings.learning_rates:
-        try:
-            loaded = load_plm(plm)
-            head = export_lm_head(loaded).head.to(loaded.device)
-            tuned, training = train_lora(loaded, head, train, settings, rate, dev, seed, end_token)
-        except UserError as error:
-            best = best if "nll" in best else {**best, "error": str(error)}
-            continue
-        if min(training.dev_losses) >= best["dev"]:
-            continue
-        tuned.model.save_pretrained(folder)
-        tuned.tokenizer.save_pretrained(folder)
-        best = {
-            "error": "",
-            "dev": min(training.dev_losses),
-            "learning_rate": rate,
-            "epoch": training.epoch,
-            "seconds": training.seconds,
-            "peak_bytes": peak_memory(tuned.device),
-            "nll": float(np.mean(target_losses(tuned, head, test, None))),
-        }
-    return best
+    loaded = load_plm(plm)
+    head = export_lm_head(loaded).head.to(loaded.device)
+    tuned, training = train_lora(loaded, head, train, settings, rate, dev, seed, end_token)
+    loss = min(training.dev_losses)
+    if not loss < lowest:
+        return None
+    tuned.model.save_pretrained(folder)
+    tuned.tokenizer.save_pretrained(folder)
+    return {
+        "error": "",
+        "dev": loss,
+        "learning_rate": rate,
+        "epoch": training.epoch,
+        "seconds": training.seconds,
+        "peak_bytes": peak_memory(tuned.device),
+        "nll": float(np.mean(target_losses(tuned, head, test, None))),
+    }
 
 
 def _seconds_per_token(answers: Sequence[SystemAnswer]) -> float:

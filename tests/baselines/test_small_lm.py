@@ -100,9 +100,11 @@ def test_a_memory_without_a_row_for_every_token_is_refused(memory_of):
     chosen = pairs(4)
     rows = memory_of(chosen).rows
     longer = [replace(chosen[0], target=[*chosen[0].target, 5]), *chosen[1:]]
-    for wrong in (longer, [*chosen, replace(chosen[0], example_id=99)]):
+    for wrong in (longer, [replace(chosen[0], example_id=99)]):
         with pytest.raises(UserError, match="a row for every target token"):
             AlignedMemory(rows, wrong)
+    rejected = replace(chosen[0], example_id=99)
+    assert AlignedMemory(rows, [rejected, *chosen]).pairs == chosen
 
 
 # ── teachers ────────────────────────────────────────────────────────────────

@@ -58,5 +58,5 @@ def test_the_table_shows_means_and_deviations_over_seeds_and_what_was_chosen():
     pema, copied = rows["PEMA (residual)"], rows["copy"]
     assert pema[2:5] == ["3", "1.600 ± 0.100", "31.0 ± 1.0"] and pema[-1] == "2.0 MiB |"
     assert copied[2:5] == ["1", "", "6.9"]
-    assert "- PEMA (residual): λ 0.8, chosen on dev" in markdown(comparison)
+    assert "- PEMA (residual), seed 2: λ 0.8, chosen on dev" in markdown(comparison)
     assert peers[0].bleu == 31.0 and peers[1].deviation("bleu") is None

@@ -311,6 +311,7 @@ class Decoder:
         if generation.gone:
             self._close([branch.session])  # it may just have been opened again
         elif isinstance(outcome, Stepped):
+            self.counts["received_rows"] += len(outcome.state_NH)
             branch.receive(outcome)
             if not generation.waiting and all(b.state_NH is not None for b in generation.branches):
                 self._arrived.append(generation)

@@ -45,13 +45,15 @@ class SystemAnswer:
     """One answer, with the system and key it belongs to.
 
     Attributes:
-        seconds: of its task, divided by the task's answers.
+        seconds: of its task, divided by the task's answers; loading a predictor does not count.
+        received_rows: representations that came for its task, divided likewise.
     """
 
     system: str
     key: int
     answer: Answer
     seconds: float
+    received_rows: float = 0.0
 
 
 def generate(
@@ -163,7 +165,6 @@ class _Actor:
         return {"answers": [pickle.dumps(answers)], "error": [error]}
 
     async def _answer(self, job: GenerationJob) -> list[SystemAnswer]:
-        started = time.perf_counter()
         limits = (await PatientPLM(self.client, _PATIENCE_SECONDS).describe()).limits
         sequences = max(1, min(self._batch_size, limits.max_sessions // self._sharing))
         eos = self.card.eos_token_ids
@@ -173,12 +174,14 @@ class _Actor:
         if job.predictor is not None:
             predictor = self._predictor(job.predictor)
             decoder.predictors = {request.adapter: predictor for request in job.requests if request.adapter}
+        started = time.perf_counter()
         try:
             answers = await decoder.generate(job.requests)
         finally:
             await decoder.stop()
         seconds = (time.perf_counter() - started) / len(answers)
-        return [SystemAnswer(job.system, key, a, seconds) for key, a in zip(job.keys, answers, strict=True)]
+        received = decoder.counts["received_rows"] / len(answers)
+        return [SystemAnswer(job.system, key, a, seconds, received) for key, a in zip(job.keys, answers, strict=True)]
 
     def _predictor(self, spec: PredictorSource) -> Predictor:
         if spec not in self._predictors:
