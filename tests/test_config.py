@@ -115,6 +115,11 @@ def test_an_unknown_key_names_the_nearest_known_one(override: str, hint: str):
 @pytest.mark.parametrize(
     "override",
     [
+        "compare.lambdas=[0.5, 1.5]",
+        "compare.knn.lambdas=[]",
+        "compare.knn.temperatures=[0]",
+        "compare.lora.learning_rates=[-1.0e-3]",
+        "compare.small_lm.alphas=[]",
         "train.kappa=1.5",
         "train.kappa=-0.1",
         "train.rank=0",

@@ -123,6 +123,28 @@ def test_the_published_recipe_starts_stage_3_from_new_maps(make_trainer):
     torch.testing.assert_close(kept.B_pd, kept.B_rct)
 
 
+def test_validations_are_no_part_of_the_time_of_training(make_trainer, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("pema_ray.data_owner.training.time.perf_counter", lambda: now[0])
+    for name, seconds in (("_learn", 1.0), ("_validate", 1000.0), ("_dev_reconstruction_error", 1000.0)):
+        plain = getattr(Trainer, name)
+
+        def taking(*arguments, plain=plain, seconds=seconds):
+            now[0] += seconds
+            return plain(*arguments)
+
+        monkeypatch.setattr(Trainer, name, taking)
+    for solver in ("closed_form", "adam"):
+        history = make_trainer(solver, epochs=1, solver=solver).run()[1]
+        assert history.seconds == 10 and history.reconstruction_seconds == 0
+
+
+def test_peak_memory_is_that_of_the_whole_training_when_it_was_resumed(make_trainer, monkeypatch):
+    first = make_trainer(epochs=1).run()[1]
+    monkeypatch.setattr("pema_ray.data_owner.training.peak_memory", lambda device: 1)
+    assert 1 < make_trainer(epochs=1).run()[1].peak_bytes <= first.peak_bytes
+
+
 def test_adam_stops_when_the_dev_rows_say_so_and_keeps_its_best(make_trainer, monkeypatch):
     errors: list[float] = []
     plain = Trainer._dev_reconstruction_error

@@ -111,6 +111,22 @@ def test_comparing_with_lora_is_refused_without_weights_before_anything_is_compu
     assert written(tmp_path / "run") == before
 
 
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["generate.split=dev"], "compare measures on the test pairs"),
+        (["plm.quantization={quant_method: bitsandbytes, load_in_8bit: true}"], "plm.quantization does not allow"),
+        (["build_memory.deduplicate=true"], "memory_decoder needs a row for every token"),
+    ],
+)
+def test_a_comparison_that_cannot_be_fair_is_refused_before_anything_is_computed(
+    capsys, experiment, monkeypatch, overrides, reason
+):
+    monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("Ray must not be started"))
+    line = refused(capsys, "compare", experiment(), *overrides, "compare.systems=[copy, memory_decoder, lora]")
+    assert reason in line
+
+
 def test_a_run_folder_that_cannot_be_one_is_refused(capsys, tmp_path, experiment):
     (tmp_path / "file").touch()
     line = refused(capsys, "prepare", experiment(), f"run_dir={tmp_path / 'file' / 'run'}")

@@ -23,6 +23,8 @@ from pema_ray.evaluation.comparison import Comparison, Measurement
 from pema_ray.evaluation.results import Evaluation
 from pema_ray.memory import ExternalMemory, published
 from pema_ray.stages.main import find_stage, stages
+from pema_ray.stages.run import Run
+from pema_ray.stages.systems import System
 
 ROOT = Path(__file__).parents[2]
 JOBS = ("prepare", "export_head", "build_memory", "train_adapter", "generate", "evaluate", "report")
@@ -186,6 +188,15 @@ def test_pema_is_compared_with_its_peers(experiment, ray_cluster, capsys):
     again = find_stage("compare")(config)
     measurements = sum(len(peer.measurements) for peer in found.peers)
     assert again["bleu"] == measured["bleu"] and capsys.readouterr().out.count("measured before") == measurements - 1
+    for name, override in (
+        ("pema", "compare.dev_rows=9"),
+        ("pema_shots", "compare.lambdas=[0.5]"),
+        ("knn", "compare.dev_rows=9"),
+        ("memory_decoder", "compare.knn.lambdas=[0.5]"),
+        ("lora", "compare.lora.rank=3"),
+    ):
+        changed = System(Run(load_config(path, [override])), name, config.seed)
+        assert changed._stamp() != System(Run(config), name, config.seed)._stamp()  # measured anew, not reused
     with pytest.raises(UserError, match=r"'lorra' is no system. Did you mean 'lora'\?"):
         load_config(path, ["compare.systems=[plm, lorra]"])
 

@@ -49,6 +49,16 @@ async def test_lambda_0_is_the_plms_own_greedy_answer(tiny_client, tiny_plm, arc
         assert "eos" in [answer.finish for answer in found]
 
 
+async def test_received_representations_are_counted(tiny_client, tiny_plm):
+    adapter = make_adapter(tiny_plm("llama"))
+    async with decoding(tiny_client("llama"), adapter) as decoder:
+        greedy = await decoder.generate(requests())
+        assert decoder.counts["received_rows"] == sum(len(answer.tokens) for answer in greedy)
+    async with decoding(tiny_client("llama"), adapter, eos=[]) as decoder:
+        await decoder.generate(requests(sampling=BEAM))
+        assert decoder.counts["received_rows"] == len(PROMPTS) * (1 + 3 * (STEPS - 1))
+
+
 @THREE
 async def test_lambda_1_is_the_adapters_greedy_answer(tiny_client, tiny_plm, name: str):
     plm = tiny_plm(name)
