@@ -85,6 +85,10 @@ test: $(DEV) ## Install what is missing, then run the tests (ARGS="-k memory" na
 test-all: $(DEV) ## All tests: those that CI has no time for too (slow, browser); those that find no GPU or browser are skipped
 	@$(BIN)/python -m pytest -q $(ARGS)
 
+.PHONY: soak
+soak: $(DEV) ## Some 250 kills at random moments: of drivers, actors, nodes and training workers (hours)
+	@$(BIN)/python -m pytest -q tests/faults/test_kills.py --soak 10 $(ARGS)
+
 .PHONY: lint
 lint: $(DEV) ## Rules, formatting and spelling
 	@$(BIN)/ruff check

@@ -52,6 +52,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("architecture", ARCHITECTURES)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`make soak` asks for many rounds of the tests that kill."""
+    parser.addoption("--soak", type=int, default=0, help="rounds of tests/faults/test_kills.py, each at other moments")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of an accelerator are collected everywhere and skip where there is none."""
     if not torch.cuda.is_available():

@@ -1,6 +1,7 @@
 """SIGKILL at seeded moments, of every kind of process: no row is lost, none comes twice, no manifest is torn.
 
-Together these tests kill 20 times and more; each asserts that its kills did strike a living process.
+Together these tests kill 20 times, and with the slow ones more; each asserts that its kills did strike a living
+process. `make soak` runs them ten times over, at other moments every time.
 """
 
 from __future__ import annotations
@@ -42,12 +43,35 @@ from tests.memory import kit
 from tests.memory.kit import CARD, contents, fake_plm
 
 pytestmark = pytest.mark.cluster
-MANY = pytest.param(4, marks=pytest.mark.slow)  # as often in one run; the quick tests strike once or twice
+MANY = pytest.param(4, marks=pytest.mark.slow)  # as often in one run
 EXAMPLES = [EncodedPair(i, [10, 20, 30 + i], [4 + j for j in range(1 + i % 4)]) for i in range(60)]
 
 
 def build(folder: Path, **changes) -> MemoryBuild:
     return kit.build(folder, EXAMPLES, **{"actors": 2, **changes})
+
+
+@pytest.fixture(autouse=True)
+def soak_round(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Other moments in every round of a soak."""
+    global _round
+    _round = getattr(request, "param", 0)
+    yield
+    _round = 0
+
+
+_round = 0
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """With `--soak`, every test runs so many times."""
+    if rounds := metafunc.config.getoption("--soak"):
+        metafunc.parametrize("soak_round", range(rounds), indirect=True)
+
+
+def moments(seed: int) -> random.Random:
+    """Draws the moments of a test's kills."""
+    return random.Random(seed + 1000 * _round)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +109,7 @@ def killing(
     """While the block runs, kill a worker of a title at random moments, so many times at most; once a file exists."""
     struck: list[int] = []
     over = threading.Event()
-    draw = random.Random(seed)
+    draw = moments(seed)
 
     def strike() -> None:
         while len(struck) < kills and not over.wait(draw.uniform(*pause)):
@@ -107,7 +131,7 @@ def killing(
         thread.join()
 
 
-@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_data_actors_are_killed(undisturbed, tmp_path: Path, seed: int):
     with killing("MapWorker", seed, 5, (0.2, 0.6)) as struck:
         run_build(build(tmp_path), fake_plm(seconds=0.3))
@@ -115,7 +139,7 @@ def test_data_actors_are_killed(undisturbed, tmp_path: Path, seed: int):
     assert_whole(tmp_path, undisturbed)
 
 
-@pytest.mark.parametrize("kills", [1, MANY])
+@pytest.mark.parametrize("kills", [4])
 def test_drivers_are_killed(undisturbed, tmp_path: Path, kills: int):
     """Each start takes up what the one before left, until one is left alone."""
     program = textwrap.dedent(
@@ -131,7 +155,7 @@ def test_drivers_are_killed(undisturbed, tmp_path: Path, kills: int):
         """
     )
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    draw, killed, announced = random.Random(3), 0, []
+    draw, killed, announced = moments(3), 0, []
     for attempt in range(kills + 2):
         driver = subprocess.Popen(
             [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -159,7 +183,7 @@ def test_drivers_are_killed(undisturbed, tmp_path: Path, kills: int):
     assert_whole(tmp_path / "m", undisturbed)
 
 
-@pytest.mark.parametrize("kills", [2, MANY])
+@pytest.mark.parametrize("kills", [4])
 def test_nodes_are_killed(undisturbed, tmp_path: Path, kills: int):
     """A driver on a cluster of three nodes; actors live on two of them, which are killed and replaced in turn."""
     program = textwrap.dedent(
@@ -176,7 +200,7 @@ def test_nodes_are_killed(undisturbed, tmp_path: Path, kills: int):
             run_build(build(Path({str(tmp_path / "m")!r}), cpus_per_actor=1, actors=4), fake_plm(seconds=0.7))
         thread = threading.Thread(target=work)  # nodes want to be started by the main thread
         thread.start()
-        draw, killed = random.Random(4), 0
+        draw, killed = random.Random({4 + 1000 * _round}), 0
         while thread.is_alive() and killed < {kills}:
             time.sleep(draw.uniform(1.0, 2.0))
             cluster.remove_node(nodes.pop(draw.randrange(2)), allow_graceful=False)
@@ -224,7 +248,7 @@ def undisturbed_training(bundle: LMHeadBundle, job: TrainingJob, folder: Path) -
     return Trainer(job.adapter, job.config, bundle.head, *rows, folder).run()
 
 
-@pytest.mark.parametrize("kills", [1, MANY])
+@pytest.mark.parametrize("kills", [2, MANY])
 def test_train_workers_are_killed(ray_cluster, tiny_source, make_rows, tmp_path: Path, kills: int):  # noqa: F811
     """One worker, float32: the adapter is bit for bit that of an undisturbed run."""
     bundle, job = training(tiny_source, make_rows, tmp_path, epochs=100 * kills)

@@ -316,7 +316,7 @@ async def test_another_plm_that_takes_its_place_in_mid_answer_gives_no_states(ow
         assert isinstance((await remote.step([Step("a", 0, [5], draft=2)]))[0], Stepped)
         await owner.replace(tiny_plm_folder("llama", 1))  # the same architecture and tokenizer: its states would do
         for step in (Step("a", 3, [5]), Step("a", 0, [5, 6])):
-            with pytest.raises(FingerprintMismatch, match=rf"plm.url=.*tiny-llama1 \(.*uses PLM '{before}'"):
+            with pytest.raises(FingerprintMismatch, match=rf"plm.url=.*tiny-llama\d+ \(.*uses PLM '{before}'"):
                 await remote.step([step])
         with pytest.raises(FingerprintMismatch):
             await remote.extract(ExtractBatch([[5]], [0]))
@@ -324,7 +324,7 @@ async def test_another_plm_that_takes_its_place_in_mid_answer_gives_no_states(ow
             await remote.lm_head()
         newer = owner.remote()
         card = (await newer.describe()).card
-        assert (card.name, card.fingerprint == before) == ("tiny-llama1", False)
+        assert card.name.startswith("tiny-llama") and card.fingerprint != before
         assert (await newer.lm_head()).card == card
         assert isinstance((await newer.step([Step("b", 0, [5])]))[0], Stepped)
         await owner.replace(tiny_plm_folder("llama"))  # the old one comes back

@@ -10,8 +10,8 @@ from pema_ray.errors import UserError
 from pema_ray.tasks import list_tasks, load_task
 
 
-def test_three_tasks_are_shipped_and_load_under_their_own_name():
-    assert list_tasks() == ["bible_modern", "gyafc", "wmt22_en_de"]
+def test_the_shipped_tasks_load_under_their_own_name():
+    assert list_tasks() == ["bible_middle_english", "bible_modern", "gyafc", "wmt22_en_de"]
     for name in list_tasks():
         task = load_task(name)
         assert task.name == name and task.description
