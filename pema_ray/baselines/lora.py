@@ -5,10 +5,12 @@ The upper bound for PEMA, on the same pairs and the same prompts. B sequences, T
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +18,13 @@ import torch
 import torch.nn.functional as F
 from transformers import get_cosine_schedule_with_warmup
 
-from pema_ray.config import LoraSettings
+from pema_ray.config import LoraSettings, PLMConfig
 from pema_ray.errors import UserError
+from pema_ray.hardware import peak_memory
 from pema_ray.line import LMHead
 from pema_ray.memory.plan import plan_batches
-from pema_ray.plm_owner.load import LoadedPLM
+from pema_ray.plm_owner.export import export_lm_head
+from pema_ray.plm_owner.load import LoadedPLM, load_plm
 from pema_ray.plm_owner.states import capture_state
 from pema_ray.tasks import EncodedPair
 
@@ -58,7 +62,7 @@ def train_lora(
 
     Args:
         head: the PLM's own norm and LM head, which stay as they are.
-        learning_rate: AdamW's; `settings.learning_rates` are for `stages.systems` to choose from.
+        learning_rate: AdamW's; `settings.learning_rates` are `tune_lora`'s.
         dev: pairs by whose loss the best epoch is kept; without any, the last.
         end_token: what follows a target; by default the PLM's first EOS.
         on_step: called after every step with its number, the number of all steps, and its loss.
@@ -136,3 +140,62 @@ def _losses(plm: LoadedPLM, head: LMHead, batch: Sequence[EncodedPair], eos: int
     state_BTH = capture_state(plm, input_ids=padded_BT.to(plm.device), use_cache=False)  # causal: no mask is needed
     state_NH = state_BTH[wanted_BT.to(state_BTH.device)]
     return F.cross_entropy(head.logits(head.norm(state_NH)).float(), gold.to(state_NH.device), reduction="none")
+
+
+# ── the baseline, whole ─────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class LoraJob:
+    """Everything that the baseline needs, for a process of its own.
+
+    Attributes:
+        folder: gets the merged model and its tokenizer.
+        end_token: as in `train_lora`.
+    """
+
+    plm: PLMConfig
+    train: list[EncodedPair]
+    dev: list[EncodedPair]
+    test: list[EncodedPair]
+    settings: LoraSettings
+    folder: Path
+    seed: int
+    end_token: int | None
+
+
+def tune_lora(job: LoraJob) -> dict[str, Any]:
+    """Train at every learning rate and save the model with the lowest dev loss.
+
+    Returns:
+        `learning_rate`, `epoch`, `dev` (its loss), `nll` of the test targets, `seconds`, `peak_bytes`; or `error`.
+    """
+    best: dict[str, Any] = {"dev": math.inf, "error": "LoRA: every learning rate gave a loss that is no number."}
+    for rate in job.settings.learning_rates:
+        try:
+            best = _at_rate(job, rate, best["dev"]) or best
+        except UserError as error:
+            best = best if "nll" in best else {**best, "error": str(error)}
+        gc.collect()  # or the next rate's peak memory is that of two models
+    return best
+
+
+def _at_rate(job: LoraJob, rate: float, lowest: float) -> dict[str, Any] | None:
+    """What `tune_lora` returns, if the dev loss is below the lowest so far."""
+    plm = load_plm(job.plm)
+    head = export_lm_head(plm).head.to(plm.device)
+    tuned, training = train_lora(plm, head, job.train, job.settings, rate, job.dev, job.seed, job.end_token)
+    loss = min(training.dev_losses)
+    if not loss < lowest:
+        return None
+    tuned.model.save_pretrained(job.folder)
+    tuned.tokenizer.save_pretrained(job.folder)
+    return {
+        "error": "",
+        "dev": loss,
+        "learning_rate": rate,
+        "epoch": training.epoch,
+        "seconds": training.seconds,
+        "peak_bytes": peak_memory(tuned.device),
+        "nll": float(np.mean(target_losses(tuned, head, job.test, None))),
+    }

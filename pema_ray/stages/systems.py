@@ -6,17 +6,14 @@ as soon as it is finished, so a comparison that was stopped continues.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import importlib.util
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 from pydantic import BaseModel
 
 from pema_ray.baselines.small_lm import SmallLMJob, SmallLMSpec, train_peer
@@ -25,7 +22,6 @@ from pema_ray.config import (
     ExperimentConfig,
     GenerateConfig,
     KnnMixConfig,
-    LoraSettings,
     PLMConfig,
     TrainConfig,
 )
@@ -375,13 +371,22 @@ class System:
         return [self._prompter.encode_pair(pair) for pair in self.run.pairs(split)[:limit]]
 
     def _lora(self) -> Measurement:
+        from pema_ray.baselines.lora import LoraJob, tune_lora  # needs the PLM owner's package
+
         config, folder = self.config, self.folder / "model"
-        most = config.train.max_train_pairs
-        splits = [self._encoded("train", most), *(self._encoded(split, None) for split in ("dev", self._split))]
-        threads = config.plm.threads or max(1, int(config.train.cpus_per_worker))
-        plm = config.plm.model_copy(update={"threads": threads})
-        end_token = self._prompter.end_token
-        found = self._in_a_process(_train_lora, plm, config.compare.lora, splits, str(folder), self.seed, end_token)
+        job = LoraJob(
+            plm=config.plm.model_copy(
+                update={"threads": config.plm.threads or max(1, int(config.train.cpus_per_worker))}
+            ),
+            train=self._encoded("train", config.train.max_train_pairs),
+            dev=self._encoded("dev", None),
+            test=self._encoded(self._split, None),
+            settings=config.compare.lora,
+            folder=folder.resolve(),
+            seed=self.seed,
+            end_token=self._prompter.end_token,
+        )
+        found = self._in_a_process(tune_lora, job)
         return self._answered(
             config.generate,
             None,
@@ -483,63 +488,6 @@ def scorer_of(run: Run) -> Scorer:
     """Scores answers to the pairs that are generated for."""
     pairs = run.pairs(run.config.generate.split)
     return Scorer([pair.target for pair in pairs], run.task.sacrebleu_language, run.task.archaic_pattern)
-
-
-def _train_lora(
-    plm: PLMConfig,
-    settings: LoraSettings,
-    splits: Sequence[Sequence[EncodedPair]],
-    folder: str,
-    seed: int,
-    end_token: int | None,
-) -> dict[str, Any]:
-    """In a process of its own: fine-tune at every rate, save the best by dev loss merged, measure the test targets."""
-    best: dict[str, Any] = {"dev": math.inf, "error": "LoRA: every learning rate gave a loss that is no number."}
-    for rate in settings.learning_rates:
-        try:
-            found = _lora_at_rate(rate, best["dev"], plm, settings, splits, folder, seed, end_token)
-        except UserError as error:
-            found = None
-            best = best if "nll" in best else {**best, "error": str(error)}
-        best = found or best
-        gc.collect()  # or the next rate's peak memory is that of two models
-    return best
-
-
-def _lora_at_rate(
-    rate: float,
-    lowest: float,
-    plm: PLMConfig,
-    settings: LoraSettings,
-    splits: Sequence[Sequence[EncodedPair]],
-    folder: str,
-    seed: int,
-    end_token: int | None,
-) -> dict[str, Any] | None:
-    """What `_train_lora` returns, if the dev loss is below the lowest so far."""
-    from pema_ray.baselines.lora import target_losses, train_lora
-    from pema_ray.hardware import peak_memory
-    from pema_ray.plm_owner import load_plm
-    from pema_ray.plm_owner.export import export_lm_head
-
-    train, dev, test = splits
-    loaded = load_plm(plm)
-    head = export_lm_head(loaded).head.to(loaded.device)
-    tuned, training = train_lora(loaded, head, train, settings, rate, dev, seed, end_token)
-    loss = min(training.dev_losses)
-    if not loss < lowest:
-        return None
-    tuned.model.save_pretrained(folder)
-    tuned.tokenizer.save_pretrained(folder)
-    return {
-        "error": "",
-        "dev": loss,
-        "learning_rate": rate,
-        "epoch": training.epoch,
-        "seconds": training.seconds,
-        "peak_bytes": peak_memory(tuned.device),
-        "nll": float(np.mean(target_losses(tuned, head, test, None))),
-    }
 
 
 def _seconds_per_token(answers: Sequence[SystemAnswer]) -> float:

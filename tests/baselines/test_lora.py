@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pema_ray.baselines.lora import _losses, target_losses, train_lora
+from pema_ray.baselines.lora import LoraJob, _losses, target_losses, train_lora, tune_lora
 from pema_ray.config import LoraSettings, PLMConfig
 from pema_ray.errors import UserError
 from pema_ray.plm_owner import LoadedPLM, load_plm
@@ -90,3 +90,19 @@ def test_a_missing_library_is_named(plm: LoadedPLM, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match="pip install peft"):
         train_lora(plm, export_lm_head(plm).head, pairs(), LoraSettings(), 1e-3)
+
+
+def test_the_rate_with_the_lowest_dev_loss_is_saved(tiny_plm_folder, tmp_path):
+    config = PLMConfig(name=tiny_plm_folder("llama"), dtype="float32", device="cpu", threads=1)
+
+    def job(*rates: float) -> LoraJob:
+        settings = LoraSettings(rank=8, epochs=20, learning_rates=rates, max_batch_tokens=120)
+        chosen = pairs()
+        return LoraJob(config, chosen, chosen[:8], chosen[8:], settings, tmp_path / "model", 0, None)
+
+    found = tune_lora(job(1e-6, 1e-2, 1e-5))
+    assert (found["error"], found["learning_rate"]) == ("", 1e-2) and found["peak_bytes"] > 2**20
+    saved = load_plm(config.model_copy(update={"name": str(tmp_path / "model")}))
+    again = target_losses(saved, export_lm_head(saved).head, job(1e-2).test, None)
+    assert np.mean(again) == pytest.approx(found["nll"], rel=1e-4)
+    assert "lower its learning rate" in tune_lora(job(1e30))["error"]
