@@ -16,7 +16,7 @@ from pema_ray.errors import UserError
 from pema_ray.hardware import dtype_name
 from pema_ray.line import LMHead
 from pema_ray.plm_owner.load import LoadedPLM
-from pema_ray.plm_owner.states import capture_state
+from pema_ray.plm_owner.states import capture_state, capture_state_and_logits
 
 logger = logging.getLogger(__name__)
 _TEXT = (
@@ -26,11 +26,12 @@ _TEXT = (
 _LONG, _SHORT = 48, 16  # tokens of the two sequences; the long one crosses the sliding windows of small models
 _STEPS = 3  # of one token each, as decoding runs them
 _NO_CACHE = (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError)
-# Relative to the logits' spread, beyond what the model's own rounding explains: its logits are given in its number
-# format, in which those of 16 and more are an eighth apart (bfloat16).
-_LOGITS_TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# Relative to the logits' spread, beyond what rounding explains (`_rounding`).
+_LOGITS_TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 # Mean distance of states, relative to their size. In 16 bits a mixture of experts may route a token differently.
 _STATES_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+_DEVIATIONS = 6  # standard deviations: of some millions of logits, none lies further out by chance
+_ROWS = 8192
 _QUANTIZED_TOLERANCE = 0.1  # methods round activations too, some by what else is in the batch
 
 
@@ -46,11 +47,12 @@ def prove(plm: LoadedPLM, lm_head: LMHead) -> None:
     _check_token_ids(plm, lm_head)
     long, short = _probes(plm)
     try:
-        logits_TV = plm.model(input_ids=long[None], use_cache=False).logits[0].float().cpu()
+        state_BTH, logits_BTV = capture_state_and_logits(plm, input_ids=long[None], use_cache=False)
     except RuntimeError as error:  # of kernels, for attention or quantised weights, that do not fit device or sizes
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{plm.name}: {type(plm.model).__name__} cannot compute as it was loaded: {reason}") from error
-    long_TH, short_TH = (_alone(plm, ids) for ids in (long, short))
+    long_TH, logits_TV = state_BTH[0].float().cpu(), logits_BTV[0].float().cpu()
+    short_TH = capture_state(plm, input_ids=short[None], use_cache=False)[0].float().cpu()
     if not all(bool(torch.isfinite(found).all()) for found in (long_TH, short_TH, logits_TV)):
         raise UserError(f"{plm.name}: {_first_overflow(plm, long)} is not finite. {_advice(plm)}")
     _check_logits(plm, lm_head, long_TH, logits_TV)
@@ -114,10 +116,6 @@ def _probes(plm: LoadedPLM) -> tuple[torch.Tensor, torch.Tensor]:
     return repeated[:length], repeated[length : length + min(_SHORT, length)]
 
 
-def _alone(plm: LoadedPLM, ids_T: torch.Tensor) -> torch.Tensor:
-    return capture_state(plm, input_ids=ids_T[None], use_cache=False)[0].float().cpu()
-
-
 def _first_overflow(plm: LoadedPLM, ids_T: torch.Tensor) -> str:
     """The first module, in the order of computation, whose output is not finite."""
     overflown: list[str] = []
@@ -140,14 +138,30 @@ def _first_overflow(plm: LoadedPLM, ids_T: torch.Tensor) -> str:
 
 
 def _check_logits(plm: LoadedPLM, lm_head: LMHead, state_TH: torch.Tensor, expected_TV: torch.Tensor) -> None:
-    found_TV = lm_head.logits(lm_head.norm(state_TH.to(lm_head.dtype)))
-    rounding = torch.finfo(lm_head.dtype).eps * expected_TV.abs()
-    gap = float(((found_TV - expected_TV).abs() - rounding).max() / expected_TV.std().clamp_min(1e-6))
+    """The logits of a pass against those of the bundle, from the same pass's states."""
+    normed_TH = lm_head.norm(state_TH.to(lm_head.dtype))
+    found_TV = lm_head.logits(normed_TH)
+    excess_TV = (found_TV - expected_TV).abs() - _rounding(lm_head, normed_TH, expected_TV)
+    gap = float(excess_TV.max() / expected_TV.std().clamp_min(1e-6))
     if gap > _LOGITS_TOLERANCE[lm_head.dtype]:
         raise UserError(
             f"{plm.name}: {type(plm.model).__name__} computes its logits in a way the LM-head bundle does not "
             f"express (they differ by {gap:.2g} of their spread). This architecture is not supported."
         )
+
+
+def _rounding(lm_head: LMHead, normed_TH: torch.Tensor, logits_TV: torch.Tensor) -> torch.Tensor:
+    """How far two right computations of the logits `[T, V]` may lie apart.
+
+    Both round the logits. Before that, one may round the normed state once, the other twice (many norms round before
+    they multiply by their weight): about one unit of each of the H terms of a product, independent of each other.
+    """
+    eps = torch.finfo(lm_head.dtype).eps
+    squared_TH = normed_TH.float().square()
+    parts = lm_head.weight.split(_ROWS)  # the whole weight in float32 may be larger than the model
+    terms_TV = torch.cat([squared_TH @ rows_VH.float().square().T for rows_VH in parts], -1).sqrt()
+    terms_TV *= abs(lm_head.spec.logit_scale)
+    return eps * (logits_TV.abs() + _DEVIATIONS / 2 * terms_TV)
 
 
 def _check_batch(plm: LoadedPLM, long: torch.Tensor, short: torch.Tensor, expected: list[torch.Tensor]) -> None:

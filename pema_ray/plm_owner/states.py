@@ -39,19 +39,35 @@ def _innermost_decoder(module: nn.Module) -> nn.Module:
 
 def capture_state(plm: LoadedPLM, **inputs: Any) -> torch.Tensor:
     """Run the decoder and return the state that enters its final norm, `[B, T, H]`; no logits are computed."""
+    state_BTH, _output = _capture(plm, plm.decoder, inputs)
+    return state_BTH
+
+
+def capture_state_and_logits(plm: LoadedPLM, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The state that enters the final norm, `[B, T, H]`, and the logits `[B, T, V]` that the PLM computes from it."""
+    state_BTH, output = _capture(plm, plm.model, inputs)
+    return state_BTH, output.logits
+
+
+def _capture(plm: LoadedPLM, module: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
     norm = find_final_norm(plm)
-    if norm is None:
-        return plm.decoder(**inputs).last_hidden_state
     captured: list[torch.Tensor] = []
     thread = threading.get_ident()
 
-    def capture(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    def before_norm(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if threading.get_ident() == thread:  # engines may share a loaded PLM
             captured.append(args[0])
 
-    hook = norm.register_forward_pre_hook(capture)
+    def after_decoder(_module: nn.Module, _args: Any, output: Any) -> None:
+        if threading.get_ident() == thread:
+            captured.append(output.last_hidden_state)
+
+    if norm is None:
+        hook = _innermost_decoder(plm.decoder).register_forward_hook(after_decoder)
+    else:
+        hook = norm.register_forward_pre_hook(before_norm)
     try:
-        plm.decoder(**inputs)
+        output = module(**inputs)
     finally:
         hook.remove()
-    return captured[-1]
+    return captured[-1], output
