@@ -78,7 +78,6 @@ def set_up_plm_owner(owner: Organisation, plm: dict[str, Any]) -> Path:
     }
     path = owner.folder / "service.yaml"
     path.write_text(yaml.safe_dump(service, sort_keys=False))
-    (owner.folder / "audit.jsonl").unlink(missing_ok=True)
     return path
 
 
@@ -142,7 +141,7 @@ def _plm_owner_answers(data_owner: Organisation, experiment: Path) -> str | None
 
 
 def _search_for_weights(run: Path, experiment: Path) -> dict[str, Any]:
-    """Tensors in the data owner's folder that are as large as the PLM's: only the LM head's may be there."""
+    """The names of the tensors in the data owner's LM-head bundle, and in its other files."""
     from safetensors import safe_open
 
     found: dict[str, list[str]] = {}
@@ -179,6 +178,6 @@ def _report(found: dict[str, Any], plm_owner: Organisation, seconds: float) -> N
         table.add_row(what, *(f"{counted[name]:,}" for name in ("requests", "tokens", "rows")), *sizes)
     console.print(table)
     console.print(f"Audit log, without contents: {plm_owner.folder / 'audit.jsonl'}", highlight=False)
-    console.print(f"The PLM's tensors in the data owner's folder: {', '.join(found['lm_head'])}", highlight=False)
+    console.print(f"Tensors of the PLM that the data owner was given: {', '.join(found['lm_head'])}", highlight=False)
     console.print(f"Served answer: {found['answer']['source']!r} → {found['answer']['text']!r}", highlight=False)
     console.print(f"{seconds:,.0f} s in all", highlight=False)
