@@ -89,6 +89,11 @@ test-all: $(DEV) ## All tests: those that CI has no time for too (slow, browser)
 soak: $(DEV) ## Some 250 kills at random moments: of drivers, actors, nodes and training workers (hours)
 	@$(BIN)/python -m pytest -q tests/faults/test_kills.py --soak 10 $(ARGS)
 
+.PHONY: mutation
+mutation: $(DEV) ## Which changes of PEMA's mathematics does no test notice? (ARGS="data_owner/unrolling"; up to an hour a module)
+	@$(INSTALL) cosmic-ray
+	@$(BIN)/python tests/mutation.py $(ARGS)
+
 .PHONY: lint
 lint: $(DEV) ## Rules, formatting and spelling
 	@$(BIN)/ruff check

@@ -30,7 +30,7 @@ quiet_libraries()  # here, because every benchmark imports this module before Ra
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-console = Console()
+console = Console(width=max(120, Console().width))  # names of ratios are long, and their verdicts matter
 
 
 def options(description: str) -> argparse.ArgumentParser:
@@ -53,12 +53,17 @@ def device_of(options: argparse.Namespace) -> torch.device:
 
 
 def write_results(
-    name: str, ratios: Mapping[str, float], figures: Mapping[str, Any], results_dir: Path = RESULTS
+    name: str,
+    ratios: Mapping[str, float],
+    aims: Mapping[str, Aim],
+    figures: Mapping[str, Any],
+    results_dir: Path = RESULTS,
 ) -> Path:
-    """Write `<results_dir>/<name>.json`: ratios, the figures behind them, the machine and the commit."""
+    """Write `<results_dir>/<name>.json`: ratios, the figures behind them with the aims, the machine and the commit."""
     results_dir.mkdir(parents=True, exist_ok=True)
     path = results_dir / f"{name}.json"
-    content = {"ratios": dict(ratios), "figures": dict(figures), "machine": describe_machine(), "commit": _commit()}
+    figures = {**figures, "aims": {ratio: str(aims.get(ratio, "")) for ratio in ratios}}
+    content = {"ratios": dict(ratios), "figures": figures, "machine": describe_machine(), "commit": _commit()}
     path.write_text(json.dumps(content, indent=2) + "\n")
     return path
 

@@ -67,10 +67,9 @@ def main() -> None:
         "actors": o.actors,
         "threads": o.threads,
         "smoke": o.smoke,
-        "aims": {name: str(aim) for name, aim in AIMS.items()},
         "notes": notes,
     }
-    path = write_results(NAME, ratios, figures, o.results_dir)
+    path = write_results(NAME, ratios, AIMS, figures, o.results_dir)
     show(f"Planning {o.pairs:,} pairs", ratios, AIMS, notes)
     console.print("  ".join(f"{name} {value:,.0f}" for name, value in found.items()))
     console.print(f"written: {path}")
@@ -83,7 +82,7 @@ def _driver(o: argparse.Namespace) -> dict[str, Any]:
     pairs = PreparedPairs(o.scratch / "train.parquet", Wording(o.scratch / "lm_head", TASK))
     build = MemoryBuild(o.scratch / "memory", pairs, CARD, TASK.name, "train", settings)
     found: dict[str, Any] = {"shards": build.shards}
-    with ray_cluster(RayConfig(num_cpus=o.threads + 1), settings.cpus_per_actor, readers=1):
+    with ray_cluster(RayConfig(num_cpus=max(3, o.threads + 1)), settings.cpus_per_actor, readers=1):
         found["imported_and_connected_bytes"] = memory.baseline + memory.taken()
         started = time.perf_counter()
         assert build.plan_hash

@@ -146,7 +146,7 @@ def main() -> None:
         return
     arguments = [f"--{name}={getattr(o, name.replace('-', '_'))}" for name in
                  ("answers", "tokens", "batch-size", "draft", "rounds", "threads")]  # fmt: skip
-    found = run_worker(__file__, [*arguments, *(["--gpu"] if o.gpu else [])])
+    found = run_worker(__file__, [*arguments, *(["--gpu"] if o.gpu else [])]) | {"smoke": o.smoke}
     rates = found["tokens_per_second"]
     ratios = {
         "PEMA / generate, fixed length": rates["PEMA, fixed"] / rates["generate, fixed"],
@@ -159,7 +159,7 @@ def main() -> None:
         aims["decoder / former Generator, on the task"] = Aim(1.2)
         found["former_generator_tokens_per_second"] = kept
     show("generation offline", ratios, aims)
-    write_results("generation", ratios, found, o.results_dir)
+    write_results("generation", ratios, aims, found, o.results_dir)
 
 
 def _kept(folder: Path) -> float | None:

@@ -155,7 +155,7 @@ def main() -> None:
         plm = PLMConfig(name=name, device=str(device), threads=o.threads)
         latency = asyncio.run(step_latency(plm, steps=o.steps))
         ratios = {"step_with_32_extractions_over_with_1": latency["32"]["median"] / latency["1"]["median"]}
-        figures: dict[str, Any] = {"step_milliseconds": latency, "device": str(device)}
+        figures: dict[str, Any] = {"step_milliseconds": latency, "device": str(device), "smoke": o.smoke}
         if not o.no_builds:
             owner = Organisation("plm_owner", folder / "plm_owner", "127.0.0.1")
             owner.folder.mkdir()
@@ -168,7 +168,7 @@ def main() -> None:
             ):
                 figures |= asyncio.run(measure_builds(o, plm, owner.folder, key))
             ratios |= build_ratios(figures)
-    write_results(NAME, ratios, figures, o.results_dir)
+    write_results(NAME, ratios, AIMS, figures, o.results_dir)
     show("The line", ratios, AIMS)
 
 

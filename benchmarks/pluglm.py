@@ -44,8 +44,8 @@ def main() -> None:
         ratios |= one
         figures |= measured
     show("PlugLM", ratios, AIMS, [f"{name}: {value}" for name, value in figures.items()])
-    figures |= {"smoke": o.smoke, "aims": {name: str(AIMS[name]) if name in AIMS else "" for name in ratios}}
-    console.print(f"written: {write_results(NAME, ratios, figures, o.results_dir)}")
+    figures |= {"smoke": o.smoke}
+    console.print(f"written: {write_results(NAME, ratios, AIMS, figures, o.results_dir)}")
 
 
 def _options() -> argparse.Namespace:

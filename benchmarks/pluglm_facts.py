@@ -45,9 +45,8 @@ def main() -> None:
         each["seconds"] = [one.modes[number].seconds for one in demos]
         figures[mode.name] = each
         notes += [f"{mode.name}: {name} {mean(values):.3f} {values}" for name, values in each.items()]
-    figures["aims"] = {name: str(aim) for name, aim in AIMS.items()}
     show(f"PlugLM: edited facts, the worst of {len(demos)} seeds", worst, AIMS, notes)
-    written = write_results(NAME, worst, figures, o.results_dir)
+    written = write_results(NAME, worst, AIMS, figures, o.results_dir)
     written.with_suffix(".svg").write_text(standalone(accuracy_plot(demos[0].modes)))
     console.print(f"written: {written}, {written.with_suffix('.svg')}")
 

@@ -132,10 +132,9 @@ def _measure(o: argparse.Namespace, scratch: Path) -> None:
         "threads": o.threads,
         "device": str(device),
         "smoke": o.smoke,
-        "aims": {name: str(aim) for name, aim in AIMS.items()},
         "notes": notes,
     }
-    path = write_results(NAME, ratios, figures, o.results_dir)
+    path = write_results(NAME, ratios, AIMS, figures, o.results_dir)
     show("What Ray costs", ratios, AIMS, notes)
     console.print("  ".join(f"{what} {value:,.1f} s" for what, value in seconds.items()))
     console.print(f"written: {path}")

@@ -108,9 +108,8 @@ def _measure(o: argparse.Namespace, scratch: Path) -> None:
         "device": str(device),
         "threads": o.threads,
         "smoke": o.smoke,
-        "aims": {name: str(AIMS[name]) if name in AIMS else "" for name in ratios},
     }
-    path = write_results(NAME, ratios, figures, o.results_dir)
+    path = write_results(NAME, ratios, AIMS, figures, o.results_dir)
     show("Number formats, relative to float32", ratios, AIMS)
     console.print("  ".join(f"{name} {key_bytes / seconds / 2**20:,.0f} MiB/s" for name, seconds in speed.items()))
     console.print(f"written: {path}")

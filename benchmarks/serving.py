@@ -159,9 +159,8 @@ async def _measure(o: argparse.Namespace, scratch: Path) -> None:
         "device": str(device),
         "threads": o.threads,
         "smoke": o.smoke,
-        "aims": {name: str(AIMS.get(name, "")) for name in ratios},
     }
-    path = write_results(NAME, ratios, figures, o.results_dir)
+    path = write_results(NAME, ratios, AIMS, figures, o.results_dir)
     show("Serving", ratios, AIMS)
     console.print("tokens/s: " + "  ".join(f"{what} {value:.1f}" for what, value in speed.items()))
     console.print(

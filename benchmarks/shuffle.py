@@ -79,9 +79,8 @@ def _measure(o: argparse.Namespace) -> None:
         "shards": len(memory.counts),
         **{name: getattr(o, name) for name in ("window", "epochs", "rank", "batch", "seeds", "threads", "smoke")},
         "device": str(device),
-        "aims": {name: str(aim) for name, aim in AIMS.items()},
     }
-    path = write_results(NAME, ratios, figures, o.results_dir)
+    path = write_results(NAME, ratios, AIMS, figures, o.results_dir)
     show("Dev loss by shuffle", ratios, AIMS)
     console.print(f"written: {path}")
 

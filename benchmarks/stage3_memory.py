@@ -41,10 +41,9 @@ def main() -> None:
         "hidden": hidden,
         "threads": o.threads,
         "smoke": o.smoke,
-        "aims": {name: str(aim) for name, aim in AIMS.items()},
         "notes": ["Head, adapter, optimiser and activations; the rows themselves are not counted."],
     }
-    path = write_results(NAME, ratios, figures, o.results_dir)
+    path = write_results(NAME, ratios, AIMS, figures, o.results_dir)
     show("Peak memory of stage 3, relative to the base", ratios, AIMS, figures["notes"])
     console.print("  ".join(f"{name} {peak / 2**20:,.0f} MiB" for name, peak in peaks.items()))
     console.print(f"written: {path}")

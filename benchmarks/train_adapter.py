@@ -164,10 +164,9 @@ def _measure(o: argparse.Namespace, scratch: Path) -> None:
         "threads": o.threads,
         "turns": o.repeats,
         "smoke": o.smoke,
-        "aims": {name: str(aim) for name, aim in AIMS.items()},
         "notes": notes,
     }
-    path = write_results(NAME, ratios, figures, o.results_dir)
+    path = write_results(NAME, ratios, AIMS, figures, o.results_dir)
     show("Training of an adapter, relative to the published loop", ratios, AIMS, notes)
     for name in rates:
         console.print(f"{name}: {rates[name]:,.0f} rows/s, {peaks[name] / 2**20:,.0f} MiB")

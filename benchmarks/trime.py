@@ -44,11 +44,29 @@ AIMS = {
     "index_vs_exact_at_recall_95": Aim(1.0),
     "knn_evaluation_slowdown": Aim(1.5, at_most=True),
 }
-SIZES = {"layers": 4, "hidden": 256, "vocabulary": 16_384, "segments": 8, "length": 512, "keys": 400_000, "k": 256}
-SMOKE = {"layers": 1, "hidden": 16, "vocabulary": 64, "segments": 2, "length": 16, "keys": 3000, "k": 8}
+SIZES = {
+    "oversample": 4,
+    "layers": 4,
+    "hidden": 256,
+    "vocabulary": 16_384,
+    "segments": 8,
+    "length": 512,
+    "keys": 400_000,
+    "k": 256,
+}
+SMOKE = {
+    "oversample": 16,
+    "layers": 1,
+    "hidden": 16,
+    "vocabulary": 64,
+    "segments": 2,
+    "length": 16,
+    "keys": 3000,
+    "k": 8,
+}
 HIDDEN = -10_000.0
 RECALL = 0.95
-INDEX, OVERSAMPLE = IndexConfig(kind="ivf_pq_fast", train_rows=100_000), 4
+INDEX = IndexConfig(kind="ivf_pq_fast", train_rows=100_000)
 TAUS = EvaluateConfig().taus
 SHARES = (0, 1, 2, 3, 4)  # long memories, in segments
 
@@ -82,15 +100,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="tr") as folder:
         more, told = _retrieval(Path(folder), size, device, repeats)
     ratios |= more
-    figures |= told | {"aims": {name: str(aim) for name, aim in AIMS.items()}}
+    figures |= told
     figures["notes"] = [
         "A step: forward and backward of one batch, without the optimiser. Peak memory: of a process of its own.",
-        f"kNN: {size['keys']:,} keys of {size['hidden']}, k = {size['k']}; index {INDEX.kind}, {OVERSAMPLE} candidates "
-        "rescored for each neighbour, probes raised until recall reaches .95.",
+        f"kNN: {size['keys']:,} keys of {size['hidden']}, k = {size['k']}; index {INDEX.kind}, "
+        f"{size['oversample']} candidates rescored for each neighbour, probes raised until recall reaches .95.",
         f"Evaluation: one memory size and temperature on either side. All settings: {len(SHARES)} sizes "
         f"({', '.join(str(share * size['length']) for share in SHARES)}) × {len(TAUS)} temperatures at once.",
     ]
-    path = write_results(NAME, ratios, figures, o.results_dir)
+    path = write_results(NAME, ratios, AIMS, figures, o.results_dir)
     show("TRIME", ratios, AIMS, figures["notes"])
     console.print(f"written: {path}")
 
@@ -190,7 +208,7 @@ def _retrieval(
     exact = OnePieceSearch(load_parts(store, None, SearchOptions()))
     truth, probes, found = exact.search(query_NH, k), 1, 0.0
     while True:
-        options = SearchOptions(probes=probes, oversample=OVERSAMPLE)
+        options = SearchOptions(probes=probes, oversample=size["oversample"])
         index = OnePieceSearch(load_parts(store, folder / "index", options))
         found = recall(index.search(query_NH, k), truth)
         if found >= RECALL or probes > len(store):

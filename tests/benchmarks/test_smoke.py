@@ -64,6 +64,19 @@ def test_build_plan_measures_the_driver(tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_generation_measures_the_decoder_beside_plain_generation(tmp_path: Path):
+    rates = smoke("generation", tmp_path)["figures"]["tokens_per_second"]
+    assert set(rates) == {f"{who}, {what}" for who in ("PEMA", "generate") for what in ("fixed", "task")}
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_line_measures_builds_over_https_and_steps_beside_extractions(tmp_path: Path):
+    found = smoke("line", tmp_path)
+    assert {"step_milliseconds", "device"} < set(found["figures"]) and len(found["ratios"]) > 1
+
+
+@pytest.mark.slow
 def test_train_adapter_measures_both_stages_and_memory(tmp_path: Path):
     figures = smoke("train_adapter", tmp_path)["figures"]
     stage1, stage3 = figures["stage1"], figures["stage3"]

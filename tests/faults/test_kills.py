@@ -165,7 +165,7 @@ def test_drivers_are_killed(undisturbed, tmp_path: Path, kills: int):
         if attempt < kills:
             while driver.stdout.readline().strip() not in ("up", ""):
                 pass
-            for _ in range(draw.randint(0, 6)):  # so many shards later, or at once
+            for _ in range(draw.randint(0, 12 // kills)):  # so many of 30 shards later, or at once
                 announced.append(driver.stdout.readline().strip())
             time.sleep(draw.uniform(0, 0.1))
             if driver.poll() is None:
