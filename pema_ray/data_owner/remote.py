@@ -148,6 +148,7 @@ class RemotePLM:
             while True:
                 try:
                     rows.append(await self._extract(request))
+                    waited = 0.0
                     break
                 except Busy as busy:
                     waited += busy.retry_after

@@ -7,6 +7,7 @@ as a key that was revoked or another PLM in the old one's place, ends the call a
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -28,7 +29,7 @@ class PatientPLM:
     """Repeats each call of a client until it succeeds, or has failed for too long.
 
     Args:
-        patience_seconds: how long one call may go on failing.
+        patience_seconds: how long calls may go on failing while none succeeds.
         on_wait: told what a call waits for and how long, and "" once no call waits.
 
     Raises (every call):
@@ -39,7 +40,7 @@ class PatientPLM:
         self, client: PLMClient, patience_seconds: float, on_wait: Callable[[str], None] = lambda text: None
     ) -> None:
         self.client, self.patience_seconds, self._on_wait = client, patience_seconds, on_wait
-        self._waiting = 0
+        self._waiting, self._answered = 0, -math.inf
 
     async def describe(self) -> Description:
         return await self._repeated(self.client.describe)
@@ -75,13 +76,17 @@ class PatientPLM:
         started, pauses = time.monotonic(), _Pauses()
         while True:
             try:
-                return await call()
+                answer = await call()
             except (Busy, ConnectionError) as error:
                 await self._wait(error, pauses, started)
+            else:
+                refused = isinstance(answer, list) and all(isinstance(one, Exception) for one in answer)
+                self._answered = self._answered if refused else time.monotonic()
+                return answer
 
     async def _wait(self, error: Exception, pauses: _Pauses, started: float) -> None:
         seconds = pauses.after(error)
-        if time.monotonic() + seconds - started > self.patience_seconds:
+        if time.monotonic() + seconds - max(started, self._answered) > self.patience_seconds:
             raise UserError(
                 f"The PLM owner did not answer for {self.patience_seconds:g} s: {_reason(error)}. "
                 "Start again when it does; what is finished is kept."

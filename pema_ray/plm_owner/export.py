@@ -52,6 +52,8 @@ def export_lm_head(plm: LoadedPLM) -> LMHeadBundle:
         "vocabulary": sorted(plm.tokenizer.get_vocab().items()),
         "tokenised": plm.tokenizer(_PROBE_TEXT).input_ids,
         "head": [spec.norm, spec.logit_scale, spec.logit_softcap],
+        "config": _computing(plm.model.config.get_text_config().to_diff_dict()),
+        "eos": plm.eos_token_ids,
     }
     card = ModelCard(
         name=plm.name,
@@ -62,6 +64,18 @@ def export_lm_head(plm: LoadedPLM) -> LMHeadBundle:
         eos_token_ids=plm.eos_token_ids,
     )
     return LMHeadBundle(card, lm_head, files)
+
+
+_NOT_COMPUTED_WITH = {
+    "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "name_or_path", "_name_or_path",
+    "quantization_config", "attn_implementation", "_attn_implementation", "experts_implementation",
+    "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings",
+}  # fmt: skip
+
+
+def _computing(config: dict[str, Any]) -> dict[str, Any]:
+    """What a configuration says of the computation (rotation, epsilon, activation): settings off their defaults."""
+    return {name: value for name, value in config.items() if name not in _NOT_COMPUTED_WITH}
 
 
 def _sample(plm: LoadedPLM) -> torch.Tensor:

@@ -57,8 +57,17 @@ class LoadedPLM:
 
     @cached_property
     def max_positions(self) -> int:
+        """The longest sequence. With "longrope" it is that of the first training: beyond it the rotation of all
+        positions, and of all other sequences of a pass, would depend on the longest one.
+        """
         config = self.model.config.get_text_config()
-        return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31)
+        names = ("max_position_embeddings", "n_positions", "max_seq_len")
+        longest = next((int(n) for name in names if (n := getattr(config, name, None))), 2**31)
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") != "longrope":
+            return longest
+        original = rope.get("original_max_position_embeddings")
+        return min(longest, int(original or getattr(config, "original_max_position_embeddings", None) or longest))
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:

@@ -93,6 +93,22 @@ async def test_what_time_does_not_mend_ends_the_call_at_once(slept: list[float],
     assert caught.value is error and not slept and not told and len(scripted.calls) == 1
 
 
+async def test_patience_is_with_the_plm_owner_not_with_one_call(slept: list[float]):
+    """A small quota may let others' rows through for longer than one call can wait."""
+    plm, scripted, _ = patient(*[Busy(QUOTA, 25.0)] * 2, "others'", *[Busy(QUOTA, 25.0)] * 2, "rows", seconds=60.0)
+    answer = scripted.extract
+
+    async def extract(batch: ExtractBatch) -> torch.Tensor:
+        if len(scripted.calls) == 2:  # while this call waits, another is answered
+            scripted.calls.append("turn")
+            assert await plm.extract(batch) == "others'"
+        return await answer(batch)
+
+    scripted.extract = extract
+    assert await plm.extract(BATCH) == "rows"
+    assert sum(slept) == 100.0
+
+
 async def test_of_several_steps_only_the_busy_ones_are_repeated(slept: list[float]):
     one, two, three = (Step(name, 0, [5]) for name in "abc")
     done = [Stepped(torch.zeros(1, 2)) for _ in range(2)]

@@ -115,6 +115,25 @@ def test_one_changed_weight_of_norm_or_head_is_another_plm(weight: str, tiny_plm
     assert export_lm_head(_load(tmp_path / "changed")).card.fingerprint != bundle("llama").card.fingerprint
 
 
+@pytest.mark.parametrize(
+    ("file", "setting", "value"),
+    [
+        ("config.json", "rms_norm_eps", 0.03),
+        ("config.json", "hidden_act", "gelu"),
+        ("config.json", "rope_parameters", {"rope_type": "default", "rope_theta": 5e5}),
+        ("generation_config.json", "eos_token_id", [0]),
+    ],
+)
+def test_another_computation_over_the_same_weights_is_another_plm(
+    file: str, setting: str, value: object, tiny_plm_folder, bundle, tmp_path: Path
+):
+    shutil.copytree(tiny_plm_folder("llama"), tmp_path / "changed")
+    path = tmp_path / "changed" / file
+    settings = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**settings, setting: value}))
+    assert export_lm_head(_load(tmp_path / "changed")).card.fingerprint != bundle("llama").card.fingerprint
+
+
 def test_another_tokenizer_is_another_plm(tiny_plm_folder, bundle, tmp_path: Path):
     shutil.copytree(tiny_plm_folder("llama"), tmp_path / "swapped")
     path = tmp_path / "swapped" / "tokenizer.json"

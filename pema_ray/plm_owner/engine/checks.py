@@ -24,8 +24,19 @@ def attempt(check: Callable[[], bool]) -> bool:
 
 def holds_plain_rows(plm: LoadedPLM) -> bool:
     """Whether the cache's layers are keys and values of all positions or of a window, and nothing else."""
+    if _sees_the_pass(plm):
+        return False
     layers = DynamicCache(config=plm.model.config).layers
     return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def _sees_the_pass(plm: LoadedPLM) -> bool:
+    """Whether a state depends on the longest sequence of its pass, once that is beyond a window (GPT-Neo, Doge).
+
+    Probes are shorter than such windows, so they cannot show it.
+    """
+    config = plm.model.config.get_text_config()
+    return "local" in (getattr(config, "attention_layers", None) or ()) or hasattr(config, "keep_window_size")
 
 
 def random_ids(plm: LoadedPLM, length: int, seed: int) -> list[int]:
