@@ -45,25 +45,12 @@ AIMS = {
     "knn_evaluation_slowdown": Aim(1.5, at_most=True),
 }
 SIZES = {
+    "layers": 4, "hidden": 256, "vocabulary": 16_384, "segments": 8, "length": 512, "keys": 400_000, "k": 256,
     "oversample": 4,
-    "layers": 4,
-    "hidden": 256,
-    "vocabulary": 16_384,
-    "segments": 8,
-    "length": 512,
-    "keys": 400_000,
-    "k": 256,
-}
+}  # fmt: skip
 SMOKE = {
-    "oversample": 16,
-    "layers": 1,
-    "hidden": 16,
-    "vocabulary": 64,
-    "segments": 2,
-    "length": 16,
-    "keys": 3000,
-    "k": 8,
-}
+    "layers": 1, "hidden": 16, "vocabulary": 64, "segments": 2, "length": 16, "keys": 3000, "k": 8, "oversample": 16
+}  # fmt: skip
 HIDDEN = -10_000.0
 RECALL = 0.95
 INDEX = IndexConfig(kind="ivf_pq_fast", train_rows=100_000)

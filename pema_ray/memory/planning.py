@@ -165,8 +165,8 @@ def _keep(build: MemoryBuild, plan: Plan) -> None:
     if (build.folder / _PLAN).exists():
         shutil.rmtree(build.folder)
     build.folder.mkdir(parents=True, exist_ok=True)
-    for path in build.folder.glob("shard-*"):  # of a memory whose removal was cut off: they belong to another plan
-        path.unlink()
+    for path in (*build.folder.glob("shard-*"), *build.folder.glob(MANIFEST)):
+        path.unlink()  # of a memory whose removal was cut off: it belongs to another plan
     if plan.rejected:
         with atomic_file(build.folder / REJECTED) as temporary:
             pq.write_table(pa.Table.from_pylist([asdict(one) for one in plan.first_rejected]), temporary)

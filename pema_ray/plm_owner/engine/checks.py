@@ -23,14 +23,14 @@ def attempt(check: Callable[[], bool]) -> bool:
 
 
 def holds_plain_rows(plm: LoadedPLM) -> bool:
-    """Whether the cache's layers are keys and values of all positions or of a window, and nothing else."""
-    if _sees_the_pass(plm):
+    """Whether the cache holds keys and values alone, of all positions or a window, apart from other sequences."""
+    if _depends_on_other_sequences(plm):
         return False
     layers = DynamicCache(config=plm.model.config).layers
     return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
-def _sees_the_pass(plm: LoadedPLM) -> bool:
+def _depends_on_other_sequences(plm: LoadedPLM) -> bool:
     """Whether a state depends on the longest sequence of its pass, once that is beyond a window (GPT-Neo, Doge).
 
     Probes are shorter than such windows, so they cannot show it.
