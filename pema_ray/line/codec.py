@@ -20,7 +20,7 @@ from pema_ray.line.messages import ExtractBatch
 from pema_ray.line.protocol import Busy, SessionLost, Step, Stepped
 
 MEDIA_TYPE = "application/x-pema-line"
-_MAGIC, _VERSION = b"PEMA", 2
+_MAGIC, _VERSION = b"PEMA", 3
 _HEAD = struct.Struct("<4sBI")
 _LARGEST_HEADER = 8 * 2**20
 _Many = msgspec.Meta(max_length=2**17)
@@ -59,6 +59,7 @@ class _StepHeader(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     tokens: int
     states: int
     draft: int
+    waits: bool
 
 
 class _StepsHeader(_Header, tag="steps"):
@@ -184,7 +185,7 @@ def encode_steps(steps: Sequence[Step], fingerprint: str) -> bytes:
         fingerprint: of the PLM that must take them.
     """
     ids = _tokens([token for step in steps for token in step.tokens])
-    described = [_StepHeader(s.session, s.position, len(s.tokens), s.states, s.draft) for s in steps]
+    described = [_StepHeader(s.session, s.position, len(s.tokens), s.states, s.draft, s.waits) for s in steps]
     return _frame(_StepsHeader([_Array("int32", ids.shape)], fingerprint, described), [ids])
 
 
@@ -201,7 +202,7 @@ def decode_steps(data: bytes) -> tuple[list[Step], str]:
     steps, begin = [], 0
     for s in header.steps:
         try:
-            steps.append(Step(s.session, s.position, flat[begin : begin + s.tokens], s.states, s.draft))
+            steps.append(Step(s.session, s.position, flat[begin : begin + s.tokens], s.states, s.draft, s.waits))
         except ValueError as error:
             raise BadFrame(str(error)) from None
         begin += s.tokens

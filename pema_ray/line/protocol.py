@@ -74,6 +74,8 @@ class Step:
         tokens: at least one.
         states: how many of the last tokens' representations to return, at least one.
         draft: tokens that the PLM appends greedily; their representations are returned too.
+        waits: an opening waits for a free slot as long as the PLM owner lets it; otherwise it is `Busy` after a moment,
+            so that the steps beside it do not wait with it and hold slots that others wait for.
 
     Raises:
         ValueError: a number that is out of range.
@@ -84,6 +86,7 @@ class Step:
     tokens: Sequence[int]
     states: int = 1
     draft: int = 0
+    waits: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < len(self.session) <= LONGEST_NAME:

@@ -52,11 +52,11 @@ class PatientPLM:
         return await self._repeated(lambda: self.client.extract(batch))
 
     async def step(self, steps: Sequence[Step]) -> list[Stepped | Exception]:
-        """As `PLMClient.step`; single steps that are `Busy`, or whose message was lost, are repeated too."""
+        """As `PLMClient.step`; steps whose message was lost are repeated too, and busy ones unless they do not wait."""
         outcomes: list[Stepped | Exception] = await self._repeated(lambda: self.client.step(steps))
         started = time.monotonic()
         pauses = _Pauses()
-        while passing := {n: o for n, o in enumerate(outcomes) if isinstance(o, (Busy, ConnectionError))}:
+        while passing := {n: error for n, o in enumerate(outcomes) if (error := _passing(o, steps[n]))}:
             await self._wait(max(passing.values(), key=lambda e: getattr(e, "retry_after", 0.0)), pauses, started)
             again = list(passing)
             repeated = await self._repeated(lambda again=again: self.client.step([steps[n] for n in again]))
@@ -112,6 +112,12 @@ class _Pauses:
             return max(_SHORTEST_PAUSE, error.retry_after)
         pause, self._next = self._next, min(_LONGEST_PAUSE, 2 * self._next)
         return pause
+
+
+def _passing(outcome: Stepped | Exception, step: Step) -> Exception | None:
+    if isinstance(outcome, ConnectionError) or (isinstance(outcome, Busy) and step.waits):
+        return outcome
+    return None
 
 
 def _reason(error: Exception) -> str:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from pema_ray.errors import UserError
-from pema_ray.line import ExtractBatch, PLMClient, SessionLost, Step, Stepped
+from pema_ray.line import Busy, ExtractBatch, PLMClient, SessionLost, Step, Stepped
 from pema_ray.memory.codec import KeyDtype, Keys, encode
 from pema_ray.memory.plan import ShardPlan, Weights, first_position, plan_batches
 from pema_ray.memory.shards import MemoryRows
@@ -152,12 +152,12 @@ class _Continuation:
     is_held: bool = False
     """The PLM owner has the session."""
 
-    def step(self, chunk: int) -> Step:
+    def step(self, chunk: int, alone: bool) -> Step:
         """The next chunk. Its last known token is computed once more, so that no LM head is needed here."""
         ids = [*self.example.prompt, *self.said]
         draft = min(chunk, len(self.example.target) - len(self.said))
         position = len(ids) - 1 if self.is_held else 0
-        return Step(self.session, position, ids[position:], states=1, draft=draft)
+        return Step(self.session, position, ids[position:], 1, draft, waits=alone or self.is_held)
 
     def take(self, answer: Stepped) -> None:
         known = len(self.states) > 0  # the first state of a later chunk is the last of the one before
@@ -180,7 +180,8 @@ async def generated_rows_of_shard(
     """A shard's rows from the PLM's own greedy continuations, in the order of its examples.
 
     Every message advances all running sessions by one chunk; whoever is done makes room for the next example. A
-    session that the PLM owner lost is opened again with all its tokens so far.
+    session that the PLM owner lost is opened again with all its tokens so far. One that it has no slot for, because
+    others hold them, is opened when one of ours is over.
 
     Args:
         eos: ids that end a continuation; the first is the target of EOS rows.
@@ -192,31 +193,38 @@ async def generated_rows_of_shard(
     limits = (await plm.describe()).limits
     chunk = max(1, min(_CHUNK, limits.max_draft))
     sequences = max(1, min(sequences, limits.max_steps, limits.max_sessions, limits.max_rows // (1 + chunk)))
-    lost = 0  # messages in a row that lost a session
+    room, lost = sequences, 0  # lost: messages in a row that lost a session
     name = uuid.uuid4().hex
     all_of_it = [_Continuation(example, f"{name}/{number}") for number, example in enumerate(shard.examples)]
     waiting = sorted(all_of_it, key=lambda c: (len(c.example.target), c.example.example_id), reverse=True)
     running: list[_Continuation] = []
     try:
         while running or waiting:
-            while waiting and len(running) < sequences:
+            while waiting and len(running) < room:
                 running.append(waiting.pop())
-            answers = await plm.step([continuation.step(chunk) for continuation in running])
+            answers = await plm.step([continuation.step(chunk, len(running) == 1) for continuation in running])
             lost = lost + 1 if any(isinstance(answer, SessionLost) for answer in answers) else 0
             if lost > _REPLAYS:
                 raise UserError("The PLM owner loses sessions every time: it holds fewer than are decoded together.")
             await asyncio.sleep(min(1.0, 0.05 * 2**lost) if lost else 0)
+            going_on, over = [], []
             for continuation, answer in zip(running, answers, strict=True):
+                if isinstance(answer, Busy):
+                    waiting.append(continuation)
+                    continue
                 if isinstance(answer, SessionLost):
                     continuation.is_held = False
                 elif isinstance(answer, Exception):
                     raise answer
                 else:
                     continuation.take(answer)
-            over = [continuation.session for continuation in running if continuation.is_done(eos)]
-            running = [continuation for continuation in running if not continuation.is_done(eos)]
+                (over if continuation.is_done(eos) else going_on).append(continuation)
             if over:
-                await plm.close(over)
+                await plm.close([continuation.session for continuation in over])
+                room = sequences
+            elif len(going_on) < len(running):  # without a slot: others hold them
+                room = max(1, len(going_on))
+            running = going_on
     finally:
         if running:
             with suppress(UserError):  # what ended the build is told, not what it entails

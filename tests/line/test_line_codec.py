@@ -24,6 +24,7 @@ DECODERS = {
     "stepped": lambda data: codec.decode_stepped(data, UserError),
     "files": codec.decode_files,
 }
+VERSION = codec.encode_rows(torch.zeros(1, 1))[4]
 GOOD = {
     "extract": codec.encode_extract(ExtractBatch([[1, 2, 3], [4]], [1, 0], (7, 8)), "f" * 16),
     "steps": codec.encode_steps([Step("a", 0, [1, 2, 3], 2), Step("b", 7, [4], draft=3)], "f" * 16),
@@ -45,7 +46,16 @@ def test_steps_arrive_as_they_were_sent(data, names, plm):
     for name in names:
         tokens = data.draw(IDS)
         states = data.draw(st.integers(1, len(tokens)))
-        steps.append(Step(name, data.draw(st.integers(0, 2**40)), tokens, states, data.draw(st.integers(0, 99))))
+        steps.append(
+            Step(
+                name,
+                data.draw(st.integers(0, 2**40)),
+                tokens,
+                states,
+                data.draw(st.integers(0, 99)),
+                data.draw(st.booleans()),
+            )
+        )
     assert codec.decode_steps(codec.encode_steps(steps, plm)) == (steps, plm)
 
 
@@ -105,7 +115,7 @@ def test_damaged_frames_are_refused_by_name_or_still_make_sense(data, kind):
 @settings(max_examples=300)
 @given(noise=st.binary(max_size=200), kind=st.sampled_from(sorted(GOOD)), framed=st.booleans())
 def test_noise_is_refused_by_name(noise, kind, framed):
-    data = struct.pack("<4sBI", b"PEMA", 2, len(noise)) + noise if framed else noise
+    data = struct.pack("<4sBI", b"PEMA", VERSION, len(noise)) + noise if framed else noise
     with pytest.raises(BadFrame):
         DECODERS[kind](data)
 
@@ -135,27 +145,27 @@ def test_shapes_that_no_array_can_have_are_refused():
     for shape in ([2**63, 0], [2**31], [-1, 4], [1, 2, 3]):
         packed = msgspec.msgpack.encode({"type": "rows", "arrays": [["float32", shape]]})
         with pytest.raises(BadFrame, match="has shape|should have|header"):
-            codec.decode_rows(struct.pack("<4sBI", b"PEMA", 2, len(packed)) + packed)
+            codec.decode_rows(struct.pack("<4sBI", b"PEMA", VERSION, len(packed)) + packed)
 
 
 @pytest.mark.parametrize(
     ("header", "tokens", "problem"),
     [
-        ({"type": "steps", "steps": [["a", 0, 2, 1, 0], ["a", 0, 1, 1, 0]]}, 3, "named twice"),
-        ({"type": "steps", "steps": [["a", 0, 2, 1, 0]]}, 3, "2 tokens are promised, 3 came"),
-        ({"type": "steps", "steps": [["a", -1, 3, 1, 0]]}, 3, "must not be negative"),
-        ({"type": "steps", "steps": [["a", 0, 3, 9, 0]]}, 3, "a step of 3 tokens cannot return 9 states"),
-        ({"type": "steps", "steps": [["", 0, 3, 1, 0]]}, 3, "needs a name"),
-        ({"type": "steps", "steps": [["a", 0, -3, 1, 0], ["b", 0, 6, 1, 0]]}, 3, "promised"),
-        ({"type": "steps", "steps": [["a", 0, 3, 1, 0]], "more": 1}, 3, "header"),
-        ({"type": "steps", "steps": [["a", "0", 3, 1, 0]]}, 3, "header"),
+        ({"type": "steps", "steps": [["a", 0, 2, 1, 0, True], ["a", 0, 1, 1, 0, True]]}, 3, "named twice"),
+        ({"type": "steps", "steps": [["a", 0, 2, 1, 0, True]]}, 3, "2 tokens are promised, 3 came"),
+        ({"type": "steps", "steps": [["a", -1, 3, 1, 0, True]]}, 3, "must not be negative"),
+        ({"type": "steps", "steps": [["a", 0, 3, 9, 0, True]]}, 3, "a step of 3 tokens cannot return 9 states"),
+        ({"type": "steps", "steps": [["", 0, 3, 1, 0, True]]}, 3, "needs a name"),
+        ({"type": "steps", "steps": [["a", 0, -3, 1, 0, True], ["b", 0, 6, 1, 0, True]]}, 3, "promised"),
+        ({"type": "steps", "steps": [["a", 0, 3, 1, 0, True]], "more": 1}, 3, "header"),
+        ({"type": "steps", "steps": [["a", "0", 3, 1, 0, True]]}, 3, "header"),
     ],
 )
 def test_steps_that_make_no_sense_are_refused(header, tokens, problem):
     import msgspec
 
     packed = msgspec.msgpack.encode({"arrays": [["int32", [tokens]]], "fingerprint": "f", **header})
-    frame = struct.pack("<4sBI", b"PEMA", 2, len(packed)) + packed + np.arange(tokens, dtype="<i4").tobytes()
+    frame = struct.pack("<4sBI", b"PEMA", VERSION, len(packed)) + packed + np.arange(tokens, dtype="<i4").tobytes()
     with pytest.raises(BadFrame, match=problem):
         codec.decode_steps(frame)
 
@@ -178,7 +188,7 @@ def test_batches_that_make_no_sense_are_refused(header, problem):
     import msgspec
 
     packed = msgspec.msgpack.encode({"type": "extract", "arrays": [["int32", [3]]], "fingerprint": "f", **header})
-    frame = struct.pack("<4sBI", b"PEMA", 2, len(packed)) + packed + np.arange(3, dtype="<i4").tobytes()
+    frame = struct.pack("<4sBI", b"PEMA", VERSION, len(packed)) + packed + np.arange(3, dtype="<i4").tobytes()
     if problem is None:
         assert codec.decode_extract(frame) == (ExtractBatch([[1, 2]], [0], (0,)), "f")
     else:
@@ -189,5 +199,5 @@ def test_batches_that_make_no_sense_are_refused(header, problem):
 def test_frames_of_an_older_version_are_refused_by_name():
     frame = bytearray(GOOD["steps"])
     frame[4] = 1
-    with pytest.raises(BadFrame, match="has version 1, this side speaks 2"):
+    with pytest.raises(BadFrame, match=f"has version 1, this side speaks {VERSION}"):
         codec.decode_steps(bytes(frame))

@@ -124,6 +124,14 @@ async def test_of_several_steps_only_the_busy_ones_are_repeated(slept: list[floa
     assert slept == [4.0, 0.5, 2.0]
 
 
+async def test_openings_that_do_not_wait_are_told_while_a_lost_message_is_repeated(slept: list[float]):
+    lost, opening = Step("a", 3, [5]), Step("b", 0, [5], waits=False)
+    done, full = Stepped(torch.zeros(1, 2)), Busy("no slot", 0.0)
+    plm, scripted, _ = patient([ConnectionError(), full], [done])
+    assert await plm.step([lost, opening]) == [done, full]
+    assert scripted.calls == [[lost, opening], [lost]]
+
+
 async def test_a_plm_owner_that_is_never_ready_for_a_step_ends_it(slept: list[float]):
     plm, _, _ = patient(*[[Busy("no slot", 20.0)]] * 9, seconds=60.0)
     with pytest.raises(UserError, match="did not answer for 60 s: no slot"):

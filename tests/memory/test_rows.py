@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pema_ray.errors import UserError
-from pema_ray.line import Busy, ExtractBatch, PLMClient
+from pema_ray.line import Busy, ExtractBatch, PLMClient, Step
 from pema_ray.line.retry import PatientPLM
 from pema_ray.memory.plan import ShardPlan
 from pema_ray.memory.rows import BlockingExtractor, generated_rows_of_shard, rows_of_shard
@@ -154,6 +154,21 @@ async def test_generated_rows_follow_the_plms_own_continuation(tiny_client, mode
     rows, tokens = await generated_rows_of_shard(plm, shard, eos, "float32", sequences)
     assert_rows(rows, tokens, [(e, await greedy_alone(plm, e, eos)) for e in shard.examples], eos)
     assert not (await plm.engine()).batcher.live_sessions
+
+
+async def test_builds_that_ask_for_all_slots_do_not_block_each_other(tiny_client):
+    plm = tiny_client("llama", slots=4, idle_seconds=3600, timeout_seconds=3600)
+    shards = [ShardPlan("s", generated_examples(seed), "generated") for seed in range(3)]
+    patient = PatientPLM(plm, 3600.0)
+    async with asyncio.timeout(120):
+        builds = [generated_rows_of_shard(patient, shard, (EOS,), "float32", 4) for shard in shards]
+        together = await asyncio.gather(*builds)
+    for shard, (rows, tokens) in zip(shards, together, strict=True):
+        alone, expected = await generated_rows_of_shard(plm, shard, (EOS,), "float32", 1)
+        np.testing.assert_allclose(rows.key[:], alone.key[:], atol=1e-4, rtol=1e-4)
+        assert rows.target.tolist() == alone.target.tolist() and tokens == expected
+    await plm.step([Step("after all closings", 0, [5])])
+    assert (await plm.engine()).batcher.live_sessions == 1
 
 
 def assert_rows(rows: MemoryRows, tokens: int, expected: list, eos: Sequence[int]) -> None:

@@ -49,17 +49,18 @@ class Branch:
         """Tokens answered so far: t of the schedule."""
         return len(self.ids) - self.prompt_length
 
-    def next_step(self, prompt_from: int | None) -> Step:
+    def next_step(self, prompt_from: int | None, waits: bool = True) -> Step:
         """What the PLM owner is to compute next.
 
         Args:
             prompt_from: request the prompt's representations too, from this position on.
+            waits: for a slot, if this opens a session.
         """
         tokens = [*self.ids[self.sent :], *self.draft_tokens]
         states = 1 + len(self.draft_tokens)
         if prompt_from is not None and self.decoding is None:
             states = len(tokens) - min(prompt_from, len(tokens) - 1)
-        return Step(self.session, self.sent, tokens, states, self.draft.by_plm)
+        return Step(self.session, self.sent, tokens, states, self.draft.by_plm, waits or self.sent > 0)
 
     def receive(self, stepped: Stepped) -> None:
         """The answer to `next_step`."""
@@ -69,10 +70,9 @@ class Branch:
         self.state_NH, self.replays = stepped.state_NH, 0
 
     def reopen(self) -> str:
-        """Start a new session with all ids; returns the name of the lost one."""
+        """Start a new session with all ids, without their states; returns the name of the lost one."""
         lost, self.session = self.session, _session_name()
-        self.sent, self.draft_tokens, self.draft = 0, [], Draft()
-        self.replays += 1
+        self.sent, self.draft_tokens, self.draft, self.state_NH = 0, [], Draft(), None
         return lost
 
     def append(self, token: Token) -> None:

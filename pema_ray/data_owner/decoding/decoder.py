@@ -261,6 +261,17 @@ class Decoder:
             generation.waiting += 1
         return self._spawn(self._round_trip(pairs))
 
+    def _send_apart(self, pairs: _Pairs) -> None:
+        """Beams that fork need new sessions: only their own answer waits until there are slots."""
+        if continuing := [(generation, branch) for generation, branch in pairs if branch.sent]:
+            self._send(continuing)
+        forks: dict[Generation, list[Branch]] = {}
+        for generation, branch in pairs:
+            if not branch.sent:
+                forks.setdefault(generation, []).append(branch)
+        for generation, branches in forks.items():
+            self._send_alone(generation, branches)
+
     def _send_alone(self, generation: Generation, branches: Sequence[Branch]) -> None:
         """A round trip that ends with its answer."""
         trip = self._send([(generation, branch) for branch in branches])
@@ -268,8 +279,8 @@ class Decoder:
         trip.add_done_callback(generation.trips.discard)
 
     async def _round_trip(self, pairs: _Pairs) -> None:
-        opens = any(not branch.sent for _, branch in pairs)
-        if opens and not self._lockstep:
+        opens_only = all(not branch.sent for _, branch in pairs)
+        if opens_only and not self._lockstep:
             async with self._openings:
                 outcomes = await self._step(pairs)
         else:
@@ -296,8 +307,7 @@ class Decoder:
 
     async def _step(self, pairs: _Pairs) -> list[Stepped | Exception]:
         try:
-            steps: list[Step] = [branch.next_step(generation.prompt_from) for generation, branch in pairs]
-            return await self._client.step(steps)
+            return await self._client.step([self._next_step(generation, branch) for generation, branch in pairs])
         except (Busy, OSError) as error:
             return [Busy(str(error), getattr(error, "retry_after", 0.2))] * len(pairs)
         except Exception as error:  # of the line as a whole, not of any answer
@@ -306,6 +316,11 @@ class Decoder:
             logger.error("the PLM owner rejects this service: %s", error)
             return [GenerationAborted("the PLM owner rejects this service")] * len(pairs)
 
+    def _next_step(self, generation: Generation, branch: Branch) -> Step:
+        """No answer waits for a slot while it holds others, nor while the other answers wait for it."""
+        waits = not generation.holds_slots and (generation.unopened is not None or not self._lockstep)
+        return branch.next_step(generation.prompt_from, waits)
+
     def _receive(self, generation: Generation, branch: Branch, outcome: Stepped | Exception) -> None:
         generation.waiting -= 1
         if generation.gone:
@@ -313,26 +328,43 @@ class Decoder:
         elif isinstance(outcome, Stepped):
             self.counts["received_rows"] += len(outcome.state_NH)
             branch.receive(outcome)
+            if all(b.sent for b in generation.branches):
+                generation.unopened = None
             if not generation.waiting and all(b.state_NH is not None for b in generation.branches):
                 self._arrived.append(generation)
         elif isinstance(outcome, SessionLost):
             self._replay(generation, branch)
         elif isinstance(outcome, Busy | OSError):  # a step may be repeated: the session stays as it is
             self.counts["busy"] += 1
-            self._retry(generation, branch, getattr(outcome, "retry_after", 0.2), str(outcome))
+            if not branch.sent:
+                generation.unopened = outcome
+            if branch.sent or generation.beams is None:
+                self._retry(generation, [branch], getattr(outcome, "retry_after", 0.2), str(outcome))
         else:
             generation.out.put_nowait(outcome)
+        if generation.beams is not None and generation.unopened is not None and not generation.waiting:
+            self._release(generation, generation.unopened)
 
     def _replay(self, generation: Generation, branch: Branch) -> None:
         """Open a lost session again with all its ids."""
         self._close([branch.reopen()])
+        generation.unopened = SessionLost(branch.session)
+        branch.replays += 1
         self.counts["replays"] += 1
         if branch.replays > _REPLAYS:
             generation.out.put_nowait(GenerationAborted("the PLM owner loses this session every time"))
         else:
-            self._retry(generation, branch, 0.05 * 2 ** (branch.replays - 1), "the PLM owner lost the session")
+            self._retry(generation, [branch], 0.05 * 2 ** (branch.replays - 1), "the PLM owner lost the session")
 
-    def _retry(self, generation: Generation, branch: Branch, pause: float, reason: str) -> None:
+    def _release(self, generation: Generation, reason: Exception) -> None:
+        """A beam search without slots for all its beams gives up those it has, and waits for all: two would block each
+        other for ever."""
+        if generation.gone:
+            return
+        self._close([branch.reopen() for branch in generation.branches])
+        self._retry(generation, generation.branches, getattr(reason, "retry_after", 0.2), str(reason))
+
+    def _retry(self, generation: Generation, branches: Sequence[Branch], pause: float, reason: str) -> None:
         if time.monotonic() > generation.deadline:
             generation.out.put_nowait(GenerationAborted(f"the PLM owner did not answer in time: {reason}"))
             return
@@ -341,11 +373,11 @@ class Decoder:
             try:
                 await asyncio.sleep(max(pause, _SHORTEST_PAUSE))
             finally:
-                generation.waiting -= 1
+                generation.waiting -= len(branches)
             if not generation.gone:
-                self._send_alone(generation, [branch])
+                self._send_alone(generation, branches)
 
-        generation.waiting += 1
+        generation.waiting += len(branches)
         trip = self._spawn(later())
         generation.trips.add(trip)
         trip.add_done_callback(generation.trips.discard)
@@ -381,7 +413,9 @@ class Decoder:
                     continuing += self._deliver(generation, tokens)
             if self._lockstep:
                 continuing += self._admit()
-            if continuing:
+            if not self._lockstep:
+                self._send_apart(continuing)
+            elif continuing:
                 self._send(continuing)
 
     def _deliver(self, generation: Generation, tokens: list[Token] | Exception) -> _Pairs:
@@ -402,8 +436,8 @@ class Decoder:
         return [(generation, branch) for branch in generation.branches]
 
     async def _all_arrived(self) -> None:
-        """Wait until no branch is under way."""
-        while any(generation.waiting for generation in self._live):
+        """Wait until no branch is under way, but for answers that wait for a slot: others may hold it for long."""
+        while any(generation.waiting and generation.unopened is None for generation in self._live):
             await self._wake.wait()
             self._wake.clear()
 

@@ -28,6 +28,8 @@ class Generation:
         timeout: seconds for the answer; in lockstep, for one step of it.
         deadline: on `time.monotonic`.
         waiting: branches whose step is under way.
+        unopened: why one of its branches has no session, which the PLM owner could not open yet, or lost; other answers
+            go on without this one.
         ended: sessions that are no longer needed.
         trips: round trips that serve this answer alone.
     """
@@ -42,6 +44,7 @@ class Generation:
     beams: BeamSearch | None = None
     deadline: float = math.inf
     waiting: int = 0
+    unopened: Exception | None = None
     ended: list[str] = field(default_factory=list)
     out: asyncio.Queue[Token | Exception] = field(default_factory=asyncio.Queue)
     trips: set[asyncio.Task[None]] = field(default_factory=set)
@@ -55,6 +58,11 @@ class Generation:
     def prompt_from(self) -> int | None:
         """The first position of the prompt whose representation is needed, if any before the last."""
         return self.predictor.prompt_from if self.predictor is not None and self.predictor.looks_back else None
+
+    @property
+    def holds_slots(self) -> bool:
+        """Whether the PLM owner holds a session of it."""
+        return any(branch.sent for branch in self.branches)
 
     @property
     def width(self) -> int:

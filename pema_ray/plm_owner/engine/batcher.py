@@ -25,6 +25,7 @@ from pema_ray.plm_owner.load import LoadedPLM
 
 Job = StepJob | ExtractJob
 _PASS_TOKENS_CPU, _PASS_TOKENS_GPU = 512, 4096
+_SLOT_MOMENT = 0.25  # seconds in which a slot becomes free if its session is just being closed
 _SHORT = 16  # tokens; longer pieces are prefill and are bulk
 
 
@@ -61,7 +62,8 @@ class Batcher:
         Args:
             deadline: on the clock; a step that has not begun by then is `Busy`.
         """
-        job = StepJob(owner, step, deadline)
+        moment = deadline if step.waits else min(deadline, self._clock() + _SLOT_MOMENT)
+        job = StepJob(owner, step, deadline, moment)
         self._waiting.append(job)
         return job
 
@@ -241,8 +243,9 @@ class Batcher:
                     self._check(job.step)
                     self._sessions.continue_(job, slot)
                     began = True
-                if not began and self._clock() > job.deadline:
-                    raise Busy(f"no slot became free in time: {self.config.slots} sessions are being decoded.")
+                if not began and self._clock() > (job.slot_deadline if full else job.deadline):
+                    held = f"{self.config.slots} sessions are being decoded"
+                    raise Busy(f"no slot became free in time: {held}.", 1.0 if job.step.waits else 0.0)
             except (SessionLost, UserError, Busy) as error:
                 job.result = error
                 refused.append(job)

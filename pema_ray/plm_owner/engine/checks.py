@@ -14,12 +14,12 @@ from pema_ray.plm_owner.states import capture_state
 _REFUSALS = (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError)
 
 
-def attempt(check: Callable[[], bool]) -> bool:
-    """Whether a check passes; a model that raises does not support what was tried."""
+def attempt(check: Callable[[], bool]) -> str | None:
+    """Why a check does not pass, None if it does; a model that raises does not support what was tried."""
     try:
-        return check()
-    except _REFUSALS:
-        return False
+        return None if check() else "the states differ"
+    except _REFUSALS as error:
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def holds_plain_rows(plm: LoadedPLM) -> bool:

@@ -81,9 +81,9 @@ class Extraction:
         self._plm, self.budget, self._share_passes = plm, budget, share_passes
         self._prefixes: OrderedDict[str, _Prefix] = OrderedDict()
         self.batches, self.reuses_prefixes = True, holds_plain_rows(plm)
-        if self.reuses_prefixes and not attempt(self._is_exact):
+        if self.reuses_prefixes and attempt(self._is_exact):
             self.reuses_prefixes = False
-        if not self.reuses_prefixes and not attempt(self._is_exact):
+        if not self.reuses_prefixes and attempt(self._is_exact):
             self.batches = False
 
     def _is_exact(self) -> bool:

@@ -37,12 +37,15 @@ class StepJob:
     """One step on its way through the batcher.
 
     Attributes:
+        deadline: an opening or a step that has not begun by then is `Busy`.
+        slot_deadline: the same, while there is no slot for it.
         result: what it gave, or why it could not be done; none until then.
     """
 
     owner: str
     step: Step
     deadline: float
+    slot_deadline: float
     result: Stepped | Exception | None = None
     cancelled: bool = False
     slot: Slot | None = None

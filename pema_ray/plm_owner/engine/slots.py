@@ -72,11 +72,13 @@ def make_caches(plm: LoadedPLM, slots: int, most: int) -> Caches:
         one_kind = getattr(plm.model.config.get_text_config(), "layer_types", None) is None
         for by_kind in (not one_kind, one_kind):
             ways.insert(int(by_kind == one_kind), partial(SlotCaches, plm, most=most, by_kind=by_kind))
+    reason: str | None = None
     for way in ways:
-        if attempt(lambda way=way: _same_as_plain(plm, way(4))):
+        if (reason := attempt(lambda way=way: _same_as_plain(plm, way(4)))) is None:
             return way(slots)
     raise UserError(
-        f"{plm.name}: {type(plm.model).__name__} gives other states with a cache than without; not supported."
+        f"{plm.name}: {type(plm.model).__name__} gives other states with a cache than without, or none ({reason}); "
+        "not supported."
     )
 
 

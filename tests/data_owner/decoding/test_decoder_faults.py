@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from contextlib import AsyncExitStack
 from dataclasses import replace
 
 import pytest
@@ -26,6 +27,7 @@ from pema_ray.data_owner.decoding import GenerationAborted, GenerationRequest, S
 from pema_ray.data_owner.decoding.text import AnswerText
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import Busy, SessionLost
+from pema_ray.plm_owner.replicas import Replicas
 
 BEAM = SamplingParams("beam", beams=3)
 KINDS = pytest.mark.parametrize("sampling", [GREEDY, SAMPLE, BEAM], ids=lambda s: s.kind)
@@ -115,6 +117,57 @@ async def test_more_answers_than_slots_all_come_to_an_end(world_of, expected_of)
     async with world_of(slots=3, idle_seconds=0.05) as world:  # so few that sessions lose their slots all the time
         assert await world.all(wanted) == await expected_of(wanted)
         assert await world.live_sessions() == 0
+
+
+NEVER = {"idle_seconds": 3600, "timeout_seconds": 3600}  # no session is taken a slot away, and no wait is cut short
+
+
+@pytest.mark.parametrize("over", ["engine", "handle"])
+@pytest.mark.parametrize(
+    ("sampling", "lockstep"), [(GREEDY, True), (BEAM, True), (BEAM, False)], ids=["greedy", "beams", "served beams"]
+)
+async def test_data_owners_that_want_all_slots_do_not_block_each_other(
+    tiny_client, world_of, tiny_plm, expected_of, over: str, sampling, lockstep: bool
+):
+    wanted = many() if sampling is GREEDY else requests(sampling=sampling, max_new_tokens=8)
+    settings = {"max_sequences": 4 if lockstep else 30, "lockstep": lockstep}
+    async with asyncio.timeout(120), AsyncExitStack() as stack:
+        if over == "engine":
+            clients = [tiny_client("llama", slots=4, **NEVER)] * 3
+        else:
+            world = await stack.enter_async_context(world_of(slots=4, **NEVER))
+            clients = [Replicas(world.handle, name) for name in "abc"]
+        adapter = make_adapter(tiny_plm("llama"))
+        decoders = [await stack.enter_async_context(decoding(c, adapter, **settings)) for c in clients]
+        found = await asyncio.gather(*(decoder.generate(wanted) for decoder in decoders))
+        assert sum(decoder.counts["busy"] for decoder in decoders) > 0
+        assert sum(decoder.counts["replays"] for decoder in decoders) == 0
+        for client in clients if over == "handle" else []:
+            await client.end()
+    assert list(map(ids_of, found)) == [await expected_of(wanted)] * 3
+
+
+async def test_a_beam_search_that_waits_for_slots_waits_alone(world_of, expected_of):
+    """Three slots of four are taken until the greedy answers have ended; the beams need three."""
+    greedy, (searched, *_) = many()[-3:], requests(sampling=BEAM)
+    greedy = [replace(request, max_new_tokens=30, draft=0) for request in greedy]
+    ends: list[str] = []
+    async with asyncio.timeout(120), world_of(slots=4, **NEVER) as world:
+
+        async def end_of(request: GenerationRequest, name: str) -> list[int]:
+            ids = [token.id for token in await world.tokens(request, timeout=3600)]
+            ends.append(name)
+            return ids
+
+        answers_ = [asyncio.create_task(end_of(request, "greedy")) for request in greedy]
+        while (await world.handle.replicas["r0"].state())["live_sessions"] < 3:
+            await asyncio.sleep(0)
+        *found, beams = await asyncio.gather(*answers_, end_of(searched, "beams"))
+        assert world.decoder.counts["busy"] == 0
+        assert await world.live_sessions() == 0
+    assert ends[0] == "greedy"
+    assert found == await expected_of(greedy)
+    assert [beams] == await expected_of([searched])
 
 
 async def test_a_session_that_is_lost_every_time_ends_its_answer(tiny_client, tiny_plm, monkeypatch):

@@ -318,6 +318,32 @@ def test_who_gets_no_slot_in_time_is_told_so(batcher_of, clock):
     assert not batcher.busy
 
 
+def test_an_opening_that_does_not_wait_is_busy_after_a_moment_and_steps_go_on(batcher_of, clock):
+    batcher = batcher_of("llama", slots=1)
+    finish(batcher, [batcher.submit("me", Step("a", 0, [5]))])
+    waiting = batcher.submit("me", Step("c", 0, [5]), deadline=100.0)
+    opening, step = (
+        batcher.submit("me", Step(*s, waits=False), deadline=100.0) for s in [("b", 0, [5]), ("a", 1, [6])]
+    )
+    assert batcher.run() == [step]
+    clock.now = 0.5
+    assert batcher.run() == [opening]
+    assert isinstance(opening.result, Busy) and opening.result.retry_after == 0
+    assert isinstance(step.result, Stepped) and waiting.result is None
+    batcher.close("me", "a")
+    assert isinstance(finish(batcher, [waiting])[0], Stepped)
+
+
+def test_an_opening_that_does_not_wait_for_a_slot_waits_for_a_prompt_that_it_shares(batcher_of, clock):
+    batcher = batcher_of("llama", slots=2, pass_tokens=20)
+    prompt = list(range(3, 95))
+    first, second = (batcher.submit("me", Step(name, 0, prompt, waits=False)) for name in "ab")
+    batcher.run()
+    clock.now = 10.0  # a long pass
+    found = finish(batcher, [first, second])
+    assert [type(result) for result in found] == [Stepped, Stepped], found
+
+
 def test_a_closed_session_leaves_its_slot_in_the_middle_of_its_prompt(batcher_of):
     batcher = batcher_of("llama", slots=1, pass_tokens=20)
     gone, next_ = batcher.submit("me", Step("a", 0, range(3, 90))), batcher.submit("me", Step("b", 0, [5]))
