@@ -128,8 +128,9 @@ class Replicas:
         groups: dict[str, list[int]] = {}
         for number, step in enumerate(steps):
             replica = self._owner_replica.get(step.session)
-            # a session without a replica is opened by itself, so that Serve spreads openings over replicas
-            groups.setdefault(replica or f"?{step.session}", []).append(number)
+            # A session without a replica is opened by itself, so that Serve spreads openings over replicas. Those that
+            # wait for slots stay together: they are of one answer, between whose openings no other's may stand in line.
+            groups.setdefault(replica or ("?" if step.waits else f"?{step.session}"), []).append(number)
         outcomes: list[Stepped | Exception] = [SessionLost()] * len(steps)
 
         async def one(replica: str, numbers: list[int]) -> None:

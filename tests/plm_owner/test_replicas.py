@@ -168,7 +168,7 @@ async def test_a_replica_of_another_checkpoint_refuses_the_steps_of_an_answer(ha
 async def test_while_replicas_are_replaced_sessions_of_the_old_ones_continue(handle, tiny_plm_folder):
     line = Replicas(handle)
     names = [f"s{i}" for i in range(4)]
-    assert all(isinstance(o, Stepped) for o in await line.step([Step(name, 0, [5]) for name in names]))
+    assert all(isinstance(o, Stepped) for o in await line.step([Step(name, 0, [5], waits=False) for name in names]))
     handle._make = lambda: engine_of(tiny_plm_folder("llama", 1))
     await handle.replicas["r0"].plm.end()
     handle.kill("r0")
@@ -176,7 +176,7 @@ async def test_while_replicas_are_replaced_sessions_of_the_old_ones_continue(han
     outcomes = await line.step([Step(name, 1, [6]) for name in names])
     assert {type(outcome) for outcome in outcomes} <= {Stepped, SessionLost, FingerprintMismatch}
     assert sum(isinstance(outcome, Stepped) for outcome in outcomes) == 2  # those of r1
-    opened = await line.step([Step(f"new{i}", 0, [5]) for i in range(8)])
+    opened = await line.step([Step(f"new{i}", 0, [5], waits=False) for i in range(4)])
     assert {type(outcome) for outcome in opened} == {Stepped, FingerprintMismatch}  # of r1 and of r2
     assert (await handle.replicas["r2"].state())["live_sessions"] == 0
 
@@ -221,3 +221,13 @@ def test_an_application_that_does_not_run_is_named_with_those_that_do(monkeypatc
             Replicas.of_application(name)
     if "pema" in running:
         assert Replicas.of_application("pema", "me", "0" * 16)._handle == ("PLMEngine", "pema")
+
+
+async def test_openings_of_one_answer_go_to_one_replica_and_others_are_spread(handle):
+    line = Replicas(handle)
+    await line.step([Step(name, 0, [5, 6]) for name in "ab"])
+    assert [call for call in handle.calls if call[0] == "step"] == [("step", None)]
+    handle.calls.clear()
+    await line.step([Step(name, 0, [5, 6], waits=False) for name in "cd"])
+    assert [call for call in handle.calls if call[0] == "step"] == [("step", None)] * 2
+    await line.close(list("abcd"))

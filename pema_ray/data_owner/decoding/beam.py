@@ -57,7 +57,7 @@ class BeamSearch:
     def _continued(
         self, branches: list[Branch], grown: list[tuple[int, Token, AnswerText]]
     ) -> tuple[list[Branch], list[Branch]]:
-        """The first child of a hypothesis keeps its session, further ones fork it."""
+        """The first child of a hypothesis keeps its session; further ones take over those of hypotheses that end."""
         kept: dict[int, Branch] = {}
         chosen: list[Branch] = []
         for number, _, _ in grown:  # all forks before any branch grows
@@ -65,7 +65,11 @@ class BeamSearch:
         for branch, (_, token, text) in zip(chosen, grown, strict=True):
             branch.text = text
             branch.append(token)
-        return chosen, [branch for number, branch in enumerate(branches) if number not in kept]
+        ended = [branch for number, branch in enumerate(branches) if number not in kept]
+        for fork in [branch for branch in chosen if not branch.sent]:
+            if ended:
+                fork.take_over(ended.pop())
+        return chosen, ended
 
     def _score(self, log_prob: float, tokens: int) -> float:
         return log_prob / tokens**self.penalty

@@ -75,6 +75,12 @@ class Branch:
         self.sent, self.draft_tokens, self.draft, self.state_NH = 0, [], Draft(), None
         return lost
 
+    def take_over(self, ended: Branch) -> None:
+        """Continue in the session of a hypothesis that ends, from where the two part."""
+        self.session = ended.session
+        pairs = zip(self.ids, ended.ids[: ended.sent], strict=False)
+        self.sent = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(self.ids) - 1, ended.sent))
+
     def append(self, token: Token) -> None:
         """The answer continues; this token's representation is yet to come."""
         self.ids.append(token.id)

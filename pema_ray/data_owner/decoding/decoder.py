@@ -50,8 +50,9 @@ class Decoder:
         eos: tokens that end an answer.
         max_sequences: answers at a time; beam search counts every beam.
         lockstep: choose only when no step is under way, and send all branches in one message. Answers then do not
-            depend on timing, to the last bit unless they draft, and requests wait for room; the offline stages decode
-            so. A service does not: it answers whatever has arrived, and rejects requests beyond `max_sequences`.
+            depend on timing, to the last bit unless they draft or wait for slots that others hold, and requests wait
+            for room; the offline stages decode so. A service does not: it answers whatever has arrived, and rejects
+            requests beyond `max_sequences`.
         threads: CPU threads of torch for choosing tokens; 0 takes torch's default.
         max_sessions: that the PLM owner holds; beam searches together never need more: they would wait for each other.
 
@@ -279,12 +280,13 @@ class Decoder:
         trip.add_done_callback(generation.trips.discard)
 
     async def _round_trip(self, pairs: _Pairs) -> None:
-        opens_only = all(not branch.sent for _, branch in pairs)
-        if opens_only and not self._lockstep:
+        if any(branch.sent for _, branch in pairs):
+            outcomes = await self._timed_step(pairs)
+        elif self._lockstep or any(generation.holds_slots for generation, _ in pairs):
+            outcomes = await self._step(pairs)
+        else:
             async with self._openings:
                 outcomes = await self._step(pairs)
-        else:
-            outcomes = await self._timed_step(pairs)
         self.counts["round_trips"] += 1
         for (generation, branch), outcome in zip(pairs, outcomes, strict=True):
             self._receive(generation, branch, outcome)
@@ -348,20 +350,22 @@ class Decoder:
     def _replay(self, generation: Generation, branch: Branch) -> None:
         """Open a lost session again with all its ids."""
         self._close([branch.reopen()])
-        generation.unopened = SessionLost(branch.session)
+        generation.unopened = SessionLost("the PLM owner lost the session")
         branch.replays += 1
         self.counts["replays"] += 1
         if branch.replays > _REPLAYS:
             generation.out.put_nowait(GenerationAborted("the PLM owner loses this session every time"))
-        else:
-            self._retry(generation, [branch], 0.05 * 2 ** (branch.replays - 1), "the PLM owner lost the session")
+        elif generation.beams is None:  # beams are opened again together
+            self._retry(generation, [branch], 0.05 * 2 ** (branch.replays - 1), str(generation.unopened))
 
     def _release(self, generation: Generation, reason: Exception) -> None:
         """A beam search without slots for all its beams gives up those it has, and waits for all: two would block each
         other for ever."""
         if generation.gone:
             return
-        self._close([branch.reopen() for branch in generation.branches])
+        self._close([branch.session for branch in generation.branches if branch.sent])
+        for branch in generation.branches:
+            branch.reopen()
         self._retry(generation, generation.branches, getattr(reason, "retry_after", 0.2), str(reason))
 
     def _retry(self, generation: Generation, branches: Sequence[Branch], pause: float, reason: str) -> None:

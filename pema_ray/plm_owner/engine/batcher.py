@@ -228,6 +228,7 @@ class Batcher:
         staying: deque[StepJob] = deque()
         waiting_sessions: set[tuple[str, str]] = set()
         full = False
+        self._sessions.begin_scan()
         for job in self._waiting:
             slot = self._sessions.find(job.key)
             try:

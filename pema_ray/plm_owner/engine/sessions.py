@@ -68,6 +68,7 @@ class Sessions:
         self._slots = [Slot(number) for number in range(slots)]
         self._by_key: dict[tuple[str, str], Slot] = {}
         self._closed_before: dict[tuple[str, str], None] = {}
+        self._promised = 0
 
     def __len__(self) -> int:
         return len(self._by_key)
@@ -114,6 +115,10 @@ class Sessions:
         """Whether the session was closed before this opening of it; asked once."""
         return self._closed_before.pop(key, self) is None
 
+    def begin_scan(self) -> None:
+        """To be called before the waiting openings are tried in their order: none takes a slot of one before it."""
+        self._promised = 0
+
     def open(self, job: StepJob, prefilling: Iterable[StepJob], full: bool) -> tuple[bool, bool]:
         """Give the session a slot, if one is free and no better cache is just being computed.
 
@@ -123,7 +128,8 @@ class Sessions:
         Returns:
             Whether it has one, and whether there is none for anybody.
         """
-        if full:
+        unused = sum(slot.session is None for slot in self._slots)
+        if full or (self._promised and unused <= self._promised):
             return False, True
         ids, step = list(job.step.tokens), job.step
         longest = len(ids) - step.states
@@ -134,6 +140,7 @@ class Sessions:
         if shared < _WORTH_COPYING:
             source, shared = None, 0
         if _will_share(job.owner, ids, longest, prefilling) >= shared + _WORTH_WAITING:
+            self._promised += 1
             return False, False
         target = source if source is not None and source.session is None else self._free_slot()
         if target is None:

@@ -170,6 +170,49 @@ async def test_a_beam_search_that_waits_for_slots_waits_alone(world_of, expected
     assert [beams] == await expected_of([searched])
 
 
+async def test_beam_searches_among_more_greedy_answers_than_may_open_at_once_all_end(tiny_client, tiny_plm):
+    client, adapter = tiny_client("llama", slots=4, **NEVER), make_adapter(tiny_plm("llama"))
+    beams = replace(requests()[0], sampling=SamplingParams("beam", beams=2), max_new_tokens=4)
+    greedy = [replace(request, max_new_tokens=4) for request in requests()] * 5
+    async with asyncio.timeout(60), AsyncExitStack() as stack:
+        decoders = [await stack.enter_async_context(decoding(client, adapter, lockstep=False)) for _ in range(2)]
+        found = await asyncio.gather(*(decoder.generate([beams, beams, *greedy]) for decoder in decoders))
+    assert ids_of(found[0]) == ids_of(found[1])
+
+
+async def test_a_beam_search_opens_no_more_sessions_than_it_has_beams(tiny_client, tiny_plm, expected_of):
+    client, opened = tiny_client("llama"), set()
+    step = client.step
+
+    async def watched(steps):
+        opened.update(s.session for s in steps)
+        return await step(steps)
+
+    client.step = watched
+    (wanted,) = requests(sampling=BEAM)[:1]
+    found = await answers(client, [wanted], make_adapter(tiny_plm("llama")))
+    assert len(opened) == 3
+    assert ids_of(found) == await expected_of([wanted])
+
+
+@pytest.mark.parametrize("lockstep", [True, False])
+async def test_beams_that_are_lost_together_are_opened_again_in_one_message(tiny_client, tiny_plm, lockstep: bool):
+    client = tiny_client("llama")
+    step, messages = client.step, []
+
+    async def losing(steps):
+        messages.append([s.position for s in steps])
+        if len(messages) == 5:
+            await client.close([s.session for s in steps])
+        return await step(steps)
+
+    client.step = losing
+    async with decoding(client, make_adapter(tiny_plm("llama")), lockstep=lockstep) as decoder:
+        await decoder.generate(requests(sampling=BEAM)[:1])
+        assert decoder.counts["replays"] == 3
+    assert messages[5] == [0, 0, 0]
+
+
 async def test_a_session_that_is_lost_every_time_ends_its_answer(tiny_client, tiny_plm, monkeypatch):
     monkeypatch.setattr("pema_ray.data_owner.decoding.decoder._REPLAYS", 3)
     client = tiny_client("llama")

@@ -344,6 +344,17 @@ def test_an_opening_that_does_not_wait_for_a_slot_waits_for_a_prompt_that_it_sha
     assert [type(result) for result in found] == [Stepped, Stepped], found
 
 
+def test_an_opening_that_waits_for_a_prompt_it_shares_keeps_its_place_in_the_line(batcher_of):
+    batcher = batcher_of("llama", slots=2, pass_tokens=20)
+    prompts = {"me": list(range(3, 95)), "you": list(range(195, 103, -1))}
+    lines = {owner: [batcher.submit(owner, Step(name, 0, ids)) for name in "ab"] for owner, ids in prompts.items()}
+    assert all(isinstance(result, Stepped) for result in finish(batcher, lines["me"]))
+    assert all(job.slot is None for job in lines["you"])
+    for name in "ab":
+        batcher.close("me", name)
+    assert all(isinstance(result, Stepped) for result in finish(batcher, lines["you"]))
+
+
 def test_a_closed_session_leaves_its_slot_in_the_middle_of_its_prompt(batcher_of):
     batcher = batcher_of("llama", slots=1, pass_tokens=20)
     gone, next_ = batcher.submit("me", Step("a", 0, range(3, 90))), batcher.submit("me", Step("b", 0, [5]))
