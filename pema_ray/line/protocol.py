@@ -75,7 +75,8 @@ class Step:
         states: how many of the last tokens' representations to return, at least one.
         draft: tokens that the PLM appends greedily; their representations are returned too.
         waits: an opening waits for a free slot as long as the PLM owner lets it; otherwise it is `Busy` after a moment,
-            so that the steps beside it do not wait with it and hold slots that others wait for.
+            so that the steps beside it do not wait with it and hold slots that others wait for. Openings in one message
+            that wait go to one replica, in their order: send those of one answer so.
 
     Raises:
         ValueError: a number that is out of range.

@@ -160,6 +160,16 @@ async def test_an_lm_head_that_could_not_be_fetched_is_fetched_again(owner_of):
         assert (await http.get("/v1/lm-head")).status_code == 200
 
 
+async def test_steps_that_another_plm_refuses_cost_neither_quota_nor_sessions(owner_of, tiny_plm_folder):
+    async with owner_of(rows_per_minute=3, sessions=2) as owner, owner.raw() as http:
+        assert (await http.post("/v1/sessions/step", content=owner.steps(Step("a", 0, [5])))).status_code == 200
+        await owner.replace(tiny_plm_folder("llama", 1))
+        for name in "bcd":
+            got = await http.post("/v1/sessions/step", content=owner.steps(Step(name, 0, [5, 6], 2)))
+            assert got.status_code == 409, got.text
+        assert list(mine(owner).sessions) == ["a"]
+
+
 async def test_disks_hashes_and_large_frames_keep_the_event_loop_from_nothing(owner_of, monkeypatch):
     at: dict[str, set[bool]] = {}
 
@@ -180,7 +190,7 @@ async def test_disks_hashes_and_large_frames_keep_the_event_loop_from_nothing(ow
         watched(owner.access, "_changed_at")
         large = owner.batch(*[[5] * 80] * 230, first=10)
         assert (await http.post("/v1/extract", content=large)).status_code == 200
-        steps = [Step(f"{n}", 0, [5] * 85, 85) for n in range(8)]
+        steps = [Step(f"{n}", 0, [5] * 85, 85, waits=False) for n in range(8)]
         assert (await http.post("/v1/sessions/step", content=owner.steps(*steps))).status_code == 200
         assert at["hash_of"] == at["log"] == at["_changed_at"] == {False}
         assert at["decode_extract"] == at["encode_rows"] == {False}
