@@ -363,9 +363,8 @@ class Decoder:
         other for ever."""
         if generation.gone:
             return
-        self._close([branch.session for branch in generation.branches if branch.sent])
-        for branch in generation.branches:
-            branch.reopen()
+        # those not known to be open too: the answer to an opening may have been lost on its way
+        self._close([branch.reopen() for branch in generation.branches])
         self._retry(generation, generation.branches, getattr(reason, "retry_after", 0.2), str(reason))
 
     def _retry(self, generation: Generation, branches: Sequence[Branch], pause: float, reason: str) -> None:
