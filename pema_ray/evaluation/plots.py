@@ -160,12 +160,9 @@ def sweep_plot(sweep: LambdaSweep) -> str:
 
 def bleu_plot(systems: Sequence[SystemScore]) -> str:
     """sBLEU against λ_max, with the systems that have no λ as levels."""
-    names = {"copy": "copy of the source", "few_shot": "few-shot PLM"}
     colours = {"copy": (MUTED, "4 4"), "few_shot": (PLM, "8 3")}
     levels = [
-        Level(f"{names[one.kind]} {one.bleu:.1f}", one.bleu, "y", *colours[one.kind])
-        for one in systems
-        if one.kind in names
+        Level(f"{one.name} {one.bleu:.1f}", one.bleu, "y", *colours[one.kind]) for one in systems if one.kind in colours
     ]
     series, spots = _over_lambda([(one, one.bleu) for one in systems], "{:.1f}")
     return line_plot("sBLEU against λ_max", "λ_max", "sBLEU", series, spots=spots, levels=levels, x_range=(-0.04, 1.04))
@@ -199,18 +196,20 @@ def schedule_plot(curves: dict[str, tuple[float, ...]]) -> str:
 
 def _over_lambda(measured: Sequence[tuple[SystemScore, float]], form: str) -> tuple[list[Series], list[Spot]]:
     """One curve per schedule; at λ = 0 every schedule is the PLM alone, so every curve starts there."""
-    alone = [value for one, value in measured if one.kind == "plm"][:1]
+    alone = [(one.name, value) for one, value in measured if one.kind == "plm"][:1]
     schedules: dict[str, list[Point]] = {}
     for one, value in measured:
         if one.kind == "pema" and one.lambda_max is not None:
             schedules.setdefault(one.schedule or "PEMA", []).append((one.lambda_max, value))
     series = [
         Series(
-            f"PEMA, {name}", sorted({*((0.0, value) for value in alone), *points}), dash=_DASHES[index % len(_DASHES)]
+            f"PEMA, {name}",
+            sorted({*((0.0, value) for _, value in alone), *points}),
+            dash=_DASHES[index % len(_DASHES)],
         )
         for index, (name, points) in enumerate(schedules.items())
     ]
-    return series, [Spot(f"PLM alone {form.format(value)}", (0.0, value), PLM) for value in alone]
+    return series, [Spot(f"{name} {form.format(value)}", (0.0, value), PLM) for name, value in alone]
 
 
 def _is_finite(point: Point) -> bool:

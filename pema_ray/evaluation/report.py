@@ -97,9 +97,8 @@ def verdict(systems: Sequence[SystemScore]) -> str:
     pema = chosen_system(systems, "pema")
     if pema is None:
         return "No system with PEMA was scored."
-    rivals = (("plm", "the PLM alone"), ("few_shot", "the few-shot PLM"), ("copy", "copying the source"))
-    found = [(chosen_system(systems, kind), words) for kind, words in rivals]
-    compared = [f"{_against(pema.bleu, rival.bleu)} {words}" for rival, words in found if rival is not None]
+    rivals = [rival for kind in ("plm", "few_shot", "copy") if (rival := chosen_system(systems, kind)) is not None]
+    compared = [f"{_against(pema.bleu, rival.bleu)} {_in_a_sentence(rival)}" for rival in rivals]
     sentence = f"{pema.name} scores {pema.bleu:.1f} sBLEU"
     sentence += f": {_enumerate(compared)}." if compared else "."
     best = max((one for one in systems if one.kind == "pema"), key=lambda one: one.bleu)
@@ -123,7 +122,8 @@ def headline(evaluation: Evaluation) -> list[Card]:
     cards = [Card("Negative log-likelihood", likelihood, note)]
 
     plm, pema, copy = (chosen_system(systems, kind) for kind in ("plm", "pema", "copy"))
-    scored = (("PLM alone", "plm", plm), ("PEMA", "pema", pema), ("copy of source", "none", copy))
+    alone = plm.name if plm else "PLM alone"
+    scored = ((alone, "plm", plm), ("PEMA", "pema", pema), ("copy of source", "none", copy))
     present = [(label, owner, one) for label, owner, one in scored if one is not None]
     if present:
         top = max(one.bleu for _, _, one in present)
@@ -132,7 +132,7 @@ def headline(evaluation: Evaluation) -> list[Card]:
 
     shares = (
         ("source", "none", evaluation.source_archaic_share),
-        ("PLM alone", "plm", plm.archaic_share if plm else None),
+        (alone, "plm", plm.archaic_share if plm else None),
         ("PEMA", "pema", pema.archaic_share if pema else None),
     )
     measured = [(label, owner, share) for label, owner, share in shares if share is not None]
@@ -194,6 +194,13 @@ def mean_share(tokens: Sequence[TokenShare]) -> str:
 def was_postprocessed(example: Example) -> bool:
     """Whether the scored answer is no longer the text of the decoded tokens."""
     return example.pema.strip() not in "".join(token.text for token in example.tokens)
+
+
+def _in_a_sentence(system: SystemScore) -> str:
+    if system.kind == "copy":
+        return "copying the source"
+    name, _, shown = system.name.partition(", ")
+    return f"the {name} with {shown}" if shown else f"the {name}"
 
 
 def _against(ours: float, theirs: float) -> str:

@@ -29,7 +29,12 @@ from pema_ray.stages.likelihood import likelihood_of
 from pema_ray.stages.run import Run
 from pema_ray.tasks import Pair
 
-_ALONE = "PLM alone"
+
+def _plm_name(config: ExperimentConfig, shots: int) -> str:
+    """What the PLM without an adapter is called; it is "alone" where no row of the table shows it examples."""
+    if shots:
+        return f"PLM, {shots} examples shown" if shots > 1 else "PLM, 1 example shown"
+    return "PLM, no examples shown" if config.task.shots else "PLM alone"
 
 
 def run(config: ExperimentConfig) -> dict[str, Any]:
@@ -63,7 +68,7 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
             source_archaic_share=_share(scorer, [pair.source for pair in pairs]),
             reference_archaic_share=_share(scorer, [pair.target for pair in pairs]),
             lambda_curves=_lambda_curves(config.generate),
-            examples=_examples(pema_rows, rows[_ALONE], config.evaluate.sample_pairs),
+            examples=_examples(pema_rows, rows[_plm_name(config, config.task.shots)], config.evaluate.sample_pairs),
             stages=tuple(
                 StageFigures(stage=name, seconds=run.metrics(name)["seconds"], summary=run.metrics(name)["summary"])
                 for name in ("prepare", "export_head", "build_memory", "train", "generate")
@@ -81,16 +86,16 @@ def _other_systems(run: Run, pairs: Sequence[Pair]) -> list[GenerationJob]:
     config = run.config
     predictor = predictor_of(run)
     prompter = run.prompter()
-    jobs = [make_job(run, _ALONE, pairs, prompter, config.generate, None)]
+    jobs = [make_job(run, _plm_name(config, config.task.shots), pairs, prompter, config.generate, None)]
     shots = config.evaluate.few_shot
     if shots and shots != config.task.shots:
-        name = f"PLM, {shots} examples shown"
+        name = _plm_name(config, shots)
         try:
             jobs.append(make_job(run, name, pairs, run.prompter(shots), config.generate, None))
         except UserError as error:  # a comparison that this task's texts do not allow is no reason to lose the others
             console.print(f"[yellow]'{name}' is left out (evaluate.few_shot): {error}[/]")
     if config.task.shots:
-        jobs.append(make_job(run, "PLM, no examples shown", pairs, run.prompter(0), config.generate, None))
+        jobs.append(make_job(run, _plm_name(config, 0), pairs, run.prompter(0), config.generate, None))
     for lam in config.evaluate.generate_lambdas:
         options = config.generate.model_copy(update={"lambda_max": lam, "schedule": "constant"})
         if lam > 0 and _name(options) != _name(config.generate):
@@ -144,7 +149,7 @@ def _score(
     for name, found in rows.items():
         seconds = sum(answer.seconds for answer in answers[name])
         texts = [row["answer"] for row in found]
-        if name == _ALONE:
+        if name == _plm_name(run.config, run.config.task.shots):
             systems.append(scored(name, "plm", texts, 0.0, "constant", seconds))
         elif name.startswith("PLM"):
             systems.append(scored(name, "few_shot", texts, seconds=seconds))

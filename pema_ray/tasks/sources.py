@@ -12,8 +12,8 @@ from typing import Any
 
 from pema_ray.errors import UserError, nearest
 from pema_ray.files import sha256_of
-from pema_ray.tasks import bible
-from pema_ray.tasks.task import Columns, Task
+from pema_ray.tasks import bible, docstrings
+from pema_ray.tasks.task import BookSplit, Columns, PackageSplit, Task
 
 SPLITS = ("train", "dev", "test")
 
@@ -65,7 +65,7 @@ def load_pairs(
             raise UserError(f"task.limits: unknown split '{split}'.{nearest(split, list(SPLITS))}")
         if limit < 1:
             raise UserError(f"task.limits: '{split}' must keep at least one pair, got {limit}.")
-    pairs = _bible_pairs(task) if task.source.bible else _file_pairs(task, files or {}, rejected)
+    pairs = _packaged_pairs(task) or _file_pairs(task, files or {}, rejected)
     return {split: _draw(found, limits.get(split), seed) for split, found in pairs.items()}
 
 
@@ -76,9 +76,29 @@ def _draw(pairs: list[Pair], limit: int | None, seed: int) -> list[Pair]:
     return pairs[:limit]
 
 
-def _bible_pairs(task: Task) -> dict[str, list[Pair]]:
-    books = task.source.bible
-    assert books is not None
+def _packaged_pairs(task: Task) -> dict[str, list[Pair]] | None:
+    if task.source.bible:
+        return _bible_pairs(task.source.bible)
+    return _docstring_pairs(task.source.docstrings) if task.source.docstrings else None
+
+
+def _docstring_pairs(source: PackageSplit) -> dict[str, list[Pair]]:
+    """One pair for each code and summary: packages repeat functions, which must not be in two splits."""
+    pairs: dict[str, list[Pair]] = {split: [] for split in SPLITS}
+    split_of_code: dict[str, str] = {}
+    for package in source.packages:
+        for function in docstrings.functions(package, source.max_characters):
+            if function.code not in split_of_code:
+                split = docstrings.split_of(function.module, source.dev, source.test)
+                split_of_code[function.code] = split
+                pairs[split].append(Pair(function.example_id, function.code, function.summary))
+    for split, found in pairs.items():
+        if not found:
+            raise UserError(f"source.docstrings: no function of {', '.join(source.packages)} is left for '{split}'.")
+    return pairs
+
+
+def _bible_pairs(books: BookSplit) -> dict[str, list[Pair]]:
     bible.check_books((*books.dev, *books.test))
     pairs: dict[str, list[Pair]] = {split: [] for split in SPLITS}
     for number, book, source, target in bible.verses(books.source, books.target):
@@ -97,7 +117,7 @@ def _file_pairs(task: Task, files: Mapping[str, str], rejected: list[RejectedLin
     return {split: list(read_file(Path(paths[split]), task.columns, split, rejected)) for split in SPLITS}
 
 
-_LINE_BITS = 31  # of an example id; 32 more are the file's
+_LINE_BITS = docstrings.LINE_BITS
 
 
 def name_of_example(example_id: int) -> str:

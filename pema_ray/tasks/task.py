@@ -29,11 +29,30 @@ class BookSplit(Section):
     test: tuple[str, ...]
 
 
+class PackageSplit(Section):
+    """Functions of installed packages and their docstrings, divided by subpackage."""
+
+    packages: tuple[str, ...] = Field(min_length=1)
+    """Import names."""
+    dev: tuple[str, ...]
+    """Modules or subpackages, dotted."""
+    test: tuple[str, ...]
+    max_characters: int = Field(default=300, ge=1)
+    """Of a function's code, its docstring apart; longer ones are left out."""
+
+
 class Source(Section):
-    """Where pairs come from: `files` (split -> path) or the packaged `bible` corpus."""
+    """Where pairs come from: `files` (split -> path), the packaged `bible` corpus, or `docstrings` of packages."""
 
     files: dict[str, str] = {}
     bible: BookSplit | None = None
+    docstrings: PackageSplit | None = None
+
+    @model_validator(mode="after")
+    def _is_one_corpus(self) -> Source:
+        if self.bible and self.docstrings:
+            raise ValueError("give bible or docstrings, not both")
+        return self
 
 
 class Task(Section):

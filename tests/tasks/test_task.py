@@ -11,7 +11,7 @@ from pema_ray.tasks import list_tasks, load_task
 
 
 def test_the_shipped_tasks_load_under_their_own_name():
-    assert list_tasks() == ["bible_middle_english", "bible_modern", "gyafc", "wmt22_en_de"]
+    assert list_tasks() == ["bible_middle_english", "bible_modern", "gyafc", "sympy_docstrings", "wmt22_en_de"]
     for name in list_tasks():
         task = load_task(name)
         assert task.name == name and task.description
@@ -29,7 +29,7 @@ def test_the_published_templates_are_shipped_word_for_word():
 
 
 def test_an_unknown_task_names_the_nearest_and_all_shipped():
-    with pytest.raises(UserError, match="Did you mean 'bible_modern'.*gyafc, wmt22_en_de"):
+    with pytest.raises(UserError, match="Did you mean 'bible_modern'.*gyafc, sympy_docstrings, wmt22_en_de"):
         load_task("bible_moden")
 
 
