@@ -9,6 +9,7 @@ import ast
 import hashlib
 import re
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -91,9 +92,9 @@ def _undocumented(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
     body = node.body[1:]
     if not body:
         return ""
-    bare = type(node)(**{**{name: getattr(node, name, None) for name in node._fields}, "body": body})
-    bare.decorator_list = []
-    return ast.unparse(ast.fix_missing_locations(bare))
+    bare = copy(node)
+    bare.body, bare.decorator_list = body, []
+    return ast.unparse(bare)
 
 
 def _folder(package: str) -> Path:
