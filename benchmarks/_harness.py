@@ -23,8 +23,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pema_ray.environment import quiet_libraries
-from pema_ray.hardware import describe_machine, peak_memory, set_threads
+from pema_ray.runtime.environment import quiet_libraries
+from pema_ray.runtime.hardware import describe_machine, peak_memory, set_threads
 
 quiet_libraries()  # here, because every benchmark imports this module before Ray and transformers
 

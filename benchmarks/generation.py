@@ -23,10 +23,10 @@ from pema_ray.config import GenerateConfig, PLMConfig
 from pema_ray.data_owner.adapter import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.decoding import Answer, Decoder, GenerationRequest, Predictor
 from pema_ray.data_owner.decoding.request_builder import RequestBuilder
-from pema_ray.hardware import compute_thread
 from pema_ray.line import LMHeadBundle
 from pema_ray.plm_owner import LoadedPLM, load_plm
 from pema_ray.plm_owner.engine import EngineConfig, LocalPLM
+from pema_ray.runtime.hardware import compute_thread
 from pema_ray.tasks import Prompter, load_pairs, load_task
 
 AIMS = {"PEMA / generate, fixed length": Aim(0.95)}

@@ -23,7 +23,6 @@ from _harness import Aim, console, device_of, options, show, write_results
 from pema_ray.config import TrainConfig
 from pema_ray.data_owner.adapter import AdapterConfig
 from pema_ray.data_owner.training import Trainer
-from pema_ray.hardware import pick_dtype
 from pema_ray.line import LMHead, LMHeadBundle
 from pema_ray.line.lm_head import HeadSpec
 from pema_ray.memory import ExternalMemory, Manifest, MemoryRows
@@ -31,6 +30,7 @@ from pema_ray.memory.codec import KEY_DTYPES, KeyDtype, encode
 from pema_ray.memory.external_memory import RowsView
 from pema_ray.memory.manage import convert
 from pema_ray.memory.shards import write_shard
+from pema_ray.runtime.hardware import pick_dtype
 from pema_ray.training.strategies import Place
 
 NAME = "row_formats"

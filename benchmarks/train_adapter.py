@@ -38,11 +38,11 @@ from _harness import (
 from pema_ray.config import TrainConfig
 from pema_ray.data_owner.adapter import AdapterConfig
 from pema_ray.data_owner.training import Point, Trainer
-from pema_ray.hardware import dtype_name, pick_dtype
 from pema_ray.line import LMHead
 from pema_ray.line.lm_head import HeadSpec
 from pema_ray.memory import MemoryRows
 from pema_ray.memory.codec import Keys
+from pema_ray.runtime.hardware import dtype_name, pick_dtype
 from pema_ray.training.strategies import Place
 
 NAME = "train_adapter"

@@ -21,8 +21,8 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 from pydantic import BaseModel
 
 from pema_ray.errors import UserError
-from pema_ray.files import atomic_file, one_process
-from pema_ray.progress import console
+from pema_ray.runtime.files import atomic_file, one_process
+from pema_ray.runtime.progress import console
 
 # Settings that change how fast a stage goes, not what it makes, wherever they stand.
 HOW_FAST = frozenset(

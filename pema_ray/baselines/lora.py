@@ -20,12 +20,12 @@ from transformers import get_cosine_schedule_with_warmup
 
 from pema_ray.config import LoraSettings, PLMConfig
 from pema_ray.errors import UserError
-from pema_ray.hardware import peak_memory
 from pema_ray.line import LMHead
 from pema_ray.memory.plan import plan_batches
 from pema_ray.plm_owner.export import export_lm_head
 from pema_ray.plm_owner.load import LoadedPLM, load_plm
 from pema_ray.plm_owner.states import capture_state
+from pema_ray.runtime.hardware import peak_memory
 from pema_ray.tasks import EncodedPair
 
 

@@ -34,11 +34,11 @@ from pema_ray.data_owner.decoding.state import DecodingState
 from pema_ray.data_owner.knn import NearestNeighbours
 from pema_ray.errors import UserError
 from pema_ray.evaluation.likelihood import TokenLikelihood
-from pema_ray.hardware import peak_memory, pick_device, set_threads
 from pema_ray.line import LMHead, LMHeadBundle, ModelCard
 from pema_ray.memory import ExternalMemory
 from pema_ray.memory.external_memory import RowsView
 from pema_ray.memory.plan import plan_batches
+from pema_ray.runtime.hardware import peak_memory, pick_device, set_threads
 from pema_ray.tasks import EncodedPair
 
 _ROWS = 256  # whose logits are held at once

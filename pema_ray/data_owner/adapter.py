@@ -25,8 +25,8 @@ from torch.nn.utils.rnn import pad_sequence
 from pema_ray.data_owner.local_memory import LocalMemory, log_mixture
 from pema_ray.data_owner.look_back import LookBack
 from pema_ray.errors import FingerprintMismatch, UserError
-from pema_ray.files import atomic_file
 from pema_ray.line import LMHead, ModelCard
+from pema_ray.runtime.files import atomic_file
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 

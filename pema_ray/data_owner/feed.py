@@ -22,8 +22,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from pema_ray.errors import UserError
-from pema_ray.hardware import compute_elsewhere
 from pema_ray.memory.codec import Keys
+from pema_ray.runtime.hardware import compute_elsewhere
 
 CHUNK = 8192  # rows handled at once where no gradient is kept
 _SEQUENCE_ROWS = 2048  # of whole sequences handled at once where no gradient is kept: they are padded to the longest

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from pema_ray.data_owner.feed import Batch
-from pema_ray.hardware import compute_elsewhere
 from pema_ray.memory.codec import KeyDtype, decode
+from pema_ray.runtime.hardware import compute_elsewhere
 
 Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 """What `JointObjective.forward` takes: representations `[N, H]` float32, targets, shares, and sequences or none."""

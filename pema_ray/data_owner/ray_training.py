@@ -13,14 +13,14 @@ from pema_ray.data_owner.adapter import AdapterConfig
 from pema_ray.data_owner.feed import StreamShuffle
 from pema_ray.data_owner.training import RESUMED_FROM, History, Point, Trainer
 from pema_ray.errors import UserError
-from pema_ray.hardware import pick_dtype
 from pema_ray.line import LMHeadBundle, ModelCard
 from pema_ray.memory import ExternalMemory, MemoryRows, ShardInfo
 from pema_ray.memory.build import await_shard
 from pema_ray.memory.external_memory import RowsView
 from pema_ray.memory.planning import finished_shards
 from pema_ray.memory.shards import read_shard
-from pema_ray.placement import ANYWHERE
+from pema_ray.runtime.hardware import pick_dtype
+from pema_ray.runtime.placement import ANYWHERE
 from pema_ray.training.ray_checkpoint import reporting_checkpoints
 from pema_ray.training.ray_loop import is_first_on_its_node, reporting, run_workers, worker_place
 

@@ -39,10 +39,10 @@ from pema_ray.data_owner.objectives import JointObjective, ReconstructionObjecti
 from pema_ray.data_owner.predicted_lambda import fit_gate
 from pema_ray.data_owner.reconstruction import SecondMoment, reconstruction_error, solve
 from pema_ray.errors import UserError
-from pema_ray.files import atomic_file
-from pema_ray.hardware import peak_memory
 from pema_ray.line import LMHead
 from pema_ray.memory.codec import Keys, decode
+from pema_ray.runtime.files import atomic_file
+from pema_ray.runtime.hardware import peak_memory
 from pema_ray.training import schedules
 from pema_ray.training.checkpoint import CHECKPOINT, PointLog, load_checkpoint, save_checkpoint
 from pema_ray.training.strategies import Place, Strategy, make_strategy

@@ -18,8 +18,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pema_ray.environment import inherited_environment
 from pema_ray.errors import UserError
+from pema_ray.runtime.environment import inherited_environment
 
 _SUBNET = "10.77.32"
 _ENDED_SECONDS = 30

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from pema_ray.evaluation import plots
 from pema_ray.evaluation.results import Evaluation, Example, SystemScore, TokenShare
-from pema_ray.files import atomic_file
+from pema_ray.runtime.files import atomic_file
 
 _OPEN_EXAMPLES = 8
 

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from pema_ray.errors import UserError
-from pema_ray.files import one_process
 from pema_ray.memory.manifest import Manifest, ShardInfo
 from pema_ray.memory.planning import find_or_make_plan, number_rows, prepare_folder, remove_leftovers
 from pema_ray.memory.rows import Extractor
 from pema_ray.memory.shard_worker import ShardWorker, tokenise
 from pema_ray.memory.specification import MemoryBuild
 from pema_ray.memory.waits import OnWait, showing
-from pema_ray.placement import for_tasks, matching_resource, ray_options
+from pema_ray.runtime.files import one_process
+from pema_ray.runtime.placement import for_tasks, matching_resource, ray_options
 
 Factory = Callable[[], Extractor]
 _ARRIVAL_SECONDS = 60.0  # network disks show a new file after a while

@@ -19,11 +19,11 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from pema_ray.errors import FingerprintMismatch, UserError
-from pema_ray.files import atomic_file
 from pema_ray.memory.manifest import MANIFEST, Manifest, ShardInfo
 from pema_ray.memory.plan import Rejected
 from pema_ray.memory.specification import MemoryBuild, shard_name
-from pema_ray.placement import for_tasks, ray_options
+from pema_ray.runtime.files import atomic_file
+from pema_ray.runtime.placement import for_tasks, ray_options
 from pema_ray.tasks.sources import name_of_example
 
 _PLAN = "plan.json"

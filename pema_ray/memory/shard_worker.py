@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 
 from pema_ray.errors import UserError
-from pema_ray.files import atomic_file
 from pema_ray.line.retry import PatientPLM
 from pema_ray.memory.manifest import ShardInfo
 from pema_ray.memory.plan import ShardPlan
@@ -23,6 +22,7 @@ from pema_ray.memory.rows import Extractor, generated_rows_of_shard, rows_of_sha
 from pema_ray.memory.shards import MemoryRows, write_shard
 from pema_ray.memory.specification import MemoryBuild, shard_name
 from pema_ray.memory.waits import teller
+from pema_ray.runtime.files import atomic_file
 from pema_ray.tasks import EncodedPair
 
 _SHARDS_AT_ONCE = 2  # of one actor: one is written while the next is computed

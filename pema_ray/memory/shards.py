@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pema_ray.errors import UserError
-from pema_ray.files import atomic_file, sha256_of
 from pema_ray.memory.codec import KEY_DTYPES, STORAGE, KeyDtype, Keys
+from pema_ray.runtime.files import atomic_file, sha256_of
 
 _LISTS: dict[pa.DataType, KeyDtype] = {pa.float32(): "float32", pa.float16(): "float16"}
 _FORMAT = b"key_dtype"

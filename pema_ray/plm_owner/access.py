@@ -25,7 +25,7 @@ from pydantic import Field, field_validator
 
 from pema_ray.config import Section, validate
 from pema_ray.errors import UserError
-from pema_ray.files import temporary_beside
+from pema_ray.runtime.files import temporary_beside
 
 logger = logging.getLogger(__name__)
 _PREFIX = "pema-"

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from pema_ray.environment import cache_folder
 from pema_ray.plm_owner.checkpoint import read_model
+from pema_ray.runtime.environment import cache_folder
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,6 @@ from torch import nn
 
 from pema_ray.config import PLMConfig
 from pema_ray.errors import UserError, nearest
-from pema_ray.hardware import pick_device, pick_dtype, set_threads
 from pema_ray.line.lm_head import TRANSFORMERS_LOCK
 from pema_ray.plm_owner.checkpoint import read_model
 from pema_ray.plm_owner.gguf import converted
@@ -24,6 +23,7 @@ from pema_ray.plm_owner.quantization import (
     quantization_config,
     stores_quantized,
 )
+from pema_ray.runtime.hardware import pick_device, pick_dtype, set_threads
 
 _PACKAGE = "package:"
 _HUB_SECONDS = 5  # to wait for the hub's answer whether a model is there
@@ -82,7 +82,7 @@ class LoadedPLM:
 
 
 def load_plm(config: PLMConfig) -> LoadedPLM:
-    """Load a PLM for inference; device and dtype as `pema_ray.hardware` picks them.
+    """Load a PLM for inference; device and dtype as `pema_ray.runtime.hardware` picks them.
 
     Raises:
         UserError: the model cannot be found, is no causal LM, its checkpoint is incomplete, or it cannot be loaded with

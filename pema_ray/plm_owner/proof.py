@@ -13,10 +13,10 @@ import torch
 from transformers import DynamicCache
 
 from pema_ray.errors import UserError
-from pema_ray.hardware import dtype_name
 from pema_ray.line import LMHead
 from pema_ray.plm_owner.load import LoadedPLM
 from pema_ray.plm_owner.states import capture_state, capture_state_and_logits
+from pema_ray.runtime.hardware import dtype_name
 
 logger = logging.getLogger(__name__)
 _TEXT = (

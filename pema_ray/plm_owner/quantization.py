@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pema_ray.errors import UserError, nearest
-from pema_ray.hardware import DTYPES
+from pema_ray.runtime.hardware import DTYPES
 
 _BITSANDBYTES = "bitsandbytes"
 _BITS = ("load_in_4bit", "load_in_8bit")  # of bitsandbytes; transformers takes them for it, whatever the method

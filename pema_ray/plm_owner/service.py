@@ -12,9 +12,9 @@ from typing import Any
 
 from pema_ray.config import PLMConfig
 from pema_ray.line import Description, Stepped, codec
-from pema_ray.metrics import RayMetrics
 from pema_ray.plm_owner.engine import Engine, EngineConfig, LocalPLM
 from pema_ray.plm_owner.executor import run_in_executor
+from pema_ray.runtime.metrics import RayMetrics
 
 
 class PLMEngine:

@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pema_ray.errors import UserError
-from pema_ray.files import temporary_beside
 from pema_ray.pluglm import versions
 from pema_ray.pluglm.encoding import DocumentEncoder
 from pema_ray.pluglm.entries import (
@@ -33,6 +32,7 @@ from pema_ray.pluglm.entries import (
 )
 from pema_ray.pluglm.model import StaleKeys
 from pema_ray.pluglm.versions import DamagedVersion, Version, VersionConflict
+from pema_ray.runtime.files import temporary_beside
 
 _ATTEMPTS = 50  # of publishing while others publish; each failure means that another edit went through
 Made = tuple[tuple[Segment, ...], int]

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from pema_ray.config import Section
 from pema_ray.errors import UserError
-from pema_ray.files import atomic_file, sha256_of
-from pema_ray.hardware import DTYPES
 from pema_ray.pluglm.knowledge import document_codes
+from pema_ray.runtime.files import atomic_file, sha256_of
+from pema_ray.runtime.hardware import DTYPES
 
 VectorDtype = Literal["float32", "float16", "bfloat16"]
 _CONTENTS = "sha256"  # of a vectors file's numbers, in its header

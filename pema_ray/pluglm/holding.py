@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.compute
 import torch
 
-from pema_ray.hardware import DTYPES
 from pema_ray.pluglm.entries import Segment, read_documents, read_vectors
 from pema_ray.pluglm.knowledge import HeldKnowledge
 from pema_ray.pluglm.versions import Version
+from pema_ray.runtime.hardware import DTYPES
 
 pc: Any = pyarrow.compute  # made at run time, so that no type checker knows its functions
 

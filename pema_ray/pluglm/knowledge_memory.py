@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 
 from pema_ray.errors import UserError
-from pema_ray.files import sha256_of
 from pema_ray.pluglm import versions
 from pema_ray.pluglm.editing import (
     Change,
@@ -36,6 +35,7 @@ from pema_ray.pluglm.holding import Choice, hold
 from pema_ray.pluglm.knowledge import HeldKnowledge
 from pema_ray.pluglm.model import StaleKeys
 from pema_ray.pluglm.versions import Version
+from pema_ray.runtime.files import sha256_of
 
 ENTRY_COLUMNS = ("entry_id", "text", "source", "document_id", "tags", "token_ids")
 

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from pema_ray.cluster import ray_cluster
 from pema_ray.pluglm import refresh as refreshing
 from pema_ray.pluglm import run_folder
 from pema_ray.pluglm.config import ModelSettings, PretrainConfig
@@ -35,7 +34,8 @@ from pema_ray.pluglm.model_config import PlugLMConfig
 from pema_ray.pluglm.sharded import ShardedKnowledge, start_shards
 from pema_ray.pluglm.text import Sequences, content_hash, prepare_sequences
 from pema_ray.pluglm.training import MemoryAccess, PretrainLoop, Tell
-from pema_ray.progress import console, track
+from pema_ray.runtime.cluster import ray_cluster
+from pema_ray.runtime.progress import console, track
 from pema_ray.stage_run import chosen_settings
 from pema_ray.training.checkpoint import CHECKPOINT
 from pema_ray.training.ray_checkpoint import reporting_checkpoints

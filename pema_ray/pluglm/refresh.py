@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from pema_ray.errors import UserError
-from pema_ray.files import atomic_file
-from pema_ray.hardware import set_threads
 from pema_ray.pluglm.config import TextConfig
 from pema_ray.pluglm.editing import encode_segment, require_new
 from pema_ray.pluglm.encoding import DocumentEncoder
@@ -26,6 +24,8 @@ from pema_ray.pluglm.entries import (
 )
 from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
 from pema_ray.pluglm.text import content_hash, pieces
+from pema_ray.runtime.files import atomic_file
+from pema_ray.runtime.hardware import set_threads
 
 _PLAN = "plan.json"
 Done = Callable[[int], None]

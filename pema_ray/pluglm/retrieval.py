@@ -18,9 +18,9 @@ from jinja2 import Environment, StrictUndefined
 
 from pema_ray.config import Section
 from pema_ray.errors import UserError
-from pema_ray.files import atomic_file
 from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
 from pema_ray.pluglm.memory_layer import Retrieved
+from pema_ray.runtime.files import atomic_file
 
 
 class Use(Section):

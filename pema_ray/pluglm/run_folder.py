@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pema_ray.files import atomic_file
-from pema_ray.progress import console
+from pema_ray.runtime.files import atomic_file
+from pema_ray.runtime.progress import console
 from pema_ray.training.checkpoint import CHECKPOINT
 from pema_ray.training.ray_checkpoint import RAY_TRAIN
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pema_ray.hardware import set_threads
 from pema_ray.pluglm.knowledge import HeldKnowledge, Tokens, require_entries, require_found
 from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
 from pema_ray.pluglm.search import Found, merge, nothing
+from pema_ray.runtime.hardware import set_threads
 
 _VERSIONS = 2  # that an actor holds: while some readers go on to the next, others still ask for the one before
 

@@ -21,11 +21,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pema_ray.errors import UserError, nearest
-from pema_ray.files import atomic_file, sha256_of
 from pema_ray.pluglm.config import TextConfig
 from pema_ray.pluglm.cutting import Cutter
 from pema_ray.pluglm.encoding import fingerprint_of_tokenizer
 from pema_ray.pluglm.knowledge import document_codes
+from pema_ray.runtime.files import atomic_file, sha256_of
 
 _READERS = {".parquet": "read_parquet", ".jsonl": "read_json", ".json": "read_json"}
 _PLAN = "plan.json"

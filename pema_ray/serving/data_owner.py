@@ -15,7 +15,7 @@ from pema_ray.data_owner.serving.api import make_api
 from pema_ray.data_owner.serving.service import DataOwner, DecoderConfig, Live
 from pema_ray.errors import UserError
 from pema_ray.line import PLMClient
-from pema_ray.metrics import RayMetrics
+from pema_ray.runtime.metrics import RayMetrics
 from pema_ray.serving.logs import log_as_json
 from pema_ray.serving.scale import UNLIMITED, Scale
 from pema_ray.serving.swapping import refused

@@ -14,12 +14,12 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
 from pema_ray.config import PLMConfig, Section, validate
-from pema_ray.metrics import RayMetrics
 from pema_ray.plm_owner.access import Access
 from pema_ray.plm_owner.api import Limits, make_api
 from pema_ray.plm_owner.engine import EngineConfig
 from pema_ray.plm_owner.replicas import Replicas
 from pema_ray.plm_owner.service import PLMEngine
+from pema_ray.runtime.metrics import RayMetrics
 from pema_ray.serving.logs import log_as_json
 from pema_ray.serving.scale import UNLIMITED, Scale
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pema_ray.cluster import ray_cluster
 from pema_ray.config import ExperimentConfig, PLMConfig, UnrollingConfig, load_config
 from pema_ray.errors import UserError
-from pema_ray.progress import console
+from pema_ray.runtime.cluster import ray_cluster
+from pema_ray.runtime.progress import console
 from pema_ray.stages.run import Run
 from pema_ray.tasks.shots import first_shots
 

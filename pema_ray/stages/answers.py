@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pema_ray.cluster import ray_cluster
 from pema_ray.config import ExperimentConfig, GenerateConfig, PLMConfig
 from pema_ray.data_owner.decoding.offline import GenerationJob, SystemAnswer, generate
 from pema_ray.data_owner.decoding.predictor import PredictorSource, PredictorSpec
 from pema_ray.data_owner.decoding.request import Token
 from pema_ray.data_owner.decoding.request_builder import RequestBuilder
-from pema_ray.files import atomic_file
-from pema_ray.progress import track
+from pema_ray.runtime.cluster import ray_cluster
+from pema_ray.runtime.files import atomic_file
+from pema_ray.runtime.progress import track
 from pema_ray.stages.plm import connector
 from pema_ray.stages.run import Run
 from pema_ray.tasks import Pair, Prompter

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from pema_ray.cluster import ray_cluster
 from pema_ray.config import BuildMemoryConfig, ExperimentConfig, PlacementConfig
 from pema_ray.errors import UserError
 from pema_ray.line import PLMClient
@@ -15,8 +14,9 @@ from pema_ray.memory.examples import PreparedPairs, Wording, read_pairs
 from pema_ray.memory.manifest import Manifest
 from pema_ray.memory.planning import find_or_make_plan, find_plan, prepare_folder
 from pema_ray.memory.specification import MemoryBuild
-from pema_ray.placement import for_tasks
-from pema_ray.progress import Tracker, track
+from pema_ray.runtime.cluster import ray_cluster
+from pema_ray.runtime.placement import for_tasks
+from pema_ray.runtime.progress import Tracker, track
 from pema_ray.stages.plm import connector
 from pema_ray.stages.run import Run
 from pema_ray.tasks.shots import first_shots

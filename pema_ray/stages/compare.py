@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from pema_ray.cluster import ray_cluster
 from pema_ray.config import ExperimentConfig
 from pema_ray.errors import UserError
 from pema_ray.evaluation.comparison import Comparison, Peer, markdown, significance
-from pema_ray.files import atomic_file
-from pema_ray.progress import console
+from pema_ray.runtime.cluster import ray_cluster
+from pema_ray.runtime.files import atomic_file
+from pema_ray.runtime.progress import console
 from pema_ray.stages.answers import read_rows
 from pema_ray.stages.run import Run
 from pema_ray.stages.systems import System, check, scorer_of

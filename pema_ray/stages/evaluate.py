@@ -21,9 +21,9 @@ from pema_ray.evaluation.results import (
     TrainingPoint,
 )
 from pema_ray.evaluation.scores import Scorer
-from pema_ray.files import atomic_file
 from pema_ray.memory import ExternalMemory
-from pema_ray.progress import console
+from pema_ray.runtime.files import atomic_file
+from pema_ray.runtime.progress import console
 from pema_ray.stages.answers import make_job, predictor_of, read_rows, run_jobs, to_row, write_rows
 from pema_ray.stages.likelihood import likelihood_of
 from pema_ray.stages.run import Run

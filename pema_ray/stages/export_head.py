@@ -6,11 +6,11 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
-from pema_ray.cluster import ray_cluster
 from pema_ray.config import ExperimentConfig
 from pema_ray.errors import UserError
-from pema_ray.hardware import dtype_name
 from pema_ray.line import BlockingPLM, Busy
+from pema_ray.runtime.cluster import ray_cluster
+from pema_ray.runtime.hardware import dtype_name
 from pema_ray.stages.plm import connect
 from pema_ray.stages.run import Run
 

@@ -7,8 +7,8 @@ import torch
 from pema_ray.data_owner.decoding.predictor import Predictor
 from pema_ray.data_owner.feed import Batch, in_order, sequences_in_order
 from pema_ray.evaluation.likelihood import TokenLikelihood, token_likelihood
-from pema_ray.hardware import pick_device
 from pema_ray.memory import ExternalMemory
+from pema_ray.runtime.hardware import pick_device
 from pema_ray.stages.run import Run
 
 _ROWS = 1024  # whose probabilities over the whole vocabulary are held at once; of whole sequences, some more

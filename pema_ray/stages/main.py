@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pema_ray.environment import quiet_libraries
 from pema_ray.errors import USER_ERROR_EXIT_CODE, UserError
+from pema_ray.runtime.environment import quiet_libraries
 
 quiet_libraries()  # before Ray and transformers are imported
 

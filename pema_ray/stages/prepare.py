@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from pema_ray.config import ExperimentConfig
 from pema_ray.errors import UserError
-from pema_ray.files import atomic_file
+from pema_ray.runtime.files import atomic_file
 from pema_ray.stages.run import Run
 from pema_ray.tasks import load_pairs
 from pema_ray.tasks.sources import RejectedLine

@@ -9,7 +9,7 @@ from rich.table import Table
 from pema_ray.config import ExperimentConfig
 from pema_ray.evaluation.report import write_report
 from pema_ray.evaluation.results import Evaluation
-from pema_ray.progress import console
+from pema_ray.runtime.progress import console
 from pema_ray.stages.run import Run
 
 

@@ -35,10 +35,10 @@ from pema_ray.errors import UserError
 from pema_ray.evaluation.comparison import Measurement
 from pema_ray.evaluation.likelihood import TokenLikelihood
 from pema_ray.evaluation.scores import Scorer
-from pema_ray.files import atomic_file
 from pema_ray.memory import ExternalMemory
-from pema_ray.placement import ray_options
-from pema_ray.progress import console, track
+from pema_ray.runtime.files import atomic_file
+from pema_ray.runtime.placement import ray_options
+from pema_ray.runtime.progress import console, track
 from pema_ray.stage_run import chosen_settings, claim
 from pema_ray.stages.answers import make_job, predictor_of, run_jobs, write_rows
 from pema_ray.stages.likelihood import likelihood_of

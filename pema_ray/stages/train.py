@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from pema_ray.cluster import ray_cluster
 from pema_ray.config import ExperimentConfig, TrainConfig
 from pema_ray.data_owner.adapter import AdapterConfig
 from pema_ray.data_owner.ray_training import FIRST_STEP, TrainingJob, fit
@@ -19,7 +18,8 @@ from pema_ray.memory.build import run_build, run_builds, stream_shards
 from pema_ray.memory.planning import find_or_make_plan, finished_shards, planned_mean_weight, planned_rows
 from pema_ray.memory.published import SCHEME, open_published
 from pema_ray.memory.waits import showing
-from pema_ray.progress import Tracker, track
+from pema_ray.runtime.cluster import ray_cluster
+from pema_ray.runtime.progress import Tracker, track
 from pema_ray.stage_run import claim
 from pema_ray.stages.build_memory import actor_settings, measure_memory, plan_memories, plm_client, showing_waits
 from pema_ray.stages.run import Run

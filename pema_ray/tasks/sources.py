@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pema_ray.errors import UserError, nearest
-from pema_ray.files import sha256_of
+from pema_ray.runtime.files import sha256_of
 from pema_ray.tasks import bible, docstrings
 from pema_ray.tasks.task import BookSplit, Columns, PackageSplit, Task
 

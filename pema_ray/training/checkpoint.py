@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pema_ray.errors import UserError
-from pema_ray.files import atomic_file
+from pema_ray.runtime.files import atomic_file
 
 CHECKPOINT = "checkpoint.safetensors"
 """The file's name in a run's folder; `ray_loop.run_workers` removes it when a run is not to be resumed."""

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from pema_ray.errors import UserError
-from pema_ray.files import atomic_file, temporary_beside
+from pema_ray.runtime.files import atomic_file, temporary_beside
 from pema_ray.training.checkpoint import CHECKPOINT
 from pema_ray.training.strategies import Place
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from pema_ray.environment import allow_mlflow_folders, mlflow_server, wandb_mode
 from pema_ray.errors import UserError
+from pema_ray.runtime.environment import allow_mlflow_folders, mlflow_server, wandb_mode
 
 logger = logging.getLogger(__name__)
 PROJECT = "pema-ray"

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from pema_ray.cluster import ray_cluster
 from pema_ray.line import ModelCard
 from pema_ray.memory.build import run_build
 from pema_ray.memory.planning import prepare_folder
 from pema_ray.memory.rows import BlockingExtractor
 from pema_ray.memory.specification import MemoryBuild
-from pema_ray.progress import track
+from pema_ray.runtime.cluster import ray_cluster
+from pema_ray.runtime.progress import track
 from pema_ray.trime.config import TrimeConfig
 from pema_ray.trime.datastore import KeySource, plan_datastore
 from pema_ray.trime.models import TrainableLM, load_model, read_fingerprint
@@ -86,7 +86,7 @@ class LoadKeys:
     device: str = "auto"
 
     def __call__(self) -> BlockingExtractor:
-        from pema_ray.hardware import pick_device, set_threads
+        from pema_ray.runtime.hardware import pick_device, set_threads
 
         set_threads(self.threads)
         device = pick_device(self.device)

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pema_ray.cluster import ray_cluster
-from pema_ray.hardware import pick_device
-from pema_ray.progress import track
+from pema_ray.runtime.cluster import ray_cluster
+from pema_ray.runtime.hardware import pick_device
+from pema_ray.runtime.progress import track
 from pema_ray.trime.build_datastore import card_of, with_eos
 from pema_ray.trime.config import IndexConfig, TrimeConfig
 from pema_ray.trime.datastore import open_datastore

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pema_ray.errors import UserError
-from pema_ray.files import atomic_file
+from pema_ray.runtime.files import atomic_file
 from pema_ray.trime.config import PrepareConfig, Split
 
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")

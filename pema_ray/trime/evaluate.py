@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pema_ray.cluster import ray_cluster
 from pema_ray.errors import UserError
-from pema_ray.hardware import pick_device
 from pema_ray.line import ModelCard
-from pema_ray.progress import console, track
+from pema_ray.runtime.cluster import ray_cluster
+from pema_ray.runtime.hardware import pick_device
+from pema_ray.runtime.progress import console, track
 from pema_ray.trime.build_datastore import card_of, with_eos
 from pema_ray.trime.calibration import Calibrated, Mixture, Settings, calibrate, nll
 from pema_ray.trime.config import TrimeConfig

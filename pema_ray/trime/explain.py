@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pema_ray.errors import UserError
-from pema_ray.hardware import pick_device
+from pema_ray.runtime.hardware import pick_device
 from pema_ray.trime.build_datastore import card_of, with_eos
 from pema_ray.trime.calibration import Mixture, Settings
 from pema_ray.trime.datastore import open_datastore

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from pema_ray.errors import UserError
-from pema_ray.files import atomic_file, sha256_of
 from pema_ray.memory import ExternalMemory
 from pema_ray.memory.shards import MemoryRows
+from pema_ray.runtime.files import atomic_file, sha256_of
 from pema_ray.trime.config import IndexConfig
 from pema_ray.trime.search import Part, SearchOptions, require_faiss
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pema_ray.errors import UserError
-from pema_ray.hardware import peak_memory
+from pema_ray.runtime.hardware import peak_memory
 from pema_ray.training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from pema_ray.training.schedules import learning_rate
 from pema_ray.training.strategies import Place, Strategy

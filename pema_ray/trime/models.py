@@ -17,7 +17,7 @@ from safetensors.torch import save_model as save_tensors
 from torch import nn
 
 from pema_ray.errors import UserError, nearest
-from pema_ray.files import atomic_file
+from pema_ray.runtime.files import atomic_file
 from pema_ray.trime.config import DecoderShape, ModelConfig
 from pema_ray.trime.decoder import DecoderLM
 from pema_ray.trime.model import TrainableLM

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pema_ray.hardware import pick_device
+from pema_ray.runtime.hardware import pick_device
 from pema_ray.training.strategies import Place, Strategy
 from pema_ray.trime.config import MemoryKind, TrimeConfig
 from pema_ray.trime.models import make_model

@@ -17,10 +17,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pema_ray.cluster import ray_cluster
 from pema_ray.errors import UserError
-from pema_ray.files import atomic_file
-from pema_ray.progress import track
+from pema_ray.runtime.cluster import ray_cluster
+from pema_ray.runtime.files import atomic_file
+from pema_ray.runtime.progress import track
 from pema_ray.trime.config import PrepareConfig, Split, TrimeConfig
 from pema_ray.trime.corpus import Span, find_documents
 from pema_ray.trime.run import TrimeRun

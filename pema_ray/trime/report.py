@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from pema_ray.evaluation.plots import Level, Series, line_plot
-from pema_ray.files import atomic_file
+from pema_ray.runtime.files import atomic_file
 from pema_ray.trime.config import TrimeConfig
 from pema_ray.trime.explain import Explained, explain_test
 from pema_ray.trime.results import Curve, TrimeEvaluation, shown

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from pema_ray.config import Section
-from pema_ray.files import atomic_file
+from pema_ray.runtime.files import atomic_file
 
 
 class Chosen(Section):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pema_ray.files import sha256_of
+from pema_ray.runtime.files import sha256_of
 from pema_ray.stage_run import HOW_FAST, StageRun, own_folder
 from pema_ray.trime.config import TrimeConfig
 from pema_ray.trime.models import read_fingerprint

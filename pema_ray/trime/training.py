@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from pema_ray.hardware import DTYPES
+from pema_ray.runtime.hardware import DTYPES
 from pema_ray.training.strategies import Place, Strategy, make_strategy
 from pema_ray.trime.batches import groups_of_epoch, share_of
 from pema_ray.trime.config import TrimeConfig, TrimeTrainConfig

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pema_ray.errors import UserError
-from pema_ray.files import atomic_file
+from pema_ray.runtime.files import atomic_file
 from pema_ray.trime.config import PrepareConfig
 
 EOS, UNKNOWN = "<eos>", "<unk>"

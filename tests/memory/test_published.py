@@ -155,7 +155,7 @@ def test_a_published_memory_outlives_the_job_that_published_it(tmp_path: Path):
             program = [
                 sys.executable,
                 "-c",
-                "from pema_ray.cli import main; main()",
+                "from pema_ray.commands.main import main; main()",
                 "memory",
                 *words,
                 "--address",

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from pema_ray.errors import UserError
-from pema_ray.files import atomic_file, sha256_of
 from pema_ray.memory.codec import KEY_DTYPES, KeyDtype, encode
 from pema_ray.memory.shards import MemoryRows, read_shard, write_shard
+from pema_ray.runtime.files import atomic_file, sha256_of
 
 H = 5
 

@@ -7,10 +7,10 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from pema_ray.commands.pluglm import memory as commands
 from pema_ray.errors import UserError
 from pema_ray.pluglm.entries import read_entries
 from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
-from pema_ray.pluglm_commands import memory as commands
 
 
 @pytest.fixture

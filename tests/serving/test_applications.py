@@ -9,7 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from pema_ray.cli import app
+from pema_ray.commands.main import app
 from pema_ray.config import GenerateConfig, UnrollingConfig, load_config
 from pema_ray.data_owner import UnrollingSchedule
 from pema_ray.data_owner.serving.protocol import CompletionRequest

@@ -17,12 +17,12 @@ from serving_kit import DirectHandle
 from pema_ray.data_owner.serving.api import make_api
 from pema_ray.data_owner.serving.service import DataOwner
 from pema_ray.line import Step, codec
-from pema_ray.metrics import HISTOGRAMS, LEVELS, TOTALS
 from pema_ray.plm_owner.access import Access, Quota, add_client
 from pema_ray.plm_owner.api import Limits
 from pema_ray.plm_owner.api import make_api as make_public_api
 from pema_ray.plm_owner.replicas import Replicas
 from pema_ray.plm_owner.service import PLMEngine
+from pema_ray.runtime.metrics import HISTOGRAMS, LEVELS, TOTALS
 from pema_ray.serving.logs import JsonLines
 
 SERVE_CONFIGS = Path(__file__).parents[2] / "serve_configs"

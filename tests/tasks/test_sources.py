@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pema_ray.errors import UserError
-from pema_ray.files import sha256_of
+from pema_ray.runtime.files import sha256_of
 from pema_ray.tasks import Pair, Task, load_pairs
 from pema_ray.tasks.sources import _draw, name_of_example, read_file
 from pema_ray.tasks.task import Columns

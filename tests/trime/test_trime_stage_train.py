@@ -15,7 +15,7 @@ import torch
 from ray.train import Result
 from typer.testing import CliRunner
 
-from pema_ray.cli import app
+from pema_ray.commands.main import app
 from pema_ray.errors import UserError
 from pema_ray.training.checkpoint import load_checkpoint
 from pema_ray.trime import prepare, train, walk

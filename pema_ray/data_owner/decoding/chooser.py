@@ -21,7 +21,7 @@ from pema_ray.data_owner.decoding.sampling import draw, top_tokens
 from pema_ray.data_owner.decoding.text import AnswerText
 from pema_ray.data_owner.unrolling import mix
 from pema_ray.line import LMHead
-from pema_ray.metrics import Metrics, NoMetrics
+from pema_ray.runtime.metrics import Metrics, NoMetrics
 
 _MOST_ROWS = 128  # of one product with the LM head
 

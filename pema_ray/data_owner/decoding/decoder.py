@@ -26,10 +26,10 @@ from pema_ray.data_owner.decoding.request import Answer, GenerationAborted, Gene
 from pema_ray.data_owner.decoding.sampling import random_stream
 from pema_ray.data_owner.decoding.text import AnswerText
 from pema_ray.errors import UserError
-from pema_ray.hardware import compute_thread, set_threads
 from pema_ray.line import Busy, LMHead, PLMClient, SessionLost, Step, Stepped
 from pema_ray.line.tokenizer import PLMTokenizer
-from pema_ray.metrics import Metrics
+from pema_ray.runtime.hardware import compute_thread, set_threads
+from pema_ray.runtime.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 _REPLAYS = 20  # of one branch without a new token before its answer is aborted

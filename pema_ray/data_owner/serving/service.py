@@ -19,13 +19,13 @@ from pema_ray.data_owner.decoding.drafts import MemoryLookup
 from pema_ray.data_owner.decoding.request_builder import RequestBuilder
 from pema_ray.data_owner.unrolling import UnrollingSchedule
 from pema_ray.errors import UserError, nearest
-from pema_ray.hardware import compute_thread, pick_device, pick_dtype, set_threads
 from pema_ray.line import ModelCard, PLMClient
 from pema_ray.line.retry import PatientPLM
 from pema_ray.line.tokenizer import PLMTokenizer
 from pema_ray.memory import ExternalMemory
 from pema_ray.memory.examples import read_pairs
-from pema_ray.metrics import RayMetrics
+from pema_ray.runtime.hardware import compute_thread, pick_device, pick_dtype, set_threads
+from pema_ray.runtime.metrics import RayMetrics
 from pema_ray.tasks import Pair, Prompter, Task
 from pema_ray.tasks.shots import SimilarShots
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from pema_ray.hardware import compute_thread
 from pema_ray.line import Busy, ExtractBatch, SessionLost, Step, Stepped
-from pema_ray.metrics import Metrics, NoMetrics
 from pema_ray.plm_owner.engine.batcher import Batcher, Job
 from pema_ray.plm_owner.engine.sessions import StepJob
+from pema_ray.runtime.hardware import compute_thread
+from pema_ray.runtime.metrics import Metrics, NoMetrics
 
 _SLOT_WAIT = 0.02  # seconds; a slot becomes free by a request, or because a session has been idle for long enough
 

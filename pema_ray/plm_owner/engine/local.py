@@ -11,13 +11,13 @@ import torch
 
 from pema_ray.config import PLMConfig
 from pema_ray.errors import FingerprintMismatch, UserError
-from pema_ray.hardware import DTYPES
 from pema_ray.line import Busy, Description, ExtractBatch, Limits, LMHeadBundle, Step, Stepped
 from pema_ray.plm_owner.engine.batcher import Batcher
 from pema_ray.plm_owner.engine.config import EngineConfig
 from pema_ray.plm_owner.engine.engine import Engine
 from pema_ray.plm_owner.export import export_lm_head
 from pema_ray.plm_owner.load import LoadedPLM, load_plm
+from pema_ray.runtime.hardware import DTYPES
 
 
 class LocalPLM:

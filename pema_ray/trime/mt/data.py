@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pema_ray.errors import UserError
-from pema_ray.files import atomic_file
+from pema_ray.runtime.files import atomic_file
 from pema_ray.trime.config import Split
 from pema_ray.trime.corpus import SPLITS
 from pema_ray.trime.mt.config import MtDataConfig

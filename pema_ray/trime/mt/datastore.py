@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pema_ray.cluster import ray_cluster
 from pema_ray.config import BuildMemoryConfig
 from pema_ray.line import ExtractBatch, ModelCard
 from pema_ray.memory.build import run_build
@@ -24,7 +23,8 @@ from pema_ray.memory.examples import ListedExamples
 from pema_ray.memory.planning import prepare_folder
 from pema_ray.memory.rows import BlockingExtractor
 from pema_ray.memory.specification import MemoryBuild
-from pema_ray.progress import track
+from pema_ray.runtime.cluster import ray_cluster
+from pema_ray.runtime.progress import track
 from pema_ray.tasks import EncodedPair
 from pema_ray.trime.config import DatastoreConfig
 from pema_ray.trime.datastore import open_datastore
@@ -66,7 +66,7 @@ class LoadKeys:
     device: str = "auto"
 
     def __call__(self) -> BlockingExtractor:
-        from pema_ray.hardware import pick_device, set_threads
+        from pema_ray.runtime.hardware import pick_device, set_threads
 
         set_threads(self.threads)
         device = pick_device(self.device)

@@ -7,11 +7,11 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
-from pema_ray.cluster import ray_cluster
 from pema_ray.errors import UserError
 from pema_ray.evaluation.scores import Scorer
-from pema_ray.files import atomic_file
-from pema_ray.hardware import pick_device
+from pema_ray.runtime.cluster import ray_cluster
+from pema_ray.runtime.files import atomic_file
+from pema_ray.runtime.hardware import pick_device
 from pema_ray.trime.datastore import open_datastore
 from pema_ray.trime.mt.calibrate import calibrate, listen, nll
 from pema_ray.trime.mt.config import MtConfig

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pema_ray.errors import UserError
-from pema_ray.files import atomic_file
+from pema_ray.runtime.files import atomic_file
 from pema_ray.trime.model import Representations
 from pema_ray.trime.models import fingerprint_of
 from pema_ray.trime.mt.config import MtModelConfig

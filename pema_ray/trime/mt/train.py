@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pema_ray.cluster import ray_cluster
-from pema_ray.files import atomic_file
-from pema_ray.progress import track
+from pema_ray.runtime.cluster import ray_cluster
+from pema_ray.runtime.files import atomic_file
+from pema_ray.runtime.progress import track
 from pema_ray.training.ray_checkpoint import reporting_checkpoints
 from pema_ray.training.ray_loop import reporting, run_workers, worker_place
 from pema_ray.trime.loop import RESUMED_FROM, History

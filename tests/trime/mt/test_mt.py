@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from pema_ray.cli import app
+from pema_ray.commands.main import app
 from pema_ray.config import read_config
 from pema_ray.errors import UserError
 from pema_ray.line import ExtractBatch

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from pema_ray.cluster import ray_cluster as ours
 from pema_ray.config import RayConfig
 from pema_ray.errors import UserError
+from pema_ray.runtime.cluster import ray_cluster as ours
 
 
 @pytest.mark.cluster
 def test_what_the_autoscaler_may_start_is_waited_for_and_more_is_refused(ray_cluster, monkeypatch, capsys):
-    monkeypatch.setattr("pema_ray.cluster._largest_resources", lambda: {"CPU": 1000, "GPU": 8})
+    monkeypatch.setattr("pema_ray.runtime.cluster._largest_resources", lambda: {"CPU": 1000, "GPU": 8})
     with ours(RayConfig(), cpus=4, gpus=1, workers=6):
         said = " ".join(capsys.readouterr().out.split())
     assert (

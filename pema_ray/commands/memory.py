@@ -30,7 +30,7 @@ def describe(folder: Folder) -> None:
         from rich.table import Table
 
         from pema_ray.memory import ExternalMemory
-        from pema_ray.progress import console
+        from pema_ray.runtime.progress import console
 
         manifest = ExternalMemory.open(folder).manifest
         size, prompts = (sum(getattr(shard, name) for shard in manifest.shards) for name in ("bytes", "prompt_rows"))
@@ -58,7 +58,7 @@ def verify(folder: Folder) -> None:
     def work() -> None:
         from pema_ray.errors import UserError
         from pema_ray.memory import ExternalMemory, manage
-        from pema_ray.progress import console, track
+        from pema_ray.runtime.progress import console, track
 
         manifest = ExternalMemory.open(folder).manifest
         with track("verify", len(manifest.shards), "shards") as bar:
@@ -82,7 +82,7 @@ def convert(
 
     def work() -> None:
         from pema_ray.memory import ExternalMemory, manage
-        from pema_ray.progress import track
+        from pema_ray.runtime.progress import track
 
         with track("convert", len(ExternalMemory.open(folder).manifest.shards), "shards") as bar:
             manifest = manage.convert(folder, new, key_dtype, lambda info: bar.advance(1, info.rows))
@@ -99,7 +99,7 @@ def merge(
 
     def work() -> None:
         from pema_ray.memory import ExternalMemory, manage
-        from pema_ray.progress import track
+        from pema_ray.runtime.progress import track
 
         shards = sum(len(ExternalMemory.open(folder).manifest.shards) for folder in folders)
         with track("merge", shards, "shards") as bar:
@@ -129,7 +129,7 @@ def import_(
     def work() -> None:
         from pema_ray.line import LMHeadBundle
         from pema_ray.memory import manage
-        from pema_ray.progress import track
+        from pema_ray.runtime.progress import track
 
         card = LMHeadBundle.load(bundle).card
         with track("import", rows, "rows") as bar:
@@ -157,9 +157,9 @@ def publish(
     """Put a memory into the object stores of a running cluster, for jobs to come (train.published=<name>)."""
 
     def work() -> None:
-        from pema_ray.cluster import running_cluster
         from pema_ray.memory import published
-        from pema_ray.progress import console
+        from pema_ray.runtime.cluster import running_cluster
+        from pema_ray.runtime.progress import console
 
         with running_cluster(address):
             memory = published.publish(folder, name, holders, lambda text: console.print(text, style="yellow"))
@@ -179,9 +179,9 @@ def list_(address: Address = None) -> None:
     def work() -> None:
         from rich.table import Table
 
-        from pema_ray.cluster import running_cluster
         from pema_ray.memory import published
-        from pema_ray.progress import console
+        from pema_ray.runtime.cluster import running_cluster
+        from pema_ray.runtime.progress import console
 
         with running_cluster(address):
             table = Table("name", "rows", "MiB", "nodes", "PLM", "folder", box=None)
@@ -205,9 +205,9 @@ def drop(name: Annotated[str, typer.Argument(help="A published memory.")], addre
     """Take a published memory out of the object stores. Its folder stays."""
 
     def work() -> None:
-        from pema_ray.cluster import running_cluster
         from pema_ray.memory import published
-        from pema_ray.progress import console
+        from pema_ray.runtime.cluster import running_cluster
+        from pema_ray.runtime.progress import console
 
         with running_cluster(address):
             published.drop(name)
@@ -217,7 +217,7 @@ def drop(name: Annotated[str, typer.Argument(help="A published memory.")], addre
 
 
 def _tell(folder: Path, manifest) -> None:
-    from pema_ray.progress import console
+    from pema_ray.runtime.progress import console
 
     size = sum(shard.bytes for shard in manifest.shards)
     console.print(

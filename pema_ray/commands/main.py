@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from pema_ray import memory_commands, pluglm_commands, trime_commands
+from pema_ray.commands import memory as memory_commands
+from pema_ray.commands import pluglm as pluglm_commands
+from pema_ray.commands import trime as trime_commands
 from pema_ray.errors import UserError
 from pema_ray.stages.main import guarded, run_stage, stages
 from pema_ray.stages.settings import settings_of
@@ -67,9 +69,9 @@ def quickstart(
     def work() -> None:
         from contextlib import nullcontext
 
-        from pema_ray.cluster import ray_cluster
         from pema_ray.config import load_config
-        from pema_ray.progress import console
+        from pema_ray.runtime.cluster import ray_cluster
+        from pema_ray.runtime.progress import console
         from pema_ray.stages.run import STAGES, Run
 
         experiment = load_config(config, overrides or [])
@@ -204,7 +206,7 @@ def import_adapter(
     def work() -> None:
         from pema_ray.data_owner.adapter import PemaAdapter
         from pema_ray.line import LMHeadBundle
-        from pema_ray.progress import console
+        from pema_ray.runtime.progress import console
 
         if new.exists():
             raise UserError(f"{new}: is there already. Choose another folder for the new adapter.")

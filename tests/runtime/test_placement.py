@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from pema_ray.cluster import ray_cluster as ours
 from pema_ray.config import PlacementConfig, RayConfig, TrainingConfig, load_config
 from pema_ray.data_owner.decoding import GenerationRequest
 from pema_ray.data_owner.decoding.offline import GenerationJob, generate
 from pema_ray.data_owner.unrolling import UnrollingSchedule
 from pema_ray.errors import UserError
 from pema_ray.memory.build import run_build
-from pema_ray.placement import ANYWHERE, for_tasks, ray_options
+from pema_ray.runtime.cluster import ray_cluster as ours
+from pema_ray.runtime.placement import ANYWHERE, for_tasks, ray_options
 from pema_ray.training.ray_loop import run_workers
 from tests.memory.kit import build, fake_plm
 
@@ -240,7 +240,7 @@ def test_a_strategy_that_the_nodes_cannot_fulfil_is_refused(strategy, cpus: int,
 
 @pytest.mark.cluster
 def test_nodes_that_the_autoscaler_may_start_are_waited_for(ray_cluster, monkeypatch, capsys):
-    monkeypatch.setattr("pema_ray.cluster._largest_resources", lambda: {"CPU": 1000})
+    monkeypatch.setattr("pema_ray.runtime.cluster._largest_resources", lambda: {"CPU": 1000})
     with ours(RayConfig(), cpus=4, placement=PlacementConfig(accelerator_type="B200")):
         said = " ".join(capsys.readouterr().out.split())
     assert "no node of the Ray cluster has B200 now: waiting for its autoscaler" in said

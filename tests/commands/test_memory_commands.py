@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from pema_ray.cli import app
+from pema_ray.commands.main import app
 from pema_ray.memory import ExternalMemory, MemoryRows
 from pema_ray.memory.codec import encode
 from pema_ray.memory.manifest import MANIFEST, Manifest

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pema_ray.errors import UserError
-from pema_ray.files import atomic_file, one_process
+from pema_ray.runtime.files import atomic_file, one_process
 
 
 def test_writers_of_one_file_do_not_disturb_each_other_whatever_their_process_number(tmp_path: Path):
@@ -38,7 +38,7 @@ def test_a_second_process_is_told_who_works_in_a_folder_and_a_dead_one_keeps_nob
     folder = tmp_path / "train"
     program = f"""
 from pathlib import Path
-from pema_ray.files import one_process
+from pema_ray.runtime.files import one_process
 with one_process(Path({str(folder)!r})):
     print("locked", flush=True)
     input()

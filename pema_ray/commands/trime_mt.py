@@ -76,7 +76,7 @@ def _add_training(app: typer.Typer) -> None:
             raise typer.Exit(run_stage("mt-train", config, overrides or []))
 
         def work() -> None:
-            from pema_ray.progress import console
+            from pema_ray.runtime.progress import console
             from pema_ray.trime.mt.dry_run import estimate
 
             console.print(estimate(_read(config, overrides or [])).table())

@@ -66,7 +66,7 @@ def retrieval(
 
     def work() -> None:
         from pema_ray.pluglm.retrieval import report_of_file
-        from pema_ray.progress import console
+        from pema_ray.runtime.progress import console
 
         console.print(f"{report_of_file(file, folder, model, version).write(out)}")
 
@@ -79,7 +79,7 @@ def edit_key() -> None:
 
     def work() -> None:
         from pema_ray.pluglm.editor_keys import new_key
-        from pema_ray.progress import console
+        from pema_ray.runtime.progress import console
 
         key, hashed = new_key()
         console.print(
@@ -135,11 +135,11 @@ def build(
     """Make a memory of documents, by Ray Data. Documents longer than the model reads become several entries."""
 
     def work() -> None:
-        from pema_ray.cluster import ray_cluster
         from pema_ray.config import RayConfig
         from pema_ray.pluglm import refresh as refreshing
         from pema_ray.pluglm.config import TextConfig
         from pema_ray.pluglm.entries import VECTOR_DTYPES
+        from pema_ray.runtime.cluster import ray_cluster
 
         if dtype not in VECTOR_DTYPES:
             raise UserError(f"--dtype {dtype}: use {', '.join(VECTOR_DTYPES)}.")
@@ -260,10 +260,10 @@ def refresh(
     def work() -> None:
         from contextlib import nullcontext
 
-        from pema_ray.cluster import ray_cluster
         from pema_ray.config import RayConfig
         from pema_ray.pluglm import refresh as refreshing
-        from pema_ray.progress import track
+        from pema_ray.runtime.cluster import ray_cluster
+        from pema_ray.runtime.progress import track
 
         here, encoder = _open(folder), _encoder(model)
         cluster = ray_cluster(RayConfig()) if workers else nullcontext()
@@ -290,7 +290,7 @@ def show(
         from rich.table import Table
 
         from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
-        from pema_ray.progress import console
+        from pema_ray.runtime.progress import console
 
         here = KnowledgeMemory.open(folder, version)
         m = here.manifest
@@ -324,7 +324,7 @@ def verify(
 
     def work() -> None:
         from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
-        from pema_ray.progress import console, track
+        from pema_ray.runtime.progress import console, track
 
         here = KnowledgeMemory.open(folder, version)
         with track("verify", len(here.manifest.files), "files") as bar:
@@ -346,7 +346,7 @@ def prune(
 
     def work() -> None:
         from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
-        from pema_ray.progress import console
+        from pema_ray.runtime.progress import console
 
         gone = KnowledgeMemory.prune(folder, keep or [])
         console.print(f"{folder}: {len(gone)} versions pruned.")
@@ -368,7 +368,7 @@ def _encoder(folder: Path) -> Any:
 
 
 def _tell(made: Any) -> None:
-    from pema_ray.progress import console
+    from pema_ray.runtime.progress import console
 
     console.print(f"{made.folder}: version {made.version} ({made.manifest.action}), {len(made):,} entries.")
 
@@ -396,10 +396,10 @@ def _demo(out: Path, seed: int, faithful: bool, overrides: Sequence[str]) -> Non
     from rich.table import Table
 
     from pema_ray.config import read_config
-    from pema_ray.hardware import set_threads
     from pema_ray.pluglm.demonstration.demo import ROWS, run_demo
     from pema_ray.pluglm.demonstration.learning import FactsSettings
-    from pema_ray.progress import console, track
+    from pema_ray.runtime.hardware import set_threads
+    from pema_ray.runtime.progress import console, track
 
     set_threads(1)  # its matrices are so small that threads would wait for each other
     settings = read_config(FactsSettings, None, overrides)
@@ -426,7 +426,7 @@ def _demo_text(out: Path, seed: int, overrides: Sequence[str]) -> None:
 
     from pema_ray.config import read_config
     from pema_ray.pluglm.demonstration.domains import DomainsSettings, run_domains, table_rows
-    from pema_ray.progress import console, track
+    from pema_ray.runtime.progress import console, track
 
     settings = read_config(DomainsSettings, None, overrides)
     with track("demo-text", settings.steps) as bar:

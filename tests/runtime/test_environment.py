@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pema_ray.environment import worker_environment
+from pema_ray.runtime.environment import worker_environment
 
 
 @pytest.mark.parametrize(

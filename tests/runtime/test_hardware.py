@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pema_ray.errors import UserError
-from pema_ray.hardware import describe_machine, dtype_name, pick_device, pick_dtype, set_threads
+from pema_ray.runtime.hardware import describe_machine, dtype_name, pick_device, pick_dtype, set_threads
 
 CPU = torch.device("cpu")
 
@@ -20,9 +20,9 @@ def test_auto_takes_a_gpu_only_where_there_is_one():
 
 
 def test_auto_dtype_is_bfloat16_exactly_where_it_is_fast(monkeypatch):
-    monkeypatch.setattr("pema_ray.hardware.bf16_is_fast", lambda device: True)
+    monkeypatch.setattr("pema_ray.runtime.hardware.bf16_is_fast", lambda device: True)
     assert pick_dtype("auto", CPU) is torch.bfloat16
-    monkeypatch.setattr("pema_ray.hardware.bf16_is_fast", lambda device: False)
+    monkeypatch.setattr("pema_ray.runtime.hardware.bf16_is_fast", lambda device: False)
     assert pick_dtype("auto", CPU) is torch.float32
     assert pick_dtype("auto", torch.device("cuda")) is torch.float16
 
@@ -52,7 +52,7 @@ def test_only_the_compute_thread_and_the_main_thread_have_pools_of_cpu_threads()
     program = """
 import torch
 from concurrent.futures import ThreadPoolExecutor
-from pema_ray.hardware import compute_elsewhere, compute_thread, set_threads
+from pema_ray.runtime.hardware import compute_elsewhere, compute_thread, set_threads
 torch.set_num_threads(3)
 number = lambda thread: thread.submit(lambda: (torch.ones(10**6) + 1, torch.get_num_threads())[1]).result()
 default = number(compute_thread())

@@ -15,9 +15,9 @@ from typing import Annotated, Any, NamedTuple
 import typer
 from rich.markup import escape
 
+from pema_ray.commands.trime_mt import register as register_translation
 from pema_ray.config import Section
 from pema_ray.stages.main import guarded
-from pema_ray.trime_mt_commands import register as register_translation
 
 app = typer.Typer(
     help="TRIME: language models trained with memory, and evaluated with local, long and external memory. Stages read "
@@ -165,7 +165,7 @@ def train(
         raise typer.Exit(run_stage("train", config, overrides or []))
 
     def work() -> None:
-        from pema_ray.progress import console
+        from pema_ray.runtime.progress import console
         from pema_ray.trime.dry_run import estimate
 
         console.print(estimate(_read(config, overrides or [])).table())
@@ -191,7 +191,7 @@ def explain(
 
     def work() -> None:
         from pema_ray.errors import UserError
-        from pema_ray.progress import console
+        from pema_ray.runtime.progress import console
         from pema_ray.trime.explain import explain_text
         from pema_ray.trime.report import write_page
         from pema_ray.trime.results import TrimeEvaluation

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from typer.testing import CliRunner
 
-from pema_ray.cli import app
+from pema_ray.commands.main import app
 from pema_ray.config import ExperimentConfig
 
 runner = CliRunner()

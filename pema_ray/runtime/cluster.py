@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from pema_ray.config import PlacementConfig, RayConfig
-from pema_ray.environment import ray_address, worker_environment
 from pema_ray.errors import UserError
-from pema_ray.placement import ANYWHERE, describe, describe_nodes, for_tasks, matching_nodes, matching_resource
-from pema_ray.progress import console
+from pema_ray.runtime.environment import ray_address, worker_environment
+from pema_ray.runtime.placement import ANYWHERE, describe, describe_nodes, for_tasks, matching_nodes, matching_resource
+from pema_ray.runtime.progress import console
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""The `pema-ray` command: one module for each family of subcommands."""
