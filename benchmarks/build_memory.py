@@ -31,10 +31,10 @@ from pema_ray.memory.plan import ShardPlan, plan_batches
 from pema_ray.memory.rows import rows_of_shard
 from pema_ray.memory.shards import write_shard
 from pema_ray.memory.specification import MemoryBuild
+from pema_ray.pema.plm import connector
 from pema_ray.plm_owner import EngineConfig, LoadedPLM, LocalPLM, load_plm
 from pema_ray.runtime.cluster import ray_cluster
 from pema_ray.runtime.hardware import dtype_name
-from pema_ray.stages.plm import connector
 from pema_ray.tasks import EncodedPair, Prompter, load_pairs, load_task
 from pema_ray.tasks.shots import first_shots
 
@@ -211,8 +211,8 @@ def tiny_model(folder: Path) -> str:
     """A random llama of two layers that speaks the packaged model's tokens."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from pema_ray.plm_owner.gguf import converted
-    from pema_ray.plm_owner.load import locate
+    from pema_ray.plm_owner.model.gguf import converted
+    from pema_ray.plm_owner.model.load import locate
 
     where, gguf = locate(PACKAGED)
     tokenizer = AutoTokenizer.from_pretrained(converted(Path(where) / str(gguf)))

@@ -20,7 +20,7 @@ import torch
 from _harness import Aim, options, reporting_to, run_worker, show, write_results
 
 from pema_ray.config import GenerateConfig, PLMConfig
-from pema_ray.data_owner.adapter import AdapterConfig, PemaAdapter
+from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.decoding import Answer, Decoder, GenerationRequest, Predictor
 from pema_ray.data_owner.decoding.request_builder import RequestBuilder
 from pema_ray.line import LMHeadBundle

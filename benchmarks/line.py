@@ -27,7 +27,7 @@ from pema_ray.line import ExtractBatch, PLMClient, Step, Stepped
 from pema_ray.memory.plan import ShardPlan
 from pema_ray.memory.rows import rows_of_shard
 from pema_ray.plm_owner import EngineConfig, LocalPLM
-from pema_ray.plm_owner.access import Quota, add_client
+from pema_ray.plm_owner.service.access import Quota, add_client
 from pema_ray.tasks import Prompter, load_pairs, load_task
 
 NAME = "line"

@@ -25,15 +25,15 @@ from build_memory import (
 )
 
 from pema_ray.config import BuildMemoryConfig, PLMConfig, RayConfig, TrainConfig, load_config
-from pema_ray.data_owner.adapter import AdapterConfig
-from pema_ray.data_owner.ray_training import TrainingJob, fit
-from pema_ray.data_owner.training import Trainer
+from pema_ray.data_owner.adapter.pema import AdapterConfig
+from pema_ray.data_owner.training.loop import Trainer
+from pema_ray.data_owner.training.ray_training import TrainingJob, fit
 from pema_ray.line import LMHeadBundle
 from pema_ray.memory import ExternalMemory
 from pema_ray.memory.build import run_build
+from pema_ray.pema.plm import connector
 from pema_ray.runtime.cluster import ray_cluster
 from pema_ray.runtime.hardware import pick_dtype
-from pema_ray.stages.plm import connector
 
 NAME = "ray_overhead"
 AIMS = {

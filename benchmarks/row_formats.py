@@ -21,8 +21,8 @@ import torch
 from _harness import Aim, console, device_of, options, show, write_results
 
 from pema_ray.config import TrainConfig
-from pema_ray.data_owner.adapter import AdapterConfig
-from pema_ray.data_owner.training import Trainer
+from pema_ray.data_owner.adapter.pema import AdapterConfig
+from pema_ray.data_owner.training.loop import Trainer
 from pema_ray.line import LMHead, LMHeadBundle
 from pema_ray.line.lm_head import HeadSpec
 from pema_ray.memory import ExternalMemory, Manifest, MemoryRows

@@ -26,17 +26,17 @@ from build_memory import CONFIG, PACKAGED, packaged_examples, tiny_model
 from transformers import DynamicCache
 
 from pema_ray.config import PLMConfig, load_config
-from pema_ray.data_owner.adapter import AdapterConfig, PemaAdapter
+from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.decoding import Decoder, GenerationRequest, Predictor
 from pema_ray.data_owner.decoding.drafts import MemoryLookup
-from pema_ray.data_owner.unrolling import UnrollingSchedule, mix
+from pema_ray.data_owner.decoding.unrolling import UnrollingSchedule, mix
 from pema_ray.errors import UserError
 from pema_ray.line import Description, LMHeadBundle, Step, Stepped, codec
 from pema_ray.memory import ExternalMemory
 from pema_ray.plm_owner import LoadedPLM, load_plm
-from pema_ray.plm_owner.export import export_lm_head
-from pema_ray.plm_owner.service import PLMEngine
-from pema_ray.plm_owner.states import capture_state
+from pema_ray.plm_owner.model.export import export_lm_head
+from pema_ray.plm_owner.model.states import capture_state
+from pema_ray.plm_owner.service.deployment import PLMEngine
 
 NAME = "serving"
 AIMS: dict[str, Aim] = {  # the published loop has no number of its own to reach
@@ -310,8 +310,8 @@ async def _line_in_a_cluster(scratch: Path, count: int) -> dict[str, float]:
     from ray import serve
 
     from pema_ray.plm_owner.engine import EngineConfig
-    from pema_ray.plm_owner.replicas import Replicas
-    from pema_ray.serving.plm_owner import plm_engine
+    from pema_ray.plm_owner.service.application import plm_engine
+    from pema_ray.plm_owner.service.replicas import Replicas
     from pema_ray.serving.scale import Scale
 
     plm = PLMConfig(name=tiny_model(scratch / "tiny"), device="cpu", dtype="float32", threads=1)

@@ -36,8 +36,8 @@ from _harness import (
 )
 
 from pema_ray.config import TrainConfig
-from pema_ray.data_owner.adapter import AdapterConfig
-from pema_ray.data_owner.training import Point, Trainer
+from pema_ray.data_owner.adapter.pema import AdapterConfig
+from pema_ray.data_owner.training.loop import Point, Trainer
 from pema_ray.line import LMHead
 from pema_ray.line.lm_head import HeadSpec
 from pema_ray.memory import MemoryRows

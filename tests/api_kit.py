@@ -14,11 +14,11 @@ from serving_kit import DirectHandle
 
 from pema_ray.data_owner import AdapterConfig, PemaAdapter, UnrollingSchedule
 from pema_ray.data_owner.decoding import Answer, Decoder, GenerationRequest, Predictor
-from pema_ray.data_owner.serving.api import make_api
-from pema_ray.data_owner.serving.service import DataOwner
+from pema_ray.data_owner.service.api import make_api
+from pema_ray.data_owner.service.service import DataOwner
 from pema_ray.line import BlockingPLM, LMHeadBundle, ModelCard, PLMClient
-from pema_ray.plm_owner.replicas import Replicas
-from pema_ray.plm_owner.service import PLMEngine
+from pema_ray.plm_owner.service.deployment import PLMEngine
+from pema_ray.plm_owner.service.replicas import Replicas
 
 MAX_TOKENS = 80  # of a prompt and its answer
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledError
 
-from pema_ray.plm_owner.service import PLMEngine
+from pema_ray.plm_owner.service.deployment import PLMEngine
 
 
 class DirectHandle:

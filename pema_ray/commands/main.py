@@ -13,8 +13,8 @@ from pema_ray.commands import memory as memory_commands
 from pema_ray.commands import pluglm as pluglm_commands
 from pema_ray.commands import trime as trime_commands
 from pema_ray.errors import UserError
-from pema_ray.stages.main import guarded, run_stage, stages
-from pema_ray.stages.settings import settings_of
+from pema_ray.pema.stages.main import guarded, run_stage, stages
+from pema_ray.pema.stages.settings import settings_of
 
 app = typer.Typer(
     help="Adapt a language model you cannot see. Every stage reads an experiment's YAML file, keeps its results in the "
@@ -70,9 +70,9 @@ def quickstart(
         from contextlib import nullcontext
 
         from pema_ray.config import load_config
+        from pema_ray.pema.run import STAGES, Run
         from pema_ray.runtime.cluster import ray_cluster
         from pema_ray.runtime.progress import console
-        from pema_ray.stages.run import STAGES, Run
 
         experiment = load_config(config, overrides or [])
         unfinished = any(Run(experiment).finished(stage) is None for stage in STAGES)
@@ -142,7 +142,7 @@ def serve(
     """Serve an experiment's adapter on this machine until Ctrl-C: OpenAI's API, over whichever PLM `plm` names."""
 
     def work() -> None:
-        from pema_ray.serving.run import serve_experiment, serve_topology
+        from pema_ray.pema.serving.run import serve_experiment, serve_topology
 
         if topology is not None:
             if config is not None or overrides:
@@ -184,7 +184,7 @@ def serve_key(
 
     def work() -> None:
         from pema_ray.config import validate
-        from pema_ray.plm_owner.access import Quota, add_client
+        from pema_ray.plm_owner.service.access import Quota, add_client
 
         asked = {"rows_per_minute": rows_per_minute, "tokens_per_minute": tokens_per_minute, "sessions": sessions}
         typer.echo(add_client(keys, name, validate(Quota, asked, "quota")))
@@ -204,7 +204,7 @@ def import_adapter(
     """Make an adapter of a checkpoint that the published PEMA code left."""
 
     def work() -> None:
-        from pema_ray.data_owner.adapter import PemaAdapter
+        from pema_ray.data_owner.adapter.pema import PemaAdapter
         from pema_ray.line import LMHeadBundle
         from pema_ray.runtime.progress import console
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from pema_ray.errors import UserError
-from pema_ray.stages.main import guarded
+from pema_ray.pema.stages.main import guarded
 
 app = typer.Typer(help="PlugLM: an encoder whose knowledge is an editable memory.", no_args_is_help=True)
 memory = typer.Typer(

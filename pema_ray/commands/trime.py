@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from pema_ray.commands.trime_mt import register as register_translation
 from pema_ray.config import Section
-from pema_ray.stages.main import guarded
+from pema_ray.pema.stages.main import guarded
 
 app = typer.Typer(
     help="TRIME: language models trained with memory, and evaluated with local, long and external memory. Stages read "

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pema_ray.stages.main import guarded
+from pema_ray.pema.stages.main import guarded
 
 STAGES = {
     "mt-train": ("train", "Prepare parallel text, order it by BM25, and train an encoder-decoder. Resumes."),

@@ -4,7 +4,7 @@
 mathematics and know no Ray; `ray_training.py` and `decoding/offline.py` spread them over a cluster.
 """
 
-from pema_ray.data_owner.adapter import AdapterConfig, PemaAdapter
-from pema_ray.data_owner.unrolling import UnrollingSchedule, mix
+from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
+from pema_ray.data_owner.decoding.unrolling import UnrollingSchedule, mix
 
 __all__ = ["AdapterConfig", "PemaAdapter", "UnrollingSchedule", "mix"]

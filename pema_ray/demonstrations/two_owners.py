@@ -69,7 +69,8 @@ def set_up_plm_owner(owner: Organisation, plm: dict[str, Any]) -> Path:
         "plm_owner": {"cpus": 0.5},
         "api_cpus": 0.25,
     }
-    application = {"name": "plm-owner", "import_path": "pema_ray.serving.plm_owner:plm_owner", "args": arguments}
+    import_path = "pema_ray.plm_owner.service.application:plm_owner"
+    application = {"name": "plm-owner", "import_path": import_path, "args": arguments}
     tls = {"ssl_certfile": str(certificate), "ssl_keyfile": str(private)}
     service = {
         "proxy_location": "HeadOnly",
@@ -83,7 +84,7 @@ def set_up_plm_owner(owner: Organisation, plm: dict[str, Any]) -> Path:
 
 def _set_up_data_owner(owner: Organisation, plm_owner: Organisation, config: Path, overrides: Iterable[str]) -> Path:
     """What the PLM owner hands over (key and certificate), and the experiment's file; returns the file."""
-    from pema_ray.plm_owner.access import Quota, add_client
+    from pema_ray.plm_owner.service.access import Quota, add_client
 
     key = add_client(plm_owner.folder / "keys.yaml", "data owner", Quota())
     (owner.folder / "plm_key").write_text(key + "\n")

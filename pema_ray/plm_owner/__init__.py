@@ -4,6 +4,6 @@ Never sees an adapter, a memory or a gold target beyond the tokens it is sent. I
 """
 
 from pema_ray.plm_owner.engine import EngineConfig, LocalPLM
-from pema_ray.plm_owner.load import LoadedPLM, load_plm
+from pema_ray.plm_owner.model.load import LoadedPLM, load_plm
 
 __all__ = ["EngineConfig", "LoadedPLM", "LocalPLM", "load_plm"]

@@ -23,6 +23,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from pema_ray.errors import UserError
+from pema_ray.experiment.stage_run import chosen_settings
 from pema_ray.pluglm import refresh as refreshing
 from pema_ray.pluglm import run_folder, versions
 from pema_ray.pluglm.editing import publish_on_current, take_files
@@ -42,7 +43,6 @@ from pema_ray.pluglm.training import MemoryAccess, Tell
 from pema_ray.runtime.cluster import ray_cluster
 from pema_ray.runtime.files import atomic_file, sha256_of
 from pema_ray.runtime.progress import console, track
-from pema_ray.stage_run import chosen_settings
 from pema_ray.training.checkpoint import CHECKPOINT
 from pema_ray.training.ray_checkpoint import reporting_checkpoints
 from pema_ray.training.ray_loop import reporting, run_workers, worker_place

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
+from pema_ray.experiment.stage_run import chosen_settings
 from pema_ray.pluglm import refresh as refreshing
 from pema_ray.pluglm import run_folder
 from pema_ray.pluglm.config import ModelSettings, PretrainConfig
@@ -36,7 +37,6 @@ from pema_ray.pluglm.text import Sequences, content_hash, prepare_sequences
 from pema_ray.pluglm.training import MemoryAccess, PretrainLoop, Tell
 from pema_ray.runtime.cluster import ray_cluster
 from pema_ray.runtime.progress import console, track
-from pema_ray.stage_run import chosen_settings
 from pema_ray.training.checkpoint import CHECKPOINT
 from pema_ray.training.ray_checkpoint import reporting_checkpoints
 from pema_ray.training.ray_loop import reporting, run_workers, worker_place

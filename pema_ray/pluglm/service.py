@@ -1,7 +1,7 @@
 """A PlugLM model as a service: masked words, classes, and edits of the memory they are read from.
 
 A request is answered by one version of the memory, which its answer names. An edit publishes the next version and
-attaches it; requests under way keep theirs, so that none is dropped. Knows FastAPI; `pema_ray.serving.pluglm` makes
+attaches it; requests under way keep theirs, so that none is dropped. Knows FastAPI; `pema_ray.pluglm.application` makes
 the deployment.
 
 Shapes: B texts, T positions, V vocabulary, C classes.

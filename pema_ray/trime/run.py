@@ -1,4 +1,4 @@
-"""The stages of a TRIME experiment and what each is made from; the run folder is `pema_ray.stage_run`'s."""
+"""The stages of a TRIME experiment and what each is made from; the run folder is `pema_ray.experiment.stage_run`'s."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pema_ray.experiment.stage_run import HOW_FAST, StageRun, own_folder
 from pema_ray.runtime.files import sha256_of
-from pema_ray.stage_run import HOW_FAST, StageRun, own_folder
 from pema_ray.trime.config import TrimeConfig
 from pema_ray.trime.models import read_fingerprint
 from pema_ray.trime.systems import asks_a_datastore

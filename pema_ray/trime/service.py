@@ -1,7 +1,7 @@
 """A TRIME model as a service: how likely a text is, and what comes next, with a chosen datastore.
 
 Datastores lie in sharded search actors and are swapped while requests go on: each request keeps the one it began with.
-Knows FastAPI and asks Ray for actors; `pema_ray.serving.trime` makes the deployment.
+Knows FastAPI and asks Ray for actors; `pema_ray.trime.application` makes the deployment.
 """
 
 from __future__ import annotations

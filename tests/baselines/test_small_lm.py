@@ -9,8 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from pema_ray.baselines import small_lm
-from pema_ray.baselines.small_lm import (
+from pema_ray.config import SmallLMSettings
+from pema_ray.data_owner import UnrollingSchedule
+from pema_ray.data_owner.decoding import Decoder, GenerationRequest, SamplingParams
+from pema_ray.errors import UserError
+from pema_ray.line import LMHead
+from pema_ray.memory import MemoryRows
+from pema_ray.memory.codec import encode
+from pema_ray.memory.external_memory import RowsView
+from pema_ray.pema.baselines import small_lm
+from pema_ray.pema.baselines.small_lm import (
     AlignedMemory,
     SmallLM,
     SmallLMPredictor,
@@ -22,16 +30,8 @@ from pema_ray.baselines.small_lm import (
     target_log_probs,
     train_small_lm,
 )
-from pema_ray.config import SmallLMSettings
-from pema_ray.data_owner import UnrollingSchedule
-from pema_ray.data_owner.decoding import Decoder, GenerationRequest, SamplingParams
-from pema_ray.errors import UserError
-from pema_ray.line import LMHead
-from pema_ray.memory import MemoryRows
-from pema_ray.memory.codec import encode
-from pema_ray.memory.external_memory import RowsView
-from pema_ray.plm_owner.export import export_lm_head
-from pema_ray.plm_owner.states import capture_state
+from pema_ray.plm_owner.model.export import export_lm_head
+from pema_ray.plm_owner.model.states import capture_state
 from pema_ray.tasks import EncodedPair
 
 EOS = 1

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from pema_ray.data_owner.knn import NearestNeighbours
-from pema_ray.data_owner.unrolling import mix
+from pema_ray.data_owner.adapter.knn import NearestNeighbours
+from pema_ray.data_owner.decoding.unrolling import mix
 from pema_ray.errors import UserError
 
 faiss = pytest.importorskip("faiss")

@@ -10,10 +10,10 @@ import torch
 
 from pema_ray.config import ExperimentConfig, TrainConfig
 from pema_ray.data_owner import AdapterConfig, PemaAdapter
-from pema_ray.data_owner.feed import SequenceShuffle, sequences_in_order
-from pema_ray.data_owner.look_back import LookBack
-from pema_ray.data_owner.objectives import JointObjective
-from pema_ray.data_owner.training import Trainer
+from pema_ray.data_owner.adapter.look_back import LookBack
+from pema_ray.data_owner.training.feed import SequenceShuffle, sequences_in_order
+from pema_ray.data_owner.training.loop import Trainer
+from pema_ray.data_owner.training.objectives import JointObjective
 from pema_ray.errors import UserError
 from pema_ray.memory import MemoryRows
 from pema_ray.memory.codec import encode

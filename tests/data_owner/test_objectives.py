@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from pema_ray.data_owner import AdapterConfig, PemaAdapter
-from pema_ray.data_owner.objectives import JointObjective, head_cross_entropy
+from pema_ray.data_owner.training.objectives import JointObjective, head_cross_entropy
 
 N, H, R, V = 50, 16, 5, 40
 HEADS = [

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pema_ray.data_owner import AdapterConfig, PemaAdapter
-from pema_ray.data_owner.predicted_lambda import fit_gate
+from pema_ray.data_owner.adapter.predicted_lambda import fit_gate
 from pema_ray.errors import UserError
 
 H, N = 16, 2000

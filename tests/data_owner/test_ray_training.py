@@ -15,9 +15,9 @@ from ray.train import Result
 
 from pema_ray.config import BuildMemoryConfig, TrainConfig
 from pema_ray.data_owner import AdapterConfig, PemaAdapter
-from pema_ray.data_owner.feed import StreamShuffle
-from pema_ray.data_owner.ray_training import FIRST_STEP, TrainingJob, _train, fit
-from pema_ray.data_owner.training import RESUMED_FROM, History, Trainer
+from pema_ray.data_owner.training.feed import StreamShuffle
+from pema_ray.data_owner.training.loop import RESUMED_FROM, History, Trainer
+from pema_ray.data_owner.training.ray_training import FIRST_STEP, TrainingJob, _train, fit
 from pema_ray.errors import UserError
 from pema_ray.line import LMHeadBundle, ModelCard
 from pema_ray.memory import ExternalMemory, Manifest, MemoryRows, ShardInfo

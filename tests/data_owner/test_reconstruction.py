@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pema_ray.data_owner.objectives import ReconstructionObjective
-from pema_ray.data_owner.reconstruction import SecondMoment, reconstruction_error, solve
+from pema_ray.data_owner.training.objectives import ReconstructionObjective
+from pema_ray.data_owner.training.reconstruction import SecondMoment, reconstruction_error, solve
 
 N, H = 300, 12
 

@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pema_ray.config import TrainConfig
 from pema_ray.data_owner import AdapterConfig, PemaAdapter
-from pema_ray.data_owner.training import History, Point, Trainer
+from pema_ray.data_owner.training.loop import History, Point, Trainer
 from pema_ray.errors import UserError
 from pema_ray.training.strategies import Place
 
@@ -125,7 +125,7 @@ def test_the_published_recipe_starts_stage_3_from_new_maps(make_trainer):
 
 def test_validations_are_no_part_of_the_time_of_training(make_trainer, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("pema_ray.data_owner.training.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("pema_ray.data_owner.training.loop.time.perf_counter", lambda: now[0])
     for name, seconds in (("_learn", 1.0), ("_validate", 1000.0), ("_dev_reconstruction_error", 1000.0)):
         plain = getattr(Trainer, name)
 
@@ -141,7 +141,7 @@ def test_validations_are_no_part_of_the_time_of_training(make_trainer, monkeypat
 
 def test_peak_memory_is_that_of_the_whole_training_when_it_was_resumed(make_trainer, monkeypatch):
     first = make_trainer(epochs=1).run()[1]
-    monkeypatch.setattr("pema_ray.data_owner.training.peak_memory", lambda device: 1)
+    monkeypatch.setattr("pema_ray.data_owner.training.loop.peak_memory", lambda device: 1)
     assert 1 < make_trainer(epochs=1).run()[1].peak_bytes <= first.peak_bytes
 
 

@@ -28,8 +28,8 @@ import torch
 
 from pema_ray.config import TrainConfig
 from pema_ray.data_owner import AdapterConfig, PemaAdapter
-from pema_ray.data_owner.ray_training import TrainingJob, fit
-from pema_ray.data_owner.training import History, Trainer
+from pema_ray.data_owner.training.loop import History, Trainer
+from pema_ray.data_owner.training.ray_training import TrainingJob, fit
 from pema_ray.errors import UserError
 from pema_ray.line import LMHeadBundle
 from pema_ray.memory import ExternalMemory
@@ -344,7 +344,7 @@ def test_training_goes_on_with_fewer_workers_when_a_node_goes(tiny_source, make_
         import os, pickle, threading, time, ray
         from pathlib import Path
         from ray.cluster_utils import Cluster
-        from pema_ray.data_owner.ray_training import fit
+        from pema_ray.data_owner.training.ray_training import fit
         here = Path({str(tmp_path)!r})
         job = pickle.loads((here / "job.pickle").read_bytes())
         small = {{"num_cpus": 1, "object_store_memory": 90 * 2**20}}

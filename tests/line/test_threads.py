@@ -9,7 +9,7 @@ LOADS = """
 import sys, threading
 from pema_ray.config import PLMConfig
 from pema_ray.line import LMHeadBundle
-from pema_ray.plm_owner.load import load_plm
+from pema_ray.plm_owner.model.load import load_plm
 errors = []
 def work(load):
     try:

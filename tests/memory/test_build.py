@@ -20,7 +20,7 @@ from pema_ray.memory.examples import ListedExamples
 from pema_ray.memory.manage import verify
 from pema_ray.memory.planning import prepare_folder
 from pema_ray.memory.specification import MemoryBuild, shard_name
-from pema_ray.stages.plm import connector
+from pema_ray.pema.plm import connector
 from pema_ray.tasks import EncodedPair
 from tests.memory.kit import CARD, EXAMPLES, SETTINGS, build, contents, fake_plm, in_this_process, work
 

@@ -17,8 +17,8 @@ from pema_ray.config import PLMConfig
 from pema_ray.errors import UserError
 from pema_ray.line import LMHeadBundle
 from pema_ray.plm_owner import LoadedPLM, load_plm
-from pema_ray.plm_owner.export import export_lm_head
-from pema_ray.plm_owner.states import capture_state
+from pema_ray.plm_owner.model.export import export_lm_head
+from pema_ray.plm_owner.model.states import capture_state
 
 NORMS = {"opt": "layer_norm", "opt_without_final_norm": "identity", "gpt2": "layer_norm", "cohere": "layer_norm"}
 

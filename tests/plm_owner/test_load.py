@@ -19,10 +19,10 @@ import torch
 from pema_ray.config import PLMConfig
 from pema_ray.errors import UserError
 from pema_ray.plm_owner import load_plm
-from pema_ray.plm_owner.export import export_lm_head
-from pema_ray.plm_owner.gguf import converted
-from pema_ray.plm_owner.load import locate
-from pema_ray.plm_owner.states import capture_state
+from pema_ray.plm_owner.model.export import export_lm_head
+from pema_ray.plm_owner.model.gguf import converted
+from pema_ray.plm_owner.model.load import locate
+from pema_ray.plm_owner.model.states import capture_state
 
 
 def test_a_package_is_located_by_its_gguf_file_without_being_imported(tmp_path: Path, monkeypatch):

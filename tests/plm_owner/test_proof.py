@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from pema_ray.config import PLMConfig
 from pema_ray.errors import UserError
 from pema_ray.plm_owner import LoadedPLM, load_plm
-from pema_ray.plm_owner.export import export_lm_head
+from pema_ray.plm_owner.model.export import export_lm_head
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

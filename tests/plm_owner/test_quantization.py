@@ -17,8 +17,8 @@ from pema_ray.config import PLMConfig
 from pema_ray.errors import UserError
 from pema_ray.plm_owner import LoadedPLM, load_plm
 from pema_ray.plm_owner.engine.slots import SlotCaches, make_caches
-from pema_ray.plm_owner.export import export_lm_head
-from pema_ray.plm_owner.quantization import is_floating_point, stores_quantized
+from pema_ray.plm_owner.model.export import export_lm_head
+from pema_ray.plm_owner.model.quantization import is_floating_point, stores_quantized
 
 FOUR_BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 EIGHT_BITS = {"load_in_8bit": True}

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from pema_ray.config import PLMConfig
 from pema_ray.errors import UserError
 from pema_ray.plm_owner import LoadedPLM, load_plm
-from pema_ray.plm_owner.gguf import converted
+from pema_ray.plm_owner.model.gguf import converted
 
 Tensors = dict[str, torch.Tensor]
 
@@ -140,7 +140,7 @@ def test_an_incomplete_gguf_file_is_refused_and_no_conversion_kept(tmp_path: Pat
     gguf = pytest.importorskip("gguf")
     from transformers import AutoTokenizer
 
-    monkeypatch.setattr("pema_ray.plm_owner.gguf.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("pema_ray.plm_owner.model.gguf.cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
     for missing in ("blk.0.attn_norm.weight", None):
         file = tmp_path / f"{missing}.gguf"

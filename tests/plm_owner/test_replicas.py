@@ -11,8 +11,8 @@ from serving_kit import DirectHandle
 
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import ExtractBatch, SessionLost, Step, Stepped
-from pema_ray.plm_owner.replicas import Replicas
-from pema_ray.plm_owner.service import PLMEngine
+from pema_ray.plm_owner.service.deployment import PLMEngine
+from pema_ray.plm_owner.service.replicas import Replicas
 
 
 def engine_of(folder: str) -> PLMEngine:

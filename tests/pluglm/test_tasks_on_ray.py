@@ -118,7 +118,7 @@ def test_the_serve_file_builds_its_application() -> None:
 def test_edits_reach_every_replica_and_drop_no_request(config, ray_cluster, tmp_path) -> None:
     from ray import serve
 
-    from pema_ray.serving.pluglm import pluglm
+    from pema_ray.pluglm.application import pluglm
 
     config()
     key, hashed = new_key()

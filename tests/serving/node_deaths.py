@@ -14,7 +14,7 @@ async def main(wanted: dict) -> dict:
     from ray.cluster_utils import Cluster
     from test_serving_cluster import ask, until_no_session_lives
 
-    from pema_ray.serving.local import local
+    from pema_ray.pema.serving.local import local
 
     small = {"object_store_memory": 80 * 2**20}
     head = {"num_cpus": 3, "resources": {"texts": 1}, "include_dashboard": False, **small}

@@ -23,14 +23,14 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from serving_kit import DirectHandle
 
-from pema_ray.data_owner.serving.api import make_api
-from pema_ray.data_owner.serving.service import DataOwner
+from pema_ray.data_owner.service.api import make_api
+from pema_ray.data_owner.service.service import DataOwner
 from pema_ray.line import ExtractBatch, Step, codec
-from pema_ray.plm_owner.access import Access, Quota, add_client
-from pema_ray.plm_owner.api import Limits
-from pema_ray.plm_owner.api import make_api as make_public_api
-from pema_ray.plm_owner.replicas import Replicas
-from pema_ray.plm_owner.service import PLMEngine
+from pema_ray.plm_owner.service.access import Access, Quota, add_client
+from pema_ray.plm_owner.service.api import Limits
+from pema_ray.plm_owner.service.api import make_api as make_public_api
+from pema_ray.plm_owner.service.deployment import PLMEngine
+from pema_ray.plm_owner.service.replicas import Replicas
 
 schemathesis = pytest.importorskip("schemathesis")
 PACKAGE = Path(__file__).parents[2] / "pema_ray"

@@ -12,12 +12,12 @@ from typer.testing import CliRunner
 from pema_ray.commands.main import app
 from pema_ray.config import GenerateConfig, UnrollingConfig, load_config
 from pema_ray.data_owner import UnrollingSchedule
-from pema_ray.data_owner.serving.protocol import CompletionRequest
-from pema_ray.data_owner.serving.service import DataOwner, DecoderConfig
+from pema_ray.data_owner.service.protocol import CompletionRequest
+from pema_ray.data_owner.service.service import DataOwner, DecoderConfig
 from pema_ray.errors import UserError
-from pema_ray.plm_owner.access import Access
-from pema_ray.serving.local import LocalArgs
-from pema_ray.serving.run import application_of, arguments_of
+from pema_ray.pema.serving.local import LocalArgs
+from pema_ray.pema.serving.run import application_of, arguments_of
+from pema_ray.plm_owner.service.access import Access
 
 CONFIGS = Path(__file__).parents[2] / "serve_configs"
 
@@ -45,7 +45,7 @@ def test_every_serve_file_builds_its_application(topology: str):
         ("plm_owner", {}, "keys.*Field required"),
         ("data_owner", {}, "plm.*Field required"),
         ("data_owner", {"plm": {}}, r"args.plm: this application holds no weights: give plm.url or plm.serve"),
-        ("data_owner", {"plm": {"name": "gpt2"}}, "pema_ray.serving.local:local serves a PLM of one's own"),
+        ("data_owner", {"plm": {"name": "gpt2"}}, "pema_ray.pema.serving.local:local serves a PLM of one's own"),
         ("data_owner", {"plm": {"url": "https://a.b", "serve": "c"}}, "url and serve exclude each other"),
         ("data_owner", {"plm": {"url": "https://a.b", "threads": 2}}, "'threads' belongs to name"),
     ],

@@ -12,9 +12,9 @@ import pytest
 from test_line_over_https import Owner
 
 from pema_ray.line import Step, codec
-from pema_ray.plm_owner import access as access_module
-from pema_ray.plm_owner.access import Account, Client, Quota, Refused, Reservation, add_client, hash_of
-from pema_ray.plm_owner.api import Limits
+from pema_ray.plm_owner.service import access as access_module
+from pema_ray.plm_owner.service.access import Account, Client, Quota, Refused, Reservation, add_client, hash_of
+from pema_ray.plm_owner.service.api import Limits
 
 
 @pytest.fixture

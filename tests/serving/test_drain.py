@@ -14,8 +14,8 @@ from test_serving_cluster import free_port
 
 from pema_ray.errors import UserError
 from pema_ray.line import Step, Stepped, codec
-from pema_ray.plm_owner.access import Quota, add_client
-from pema_ray.serving.plm_owner import plm_owner
+from pema_ray.plm_owner.service.access import Quota, add_client
+from pema_ray.plm_owner.service.application import plm_owner
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

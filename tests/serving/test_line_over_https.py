@@ -26,11 +26,11 @@ from pema_ray.config import PLMConfig
 from pema_ray.data_owner.remote import RemotePLM
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import Busy, ExtractBatch, SessionLost, Step, Stepped, codec
-from pema_ray.plm_owner.access import Access, Quota, add_client, hash_of
-from pema_ray.plm_owner.api import Limits, make_api
-from pema_ray.plm_owner.replicas import Replicas
-from pema_ray.plm_owner.service import PLMEngine
-from pema_ray.plm_owner.states import capture_state
+from pema_ray.plm_owner.model.states import capture_state
+from pema_ray.plm_owner.service.access import Access, Quota, add_client, hash_of
+from pema_ray.plm_owner.service.api import Limits, make_api
+from pema_ray.plm_owner.service.deployment import PLMEngine
+from pema_ray.plm_owner.service.replicas import Replicas
 
 
 def certificate(folder: Path, name: str, days: int = 1, address: str = "127.0.0.1") -> tuple[str, str]:
@@ -476,7 +476,7 @@ def test_keys_are_kept_as_hashes_in_a_file_of_ones_own(tmp_path):
     access.reload()
     assert access.account(f"Bearer {renewed}").client.name == "a"
     assert access.account(f"bearer {second}").client.name == "b"
-    from pema_ray.plm_owner.access import Refused
+    from pema_ray.plm_owner.service.access import Refused
 
     with pytest.raises(Refused):
         access.account(f"Bearer {first}")

@@ -14,14 +14,14 @@ import pytest
 import yaml
 from serving_kit import DirectHandle
 
-from pema_ray.data_owner.serving.api import make_api
-from pema_ray.data_owner.serving.service import DataOwner
+from pema_ray.data_owner.service.api import make_api
+from pema_ray.data_owner.service.service import DataOwner
 from pema_ray.line import Step, codec
-from pema_ray.plm_owner.access import Access, Quota, add_client
-from pema_ray.plm_owner.api import Limits
-from pema_ray.plm_owner.api import make_api as make_public_api
-from pema_ray.plm_owner.replicas import Replicas
-from pema_ray.plm_owner.service import PLMEngine
+from pema_ray.plm_owner.service.access import Access, Quota, add_client
+from pema_ray.plm_owner.service.api import Limits
+from pema_ray.plm_owner.service.api import make_api as make_public_api
+from pema_ray.plm_owner.service.deployment import PLMEngine
+from pema_ray.plm_owner.service.replicas import Replicas
 from pema_ray.runtime.metrics import HISTOGRAMS, LEVELS, TOTALS
 from pema_ray.serving.logs import JsonLines
 
@@ -79,7 +79,7 @@ async def test_requests_have_numbers_and_are_logged_and_counted_without_contents
     written = io.StringIO()
     handler = logging.StreamHandler(written)
     handler.setFormatter(JsonLines())
-    logger = logging.getLogger("pema_ray.data_owner.serving.admission")
+    logger = logging.getLogger("pema_ray.data_owner.service.admission")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     asked = {"model": owner.card.name, "prompt": "Rewrite each secret", "max_tokens": 6, "temperature": 0}

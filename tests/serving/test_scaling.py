@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pema_ray.serving.scaling import ByLoad
+from pema_ray.plm_owner.service.autoscaling import ByLoad
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ from ray import serve
 from pema_ray.data_owner import PemaAdapter, UnrollingSchedule
 from pema_ray.data_owner.decoding import Answer, GenerationRequest, Predictor, SamplingParams
 from pema_ray.line import BlockingPLM, PLMClient, Step, Stepped
-from pema_ray.plm_owner.replicas import Replicas
-from pema_ray.serving.local import local
+from pema_ray.pema.serving.local import local
+from pema_ray.plm_owner.service.replicas import Replicas
 
 pytestmark = pytest.mark.cluster
 MOST = 30  # tokens of an answer

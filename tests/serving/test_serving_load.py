@@ -16,14 +16,14 @@ import pytest
 import uvicorn
 from serving_kit import DirectHandle
 
-from pema_ray.data_owner.serving.api import make_api
-from pema_ray.data_owner.serving.service import DataOwner
+from pema_ray.data_owner.service.api import make_api
+from pema_ray.data_owner.service.service import DataOwner
 from pema_ray.line import Step, codec
-from pema_ray.plm_owner.access import Access, Quota, add_client
-from pema_ray.plm_owner.api import Limits
-from pema_ray.plm_owner.api import make_api as make_public_api
-from pema_ray.plm_owner.replicas import Replicas
-from pema_ray.plm_owner.service import PLMEngine
+from pema_ray.plm_owner.service.access import Access, Quota, add_client
+from pema_ray.plm_owner.service.api import Limits
+from pema_ray.plm_owner.service.api import make_api as make_public_api
+from pema_ray.plm_owner.service.deployment import PLMEngine
+from pema_ray.plm_owner.service.replicas import Replicas
 
 CLIENTS = 64
 _GROWN = 24 * 2**20  # bytes in the second half of the time; a leaked session alone would be thousands of kilobytes

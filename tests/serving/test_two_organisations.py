@@ -18,7 +18,7 @@ from api_kit import offline_texts, save_adapter
 from safetensors.torch import load_file
 from test_line_over_https import certificate
 
-from pema_ray.plm_owner.access import Quota, add_client
+from pema_ray.plm_owner.service.access import Quota, add_client
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 SCRIPT = Path(__file__).with_name("organisation.py")

@@ -9,10 +9,10 @@ from pathlib import Path
 import uvicorn
 from serving_kit import DirectHandle
 
-from pema_ray.plm_owner.access import Access
-from pema_ray.plm_owner.api import Limits, make_api
-from pema_ray.plm_owner.replicas import Replicas
-from pema_ray.plm_owner.service import PLMEngine
+from pema_ray.plm_owner.service.access import Access
+from pema_ray.plm_owner.service.api import Limits, make_api
+from pema_ray.plm_owner.service.deployment import PLMEngine
+from pema_ray.plm_owner.service.replicas import Replicas
 
 
 async def main(folder: Path, port: int, plm: str) -> None:

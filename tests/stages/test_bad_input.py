@@ -20,8 +20,8 @@ from pema_ray.config import load_config
 from pema_ray.errors import FingerprintMismatch
 from pema_ray.line import LMHeadBundle
 from pema_ray.memory import ExternalMemory, Manifest
-from pema_ray.stages.main import run_stage, stages
-from pema_ray.stages.run import Run
+from pema_ray.pema.run import Run
+from pema_ray.pema.stages.main import run_stage, stages
 
 
 def refused(capsys, stage: str, path: Path, *overrides: str) -> str:

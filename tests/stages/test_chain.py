@@ -22,9 +22,9 @@ from pema_ray.errors import UserError
 from pema_ray.evaluation.comparison import Comparison, Measurement
 from pema_ray.evaluation.results import Evaluation
 from pema_ray.memory import ExternalMemory, published
-from pema_ray.stages.main import find_stage, stages
-from pema_ray.stages.run import Run
-from pema_ray.stages.systems import System
+from pema_ray.pema.run import Run
+from pema_ray.pema.stages.main import find_stage, stages
+from pema_ray.pema.stages.systems import System
 
 ROOT = Path(__file__).parents[2]
 JOBS = ("prepare", "export_head", "build_memory", "train_adapter", "generate", "evaluate", "report")

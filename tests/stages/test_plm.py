@@ -12,8 +12,8 @@ from pema_ray.config import PLMConfig
 from pema_ray.data_owner.remote import RemotePLM
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import BlockingPLM
+from pema_ray.pema.plm import connect, connector
 from pema_ray.plm_owner import LocalPLM
-from pema_ray.stages.plm import connect, connector
 
 
 def test_a_stage_refuses_a_plm_that_is_not_the_exported_one(tiny_plm_folder):

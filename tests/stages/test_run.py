@@ -9,9 +9,9 @@ import pytest
 
 from pema_ray.config import TrainConfig, load_config
 from pema_ray.errors import UserError
-from pema_ray.stage_run import claim
-from pema_ray.stages.answers import read_rows, write_rows
-from pema_ray.stages.run import STAGES, Run
+from pema_ray.experiment.stage_run import claim
+from pema_ray.pema.run import STAGES, Run
+from pema_ray.pema.stages.answers import read_rows, write_rows
 from pema_ray.trime.config import TrimeConfig
 from pema_ray.trime.run import TrimeRun
 

@@ -20,10 +20,10 @@ from pema_ray.data_owner.decoding.offline import GenerationJob, SystemAnswer
 from pema_ray.memory import Manifest, MemoryRows, ShardInfo
 from pema_ray.memory.codec import encode
 from pema_ray.memory.shards import write_shard
-from pema_ray.serving.run import arguments_of
-from pema_ray.stages.answers import make_job, predictor_of, to_row
-from pema_ray.stages.main import stages
-from pema_ray.stages.run import Run
+from pema_ray.pema.run import Run
+from pema_ray.pema.serving.run import arguments_of
+from pema_ray.pema.stages.answers import make_job, predictor_of, to_row
+from pema_ray.pema.stages.main import stages
 from pema_ray.tasks.postprocess import RULES
 
 TASK = {

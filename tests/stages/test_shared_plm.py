@@ -13,10 +13,10 @@ from pema_ray.config import ExperimentConfig, PLMConfig, load_config
 from pema_ray.errors import UserError
 from pema_ray.evaluation.results import Evaluation
 from pema_ray.memory import ExternalMemory
+from pema_ray.pema.stages.main import stages
 from pema_ray.plm_owner import EngineConfig
-from pema_ray.serving.plm_owner import plm_engine
+from pema_ray.plm_owner.service.application import plm_engine
 from pema_ray.serving.scale import Scale
-from pema_ray.stages.main import stages
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 CHAIN = ("prepare", "export_head", "build_memory", "train", "generate", "evaluate")

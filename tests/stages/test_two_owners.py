@@ -24,8 +24,8 @@ def test_a_data_owners_process_cannot_import_the_plm_owners_code(tmp_path: Path)
         command = owner.command("-c", code)
         return subprocess.run(command, env=owner.environment(), cwd=tmp_path, capture_output=True, text=True)
 
-    imports = "import pema_ray.commands.main, pema_ray.serving.data_owner"
-    whole = f"{imports}; from pema_ray.stages.main import stages; print(*stages())"
+    imports = "import pema_ray.commands.main, pema_ray.pema.serving.data_owner"
+    whole = f"{imports}; from pema_ray.pema.stages.main import stages; print(*stages())"
     done = python(whole)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split()[0] == "prepare"

@@ -19,7 +19,7 @@ from pema_ray.data_owner.decoding.predictor import Predictor
 from pema_ray.data_owner.decoding.request import Attribution, Finish, Token
 from pema_ray.data_owner.decoding.sampling import draw, top_tokens
 from pema_ray.data_owner.decoding.text import AnswerText
-from pema_ray.data_owner.unrolling import mix
+from pema_ray.data_owner.decoding.unrolling import mix
 from pema_ray.line import LMHead
 from pema_ray.runtime.metrics import Metrics, NoMetrics
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pema_ray.data_owner.unrolling import UnrollingSchedule
+from pema_ray.data_owner.decoding.unrolling import UnrollingSchedule
 
 Finish = Literal["eos", "stop", "length"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pema_ray.config import GenerateConfig
 from pema_ray.data_owner.decoding.request import GenerationRequest, SamplingParams
-from pema_ray.data_owner.unrolling import UnrollingSchedule
+from pema_ray.data_owner.decoding.unrolling import UnrollingSchedule
 from pema_ray.errors import UserError
 from pema_ray.tasks import Prompter
 from pema_ray.tasks.postprocess import tidy

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pema_ray.data_owner.adapter import PemaAdapter
+from pema_ray.data_owner.adapter.pema import PemaAdapter
 from pema_ray.line import LMHead
 
 

@@ -21,7 +21,7 @@ from pema_ray.plm_owner.engine.extraction import Extraction, ExtractJob
 from pema_ray.plm_owner.engine.fair import FairQueue
 from pema_ray.plm_owner.engine.sessions import Sessions, StepJob
 from pema_ray.plm_owner.engine.slots import Feed, make_caches
-from pema_ray.plm_owner.load import LoadedPLM
+from pema_ray.plm_owner.model.load import LoadedPLM
 
 Job = StepJob | ExtractJob
 _PASS_TOKENS_CPU, _PASS_TOKENS_GPU = 512, 4096

@@ -8,8 +8,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from pema_ray.plm_owner.load import LoadedPLM
-from pema_ray.plm_owner.states import capture_state
+from pema_ray.plm_owner.model.load import LoadedPLM
+from pema_ray.plm_owner.model.states import capture_state
 
 _REFUSALS = (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError)
 

@@ -20,8 +20,8 @@ from transformers.cache_utils import DynamicLayer
 
 from pema_ray.line import ExtractBatch
 from pema_ray.plm_owner.engine.checks import attempt, holds_plain_rows, plain_states, random_ids, same_states
-from pema_ray.plm_owner.load import LoadedPLM
-from pema_ray.plm_owner.states import capture_state
+from pema_ray.plm_owner.model.load import LoadedPLM
+from pema_ray.plm_owner.model.states import capture_state
 
 _SHORTEST_PREFIX = 8  # tokens; a shorter one is computed with every sequence
 _KEPT_PREFIXES = 8  # owners whose last prefix is kept

@@ -15,8 +15,8 @@ from pema_ray.line import Busy, Description, ExtractBatch, Limits, LMHeadBundle,
 from pema_ray.plm_owner.engine.batcher import Batcher
 from pema_ray.plm_owner.engine.config import EngineConfig
 from pema_ray.plm_owner.engine.engine import Engine
-from pema_ray.plm_owner.export import export_lm_head
-from pema_ray.plm_owner.load import LoadedPLM, load_plm
+from pema_ray.plm_owner.model.export import export_lm_head
+from pema_ray.plm_owner.model.load import LoadedPLM, load_plm
 from pema_ray.runtime.hardware import DTYPES
 
 

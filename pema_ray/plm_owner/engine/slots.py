@@ -19,8 +19,8 @@ from transformers.cache_utils import DynamicLayer
 
 from pema_ray.errors import UserError
 from pema_ray.plm_owner.engine.checks import attempt, holds_plain_rows, plain_states, random_ids, same_states
-from pema_ray.plm_owner.load import LoadedPLM
-from pema_ray.plm_owner.states import capture_state
+from pema_ray.plm_owner.model.load import LoadedPLM
+from pema_ray.plm_owner.model.states import capture_state
 
 _FIRST_POSITIONS = 128  # of a slot, before it has to grow
 _GROWTH = 1.5

@@ -1,4 +1,4 @@
-"""The stages of a translation experiment and what each is made from; the run folder is `pema_ray.stage_run`'s."""
+"""The stages of a translation experiment and what each is made from, over `pema_ray.experiment.stage_run`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from pema_ray.stage_run import StageRun, own_folder
+from pema_ray.experiment.stage_run import StageRun, own_folder
 from pema_ray.trime.mt.config import MtConfig
 from pema_ray.trime.run import INCIDENTAL, described
 

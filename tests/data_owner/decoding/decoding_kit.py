@@ -17,10 +17,10 @@ from pema_ray.data_owner.decoding import Answer, Attribution, Decoder, Generatio
 from pema_ray.data_owner.decoding.request import Token
 from pema_ray.line import LMHead, PLMClient, Step, Stepped
 from pema_ray.plm_owner import LoadedPLM
-from pema_ray.plm_owner.export import export_lm_head
-from pema_ray.plm_owner.replicas import Replicas
-from pema_ray.plm_owner.service import PLMEngine
-from pema_ray.plm_owner.states import capture_state
+from pema_ray.plm_owner.model.export import export_lm_head
+from pema_ray.plm_owner.model.states import capture_state
+from pema_ray.plm_owner.service.deployment import PLMEngine
+from pema_ray.plm_owner.service.replicas import Replicas
 
 PROMPTS = [[0, 40, 77, 120, 9], [0, 200, 31], [0, 61, 62, 63, 64, 65, 66, 67, 68], [0, 5]]
 STEPS = 14

@@ -23,8 +23,8 @@ from decoding_kit import (
     various,
 )
 
+from pema_ray.data_owner.adapter.knn import NearestNeighbours
 from pema_ray.data_owner.decoding import Answer, Attribution, Predictor, SamplingParams
-from pema_ray.data_owner.knn import NearestNeighbours
 from pema_ray.memory import MemoryRows
 from pema_ray.memory.codec import encode
 

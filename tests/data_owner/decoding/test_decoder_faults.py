@@ -27,7 +27,7 @@ from pema_ray.data_owner.decoding import GenerationAborted, GenerationRequest, S
 from pema_ray.data_owner.decoding.text import AnswerText
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import Busy, SessionLost
-from pema_ray.plm_owner.replicas import Replicas
+from pema_ray.plm_owner.service.replicas import Replicas
 
 BEAM = SamplingParams("beam", beams=3)
 KINDS = pytest.mark.parametrize("sampling", [GREEDY, SAMPLE, BEAM], ids=lambda s: s.kind)

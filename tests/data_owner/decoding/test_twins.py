@@ -16,17 +16,17 @@ from serving_kit import DirectHandle
 
 from pema_ray.config import PLMConfig
 from pema_ray.data_owner import UnrollingSchedule
+from pema_ray.data_owner.adapter.knn import NearestNeighbours
 from pema_ray.data_owner.decoding import Answer, GenerationRequest, Predictor
-from pema_ray.data_owner.knn import NearestNeighbours
 from pema_ray.data_owner.remote import RemotePLM
 from pema_ray.line import PLMClient
 from pema_ray.memory import MemoryRows
 from pema_ray.memory.codec import encode
 from pema_ray.plm_owner import LoadedPLM
-from pema_ray.plm_owner.access import Access, Quota, add_client
-from pema_ray.plm_owner.api import Limits, make_api
-from pema_ray.plm_owner.replicas import Replicas
-from pema_ray.plm_owner.service import PLMEngine
+from pema_ray.plm_owner.service.access import Access, Quota, add_client
+from pema_ray.plm_owner.service.api import Limits, make_api
+from pema_ray.plm_owner.service.deployment import PLMEngine
+from pema_ray.plm_owner.service.replicas import Replicas
 
 
 def predictors_of(plm: LoadedPLM) -> dict[str, Predictor]:

@@ -14,9 +14,9 @@ import openai
 import pytest
 from api_kit import save_adapter
 
-from pema_ray.data_owner.serving.api import _tokenized
-from pema_ray.data_owner.serving.forms import Completion
-from pema_ray.data_owner.serving.protocol import CompletionRequest
+from pema_ray.data_owner.service.api import _tokenized
+from pema_ray.data_owner.service.forms import Completion
+from pema_ray.data_owner.service.protocol import CompletionRequest
 from pema_ray.errors import FingerprintMismatch, UserError
 
 

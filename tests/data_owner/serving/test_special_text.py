@@ -12,11 +12,11 @@ from api_kit import Service, save_adapter
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pema_ray.config import PLMConfig
-from pema_ray.data_owner.serving.api import _tokenized
-from pema_ray.data_owner.serving.forms import Chat, Completion
-from pema_ray.data_owner.serving.protocol import ChatRequest, CompletionRequest
+from pema_ray.data_owner.service.api import _tokenized
+from pema_ray.data_owner.service.forms import Chat, Completion
+from pema_ray.data_owner.service.protocol import ChatRequest, CompletionRequest
 from pema_ray.plm_owner import load_plm
-from pema_ray.plm_owner.export import export_lm_head
+from pema_ray.plm_owner.model.export import export_lm_head
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -16,9 +16,9 @@ from pema_ray.errors import UserError
 from pema_ray.line import Busy, SessionLost, Step, Stepped
 from pema_ray.plm_owner.engine import Batcher, EngineConfig
 from pema_ray.plm_owner.engine.batcher import Job
-from pema_ray.plm_owner.export import export_lm_head
-from pema_ray.plm_owner.load import load_plm
-from pema_ray.plm_owner.states import capture_state
+from pema_ray.plm_owner.model.export import export_lm_head
+from pema_ray.plm_owner.model.load import load_plm
+from pema_ray.plm_owner.model.states import capture_state
 
 CLOSE: dict[str, Any] = {"atol": 2e-4, "rtol": 2e-4}
 TOKEN = st.integers(3, 299)

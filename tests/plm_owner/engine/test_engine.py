@@ -10,7 +10,7 @@ import pytest
 
 from pema_ray.line import Busy, ExtractBatch, SessionLost, Step, Stepped
 from pema_ray.plm_owner.engine import Batcher, Engine, EngineConfig
-from pema_ray.plm_owner.export import export_lm_head
+from pema_ray.plm_owner.model.export import export_lm_head
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from pema_ray.errors import UserError
 from pema_ray.line import Busy, ExtractBatch, Step, Stepped
 from pema_ray.plm_owner.engine import Batcher, EngineConfig
 from pema_ray.plm_owner.engine.extraction import Extraction, ExtractJob, _SharedPrefixLayer, cut
-from pema_ray.plm_owner.export import export_lm_head
-from pema_ray.plm_owner.states import capture_state
+from pema_ray.plm_owner.model.export import export_lm_head
+from pema_ray.plm_owner.model.states import capture_state
 
 CLOSE: dict[str, Any] = {"atol": 2e-4, "rtol": 2e-4}
 PREFIX = tuple(range(10, 34))

@@ -14,7 +14,7 @@ from pema_ray.config import PLMConfig
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import ExtractBatch, SessionLost, Step, Stepped
 from pema_ray.plm_owner import LoadedPLM, LocalPLM
-from pema_ray.plm_owner.states import find_final_norm
+from pema_ray.plm_owner.model.states import find_final_norm
 
 CLOSE: dict[str, Any] = {"atol": 2e-4, "rtol": 2e-4}
 TOKENS = st.lists(st.integers(3, 299), min_size=1, max_size=14)

@@ -7,7 +7,7 @@ from transformers import GPTNeoConfig, GPTNeoForCausalLM, MptConfig, MptForCausa
 
 from pema_ray.plm_owner.engine.checks import plain_states, random_ids, same_states
 from pema_ray.plm_owner.engine.slots import Feed, SlotCaches, make_caches
-from pema_ray.plm_owner.load import LoadedPLM
+from pema_ray.plm_owner.model.load import LoadedPLM
 
 
 def test_a_short_session_beside_one_beyond_the_local_window_keeps_its_states():

@@ -1,0 +1,98 @@
+"""Brings batches to the training device ahead of the step that needs them. Knows no Ray and no model. N rows, H hidden.
+
+A thread of its own gathers the rows of the next batches, still encoded: fewer bytes than float32. For a GPU it copies
+them from pinned memory on a stream of its own. The training thread decodes them on the device.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from pema_ray.data_owner.training.feed import Batch
+from pema_ray.memory.codec import KeyDtype, decode
+from pema_ray.runtime.hardware import compute_elsewhere
+
+Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""What `JointObjective.forward` takes: representations `[N, H]` float32, targets, shares, and sequences or none."""
+
+_AHEAD = 2  # batches that are on the device or on their way there while one is trained on
+
+
+def load(batches: Iterator[Sequence[Batch]], device: torch.device, ahead: int = _AHEAD) -> Iterator[list[Part]]:
+    """The same batches, each in its parts, as tensors on the device.
+
+    Args:
+        batches: is advanced in another thread; an error there is raised here, when its batch is due.
+        ahead: batches that are prepared while one is in use.
+    """
+    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def next_batch() -> list[_Copied] | None:
+        parts = next(batches, None)
+        return None if parts is None else [_copy(part, device, copies) for part in parts]
+
+    reader = ThreadPoolExecutor(1, "loader", initializer=compute_elsewhere)
+    try:
+        waiting = deque(reader.submit(next_batch) for _ in range(ahead))
+        while (copied := waiting.popleft().result()) is not None:
+            waiting.append(reader.submit(next_batch))
+            yield [part.tensors() for part in copied]
+    finally:
+        reader.shutdown(cancel_futures=True)
+
+
+def load_parts(batches: Iterator[Batch], device: torch.device) -> Iterator[tuple[Batch, Part]]:
+    """The same for whole batches, each beside its tensors."""
+    taken: deque[Batch] = deque()
+
+    def remembered() -> Iterator[list[Batch]]:
+        for batch in batches:
+            taken.append(batch)
+            yield [batch]
+
+    for (part,) in load(remembered(), device):
+        yield taken.popleft(), part
+
+
+@dataclass(frozen=True, slots=True)
+class _Copied:
+    """A batch on the device, or on its way there: `event` is recorded behind its copies."""
+
+    dtype: KeyDtype
+    data: torch.Tensor
+    scale: torch.Tensor | None
+    target: torch.Tensor
+    share: torch.Tensor
+    example: torch.Tensor | None
+    event: torch.cuda.Event | None
+
+    def tensors(self) -> Part:
+        if self.event is not None:
+            stream = torch.cuda.current_stream(self.data.device)
+            stream.wait_event(self.event)
+            for tensor in (self.data, self.scale, self.target, self.share, self.example):
+                if tensor is not None:
+                    tensor.record_stream(stream)  # its memory is not given away before this stream has used it
+        return decode(self.data, self.scale, self.dtype), self.target, self.share, self.example
+
+
+def _copy(batch: Batch, device: torch.device, stream: torch.cuda.Stream | None) -> _Copied:
+    data, scale = batch.key.tensors()
+    target, share = torch.from_numpy(batch.target), torch.from_numpy(batch.share)
+    tensors = [data, scale, target, share, None if batch.example is None else torch.from_numpy(batch.example)]
+    event = None
+    if stream is not None:
+        event = torch.cuda.Event()
+        with torch.cuda.stream(stream):
+            tensors = [t if t is None else t.pin_memory().to(device, non_blocking=True) for t in tensors]
+            event.record(stream)
+    data, scale, target, share, example = tensors
+    assert data is not None, "keys have data"
+    assert target is not None, "batches have targets"
+    assert share is not None, "batches have shares"
+    return _Copied(batch.key.dtype, data, scale, target, share, example, event)

@@ -1,0 +1,139 @@
+"""Trains an adapter under Ray Train: the same loop in every worker, on rows of a memory or of a stream."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pema_ray.config import PlacementConfig, TrainConfig
+from pema_ray.data_owner.adapter.pema import AdapterConfig
+from pema_ray.data_owner.training.feed import StreamShuffle
+from pema_ray.data_owner.training.loop import RESUMED_FROM, History, Point, Trainer
+from pema_ray.errors import UserError
+from pema_ray.line import LMHeadBundle, ModelCard
+from pema_ray.memory import ExternalMemory, MemoryRows, ShardInfo
+from pema_ray.memory.build import await_shard
+from pema_ray.memory.external_memory import RowsView
+from pema_ray.memory.planning import finished_shards
+from pema_ray.memory.shards import read_shard
+from pema_ray.runtime.hardware import pick_dtype
+from pema_ray.runtime.placement import ANYWHERE
+from pema_ray.training.ray_checkpoint import reporting_checkpoints
+from pema_ray.training.ray_loop import is_first_on_its_node, reporting, run_workers, worker_place
+
+FIRST_STEP = "first_step.json"  # of a streamed training: how much of the memory was there
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """Everything a worker needs, as paths that every worker can read (`train_memory` may be `ray://<name>`)."""
+
+    train_memory: Path | str
+    dev_memory: Path
+    bundle: Path
+    run_dir: Path
+    adapter: AdapterConfig
+    config: TrainConfig
+    seed: int = 0
+    streamed_rows: int | None = None
+    """Rows that `train_memory` will have, when it is being built while the job runs."""
+    streamed_mean_weight: float = 1.0
+    """How often each of them occurs, on average."""
+    placement: PlacementConfig = ANYWHERE
+    """On which nodes workers run."""
+
+
+def fit(
+    job: TrainingJob, on_point: Callable[[str, Point], None] = lambda kind, point: None, stream: Any = None
+) -> History:
+    """Train on Ray and leave the adapter in `run_dir/adapter`.
+
+    Args:
+        stream: a data set that builds the training memory as it is read (`memory.build.stream_shards`).
+
+    Raises:
+        UserError: what a worker refused, in its own words.
+    """
+    outcome = run_workers(
+        _train,
+        job,
+        job.run_dir,
+        job.config,
+        lambda kind, point: on_point(kind, Point(**point)),
+        {} if stream is None else {"train": stream},
+        job.placement,
+    )
+    return History.from_dict(outcome.returned)
+
+
+def _train(job: TrainingJob) -> dict[str, Any]:
+    """What every worker does; the leading one leaves the adapter and its history."""
+    place = worker_place(job.config)
+    bundle = LMHeadBundle.load(job.bundle)
+    verify = is_first_on_its_node()  # its refusal ends all workers before the first step
+    train = _training_rows(job, bundle.card, verify)
+    looks_back = job.adapter.looks_back
+    most = None if looks_back else job.config.validation_rows
+    dev = ExternalMemory.open(job.dev_memory, bundle.card).view(max_rows=most, prompts=looks_back, verify=verify)
+    head = bundle.head.to(pick_dtype(job.config.dtype, place.device))
+    config = job.config.model_copy(update={"resume": True})  # `run_workers` has seen to what the user wants
+    name = f"{job.adapter.task or 'adapter'} r={job.adapter.rank}"
+    settings = {**job.config.model_dump(mode="json"), "plm": job.adapter.plm_name, "seed": job.seed}
+    with (
+        reporting(job.run_dir, place, job.config, name, settings) as tell,
+        reporting_checkpoints(job.run_dir, place, RESUMED_FROM) as on_saved,
+    ):
+
+        def on_point(kind: str, point: Point) -> None:
+            if kind == "train" and point.step == 1 and job.streamed_rows is not None:  # before trackers take their time
+                built = len(finished_shards(Path(job.train_memory)))
+                (job.run_dir / FIRST_STEP).write_text(json.dumps({"shards": built}))
+            tell(kind, asdict(point))
+
+        trainer = Trainer(job.adapter, config, head, train, dev, job.run_dir, job.seed, place, on_point, on_saved)
+        adapter, history = trainer.run()
+    if place.leads:
+        (job.run_dir / "history.json").write_text(json.dumps(history.to_dict()))
+        adapter.save_pretrained(job.run_dir / "adapter", adapter.model_card(_figures(history)))
+    return history.to_dict()
+
+
+def _training_rows(job: TrainingJob, card: ModelCard, verify: bool) -> Any:
+    if job.streamed_rows is not None:
+        return _streamed(job, job.streamed_rows)
+    memory = ExternalMemory.open(job.train_memory, card)
+    if job.config.shuffle == "window":
+        return memory
+    return memory.view(max_examples=job.config.max_train_pairs, prompts=job.adapter.looks_back, verify=verify)
+
+
+def _streamed(job: TrainingJob, rows: int) -> StreamShuffle:
+    """Shards as their receipts come in; the rows are read from the files that were just written."""
+    folder = Path(job.train_memory)
+
+    def arrivals() -> Iterator[MemoryRows]:
+        import ray.train
+
+        stream: Any = ray.train.get_dataset_shard("train")
+        for row in stream.iter_rows():
+            if row["error"]:
+                raise UserError(row["error"])
+            info = ShardInfo.model_validate_json(row["info"])
+            await_shard(folder / info.name, row["node"])
+            yield read_shard(folder / info.name, info.sha256).of_targets
+
+    def finished() -> RowsView:
+        return RowsView([read_shard(folder / info.name, info.sha256).of_targets for info in finished_shards(folder)])
+
+    return StreamShuffle(rows, job.streamed_mean_weight, arrivals, finished, job.config.batch_size, job.seed)
+
+
+def _figures(history: History) -> str:
+    first, best = history.validation[0], min(history.validation, key=lambda point: point.prediction)
+    return (
+        f"Trained on {history.rows:,} rows. Held-out loss on the dev memory, nats per token: "
+        f"{first.prediction:.3f} before the first step, {best.prediction:.3f} at step {best.step}.\n\n"
+    )

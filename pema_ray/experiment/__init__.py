@@ -1,0 +1,1 @@
+"""Experiments of any kind: run folders, stages, stamps."""

@@ -1,0 +1,52 @@
+"""Connects a stage to its PLM owner, whichever `plm:` names: this process, a Serve application, or an HTTPS service.
+
+The PLM owner's code is imported only where `plm.name` or `plm.serve` asks for it: a data owner needs none of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pema_ray.config import PLMConfig
+from pema_ray.line import ModelCard, PLMClient
+
+
+def connect(config: PLMConfig, card: ModelCard | None = None, engine: Mapping[str, Any] | None = None) -> PLMClient:
+    """A client of the PLM owner; models are loaded and connections made by its first call.
+
+    Args:
+        card: the PLM that must answer; None accepts any.
+        engine: settings of the engine (`EngineConfig`) of a PLM of one's own; others have their own settings.
+    """
+    fingerprint = config.fingerprint if card is None else card.fingerprint
+    if config.url is not None:
+        from pema_ray.data_owner.remote import RemotePLM
+
+        return RemotePLM(config, fingerprint)
+    if config.serve is not None:
+        from pema_ray.plm_owner.service.replicas import Replicas
+
+        return Replicas.of_application(config.serve, fingerprint=fingerprint)
+    from pema_ray.plm_owner.engine import EngineConfig, LocalPLM
+
+    return LocalPLM(config, EngineConfig(**(engine or {})), fingerprint=fingerprint)
+
+
+def connector(
+    config: PLMConfig, card: ModelCard | None, cpus: float, engine: Mapping[str, Any] | None = None
+) -> Callable[[], PLMClient]:
+    """A picklable `connect` for Ray actors.
+
+    Args:
+        card: as `connect` takes it.
+        cpus: that each actor has; a PLM of one's own uses as many threads, unless `plm.threads` says otherwise.
+    """
+    if config.is_own:
+        config = config.model_copy(update={"threads": config.threads or max(1, int(cpus))})
+    files = {name: getattr(config, name) for name in ("key_file", "ca_file")}
+    absolute = {name: str(Path(file).expanduser().absolute()) for name, file in files.items() if file is not None}
+    config = config.model_copy(update=absolute)  # actors have other working folders
+    return partial(connect, config, card, dict(engine or {}))

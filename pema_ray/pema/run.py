@@ -1,0 +1,166 @@
+"""The stages of a PEMA experiment and what each is made from; the run folder is `pema_ray.experiment.stage_run`'s."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pema_ray.config import ExperimentConfig
+from pema_ray.errors import UserError
+from pema_ray.experiment.stage_run import HOW_FAST, StageRun, chosen_settings, claim
+from pema_ray.line import LMHeadBundle
+from pema_ray.memory.manifest import Manifest
+from pema_ray.runtime.files import atomic_file, sha256_of
+from pema_ray.tasks import Pair, Prompter, Task, load_task
+from pema_ray.tasks.shots import SimilarShots, first_shots
+
+# stage → (settings it depends on, stages it is made from)
+STAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "prepare": (("task",), ()),
+    "export_head": (("plm",), ()),
+    "build_memory": (("build_memory",), ("prepare", "export_head")),
+    "train": (("train",), ("build_memory",)),
+    "generate": (("generate",), ("train",)),
+    "evaluate": (("evaluate",), ("generate",)),
+    "report": ((), ("evaluate",)),
+}
+# Beside the chain: done when it is asked for.
+_EXTRA: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "compare": (("compare", "train", "generate"), ("build_memory",)),
+}
+# What must lie in a stage's folder for its metrics to be believed (a memory is asked shard by shard).
+_EVIDENCE: dict[str, tuple[str, ...]] = {
+    "prepare": ("train.parquet", "dev.parquet", "test.parquet"),
+    "export_head": ("lm_head/bundle.json",),
+    "train": ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "history.json"),
+    "generate": ("answers.jsonl",),
+    "evaluate": ("evaluation.json",),
+    "report": ("report.html",),
+    "compare": ("comparison.json", "table.md"),
+}
+COMPARE_PROTOCOL = "protocol 2"
+"""Changes when other defaults or another way of measuring give other figures: stamps leave defaults out."""
+_ADAM_SCHEME = "best on dev"  # how the `adam` solver of stage 1 ends
+
+
+class Run(StageRun[ExperimentConfig]):
+    """The folder of one experiment."""
+
+    incidental = HOW_FAST | {
+        "overwrite", "max_rejected", "threads", "published", "max_actors", "requests_in_flight", "patience_seconds",
+        "key_file", "ca_file", "timeout_seconds", "workers",
+    }  # fmt: skip
+    _metrics_before: str | None = None
+
+    def sections(self, stage: str) -> tuple[str, ...]:
+        return (STAGES | _EXTRA)[stage][0]
+
+    def parents(self, stage: str) -> tuple[str, ...]:
+        return (STAGES | _EXTRA)[stage][1]
+
+    def evidence(self, stage: str) -> tuple[str, ...]:
+        return _EVIDENCE[stage]
+
+    def command(self, stage: str) -> str:
+        return f"pema-ray {stage.replace('_', '-')}"
+
+    def others(self, stage: str) -> list[Any]:
+        if stage == "prepare":
+            return [chosen_settings(self.task), self.file_hashes]
+        if stage == "compare":
+            return [COMPARE_PROTOCOL]
+        if stage != "train":
+            return []
+        train = self.config.train  # with windows, the number of workers decides how many steps there are
+        windows = [["workers", train.workers]] if train.shuffle == "window" else []
+        return [*windows, _ADAM_SCHEME] if train.solver == "adam" else windows
+
+    @cached_property
+    def file_hashes(self) -> dict[str, str]:
+        """sha256 of the task's files by split; of those that are gone since they were prepared, as they were then."""
+        paths = {**self.task.source.files, **self.config.task.files}
+        before = self.recorded("prepare").get("file_hashes", {})
+        return before | {s: sha256_of(Path(p)) for s, p in paths.items() if Path(p).is_file()}
+
+    def is_whole(self, stage: str) -> bool:
+        if stage == "build_memory":
+            try:
+                return self._memory_is_whole()
+            except UserError:
+                return False
+        return super().is_whole(stage)
+
+    def _memory_is_whole(self) -> bool:
+        """Every shard of every manifest is there: a user may have deleted a damaged one, to have it made again."""
+        for split in self.config.build_memory.splits:
+            folder = self.path("build_memory", split)
+            if not all((folder / shard.name).exists() for shard in Manifest.read(folder).shards):
+                return False
+        return True
+
+    @contextmanager
+    def under_way(self, stage: str, stamp: str) -> Iterator[None]:
+        """A stage that is under way has no metrics; one that was refused keeps those of the result it left in place."""
+        self.path(stage).mkdir(parents=True, exist_ok=True)
+        path = self.path(stage, "metrics.json")
+        self._metrics_before = path.read_text() if path.exists() else None
+        path.unlink(missing_ok=True)
+        try:
+            yield
+        except UserError:
+            if self._metrics_before is not None and self.is_whole(stage):
+                with atomic_file(path) as temporary:
+                    temporary.write_text(self._metrics_before)
+            raise
+
+    def claim(self, stage: str) -> None:
+        """Set aside what other settings left in the folder of a stage that is under way, once nothing can refuse it."""
+        before, self._metrics_before = self._metrics_before, None
+        claim(self.path(stage), self.stamp(stage), before)
+
+    # ── what stages share ───────────────────────────────────────────────────
+
+    @cached_property
+    def task(self) -> Task:
+        return load_task(self.config.task.name)
+
+    @cached_property
+    def bundle(self) -> LMHeadBundle:
+        return LMHeadBundle.load(self.path("export_head", "lm_head"))
+
+    @cached_property
+    def tokenizer(self):
+        return self.bundle.tokenizer()
+
+    def pairs(self, split: str) -> list[Pair]:
+        """The prepared pairs of a split."""
+        import pyarrow.parquet as pq
+
+        path = self.path("prepare", f"{split}.parquet")
+        if not path.exists():
+            raise UserError(f"{path}: no such prepared split. Run: pema-ray prepare")
+        return [Pair(**row) for row in pq.read_table(path).to_pylist()]
+
+    def prompter(
+        self,
+        shots: int | None = None,
+        show: Literal["first", "similar"] | None = None,
+        limit: int | None = None,
+    ) -> Prompter:
+        """The prompts of this experiment, or the same with another number or choice of examples.
+
+        Args:
+            limit: choose among the first so many training pairs.
+        """
+        task = self.config.task
+        shots, similar = task.shots if shots is None else shots, (show or task.show) == "similar"
+        extra = task.chat_template_kwargs
+        if shots and similar:
+            return Prompter(
+                self.tokenizer, self.task, SimilarShots(self.pairs("train")[:limit], shots), task.chat, extra
+            )
+        shown = first_shots(self.pairs("train")[:limit], shots) if shots else []
+        return Prompter(self.tokenizer, self.task, shown, task.chat, extra)

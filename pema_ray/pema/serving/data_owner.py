@@ -1,0 +1,83 @@
+"""The data owner's Serve application, over whichever PLM owner `plm` names; it holds no code of the PLM owner's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+
+from pema_ray.config import PLMConfig, Section, validate
+from pema_ray.data_owner.service.api import make_api
+from pema_ray.data_owner.service.service import DataOwner, DecoderConfig, Live
+from pema_ray.errors import UserError
+from pema_ray.line import PLMClient
+from pema_ray.pema.plm import connect
+from pema_ray.runtime.metrics import RayMetrics
+from pema_ray.serving.logs import log_as_json
+from pema_ray.serving.scale import UNLIMITED, Scale
+from pema_ray.serving.swapping import refused
+
+
+class DataOwnerArgs(Section):
+    """Of a data owner's service whose PLM runs elsewhere."""
+
+    plm: PLMConfig
+    """The PLM owner's service: `url` with `key_file` and `ca_file`, or `serve` for an application of this cluster."""
+    decoder: DecoderConfig = DecoderConfig()
+    live: Live = Live()
+    """Adapters and their tasks at first; `user_config` of the deployment `DataOwner` changes them."""
+    data_owner: Scale = Scale()
+
+
+def data_owner(args: Mapping[str, Any] | None = None) -> Application:
+    """The data owner's API, over a PLM owner's service.
+
+    Raises:
+        UserError: `plm` names a PLM of one's own.
+    """
+    wanted = validate(DataOwnerArgs, dict(args or {}), "args")
+    if wanted.plm.is_own:
+        raise UserError(
+            "args.plm: this application holds no weights: give plm.url or plm.serve. "
+            "pema_ray.pema.serving.local:local serves a PLM of one's own."
+        )
+    deployment = data_owner_deployment(wanted.decoder, wanted.data_owner, wanted.live)
+    return deployment.bind(partial(connect, wanted.plm), wanted.decoder.model_dump())
+
+
+def data_owner_deployment(config: DecoderConfig, scale: Scale, live: Live) -> Any:
+    """The deployment; bind it to what makes a client, the decoder's settings, and the client's arguments."""
+
+    @serve.deployment(
+        name="DataOwner",
+        num_replicas=scale.replicas,
+        max_ongoing_requests=UNLIMITED,
+        ray_actor_options=scale.actor,
+        user_config=live.model_dump(),
+        graceful_shutdown_timeout_s=config.timeout_seconds,
+    )
+    @serve.ingress()
+    class Ingress:
+        def __init__(self, connect: Callable[..., PLMClient], decoder: Mapping[str, Any], *plm: Any) -> None:
+            log_as_json()
+            self.owner = DataOwner(lambda: connect(*plm), decoder)
+
+        def __serve_build_asgi_app__(self) -> FastAPI:
+            return make_api(self.owner)
+
+        async def reconfigure(self, live: Mapping[str, Any]) -> None:
+            first = not self.owner.ready
+            self.owner.rejected = await refused(self.owner.change(live), serving=not first)
+            await self.owner.start()
+            if first:
+                self.owner.use_metrics(RayMetrics("data_owner"))
+
+        def check_health(self) -> None:
+            """Raises when the decoder has failed: Serve then replaces the replica."""
+            self.owner.check_health()
+
+    return Ingress

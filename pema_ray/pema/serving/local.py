@@ -1,0 +1,36 @@
+"""Both owners in one cluster, as one Serve application: `serve run pema_ray.pema.serving.local:local`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ray.serve import Application
+
+from pema_ray.config import PLMConfig, Section, validate
+from pema_ray.data_owner.service.service import DecoderConfig, Live
+from pema_ray.pema.serving.data_owner import data_owner_deployment
+from pema_ray.plm_owner.engine import EngineConfig
+from pema_ray.plm_owner.service.application import plm_engine
+from pema_ray.plm_owner.service.replicas import Replicas
+from pema_ray.serving.scale import Scale
+
+
+class LocalArgs(Section):
+    """Of an application with both owners in one cluster."""
+
+    plm: PLMConfig = PLMConfig()
+    engine: EngineConfig = EngineConfig()
+    decoder: DecoderConfig = DecoderConfig()
+    live: Live = Live()
+    """Adapters and their tasks at first; `user_config` of the deployment `DataOwner` changes them."""
+    plm_owner: Scale = Scale()
+    data_owner: Scale = Scale()
+
+
+def local(args: Mapping[str, Any] | None = None) -> Application:
+    """The API of the data owner over the replicas of the PLM owner."""
+    wanted = validate(LocalArgs, dict(args or {}), "args")
+    engine = plm_engine(wanted.plm, wanted.engine, wanted.plm_owner)
+    deployment = data_owner_deployment(wanted.decoder, wanted.data_owner, wanted.live)
+    return deployment.bind(Replicas, wanted.decoder.model_dump(), engine)

@@ -1,0 +1,494 @@
+"""The systems that `compare` measures: how each is made, tuned on the dev pairs, and asked.
+
+All answer the same pairs, decoded alike; what is trained is trained on the run's training pairs. A measurement is kept
+as soon as it is finished, so a comparison that was stopped continues.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from pydantic import BaseModel
+
+from pema_ray.config import (
+    CompareConfig,
+    ExperimentConfig,
+    GenerateConfig,
+    KnnMixConfig,
+    PLMConfig,
+    TrainConfig,
+)
+from pema_ray.config import validate as validate_section
+from pema_ray.data_owner.adapter.knn import NearestNeighbours, require_faiss
+from pema_ray.data_owner.decoding.offline import GenerationJob, SystemAnswer
+from pema_ray.data_owner.decoding.predictor import Predictor, PredictorSource, PredictorSpec
+from pema_ray.data_owner.training.loop import History
+from pema_ray.data_owner.training.ray_training import fit
+from pema_ray.errors import UserError
+from pema_ray.evaluation.comparison import Measurement
+from pema_ray.evaluation.likelihood import TokenLikelihood
+from pema_ray.evaluation.scores import Scorer
+from pema_ray.experiment.stage_run import chosen_settings, claim
+from pema_ray.memory import ExternalMemory
+from pema_ray.pema.baselines.small_lm import SmallLMJob, SmallLMSpec, train_peer
+from pema_ray.pema.run import COMPARE_PROTOCOL, Run
+from pema_ray.pema.stages.answers import make_job, predictor_of, run_jobs, write_rows
+from pema_ray.pema.stages.likelihood import likelihood_of
+from pema_ray.pema.stages.train import training_job
+from pema_ray.runtime.files import atomic_file
+from pema_ray.runtime.placement import ray_options
+from pema_ray.runtime.progress import console, track
+from pema_ray.tasks import EncodedPair
+from pema_ray.tasks.postprocess import tidy
+
+_SERVICE = "LM head, representations"
+_LOCAL_MEMORY_WIDTH = 256
+_PUBLISHED: dict[str, Any] = {
+    "residual": False, "space": "pre_norm", "solver": "adam", "scale_by_rank": True, "fresh_maps": True,
+    "kappa": 0.2, "dropout": 0.2, "learning_rate": 1e-3, "final_learning_rate": None, "warm_up_steps": 0,
+    "batch_size": 2048, "reconstruction_batch_size": 20480, "reconstruction_epochs": 200, "epochs": 200,
+    "validate_every": 100, "patience": 2,
+}  # fmt: skip
+_PUBLISHED_RANK = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """An adapter of another training than the run's.
+
+    Attributes:
+        label: what tells it apart from the run's own.
+        changes: of the training's settings.
+        shots: whether its prompts show `compare.few_shot` examples.
+    """
+
+    label: str
+    changes: Callable[[TrainConfig], dict[str, Any]] = lambda config: {}
+    shots: bool = False
+
+
+_VARIANTS: dict[str, Variant] = {
+    "pema": Variant("PEMA"),
+    "pema_shots": Variant("PEMA on prompts with examples", shots=True),
+    "pema_published": Variant("PEMA as published", lambda c: {**_PUBLISHED, "rank": max(c.rank, _PUBLISHED_RANK)}),
+    "pema_kappa_0": Variant("PEMA, κ = 0", lambda c: {"kappa": 0.0}),
+    "pema_no_stage_1": Variant("PEMA without stage 1", lambda c: {"solver": "none"}),
+    "pema_adam": Variant("PEMA, stage 1 by Adam", lambda c: {"solver": "adam"}),
+    "pema_predicted_lambda": Variant("PEMA, λ predicted", lambda c: {"predict_lambda": True}),
+    "pema_look_back": Variant("PEMA that looks back", lambda c: {"look_back": c.look_back or 1}),
+    "pema_local_memory": Variant(
+        "PEMA with a local memory", lambda c: {"local_memory": c.local_memory or _LOCAL_MEMORY_WIDTH}
+    ),
+}
+_LORA = {"lora": False, "lora_shots": True}  # whether its prompts show examples
+_SMALL = {"memory_decoder": "Memory Decoder", "proxy_tuning": "proxy-tuning"}
+
+
+def check(config: ExperimentConfig, name: str) -> None:
+    """Refuse a system whose settings do not go with the run's.
+
+    Raises:
+        UserError: as it would when the system is trained.
+    """
+    if name in _VARIANTS:
+        _training(config.train, name)
+    if name in ("knn", "memory_decoder"):
+        require_faiss()
+    if name in _LORA:
+        _check_lora(config.plm, name)
+    build = config.build_memory
+    if name in _SMALL and (build.context != "teacher_forced" or build.deduplicate):
+        raise UserError(
+            f"compare.systems: {name} needs a row for every token: build_memory.context=teacher_forced and "
+            "build_memory.deduplicate=false."
+        )
+
+
+def _check_lora(plm: PLMConfig, name: str) -> None:
+    if not plm.is_own:
+        raise UserError(
+            f"compare.systems: {name} trains the PLM's weights, which {plm.label} does not hand out. "
+            "Leave it out, or set plm.name."
+        )
+    if plm.quantization:
+        raise UserError(f"compare.systems: {name} trains the PLM's weights, which plm.quantization does not allow.")
+    if importlib.util.find_spec("peft") is None:
+        raise UserError(f"compare.systems: {name} needs peft: pip install peft.")
+
+
+def _training(config: TrainConfig, name: str, hidden_size: int | None = None) -> TrainConfig:
+    """The run's training with a variant's changes."""
+    changes = _VARIANTS[name].changes(config)
+    if "rank" in changes and hidden_size is not None:
+        changes["rank"] = min(changes["rank"], hidden_size)
+    where = f"compare.systems: {name}: train"
+    return validate_section(TrainConfig, {**config.model_dump(), **changes, "stream": False}, where)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def describe_adapter(config: TrainConfig) -> str:
+    """What a training makes, for a table: form, rank, and stage 1."""
+    form = "residual" if config.residual else "low-rank"
+    stages = {"closed_form": "closed form", "adam": "Adam", "none": "no stage 1"}
+    return f"{form} r = {config.rank}, {stages[config.solver]}"
+
+
+class System:
+    """Measures one system with one seed, once: the measurement is kept under a stamp of all that it depends on."""
+
+    def __init__(self, run: Run, name: str, seed: int) -> None:
+        self.run, self.name, self.seed = run, name, seed
+        self.config = run.config
+        self.folder = run.path("compare", name, f"seed-{seed}")
+        self.answers = self.folder / "answers.jsonl"
+        self.pairs = run.pairs(self.config.generate.split)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether another seed gives another system."""
+        return self.name in {**_VARIANTS, **_LORA, **_SMALL}
+
+    @property
+    def given(self) -> str:
+        """What must be given to it, beside prompts."""
+        shots = self.config.compare.few_shot
+        if self.name in _LORA:
+            return "all weights"
+        if self.name in _VARIANTS:
+            return f"{_SERVICE}; the memory to answer with" if self.config.generate.knn.weight > 0 else _SERVICE
+        return {
+            "copy": "nothing",
+            "plm": "nothing",
+            "few_shot": _count(shots, "pair"),
+            "few_shot_similar": f"{_count(shots, 'pair')} a prompt",
+            **dict.fromkeys(_SMALL, _SERVICE),
+            "knn": f"{_SERVICE}; the memory to answer with",
+        }[self.name]
+
+    @property
+    def label(self) -> str:
+        """The system, as the table names it."""
+        c = self.config.compare
+        if self.name in _VARIANTS:
+            variant = _VARIANTS[self.name]
+            training = _training(self.config.train, self.name, self.run.bundle.card.hidden_size)
+            knn = self.config.generate.knn
+            asks = f", k = {knn.neighbours} neighbours" if knn.weight > 0 else ""
+            return f"{variant.label} ({describe_adapter(training)}{asks})"
+        layers = _count(c.small_lm.layers, "layer")
+        shots = f" on prompts with {_count(c.few_shot, 'example')}" if _LORA.get(self.name) else ""
+        return {
+            "copy": "copy of the source",
+            "plm": "PLM alone",
+            "few_shot": f"PLM, {_count(c.few_shot, 'example')}",
+            "few_shot_similar": f"PLM, {_count(c.few_shot, 'similar example')}",
+            "knn": f"kNN-LM, k = {c.knn.neighbours}",
+            **{name: f"{label}, {layers}, not pretrained" for name, label in _SMALL.items()},
+        }.get(self.name, f"LoRA, r = {c.lora.rank}, all linear layers{shots}")
+
+    def measurement(self) -> Measurement:
+        """Trained, tuned, asked and scored; or what was measured before."""
+        stamp, kept = self._stamp(), self.folder / "measurement.json"
+        if kept.exists() and self.answers.exists():
+            before = json.loads(kept.read_text())
+            if before["stamp"] == stamp:
+                console.print(f"[dim]{self.name:16} seed {self.seed}: measured before[/]")
+                return Measurement.model_validate(before["measurement"])
+        self.folder.mkdir(parents=True, exist_ok=True)
+        kept.unlink(missing_ok=True)  # answers are replaced before it is written again
+        makers: dict[str, Callable[[], Measurement]] = {
+            "copy": self._copy, "plm": self._plm, "few_shot": self._few_shot, "few_shot_similar": self._few_shot,
+            "knn": self._knn, "lora": self._lora, "lora_shots": self._lora, "memory_decoder": self._small_lm,
+            "proxy_tuning": self._small_lm,
+        }  # fmt: skip
+        found = makers.get(self.name, self._pema)()
+        with atomic_file(kept) as temporary:
+            kept_with = {"stamp": stamp, "measurement": found.model_dump(mode="json")}
+            temporary.write_text(json.dumps(kept_with, indent=1) + "\n")
+        return found
+
+    def _stamp(self) -> str:
+        chosen: CompareConfig = self.config.compare
+        shots = self.name in ("few_shot", "few_shot_similar", "pema_shots", "lora_shots")
+        grids: dict[str, Any] = {}
+        if self.name in {**_VARIANTS, "knn": None}:
+            grids |= {"dev_rows": chosen.dev_rows}
+        if self.name in {**_VARIANTS, "memory_decoder": None}:
+            grids |= {"lambdas": chosen.lambdas}
+        if self.name == "memory_decoder":
+            grids |= {"knn.lambdas": chosen.knn.lambdas}
+        sections: list[BaseModel] = []
+        sections += [chosen.knn] if self.name == "knn" else []
+        sections += [chosen.lora] if self.name in _LORA else []
+        sections += [chosen.small_lm] if self.name in _SMALL else []
+        described = [chosen_settings(section) for section in sections]
+        stages = [self.run.stamp("train"), self.run.stamp("generate")]
+        few_shot = chosen.few_shot if shots else None
+        whole = [COMPARE_PROTOCOL, self.name, self.seed, *stages, few_shot, grids, described]
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
+
+    # ── the systems ─────────────────────────────────────────────────────────
+
+    def _copy(self) -> Measurement:
+        rows = [{"example_id": pair.example_id, "answer": pair.source} for pair in self.pairs]
+        return self._scored(rows)
+
+    def _plm(self) -> Measurement:
+        return self._answered(self.config.generate, None, nll=self._likelihood(None, self._split).nll(0.0))
+
+    def _few_shot(self) -> Measurement:
+        return self._answered(self.config.generate, None)
+
+    def _knn(self) -> Measurement:
+        memory, (temperature, lam) = self.run.path("build_memory", "train"), self._tune_knn()
+        options = self.config.compare.knn.model_dump(include={"neighbours", "index", "probes"})
+        knn = KnnMixConfig(temperature=temperature, **options)
+        spec = PredictorSpec(None, memory.resolve(), knn, self.config.train.max_train_pairs)
+        generate = self.config.generate.model_copy(update={"lambda_max": lam, "schedule": "constant"})
+        nll = self._likelihood(spec, self._split).nll(lam)
+        note = f"temperature {temperature:g} and λ {lam:g}, chosen on the dev memory"
+        return self._answered(generate, spec, nll=nll, note=note, line_bytes=self._memory_bytes())
+
+    def _pema(self) -> Measurement:
+        if _VARIANTS[self.name].shots:
+            return self._on_prompts_with_examples()
+        folder = self.folder
+        if self.name == "pema" and self.seed == self.config.seed and self.run.finished("train"):  # the run's own
+            folder = self.run.path("train")
+            history = History.from_dict(json.loads((folder / "history.json").read_text()))
+        else:
+            history = self._train()
+        spec, options = predictor_of(self.run, folder / "adapter"), self.config.generate
+        note = ""
+        if self.name == "pema_predicted_lambda":  # the prediction stands in λ's place: a constant would lower it again
+            options = options.model_copy(update={"lambda_max": 1.0, "schedule": "constant"})
+        elif options.schedule == "constant" and self.config.compare.lambdas:
+            lam = self._tune_lambda(spec)
+            options = options.model_copy(update={"lambda_max": lam})
+            note = f"λ {lam:g} and the best of {history.total_steps:,} steps ({history.best_step:,}), chosen on dev"
+        return self._answered(
+            options,
+            spec,
+            nll=self._likelihood(spec, self._split).nll(options.lambda_max),
+            train_seconds=history.reconstruction_seconds + history.seconds,
+            peak_bytes=history.peak_bytes,
+            line_bytes=self._memory_bytes(),
+            note=note,
+        )
+
+    def _on_prompts_with_examples(self) -> Measurement:
+        """A run of its own, with a memory of these prompts, whose first system is PEMA."""
+        from pema_ray.pema.stages.main import stages
+
+        limits, most = dict(self.config.task.limits), self.config.train.max_train_pairs
+        if most is not None:  # the first so many, as a smaller limit draws them
+            limits["train"] = min(most, limits.get("train", most))
+        shown = {"shots": self.config.compare.few_shot, "show": "first", "limits": limits}
+        task = self.config.task.model_copy(update=shown)
+        compare = self.config.compare.model_copy(update={"systems": ("pema",)})
+        changes = {"run_dir": str(self.run.path("compare", self.name, "run")), "task": task, "compare": compare}
+        config = self.config.model_copy(update=changes)
+        for stage in ("prepare", "export_head", "build_memory"):
+            stages()[stage](config)
+        inner = System(Run(config), "pema", self.seed)
+        found = inner.measurement()
+        with atomic_file(self.answers) as temporary:
+            temporary.write_bytes(inner.answers.read_bytes())
+        return found
+
+    def _train(self) -> History:
+        c = _training(self.config.train, self.name, self.run.bundle.card.hidden_size)
+        job = replace(training_job(self.run, c), run_dir=self.folder.resolve(), seed=self.seed)
+        claim(job.run_dir, f"{self.name} {self.seed} {self.run.stamp('train')}")  # else it would be resumed
+        with track(f"training {self.name}", c.epochs, "epochs"):
+            return fit(job)
+
+    def _small_lm(self) -> Measurement:
+        config, chosen = self.config, self.config.compare
+        folder = self.folder / "model"
+        job = SmallLMJob(
+            kind="memory_decoder" if self.name == "memory_decoder" else "proxy_tuning",
+            pairs={split: self._encoded(split, limit=None) for split in ("train", "dev", self._split)},
+            memory=self.run.path("build_memory").resolve(),
+            bundle=self.run.path("export_head", "lm_head").resolve(),
+            test=self._split,
+            folder=folder.resolve(),
+            settings=chosen.small_lm,
+            lambdas=tuple(sorted({*chosen.lambdas, *chosen.knn.lambdas} - {1.0})),
+            max_examples=config.train.max_train_pairs,
+            seed=self.seed,
+            threads=max(1, int(config.train.cpus_per_worker)),
+            device=config.plm.device,
+        )
+        found = self._in_a_process(train_peer, job)
+        proxy = self.name == "proxy_tuning"
+        lam = 1.0 if proxy else found["chosen"]
+        symbol = "α" if proxy else "λ"
+        note = f"{symbol} {found['chosen']:g}, learning rate and epoch ({found['trained']}), chosen on dev"
+        note += "; decoded one sequence at a time"
+        return self._answered(
+            config.generate.model_copy(update={"lambda_max": lam, "schedule": "constant"}),
+            SmallLMSpec(folder.resolve(), found["chosen"] if proxy else None),
+            nll=found["nll"],
+            train_seconds=found["seconds"],
+            peak_bytes=found["peak_bytes"],
+            line_bytes=self._memory_bytes(),
+            note=note,
+        )
+
+    def _in_a_process(self, work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+        """Done by a Ray task in a process of its own, so that its peak memory is this system's.
+
+        Raises:
+            UserError: what it was refused.
+        """
+        import ray
+        from ray.exceptions import OutOfMemoryError, WorkerCrashedError
+
+        train = self.config.train
+        resources = {"num_cpus": train.cpus_per_worker, "num_gpus": train.gpus_per_worker}
+        placed = ray_options(self.config.placement)
+        task: Any = ray.remote(max_calls=1, max_retries=0, **resources, **placed)(work)
+        try:
+            with track(f"training {self.name}", 1, "systems"):
+                found: dict[str, Any] = ray.get(task.remote(*arguments))
+        except (WorkerCrashedError, OutOfMemoryError) as error:
+            raise UserError(f"{self.name}: its process died, for want of memory perhaps: {error}") from None
+        if found["error"]:
+            raise UserError(found["error"])
+        return found
+
+    def _encoded(self, split: str, limit: int | None) -> list[EncodedPair]:
+        return [self._prompter.encode_pair(pair) for pair in self.run.pairs(split)[:limit]]
+
+    def _lora(self) -> Measurement:
+        from pema_ray.pema.baselines.lora import LoraJob, tune_lora  # needs the PLM owner's package
+
+        config, folder = self.config, self.folder / "model"
+        job = LoraJob(
+            plm=config.plm.model_copy(
+                update={"threads": config.plm.threads or max(1, int(config.train.cpus_per_worker))}
+            ),
+            train=self._encoded("train", config.train.max_train_pairs),
+            dev=self._encoded("dev", None),
+            test=self._encoded(self._split, None),
+            settings=config.compare.lora,
+            folder=folder.resolve(),
+            seed=self.seed,
+            end_token=self._prompter.end_token,
+        )
+        found = self._in_a_process(tune_lora, job)
+        return self._answered(
+            config.generate,
+            None,
+            plm=config.plm.model_copy(update={"name": str(folder), "revision": None}),
+            nll=found["nll"],
+            train_seconds=found["seconds"],
+            peak_bytes=found["peak_bytes"],
+            note=f"learning rate {found['learning_rate']:g} and epoch {found['epoch']} of "
+            f"{config.compare.lora.epochs}, chosen on the dev pairs",
+        )
+
+    # ── what they share ─────────────────────────────────────────────────────
+
+    @property
+    def _split(self) -> str:
+        return self.config.generate.split
+
+    @cached_property
+    def _prompter(self):
+        shots, limit = self.config.compare.few_shot, self.config.train.max_train_pairs
+        if self.name in ("few_shot", "lora_shots"):
+            return self.run.prompter(shots, "first", limit)
+        return self.run.prompter(shots, "similar", limit) if self.name == "few_shot_similar" else self.run.prompter()
+
+    def _answered(
+        self,
+        options: GenerateConfig,
+        spec: PredictorSource | None,
+        plm: PLMConfig | None = None,
+        line_bytes: int = 0,
+        **figures: Any,
+    ) -> Measurement:
+        job: GenerationJob = make_job(self.run, self.label, self.pairs, self._prompter, options, spec, explain=False)
+        seeded = [replace(r, sampling=replace(r.sampling, seed=self.seed)) for r in job.requests]
+        job = replace(job, requests=seeded)
+        answers = run_jobs(self.config, self.run, [job], self.label, plm)[self.label]
+        rules = self.run.task.postprocess
+        rows = [
+            {"example_id": pair.example_id, "answer": tidy(answer.answer.text, pair.source, rules)[0]}
+            for pair, answer in zip(self.pairs, answers, strict=True)
+        ]
+        received = 0 if plm is not None else line_bytes + self._answer_bytes(answers)
+        return self._scored(rows, seconds_per_token=_seconds_per_token(answers), line_bytes=received, **figures)
+
+    def _scored(self, rows: list[dict[str, Any]], **figures: Any) -> Measurement:
+        s = scorer_of(self.run).score([row["answer"] for row in rows])
+        write_rows(self.answers, rows)
+        return Measurement(seed=self.seed, bleu=s.bleu, chrf=s.chrf, archaic_share=s.archaic_share, **figures)
+
+    @property
+    def _row_bytes(self) -> int:
+        """One representation on the line."""
+        head = self.run.bundle.head
+        return self.run.bundle.card.hidden_size * head.weight.element_size()
+
+    def _memory_bytes(self) -> int:
+        """Representations of the memories that training and tuning read, rows of prompts included."""
+        rows = 0
+        for split, limit in (("train", self.config.train.max_train_pairs), ("dev", None)):
+            memory = ExternalMemory.open(self.run.path("build_memory", split))
+            has_prompts = memory.manifest.prompt_from is not None
+            if limit is None:
+                rows += sum(shard.rows + shard.prompt_rows for shard in memory.manifest.shards)
+            else:
+                rows += len(memory.view(max_examples=limit, prompts=has_prompts, verify=False))
+        return rows * self._row_bytes
+
+    def _answer_bytes(self, answers: Sequence[SystemAnswer]) -> int:
+        return round(sum(answer.received_rows for answer in answers)) * self._row_bytes
+
+    def _likelihood(self, spec: PredictorSpec | None, split: str, limit: int | None = None) -> TokenLikelihood:
+        """The predictor is loaded for this alone: actors load their own."""
+        predictor = spec.load(self.run.bundle.card, self.run.bundle.head) if spec else None
+        return likelihood_of(self.run, split, predictor, limit)
+
+    def _tune_lambda(self, spec: PredictorSpec) -> float:
+        """The λ with the lowest NLL on the dev memory."""
+        chosen = self.config.compare
+        likelihood = self._likelihood(spec, "dev", chosen.dev_rows)
+        return min(chosen.lambdas, key=likelihood.nll)
+
+    def _tune_knn(self) -> tuple[float, float]:
+        """The temperature and λ with the lowest NLL on the dev memory."""
+        chosen, card = self.config.compare, self.run.bundle.card
+        memory = ExternalMemory.open(self.run.path("build_memory", "train"), card)
+        rows, head = memory.view(max_examples=self.config.train.max_train_pairs), self.run.bundle.head
+        knn = chosen.knn
+        neighbours = NearestNeighbours(rows, head, knn.neighbours, knn.temperatures[0], knn.index, knn.probes)
+        found: dict[tuple[float, float], float] = {}
+        for temperature in knn.temperatures:
+            neighbours.temperature = temperature
+            predictor = Predictor(head, neighbours=neighbours)
+            likelihood = likelihood_of(self.run, "dev", predictor, chosen.dev_rows)
+            found |= {(temperature, lam): likelihood.nll(lam) for lam in knn.lambdas}
+        return min(found, key=lambda settings: found[settings])
+
+
+def scorer_of(run: Run) -> Scorer:
+    """Scores answers to the pairs that are generated for."""
+    pairs = run.pairs(run.config.generate.split)
+    return Scorer([pair.target for pair in pairs], run.task.sacrebleu_language, run.task.archaic_pattern)
+
+
+def _seconds_per_token(answers: Sequence[SystemAnswer]) -> float:
+    return sum(answer.seconds for answer in answers) / max(1, sum(len(answer.answer.tokens) for answer in answers))

@@ -1,0 +1,344 @@
+"""The PLM owner's public API: everything a data owner of another organisation may ask, and nothing else.
+
+Bodies of extraction and sessions are frames of the line (`line.codec`), answers too; errors are JSON sentences. Every
+request but the health check and this description needs a key, and is logged without its contents; extraction, steps and
+LM heads are counted against their owner's quota, and what its requests hold at the same time is bounded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+import uuid
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
+from contextvars import Context
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import FastAPI, Header, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import Field
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from pema_ray.config import Section
+from pema_ray.errors import FingerprintMismatch, UserError
+from pema_ray.line import Busy, SessionLost, Step, codec
+from pema_ray.line.protocol import LONGEST_NAME
+from pema_ray.plm_owner.service.access import Access, Account, Refused, Reservation
+from pema_ray.plm_owner.service.executor import run_in_executor
+from pema_ray.plm_owner.service.replicas import Replicas
+
+_FRAME = {"content": {codec.MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}}
+Authorization = Annotated[str | None, Header(description="Bearer and your key.")]
+Fingerprint = Annotated[str | None, Header(alias="X-PLM-Fingerprint", description="Refuse any other PLM.")]
+_ANSWER: dict[int | str, dict[str, Any]] = {200: {"description": "A frame of the line.", **_FRAME}}
+_FRAME_BODY = {"requestBody": {"required": True, **_FRAME}}
+_NAMES_SCHEMA = {
+    "type": "array",
+    "maxItems": 4096,
+    "items": {"type": "string", "minLength": 1, "maxLength": LONGEST_NAME},
+}
+_NAMES_BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": _NAMES_SCHEMA}}}}
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=LONGEST_NAME)]
+_Sessions = Annotated[list[_Name], msgspec.Meta(max_length=4096)]
+_UNTIL_SENT = "pema_ray.until_sent"
+_STATE_BYTES = 4  # of a number of a representation, at most
+_MOST_LINES = 4  # of one data owner: the PLM before an update, the one after it, and room
+
+
+class Limits(Section):
+    """Of single requests, whoever sends them, and of what one data owner may have under way."""
+
+    max_body_mb: float = Field(default=16, gt=0)
+    max_steps: int = Field(default=256, ge=1)
+    """Sessions of one message."""
+    max_rows: int = Field(default=16384, ge=1)
+    """Representations of one answer."""
+    max_draft: int = Field(default=32, ge=0)
+    session_seconds: float = Field(default=600, gt=0)
+    """A session that is not heard of for so long counts no more."""
+    max_requests: int = Field(default=128, ge=1)
+    """Of one data owner, under way at the same time."""
+    max_held_mb: float = Field(default=512, gt=0)
+    """Bodies and answers of one data owner's requests that are under way."""
+    lm_heads_per_minute: int = Field(default=10, ge=1)
+    """To one data owner; an LM head may be hundreds of megabytes."""
+
+
+@dataclass
+class _Request:
+    """One request of a data owner that is known."""
+
+    request: Request
+    account: Account
+    reservation: Reservation
+    used: dict[str, int] = field(default_factory=dict)
+    """What is counted and logged of it."""
+
+
+class _UntilSent:
+    """ASGI middleware: what a request holds is let go when its answer has been sent, or its caller has gone away."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        with ExitStack() as stack:
+            scope[_UNTIL_SENT] = stack
+            await self._app(scope, receive, send)
+
+
+class _Endpoints:
+    """What each endpoint does for a data owner that is known, and what all of them share.
+
+    Args:
+        replicas: the engine's replicas, for a data owner's name and a PLM's fingerprint.
+    """
+
+    def __init__(self, access: Access, limits: Limits, replicas: Callable[[str, str | None], Replicas]) -> None:
+        self._access, self._limits, self._replicas = access, limits, replicas
+        self.lines: dict[str, dict[str, Replicas]] = {}
+        self.counts: Counter[str] = Counter()
+        self._heads: dict[str, asyncio.Task[bytes]] = {}
+
+    # ── of all endpoints ────────────────────────────────────────────────────
+
+    async def perform(
+        self,
+        request: Request,
+        authorization: str | None,
+        what: str,
+        work: Callable[[_Request], Awaitable[Response]],
+        makes_room: bool = False,
+    ) -> Response:
+        """One request: who asks, whether it may, and what it took. What makes room is never refused for want of it."""
+        started, given = time.perf_counter(), request.headers.get("x-request-id", "")
+        response: Response | None = None
+        number = given if 0 < len(given) <= 64 and given.isascii() and given.isprintable() else uuid.uuid4().hex
+        name, used, status = "", {}, 499  # of a caller that has gone away before the answer
+        limits = self._limits
+        try:
+            account = await self._access.admit(authorization)
+            name = account.client.name
+            account.forget_idle(limits.session_seconds)
+            allowed = (math.inf, math.inf) if makes_room else (limits.max_requests, limits.max_held_mb * 2**20)
+            reservation = Reservation(account, *allowed)
+            request.scope[_UNTIL_SENT].enter_context(reservation)
+            response = await work(_Request(request, account, reservation, used))
+        except ClientDisconnect:
+            raise
+        except Exception as error:
+            response = _refusal(error)
+            if response is None:
+                status = 500
+                raise
+        finally:
+            status = status if response is None else response.status_code
+            used |= {} if response is None else {"sent_bytes": len(response.body)}
+            seconds = round(time.perf_counter() - started, 4)
+            self.counts.update({"requests": 1, f"refused_{status}": status >= 400} | used)
+            await self._access.note(id=number, client=name, what=what, status=status, seconds=seconds, **used)
+        assert response is not None
+        response.headers["X-Request-Id"] = number
+        return response
+
+    async def _line_of(self, account: Account, fingerprint: str | None) -> Replicas:
+        """The data owner's line to one PLM; one without a fingerprint is to whichever PLM is there now.
+
+        Raises:
+            FingerprintMismatch: another PLM is.
+        """
+        name = account.client.name
+        line = self.lines.get(name, {}).get(fingerprint or "")
+        if line is None:
+            line = self._replicas(name, fingerprint)
+            await line.describe()
+            if fingerprint is not None:
+                of_owner = self.lines.setdefault(name, {})
+                line = of_owner.setdefault(fingerprint, line)
+                if len(of_owner) > _MOST_LINES:
+                    del of_owner[next(iter(of_owner))]
+        return line
+
+    async def _head_of(self, line: Replicas) -> bytes:
+        """The LM head's frame, made once for all who request it."""
+        fingerprint = (await line.describe()).card.fingerprint
+        known = self._heads.get(fingerprint)
+        if known is None or (known.done() and (known.cancelled() or known.exception() is not None)):
+            self._heads.clear()  # of a PLM that was here before
+            # in a context of its own: others wait for it when the request that came first has ended
+            self._heads[fingerprint] = asyncio.create_task(line.lm_head_bytes(), context=Context())
+        return await asyncio.shield(self._heads[fingerprint])
+
+    async def _body_of(self, call: _Request, mb: float) -> bytes:
+        """The body, never more of it than is allowed."""
+        limit, parts, size = int(mb * 2**20), [], 0
+        async for part in call.request.stream():
+            size += len(part)
+            if size > limit:
+                raise Refused(413, f"The body is larger than {mb:g} MiB.")
+            call.reservation.add(len(part))
+            parts.append(part)
+            call.used["received_bytes"] = size
+        return b"".join(parts)
+
+    # ── of each ─────────────────────────────────────────────────────────────
+
+    async def model(self, call: _Request, fingerprint: str | None) -> Response:
+        quota = call.account.client.quota.model_dump(exclude_none=True)
+        described = await (await self._line_of(call.account, fingerprint)).describe()
+        limit = described.limits
+        longest = {"max_session_tokens": limit.max_tokens, "max_sessions": limit.max_sessions}
+        more = {"limits": self._limits.model_dump(), "quota": quota}
+        return JSONResponse({**described.card.to_dict(), **longest, **more})
+
+    async def lm_head(self, call: _Request, fingerprint: str | None) -> Response:
+        call.account.spend_head(self._limits.lm_heads_per_minute)
+        frame = await self._head_of(
+            await self._line_of(call.account, fingerprint)
+        )  # one for all: nobody holds it alone
+        return Response(frame, media_type=codec.MEDIA_TYPE)
+
+    async def extract(self, call: _Request) -> Response:
+        limits = self._limits
+        body = await self._body_of(call, limits.max_body_mb)
+        batch, fingerprint = await run_in_executor(len(body), codec.decode_extract, body)
+        call.used |= {"rows": batch.rows, "tokens": batch.tokens}
+        line = await self._line_of(call.account, fingerprint)
+        if batch.rows > limits.max_rows:
+            raise Refused(413, f"{batch.rows} rows in one request; {limits.max_rows} are allowed.")
+        call.reservation.add(batch.rows * (await line.describe()).card.hidden_size * _STATE_BYTES)
+        spent_at = call.account.spend(batch.rows, batch.tokens, set())
+        try:
+            return Response(await line.extract_bytes(body), media_type=codec.MEDIA_TYPE)
+        except Exception:
+            call.account.refund(spent_at, batch.rows, batch.tokens)
+            raise
+
+    async def step(self, call: _Request) -> Response:
+        limits = self._limits
+        body = await self._body_of(call, limits.max_body_mb)
+        steps, fingerprint = await run_in_executor(len(body), codec.decode_steps, body)
+        if len(steps) > limits.max_steps:
+            raise Refused(413, f"{len(steps)} steps in one message; {limits.max_steps} are allowed.")
+        rows, tokens = _cost(steps)
+        call.used |= {"sessions": len(steps), "rows": rows, "tokens": tokens}
+        if rows > limits.max_rows or any(s.draft > limits.max_draft for s in steps):
+            raise Refused(
+                413, f"At most {limits.max_rows} states in one answer, and {limits.max_draft} drafted tokens a step."
+            )
+        line = await self._line_of(call.account, fingerprint)
+        size = rows * (await line.describe()).card.hidden_size * _STATE_BYTES
+        call.reservation.add(size)
+        spent_at = call.account.spend(rows, tokens, {s.session for s in steps})
+        try:
+            outcomes = await line.step(steps)
+        except Exception as error:
+            _give_back(call.account, spent_at, steps, [error] * len(steps))
+            raise
+        _give_back(call.account, spent_at, steps, outcomes)
+        return Response(await run_in_executor(size, codec.encode_stepped, outcomes), media_type=codec.MEDIA_TYPE)
+
+    async def close(self, call: _Request) -> Response:
+        names_mb = min(self._limits.max_body_mb, 1.0)  # of a list of names, which is never refused for want of room
+        try:
+            sessions = msgspec.json.decode(await self._body_of(call, names_mb), type=_Sessions)
+        except msgspec.MsgspecError as error:
+            raise Refused(400, f"A list of up to 4,096 sessions' names is expected: {error}") from None
+        call.used["sessions"] = len(sessions)
+        for session in sessions:
+            call.account.sessions.pop(session, None)
+        for line in list(self.lines.get(call.account.client.name, {}).values()):
+            await line.close(sessions)
+        return Response(status_code=204)
+
+
+def make_api(access: Access, limits: Limits, replicas: Callable[[str, str | None], Replicas]) -> FastAPI:
+    """The application; arguments as `_Endpoints` has them."""
+    api = FastAPI(title="pema-ray PLM owner", description=__doc__ or "", version="1", docs_url="/docs")
+    api.add_middleware(_UntilSent)
+    endpoints = _Endpoints(access, limits, replicas)
+    api.state.lines, api.state.counts = endpoints.lines, endpoints.counts
+    perform = endpoints.perform
+
+    @api.get("/v1/model")
+    async def model(request: Request, authorization: Authorization = None, fingerprint: Fingerprint = None) -> Any:
+        """Name, fingerprint and sizes of the PLM, and your limits."""
+        return await perform(request, authorization, "model", lambda call: endpoints.model(call, fingerprint))
+
+    @api.get("/v1/lm-head", responses=_ANSWER)
+    async def lm_head(request: Request, authorization: Authorization = None, fingerprint: Fingerprint = None) -> Any:
+        """The LM-head bundle: final norm, LM head and tokenizer, as files in a frame."""
+        return await perform(request, authorization, "lm-head", lambda call: endpoints.lm_head(call, fingerprint))
+
+    @api.post("/v1/extract", responses=_ANSWER, openapi_extra=_FRAME_BODY)
+    async def extract(request: Request, authorization: Authorization = None) -> Any:
+        """Representations of the requested positions of a batch."""
+        return await perform(request, authorization, "extract", endpoints.extract)
+
+    @api.post("/v1/sessions/step", responses=_ANSWER, openapi_extra=_FRAME_BODY)
+    async def step(request: Request, authorization: Authorization = None) -> Any:
+        """Steps of sessions: open, continue, rewind, in one message. Errors of single steps stand in their places."""
+        return await perform(request, authorization, "step", endpoints.step)
+
+    @api.post("/v1/sessions/close", status_code=204, response_model=None, openapi_extra=_NAMES_BODY)
+    async def close(request: Request, authorization: Authorization = None) -> Any:
+        """Forget sessions; those that are gone already are no error."""
+        return await perform(request, authorization, "close", endpoints.close, makes_room=True)
+
+    @api.get("/healthz")
+    async def health() -> Any:
+        """Whether requests are served."""
+        return JSONResponse({"ready": True})
+
+    @api.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        return _error(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+
+    @api.exception_handler(HTTPException)
+    async def refused(_: Request, error: HTTPException) -> JSONResponse:
+        return _error(error.status_code, str(error.detail))
+
+    return api
+
+
+def _cost(steps: Sequence[Step]) -> tuple[int, int]:
+    """Rows and tokens of steps."""
+    return sum(s.states + s.draft for s in steps), sum(len(s.tokens) for s in steps)
+
+
+def _give_back(account: Account, spent_at: float, steps: Sequence[Step], outcomes: Sequence[object]) -> None:
+    """Refund steps that were not taken, and count sessions that were not opened, or are lost, no more."""
+    undone = [(s, outcome) for s, outcome in zip(steps, outcomes, strict=True) if isinstance(outcome, Exception)]
+    account.refund(spent_at, *_cost([step for step, _ in undone]))
+    for step, outcome in undone:
+        if step.position == 0 or isinstance(outcome, SessionLost):
+            account.sessions.pop(step.session, None)
+
+
+def _refusal(error: Exception) -> JSONResponse | None:
+    """The answer to a request that is refused; none if the fault is ours."""
+    if isinstance(error, Refused):
+        return _error(error.status, str(error), error.retry_after)
+    if isinstance(error, codec.BadFrame):
+        return _error(400, str(error))
+    if isinstance(error, FingerprintMismatch):
+        message = f"You expect the PLM {error.expected[:64]}; this is {error.found}. Export its LM head anew."
+        return _error(409, message, found=error.found)
+    if isinstance(error, UserError):
+        return _error(422, str(error))
+    if isinstance(error, Busy):
+        return _error(503, str(error), error.retry_after)
+    return None
+
+
+def _error(status: int, message: str, retry_after: float | None = None, **more: str) -> JSONResponse:
+    headers = {} if retry_after is None else {"Retry-After": str(max(1, round(retry_after)))}
+    return JSONResponse({"error": {"message": message, "type": "line_error", **more}}, status, headers)

@@ -1,0 +1,231 @@
+"""The replicas of a PLM owner in one cluster, called through a Serve handle: a `PLMClient` with session affinity.
+
+Requests and answers are the same frames as between organisations. A replica that dies takes its sessions with it: their
+steps are `Busy`, then `SessionLost` at another replica, and the data owner opens them again with all their ids. A step
+whose caller goes away is cancelled; sessions that it has opened all the same are closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from contextvars import Context
+from typing import Any
+
+import torch
+
+from pema_ray.errors import FingerprintMismatch, UserError
+from pema_ray.line import Busy, Description, ExtractBatch, LMHeadBundle, SessionLost, Step, Stepped, codec
+from pema_ray.plm_owner.service.executor import run_in_executor
+
+_TOKEN_BYTES = 4
+_MOST_SESSIONS = 100_000
+_DEPLOYMENT = "PLMEngine"
+
+
+class Replicas:
+    """A PLM owner that is a deployment of `PLMEngine`.
+
+    Args:
+        handle: of the deployment.
+        owner: whose sessions these are; caches of different owners never meet.
+        fingerprint: of the PLM that must answer; by default that of the first `describe`.
+        label: names the PLM owner in messages.
+    """
+
+    def __init__(
+        self, handle: Any, owner: str = "local", fingerprint: str | None = None, label: str = "The PLM owner"
+    ) -> None:
+        self._handle, self._owner, self._fingerprint, self._label = handle, owner, fingerprint, label
+        self._owner_replica: dict[str, str] = {}
+        self._described: Description | None = None
+        self._flying: Counter[str] = Counter()
+        self._closed: set[str] = set()
+        """Sessions to close as soon as it is known which replica holds them."""
+        self._answering: set[asyncio.Task[list[Stepped | Exception]]] = set()
+
+    @classmethod
+    def of_application(cls, name: str, owner: str = "local", fingerprint: str | None = None) -> Replicas:
+        """The PLM owner that runs as a Serve application in this cluster.
+
+        Raises:
+            UserError: no such application runs, or it has no PLM owner.
+        """
+        from ray import serve
+        from ray.serve.exceptions import RayServeException
+
+        label = f"plm.serve={name}"
+        try:
+            running = serve.status().applications
+        except RayServeException:
+            running = {}
+        if name not in running or _DEPLOYMENT not in running[name].deployments:
+            owners = sorted(n for n, application in running.items() if _DEPLOYMENT in application.deployments)
+            raise UserError(
+                f"{label}: no PLM owner of this name runs in this Ray cluster, only: {', '.join(owners) or 'none'}. "
+                "Start one, such as with: serve deploy serve_configs/cluster.yaml"
+            )
+        return cls(serve.get_deployment_handle(_DEPLOYMENT, app_name=name), owner, fingerprint, label)
+
+    async def describe(self) -> Description:
+        if self._described is None:
+            described: Description = await self._call(self._handle.describe)
+            if self._fingerprint not in (None, described.card.fingerprint):
+                raise FingerprintMismatch(self._label, described.card.label, str(self._fingerprint))
+            self._fingerprint, self._described = described.card.fingerprint, described
+        return self._described
+
+    async def _pinned(self) -> str:
+        """The fingerprint that every frame carries."""
+        return self._fingerprint or (await self.describe()).card.fingerprint
+
+    async def lm_head(self) -> LMHeadBundle:
+        return LMHeadBundle.from_files(codec.decode_files(await self.lm_head_bytes()))
+
+    async def lm_head_bytes(self) -> bytes:
+        """The LM-head bundle, as the frame that crosses the line."""
+        return await self._call(self._handle.lm_head, await self._pinned())
+
+    async def extract(self, batch: ExtractBatch) -> torch.Tensor:
+        fingerprint = await self._pinned()
+        body = await run_in_executor(_TOKEN_BYTES * batch.tokens, codec.encode_extract, batch, fingerprint)
+        answer = await self.extract_bytes(body)
+        return await run_in_executor(len(answer), codec.decode_rows, answer)
+
+    async def extract_bytes(self, body: bytes) -> bytes:
+        """The same, frame in and frame out."""
+        return await self._call(self._handle.extract, self._owner, body)
+
+    async def end(self) -> None:
+        """Wait until it is known which sessions cancelled calls have opened, and those are closed."""
+        await asyncio.gather(*self._answering, return_exceptions=True)
+
+    async def _call(self, method: Any, *args: Any) -> Any:
+        """Call any replica.
+
+        Raises:
+            UserError: what the replica refused, in its own words; Busy: it died, or there is none.
+        """
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
+
+        response = method.remote(*args)
+        try:
+            return await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except (UserError, Busy) as error:
+            raise self._own(error) from None
+        except (RayError, RayServeException) as error:
+            raise Busy(f"no replica of the PLM answers ({type(error).__name__})") from None
+
+    async def step(self, steps: Sequence[Step]) -> list[Stepped | Exception]:
+        """As `PLMClient.step` says; while replicas of two PLMs run, `FingerprintMismatch` stands in single places."""
+        fingerprint = await self._pinned()
+        groups: dict[str, list[int]] = {}
+        for number, step in enumerate(steps):
+            replica = self._owner_replica.get(step.session)
+            # A session without a replica is opened by itself, so that Serve spreads openings over replicas. Those that
+            # wait for slots stay together: they are of one answer, between whose openings no other's may stand in line.
+            groups.setdefault(replica or ("?" if step.waits else f"?{step.session}"), []).append(number)
+        outcomes: list[Stepped | Exception] = [SessionLost()] * len(steps)
+
+        async def one(replica: str, numbers: list[int]) -> None:
+            group = [steps[number] for number in numbers]
+            for number, outcome in zip(numbers, await self._at(replica, group, fingerprint), strict=True):
+                outcomes[number] = outcome
+
+        await asyncio.gather(*(one(replica, numbers) for replica, numbers in groups.items()))
+        mismatches = [outcome for outcome in outcomes if isinstance(outcome, FingerprintMismatch)]
+        if mismatches and len(mismatches) == len(outcomes):
+            raise mismatches[0]
+        return outcomes
+
+    async def _at(self, replica: str, steps: Sequence[Step], fingerprint: str) -> list[Stepped | Exception]:
+        handle = self._handle if replica.startswith("?") else self._handle.options(session_id=f"{replica}/")
+        size = _TOKEN_BYTES * sum(len(step.tokens) for step in steps)
+        body = await run_in_executor(size, codec.encode_steps, steps, fingerprint)
+        self._flying.update(step.session for step in steps)
+        # A task and a context of its own, which receives the answer even if the caller goes away: only the answer says
+        # which replica holds the sessions. In the context of an ended request, Serve would cancel later calls as well.
+        apart = Context()
+        response = apart.run(handle.step.remote, self._owner, body)
+        answering = asyncio.create_task(self._answered(response, steps), context=apart)
+        self._answering.add(answering)
+        answering.add_done_callback(self._answering.discard)
+        try:
+            return await asyncio.shield(answering)
+        except asyncio.CancelledError:
+            if not answering.done():
+                self._closed.update(step.session for step in steps if step.session not in self._owner_replica)
+                response.cancel()
+            raise
+
+    async def _answered(self, response: Any, steps: Sequence[Step]) -> list[Stepped | Exception]:
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import BackPressureError, RayServeException
+
+        names = [step.session for step in steps]
+        replica: str | None = None
+        outcomes: list[Stepped | Exception]
+        try:
+            replica, body = await response
+            outcomes = await run_in_executor(len(body), codec.decode_stepped, body, UserError)
+        except (BackPressureError, Busy) as error:
+            outcomes = [Busy(str(error), getattr(error, "retry_after", 1.0))] * len(steps)
+        except UserError as error:
+            outcomes = [self._own(error)] * len(steps)
+        except (RayError, RayServeException) as error:  # the replica died, or is being replaced: ask another
+            for name in names:
+                self._owner_replica.pop(name, None)
+            outcomes = [Busy(f"no replica of the PLM answers ({type(error).__name__})", 0.1)] * len(steps)
+        finally:
+            self._flying.subtract(names)
+            self._flying += Counter()  # drops zero counts
+            closed = self._closed.intersection(names)
+            self._closed -= closed
+        if replica is not None:
+            for name, outcome in zip(names, outcomes, strict=True):
+                if isinstance(outcome, Stepped):
+                    self._owner_replica[name] = replica
+                    if len(self._owner_replica) > _MOST_SESSIONS:  # sessions that nobody closed
+                        del self._owner_replica[next(iter(self._owner_replica))]
+                else:
+                    self._owner_replica.pop(name, None)
+        if closed and replica is None:  # an answer that was on its way when the call was cancelled is lost
+            await self._close_everywhere(sorted(closed))
+        elif closed:  # until now nobody knew which replica would hold them
+            await self.close(sorted(closed))
+        return outcomes
+
+    async def close(self, sessions: Sequence[str]) -> None:
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
+
+        groups: dict[str, list[str]] = {}
+        for session in sessions:
+            if replica := self._owner_replica.pop(session, None):
+                groups.setdefault(replica, []).append(session)
+            elif self._flying[session]:
+                self._closed.add(session)
+        for replica, names in groups.items():
+            with suppress(RayError, RayServeException):  # with its replica a session is forgotten too
+                await Context().run(self._handle.options(session_id=f"{replica}/").close.remote, self._owner, names)
+
+    async def _close_everywhere(self, sessions: list[str]) -> None:
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
+
+        with suppress(RayError, RayServeException):
+            response = Context().run(self._handle.broadcast, "close", self._owner, sessions)
+            await response.results_async(return_exceptions=True)
+
+    def _own(self, error: Exception) -> Exception:
+        """The error as the replica raised it, without Ray's traceback and without its own name for its PLM."""
+        cause = getattr(error, "cause", error)
+        if isinstance(cause, FingerprintMismatch):
+            return FingerprintMismatch(self._label, cause.found, cause.expected)
+        return cause
