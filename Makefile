@@ -90,7 +90,7 @@ soak: $(DEV) ## Some 250 kills at random moments: of drivers, actors, nodes and 
 	@$(BIN)/python -m pytest -q tests/faults/test_kills.py --soak 10 $(ARGS)
 
 .PHONY: mutation
-mutation: $(DEV) ## Which changes of PEMA's mathematics does no test notice? (ARGS="data_owner/unrolling"; up to an hour a module)
+mutation: $(DEV) ## Which changes of PEMA's mathematics does no test notice? (ARGS="data_owner/decoding/unrolling"; up to an hour a module)
 	@$(INSTALL) cosmic-ray
 	@$(BIN)/python tests/mutation.py $(ARGS)
 

@@ -22,18 +22,20 @@ from typing import Any
 import torch
 from _harness import Aim, clock, console, device_of, options, show, write_results
 
-from pema_ray.config import BuildMemoryConfig, ExperimentConfig, PLMConfig, RayConfig, load_config
 from pema_ray.line import LMHeadBundle, ModelCard, PLMClient
+from pema_ray.line.plm_config import PLMConfig
 from pema_ray.line.tokenizer import PLMTokenizer
 from pema_ray.memory.build import run_build
+from pema_ray.memory.config import BuildMemoryConfig
 from pema_ray.memory.examples import ListedExamples
 from pema_ray.memory.plan import ShardPlan, plan_batches
 from pema_ray.memory.rows import rows_of_shard
 from pema_ray.memory.shards import write_shard
 from pema_ray.memory.specification import MemoryBuild
+from pema_ray.pema.config import ExperimentConfig, load_config
 from pema_ray.pema.plm import connector
 from pema_ray.plm_owner import EngineConfig, LoadedPLM, LocalPLM, load_plm
-from pema_ray.runtime.cluster import ray_cluster
+from pema_ray.runtime.cluster import RayConfig, ray_cluster
 from pema_ray.runtime.hardware import dtype_name
 from pema_ray.tasks import EncodedPair, Prompter, load_pairs, load_task
 from pema_ray.tasks.shots import first_shots

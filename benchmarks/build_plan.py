@@ -18,14 +18,14 @@ import pyarrow.parquet as pq
 import torch
 from _harness import Aim, PeakMemory, console, device_of, options, reporting_to, run_worker, show, write_results
 
-from pema_ray.config import BuildMemoryConfig, RayConfig
 from pema_ray.line import LMHead, LMHeadBundle, ModelCard
 from pema_ray.line.lm_head import HeadSpec
 from pema_ray.memory.build import run_build
+from pema_ray.memory.config import BuildMemoryConfig
 from pema_ray.memory.examples import PreparedPairs, Wording
 from pema_ray.memory.planning import find_or_make_plan
 from pema_ray.memory.specification import MemoryBuild
-from pema_ray.runtime.cluster import ray_cluster
+from pema_ray.runtime.cluster import RayConfig, ray_cluster
 from pema_ray.tasks import Task
 
 NAME = "build_plan"

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from _harness import Aim, options, reporting_to, run_worker, show, write_results
 
-from pema_ray.config import GenerateConfig, PLMConfig
 from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.decoding import Answer, Decoder, GenerationRequest, Predictor
+from pema_ray.data_owner.decoding.config import GenerateConfig
 from pema_ray.data_owner.decoding.request_builder import RequestBuilder
 from pema_ray.line import LMHeadBundle
+from pema_ray.line.plm_config import PLMConfig
 from pema_ray.plm_owner import LoadedPLM, load_plm
 from pema_ray.plm_owner.engine import EngineConfig, LocalPLM
 from pema_ray.runtime.hardware import compute_thread

@@ -24,15 +24,18 @@ from build_memory import (
     tiny_model,
 )
 
-from pema_ray.config import BuildMemoryConfig, PLMConfig, RayConfig, TrainConfig, load_config
 from pema_ray.data_owner.adapter.pema import AdapterConfig
+from pema_ray.data_owner.training.config import TrainConfig
 from pema_ray.data_owner.training.loop import Trainer
 from pema_ray.data_owner.training.ray_training import TrainingJob, fit
 from pema_ray.line import LMHeadBundle
+from pema_ray.line.plm_config import PLMConfig
 from pema_ray.memory import ExternalMemory
 from pema_ray.memory.build import run_build
+from pema_ray.memory.config import BuildMemoryConfig
+from pema_ray.pema.config import load_config
 from pema_ray.pema.plm import connector
-from pema_ray.runtime.cluster import ray_cluster
+from pema_ray.runtime.cluster import RayConfig, ray_cluster
 from pema_ray.runtime.hardware import pick_dtype
 
 NAME = "ray_overhead"

@@ -25,14 +25,15 @@ from _harness import Aim, console, device_of, options, show, write_results
 from build_memory import CONFIG, PACKAGED, packaged_examples, tiny_model
 from transformers import DynamicCache
 
-from pema_ray.config import PLMConfig, load_config
 from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.decoding import Decoder, GenerationRequest, Predictor
 from pema_ray.data_owner.decoding.drafts import MemoryLookup
 from pema_ray.data_owner.decoding.unrolling import UnrollingSchedule, mix
 from pema_ray.errors import UserError
 from pema_ray.line import Description, LMHeadBundle, Step, Stepped, codec
+from pema_ray.line.plm_config import PLMConfig
 from pema_ray.memory import ExternalMemory
+from pema_ray.pema.config import load_config
 from pema_ray.plm_owner import LoadedPLM, load_plm
 from pema_ray.plm_owner.model.export import export_lm_head
 from pema_ray.plm_owner.model.states import capture_state

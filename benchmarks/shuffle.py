@@ -13,8 +13,8 @@ from statistics import mean
 
 from _harness import Aim, console, device_of, options, show, write_results
 
-from pema_ray.config import TrainConfig
 from pema_ray.data_owner.adapter.pema import AdapterConfig
+from pema_ray.data_owner.training.config import TrainConfig
 from pema_ray.data_owner.training.loop import Trainer
 from pema_ray.line import LMHeadBundle
 from pema_ray.memory import ExternalMemory

@@ -35,8 +35,8 @@ from _harness import (
     write_results,
 )
 
-from pema_ray.config import TrainConfig
 from pema_ray.data_owner.adapter.pema import AdapterConfig
+from pema_ray.data_owner.training.config import TrainConfig
 from pema_ray.data_owner.training.loop import Point, Trainer
 from pema_ray.line import LMHead
 from pema_ray.line.lm_head import HeadSpec

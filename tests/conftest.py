@@ -19,8 +19,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from tiny_models import ARCHITECTURES, random_model
 
-from pema_ray.config import PLMConfig
 from pema_ray.line import BlockingPLM
+from pema_ray.line.plm_config import PLMConfig
 from pema_ray.line.tokenizer import PLMTokenizer
 from pema_ray.plm_owner import EngineConfig, LoadedPLM, LocalPLM, load_plm
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 _ROOT = Path(__file__).parents[1]
 _TESTS = {  # of each module, those that are to notice
-    "data_owner/adapter": ["data_owner/test_adapter.py"],
-    "data_owner/reconstruction": ["data_owner/test_reconstruction.py"],
-    "data_owner/objectives": ["data_owner/test_objectives.py"],
-    "data_owner/unrolling": ["data_owner/test_unrolling.py"],
-    "data_owner/feed": ["data_owner/test_feed.py"],
+    "data_owner/adapter/pema": ["data_owner/adapter/test_adapter.py"],
+    "data_owner/training/reconstruction": ["data_owner/training/test_reconstruction.py"],
+    "data_owner/training/objectives": ["data_owner/training/test_objectives.py"],
+    "data_owner/decoding/unrolling": ["data_owner/decoding/test_unrolling.py"],
+    "data_owner/training/feed": ["data_owner/training/test_feed.py"],
     "memory/rows": ["memory/test_rows.py"],
     "memory/plan": ["memory/test_plan.py"],
 }

@@ -69,7 +69,7 @@ def quickstart(
     def work() -> None:
         from contextlib import nullcontext
 
-        from pema_ray.config import load_config
+        from pema_ray.pema.config import load_config
         from pema_ray.pema.run import STAGES, Run
         from pema_ray.runtime.cluster import ray_cluster
         from pema_ray.runtime.progress import console
@@ -183,8 +183,8 @@ def serve_key(
     """PLM owner: let a data owner in. Prints its key, once; the file keeps a hash."""
 
     def work() -> None:
-        from pema_ray.config import validate
         from pema_ray.plm_owner.service.access import Quota, add_client
+        from pema_ray.runtime.settings import validate
 
         asked = {"rows_per_minute": rows_per_minute, "tokens_per_minute": tokens_per_minute, "sessions": sessions}
         typer.echo(add_client(keys, name, validate(Quota, asked, "quota")))

@@ -135,11 +135,10 @@ def build(
     """Make a memory of documents, by Ray Data. Documents longer than the model reads become several entries."""
 
     def work() -> None:
-        from pema_ray.config import RayConfig
         from pema_ray.pluglm import refresh as refreshing
         from pema_ray.pluglm.config import TextConfig
         from pema_ray.pluglm.entries import VECTOR_DTYPES
-        from pema_ray.runtime.cluster import ray_cluster
+        from pema_ray.runtime.cluster import RayConfig, ray_cluster
 
         if dtype not in VECTOR_DTYPES:
             raise UserError(f"--dtype {dtype}: use {', '.join(VECTOR_DTYPES)}.")
@@ -260,9 +259,8 @@ def refresh(
     def work() -> None:
         from contextlib import nullcontext
 
-        from pema_ray.config import RayConfig
         from pema_ray.pluglm import refresh as refreshing
-        from pema_ray.runtime.cluster import ray_cluster
+        from pema_ray.runtime.cluster import RayConfig, ray_cluster
         from pema_ray.runtime.progress import track
 
         here, encoder = _open(folder), _encoder(model)
@@ -377,7 +375,7 @@ def _tell(made: Any) -> None:
 
 
 def _pretrain(config: Path, overrides: Sequence[str]) -> None:
-    from pema_ray.config import read_config
+    from pema_ray.experiment.configuration import read_config
     from pema_ray.pluglm.config import PretrainConfig
     from pema_ray.pluglm.pretrain import pretrain
 
@@ -385,7 +383,7 @@ def _pretrain(config: Path, overrides: Sequence[str]) -> None:
 
 
 def _finetune(config: Path, overrides: Sequence[str]) -> None:
-    from pema_ray.config import read_config
+    from pema_ray.experiment.configuration import read_config
     from pema_ray.pluglm.finetune import finetune
     from pema_ray.pluglm.finetune_config import FinetuneConfig
 
@@ -395,7 +393,7 @@ def _finetune(config: Path, overrides: Sequence[str]) -> None:
 def _demo(out: Path, seed: int, faithful: bool, overrides: Sequence[str]) -> None:
     from rich.table import Table
 
-    from pema_ray.config import read_config
+    from pema_ray.experiment.configuration import read_config
     from pema_ray.pluglm.demonstration.demo import ROWS, run_demo
     from pema_ray.pluglm.demonstration.learning import FactsSettings
     from pema_ray.runtime.hardware import set_threads
@@ -424,7 +422,7 @@ def _demo(out: Path, seed: int, faithful: bool, overrides: Sequence[str]) -> Non
 def _demo_text(out: Path, seed: int, overrides: Sequence[str]) -> None:
     from rich.table import Table
 
-    from pema_ray.config import read_config
+    from pema_ray.experiment.configuration import read_config
     from pema_ray.pluglm.demonstration.domains import DomainsSettings, run_domains, table_rows
     from pema_ray.runtime.progress import console, track
 

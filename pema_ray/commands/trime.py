@@ -16,8 +16,8 @@ import typer
 from rich.markup import escape
 
 from pema_ray.commands.trime_mt import register as register_translation
-from pema_ray.config import Section
 from pema_ray.pema.stages.main import guarded
+from pema_ray.runtime.settings import Section
 
 app = typer.Typer(
     help="TRIME: language models trained with memory, and evaluated with local, long and external memory. Stages read "
@@ -109,7 +109,7 @@ def job(name: str) -> None:
 
 
 def _read(config: Path | None, overrides: Sequence[str]) -> Any:
-    from pema_ray.config import read_config
+    from pema_ray.experiment.configuration import read_config
     from pema_ray.trime.config import TrimeConfig
 
     return read_config(TrimeConfig, config, overrides)

@@ -35,7 +35,7 @@ def run_stage(name: str, config: Path | None, overrides: Sequence[str]) -> int:
 
 
 def _read(config: Path | None, overrides: Sequence[str]) -> Any:
-    from pema_ray.config import read_config
+    from pema_ray.experiment.configuration import read_config
     from pema_ray.trime.mt.config import MtConfig
 
     return read_config(MtConfig, config, overrides)

@@ -1,7 +1,6 @@
 """The data owner's room: adapter, objectives, training, Gradual Unrolling, generation. Imports `line`, not `plm_owner`.
 
-`adapter.py`, `reconstruction.py`, `objectives.py`, `training.py`, `unrolling.py` and most of `decoding/` are
-mathematics and know no Ray; `ray_training.py` and `decoding/offline.py` spread them over a cluster.
+Only `training/ray_training.py`, `decoding/offline.py` and `service/` know Ray.
 """
 
 from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter

@@ -19,9 +19,9 @@ import httpx
 import msgspec
 import torch
 
-from pema_ray.config import PLMConfig
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import Busy, Description, ExtractBatch, Limits, LMHeadBundle, ModelCard, Step, Stepped, codec
+from pema_ray.line.plm_config import PLMConfig
 
 T = TypeVar("T")
 _BUSY = (429, 502, 503, 504)

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from pema_ray.config import Section
+from pema_ray.runtime.settings import Section
 
 
 class Result(Section):

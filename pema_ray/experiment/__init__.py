@@ -1,1 +1,1 @@
-"""Experiments of any kind: run folders, stages, stamps."""
+"""Experiments of any kind: configuration files with overrides, run folders, stages, stamps. Knows no method."""

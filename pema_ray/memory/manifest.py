@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from pema_ray.config import Section
 from pema_ray.errors import UserError
 from pema_ray.line import ModelCard
 from pema_ray.runtime.files import atomic_file
+from pema_ray.runtime.settings import Section
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 2

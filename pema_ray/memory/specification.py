@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from pema_ray.config import BuildMemoryConfig, PlacementConfig
 from pema_ray.line import ModelCard
+from pema_ray.memory.config import BuildMemoryConfig
 from pema_ray.memory.examples import Examples
 from pema_ray.memory.plan import Context, Rejected, ShardPlan, Weights, count_duplicates, sort_out
-from pema_ray.runtime.placement import ANYWHERE
+from pema_ray.runtime.placement import ANYWHERE, PlacementConfig
 from pema_ray.tasks import EncodedPair
 
 _SCHEME = 2  # of cutting examples into shards: another one is another plan

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pema_ray.config import PLMConfig
 from pema_ray.line import ModelCard, PLMClient
+from pema_ray.line.plm_config import PLMConfig
 
 
 def connect(config: PLMConfig, card: ModelCard | None = None, engine: Mapping[str, Any] | None = None) -> PLMClient:

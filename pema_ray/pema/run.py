@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pema_ray.config import ExperimentConfig
 from pema_ray.errors import UserError
 from pema_ray.experiment.stage_run import HOW_FAST, StageRun, chosen_settings, claim
 from pema_ray.line import LMHeadBundle
 from pema_ray.memory.manifest import Manifest
+from pema_ray.pema.config import ExperimentConfig
 from pema_ray.runtime.files import atomic_file, sha256_of
 from pema_ray.tasks import Pair, Prompter, Task, load_task
 from pema_ray.tasks.shots import SimilarShots, first_shots

@@ -11,8 +11,8 @@ from pydantic import Field
 from ray import serve
 from ray.serve import Application
 
-from pema_ray.config import Section, validate
 from pema_ray.pluglm.service import PlugLMService, ServiceConfig, make_api
+from pema_ray.runtime.settings import Section, validate
 
 
 class PlugLMArgs(Section):

@@ -1,4 +1,4 @@
-"""Settings of PlugLM's jobs, typed: YAML in, frozen sections out (`pema_ray.config.read_config`). Knows pydantic."""
+"""Settings of PlugLM's jobs, typed: YAML in, frozen sections out. Knows pydantic."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pema_ray.config import Folder, RayConfig, Section, TrainingConfig
+from pema_ray.runtime.cluster import RayConfig
+from pema_ray.runtime.settings import Folder, Section
+from pema_ray.training.config import TrainingConfig
 
 
 class TextConfig(Section):

@@ -22,11 +22,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pema_ray.config import Section
 from pema_ray.errors import UserError
 from pema_ray.pluglm.knowledge import document_codes
 from pema_ray.runtime.files import atomic_file, sha256_of
 from pema_ray.runtime.hardware import DTYPES
+from pema_ray.runtime.settings import Section
 
 VectorDtype = Literal["float32", "float16", "bfloat16"]
 _CONTENTS = "sha256"  # of a vectors file's numbers, in its header

@@ -1,4 +1,4 @@
-"""Settings of fine-tuning, typed (`pema_ray.config.read_config`). Knows pydantic."""
+"""Settings of fine-tuning, typed (`pema_ray.experiment.configuration.read_config`). Knows pydantic."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pema_ray.config import Folder, RayConfig, Section, TrainingConfig
+from pema_ray.runtime.cluster import RayConfig
+from pema_ray.runtime.settings import Folder, Section
+from pema_ray.training.config import TrainingConfig
 
 
 class TaskSettings(Section):

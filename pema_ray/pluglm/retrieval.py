@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from jinja2 import Environment, StrictUndefined
 
-from pema_ray.config import Section
 from pema_ray.errors import UserError
 from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
 from pema_ray.pluglm.memory_layer import Retrieved
 from pema_ray.runtime.files import atomic_file
+from pema_ray.runtime.settings import Section
 
 
 class Use(Section):

@@ -21,7 +21,6 @@ from fastapi import FastAPI, Header, Request
 from fastapi.responses import JSONResponse
 from pydantic import Field, field_validator, model_validator
 
-from pema_ray.config import Section, validate
 from pema_ray.errors import UserError
 from pema_ray.pluglm.editing import Change
 from pema_ray.pluglm.editor_keys import hash_of
@@ -33,6 +32,7 @@ from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
 from pema_ray.pluglm.loading import load_pluglm
 from pema_ray.pluglm.versions import VersionConflict
 from pema_ray.runtime.hardware import compute_thread, set_threads
+from pema_ray.runtime.settings import Section, validate
 
 logger = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from pema_ray.config import Section, validate
 from pema_ray.errors import UserError
 from pema_ray.pluglm.entries import FileInfo, Segment
 from pema_ray.runtime.files import atomic_file, temporary_beside
+from pema_ray.runtime.settings import Section, validate
 
 logger = logging.getLogger(__name__)
 VERSIONS = "versions"

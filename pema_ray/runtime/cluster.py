@@ -9,11 +9,32 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from pema_ray.config import PlacementConfig, RayConfig
+from pydantic import Field
+
 from pema_ray.errors import UserError
 from pema_ray.runtime.environment import ray_address, worker_environment
-from pema_ray.runtime.placement import ANYWHERE, describe, describe_nodes, for_tasks, matching_nodes, matching_resource
+from pema_ray.runtime.placement import (
+    ANYWHERE,
+    PlacementConfig,
+    describe,
+    describe_nodes,
+    for_tasks,
+    matching_nodes,
+    matching_resource,
+)
 from pema_ray.runtime.progress import console
+from pema_ray.runtime.settings import Section
+
+
+class RayConfig(Section):
+    """The Ray cluster: an address to join, or the size of a local one."""
+
+    address: str | None = None
+    """A cluster to join; none takes `RAY_ADDRESS`, or starts a local cluster for the stage."""
+    num_cpus: int = Field(default=4, ge=3)
+    """Logical CPUs of a local cluster (Ray Data needs more than the PLM's own)."""
+    object_store_mb: int = Field(default=200, ge=80)
+    """Object store of a local cluster, MiB."""
 
 
 @contextmanager

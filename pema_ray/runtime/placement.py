@@ -2,9 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pema_ray.config import PlacementConfig
+from pydantic import field_validator
+
+from pema_ray.runtime.settings import Section
+
+_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+_LABEL_SELECTOR = re.compile(rf"(!?)(?:in\(({_LABEL}(?:, ?{_LABEL})*)\)|({_LABEL}))")  # the syntax of Ray's selectors
+
+
+class PlacementConfig(Section):
+    """Nodes for the actors of build-memory and generate and for training workers; none: wherever Ray has room."""
+
+    accelerator_type: str | None = None
+    """Accelerator that a node must have, as Ray names it: `H100`, `A100`, `L4` …"""
+    labels: dict[str, str] = {}
+    """Labels that a node must have (`ray start --labels`): label → `value`, `!value`, `in(a, b)` or `!in(a, b)`."""
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """Of training workers: on few nodes or on many; `STRICT_`: all on one, or each on its own. Ray Data spreads actors
+    by itself."""
+
+    @field_validator("labels")
+    @classmethod
+    def _are_selectors(cls, labels: dict[str, str]) -> dict[str, str]:
+        for label, value in labels.items():
+            if not _LABEL_SELECTOR.fullmatch(value):
+                raise ValueError(f"{label}: '{value}' is no value, !value, in(a, b) or !in(a, b)")
+        return labels
+
+    def accepts(self, labels: Mapping[str, str]) -> bool:
+        """Whether a node with these labels fits, as Ray decides it: `!` accepts a node without the label."""
+        return all(_accepts(selector, labels.get(label)) for label, selector in self.labels.items())
+
+
+def _accepts(selector: str, value: str | None) -> bool:
+    found = _LABEL_SELECTOR.fullmatch(selector)
+    assert found is not None
+    excludes, several, one = found.groups()
+    return (value in (re.split(", ?", several) if several else [one])) != bool(excludes)
+
 
 ANYWHERE = PlacementConfig()
 """No constraint."""

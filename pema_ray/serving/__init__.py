@@ -1,4 +1,1 @@
-"""Puts the owners' deployments together under Ray Serve: the one room that knows both of them.
-
-`applications.py` has a builder for each topology, as `serve_configs/` name them.
-"""
+"""What the Serve applications of all owners and methods share: replicas, logs, refused settings. Knows no deployment."""

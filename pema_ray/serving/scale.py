@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from pema_ray.config import Section
+from pema_ray.runtime.settings import Section
 
 UNLIMITED = 1_000_000  # ongoing requests; the engine and the decoder queue by themselves and know when they are full
 

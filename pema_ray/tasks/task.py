@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pydantic import Field, field_validator, model_validator
 
-from pema_ray.config import Section, read_yaml_mapping, validate
 from pema_ray.errors import UserError, nearest
+from pema_ray.runtime.settings import Section, read_yaml_mapping, validate
 from pema_ray.tasks.postprocess import RULES
 
 

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pema_ray.config import PlacementConfig, TrainingConfig
 from pema_ray.errors import UserError
 from pema_ray.runtime.files import atomic_file
 from pema_ray.runtime.hardware import set_threads
-from pema_ray.runtime.placement import ANYWHERE, ray_options
+from pema_ray.runtime.placement import ANYWHERE, PlacementConfig, ray_options
 from pema_ray.training.checkpoint import CHECKPOINT
+from pema_ray.training.config import TrainingConfig
 from pema_ray.training.ray_checkpoint import Storage, restore_checkpoint
 from pema_ray.training.strategies import Place
 from pema_ray.training.tracking import make_trackers

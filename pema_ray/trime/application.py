@@ -10,7 +10,7 @@ from pydantic import Field
 from ray import serve
 from ray.serve import Application
 
-from pema_ray.config import Section, validate
+from pema_ray.runtime.settings import Section, validate
 from pema_ray.serving.swapping import refused
 from pema_ray.trime.service import Live, ServiceConfig, TrimeService, make_api
 

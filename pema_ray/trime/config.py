@@ -10,8 +10,10 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pema_ray.config import Folder, RayConfig, Section, TrainingConfig
 from pema_ray.errors import nearest
+from pema_ray.runtime.cluster import RayConfig
+from pema_ray.runtime.settings import Folder, Section
+from pema_ray.training.config import TrainingConfig
 from pema_ray.training.schedules import Schedule
 
 Split = Literal["train", "dev", "test"]

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pema_ray.config import BuildMemoryConfig
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import ExtractBatch, ModelCard
 from pema_ray.memory import ExternalMemory
+from pema_ray.memory.config import BuildMemoryConfig
 from pema_ray.memory.examples import ListedExamples
 from pema_ray.memory.specification import MemoryBuild
 from pema_ray.tasks import EncodedPair

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from pema_ray.config import Section
 from pema_ray.runtime.files import atomic_file
+from pema_ray.runtime.settings import Section
 
 
 class Chosen(Section):

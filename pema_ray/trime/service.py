@@ -20,9 +20,10 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 from torch import Tensor
 
-from pema_ray.config import Section, read_config, validate
 from pema_ray.errors import UserError, nearest
+from pema_ray.experiment.configuration import read_config
 from pema_ray.runtime.hardware import compute_thread, pick_device, set_threads
+from pema_ray.runtime.settings import Section, validate
 from pema_ray.trime.build_datastore import card_of
 from pema_ray.trime.calibration import Mixture, Settings, token_log_probs
 from pema_ray.trime.combination import joint_over_vocabulary, linear_over_vocabulary, memory_mass

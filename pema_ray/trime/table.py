@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pema_ray.config import Section, validate
 from pema_ray.runtime.cluster import ray_cluster
 from pema_ray.runtime.files import atomic_file
 from pema_ray.runtime.progress import console
+from pema_ray.runtime.settings import Section, validate
 from pema_ray.trime import build_datastore, build_index, evaluate, prepare, report, train, walk
 from pema_ray.trime.config import MemoryKind, TrimeConfig
 from pema_ray.trime.pace import seconds_per_update

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.data_owner.conftest import make_rows  # noqa: F401  a fixture
-from tests.data_owner.test_ray_training import write_memory
+from tests.data_owner.training.test_ray_training import write_memory
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pema_ray.commands.main import app
-from pema_ray.config import ExperimentConfig
+from pema_ray.pema.config import ExperimentConfig
 
 runner = CliRunner()
 

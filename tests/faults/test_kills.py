@@ -26,8 +26,8 @@ import psutil
 import pytest
 import torch
 
-from pema_ray.config import TrainConfig
 from pema_ray.data_owner import AdapterConfig, PemaAdapter
+from pema_ray.data_owner.training.config import TrainConfig
 from pema_ray.data_owner.training.loop import History, Trainer
 from pema_ray.data_owner.training.ray_training import TrainingJob, fit
 from pema_ray.errors import UserError
@@ -38,7 +38,7 @@ from pema_ray.memory.manage import verify
 from pema_ray.memory.specification import MemoryBuild
 from pema_ray.tasks import EncodedPair
 from tests.data_owner.conftest import make_rows  # noqa: F401  a fixture
-from tests.data_owner.test_ray_training import write_memory
+from tests.data_owner.training.test_ray_training import write_memory
 from tests.memory import kit
 from tests.memory.kit import CARD, contents, fake_plm
 

@@ -7,7 +7,7 @@ import sys
 
 LOADS = """
 import sys, threading
-from pema_ray.config import PLMConfig
+from pema_ray.line.plm_config import PLMConfig
 from pema_ray.line import LMHeadBundle
 from pema_ray.plm_owner.model.load import load_plm
 errors = []

@@ -9,8 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from pema_ray.config import BuildMemoryConfig
 from pema_ray.line import ModelCard
+from pema_ray.memory.config import BuildMemoryConfig
 from pema_ray.memory.examples import ListedExamples
 from pema_ray.memory.planning import prepare_folder
 from pema_ray.memory.shard_worker import ShardWorker

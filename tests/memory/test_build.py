@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pema_ray.config import BuildMemoryConfig, PLMConfig
 from pema_ray.errors import UserError
 from pema_ray.line import ModelCard
+from pema_ray.line.plm_config import PLMConfig
 from pema_ray.memory import ExternalMemory
 from pema_ray.memory.build import await_shard, run_build
+from pema_ray.memory.config import BuildMemoryConfig
 from pema_ray.memory.examples import ListedExamples
 from pema_ray.memory.manage import verify
 from pema_ray.memory.planning import prepare_folder

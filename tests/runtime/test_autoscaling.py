@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pema_ray.config import RayConfig
 from pema_ray.errors import UserError
+from pema_ray.runtime.cluster import RayConfig
 from pema_ray.runtime.cluster import ray_cluster as ours
 
 

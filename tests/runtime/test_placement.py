@@ -12,14 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from pema_ray.config import PlacementConfig, RayConfig, TrainingConfig, load_config
 from pema_ray.data_owner.decoding import GenerationRequest
 from pema_ray.data_owner.decoding.offline import GenerationJob, generate
 from pema_ray.data_owner.decoding.unrolling import UnrollingSchedule
 from pema_ray.errors import UserError
 from pema_ray.memory.build import run_build
+from pema_ray.pema.config import load_config
+from pema_ray.runtime.cluster import RayConfig
 from pema_ray.runtime.cluster import ray_cluster as ours
-from pema_ray.runtime.placement import ANYWHERE, for_tasks, ray_options
+from pema_ray.runtime.placement import ANYWHERE, PlacementConfig, for_tasks, ray_options
+from pema_ray.training.config import TrainingConfig
 from pema_ray.training.ray_loop import run_workers
 from tests.memory.kit import build, fake_plm
 
@@ -143,7 +145,7 @@ def test_a_build_runs_where_it_is_placed(placement: PlacementConfig, far_node: s
 
 @pytest.mark.cluster
 def test_actors_that_generate_run_where_they_are_placed(far_node: str, tiny_source, tiny_plm_folder, tmp_path: Path):
-    from pema_ray.config import PLMConfig
+    from pema_ray.line.plm_config import PLMConfig
     from pema_ray.pema.plm import connector
 
     bundle = tiny_source("llama").lm_head().save(tmp_path / "lm_head")

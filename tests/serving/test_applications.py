@@ -10,11 +10,12 @@ import yaml
 from typer.testing import CliRunner
 
 from pema_ray.commands.main import app
-from pema_ray.config import GenerateConfig, UnrollingConfig, load_config
 from pema_ray.data_owner import UnrollingSchedule
+from pema_ray.data_owner.decoding.config import GenerateConfig, UnrollingConfig
 from pema_ray.data_owner.service.protocol import CompletionRequest
 from pema_ray.data_owner.service.service import DataOwner, DecoderConfig
 from pema_ray.errors import UserError
+from pema_ray.pema.config import load_config
 from pema_ray.pema.serving.local import LocalArgs
 from pema_ray.pema.serving.run import application_of, arguments_of
 from pema_ray.plm_owner.service.access import Access

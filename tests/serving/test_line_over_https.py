@@ -22,10 +22,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from serving_kit import DirectHandle
 
-from pema_ray.config import PLMConfig
 from pema_ray.data_owner.remote import RemotePLM
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import Busy, ExtractBatch, SessionLost, Step, Stepped, codec
+from pema_ray.line.plm_config import PLMConfig
 from pema_ray.plm_owner.model.states import capture_state
 from pema_ray.plm_owner.service.access import Access, Quota, add_client, hash_of
 from pema_ray.plm_owner.service.api import Limits, make_api

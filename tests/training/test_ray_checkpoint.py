@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pema_ray.config import TrainingConfig
 from pema_ray.errors import UserError
 from pema_ray.training import ray_checkpoint
 from pema_ray.training.checkpoint import CHECKPOINT
+from pema_ray.training.config import TrainingConfig
 from pema_ray.training.ray_checkpoint import RAY_TRAIN, Storage, reporting_checkpoints, restore_checkpoint
 from pema_ray.training.ray_loop import run_workers, worker_place
 from pema_ray.training.strategies import Place

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pema_ray.config import TrainingConfig
 from pema_ray.errors import UserError
 from pema_ray.training.checkpoint import CHECKPOINT
+from pema_ray.training.config import TrainingConfig
 from pema_ray.training.ray_loop import _following, _past_deaths_at_start, _worker, reporting, run_workers, worker_place
 
 CONFIG = TrainingConfig(cpus_per_worker=0.5)

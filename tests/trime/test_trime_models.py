@@ -9,8 +9,8 @@ import torch
 from kit import tiny_model
 from rich.console import Console
 
-from pema_ray.config import read_config
 from pema_ray.errors import UserError
+from pema_ray.experiment.configuration import read_config
 from pema_ray.trime.config import DecoderShape, ModelConfig, TrimeConfig
 from pema_ray.trime.decoder import DecoderLM, sinusoids
 from pema_ray.trime.dry_run import estimate

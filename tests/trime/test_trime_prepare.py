@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pema_ray.config import read_config
 from pema_ray.errors import UserError
+from pema_ray.experiment.configuration import read_config
 from pema_ray.trime import prepare
 from pema_ray.trime.config import PrepareConfig, Split, TrimeConfig
 from pema_ray.trime.corpus import Span, deal_out, find_documents, scan

@@ -10,8 +10,8 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from pema_ray.config import read_config
 from pema_ray.errors import FingerprintMismatch, UserError
+from pema_ray.experiment.configuration import read_config
 from pema_ray.trime import build_datastore, build_index, evaluate, report
 from pema_ray.trime.calibration import token_log_probs
 from pema_ray.trime.config import ModelConfig, PrepareConfig, TrimeConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pema_ray.config import read_config
+from pema_ray.experiment.configuration import read_config
 from pema_ray.trime import table
 from pema_ray.trime.config import TrimeConfig
 from pema_ray.trime.table import Table

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pema_ray.config import PlacementConfig
 from pema_ray.data_owner.decoding.decoder import Decoder
 from pema_ray.data_owner.decoding.predictor import Predictor, PredictorSource
 from pema_ray.data_owner.decoding.request import Answer, GenerationAborted, GenerationRequest
@@ -18,7 +17,7 @@ from pema_ray.errors import UserError
 from pema_ray.line import LMHeadBundle, PLMClient
 from pema_ray.line.retry import PatientPLM
 from pema_ray.runtime.hardware import compute_elsewhere, compute_thread, pick_device
-from pema_ray.runtime.placement import ANYWHERE, ray_options
+from pema_ray.runtime.placement import ANYWHERE, PlacementConfig, ray_options
 
 _BATCHES_PER_TASK = 8  # answers that finish make room for the next ones: long tasks keep the batch full
 

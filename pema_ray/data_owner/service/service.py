@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from pema_ray.config import GenerateConfig, Section, UnrollingConfig, validate
 from pema_ray.data_owner.decoding import Decoder, Predictor, PredictorSpec
+from pema_ray.data_owner.decoding.config import GenerateConfig, UnrollingConfig
 from pema_ray.data_owner.decoding.drafts import MemoryLookup
 from pema_ray.data_owner.decoding.request_builder import RequestBuilder
 from pema_ray.data_owner.decoding.unrolling import UnrollingSchedule
@@ -26,6 +26,7 @@ from pema_ray.memory import ExternalMemory
 from pema_ray.memory.examples import read_pairs
 from pema_ray.runtime.hardware import compute_thread, pick_device, pick_dtype, set_threads
 from pema_ray.runtime.metrics import RayMetrics
+from pema_ray.runtime.settings import Section, validate
 from pema_ray.tasks import Pair, Prompter, Task
 from pema_ray.tasks.shots import SimilarShots
 

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from pema_ray.config import TrainConfig
 from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.adapter.predicted_lambda import fit_gate
+from pema_ray.data_owner.training.config import TrainConfig
 from pema_ray.data_owner.training.feed import (
     Batch,
     Feed,

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pema_ray.config import PlacementConfig, TrainConfig
 from pema_ray.data_owner.adapter.pema import AdapterConfig
+from pema_ray.data_owner.training.config import TrainConfig
 from pema_ray.data_owner.training.feed import StreamShuffle
 from pema_ray.data_owner.training.loop import RESUMED_FROM, History, Point, Trainer
 from pema_ray.errors import UserError
@@ -20,7 +20,7 @@ from pema_ray.memory.external_memory import RowsView
 from pema_ray.memory.planning import finished_shards
 from pema_ray.memory.shards import read_shard
 from pema_ray.runtime.hardware import pick_dtype
-from pema_ray.runtime.placement import ANYWHERE
+from pema_ray.runtime.placement import ANYWHERE, PlacementConfig
 from pema_ray.training.ray_checkpoint import reporting_checkpoints
 from pema_ray.training.ray_loop import is_first_on_its_node, reporting, run_workers, worker_place
 

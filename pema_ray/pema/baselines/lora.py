@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from transformers import get_cosine_schedule_with_warmup
 
-from pema_ray.config import LoraSettings, PLMConfig
 from pema_ray.errors import UserError
 from pema_ray.line import LMHead
+from pema_ray.line.plm_config import PLMConfig
 from pema_ray.memory.plan import plan_batches
+from pema_ray.pema.baselines.config import LoraSettings
 from pema_ray.plm_owner.model.export import export_lm_head
 from pema_ray.plm_owner.model.load import LoadedPLM, load_plm
 from pema_ray.plm_owner.model.states import capture_state

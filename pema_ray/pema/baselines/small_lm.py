@@ -28,7 +28,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
-from pema_ray.config import SmallLMSettings
 from pema_ray.data_owner.adapter.knn import NearestNeighbours
 from pema_ray.data_owner.decoding.predictor import Predictor
 from pema_ray.data_owner.decoding.state import DecodingState
@@ -38,6 +37,7 @@ from pema_ray.line import LMHead, LMHeadBundle, ModelCard
 from pema_ray.memory import ExternalMemory
 from pema_ray.memory.external_memory import RowsView
 from pema_ray.memory.plan import plan_batches
+from pema_ray.pema.baselines.config import SmallLMSettings
 from pema_ray.runtime.hardware import peak_memory, pick_device, set_threads
 from pema_ray.tasks import EncodedPair
 

@@ -10,13 +10,14 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
-from pema_ray.config import PLMConfig, Section, validate
 from pema_ray.data_owner.service.api import make_api
 from pema_ray.data_owner.service.service import DataOwner, DecoderConfig, Live
 from pema_ray.errors import UserError
 from pema_ray.line import PLMClient
+from pema_ray.line.plm_config import PLMConfig
 from pema_ray.pema.plm import connect
 from pema_ray.runtime.metrics import RayMetrics
+from pema_ray.runtime.settings import Section, validate
 from pema_ray.serving.logs import log_as_json
 from pema_ray.serving.scale import UNLIMITED, Scale
 from pema_ray.serving.swapping import refused

@@ -7,12 +7,13 @@ from typing import Any
 
 from ray.serve import Application
 
-from pema_ray.config import PLMConfig, Section, validate
 from pema_ray.data_owner.service.service import DecoderConfig, Live
+from pema_ray.line.plm_config import PLMConfig
 from pema_ray.pema.serving.data_owner import data_owner_deployment
 from pema_ray.plm_owner.engine import EngineConfig
 from pema_ray.plm_owner.service.application import plm_engine
 from pema_ray.plm_owner.service.replicas import Replicas
+from pema_ray.runtime.settings import Section, validate
 from pema_ray.serving.scale import Scale
 
 

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pema_ray.config import ExperimentConfig, PLMConfig, UnrollingConfig, load_config
+from pema_ray.data_owner.decoding.config import UnrollingConfig
 from pema_ray.errors import UserError
+from pema_ray.line.plm_config import PLMConfig
+from pema_ray.pema.config import ExperimentConfig, load_config
 from pema_ray.pema.run import Run
 from pema_ray.runtime.cluster import ray_cluster
 from pema_ray.runtime.progress import console

@@ -1,4 +1,4 @@
-"""The stages of an experiment, one module each: the only room that may bring both owners together.
+"""The stages of a PEMA experiment, one module each.
 
 Every stage is `run(config) -> metrics`; `jobs/` and the command line are thin twins over it.
 """

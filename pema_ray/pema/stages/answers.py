@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pema_ray.config import ExperimentConfig, GenerateConfig, PLMConfig
+from pema_ray.data_owner.decoding.config import GenerateConfig
 from pema_ray.data_owner.decoding.offline import GenerationJob, SystemAnswer, generate
 from pema_ray.data_owner.decoding.predictor import PredictorSource, PredictorSpec
 from pema_ray.data_owner.decoding.request import Token
 from pema_ray.data_owner.decoding.request_builder import RequestBuilder
+from pema_ray.line.plm_config import PLMConfig
+from pema_ray.pema.config import ExperimentConfig
 from pema_ray.pema.plm import connector
 from pema_ray.pema.run import Run
 from pema_ray.runtime.cluster import ray_cluster

@@ -6,18 +6,19 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from pema_ray.config import BuildMemoryConfig, ExperimentConfig, PlacementConfig
 from pema_ray.errors import UserError
 from pema_ray.line import PLMClient
 from pema_ray.memory.build import run_builds
+from pema_ray.memory.config import BuildMemoryConfig
 from pema_ray.memory.examples import PreparedPairs, Wording, read_pairs
 from pema_ray.memory.manifest import Manifest
 from pema_ray.memory.planning import find_or_make_plan, find_plan, prepare_folder
 from pema_ray.memory.specification import MemoryBuild
+from pema_ray.pema.config import ExperimentConfig
 from pema_ray.pema.plm import connector
 from pema_ray.pema.run import Run
 from pema_ray.runtime.cluster import ray_cluster
-from pema_ray.runtime.placement import for_tasks
+from pema_ray.runtime.placement import PlacementConfig, for_tasks
 from pema_ray.runtime.progress import Tracker, track
 from pema_ray.tasks.shots import first_shots
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from pema_ray.config import ExperimentConfig
 from pema_ray.errors import UserError
 from pema_ray.evaluation.comparison import Comparison, Peer, markdown, significance
+from pema_ray.pema.config import ExperimentConfig
 from pema_ray.pema.run import Run
 from pema_ray.pema.stages.answers import read_rows
 from pema_ray.pema.stages.systems import System, check, scorer_of

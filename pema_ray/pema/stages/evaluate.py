@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from pema_ray.config import ExperimentConfig, GenerateConfig
 from pema_ray.data_owner import UnrollingSchedule
+from pema_ray.data_owner.decoding.config import GenerateConfig
 from pema_ray.data_owner.decoding.offline import GenerationJob, SystemAnswer
 from pema_ray.errors import UserError
 from pema_ray.evaluation.results import (
@@ -22,6 +22,7 @@ from pema_ray.evaluation.results import (
 )
 from pema_ray.evaluation.scores import Scorer
 from pema_ray.memory import ExternalMemory
+from pema_ray.pema.config import ExperimentConfig
 from pema_ray.pema.run import Run
 from pema_ray.pema.stages.answers import make_job, predictor_of, read_rows, run_jobs, to_row, write_rows
 from pema_ray.pema.stages.likelihood import likelihood_of

@@ -6,9 +6,9 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
-from pema_ray.config import ExperimentConfig
 from pema_ray.errors import UserError
 from pema_ray.line import BlockingPLM, Busy
+from pema_ray.pema.config import ExperimentConfig
 from pema_ray.pema.plm import connect
 from pema_ray.pema.run import Run
 from pema_ray.runtime.cluster import ray_cluster

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from pema_ray.config import ExperimentConfig
+from pema_ray.pema.config import ExperimentConfig
 from pema_ray.pema.run import Run
 from pema_ray.pema.stages.answers import make_job, predictor_of, run_jobs, to_row, write_rows
 

@@ -17,7 +17,7 @@ from pema_ray.runtime.environment import quiet_libraries
 
 quiet_libraries()  # before Ray and transformers are imported
 
-from pema_ray.config import ExperimentConfig, load_config  # noqa: E402
+from pema_ray.pema.config import ExperimentConfig, load_config  # noqa: E402
 from pema_ray.pema.stages.settings import settings_of  # noqa: E402
 
 INTERRUPTED_EXIT_CODE = 130

@@ -8,8 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pema_ray.config import ExperimentConfig
 from pema_ray.errors import UserError
+from pema_ray.pema.config import ExperimentConfig
 from pema_ray.pema.run import Run
 from pema_ray.runtime.files import atomic_file
 from pema_ray.tasks import load_pairs

@@ -6,9 +6,9 @@ from typing import Any
 
 from rich.table import Table
 
-from pema_ray.config import ExperimentConfig
 from pema_ray.evaluation.report import write_report
 from pema_ray.evaluation.results import Evaluation
+from pema_ray.pema.config import ExperimentConfig
 from pema_ray.pema.run import Run
 from pema_ray.runtime.progress import console
 

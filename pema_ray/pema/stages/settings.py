@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel
 
-from pema_ray.config import ExperimentConfig
+from pema_ray.pema.config import ExperimentConfig
 
 # stage → the sections it reads beside `run_dir` and `seed`
 SECTIONS: dict[str, tuple[str, ...]] = {

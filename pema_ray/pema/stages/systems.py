@@ -16,18 +16,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pema_ray.config import (
-    CompareConfig,
-    ExperimentConfig,
-    GenerateConfig,
-    KnnMixConfig,
-    PLMConfig,
-    TrainConfig,
-)
-from pema_ray.config import validate as validate_section
 from pema_ray.data_owner.adapter.knn import NearestNeighbours, require_faiss
+from pema_ray.data_owner.decoding.config import GenerateConfig, KnnMixConfig
 from pema_ray.data_owner.decoding.offline import GenerationJob, SystemAnswer
 from pema_ray.data_owner.decoding.predictor import Predictor, PredictorSource, PredictorSpec
+from pema_ray.data_owner.training.config import TrainConfig
 from pema_ray.data_owner.training.loop import History
 from pema_ray.data_owner.training.ray_training import fit
 from pema_ray.errors import UserError
@@ -35,8 +28,10 @@ from pema_ray.evaluation.comparison import Measurement
 from pema_ray.evaluation.likelihood import TokenLikelihood
 from pema_ray.evaluation.scores import Scorer
 from pema_ray.experiment.stage_run import chosen_settings, claim
+from pema_ray.line.plm_config import PLMConfig
 from pema_ray.memory import ExternalMemory
 from pema_ray.pema.baselines.small_lm import SmallLMJob, SmallLMSpec, train_peer
+from pema_ray.pema.config import CompareConfig, ExperimentConfig
 from pema_ray.pema.run import COMPARE_PROTOCOL, Run
 from pema_ray.pema.stages.answers import make_job, predictor_of, run_jobs, write_rows
 from pema_ray.pema.stages.likelihood import likelihood_of
@@ -44,6 +39,7 @@ from pema_ray.pema.stages.train import training_job
 from pema_ray.runtime.files import atomic_file
 from pema_ray.runtime.placement import ray_options
 from pema_ray.runtime.progress import console, track
+from pema_ray.runtime.settings import validate as validate_section
 from pema_ray.tasks import EncodedPair
 from pema_ray.tasks.postprocess import tidy
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from pema_ray.config import ExperimentConfig, TrainConfig
 from pema_ray.data_owner.adapter.pema import AdapterConfig
+from pema_ray.data_owner.training.config import TrainConfig
 from pema_ray.data_owner.training.loop import History, Point
 from pema_ray.data_owner.training.ray_training import FIRST_STEP, TrainingJob, fit
 from pema_ray.errors import UserError
@@ -19,6 +19,7 @@ from pema_ray.memory.build import run_build, run_builds, stream_shards
 from pema_ray.memory.planning import find_or_make_plan, finished_shards, planned_mean_weight, planned_rows
 from pema_ray.memory.published import SCHEME, open_published
 from pema_ray.memory.waits import showing
+from pema_ray.pema.config import ExperimentConfig
 from pema_ray.pema.run import Run
 from pema_ray.pema.stages.build_memory import actor_settings, measure_memory, plan_memories, plm_client, showing_waits
 from pema_ray.runtime.cluster import ray_cluster

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from pema_ray.config import Section
+from pema_ray.runtime.settings import Section
 
 
 class EngineConfig(Section):

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import torch
 
-from pema_ray.config import PLMConfig
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import Busy, Description, ExtractBatch, Limits, LMHeadBundle, Step, Stepped
+from pema_ray.line.plm_config import PLMConfig
 from pema_ray.plm_owner.engine.batcher import Batcher
 from pema_ray.plm_owner.engine.config import EngineConfig
 from pema_ray.plm_owner.engine.engine import Engine

@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from pema_ray.config import PLMConfig
 from pema_ray.errors import UserError, nearest
 from pema_ray.line.lm_head import TRANSFORMERS_LOCK
+from pema_ray.line.plm_config import PLMConfig
 from pema_ray.plm_owner.model.checkpoint import read_model
 from pema_ray.plm_owner.model.gguf import converted
 from pema_ray.plm_owner.model.quantization import (

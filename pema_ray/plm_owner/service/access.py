@@ -23,9 +23,9 @@ from typing import Any, TextIO
 import yaml
 from pydantic import Field, field_validator
 
-from pema_ray.config import Section, validate
 from pema_ray.errors import UserError
 from pema_ray.runtime.files import temporary_beside
+from pema_ray.runtime.settings import Section, validate
 
 logger = logging.getLogger(__name__)
 _PREFIX = "pema-"

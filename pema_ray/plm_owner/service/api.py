@@ -26,13 +26,13 @@ from pydantic import Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from pema_ray.config import Section
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import Busy, SessionLost, Step, codec
 from pema_ray.line.protocol import LONGEST_NAME
 from pema_ray.plm_owner.service.access import Access, Account, Refused, Reservation
 from pema_ray.plm_owner.service.executor import run_in_executor
 from pema_ray.plm_owner.service.replicas import Replicas
+from pema_ray.runtime.settings import Section
 
 _FRAME = {"content": {codec.MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}}
 Authorization = Annotated[str | None, Header(description="Bearer and your key.")]

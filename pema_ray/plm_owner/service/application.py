@@ -13,13 +13,14 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
-from pema_ray.config import PLMConfig, Section, validate
+from pema_ray.line.plm_config import PLMConfig
 from pema_ray.plm_owner.engine import EngineConfig
 from pema_ray.plm_owner.service.access import Access
 from pema_ray.plm_owner.service.api import Limits, make_api
 from pema_ray.plm_owner.service.deployment import PLMEngine
 from pema_ray.plm_owner.service.replicas import Replicas
 from pema_ray.runtime.metrics import RayMetrics
+from pema_ray.runtime.settings import Section, validate
 from pema_ray.serving.logs import log_as_json
 from pema_ray.serving.scale import UNLIMITED, Scale
 

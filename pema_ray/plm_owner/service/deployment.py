@@ -10,8 +10,8 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from pema_ray.config import PLMConfig
 from pema_ray.line import Description, Stepped, codec
+from pema_ray.line.plm_config import PLMConfig
 from pema_ray.plm_owner.engine import Engine, EngineConfig, LocalPLM
 from pema_ray.plm_owner.service.executor import run_in_executor
 from pema_ray.runtime.metrics import RayMetrics

@@ -14,13 +14,13 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from pema_ray.config import Section
 from pema_ray.evaluation.plots import Level, Series, line_plot
 from pema_ray.pluglm.demonstration.facts import World
 from pema_ray.pluglm.demonstration.learning import FactsSettings, Point, learn
 from pema_ray.pluglm.demonstration.measures import FactsFigures, measure
 from pema_ray.pluglm.pretrain import save_model
 from pema_ray.runtime.files import atomic_file
+from pema_ray.runtime.settings import Section
 
 OURS, FAITHFUL = "contrastive warm-up, value pooler, cosine", "as published"
 

@@ -24,7 +24,6 @@ from pydantic import Field
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pema_ray.config import Section
 from pema_ray.errors import UserError
 from pema_ray.pluglm import run_folder
 from pema_ray.pluglm.config import PretrainSettings, TextConfig
@@ -41,6 +40,7 @@ from pema_ray.pluglm.pretrain import local_access, save_model
 from pema_ray.pluglm.text import Sequences
 from pema_ray.pluglm.training import PretrainLoop, Tell
 from pema_ray.runtime.files import atomic_file
+from pema_ray.runtime.settings import Section
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _FIGURES = "demo-text.json"

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pema_ray.config import Section
 from pema_ray.pluglm.demonstration.facts import World, weights_hash
 from pema_ray.pluglm.demonstration.learning import answers
 from pema_ray.pluglm.encoding import DocumentEncoder
 from pema_ray.pluglm.knowledge import HeldKnowledge, Knowledge
 from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
 from pema_ray.pluglm.model import PlugLMForMaskedLM
+from pema_ray.runtime.settings import Section
 
 _AIMS = {
     "edited": (0.98, True), "edited_held_out": (0.90, True), "added": (0.90, True), "old_memory": (0.10, False),

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pema_ray.config import BuildMemoryConfig
 from pema_ray.line import ExtractBatch, ModelCard
 from pema_ray.memory.build import run_build
+from pema_ray.memory.config import BuildMemoryConfig
 from pema_ray.memory.examples import ListedExamples
 from pema_ray.memory.planning import prepare_folder
 from pema_ray.memory.rows import BlockingExtractor

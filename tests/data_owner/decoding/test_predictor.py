@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from pema_ray.config import KnnMixConfig
 from pema_ray.data_owner import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.adapter.knn import NearestNeighbours
 from pema_ray.data_owner.decoding import Predictor, PredictorSpec
+from pema_ray.data_owner.decoding.config import KnnMixConfig
 from pema_ray.errors import UserError
-from tests.data_owner.test_ray_training import write_memory
+from tests.data_owner.training.test_ray_training import write_memory
 
 pytest.importorskip("faiss")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pema_ray.config import GenerateConfig
 from pema_ray.data_owner import UnrollingSchedule
 from pema_ray.data_owner.decoding import SamplingParams
+from pema_ray.data_owner.decoding.config import GenerateConfig
 from pema_ray.data_owner.decoding.request_builder import RequestBuilder
 from pema_ray.errors import UserError
 from pema_ray.line.tokenizer import PLMTokenizer

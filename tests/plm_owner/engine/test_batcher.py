@@ -11,9 +11,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
-from pema_ray.config import PLMConfig
 from pema_ray.errors import UserError
 from pema_ray.line import Busy, SessionLost, Step, Stepped
+from pema_ray.line.plm_config import PLMConfig
 from pema_ray.plm_owner.engine import Batcher, EngineConfig
 from pema_ray.plm_owner.engine.batcher import Job
 from pema_ray.plm_owner.model.export import export_lm_head

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pema_ray.config import PLMConfig
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import ExtractBatch, SessionLost, Step, Stepped
+from pema_ray.line.plm_config import PLMConfig
 from pema_ray.plm_owner import LoadedPLM, LocalPLM
 from pema_ray.plm_owner.model.states import find_final_norm
 

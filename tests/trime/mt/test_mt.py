@@ -12,8 +12,8 @@ import torch
 from typer.testing import CliRunner
 
 from pema_ray.commands.main import app
-from pema_ray.config import read_config
 from pema_ray.errors import UserError
+from pema_ray.experiment.configuration import read_config
 from pema_ray.line import ExtractBatch
 from pema_ray.memory.codec import Keys
 from pema_ray.training.checkpoint import CHECKPOINT, load_checkpoint

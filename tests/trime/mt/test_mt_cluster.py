@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from ray.train import Result
 
-from pema_ray.config import read_config
 from pema_ray.errors import UserError
+from pema_ray.experiment.configuration import read_config
 from pema_ray.memory import ExternalMemory
 from pema_ray.trime.mt import datastore, generate, train
 from pema_ray.trime.mt.config import MtConfig

@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from pema_ray.config import ExperimentConfig, TrainConfig
 from pema_ray.data_owner import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.adapter.look_back import LookBack
+from pema_ray.data_owner.training.config import TrainConfig
 from pema_ray.data_owner.training.feed import SequenceShuffle, sequences_in_order
 from pema_ray.data_owner.training.loop import Trainer
 from pema_ray.data_owner.training.objectives import JointObjective
 from pema_ray.errors import UserError
 from pema_ray.memory import MemoryRows
 from pema_ray.memory.codec import encode
-from tests.data_owner.test_training import assert_one_curve, close, run_in_processes
+from pema_ray.pema.config import ExperimentConfig
+from tests.data_owner.training.test_training import assert_one_curve, close, run_in_processes
 
 H, V, WIDTH = 16, 40, 8
 

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from pema_ray.config import SYSTEMS, load_config
 from pema_ray.data_owner import PemaAdapter
 from pema_ray.errors import UserError
 from pema_ray.evaluation.comparison import Comparison, Measurement
 from pema_ray.evaluation.results import Evaluation
 from pema_ray.memory import ExternalMemory, published
+from pema_ray.pema.config import SYSTEMS, load_config
 from pema_ray.pema.run import Run
 from pema_ray.pema.stages.main import find_stage, stages
 from pema_ray.pema.stages.systems import System
@@ -84,7 +84,7 @@ def test_an_experiment_runs_from_text_to_report_and_is_reused(experiment, ray_cl
     assert stages()["train"](other)["stamp"] != measured["train"]["stamp"]
 
 
-@pytest.mark.slow  # what it rests on is tested in tests/data_owner/test_ray_training.py
+@pytest.mark.slow  # what it rests on is tested in tests/data_owner/training/test_ray_training.py
 def test_training_may_run_while_the_memory_is_built(experiment, ray_cluster):
     path = experiment(build_memory={"examples_per_shard": 2, "cpus_per_actor": 1}, train={"stream": True})
     config = load_config(path)

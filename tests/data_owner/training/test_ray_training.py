@@ -13,8 +13,8 @@ import pytest
 import torch
 from ray.train import Result
 
-from pema_ray.config import BuildMemoryConfig, TrainConfig
 from pema_ray.data_owner import AdapterConfig, PemaAdapter
+from pema_ray.data_owner.training.config import TrainConfig
 from pema_ray.data_owner.training.feed import StreamShuffle
 from pema_ray.data_owner.training.loop import RESUMED_FROM, History, Trainer
 from pema_ray.data_owner.training.ray_training import FIRST_STEP, TrainingJob, _train, fit
@@ -22,6 +22,7 @@ from pema_ray.errors import UserError
 from pema_ray.line import LMHeadBundle, ModelCard
 from pema_ray.memory import ExternalMemory, Manifest, MemoryRows, ShardInfo
 from pema_ray.memory.build import run_build, stream_shards
+from pema_ray.memory.config import BuildMemoryConfig
 from pema_ray.memory.examples import ListedExamples
 from pema_ray.memory.planning import planned_rows
 from pema_ray.memory.shards import write_shard
@@ -110,7 +111,7 @@ def slow_factory(folder: str, seconds: float) -> Callable:
     def make():
         import asyncio
 
-        from pema_ray.config import PLMConfig
+        from pema_ray.line.plm_config import PLMConfig
         from pema_ray.plm_owner import LocalPLM
 
         class Slow(LocalPLM):

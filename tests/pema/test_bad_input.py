@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from pema_ray.config import load_config
 from pema_ray.errors import FingerprintMismatch
 from pema_ray.line import LMHeadBundle
 from pema_ray.memory import ExternalMemory, Manifest
+from pema_ray.pema.config import load_config
 from pema_ray.pema.run import Run
 from pema_ray.pema.stages.main import run_stage, stages
 

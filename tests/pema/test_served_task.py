@@ -15,11 +15,12 @@ import pytest
 import yaml
 from api_kit import Service, offline_answers, save_adapter
 
-from pema_ray.config import GenerateConfig, load_config
+from pema_ray.data_owner.decoding.config import GenerateConfig
 from pema_ray.data_owner.decoding.offline import GenerationJob, SystemAnswer
 from pema_ray.memory import Manifest, MemoryRows, ShardInfo
 from pema_ray.memory.codec import encode
 from pema_ray.memory.shards import write_shard
+from pema_ray.pema.config import load_config
 from pema_ray.pema.run import Run
 from pema_ray.pema.serving.run import arguments_of
 from pema_ray.pema.stages.answers import make_job, predictor_of, to_row

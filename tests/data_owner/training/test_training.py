@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from pema_ray.config import TrainConfig
 from pema_ray.data_owner import AdapterConfig, PemaAdapter
+from pema_ray.data_owner.training.config import TrainConfig
 from pema_ray.data_owner.training.loop import History, Point, Trainer
 from pema_ray.errors import UserError
 from pema_ray.training.strategies import Place

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pema_ray.config import PLMConfig
 from pema_ray.errors import UserError
+from pema_ray.line.plm_config import PLMConfig
 from pema_ray.plm_owner import LoadedPLM, load_plm
 from pema_ray.plm_owner.model.gguf import converted
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pema_ray.config import TrainConfig
 from pema_ray.data_owner import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.adapter.local_memory import LocalMemory, log_mixture
+from pema_ray.data_owner.training.config import TrainConfig
 from pema_ray.data_owner.training.loop import Trainer
 from pema_ray.data_owner.training.objectives import JointObjective
-from tests.data_owner.test_look_back import H, V, copies, stirred
-from tests.data_owner.test_training import assert_one_curve, close, run_in_processes
+from tests.data_owner.adapter.test_look_back import H, V, copies, stirred
+from tests.data_owner.training.test_training import assert_one_curve, close, run_in_processes
 
 LENGTHS = (5, 1, 4)
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from pema_ray.config import TrainConfig, load_config
+from pema_ray.data_owner.training.config import TrainConfig
 from pema_ray.errors import UserError
 from pema_ray.experiment.stage_run import claim
+from pema_ray.pema.config import load_config
 from pema_ray.pema.run import STAGES, Run
 from pema_ray.pema.stages.answers import read_rows, write_rows
 from pema_ray.trime.config import TrimeConfig

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from pema_ray.config import ExperimentConfig, PLMConfig, load_config, validate
 from pema_ray.errors import FingerprintMismatch, UserError, nearest
+from pema_ray.line.plm_config import PLMConfig
+from pema_ray.pema.config import ExperimentConfig, load_config
 from pema_ray.pluglm.config import PretrainConfig
 from pema_ray.pluglm.finetune_config import FinetuneConfig
+from pema_ray.runtime.settings import validate
 from pema_ray.trime.config import TrimeConfig
 from pema_ray.trime.mt.config import MtConfig
 
@@ -217,7 +219,7 @@ def test_every_key_has_its_place_in_the_defaults_round_trip():
 
 
 def test_every_key_is_described_and_documented():
-    page = (Path(__file__).parent.parent / "docs" / "experiments.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "experiments.md").read_text(encoding="utf-8")
     documented = {
         key
         for line in page.splitlines()

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from pema_ray.config import PLMConfig
 from pema_ray.errors import UserError
+from pema_ray.line.plm_config import PLMConfig
 from pema_ray.plm_owner import LoadedPLM, load_plm
 from pema_ray.plm_owner.model.export import export_lm_head
 

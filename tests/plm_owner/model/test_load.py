@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pema_ray.config import PLMConfig
 from pema_ray.errors import UserError
+from pema_ray.line.plm_config import PLMConfig
 from pema_ray.plm_owner import load_plm
 from pema_ray.plm_owner.model.export import export_lm_head
 from pema_ray.plm_owner.model.gguf import converted

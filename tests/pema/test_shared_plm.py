@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from ray import serve
 
-from pema_ray.config import ExperimentConfig, PLMConfig, load_config
 from pema_ray.errors import UserError
 from pema_ray.evaluation.results import Evaluation
+from pema_ray.line.plm_config import PLMConfig
 from pema_ray.memory import ExternalMemory
+from pema_ray.pema.config import ExperimentConfig, load_config
 from pema_ray.pema.stages.main import stages
 from pema_ray.plm_owner import EngineConfig
 from pema_ray.plm_owner.service.application import plm_engine

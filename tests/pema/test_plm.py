@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pema_ray.config import PLMConfig
 from pema_ray.data_owner.remote import RemotePLM
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import BlockingPLM
+from pema_ray.line.plm_config import PLMConfig
 from pema_ray.pema.plm import connect, connector
 from pema_ray.plm_owner import LocalPLM
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from pema_ray.config import SmallLMSettings
 from pema_ray.data_owner import UnrollingSchedule
 from pema_ray.data_owner.decoding import Decoder, GenerationRequest, SamplingParams
 from pema_ray.errors import UserError
@@ -18,6 +17,7 @@ from pema_ray.memory import MemoryRows
 from pema_ray.memory.codec import encode
 from pema_ray.memory.external_memory import RowsView
 from pema_ray.pema.baselines import small_lm
+from pema_ray.pema.baselines.config import SmallLMSettings
 from pema_ray.pema.baselines.small_lm import (
     AlignedMemory,
     SmallLM,

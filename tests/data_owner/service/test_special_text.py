@@ -11,10 +11,10 @@ import pytest
 from api_kit import Service, save_adapter
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pema_ray.config import PLMConfig
 from pema_ray.data_owner.service.api import _tokenized
 from pema_ray.data_owner.service.forms import Chat, Completion
 from pema_ray.data_owner.service.protocol import ChatRequest, CompletionRequest
+from pema_ray.line.plm_config import PLMConfig
 from pema_ray.plm_owner import load_plm
 from pema_ray.plm_owner.model.export import export_lm_head
 

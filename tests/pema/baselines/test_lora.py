@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from pema_ray.config import LoraSettings, PLMConfig
 from pema_ray.errors import UserError
+from pema_ray.line.plm_config import PLMConfig
+from pema_ray.pema.baselines.config import LoraSettings
 from pema_ray.pema.baselines.lora import LoraJob, _losses, target_losses, train_lora, tune_lora
 from pema_ray.plm_owner import LoadedPLM, load_plm
 from pema_ray.plm_owner.model.export import export_lm_head

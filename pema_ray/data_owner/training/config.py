@@ -1,0 +1,103 @@
+"""Settings of training an adapter."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import (
+    Field,
+    model_validator,
+)
+
+from pema_ray.training.config import TrainingConfig
+
+
+class TrainConfig(TrainingConfig):
+    """The adapter: its shape, its stages, its optimiser (paper section 3; settings of section 4)."""
+
+    rank: int = Field(default=512, ge=1)
+    """r, at most the PLM's hidden size."""
+    space: Literal["pre_norm", "post_norm"] = "post_norm"
+    """Where the adapter acts: after the final norm, or before it (as published)."""
+    residual: bool = False
+    """`h_pd = f + B A f`: the adapter learns a low-rank correction."""
+    look_back: int = Field(default=0, ge=0)
+    """Attention blocks over all representations of a sequence, its prompt's too (`build_memory.prompts`), before the
+    adapter's maps; 0 is published PEMA."""
+    look_back_width: int = Field(default=256, ge=4, multiple_of=4)
+    """Of these blocks."""
+    look_back_dropout: float = Field(default=0.2, ge=0, lt=1)
+    """In these blocks and in the local memory's maps; small memories are learned by heart without it."""
+    local_memory: int = Field(default=0, ge=0)
+    """Width of trained query and key maps over the prompt and the text so far (`build_memory.prompts`), whose tokens
+    are mixed in; 0: none."""
+    predict_lambda: bool = False
+    """Fit, on the dev memory, how far each token's state says that the adapter is to be trusted."""
+    solver: Literal["closed_form", "adam", "none"] = "closed_form"
+    """Stage 1, reconstruction: exact, by gradient, or skipped (random A, zero B)."""
+    kappa: float = Field(default=0.2, ge=0, le=1)
+    """Weight of the reconstruction loss in stage 3; 0 is the paper's stage 2, prediction alone."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """On the adapter's input (published: 0.2)."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Adam's."""
+    final_learning_rate: float | None = None
+    """Where the cosine ends; none keeps `learning_rate` constant, as published."""
+    batch_size: int = Field(default=2048, ge=1)
+    """Rows per step, over all workers."""
+    shuffle: Literal["global", "window"] = "global"
+    """`global`: a worker holds all rows and every epoch permutes them. `window`: it holds a few shards at a time."""
+    window_shards: int = Field(default=8, ge=1)
+    """Shards whose rows are shuffled together, of `shuffle: window`; a worker holds twice as many."""
+    epochs: int = Field(default=2, ge=1)
+    """Passes of prediction over the memory."""
+    reconstruction_batch_size: int = Field(default=20480, ge=1)
+    """Of the `adam` solver."""
+    reconstruction_epochs: int = Field(default=10, ge=1)
+    """Of the `adam` solver, at most: it stops as stage 3 does, by the error on the dev memory."""
+    scale_by_rank: bool = False
+    """`h = B A f / r`, as published: changes what a learning rate means."""
+    fresh_maps: bool = False
+    """Stage 3 starts from new maps, as published, and takes only the frozen `B_rct` from stage 1."""
+    validate_every: int = Field(default=100, ge=1)
+    """Optimisation steps between two validations on the dev memory."""
+    validation_rows: int = Field(default=4096, ge=1)
+    """The first so many rows of the dev memory."""
+    patience: int = Field(default=5, ge=1)
+    """Validations without a better dev loss before training stops."""
+    stream: bool = False
+    """Train while the memory is built: `train` then does the work of `build-memory` too. One worker; stage 1 is solved
+    on the first shard alone."""
+    published: str | None = None
+    """Name under which the training memory was published (`pema-ray memory publish`): workers read it from there."""
+    max_train_pairs: int | None = Field(default=None, ge=1)
+    """Train on the first so many pairs of the memory only."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the LM head; the adapter is float32."""
+
+    @model_validator(mode="after")
+    def _streams_to_one(self) -> TrainConfig:
+        for name, value, needed in (
+            ("workers", self.workers, 1),
+            ("shuffle", self.shuffle, "global"),
+            ("solver", self.solver == "adam", False),
+            ("published", self.published, None),
+            ("max_train_pairs", self.max_train_pairs, None),
+        ):
+            if self.stream and value != needed:
+                raise ValueError(f"stream does not go with this '{name}': leave it at its default")
+        return self
+
+    @model_validator(mode="after")
+    def _looks_back_at_sequences(self) -> TrainConfig:
+        if self.reads_sequences and (self.stream or self.shuffle == "window" or self.solver == "adam"):
+            raise ValueError(
+                "look_back and local_memory learn from whole sequences at hand: they need shuffle global, a solver "
+                "other than adam and no stream"
+            )
+        return self
+
+    @property
+    def reads_sequences(self) -> bool:
+        """Whether training needs rows of prompts."""
+        return self.look_back > 0 or self.local_memory > 0
