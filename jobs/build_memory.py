@@ -1,6 +1,6 @@
 """`python jobs/build_memory.py --config configs/<experiment>.yaml [key=value ...]`, alone or under `ray job submit`."""
 
-from pema_ray.pema.stages.main import job
+from pema_ray.pema.method import PEMA
 
 if __name__ == "__main__":
-    job("build_memory")
+    PEMA.job("build_memory")

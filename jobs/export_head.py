@@ -1,6 +1,6 @@
 """`python jobs/export_head.py --config configs/<experiment>.yaml [key=value ...]`, alone or under `ray job submit`."""
 
-from pema_ray.pema.stages.main import job
+from pema_ray.pema.method import PEMA
 
 if __name__ == "__main__":
-    job("export_head")
+    PEMA.job("export_head")

@@ -1,6 +1,6 @@
 """`python jobs/trime_train.py --config configs/trime/<experiment>.yaml [key=value ...]`, or by `ray job submit`."""
 
-from pema_ray.commands.trime import job
+from pema_ray.trime.method import TRIME
 
 if __name__ == "__main__":
-    job("train")
+    TRIME.job("train")

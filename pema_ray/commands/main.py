@@ -1,4 +1,4 @@
-"""The `pema-ray` command: one thin command per stage, and `quickstart`, which runs them all."""
+"""The `pema-ray` command: PEMA's stages, `quickstart`, which runs them all, and the services."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from pema_ray.commands import memory as memory_commands
 from pema_ray.commands import pluglm as pluglm_commands
 from pema_ray.commands import trime as trime_commands
+from pema_ray.commands.stages import Config, Overrides, add_stages, settings_help
 from pema_ray.errors import UserError
-from pema_ray.pema.stages.main import guarded, run_stage, stages
-from pema_ray.pema.stages.settings import settings_of
+from pema_ray.experiment.process import guarded
+from pema_ray.pema.method import PEMA
 
 app = typer.Typer(
     help="Adapt a language model you cannot see. Every stage reads an experiment's YAML file, keeps its results in the "
@@ -26,35 +26,6 @@ app = typer.Typer(
 app.add_typer(memory_commands.app, name="memory")
 app.add_typer(trime_commands.app, name="trime")
 app.add_typer(pluglm_commands.app, name="pluglm")
-Config = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        "-c",
-        help="An experiment's YAML file, such as configs/bible_modern.yaml.",
-        show_default="built-in defaults",
-    ),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[SECTION.KEY=VALUE]...", help="Change single settings, such as train.rank=64.", show_default=False
-    ),
-]
-
-
-def _settings(stage: str) -> str | None:
-    described = [
-        f"[bold]{one.key}[/]{escape('=' + one.default if one.default else '')}  {escape(one.meaning)}"
-        for one in settings_of(stage)
-    ]
-    return "Settings:\n\n" + "\n\n".join(described) if described else None
-
-
-def _command(stage: str, name: str, help: str) -> None:
-    @app.command(name, help=help, epilog=_settings(stage))
-    def run(overrides: Overrides = None, config: Config = None) -> None:
-        raise typer.Exit(run_stage(stage, config, overrides or []))
 
 
 @app.command("quickstart")
@@ -70,60 +41,36 @@ def quickstart(
         from contextlib import nullcontext
 
         from pema_ray.pema.config import load_config
-        from pema_ray.pema.run import STAGES, Run
+        from pema_ray.pema.run import Run
         from pema_ray.runtime.cluster import ray_cluster
         from pema_ray.runtime.progress import console
 
         experiment = load_config(config, overrides or [])
-        unfinished = any(Run(experiment).finished(stage) is None for stage in STAGES)
+        unfinished = any(Run(experiment).finished(stage) is None for stage in PEMA.chain)
         with ray_cluster(experiment.ray) if unfinished else nullcontext():
-            for run in stages().values():
-                run(experiment)
+            for stage in PEMA.chain:
+                PEMA.run(stage, experiment)
         console.print(f"Report: {Run(experiment).path('report', 'report.html')}")
 
     raise typer.Exit(guarded(work))
 
 
-@app.command("prepare", epilog=_settings("prepare"))
+@app.command("prepare", help=PEMA.stages["prepare"].does, epilog=settings_help(PEMA, "prepare"))
 def prepare(
     overrides: Overrides = None,
     config: Config = None,
     list_: Annotated[bool, typer.Option("--list", help="List the shipped tasks and stop.")] = False,
 ) -> None:
-    """Read the task's pairs, check every one, and keep them in the run folder."""
     if list_:
         from pema_ray.tasks import list_tasks, load_task
 
         for name in list_tasks():
             typer.echo(f"{name:14} {load_task(name).description}")
         return
-    raise typer.Exit(run_stage("prepare", config, overrides or []))
+    raise typer.Exit(PEMA.run_stage("prepare", config, overrides or []))
 
 
-_command(
-    "export_head",
-    "export-head",
-    "Get what the PLM owner shares: final norm, LM head, tokenizer. A PLM of one's own is checked.",
-)
-_command(
-    "build_memory",
-    "build-memory",
-    "Build the external memory on Ray Data, one pass over the pairs. Resumes.",
-)
-_command(
-    "train", "train", "Data owner: train the adapter on the memory with Ray Train (closed form, then joint). Resumes."
-)
-_command(
-    "compare",
-    "compare",
-    "PEMA beside its peers on the same pairs: PLM alone, few-shot, kNN-LM, PEMA's variants, LoRA with the weights. "
-    "Trains and answers for each; what is finished is kept.",
-)
-_command("generate", "generate", "Answer the test split by Gradual Unrolling.")
-_command(
-    "evaluate", "evaluate", "Compare PEMA with the PLM alone, few-shot prompting and copying: sBLEU, chrF, NLL over λ."
-)
-_command("report", "report", "Write the HTML report and print the comparison.")
+add_stages(app, PEMA, "export_head", "build_memory", "train", "compare", "generate", "evaluate", "report")
 
 
 @app.command("serve")

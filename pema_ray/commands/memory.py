@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
+from pema_ray.experiment.process import guarded
 from pema_ray.memory.codec import KeyDtype
-from pema_ray.pema.stages.main import guarded
 
 app = typer.Typer(
     help="Look at finished external memories (folders with a manifest.json), and make new ones of them. Nothing is "

@@ -5,16 +5,16 @@ A thin skin over `pluglm.pretrain` and `pluglm.knowledge_memory`.
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from pema_ray.commands.stages import Overrides, add_stages
 from pema_ray.errors import UserError
-from pema_ray.pema.stages.main import guarded
+from pema_ray.experiment.process import guarded
+from pema_ray.pluglm.method import PLUGLM
 
 app = typer.Typer(help="PlugLM: an encoder whose knowledge is an editable memory.", no_args_is_help=True)
 memory = typer.Typer(
@@ -30,28 +30,9 @@ Model = Annotated[
 OnlyOn = Annotated[
     int | None, typer.Option(help="Edit only if this version is current; by default, whatever version is.")
 ]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Change single settings.", show_default=False),
-]
 
 
-@app.command()
-def pretrain(
-    config: Annotated[Path, typer.Option("--config", "-c", help="A run's YAML file, as in configs/pluglm/.")],
-    overrides: Overrides = None,
-) -> None:
-    """Masked language modelling with a memory that is encoded anew every n steps, by Ray Train. Resumes."""
-    raise typer.Exit(guarded(lambda: _JOBS["pretrain"](config, overrides or [])))
-
-
-@app.command()
-def finetune(
-    config: Annotated[Path, typer.Option("--config", "-c", help="A run's YAML file, as in configs/pluglm/.")],
-    overrides: Overrides = None,
-) -> None:
-    """Fine-tune for a task with a memory that is frozen or not, by Ray Train; scores, answers, what was retrieved."""
-    raise typer.Exit(guarded(lambda: _JOBS["finetune"](config, overrides or [])))
+add_stages(app, PLUGLM, "pretrain", "finetune")
 
 
 @app.command()
@@ -371,23 +352,7 @@ def _tell(made: Any) -> None:
     console.print(f"{made.folder}: version {made.version} ({made.manifest.action}), {len(made):,} entries.")
 
 
-# ── jobs ────────────────────────────────────────────────────────────────────
-
-
-def _pretrain(config: Path, overrides: Sequence[str]) -> None:
-    from pema_ray.experiment.configuration import read_config
-    from pema_ray.pluglm.config import PretrainConfig
-    from pema_ray.pluglm.pretrain import pretrain
-
-    pretrain(read_config(PretrainConfig, config, overrides))
-
-
-def _finetune(config: Path, overrides: Sequence[str]) -> None:
-    from pema_ray.experiment.configuration import read_config
-    from pema_ray.pluglm.finetune import finetune
-    from pema_ray.pluglm.finetune_config import FinetuneConfig
-
-    finetune(read_config(FinetuneConfig, config, overrides))
+# ── demonstrations ──────────────────────────────────────────────────────────
 
 
 def _demo(out: Path, seed: int, faithful: bool, overrides: Sequence[str]) -> None:
@@ -446,15 +411,3 @@ def _demo_text(out: Path, seed: int, overrides: Sequence[str]) -> None:
             highlight=False,
         )
     console.print(f"{out / 'demo-text.json'}. Losses are nats per masked token; no memory holds a held-out text.")
-
-
-_JOBS: dict[str, Callable[[Path, Sequence[str]], None]] = {"pretrain": _pretrain, "finetune": _finetune}
-
-
-def job(name: str) -> None:
-    """Entry point of `jobs/pluglm_<name>.py`: `--config <file> [section.key=value ...]`."""
-    parser = argparse.ArgumentParser(description=f"PlugLM: {name}.")
-    parser.add_argument("--config", type=Path, required=True, help="a run's YAML file, as in configs/pluglm/")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single settings")
-    arguments = parser.parse_args()
-    sys.exit(guarded(lambda: _JOBS[name](arguments.config, arguments.overrides)))

@@ -1,8 +1,8 @@
 """A run folder: where each stage keeps its results, and how a finished stage is recognised and reused.
 
 Every stage leaves `<run_dir>/<stage>/metrics.json` last of all. Its stamp covers the stage's settings, the seed and
-the stamps of what it was made from, so a stage is done again exactly when something it depends on changed. PEMA, TRIME
-and its translation each say what their stages are; this module knows none of them.
+the stamps of what it was made from, so a stage is done again exactly when something it depends on changed. What the
+stages are stands in the `Method` of an experiment; its subclass says only what a table cannot.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 from pydantic import BaseModel
 
 from pema_ray.errors import UserError
+from pema_ray.experiment.method import Method
 from pema_ray.runtime.files import atomic_file, one_process
 from pema_ray.runtime.progress import console
 
@@ -45,9 +45,11 @@ class Experiment(Protocol):
 E = TypeVar("E", bound=Experiment)
 
 
-class StageRun(ABC, Generic[E]):
+class StageRun(Generic[E]):
     """The folder of one experiment. A kind of experiment says what its stages depend on."""
 
+    method: ClassVar[Method[Any]]
+    """Its stages."""
     incidental: ClassVar[frozenset[str]] = HOW_FAST
 
     def __init__(self, config: E) -> None:
@@ -59,25 +61,21 @@ class StageRun(ABC, Generic[E]):
 
     # ── what a kind of experiment says ──────────────────────────────────────
 
-    @abstractmethod
     def sections(self, stage: str) -> tuple[str, ...]:
         """Sections of the configuration that it depends on, or single settings (`batches.segment`)."""
+        return self.method.stages[stage].depends_on
 
-    @abstractmethod
     def parents(self, stage: str) -> tuple[str, ...]:
         """The stages that it is made from."""
+        return self.method.stages[stage].parents
 
-    @abstractmethod
     def evidence(self, stage: str) -> tuple[str, ...]:
         """What must lie in its folder for its metrics to be believed."""
+        return self.method.stages[stage].evidence
 
-    @abstractmethod
-    def command(self, stage: str) -> str:
-        """What a user types to run it."""
-
-    @abstractmethod
     def under_way(self, stage: str, stamp: str) -> AbstractContextManager[None]:
         """Around a stage's work: its folder is there, and has no metrics."""
+        return own_folder(self.path(stage), stamp)
 
     def seed(self, stage: str) -> int:
         """What its stamp covers as the seed."""
@@ -115,7 +113,7 @@ class StageRun(ABC, Generic[E]):
         Raises:
             UserError: it has not been run, or not with these settings.
         """
-        found, name, command = self.recorded(stage), stage.replace("_", "-"), self.command(stage)
+        found, name, command = self.recorded(stage), stage.replace("_", "-"), self.method.command(stage)
         if not found:
             raise UserError(f"{self.folder}: stage '{name}' has not been run yet. Run: {command}")
         if found.get("stamp") != self.stamp(stage):

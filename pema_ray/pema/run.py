@@ -1,4 +1,4 @@
-"""The stages of a PEMA experiment and what each is made from; the run folder is `pema_ray.experiment.stage_run`'s."""
+"""The run folder of a PEMA experiment, and what its stages share."""
 
 from __future__ import annotations
 
@@ -13,34 +13,11 @@ from pema_ray.experiment.stage_run import HOW_FAST, StageRun, chosen_settings, c
 from pema_ray.line import LMHeadBundle
 from pema_ray.memory.manifest import Manifest
 from pema_ray.pema.config import ExperimentConfig
+from pema_ray.pema.method import PEMA
 from pema_ray.runtime.files import atomic_file, sha256_of
 from pema_ray.tasks import Pair, Prompter, Task, load_task
 from pema_ray.tasks.shots import SimilarShots, first_shots
 
-# stage → (settings it depends on, stages it is made from)
-STAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "prepare": (("task",), ()),
-    "export_head": (("plm",), ()),
-    "build_memory": (("build_memory",), ("prepare", "export_head")),
-    "train": (("train",), ("build_memory",)),
-    "generate": (("generate",), ("train",)),
-    "evaluate": (("evaluate",), ("generate",)),
-    "report": ((), ("evaluate",)),
-}
-# Beside the chain: done when it is asked for.
-_EXTRA: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "compare": (("compare", "train", "generate"), ("build_memory",)),
-}
-# What must lie in a stage's folder for its metrics to be believed (a memory is asked shard by shard).
-_EVIDENCE: dict[str, tuple[str, ...]] = {
-    "prepare": ("train.parquet", "dev.parquet", "test.parquet"),
-    "export_head": ("lm_head/bundle.json",),
-    "train": ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "history.json"),
-    "generate": ("answers.jsonl",),
-    "evaluate": ("evaluation.json",),
-    "report": ("report.html",),
-    "compare": ("comparison.json", "table.md"),
-}
 COMPARE_PROTOCOL = "protocol 2"
 """Changes when other defaults or another way of measuring give other figures: stamps leave defaults out."""
 _ADAM_SCHEME = "best on dev"  # how the `adam` solver of stage 1 ends
@@ -49,23 +26,12 @@ _ADAM_SCHEME = "best on dev"  # how the `adam` solver of stage 1 ends
 class Run(StageRun[ExperimentConfig]):
     """The folder of one experiment."""
 
+    method = PEMA
     incidental = HOW_FAST | {
         "overwrite", "max_rejected", "threads", "published", "max_actors", "requests_in_flight", "patience_seconds",
         "key_file", "ca_file", "timeout_seconds", "workers",
     }  # fmt: skip
     _metrics_before: str | None = None
-
-    def sections(self, stage: str) -> tuple[str, ...]:
-        return (STAGES | _EXTRA)[stage][0]
-
-    def parents(self, stage: str) -> tuple[str, ...]:
-        return (STAGES | _EXTRA)[stage][1]
-
-    def evidence(self, stage: str) -> tuple[str, ...]:
-        return _EVIDENCE[stage]
-
-    def command(self, stage: str) -> str:
-        return f"pema-ray {stage.replace('_', '-')}"
 
     def others(self, stage: str) -> list[Any]:
         if stage == "prepare":

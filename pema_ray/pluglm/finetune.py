@@ -65,7 +65,7 @@ class _Job:
     """Of the memory; 0: there is none."""
 
 
-def finetune(config: FinetuneConfig) -> dict[str, Any]:
+def run(config: FinetuneConfig) -> dict[str, Any]:
     """Fine-tune and score; returns what `metrics.json` says.
 
     Raises:

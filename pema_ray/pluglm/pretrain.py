@@ -59,7 +59,7 @@ class _Job:
     first_version: int
 
 
-def pretrain(config: PretrainConfig) -> dict[str, Any]:
+def run(config: PretrainConfig) -> dict[str, Any]:
     """Train, or go on with what was begun; returns what `metrics.json` says.
 
     Raises:

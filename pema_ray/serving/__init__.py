@@ -1,1 +1,1 @@
-"""What the Serve applications of all owners and methods share: replicas, logs, refused settings. Knows no deployment."""
+"""What the Serve applications of all owners and methods share: replicas, logs, refused settings."""

@@ -1,48 +1,25 @@
-"""The stages of a TRIME experiment and what each is made from; the run folder is `pema_ray.experiment.stage_run`'s."""
+"""The run folder of a TRIME experiment: what its stages depend on beside their table."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pema_ray.experiment.stage_run import HOW_FAST, StageRun, own_folder
+from pema_ray.experiment.stage_run import HOW_FAST, StageRun
 from pema_ray.runtime.files import sha256_of
 from pema_ray.trime.config import TrimeConfig
+from pema_ray.trime.method import TRIME
 from pema_ray.trime.models import read_fingerprint
 from pema_ray.trime.systems import asks_a_datastore
 
 INCIDENTAL = HOW_FAST | {"search_actors", "batch_windows", "device"}
 
 
-@dataclass(frozen=True)
-class Stage:
-    """What a stage depends on, and what it leaves."""
-
-    sections: tuple[str, ...]
-    """Sections of the configuration, or single settings (`batches.segment`)."""
-    parents: tuple[str, ...]
-    evidence: tuple[str, ...]
-    """What must lie in its folder for its metrics to be believed."""
-
-
-_WINDOWS = ("evaluate.tokens_per_sample", "evaluate.context_window", "batches.segment")
-STAGES: dict[str, Stage] = {
-    "prepare": Stage(("prepare",), (), ("vocabulary.json", "corpus.json")),
-    "batches": Stage(("batches.segment", "batches.order", "batches.neighbours"), ("prepare",), ("walk.parquet",)),
-    "train": Stage(("model", "batches", "train"), ("prepare",), ("model/config.json", "model/model.safetensors")),
-    "datastore": Stage(("datastore", *_WINDOWS), ("train",), ("manifest.json",)),
-    "index": Stage(("index",), ("datastore",), ("index.json",)),
-    "evaluate": Stage(("evaluate", "batches.segment"), ("train",), ("evaluation.json", "table.md")),
-    "report": Stage((), ("evaluate",), ("report.html",)),
-}
-
-
 class TrimeRun(StageRun[TrimeConfig]):
     """The folder of one TRIME experiment."""
 
+    method = TRIME
     incidental = INCIDENTAL
 
     @property
@@ -51,12 +28,9 @@ class TrimeRun(StageRun[TrimeConfig]):
         chosen = self.config.evaluate.model
         return self.path("train", "model") if chosen is None else Path(chosen).absolute()
 
-    def sections(self, stage: str) -> tuple[str, ...]:
-        return STAGES[stage].sections
-
     def parents(self, stage: str) -> tuple[str, ...]:
         """BM25's order, a training, a datastore only where they are used."""
-        found = STAGES[stage].parents
+        found = super().parents(stage)
         if stage == "train" and self.config.batches.order == "bm25":
             found += ("batches",)
         if self.config.evaluate.model is not None:  # a model of another run, on this one's text
@@ -64,12 +38,6 @@ class TrimeRun(StageRun[TrimeConfig]):
         if stage == "evaluate" and asks_a_datastore(self.config):
             found += ("index",)
         return found
-
-    def evidence(self, stage: str) -> tuple[str, ...]:
-        return STAGES[stage].evidence
-
-    def command(self, stage: str) -> str:
-        return f"pema-ray trime {stage}"
 
     def seed(self, stage: str) -> int:
         c = self.config
@@ -99,9 +67,6 @@ class TrimeRun(StageRun[TrimeConfig]):
         """sha256 of another run's vocabulary; if that is gone, of the one that was taken."""
         path = Path(self.config.prepare.vocabulary_from or "") / "prepare" / "vocabulary.json"
         return sha256_of(path) if path.exists() else self.recorded("prepare").get("vocabulary_hash")
-
-    def under_way(self, stage: str, stamp: str) -> AbstractContextManager[None]:
-        return own_folder(self.path(stage), stamp)
 
 
 def described(names: Iterable[str], before: list[list[Any]] | None) -> list[list[Any]]:

@@ -20,13 +20,13 @@ from pema_ray.errors import FingerprintMismatch
 from pema_ray.line import LMHeadBundle
 from pema_ray.memory import ExternalMemory, Manifest
 from pema_ray.pema.config import load_config
+from pema_ray.pema.method import PEMA
 from pema_ray.pema.run import Run
-from pema_ray.pema.stages.main import run_stage, stages
 
 
 def refused(capsys, stage: str, path: Path, *overrides: str) -> str:
     """Run a stage that must be refused; returns its one line."""
-    assert run_stage(stage, path, overrides) == 2
+    assert PEMA.run_stage(stage, path, overrides) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     complaints = [line for line in lines if line.startswith("error: ")]
     assert len(complaints) == 1, lines
@@ -137,7 +137,7 @@ def test_a_full_disk_is_one_line_wherever_it_strikes(capsys, tmp_path, experimen
     import pema_ray.line.lm_head as lm_head
 
     path = experiment()
-    assert run_stage("prepare", path, []) == 0
+    assert PEMA.run_stage("prepare", path, []) == 0
 
     def full(*_args, **_options):
         raise OSError(errno.ENOSPC, "No space left on device", "lm_head.safetensors")
@@ -147,24 +147,24 @@ def test_a_full_disk_is_one_line_wherever_it_strikes(capsys, tmp_path, experimen
     assert not (tmp_path / "run" / "export_head" / "metrics.json").exists()
     assert not (tmp_path / "run" / "export_head" / "lm_head").exists()
     monkeypatch.undo()
-    assert run_stage("export_head", path, []) == 0
+    assert PEMA.run_stage("export_head", path, []) == 0
 
 
 def test_torn_metrics_mean_that_a_stage_was_not_finished(capsys, tmp_path, experiment):
     path = experiment()
-    assert run_stage("prepare", path, []) == 0
+    assert PEMA.run_stage("prepare", path, []) == 0
     (tmp_path / "run" / "prepare" / "metrics.json").write_text("")
     assert "stage 'prepare' has not been run yet" in refused(capsys, "build_memory", path)
-    assert run_stage("prepare", path, []) == 0
+    assert PEMA.run_stage("prepare", path, []) == 0
 
 
 def test_prepared_pairs_outlive_their_files(capsys, tmp_path, experiment):
     path = experiment()
-    assert [run_stage(name, path, []) for name in ("prepare", "export_head")] == [0, 0]
+    assert [PEMA.run_stage(name, path, []) for name in ("prepare", "export_head")] == [0, 0]
     train = tmp_path / "train.jsonl"
     content = train.read_text()
     train.unlink()
-    assert run_stage("prepare", path, []) == 0
+    assert PEMA.run_stage("prepare", path, []) == 0
     assert "Run: pema-ray build-memory" in refused(capsys, "train", path)
     train.write_text(content + content.splitlines()[0] + "\n")
     assert "stage 'prepare' was run with other settings" in refused(capsys, "build_memory", path)
@@ -175,7 +175,7 @@ def test_too_long_prompts_are_refused_before_anything_is_computed(capsys, tmp_pa
     path = experiment()
     with (tmp_path / "train.jsonl").open("a") as file:
         file.write(json.dumps({"en": "old house " * 80, "du": "alt"}) + "\n")
-    assert [run_stage(name, path, []) for name in ("prepare", "export_head")] == [0, 0]
+    assert [PEMA.run_stage(name, path, []) for name in ("prepare", "export_head")] == [0, 0]
     line = refused(capsys, "build_memory", path)
     assert "Split 'train', the example of line 25 of the file" in line and "prompt and target have" in line
     assert "allows 96" in line
@@ -187,7 +187,7 @@ def test_a_memory_is_never_used_with_another_plm_nor_when_damaged(
     capsys, tmp_path, experiment, ray_cluster, tiny_plm_folder
 ):
     path, run = experiment(), tmp_path / "run"
-    assert [run_stage(name, path, []) for name in ("prepare", "export_head", "build_memory")] == [0, 0, 0]
+    assert [PEMA.run_stage(name, path, []) for name in ("prepare", "export_head", "build_memory")] == [0, 0, 0]
     assert "the rank must lie between 1 and the PLM's hidden size 32" in refused(capsys, "train", path, "train.rank=33")
 
     shard = run / "build_memory" / "train" / "shard-00001.parquet"
@@ -196,11 +196,11 @@ def test_a_memory_is_never_used_with_another_plm_nor_when_damaged(
     assert f"{shard}: damaged shard" in refused(capsys, "train", path)
     assert not (run / "train" / "adapter").exists()
     shard.unlink()  # as the message advises
-    assert run_stage("build_memory", path, []) == 0
+    assert PEMA.run_stage("build_memory", path, []) == 0
     assert shard.read_bytes() == whole
 
     other = [f"plm.name={tiny_plm_folder('llama', 1)}"]
-    assert run_stage("export_head", path, other) == 0
+    assert PEMA.run_stage("export_head", path, other) == 0
     line = refused(capsys, "build_memory", path, *other)
     theirs, ours = (
         Manifest.read(run / "build_memory" / "train"),
@@ -210,7 +210,7 @@ def test_a_memory_is_never_used_with_another_plm_nor_when_damaged(
     assert theirs.fingerprint != ours.fingerprint
     with pytest.raises(FingerprintMismatch):
         ExternalMemory.open(run / "build_memory" / "train", ours)
-    assert run_stage("export_head", path, []) == 0
+    assert PEMA.run_stage("export_head", path, []) == 0
     line = refused(capsys, "build_memory", path, "build_memory.examples_per_shard=4")
     assert "holds a memory built from other examples or with other settings" in line
 
@@ -235,7 +235,7 @@ def test_ctrl_c_leaves_a_state_that_goes_on(tmp_path, experiment, number: int, c
     path = experiment(build_memory={"examples_per_shard": 1})
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path)}
     for name in ("prepare", "export_head"):
-        assert run_stage(name, path, []) == 0
+        assert PEMA.run_stage(name, path, []) == 0
     command = [sys.executable, str(Path(__file__).parents[2] / "jobs" / "build_memory.py"), "--config", str(path)]
     pipe: dict[str, Any] = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     process = subprocess.Popen(command, env=environment, **pipe)
@@ -255,7 +255,7 @@ def test_ctrl_c_leaves_a_state_that_goes_on(tmp_path, experiment, number: int, c
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert all(p.stat().st_mtime_ns == at for p, at in kept.items())
-    assert stages().keys() >= {"build_memory"}
+    assert "build_memory" in PEMA.stages
     assert json.loads((memory / "metrics.json").read_text())["shards"] == 35
 
 
@@ -266,7 +266,7 @@ def test_ctrl_c_in_training_is_ours_and_training_goes_on(tmp_path, experiment, n
     path, run = experiment(train=train), tmp_path / "run"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path)}
     for name in ("prepare", "export_head", "build_memory"):
-        assert run_stage(name, path, []) == 0
+        assert PEMA.run_stage(name, path, []) == 0
     command = [sys.executable, str(Path(__file__).parents[2] / "jobs" / "train_adapter.py"), "--config", str(path)]
     reached = 0
     for _ in range(2):

@@ -22,8 +22,8 @@ from pema_ray.evaluation.comparison import Comparison, Measurement
 from pema_ray.evaluation.results import Evaluation
 from pema_ray.memory import ExternalMemory, published
 from pema_ray.pema.config import SYSTEMS, load_config
+from pema_ray.pema.method import PEMA
 from pema_ray.pema.run import Run
-from pema_ray.pema.stages.main import find_stage, stages
 from pema_ray.pema.stages.systems import System
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.cluster
 def test_an_experiment_runs_from_text_to_report_and_is_reused(experiment, ray_cluster, capsys):
     path = experiment(evaluate={"few_shot": 2})  # which these short texts do not allow
     config = load_config(path)
-    measured = {name: stage(config) for name, stage in stages().items()}
+    measured = {name: PEMA.run(name, config) for name in PEMA.chain}
 
     run = Path(config.run_dir)
     assert measured["prepare"]["pairs"] == {"train": 24, "dev": 6, "test": 5}
@@ -58,19 +58,19 @@ def test_an_experiment_runs_from_text_to_report_and_is_reused(experiment, ray_cl
     assert "copy of the source" in told
     assert "PLM, 2 examples shown" in " ".join(told.split())
 
-    again = {name: stage(config) for name, stage in stages().items()}
+    again = {name: PEMA.run(name, config) for name in PEMA.chain}
     assert again == measured
 
     adapter_file = run / "train" / "adapter" / "adapter_model.safetensors"
     with pytest.raises(UserError, match=r"50 workers ask for 50 CPU.* the Ray cluster has"):
-        stages()["train"](load_config(path, ["train.kappa=0.5", "train.workers=50"]))
+        PEMA.run("train", load_config(path, ["train.kappa=0.5", "train.workers=50"]))
     assert adapter_file.exists()  # a refusal leaves what is there
-    assert {name: stage(config) for name, stage in stages().items()} == measured
+    assert {name: PEMA.run(name, config) for name in PEMA.chain} == measured
 
     (run / "train" / "metrics.json").unlink()
     published.publish(run / "build_memory" / "train", "whole")
     try:
-        found = stages()["train"](load_config(path, ["train.published=whole", "train.resume=false"]))
+        found = PEMA.run("train", load_config(path, ["train.published=whole", "train.resume=false"]))
     finally:
         published.drop("whole")
     assert (
@@ -78,10 +78,10 @@ def test_an_experiment_runs_from_text_to_report_and_is_reused(experiment, ray_cl
     )
 
     other = load_config(path, ["train.kappa=0.5"])
-    stages()["build_memory"](other)
+    PEMA.run("build_memory", other)
     with pytest.raises(Exception, match="stage 'train' was run with other settings"):
-        stages()["generate"](other)
-    assert stages()["train"](other)["stamp"] != measured["train"]["stamp"]
+        PEMA.run("generate", other)
+    assert PEMA.run("train", other)["stamp"] != measured["train"]["stamp"]
 
 
 @pytest.mark.slow  # what it rests on is tested in tests/data_owner/training/test_ray_training.py
@@ -89,24 +89,24 @@ def test_training_may_run_while_the_memory_is_built(experiment, ray_cluster):
     path = experiment(build_memory={"examples_per_shard": 2, "cpus_per_actor": 1}, train={"stream": True})
     config = load_config(path)
     for name in ("prepare", "export_head"):
-        stages()[name](config)
-    trained = stages()["train"](config)
+        PEMA.run(name, config)
+    trained = PEMA.run("train", config)
     run = Path(config.run_dir)
     built = json.loads((run / "build_memory" / "metrics.json").read_text())
     assert built["rows"]["train"] == len(ExternalMemory.open(run / "build_memory" / "train"))
     assert (built["train_shards"], set(built["rows"])) == (12, {"train", "dev", "test"})
     assert 1 <= built["shards_at_first_step"] <= 12
     assert trained["steps"] == built["rows"]["train"] // 64 and trained["rows"] == built["rows"]["train"]
-    assert stages()["build_memory"](config) == built and stages()["train"](config) == trained
-    stages()["generate"](config)
+    assert PEMA.run("build_memory", config) == built and PEMA.run("train", config) == trained
+    PEMA.run("generate", config)
     with pytest.raises(UserError, match="train.stream needs build_memory.context=teacher_forced"):
-        stages()["train"](load_config(path, ["build_memory.context=generated"]))
+        PEMA.run("train", load_config(path, ["build_memory.context=generated"]))
 
 
 @pytest.mark.slow
 def test_a_memory_of_the_generated_context_trains_too(experiment, ray_cluster):
     config = load_config(experiment(build_memory={"context": "generated", "sequences": 4}))
-    measured = {name: stage(config) for name, stage in stages().items()}
+    measured = {name: PEMA.run(name, config) for name in PEMA.chain}
     run = Path(config.run_dir)
     contexts = {s: ExternalMemory.open(run / "build_memory" / s).manifest.context for s in ("train", "dev", "test")}
     assert contexts == {"train": "generated", "dev": "generated", "test": "teacher_forced"}
@@ -118,21 +118,21 @@ def test_a_published_memory_is_trained_on_where_it_lies(experiment, ray_cluster)
     path = experiment(**LOOKING_BACK)
     config = load_config(path)
     for name in ("prepare", "export_head", "build_memory"):
-        stages()[name](config)
+        PEMA.run(name, config)
     run = Path(config.run_dir)
-    expected = stages()["train"](config)
+    expected = PEMA.run("train", config)
     (run / "train" / "metrics.json").unlink()
     published.publish(run / "build_memory" / "train", "chain")
     try:
-        found = stages()["train"](load_config(path, ["train.published=chain", "train.resume=false"]))
+        found = PEMA.run("train", load_config(path, ["train.published=chain", "train.resume=false"]))
         assert found["dev_prediction"] == expected["dev_prediction"] and found["stamp"] == expected["stamp"]
         (run / "train" / "metrics.json").unlink()
         with pytest.raises(UserError, match="ray://other: no memory of that name is published on this cluster"):
-            stages()["train"](load_config(path, ["train.published=other"]))
+            PEMA.run("train", load_config(path, ["train.published=other"]))
         published.drop("chain")
         published.publish(run / "build_memory" / "dev", "chain")
         with pytest.raises(UserError, match="train.published=chain: is not this run's memory"):
-            stages()["train"](load_config(path, ["train.published=chain"]))
+            PEMA.run("train", load_config(path, ["train.published=chain"]))
     finally:
         published.drop("chain")
 
@@ -154,8 +154,8 @@ def test_pema_is_compared_with_its_peers(experiment, ray_cluster, capsys):
     path = experiment(compare=compare, build_memory={"prompts": True}, train={"reconstruction_epochs": 2})
     config = load_config(path)
     for name in ("prepare", "export_head", "build_memory", "train"):
-        stages()[name](config)
-    measured = find_stage("compare")(config)
+        PEMA.run(name, config)
+    measured = PEMA.run("compare", config)
     run = Path(config.run_dir)
     found = Comparison.model_validate_json((run / "compare" / "comparison.json").read_bytes())
     peers = dict(zip(config.compare.systems, found.peers, strict=True))
@@ -181,11 +181,11 @@ def test_pema_is_compared_with_its_peers(experiment, ray_cluster, capsys):
     table = (run / "compare" / "table.md").read_text()
     assert all(f"| {peer.name} |" in table for peer in found.peers) and "chosen on the dev memory" in table
     assert len({peer.name for peer in found.peers}) == len(found.peers)
-    assert find_stage("compare")(config) == measured
+    assert PEMA.run("compare", config) == measured
     (run / "compare" / "metrics.json").unlink()
     (run / "compare" / "knn" / "seed-0" / "measurement.json").unlink()
     capsys.readouterr()
-    again = find_stage("compare")(config)
+    again = PEMA.run("compare", config)
     measurements = sum(len(peer.measurements) for peer in found.peers)
     assert again["bleu"] == measured["bleu"] and capsys.readouterr().out.count("measured before") == measurements - 1
     for name, override in (
@@ -208,7 +208,7 @@ def test_two_training_workers_reach_what_one_reaches(experiment, ray_cluster):
     for workers in (1, 2):
         config = load_config(path, [f"train.workers={workers}"])
         for name in ("prepare", "export_head", "build_memory", "train"):
-            found[workers] = stages()[name](config)
+            found[workers] = PEMA.run(name, config)
     assert found[2]["dev_prediction"] == pytest.approx(found[1]["dev_prediction"], abs=1e-4)
 
 

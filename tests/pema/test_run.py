@@ -11,7 +11,8 @@ from pema_ray.data_owner.training.config import TrainConfig
 from pema_ray.errors import UserError
 from pema_ray.experiment.stage_run import claim
 from pema_ray.pema.config import load_config
-from pema_ray.pema.run import STAGES, Run
+from pema_ray.pema.method import PEMA
+from pema_ray.pema.run import Run
 from pema_ray.pema.stages.answers import read_rows, write_rows
 from pema_ray.trime.config import TrimeConfig
 from pema_ray.trime.run import TrimeRun
@@ -26,7 +27,7 @@ def test_answers_with_unicode_line_separators_are_read_back(tmp_path):
 def test_a_stage_is_refused_when_a_far_ancestor_was_replaced(experiment):
     path = experiment()
     run = Run(load_config(path))
-    for stage in STAGES:
+    for stage in PEMA.chain:
         if stage != "generate":
             run.path(stage).mkdir(parents=True)
             run.path(stage, "metrics.json").write_text(f'{{"stamp": "{run.stamp(stage)}", "summary": ""}}')
@@ -182,7 +183,7 @@ def test_a_new_setting_with_its_default_changes_no_stamp(experiment):
 def test_where_stages_run_changes_no_stamp(setting: str, experiment):
     path = experiment()
     here, there = (Run(load_config(path, overrides)) for overrides in ([], [f"placement.{setting}"]))
-    assert [here.stamp(stage) for stage in STAGES] == [there.stamp(stage) for stage in STAGES]
+    assert [here.stamp(stage) for stage in PEMA.chain] == [there.stamp(stage) for stage in PEMA.chain]
 
 
 @pytest.mark.parametrize(
@@ -193,8 +194,8 @@ def test_where_stages_run_changes_no_stamp(setting: str, experiment):
 def test_how_the_plm_computes_is_in_the_stamps_of_all_that_is_made_of_it(setting: str, experiment):
     path = experiment()
     one, other = (Run(load_config(path, overrides)) for overrides in ([], [f"plm.{setting}"]))
-    differing = [stage for stage in STAGES if one.stamp(stage) != other.stamp(stage)]
-    assert differing == [stage for stage in STAGES if stage != "prepare"]
+    differing = [stage for stage in PEMA.chain if one.stamp(stage) != other.stamp(stage)]
+    assert differing == [stage for stage in PEMA.chain if stage != "prepare"]
 
 
 def test_the_number_of_workers_changes_no_stamp(experiment):

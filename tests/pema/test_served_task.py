@@ -21,10 +21,10 @@ from pema_ray.memory import Manifest, MemoryRows, ShardInfo
 from pema_ray.memory.codec import encode
 from pema_ray.memory.shards import write_shard
 from pema_ray.pema.config import load_config
+from pema_ray.pema.method import PEMA
 from pema_ray.pema.run import Run
 from pema_ray.pema.serving.run import arguments_of
 from pema_ray.pema.stages.answers import make_job, predictor_of, to_row
-from pema_ray.pema.stages.main import stages
 from pema_ray.tasks.postprocess import RULES
 
 TASK = {
@@ -73,7 +73,7 @@ def trained(experiment: Callable[..., Path], tmp_path: Path, monkeypatch) -> Cal
         (tmp_path / "test.jsonl").write_text("".join(lines))
         config = load_config(path)
         for name in ("prepare", "export_head"):
-            stages()[name](config)
+            PEMA.run(name, config)
         run = Run(config)
         save_adapter(run.bundle.card, run.path("train", "adapter"))
         _write_memory(run)

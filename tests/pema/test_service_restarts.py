@@ -18,7 +18,7 @@ from pema_ray.demonstrations.organisation import self_signed_certificate
 from pema_ray.errors import UserError
 from pema_ray.memory import ExternalMemory
 from pema_ray.pema.config import load_config
-from pema_ray.pema.stages.main import stages
+from pema_ray.pema.method import PEMA
 from pema_ray.plm_owner.service.access import Quota, add_client
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -108,26 +108,26 @@ def test_a_memory_and_answers_are_those_of_an_undisturbed_plm(experiment, ray_cl
     path = experiment(**sizes, generate={"max_new_tokens": 20, "batch_size": 2, "cpus_per_actor": 1})
     own = load_config(path, [f"run_dir={tmp_path / 'own'}"])
     for name in ("prepare", "export_head", "build_memory", "train", "generate"):
-        stages()[name](own)
+        PEMA.run(name, own)
 
     url = f"https://127.0.0.1:{service.port}"
     keys = [f"plm.key_file={service.folder / 'key'}", f"plm.ca_file={service.folder / 'server.crt'}"]
     plm = ["plm.name=null", "plm.dtype=auto", "plm.device=cpu", f"plm.url={url}", "plm.timeout_seconds=10", *keys]
     theirs = load_config(path, [f"run_dir={tmp_path / 'theirs'}", *plm])
-    stages()["prepare"](theirs)
+    PEMA.run("prepare", theirs)
     with pytest.raises(UserError, match="cannot be reached"):
-        stages()["export_head"](
-            load_config(path, [f"run_dir={tmp_path / 'theirs'}", *plm, "plm.url=https://127.0.0.1:1"])
+        PEMA.run(
+            "export_head", load_config(path, [f"run_dir={tmp_path / 'theirs'}", *plm, "plm.url=https://127.0.0.1:1"])
         )
     service.wait()
-    stages()["export_head"](theirs)
-    service.kill_under(lambda: stages()["build_memory"](theirs), every=3)
+    PEMA.run("export_head", theirs)
+    service.kill_under(lambda: PEMA.run("build_memory", theirs), every=3)
     assert service.kills == KILLS
     for split in ("train", "dev", "test"):
         mine, other = (ExternalMemory.open(tmp_path / run / "build_memory" / split) for run in ("own", "theirs"))
         assert [s.sha256 for s in mine.manifest.shards] == [s.sha256 for s in other.manifest.shards]
-    stages()["train"](theirs)
-    service.kill_under(lambda: stages()["generate"](theirs), every=4)
+    PEMA.run("train", theirs)
+    service.kill_under(lambda: PEMA.run("generate", theirs), every=4)
     assert service.kills == KILLS
     answers = [
         [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in text.splitlines()]

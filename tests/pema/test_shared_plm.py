@@ -14,7 +14,7 @@ from pema_ray.evaluation.results import Evaluation
 from pema_ray.line.plm_config import PLMConfig
 from pema_ray.memory import ExternalMemory
 from pema_ray.pema.config import ExperimentConfig, load_config
-from pema_ray.pema.stages.main import stages
+from pema_ray.pema.method import PEMA
 from pema_ray.plm_owner import EngineConfig
 from pema_ray.plm_owner.service.application import plm_engine
 from pema_ray.serving.scale import Scale
@@ -43,7 +43,7 @@ def test_a_shared_plm_owner_gives_the_memory_and_answers_of_a_plm_of_ones_own(
             path, [f"run_dir={tmp_path / 'shared'}", "plm.name=null", "plm.dtype=auto", "plm.serve=shared"]
         ),
     }
-    measured = {name: {stage: stages()[stage](config) for stage in CHAIN} for name, config in runs.items()}
+    measured = {name: {stage: PEMA.run(stage, config) for stage in CHAIN} for name, config in runs.items()}
 
     shards = {name: _shards(config) for name, config in runs.items()}
     assert shards["own"] == shards["shared"] and len(shards["own"]) == 5
@@ -59,10 +59,10 @@ def test_a_shared_plm_owner_gives_the_memory_and_answers_of_a_plm_of_ones_own(
     other = PLMConfig(name=tiny_plm_folder("llama", 1), dtype="float32", device="cpu")
     serve.run(plm_engine(other, EngineConfig(slots=8), Scale(cpus=0.1)), name="shared", route_prefix=None)
     with pytest.raises(UserError, match=r"plm.serve=shared belongs to PLM .*, but this run uses PLM"):
-        stages()["generate"](config)
+        PEMA.run("generate", config)
     serve.delete("shared")
     with pytest.raises(UserError, match=r"plm.serve=shared: no PLM owner of this name runs .* only: none. Start one"):
-        stages()["generate"](config)
+        PEMA.run("generate", config)
 
 
 def _shards(config: ExperimentConfig) -> list[tuple[str, str]]:

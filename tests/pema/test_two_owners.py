@@ -25,7 +25,7 @@ def test_a_data_owners_process_cannot_import_the_plm_owners_code(tmp_path: Path)
         return subprocess.run(command, env=owner.environment(), cwd=tmp_path, capture_output=True, text=True)
 
     imports = "import pema_ray.commands.main, pema_ray.pema.serving.data_owner"
-    whole = f"{imports}; from pema_ray.pema.stages.main import stages; print(*stages())"
+    whole = f"{imports}; from pema_ray.pema.method import PEMA; print(*PEMA.chain)"
     done = python(whole)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split()[0] == "prepare"

@@ -22,7 +22,8 @@ from pema_ray.pluglm.entries import NewEntry
 from pema_ray.pluglm.knowledge import Knowledge, document_code, document_codes
 from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
 from pema_ray.pluglm.loading import load_pluglm
-from pema_ray.pluglm.pretrain import _stamp, pretrain
+from pema_ray.pluglm.pretrain import _stamp
+from pema_ray.pluglm.pretrain import run as pretrain
 from pema_ray.pluglm.refresh import build, refresh
 from pema_ray.pluglm.run_folder import begin
 from pema_ray.pluglm.sharded import ShardedKnowledge, start_shards

@@ -16,7 +16,7 @@ from ray.train import Result
 from pema_ray.errors import UserError
 from pema_ray.pluglm.editor_keys import new_key
 from pema_ray.pluglm.encoding import DocumentEncoder
-from pema_ray.pluglm.finetune import finetune
+from pema_ray.pluglm.finetune import run as finetune
 from pema_ray.pluglm.finetune_config import FinetuneConfig
 from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
 from pema_ray.pluglm.loading import load_pluglm

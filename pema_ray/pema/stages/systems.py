@@ -32,6 +32,7 @@ from pema_ray.line.plm_config import PLMConfig
 from pema_ray.memory import ExternalMemory
 from pema_ray.pema.baselines.small_lm import SmallLMJob, SmallLMSpec, train_peer
 from pema_ray.pema.config import CompareConfig, ExperimentConfig
+from pema_ray.pema.method import PEMA
 from pema_ray.pema.run import COMPARE_PROTOCOL, Run
 from pema_ray.pema.stages.answers import make_job, predictor_of, run_jobs, write_rows
 from pema_ray.pema.stages.likelihood import likelihood_of
@@ -283,8 +284,6 @@ class System:
 
     def _on_prompts_with_examples(self) -> Measurement:
         """A run of its own, with a memory of these prompts, whose first system is PEMA."""
-        from pema_ray.pema.stages.main import stages
-
         limits, most = dict(self.config.task.limits), self.config.train.max_train_pairs
         if most is not None:  # the first so many, as a smaller limit draws them
             limits["train"] = min(most, limits.get("train", most))
@@ -294,7 +293,7 @@ class System:
         changes = {"run_dir": str(self.run.path("compare", self.name, "run")), "task": task, "compare": compare}
         config = self.config.model_copy(update=changes)
         for stage in ("prepare", "export_head", "build_memory"):
-            stages()[stage](config)
+            PEMA.run(stage, config)
         inner = System(Run(config), "pema", self.seed)
         found = inner.measurement()
         with atomic_file(self.answers) as temporary:

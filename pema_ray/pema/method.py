@@ -1,0 +1,75 @@
+"""PEMA's stages."""
+
+from __future__ import annotations
+
+from pema_ray.experiment.method import Method, Stage
+from pema_ray.pema.config import ExperimentConfig
+
+PEMA = Method(
+    prefix="pema-ray",
+    config=ExperimentConfig,
+    example="configs/quickstart.yaml",
+    stages={
+        "prepare": Stage(
+            "Read the task's pairs, check every one, and keep them in the run folder.",
+            "pema_ray.pema.stages.prepare",
+            reads=("task",),
+            depends_on=("task",),
+            evidence=("train.parquet", "dev.parquet", "test.parquet"),
+        ),
+        "export_head": Stage(
+            "Get what the PLM owner shares: final norm, LM head, tokenizer. A PLM of one's own is checked.",
+            "pema_ray.pema.stages.export_head",
+            reads=("plm",),
+            depends_on=("plm",),
+            evidence=("lm_head/bundle.json",),
+        ),
+        "build_memory": Stage(
+            "Build the external memory on Ray Data, one pass over the pairs. Resumes.",
+            "pema_ray.pema.stages.build_memory",
+            reads=("build_memory", "ray"),
+            depends_on=("build_memory",),
+            parents=("prepare", "export_head"),
+        ),
+        "train": Stage(
+            "Data owner: train the adapter on the memory with Ray Train (closed form, then joint). Resumes.",
+            "pema_ray.pema.stages.train",
+            reads=("train", "ray"),
+            depends_on=("train",),
+            parents=("build_memory",),
+            evidence=("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "history.json"),
+        ),
+        "generate": Stage(
+            "Answer the test split by Gradual Unrolling.",
+            "pema_ray.pema.stages.generate",
+            reads=("generate", "ray"),
+            depends_on=("generate",),
+            parents=("train",),
+            evidence=("answers.jsonl",),
+        ),
+        "evaluate": Stage(
+            "Compare PEMA with the PLM alone, few-shot prompting and copying: sBLEU, chrF, NLL over λ.",
+            "pema_ray.pema.stages.evaluate",
+            reads=("evaluate", "ray"),
+            depends_on=("evaluate",),
+            parents=("generate",),
+            evidence=("evaluation.json",),
+        ),
+        "report": Stage(
+            "Write the HTML report and print the comparison.",
+            "pema_ray.pema.stages.report",
+            parents=("evaluate",),
+            evidence=("report.html",),
+        ),
+        "compare": Stage(
+            "PEMA beside its peers on the same pairs: PLM alone, few-shot, kNN-LM, PEMA's variants, LoRA with the "
+            "weights. Trains and answers for each; what is finished is kept.",
+            "pema_ray.pema.stages.compare",
+            reads=("compare", "ray"),
+            depends_on=("compare", "train", "generate"),
+            parents=("build_memory",),
+            evidence=("comparison.json", "table.md"),
+            in_chain=False,
+        ),
+    },
+)

@@ -1,0 +1,27 @@
+"""PlugLM's stages. Each is a run of its own: its results lie in its configuration's `run_dir`."""
+
+from __future__ import annotations
+
+from pema_ray.experiment.method import Method, Stage
+from pema_ray.pluglm.config import PretrainConfig
+from pema_ray.pluglm.finetune_config import FinetuneConfig
+
+PLUGLM = Method(
+    prefix="pema-ray pluglm",
+    config=PretrainConfig,
+    example="configs/pluglm/small.yaml",
+    stages={
+        "pretrain": Stage(
+            "Masked language modelling with a memory that is encoded anew every n steps, by Ray Train. Resumes.",
+            "pema_ray.pluglm.pretrain",
+            reads=("model", "documents", "text", "memory", "train", "ray"),
+        ),
+        "finetune": Stage(
+            "Fine-tune for a task with a memory that is frozen or not, by Ray Train; scores, answers, what was "
+            "retrieved.",
+            "pema_ray.pluglm.finetune",
+            reads=("task", "data", "memory", "train", "ray"),
+            config=FinetuneConfig,
+        ),
+    },
+)
