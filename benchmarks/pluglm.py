@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from _harness import Aim, console, device_of, options, show, write_results
 
-from pema_ray.pluglm.knowledge import HeldKnowledge
-from pema_ray.pluglm.model import PlugLMForMaskedLM
-from pema_ray.pluglm.model_config import PlugLMConfig
-from pema_ray.pluglm.search import Found, KeyTable
+from pema_ray.pluglm.memory.search import Found, KeyTable
+from pema_ray.pluglm.model.config import PlugLMConfig
+from pema_ray.pluglm.model.encoder import PlugLMForMaskedLM
+from pema_ray.pluglm.model.knowledge import HeldKnowledge
 
 NAME = "pluglm"
 AIMS = {"search_over_faiss_float32": Aim(1.0, at_most=True), "inference_over_plain_encoder": Aim(1.5, at_most=True)}

@@ -25,12 +25,12 @@ from pema_ray.memory import ExternalMemory, Manifest, ShardInfo
 from pema_ray.memory.codec import encode
 from pema_ray.memory.shards import MemoryRows, write_shard
 from pema_ray.trime.config import DecoderShape, EvaluateConfig, IndexConfig
-from pema_ray.trime.decoder import DecoderLM
-from pema_ray.trime.evaluation import Probe, Text, measure
-from pema_ray.trime.index import IndexBuild, build_index, load_parts
-from pema_ray.trime.objective import TrimeObjective, Ways
-from pema_ray.trime.search import OnePieceSearch, SearchOptions, recall
-from pema_ray.trime.windows import plan_windows
+from pema_ray.trime.datastore.index import IndexBuild, build_index, load_parts
+from pema_ray.trime.datastore.search import OnePieceSearch, SearchOptions, recall
+from pema_ray.trime.evaluation.statistics import Probe, Text, measure
+from pema_ray.trime.model.decoder import DecoderLM
+from pema_ray.trime.objective.objective import TrimeObjective, Ways
+from pema_ray.trime.text.windows import plan_windows
 
 NAME = "trime"
 AIMS = {

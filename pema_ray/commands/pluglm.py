@@ -59,7 +59,7 @@ def edit_key() -> None:
     """Make a key that may edit a served memory: it is shown once, and its hash goes into serve_configs/pluglm.yaml."""
 
     def work() -> None:
-        from pema_ray.pluglm.editor_keys import new_key
+        from pema_ray.pluglm.service.editor_keys import new_key
         from pema_ray.runtime.progress import console
 
         key, hashed = new_key()
@@ -116,9 +116,9 @@ def build(
     """Make a memory of documents, by Ray Data. Documents longer than the model reads become several entries."""
 
     def work() -> None:
-        from pema_ray.pluglm import refresh as refreshing
         from pema_ray.pluglm.config import TextConfig
-        from pema_ray.pluglm.entries import VECTOR_DTYPES
+        from pema_ray.pluglm.memory import refresh as refreshing
+        from pema_ray.pluglm.memory.entries import VECTOR_DTYPES
         from pema_ray.runtime.cluster import RayConfig, ray_cluster
 
         if dtype not in VECTOR_DTYPES:
@@ -150,7 +150,7 @@ def add(
     """Put entries behind those that are there."""
 
     def work() -> None:
-        from pema_ray.pluglm.entries import NewEntry, read_entries
+        from pema_ray.pluglm.memory.entries import NewEntry, read_entries
 
         entries = [NewEntry(one, source, document_id, tuple(tag or ())) for one in text or []]
         entries += read_entries(file) if file else []
@@ -173,7 +173,7 @@ def replace(
     """Put an entry in another's place, under its id."""
 
     def work() -> None:
-        from pema_ray.pluglm.entries import NewEntry
+        from pema_ray.pluglm.memory.entries import NewEntry
 
         here = _open(folder)
         (old,) = here.entries([entry_id])
@@ -218,7 +218,7 @@ def swap(
     """Put another memory, or an older version, in this one's place."""
 
     def work() -> None:
-        from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
+        from pema_ray.pluglm.memory.knowledge_memory import KnowledgeMemory
 
         wanted = KnowledgeMemory.open(other, version)
         # its own older version: the current one may be damaged, which is what this mends
@@ -240,7 +240,7 @@ def refresh(
     def work() -> None:
         from contextlib import nullcontext
 
-        from pema_ray.pluglm import refresh as refreshing
+        from pema_ray.pluglm.memory import refresh as refreshing
         from pema_ray.runtime.cluster import RayConfig, ray_cluster
         from pema_ray.runtime.progress import track
 
@@ -268,7 +268,7 @@ def show(
 
         from rich.table import Table
 
-        from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
+        from pema_ray.pluglm.memory.knowledge_memory import KnowledgeMemory
         from pema_ray.runtime.progress import console
 
         here = KnowledgeMemory.open(folder, version)
@@ -302,7 +302,7 @@ def verify(
     """Read every byte of a version, and name everything that is wrong with it (exit code 2)."""
 
     def work() -> None:
-        from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
+        from pema_ray.pluglm.memory.knowledge_memory import KnowledgeMemory
         from pema_ray.runtime.progress import console, track
 
         here = KnowledgeMemory.open(folder, version)
@@ -324,7 +324,7 @@ def prune(
     """Take away versions but the current one and those named, and files that no version left needs."""
 
     def work() -> None:
-        from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
+        from pema_ray.pluglm.memory.knowledge_memory import KnowledgeMemory
         from pema_ray.runtime.progress import console
 
         gone = KnowledgeMemory.prune(folder, keep or [])
@@ -334,14 +334,14 @@ def prune(
 
 
 def _open(folder: Path) -> Any:
-    from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
+    from pema_ray.pluglm.memory.knowledge_memory import KnowledgeMemory
 
     return KnowledgeMemory.open(folder)
 
 
 def _encoder(folder: Path) -> Any:
-    from pema_ray.pluglm.encoding import DocumentEncoder
-    from pema_ray.pluglm.loading import load_pluglm
+    from pema_ray.pluglm.memory.encoding import DocumentEncoder
+    from pema_ray.pluglm.model.loading import load_pluglm
 
     return DocumentEncoder(*load_pluglm(folder), name=folder.resolve().name)
 

@@ -10,7 +10,7 @@ import typer
 from pema_ray.commands.stages import Config, Overrides, add_stages, add_training
 from pema_ray.experiment.process import guarded
 from pema_ray.trime.method import TRIME
-from pema_ray.trime.mt.method import TRANSLATION
+from pema_ray.trime.translation.method import TRANSLATION
 
 app = typer.Typer(
     help="TRIME: language models trained with memory, and evaluated with local, long and external memory. Stages read "
@@ -35,10 +35,10 @@ def explain(
     def work() -> None:
         from pema_ray.errors import UserError
         from pema_ray.runtime.progress import console
-        from pema_ray.trime.explain import explain_text
-        from pema_ray.trime.report import write_page
-        from pema_ray.trime.results import TrimeEvaluation
+        from pema_ray.trime.evaluation.explain import explain_text
+        from pema_ray.trime.evaluation.results import TrimeEvaluation
         from pema_ray.trime.run import TrimeRun
+        from pema_ray.trime.stages.report import write_page
 
         run = TrimeRun(TRIME.read("evaluate", config, overrides or []))
         run.metrics("evaluate")
@@ -51,5 +51,5 @@ def explain(
     raise typer.Exit(guarded(work))
 
 
-add_training(app, TRANSLATION, "train", "pema_ray.trime.mt.dry_run")
+add_training(app, TRANSLATION, "train", "pema_ray.trime.translation.dry_run")
 add_stages(app, TRANSLATION, "datastore", "generate")

@@ -17,6 +17,7 @@ class TextConfig(Section):
     files: tuple[str, ...] = ()
     """Files, folders or patterns (`corpus/*.parquet`), read in this order."""
     text_column: str = "text"
+    """Of the text, in JSON Lines and Parquet."""
     document_column: str | None = None
     """Which document a text is of; none: texts are told apart by what they say."""
     source_column: str | None = None

@@ -18,9 +18,11 @@ class TaskSettings(Section):
     """`classification`, `regression`: tables as GLUE's; `tokens`: CoNLL; `answers`: SQuAD; `yes_no`, `factoid`: BioASQ;
     `cloze`: LAMA."""
     text_column: str = "sentence"
+    """Of the text, or of the first of two."""
     pair_column: str | None = None
     """Of a second text, in tables."""
     label_column: str = "label"
+    """Of the answer."""
     header: bool = True
     """Whether .tsv and .csv name their columns; otherwise they are "0", "1", …"""
     metric: str | None = None
@@ -56,9 +58,11 @@ class TaskMemory(Section):
     shards: int = Field(default=0, ge=0)
     """Actors that hold it; 0: every training process holds all of it."""
     cpus_per_shard: float = Field(default=1, ge=0)
+    """CPUs that each asks of Ray."""
     refresh_workers: int = Field(default=0, ge=0)
     """Actors that encode it anew where it is not frozen; 0: the leading training process does it."""
     cpus_per_refresh_worker: float = Field(default=1, gt=0)
+    """CPUs that each asks of Ray."""
 
 
 class FinetuneSettings(TrainingConfig):
@@ -71,11 +75,14 @@ class FinetuneSettings(TrainingConfig):
     max_tokens: int = Field(default=128, ge=8)
     """Longest input."""
     learning_rate: float = Field(default=2e-5, gt=0)
+    """AdamW's, at the end of the warm-up."""
     weight_decay: float = Field(default=0.01, ge=0)
+    """Of matrices; biases and norms have none."""
     schedule: Literal["polynomial", "cosine", "inverse_sqrt", "constant"] = "polynomial"
     power: float = Field(default=1.0, gt=0)
     """Of the polynomial; 1: a straight line to zero."""
     clip: float | None = Field(default=1.0, gt=0)
+    """Largest norm of the gradient; none leaves it as it is."""
     fix_keys: bool = True
     """Keys stay as stored; otherwise retrieved documents are encoded again, with gradients."""
     fix_values: bool = True

@@ -13,13 +13,13 @@ PLUGLM = Method(
     stages={
         "pretrain": Stage(
             "Masked language modelling with a memory that is encoded anew every n steps, by Ray Train. Resumes.",
-            "pema_ray.pluglm.pretrain",
+            "pema_ray.pluglm.stages.pretrain",
             reads=("model", "documents", "text", "memory", "train", "ray"),
         ),
         "finetune": Stage(
             "Fine-tune for a task with a memory that is frozen or not, by Ray Train; scores, answers, what was "
             "retrieved.",
-            "pema_ray.pluglm.finetune",
+            "pema_ray.pluglm.stages.finetune",
             reads=("task", "data", "memory", "train", "ray"),
             config=FinetuneConfig,
         ),

@@ -17,8 +17,8 @@ import torch
 from jinja2 import Environment, StrictUndefined
 
 from pema_ray.errors import UserError
-from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
-from pema_ray.pluglm.memory_layer import Retrieved
+from pema_ray.pluglm.memory.knowledge_memory import KnowledgeMemory
+from pema_ray.pluglm.model.memory_layer import Retrieved
 from pema_ray.runtime.files import atomic_file
 from pema_ray.runtime.settings import Section
 
@@ -171,7 +171,7 @@ def report_of_file(file: Path, folder: Path, model_folder: Path, version: int | 
     Raises:
         UserError: the file, the model or the memory cannot be read, or do not belong together.
     """
-    from pema_ray.pluglm.loading import load_pluglm
+    from pema_ray.pluglm.model.loading import load_pluglm
 
     texts = _texts(file)
     model, tokenizer = load_pluglm(model_folder)

@@ -91,6 +91,7 @@ class DecoderShape(Section):
     """Layers, sizes, dropout of the decoder."""
 
     layers: int = Field(default=2, ge=1)
+    """Layers of the decoder."""
     hidden_size: int = Field(default=96, ge=2)
     """d, the size of states and keys."""
     ffn_size: int = Field(default=384, ge=1)
@@ -296,7 +297,7 @@ class EvaluateConfig(Section):
     max_tokens: dict[Literal["dev", "test"], int] = {}
     """Only the first so many tokens of a split."""
     systems: tuple[str, ...] = ()
-    """Which ways of evaluating, of `pema_ray.trime.systems`; none: those that go with `train.memory`."""
+    """Which ways of evaluating, of `pema_ray.trime.evaluation.systems`; none: those that go with `train.memory`."""
     model: str | None = None
     """A trained model's folder (`<run>/train/model`) instead of this run's own: another domain's, whose run this one's
     `prepare.vocabulary_from` names."""

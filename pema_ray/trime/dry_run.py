@@ -9,11 +9,11 @@ from rich.table import Table
 from torch import nn
 
 from pema_ray.errors import UserError
-from pema_ray.trime.adaptive import AdaptiveEmbedding
 from pema_ray.trime.config import TrimeConfig
-from pema_ray.trime.decoder import DecoderLM
-from pema_ray.trime.model import TrainableLM
-from pema_ray.trime.models import count_parameters, make_model
+from pema_ray.trime.model.adaptive import AdaptiveEmbedding
+from pema_ray.trime.model.decoder import DecoderLM
+from pema_ray.trime.model.memory_lm import TrainableLM
+from pema_ray.trime.model.registry import count_parameters, make_model
 from pema_ray.trime.run import TrimeRun
 
 _STATES = {"nag": 1, "adam": 2, "adamw": 2}  # numbers that the optimiser keeps of every parameter

@@ -1,4 +1,4 @@
-"""TRIME's stages; those of translation are in `trime/mt/method.py`."""
+"""TRIME's stages; those of translation are in `trime/translation/method.py`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ TRIME = Method(
     stages={
         "prepare": Stage(
             "Read the corpus, make its vocabulary, and keep token ids as Parquet shards.",
-            "pema_ray.trime.prepare",
+            "pema_ray.trime.stages.prepare",
             reads=("prepare", "ray"),
             depends_on=("prepare",),
             evidence=("vocabulary.json", "corpus.json"),
         ),
         "batches": Stage(
             "Of batches.order=bm25: search every segment's nearest ones, and walk from each to the next.",
-            "pema_ray.trime.walk",
+            "pema_ray.trime.stages.batches",
             reads=("batches", "ray"),
             depends_on=("batches.segment", "batches.order", "batches.neighbours"),
             parents=("prepare",),
@@ -29,7 +29,7 @@ TRIME = Method(
         ),
         "train": Stage(
             "Train the language model with its memory by Ray Train. Resumes.",
-            "pema_ray.trime.train",
+            "pema_ray.trime.stages.train",
             reads=("model", "batches", "train", "plan", "ray"),
             depends_on=("model", "batches", "train"),
             parents=("prepare",),
@@ -37,7 +37,7 @@ TRIME = Method(
         ),
         "datastore": Stage(
             "Keep the key and the next token of every training position, by model actors on Ray Data. Resumes.",
-            "pema_ray.trime.build_datastore",
+            "pema_ray.trime.stages.datastore",
             reads=("datastore", "ray"),
             depends_on=("datastore", *_WINDOWS),
             parents=("train",),
@@ -45,7 +45,7 @@ TRIME = Method(
         ),
         "index": Stage(
             "Index the datastore with faiss, part by part, and measure recall against exact search. Resumes.",
-            "pema_ray.trime.build_index",
+            "pema_ray.trime.stages.index",
             reads=("index", "ray"),
             depends_on=("index",),
             parents=("datastore",),
@@ -53,7 +53,7 @@ TRIME = Method(
         ),
         "evaluate": Stage(
             "Calibrate every way of evaluating the model on dev, and score it on test: one table.",
-            "pema_ray.trime.evaluate",
+            "pema_ray.trime.stages.evaluate",
             reads=("evaluate", "ray"),
             depends_on=("evaluate", "batches.segment"),
             parents=("train",),
@@ -62,14 +62,14 @@ TRIME = Method(
         "report": Stage(
             "One HTML page: the table, loss curves, perplexity against memory size, k and λ, and what raised each "
             "token.",
-            "pema_ray.trime.report",
+            "pema_ray.trime.stages.report",
             parents=("evaluate",),
             evidence=("report.html",),
         ),
         "table": Stage(
             "The demonstration: every objective with every seed, at equal steps and equal time, from corpus to one "
             "table. Resumes.",
-            "pema_ray.trime.table",
+            "pema_ray.trime.stages.table",
             reads=("table", "ray"),
             in_chain=False,
         ),

@@ -9,9 +9,9 @@ from typing import Any
 from pema_ray.experiment.stage_run import HOW_FAST, StageRun
 from pema_ray.runtime.files import sha256_of
 from pema_ray.trime.config import TrimeConfig
+from pema_ray.trime.evaluation.systems import asks_a_datastore
 from pema_ray.trime.method import TRIME
-from pema_ray.trime.models import read_fingerprint
-from pema_ray.trime.systems import asks_a_datastore
+from pema_ray.trime.model.registry import read_fingerprint
 
 INCIDENTAL = HOW_FAST | {"search_actors", "batch_windows", "device"}
 

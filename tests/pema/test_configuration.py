@@ -15,7 +15,7 @@ from pema_ray.pluglm.config import PretrainConfig
 from pema_ray.pluglm.finetune_config import FinetuneConfig
 from pema_ray.runtime.settings import validate
 from pema_ray.trime.config import TrimeConfig
-from pema_ray.trime.mt.config import MtConfig
+from pema_ray.trime.translation.config import MtConfig
 
 
 def written(folder: Path, text: str, name: str = "experiment.yaml") -> Path:

@@ -10,10 +10,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from pema_ray.pluglm.encoding import DocumentEncoder
-from pema_ray.pluglm.entries import NewEntry
-from pema_ray.pluglm.model import PlugLMForMaskedLM
-from pema_ray.pluglm.model_config import PlugLMConfig
+from pema_ray.pluglm.memory.encoding import DocumentEncoder
+from pema_ray.pluglm.memory.entries import NewEntry
+from pema_ray.pluglm.model.config import PlugLMConfig
+from pema_ray.pluglm.model.encoder import PlugLMForMaskedLM
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [f"w{number}" for number in range(120)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pema_ray.pluglm.attention import AttentivePooling, KnowledgeAttention, SentenceKnowledge, cosine
+from pema_ray.pluglm.model.attention import AttentivePooling, KnowledgeAttention, SentenceKnowledge, cosine
 
 B, T, D, K, H = 2, 5, 12, 3, 4
 

@@ -13,7 +13,7 @@ import pytest
 from pema_ray.errors import UserError
 from pema_ray.pluglm.demonstration.corpora import read_domain
 from pema_ray.pluglm.demonstration.domains import MEMORIES, OWN, DomainsSettings, compared, run_domains, table_rows
-from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
+from pema_ray.pluglm.memory.knowledge_memory import KnowledgeMemory
 
 
 def paragraphs(kind: str, count: int = 20) -> list[str]:

@@ -38,8 +38,8 @@ def test_sentences_are_what_the_tokenizer_makes_of_the_entries() -> None:
 
 
 def test_the_memory_held_while_learning_is_the_one_on_disk(tmp_path) -> None:
-    from pema_ray.pluglm.encoding import DocumentEncoder
-    from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
+    from pema_ray.pluglm.memory.encoding import DocumentEncoder
+    from pema_ray.pluglm.memory.knowledge_memory import KnowledgeMemory
 
     world, model = SMALL.world, new_model(SMALL, 0).eval()
     value_F = world.draw(np.random.default_rng(0))

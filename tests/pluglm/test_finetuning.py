@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from pema_ray.errors import UserError
-from pema_ray.pluglm.encoding import DocumentEncoder
-from pema_ray.pluglm.finetune import copy_memory, new_task_model
 from pema_ray.pluglm.finetune_config import FinetuneConfig
-from pema_ray.pluglm.finetuning import Examples, Finetuner
-from pema_ray.pluglm.in_task import entries_of
-from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
-from pema_ray.pluglm.loading import load_pluglm
-from pema_ray.pluglm.pretrain import local_access, save_model
+from pema_ray.pluglm.learning.finetuning import Examples, Finetuner
+from pema_ray.pluglm.learning.in_task import entries_of
+from pema_ray.pluglm.memory.encoding import DocumentEncoder
+from pema_ray.pluglm.memory.knowledge_memory import KnowledgeMemory
+from pema_ray.pluglm.model.loading import load_pluglm
 from pema_ray.pluglm.retrieval import RetrievalLog
+from pema_ray.pluglm.stages.finetune import copy_memory, new_task_model
+from pema_ray.pluglm.stages.pretrain import local_access, save_model
 from pema_ray.pluglm.tasks import make_task
 
 KINDS = ("classification", "regression", "tokens", "answers", "yes_no", "factoid", "cloze")
@@ -132,7 +132,7 @@ def test_no_example_retrieves_itself_in_training_or_after(tmp_path, pretrained) 
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pema_ray.pluglm.knowledge.HeldKnowledge.search", watched)
+        patch.setattr("pema_ray.pluglm.model.knowledge.HeldKnowledge.search", watched)
         loop.run()
     assert sum(seen) == 12 + 12  # one epoch, one validation
 

@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pema_ray.errors import UserError
-from pema_ray.pluglm import editing, versions
-from pema_ray.pluglm.editing import Change
-from pema_ray.pluglm.encoding import DocumentEncoder
-from pema_ray.pluglm.entries import Entry, NewEntry
-from pema_ray.pluglm.knowledge import document_code
-from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
-from pema_ray.pluglm.versions import VersionConflict
+from pema_ray.pluglm.memory import editing, versions
+from pema_ray.pluglm.memory.editing import Change
+from pema_ray.pluglm.memory.encoding import DocumentEncoder
+from pema_ray.pluglm.memory.entries import Entry, NewEntry
+from pema_ray.pluglm.memory.knowledge_memory import KnowledgeMemory
+from pema_ray.pluglm.memory.versions import VersionConflict
+from pema_ray.pluglm.model.knowledge import document_code
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ import transformers
 from transformers import AutoConfig, AutoModelForMaskedLM, Trainer, TrainingArguments, pipeline
 
 from pema_ray.errors import UserError
-from pema_ray.pluglm.encoding import DocumentEncoder
-from pema_ray.pluglm.entries import NewEntry
-from pema_ray.pluglm.knowledge import Knowledge, document_codes
-from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
-from pema_ray.pluglm.loading import load_pluglm
-from pema_ray.pluglm.model import PlugLMForMaskedLM, StaleKeys
-from pema_ray.pluglm.model_config import PlugLMConfig
+from pema_ray.pluglm.memory.encoding import DocumentEncoder
+from pema_ray.pluglm.memory.entries import NewEntry
+from pema_ray.pluglm.memory.knowledge_memory import KnowledgeMemory
+from pema_ray.pluglm.model.config import PlugLMConfig
+from pema_ray.pluglm.model.encoder import PlugLMForMaskedLM, StaleKeys
+from pema_ray.pluglm.model.knowledge import Knowledge, document_codes
+from pema_ray.pluglm.model.loading import load_pluglm
 from tests.pluglm.conftest import BACKBONE
 
 TEXTS = ["w1 [MASK] w3", "w4 w5 w6 w7", "w8"]

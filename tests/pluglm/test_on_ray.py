@@ -17,17 +17,17 @@ from ray.train import Result
 
 from pema_ray.errors import UserError
 from pema_ray.pluglm.config import ModelSettings, PretrainConfig, TextConfig
-from pema_ray.pluglm.encoding import DocumentEncoder
-from pema_ray.pluglm.entries import NewEntry
-from pema_ray.pluglm.knowledge import Knowledge, document_code, document_codes
-from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
-from pema_ray.pluglm.loading import load_pluglm
-from pema_ray.pluglm.pretrain import _stamp
-from pema_ray.pluglm.pretrain import run as pretrain
-from pema_ray.pluglm.refresh import build, refresh
+from pema_ray.pluglm.learning.text import Sequences, pieces, prepare_sequences
+from pema_ray.pluglm.memory.encoding import DocumentEncoder
+from pema_ray.pluglm.memory.entries import NewEntry
+from pema_ray.pluglm.memory.knowledge_memory import KnowledgeMemory
+from pema_ray.pluglm.memory.refresh import build, refresh
+from pema_ray.pluglm.memory.sharded import ShardedKnowledge, start_shards
+from pema_ray.pluglm.model.knowledge import Knowledge, document_code, document_codes
+from pema_ray.pluglm.model.loading import load_pluglm
 from pema_ray.pluglm.run_folder import begin
-from pema_ray.pluglm.sharded import ShardedKnowledge, start_shards
-from pema_ray.pluglm.text import Sequences, pieces, prepare_sequences
+from pema_ray.pluglm.stages.pretrain import _stamp
+from pema_ray.pluglm.stages.pretrain import run as pretrain
 from tests.pluglm.conftest import BACKBONE
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster")]
@@ -126,7 +126,7 @@ def test_texts_come_in_order_and_long_ones_are_cut(tmp_path, words_tokenizer) ->
 
 
 def test_sequences_are_prepared_once_and_read_back(tmp_path, words_tokenizer, monkeypatch) -> None:
-    monkeypatch.setattr("pema_ray.pluglm.text._SEQUENCES_PER_FILE", 7)
+    monkeypatch.setattr("pema_ray.pluglm.learning.text._SEQUENCES_PER_FILE", 7)
     _, jsonl, texts = write_texts(tmp_path, 40)
     config = TextConfig(files=(str(jsonl),))
     found = prepare_sequences(tmp_path / "sequences", config, words_tokenizer, 16)
@@ -288,7 +288,7 @@ def test_a_run_whose_worker_is_killed_goes_on_to_the_same_model(config, strategy
     _, wanted, _ = trained(config("whole", **settings))
     broken = config("broken", **settings)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
-    monkeypatch.setattr("pema_ray.pluglm.pretrain._work", killed_work)
+    monkeypatch.setattr("pema_ray.pluglm.stages.pretrain._work", killed_work)
     Path(broken.run_dir).mkdir()
     (Path(broken.run_dir) / "kill").write_text("4")
     _, weights, memory = trained(broken)
@@ -303,8 +303,8 @@ def killed_work(job: Any) -> dict[str, Any]:
     import os
     import signal
 
-    from pema_ray.pluglm.pretrain import _work
-    from pema_ray.pluglm.training import PretrainLoop
+    from pema_ray.pluglm.learning.pretraining import PretrainLoop
+    from pema_ray.pluglm.stages.pretrain import _work
 
     step, kill = PretrainLoop._step, job.run_dir / "kill"
 

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from pema_ray.commands.pluglm import memory as commands
 from pema_ray.errors import UserError
-from pema_ray.pluglm.entries import read_entries
-from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
+from pema_ray.pluglm.memory.entries import read_entries
+from pema_ray.pluglm.memory.knowledge_memory import KnowledgeMemory
 
 
 @pytest.fixture

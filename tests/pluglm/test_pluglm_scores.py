@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pema_ray.errors import UserError
-from pema_ray.pluglm.scores import (
+from pema_ray.pluglm.tasks.scores import (
     answer_scores,
     entity_scores,
     factoid_scores,

@@ -11,14 +11,14 @@ import torch
 
 from pema_ray.errors import UserError
 from pema_ray.pluglm.config import PretrainSettings
-from pema_ray.pluglm.encoding import DocumentEncoder
-from pema_ray.pluglm.entries import NewEntry
-from pema_ray.pluglm.knowledge import document_code
-from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
-from pema_ray.pluglm.masking import IGNORED, Masker
-from pema_ray.pluglm.pretrain import local_access
-from pema_ray.pluglm.text import Sequences
-from pema_ray.pluglm.training import PretrainLoop
+from pema_ray.pluglm.learning.masking import IGNORED, Masker
+from pema_ray.pluglm.learning.pretraining import PretrainLoop
+from pema_ray.pluglm.learning.text import Sequences
+from pema_ray.pluglm.memory.encoding import DocumentEncoder
+from pema_ray.pluglm.memory.entries import NewEntry
+from pema_ray.pluglm.memory.knowledge_memory import KnowledgeMemory
+from pema_ray.pluglm.model.knowledge import document_code
+from pema_ray.pluglm.stages.pretrain import local_access
 
 N = 48
 TEXTS = [" ".join(f"w{random.Random(n).randrange(100)} w{n}" for _ in range(3)) for n in range(N)]

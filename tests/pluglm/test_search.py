@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pema_ray.pluglm import search
-from pema_ray.pluglm.search import NO_DOCUMENT, Found, KeyTable, exact_scores, merge
+from pema_ray.pluglm.memory import search
+from pema_ray.pluglm.memory.search import NO_DOCUMENT, Found, KeyTable, exact_scores, merge
 
 
 def brute_force(query, key, entry, document, k: int, own, cosine: bool) -> tuple[list[list[int]], list[list[float]]]:

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from pema_ray.errors import UserError
-from pema_ray.pluglm.editor_keys import hash_of, new_key
-from pema_ray.pluglm.encoding import DocumentEncoder
-from pema_ray.pluglm.entries import NewEntry
-from pema_ray.pluglm.finetune import new_task_model
 from pema_ray.pluglm.finetune_config import FinetuneConfig
-from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
-from pema_ray.pluglm.pretrain import save_model
-from pema_ray.pluglm.service import PlugLMService, make_api
+from pema_ray.pluglm.memory.encoding import DocumentEncoder
+from pema_ray.pluglm.memory.entries import NewEntry
+from pema_ray.pluglm.memory.knowledge_memory import KnowledgeMemory
+from pema_ray.pluglm.service.editor_keys import hash_of, new_key
+from pema_ray.pluglm.service.service import PlugLMService, make_api
+from pema_ray.pluglm.stages.finetune import new_task_model
+from pema_ray.pluglm.stages.pretrain import save_model
 from pema_ray.pluglm.tasks import make_task
 
 KEY, HASH = new_key()

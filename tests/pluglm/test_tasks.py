@@ -11,8 +11,8 @@ import torch
 
 from pema_ray.errors import UserError
 from pema_ray.pluglm.finetune_config import TaskSettings
-from pema_ray.pluglm.in_task import TAG, entries_of
-from pema_ray.pluglm.masking import IGNORED
+from pema_ray.pluglm.learning.in_task import TAG, entries_of
+from pema_ray.pluglm.learning.masking import IGNORED
 from pema_ray.pluglm.tasks import make_task
 
 

@@ -14,14 +14,14 @@ import yaml
 from ray.train import Result
 
 from pema_ray.errors import UserError
-from pema_ray.pluglm.editor_keys import new_key
-from pema_ray.pluglm.encoding import DocumentEncoder
-from pema_ray.pluglm.finetune import run as finetune
 from pema_ray.pluglm.finetune_config import FinetuneConfig
-from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
-from pema_ray.pluglm.loading import load_pluglm
-from pema_ray.pluglm.model import StaleKeys
-from pema_ray.pluglm.pretrain import save_model
+from pema_ray.pluglm.memory.encoding import DocumentEncoder
+from pema_ray.pluglm.memory.knowledge_memory import KnowledgeMemory
+from pema_ray.pluglm.model.encoder import StaleKeys
+from pema_ray.pluglm.model.loading import load_pluglm
+from pema_ray.pluglm.service.editor_keys import new_key
+from pema_ray.pluglm.stages.finetune import run as finetune
+from pema_ray.pluglm.stages.pretrain import save_model
 
 CONFIG = Path(__file__).parents[2] / "serve_configs" / "pluglm.yaml"
 
@@ -87,7 +87,7 @@ def test_two_workers_with_a_memory_in_shards(config, ray_cluster, tmp_path, stra
     free = {"workers": 2, "fix_keys": False, "fix_values": False, "refresh_every": 3, "strategy": strategy}
     metrics = finetune(config(strategy, memory, **free))
     kept, _ = load_pluglm(
-        tmp_path / strategy / "model", import_module("pema_ray.pluglm.heads").PlugLMForSequenceClassification
+        tmp_path / strategy / "model", import_module("pema_ray.pluglm.model.heads").PlugLMForSequenceClassification
     )
     kept.attach(KnowledgeMemory.open(tmp_path / strategy / "memory").load(kept.fingerprint()))
     assert metrics["scores"]["validation"]["accuracy"] == pytest.approx(metrics["best"])
@@ -118,7 +118,7 @@ def test_the_serve_file_builds_its_application() -> None:
 def test_edits_reach_every_replica_and_drop_no_request(config, ray_cluster, tmp_path) -> None:
     from ray import serve
 
-    from pema_ray.pluglm.application import pluglm
+    from pema_ray.pluglm.service.application import pluglm
 
     config()
     key, hashed = new_key()

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from pema_ray.memory.codec import Keys
 from pema_ray.trime.config import DecoderShape
-from pema_ray.trime.decoder import DecoderLM
-from pema_ray.trime.search import Part, SearchOptions
+from pema_ray.trime.datastore.search import Part, SearchOptions
+from pema_ray.trime.model.decoder import DecoderLM
 
 VOCABULARY, HIDDEN = 23, 16
 

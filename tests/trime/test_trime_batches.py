@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pema_ray.errors import UserError
-from pema_ray.trime.batches import groups_of_epoch, share_of, walk
-from pema_ray.trime.segments import PADDING, Segments, TokenStream
-from pema_ray.trime.walk import build_index, read_walk, search
+from pema_ray.trime.stages.batches import build_index, read_walk, search
+from pema_ray.trime.text.batches import groups_of_epoch, share_of, walk
+from pema_ray.trime.text.segments import PADDING, Segments, TokenStream
 
 
 def numbers(groups: list[np.ndarray]) -> list[list[int]]:

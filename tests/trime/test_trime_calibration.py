@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pema_ray.trime.calibration import Mixture, Settings, calibrate, golden_section, nll, token_log_probs
-from pema_ray.trime.evaluation import Probe, Statistics, Text, measure
-from pema_ray.trime.search import OnePieceSearch
+from pema_ray.trime.datastore.search import OnePieceSearch
+from pema_ray.trime.evaluation.calibration import Mixture, Settings, calibrate, golden_section, nll, token_log_probs
+from pema_ray.trime.evaluation.statistics import Probe, Statistics, Text, measure
 from tests.trime.kit import VOCABULARY, keys_of, part_of, tiny_model
 
 PROBE = Probe(
@@ -77,7 +77,7 @@ def test_the_model_is_not_asked_again(measured: Statistics):
 
 def test_a_long_text_is_calibrated_as_a_short_one(measured: Statistics, monkeypatch):
     """Thirty times the same tokens have the best settings of one time, found by way of a shortlist."""
-    monkeypatch.setattr("pema_ray.trime.calibration._SHORTLIST", 2)
+    monkeypatch.setattr("pema_ray.trime.evaluation.calibration._SHORTLIST", 2)
     long = Statistics.concatenate([measured] * 30)
     for mixture in (Mixture("gn", 32), Mixture("li", 32, second=True, neighbours=16)):
         once, often = (calibrate(statistics, PROBE, mixture) for statistics in (measured, long))

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pema_ray.errors import UserError
-from pema_ray.trime.calibration import Mixture, Settings, token_log_probs
-from pema_ray.trime.evaluation import Probe, Text, measure, walk
-from pema_ray.trime.recent import RecentKeys
-from pema_ray.trime.search import Found, OnePieceSearch
-from pema_ray.trime.windows import plan_windows
+from pema_ray.trime.datastore.search import Found, OnePieceSearch
+from pema_ray.trime.evaluation.calibration import Mixture, Settings, token_log_probs
+from pema_ray.trime.evaluation.recent import RecentKeys
+from pema_ray.trime.evaluation.statistics import Probe, Text, measure, walk
+from pema_ray.trime.text.windows import plan_windows
 from tests.trime.kit import VOCABULARY, keys_of, part_of, tiny_model
 
 TAUS, TEMPS, SIZES, KS = (0.7, 1.0, 2.0), (1.0, 4.0), (0, 3, 11, 40), (2, 7)

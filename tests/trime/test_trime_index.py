@@ -16,11 +16,11 @@ from pema_ray.line import ModelCard
 from pema_ray.memory import ExternalMemory, Manifest, ShardInfo
 from pema_ray.memory.codec import encode
 from pema_ray.memory.shards import MemoryRows, write_shard
-from pema_ray.trime.build_index import add_parts
 from pema_ray.trime.config import IndexConfig
-from pema_ray.trime.datastore import open_datastore
-from pema_ray.trime.index import IndexBuild, build_index, load_parts
-from pema_ray.trime.search import OnePieceSearch, SearchOptions, merge, recall, require_faiss
+from pema_ray.trime.datastore.datastore import open_datastore
+from pema_ray.trime.datastore.index import IndexBuild, build_index, load_parts
+from pema_ray.trime.datastore.search import OnePieceSearch, SearchOptions, merge, recall, require_faiss
+from pema_ray.trime.stages.index import add_parts
 from tests.trime.kit import HIDDEN, VOCABULARY, keys_of
 
 CARD = ModelCard("tiny", "f" * 16, HIDDEN, VOCABULARY, 96, (0,))

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pema_ray.trime import softmax
-from pema_ray.trime.adaptive import AdaptiveEmbedding, AdaptiveSoftmax, Bands, full_log_probs, full_score
-from pema_ray.trime.loss import joint_log_prob
-from pema_ray.trime.memories import PADDING, Places, external_memory, local_memory, long_memory
-from pema_ray.trime.model import VocabularyScore
-from pema_ray.trime.softmax import MemoryScore, log_normaliser
+from pema_ray.trime.model.adaptive import AdaptiveEmbedding, AdaptiveSoftmax, Bands, full_log_probs, full_score
+from pema_ray.trime.model.memory_lm import VocabularyScore
+from pema_ray.trime.objective import softmax
+from pema_ray.trime.objective.loss import joint_log_prob
+from pema_ray.trime.objective.memories import PADDING, Places, external_memory, local_memory, long_memory
+from pema_ray.trime.objective.softmax import MemoryScore, log_normaliser
 
 VOCABULARY = 6
 

@@ -12,11 +12,18 @@ from rich.console import Console
 from pema_ray.errors import UserError
 from pema_ray.experiment.configuration import read_config
 from pema_ray.trime.config import DecoderShape, ModelConfig, TrimeConfig
-from pema_ray.trime.decoder import DecoderLM, sinusoids
 from pema_ray.trime.dry_run import estimate
-from pema_ray.trime.model import MemoryLM
-from pema_ray.trime.models import PUBLISHED, count_parameters, fingerprint_of, load_model, make_model, save_model
-from pema_ray.trime.transformers_model import TransformersLM
+from pema_ray.trime.model.decoder import DecoderLM, sinusoids
+from pema_ray.trime.model.memory_lm import MemoryLM
+from pema_ray.trime.model.registry import (
+    PUBLISHED,
+    count_parameters,
+    fingerprint_of,
+    load_model,
+    make_model,
+    save_model,
+)
+from pema_ray.trime.model.transformers_model import TransformersLM
 
 CONFIGS = Path(__file__).parents[2] / "configs/trime"
 LANGUAGE_MODELS = sorted(path for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("mt_"))

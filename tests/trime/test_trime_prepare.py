@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from pema_ray.errors import UserError
 from pema_ray.experiment.configuration import read_config
-from pema_ray.trime import prepare
 from pema_ray.trime.config import PrepareConfig, Split, TrimeConfig
-from pema_ray.trime.corpus import Span, deal_out, find_documents, scan
-from pema_ray.trime.prepare import cut_into_shards
-from pema_ray.trime.segments import TokenStream
-from pema_ray.trime.vocabulary import EOS, UNKNOWN, Vocabulary, from_counts, from_tokenizer, split_text, train_bpe
+from pema_ray.trime.stages import prepare
+from pema_ray.trime.stages.prepare import cut_into_shards
+from pema_ray.trime.text.corpus import Span, deal_out, find_documents, scan
+from pema_ray.trime.text.segments import TokenStream
+from pema_ray.trime.text.vocabulary import EOS, UNKNOWN, Vocabulary, from_counts, from_tokenizer, split_text, train_bpe
 
 WIKI = """ 
  = The House = 

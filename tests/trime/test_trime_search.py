@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pema_ray.errors import UserError
-from pema_ray.trime.search import Found, OnePieceSearch, merge, recall
+from pema_ray.trime.datastore.search import Found, OnePieceSearch, merge, recall
 from tests.trime.kit import keys_of, part_of
 
 

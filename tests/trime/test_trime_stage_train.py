@@ -18,12 +18,13 @@ from typer.testing import CliRunner
 from pema_ray.commands.main import app
 from pema_ray.errors import UserError
 from pema_ray.training.checkpoint import load_checkpoint
-from pema_ray.trime import prepare, train, walk
 from pema_ray.trime.config import TrimeConfig
-from pema_ray.trime.models import load_model, make_model
+from pema_ray.trime.model.registry import load_model, make_model
 from pema_ray.trime.run import TrimeRun
-from pema_ray.trime.segments import Segments, TokenStream
-from pema_ray.trime.training import Trainer
+from pema_ray.trime.stages import batches as walk
+from pema_ray.trime.stages import prepare, train
+from pema_ray.trime.text.segments import Segments, TokenStream
+from pema_ray.trime.training.training import Trainer
 
 SHAPE = {"layers": 2, "hidden_size": 16, "ffn_size": 32, "heads": 2, "cutoffs": [8], "factor": 2, "dropout": 0.1}
 

@@ -12,18 +12,20 @@ from fastapi.testclient import TestClient
 
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.experiment.configuration import read_config
-from pema_ray.trime import build_datastore, build_index, evaluate, report
-from pema_ray.trime.calibration import token_log_probs
 from pema_ray.trime.config import ModelConfig, PrepareConfig, TrimeConfig
-from pema_ray.trime.explain import explain_text
-from pema_ray.trime.models import make_model, save_model
-from pema_ray.trime.ray_search import deal
-from pema_ray.trime.results import TrimeEvaluation
+from pema_ray.trime.datastore.ray_search import deal
+from pema_ray.trime.evaluation.calibration import token_log_probs
+from pema_ray.trime.evaluation.explain import explain_text
+from pema_ray.trime.evaluation.results import TrimeEvaluation
+from pema_ray.trime.model.registry import make_model, save_model
 from pema_ray.trime.run import TrimeRun
-from pema_ray.trime.service import TrimeService, distribution, make_api
-from pema_ray.trime.table import Row, Table, mean_and_sd, settings_of
-from pema_ray.trime.table import markdown as table_markdown
-from pema_ray.trime.vocabulary import from_counts
+from pema_ray.trime.service.service import TrimeService, distribution, make_api
+from pema_ray.trime.stages import datastore as build_datastore
+from pema_ray.trime.stages import evaluate, report
+from pema_ray.trime.stages import index as build_index
+from pema_ray.trime.stages.table import Row, Table, mean_and_sd, settings_of
+from pema_ray.trime.stages.table import markdown as table_markdown
+from pema_ray.trime.text.vocabulary import from_counts
 
 SENTENCE = "the cat sat on the mat and the dog sat on the log while a bird sang in the old tree near the river"
 WORDS = SENTENCE.split()
@@ -118,10 +120,10 @@ def test_search_actors_give_the_same_table(finished: TrimeRun):
     """Two actors hold what one process held, and one of them dies on the way."""
     import ray
 
-    from pema_ray.trime.datastore import open_datastore
-    from pema_ray.trime.index import load_parts
-    from pema_ray.trime.ray_search import open_search
-    from pema_ray.trime.search import OnePieceSearch, SearchOptions
+    from pema_ray.trime.datastore.datastore import open_datastore
+    from pema_ray.trime.datastore.index import load_parts
+    from pema_ray.trime.datastore.ray_search import open_search
+    from pema_ray.trime.datastore.search import OnePieceSearch, SearchOptions
 
     store, index = open_datastore(finished.path("datastore"), None), finished.path("index")
     query_NH = np.random.default_rng(0).normal(size=(9, 16)).astype(np.float32)
@@ -202,14 +204,14 @@ def test_the_shares_of_entries_add_up_to_the_probability(finished: TrimeRun):
 
 
 def _scored(run: TrimeRun, found: TrimeEvaluation, name: str, text: str) -> list[float]:
-    from pema_ray.trime.datastore import open_datastore
-    from pema_ray.trime.evaluation import Text, measure
-    from pema_ray.trime.explain import settings_of as chosen_settings
-    from pema_ray.trime.index import load_parts
-    from pema_ray.trime.models import load_model
-    from pema_ray.trime.search import OnePieceSearch, SearchOptions
-    from pema_ray.trime.systems import make_probe, make_system
-    from pema_ray.trime.vocabulary import Vocabulary
+    from pema_ray.trime.datastore.datastore import open_datastore
+    from pema_ray.trime.datastore.index import load_parts
+    from pema_ray.trime.datastore.search import OnePieceSearch, SearchOptions
+    from pema_ray.trime.evaluation.explain import settings_of as chosen_settings
+    from pema_ray.trime.evaluation.statistics import Text, measure
+    from pema_ray.trime.evaluation.systems import make_probe, make_system
+    from pema_ray.trime.model.registry import load_model
+    from pema_ray.trime.text.vocabulary import Vocabulary
 
     model, vocabulary = load_model(run.model_folder), Vocabulary.load(run.path("prepare"))
     probe = make_probe(run.config, "key", model.hidden_size)
@@ -251,14 +253,14 @@ async def test_the_service_scores_and_continues_with_a_chosen_datastore(service:
 @pytest.mark.cluster
 async def test_what_comes_next_is_what_scoring_says_of_it(service: TrimeService, finished: TrimeRun):
     """`/v1/next` gives each word the probability that `/v1/score` gives it at the end of the text."""
-    from pema_ray.trime.evaluation import Text
+    from pema_ray.trime.evaluation.statistics import Text
 
     await service.change({"datastores": {"own": str(finished.path("datastore"))}})
     system, probe, chosen = service._systems[True]
     token_N = torch.from_numpy(service.vocabulary.encode(" ".join(WORDS)).astype(np.int64))
     search = service._held["own"].search
     log_p_V, _ = distribution(service.model, Text(token_N), probe, system.mixture, chosen, search)
-    from pema_ray.trime.evaluation import measure
+    from pema_ray.trime.evaluation.statistics import measure
 
     for token in (0, 5, 11):
         longer = Text(torch.cat([token_N, torch.tensor([token])]))

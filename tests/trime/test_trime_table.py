@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from pema_ray.experiment.configuration import read_config
-from pema_ray.trime import table
 from pema_ray.trime.config import TrimeConfig
-from pema_ray.trime.table import Table
+from pema_ray.trime.stages import table
+from pema_ray.trime.stages.table import Table
 
 
 def corpus(folder: Path) -> str:

@@ -14,14 +14,14 @@ from kit import VOCABULARY, tiny_model
 
 from pema_ray.training.checkpoint import load_checkpoint
 from pema_ray.training.strategies import Place
-from pema_ray.trime import pace
 from pema_ray.trime.config import DecoderShape, TrimeConfig
-from pema_ray.trime.decoder import DecoderLM
-from pema_ray.trime.loop import History
-from pema_ray.trime.memories import PADDING
-from pema_ray.trime.objective import TrimeObjective, Ways
-from pema_ray.trime.segments import Segments, TokenStream
-from pema_ray.trime.training import Schedule, Trainer
+from pema_ray.trime.model.decoder import DecoderLM
+from pema_ray.trime.objective.memories import PADDING
+from pema_ray.trime.objective.objective import TrimeObjective, Ways
+from pema_ray.trime.text.segments import Segments, TokenStream
+from pema_ray.trime.training import update_time as pace
+from pema_ray.trime.training.loop import History
+from pema_ray.trime.training.training import Schedule, Trainer
 
 LENGTH = 8
 
@@ -65,8 +65,8 @@ def losses(ways: Ways, segments: Segments, numbers: list[int]) -> torch.Tensor:
     found = torch.zeros(batch.label_BL.shape)
     state, key = model.represent(told[0])
     score = model.score(state.flatten(0, 1), told[1].clamp(min=0).flatten())
-    from pema_ray.trime.loss import joint_log_prob
-    from pema_ray.trime.memories import Places
+    from pema_ray.trime.objective.loss import joint_log_prob
+    from pema_ray.trime.objective.memories import Places
 
     memory = objective._memory(key, told[1], Places(told[3], told[2]), ways)
     counts = (batch.label_BL != PADDING).flatten()

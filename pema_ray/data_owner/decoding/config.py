@@ -11,19 +11,24 @@ from pydantic import (
 from pema_ray.runtime.settings import Section, Split
 
 
-class KnnMixConfig(Section):
-    """kNN-LM over the training memory, mixed into the adapter's distribution."""
+class KnnConfig(Section):
+    """Which rows of the training memory kNN-LM finds."""
 
-    weight: float = Field(default=0.0, ge=0, lt=1)
-    """Of the neighbours; 0: the memory is not asked."""
     neighbours: int = Field(default=32, ge=1)
-    """k."""
-    temperature: float = Field(default=100.0, gt=0)
-    """In squared distance after the PLM's final norm."""
+    """k, the rows found for a state."""
     index: Literal["flat", "inverted"] = "flat"
     """`flat` compares with every row, `inverted` with those of the nearest lists."""
     probes: int = Field(default=16, ge=1)
     """Lists that `inverted` looks into."""
+
+
+class KnnMixConfig(KnnConfig):
+    """kNN-LM over the training memory, mixed into the adapter's distribution."""
+
+    weight: float = Field(default=0.0, ge=0, lt=1)
+    """Of the neighbours; 0: the memory is not asked."""
+    temperature: float = Field(default=100.0, gt=0)
+    """In squared distance after the PLM's final norm."""
 
 
 class UnrollingConfig(Section):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field, PositiveFloat
 
+from pema_ray.data_owner.decoding.config import KnnConfig
 from pema_ray.runtime.settings import Section, Share
 
 
@@ -13,8 +12,11 @@ class LoraSettings(Section):
     """Of the low-rank updates, on every linear layer but the LM head."""
 
     rank: int = Field(default=16, ge=1)
+    """r."""
     alpha: int = Field(default=32, ge=1)
+    """The update is scaled by alpha / r."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Of what the update reads, in training."""
     learning_rates: tuple[PositiveFloat, ...] = Field(default=(2e-4, 5e-4), min_length=1)
     """Tried; AdamW's, after a warm-up of a twentieth of the steps, falling to zero as a cosine. The rate and the epoch
     with the lowest loss on the dev pairs are kept."""
@@ -24,24 +26,20 @@ class LoraSettings(Section):
     """Most token positions of a step, padding included."""
 
 
-class KnnSettings(Section):
+class KnnSettings(KnnConfig):
     """Of kNN-LM; temperature and λ are those with the lowest NLL on the dev memory."""
 
-    neighbours: int = Field(default=32, ge=1)
     temperatures: tuple[PositiveFloat, ...] = Field(default=(10.0, 30.0, 100.0, 300.0), min_length=1)
     """Tried, in squared distance after the PLM's final norm."""
     lambdas: tuple[Share, ...] = Field(default=(0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7), min_length=1)
     """Tried; λ is the weight of the neighbours."""
-    index: Literal["flat", "inverted"] = "flat"
-    """`flat` compares with every row, `inverted` with those of the nearest lists."""
-    probes: int = Field(default=16, ge=1)
-    """Lists that `inverted` looks into."""
 
 
 class SmallLMSettings(Section):
     """Of the small language models of `memory_decoder` and `proxy_tuning`: a Llama over the LM head's rows."""
 
     layers: int = Field(default=2, ge=1)
+    """Of each small model."""
     learning_rates: tuple[PositiveFloat, ...] = Field(default=(3e-4, 1e-3), min_length=1)
     """Tried; AdamW's, in one cycle. The rate and the epoch with the lowest loss on the dev pairs are kept."""
     epochs: int = Field(default=4, ge=1)

@@ -18,7 +18,7 @@ from pema_ray.evaluation.plots import Level, Series, line_plot
 from pema_ray.pluglm.demonstration.facts import World
 from pema_ray.pluglm.demonstration.learning import FactsSettings, Point, learn
 from pema_ray.pluglm.demonstration.measures import FactsFigures, measure
-from pema_ray.pluglm.pretrain import save_model
+from pema_ray.pluglm.stages.pretrain import save_model
 from pema_ray.runtime.files import atomic_file
 from pema_ray.runtime.settings import Section
 

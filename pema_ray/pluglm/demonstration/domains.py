@@ -27,18 +27,18 @@ from transformers import PreTrainedTokenizerFast
 from pema_ray.errors import UserError
 from pema_ray.pluglm import run_folder
 from pema_ray.pluglm.config import PretrainSettings, TextConfig
-from pema_ray.pluglm.cutting import Cutter
 from pema_ray.pluglm.demonstration.corpora import FOLDOC, Domain, read_domain
-from pema_ray.pluglm.encoding import DocumentEncoder
-from pema_ray.pluglm.entries import NewEntry
-from pema_ray.pluglm.knowledge import Knowledge, document_codes
-from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
-from pema_ray.pluglm.masking import IGNORED, Masker, collate
-from pema_ray.pluglm.model import PlugLMForMaskedLM
-from pema_ray.pluglm.model_config import PlugLMConfig
-from pema_ray.pluglm.pretrain import local_access, save_model
-from pema_ray.pluglm.text import Sequences
-from pema_ray.pluglm.training import PretrainLoop, Tell
+from pema_ray.pluglm.learning.masking import IGNORED, Masker, collate
+from pema_ray.pluglm.learning.pretraining import PretrainLoop, Tell
+from pema_ray.pluglm.learning.text import Sequences
+from pema_ray.pluglm.memory.chunking import Cutter
+from pema_ray.pluglm.memory.encoding import DocumentEncoder
+from pema_ray.pluglm.memory.entries import NewEntry
+from pema_ray.pluglm.memory.knowledge_memory import KnowledgeMemory
+from pema_ray.pluglm.model.config import PlugLMConfig
+from pema_ray.pluglm.model.encoder import PlugLMForMaskedLM
+from pema_ray.pluglm.model.knowledge import Knowledge, document_codes
+from pema_ray.pluglm.stages.pretrain import local_access, save_model
 from pema_ray.runtime.files import atomic_file
 from pema_ray.runtime.settings import Section
 

@@ -15,9 +15,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from pema_ray.pluglm.entries import NewEntry
-from pema_ray.pluglm.knowledge import HeldKnowledge, document_codes
-from pema_ray.pluglm.model import PlugLMForMaskedLM
+from pema_ray.pluglm.memory.entries import NewEntry
+from pema_ray.pluglm.model.encoder import PlugLMForMaskedLM
+from pema_ray.pluglm.model.knowledge import HeldKnowledge, document_codes
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _CLS, _SEP, _MASK = 2, 3, 4

@@ -15,10 +15,10 @@ from pydantic import Field
 from torch import Tensor
 
 from pema_ray.pluglm.demonstration.facts import VALUE_PLACE, World, held
-from pema_ray.pluglm.masking import IGNORED
-from pema_ray.pluglm.model import PlugLMForMaskedLM
-from pema_ray.pluglm.model_config import PlugLMConfig
-from pema_ray.pluglm.objective import PretrainObjective
+from pema_ray.pluglm.learning.masking import IGNORED
+from pema_ray.pluglm.learning.objective import PretrainObjective
+from pema_ray.pluglm.model.config import PlugLMConfig
+from pema_ray.pluglm.model.encoder import PlugLMForMaskedLM
 from pema_ray.runtime.settings import Section
 from pema_ray.training.schedules import learning_rate
 

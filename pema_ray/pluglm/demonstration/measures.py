@@ -13,10 +13,10 @@ import torch
 
 from pema_ray.pluglm.demonstration.facts import World, weights_hash
 from pema_ray.pluglm.demonstration.learning import answers
-from pema_ray.pluglm.encoding import DocumentEncoder
-from pema_ray.pluglm.knowledge import HeldKnowledge, Knowledge
-from pema_ray.pluglm.knowledge_memory import KnowledgeMemory
-from pema_ray.pluglm.model import PlugLMForMaskedLM
+from pema_ray.pluglm.memory.encoding import DocumentEncoder
+from pema_ray.pluglm.memory.knowledge_memory import KnowledgeMemory
+from pema_ray.pluglm.model.encoder import PlugLMForMaskedLM
+from pema_ray.pluglm.model.knowledge import HeldKnowledge, Knowledge
 from pema_ray.runtime.settings import Section
 
 _AIMS = {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pema_ray.errors import UserError
-from pema_ray.pluglm.masking import IGNORED
+from pema_ray.pluglm.learning.masking import IGNORED
 from pema_ray.pluglm.tasks.reading import Example, read_lama
 from pema_ray.pluglm.tasks.sequences import gold
 from pema_ray.pluglm.tasks.task import Feature
@@ -28,7 +28,7 @@ class Cloze:
         self._tokenizer: Any = None
 
     def model_class(self) -> Any:
-        from pema_ray.pluglm.model import PlugLMForMaskedLM
+        from pema_ray.pluglm.model.encoder import PlugLMForMaskedLM
 
         return PlugLMForMaskedLM
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pema_ray.errors import UserError
-from pema_ray.pluglm.scores import metric_names, require_metric, score, yes_no_scores
 from pema_ray.pluglm.tasks.reading import Example, read_bioasq, read_table
+from pema_ray.pluglm.tasks.scores import metric_names, require_metric, score, yes_no_scores
 from pema_ray.pluglm.tasks.task import Feature
 
 
@@ -41,7 +41,7 @@ class Classification:
         return self._metric_names[0]
 
     def model_class(self) -> Any:
-        from pema_ray.pluglm.heads import PlugLMForSequenceClassification
+        from pema_ray.pluglm.model.heads import PlugLMForSequenceClassification
 
         return PlugLMForSequenceClassification
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from pema_ray.errors import UserError
-from pema_ray.pluglm.scores import answer_scores, factoid_scores, normalized
 from pema_ray.pluglm.tasks.reading import Example, read_bioasq, read_squad
+from pema_ray.pluglm.tasks.scores import answer_scores, factoid_scores, normalized
 from pema_ray.pluglm.tasks.task import Feature
 
 _BEST = 20  # starts and ends that are combined
@@ -38,7 +38,7 @@ class Spans:
         self.stride, self.longest, self._may_be_none = stride, longest, may_be_none
 
     def model_class(self) -> Any:
-        from pema_ray.pluglm.heads import PlugLMForQuestionAnswering
+        from pema_ray.pluglm.model.heads import PlugLMForQuestionAnswering
 
         return PlugLMForQuestionAnswering
 

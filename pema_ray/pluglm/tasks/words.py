@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pema_ray.errors import UserError
-from pema_ray.pluglm.masking import IGNORED
-from pema_ray.pluglm.scores import entity_scores
+from pema_ray.pluglm.learning.masking import IGNORED
 from pema_ray.pluglm.tasks.reading import Example, read_words
+from pema_ray.pluglm.tasks.scores import entity_scores
 from pema_ray.pluglm.tasks.sequences import gold
 from pema_ray.pluglm.tasks.task import Feature
 
@@ -27,7 +27,7 @@ class Words:
         self.labels: list[str] = []
 
     def model_class(self) -> Any:
-        from pema_ray.pluglm.heads import PlugLMForTokenClassification
+        from pema_ray.pluglm.model.heads import PlugLMForTokenClassification
 
         return PlugLMForTokenClassification
 

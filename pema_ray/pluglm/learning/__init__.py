@@ -1,0 +1,1 @@
+"""Pre-training and fine-tuning: sequences, masks, objectives, the two loops."""

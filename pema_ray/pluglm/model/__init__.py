@@ -1,0 +1,1 @@
+"""The encoder, its memory layers and heads, and loading them."""

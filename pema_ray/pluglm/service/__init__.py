@@ -1,0 +1,1 @@
+"""A PlugLM model as a service under Ray Serve."""

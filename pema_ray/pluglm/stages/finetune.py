@@ -1,0 +1,303 @@
+"""Fine-tuning from files to a model, its scores and its retrieval report: the loop by Ray Train.
+
+<run_dir>/
+  memory/                   a copy of the given memory, with training examples if wanted
+  checkpoint.safetensors    model, optimiser, epoch, memory version
+  model/                    the best epoch's model, which reads the memory's current version
+  validation.jsonl test.jsonl   answers, one example a line
+  retrieval.json retrieval.html
+  stamp  metrics.json  progress.jsonl  tensorboard/  ray_train/
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from pema_ray.errors import UserError
+from pema_ray.experiment.stage_run import chosen_settings
+from pema_ray.pluglm import run_folder
+from pema_ray.pluglm.finetune_config import FinetuneConfig
+from pema_ray.pluglm.learning.finetuning import Examples, Finetuner
+from pema_ray.pluglm.learning.in_task import entries_of
+from pema_ray.pluglm.learning.pretraining import MemoryAccess, Tell
+from pema_ray.pluglm.memory import refresh as refreshing
+from pema_ray.pluglm.memory import versions
+from pema_ray.pluglm.memory.editing import publish_on_current, take_files
+from pema_ray.pluglm.memory.encoding import DocumentEncoder
+from pema_ray.pluglm.memory.knowledge_memory import KnowledgeMemory
+from pema_ray.pluglm.memory.sharded import ShardedKnowledge, start_shards
+from pema_ray.pluglm.model.encoder import StaleKeys
+from pema_ray.pluglm.model.loading import load_pluglm
+from pema_ray.pluglm.retrieval import RetrievalLog
+from pema_ray.pluglm.stages.pretrain import save_model
+from pema_ray.pluglm.tasks import Task, make_task
+from pema_ray.pluglm.tasks.reading import Example
+from pema_ray.runtime.cluster import ray_cluster
+from pema_ray.runtime.files import atomic_file, sha256_of
+from pema_ray.runtime.progress import console, track
+from pema_ray.training.checkpoint import CHECKPOINT
+from pema_ray.training.ray_checkpoint import reporting_checkpoints
+from pema_ray.training.ray_loop import reporting, run_workers, worker_place
+
+_OWN = ("memory", "model")  # folders that other settings would make otherwise
+# Settings that change how fast a run goes, not what it makes.
+_INCIDENTAL = {
+    "resume", "max_failures", "trackers", "min_workers", "cpus_per_worker", "gpus_per_worker", "storage_path",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a worker needs."""
+
+    config: FinetuneConfig
+    run_dir: Path
+    shards: Sequence[Any]
+    first_version: int
+    """Of the memory; 0: there is none."""
+
+
+def run(config: FinetuneConfig) -> dict[str, Any]:
+    """Fine-tune and score; returns what `metrics.json` says.
+
+    Raises:
+        UserError: files, settings, model or memory cannot be used.
+        StaleKeys: the memory was made by another encoder than the model's.
+    """
+    run_dir = Path(config.run_dir).absolute()
+    stamp = _stamp(config)
+    config = _absolute(config)
+    c, m = config.train, config.memory
+    if c.resume and (done := run_folder.finished(run_dir, stamp)):
+        console.print(f"[dim]finetune finished before, reused: {done['summary']}[/]")
+        return done
+    run_folder.begin(run_dir, stamp, c.resume, _OWN)
+    first = _memory(run_dir / "memory", config)
+    others = math.ceil(m.shards * m.cpus_per_shard + m.refresh_workers * m.cpus_per_refresh_worker + 1)
+    with ray_cluster(config.ray, c.cpus_per_worker, c.gpus_per_worker, c.min_workers or c.workers, readers=others):
+        shards = start_shards(run_dir / "memory", m.shards, m.cpus_per_shard) if first and m.shards else []
+        with track("fine-tuning", c.epochs) as bar:
+            job = _Job(config, run_dir, shards, first)
+            result = run_workers(_work, job, run_dir, c, _showing(bar)).returned
+    if first:
+        _make_current(run_dir / "memory", result["memory_version"])
+    scores = evaluate(config, run_dir)
+    metrics = {"stamp": stamp, **result, "scores": scores, "summary": _summary(scores)}
+    run_folder.finish(run_dir, metrics)
+    console.print(f"[bold]finetune[/] {metrics['summary']}")
+    return metrics
+
+
+def evaluate(config: FinetuneConfig, run_dir: Path) -> dict[str, dict[str, float]]:
+    """Scores of the kept model on validation and test files; writes its answers and what it retrieved."""
+    task = _task(config)
+    model, tokenizer = load_pluglm(run_dir / "model", task.model_class())
+    memory = KnowledgeMemory.open(run_dir / "memory") if (run_dir / "memory").exists() else None
+    model.attach(memory.load(model.fingerprint()) if memory else None)
+    scores = {}
+    for name, path in (("validation", config.data.validation), ("test", config.data.test)):
+        if path is None:
+            continue
+        data = Examples.of(task, task.read(Path(path)), tokenizer, config.train.max_tokens)
+        log = RetrievalLog()
+        loop = Finetuner(
+            model, tokenizer, task, config.train.model_copy(update={"epochs": 0}), None, data, None, run_dir
+        )
+        answers = loop.predict(data, lambda output, examples, log=log: log.add(output.retrieved, examples))
+        with atomic_file(run_dir / f"{name}.jsonl") as temporary:
+            lines = [json.dumps({"id": key, "answer": answer}, ensure_ascii=False) for key, answer in answers.items()]
+            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        if all(example.label is not None for example in data.examples):
+            scores[name] = task.scores(data.examples, answers)
+        if memory is not None:
+            texts = {number: _shown(example) for number, example in enumerate(data.examples)}
+            said = {
+                number: answers.get(example.id, answers.get(example.group, ""))
+                for number, example in enumerate(data.examples)
+            }
+            log.report(memory, texts, said).write(run_dir, "retrieval" if name == "validation" else f"retrieval-{name}")
+    return scores
+
+
+def _work(job: _Job) -> dict[str, Any]:
+    """What every training process does."""
+    config, run_dir = job.config, job.run_dir
+    c, place = config.train, worker_place(config.train)
+    task = _task(config)
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    train = validation = None
+    if config.data.train is not None and c.epochs:
+        train = Examples.of(task, task.read(Path(config.data.train)), tokenizer, c.max_tokens)
+    validation = Examples.of(task, task.read(Path(config.data.validation)), tokenizer, c.max_tokens)
+    memory = _access(job) if job.first_version else None
+    model = new_task_model(config, task, memory_fingerprint=_fingerprint(job))
+    with (
+        reporting(run_dir, place, c, run_dir.name, c.model_dump(mode="json")) as tell,
+        reporting_checkpoints(run_dir, place, ("model", CHECKPOINT)) as on_saved,
+    ):
+        loop = Finetuner(
+            model.to(place.device), tokenizer, task, c, train, validation, memory, run_dir, config.seed, place, tell,
+            lambda model: save_model(model, tokenizer, run_dir / "model"), on_saved,
+        )  # fmt: skip
+        loop.run()
+    return {"memory_version": loop.best_version, "history": loop.history, "best": loop.best}
+
+
+def new_task_model(config: FinetuneConfig, task: Task, memory_fingerprint: str | None) -> Any:
+    """The pre-trained encoder under the task's head, whose new weights are drawn by the seed.
+
+    Args:
+        memory_fingerprint: of the memory it reads from now on, whatever becomes of its own encoder; None: its own's.
+    """
+    options = task.head()
+    loaded = AutoConfig.from_pretrained(config.model, **options)
+    loaded.fix_keys, loaded.fix_values = config.train.fix_keys, config.train.fix_values
+    loaded.exclude_own = config.memory.in_task
+    loaded.memory_fingerprint = memory_fingerprint
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        return task.model_class().from_pretrained(config.model, config=loaded)
+
+
+def copy_memory(source: KnowledgeMemory, folder: Path) -> KnowledgeMemory:
+    """Version 1 of a memory of its own, with the entries of `source` under their ids."""
+    folder.mkdir(parents=True)
+    base = source.manifest.model_copy(update={"version": 1, "parent": None, "action": f"copy {source.name}"})
+    take_files(folder, base, source.folder, source.manifest)
+    versions.publish(folder, base)
+    return KnowledgeMemory(folder, base)
+
+
+def _memory(folder: Path, config: FinetuneConfig) -> int:
+    """Make the run's memory, unless it was made before; the version to begin with, 0 without a memory."""
+    m = config.memory
+    task = _task(config)
+    if folder.exists():
+        return next(iter(KnowledgeMemory.open(folder).history())).version
+    if m.folder is None and not m.in_task:
+        return 0
+    pretrained, tokenizer = load_pluglm(config.model)
+    beside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    memory = None
+    if m.folder is not None:
+        memory = copy_memory(KnowledgeMemory.open(m.folder, m.version), beside)
+        if memory.fingerprint != pretrained.fingerprint():
+            raise StaleKeys(memory.name, memory.manifest.encoder_label, pretrained.fingerprint())
+    if m.in_task:
+        encoder = DocumentEncoder(pretrained, tokenizer, Path(config.model).resolve().name)
+        assert config.data.train is not None
+        entries = entries_of(task, task.read(Path(config.data.train)), tokenizer, encoder.max_tokens)
+        if memory is None:
+            memory = KnowledgeMemory.build(beside, entries, encoder, m.dtype)
+        else:
+            memory = memory.add(entries, encoder)
+    assert memory is not None
+    KnowledgeMemory.prune(beside)
+    beside.rename(folder)
+    return memory.version
+
+
+def _make_current(folder: Path, version: int) -> None:
+    """Publish again the version that the kept model reads, if a later epoch's is current: with that epoch's encoder,
+    which a swap would refuse.
+    """
+    if versions.read(folder).version == version:
+        return
+    old = versions.read(folder, version)
+    names = ("encoder", "fingerprint", "query_size", "hidden_size")
+    publish_on_current(
+        folder, f"back to version {version}", lambda base: (old.segments, max(base.next_id, old.next_id)), None,
+        {name: getattr(old, name) for name in names},
+    )  # fmt: skip
+
+
+def _access(job: _Job) -> MemoryAccess:
+    folder, m = job.run_dir / "memory", job.config.memory
+
+    def refresh(encoder: DocumentEncoder) -> int:
+        memory = KnowledgeMemory.open(folder)
+        return refreshing.refresh(memory, encoder, m.refresh_workers, m.cpus_per_refresh_worker).version
+
+    def opened(version: int) -> Any:
+        return ShardedKnowledge(job.shards, version) if job.shards else KnowledgeMemory.open(folder, version).load()
+
+    return MemoryAccess(opened, refresh, lambda keep: KnowledgeMemory.prune(folder, keep), job.first_version)
+
+
+def _fingerprint(job: _Job) -> str | None:
+    if not job.first_version or not job.config.train.frozen:
+        return None
+    return KnowledgeMemory.open(job.run_dir / "memory", job.first_version).fingerprint
+
+
+def _task(config: FinetuneConfig) -> Task:
+    """The task, with its labels learned from the training file."""
+    task = make_task(config.task)
+    if config.data.train is not None:
+        task.prepare(task.read(Path(config.data.train)))
+    return task
+
+
+def _absolute(config: FinetuneConfig) -> FinetuneConfig:
+    """The same with whole paths: training processes work in folders of their own."""
+
+    def whole(path: str | None) -> str | None:
+        return None if path is None else str(Path(path).absolute())
+
+    data = {name: whole(path) for name, path in config.data.model_dump().items()}
+    memory = config.memory.model_copy(update={"folder": whole(config.memory.folder)})
+    return config.model_copy(
+        update={"model": whole(config.model), "data": config.data.model_copy(update=data), "memory": memory}
+    )
+
+
+def _stamp(config: FinetuneConfig) -> str:
+    """What the result depends on, as 16 hex digits. Raises `UserError` where a file is missing."""
+    settings = config.model_dump(mode="json", exclude={"run_dir", "ray", "train", "memory"}, exclude_defaults=True)
+    train, memory = chosen_settings(config.train), chosen_settings(config.memory)
+    settings["train"] = {name: value for name, value in train.items() if name not in _INCIDENTAL}
+    for name in ("shards", "cpus_per_shard", "refresh_workers", "cpus_per_refresh_worker"):
+        memory.pop(name, None)
+    settings["memory"] = memory
+    paths = [path for path in (config.data.train, config.data.validation, config.data.test) if path]
+    weights = sorted(Path(config.model).glob("*.safetensors"))
+    if not weights:
+        raise UserError(f"{config.model}: no PlugLM model here.")
+    for path in paths:
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such file.")
+    settings["files"] = [sha256_of(Path(path)) for path in paths] + [sha256_of(path) for path in weights]
+    if config.memory.folder is not None:
+        settings["version"] = KnowledgeMemory.open(config.memory.folder, config.memory.version).version
+    return run_folder.stamp_of(settings)
+
+
+def _shown(example: Example) -> str:
+    return f"{example.text} ⏐ {example.pair}" if example.pair else example.text
+
+
+def _summary(scores: Mapping[str, Mapping[str, float]]) -> str:
+    return "; ".join(
+        f"{name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in found.items())
+        for name, found in scores.items()
+    )
+
+
+def _showing(bar: Any) -> Tell:
+    def show(kind: str, point: Mapping[str, Any]) -> None:
+        if kind == "validation":
+            bar.advance(1)
+            told = ", ".join(f"{name} {value:.4f}" for name, value in point.items() if name not in ("step", "epoch"))
+            console.print(f"epoch {point['epoch']}: {told}")
+
+    return show

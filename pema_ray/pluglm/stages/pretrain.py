@@ -1,0 +1,216 @@
+"""Pre-training from files to a model and its memory: texts and memory by Ray Data, search by Ray actors, the loop by
+Ray Train.
+
+    <run_dir>/
+      sequences/  validation/   tokenized texts
+      start/                    the model before the first step
+      memory/                   the knowledge memory, its versions
+      checkpoint.safetensors    model, optimiser, step, memory version
+      model/                    the trained model, which reads the memory's current version
+      stamp  metrics.json  progress.jsonl  tensorboard/  ray_train/
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from pema_ray.experiment.stage_run import chosen_settings
+from pema_ray.pluglm import run_folder
+from pema_ray.pluglm.config import ModelSettings, PretrainConfig
+from pema_ray.pluglm.learning.pretraining import MemoryAccess, PretrainLoop, Tell
+from pema_ray.pluglm.learning.text import Sequences, content_hash, prepare_sequences
+from pema_ray.pluglm.memory import refresh as refreshing
+from pema_ray.pluglm.memory.encoding import DocumentEncoder
+from pema_ray.pluglm.memory.knowledge_memory import KnowledgeMemory
+from pema_ray.pluglm.memory.sharded import ShardedKnowledge, start_shards
+from pema_ray.pluglm.model.config import PlugLMConfig
+from pema_ray.pluglm.model.encoder import PlugLMForMaskedLM
+from pema_ray.pluglm.model.loading import load_pluglm, load_tokenizer
+from pema_ray.runtime.cluster import ray_cluster
+from pema_ray.runtime.progress import console, track
+from pema_ray.training.checkpoint import CHECKPOINT
+from pema_ray.training.ray_checkpoint import reporting_checkpoints
+from pema_ray.training.ray_loop import reporting, run_workers, worker_place
+
+_OWN = ("start", "memory", "model")  # folders that other settings would make otherwise
+# Settings that change how fast a run goes, not what it makes.
+_INCIDENTAL = {
+    "resume", "max_failures", "trackers", "min_workers", "cpus_per_worker", "gpus_per_worker", "checkpoint_every",
+    "storage_path",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a worker needs."""
+
+    config: PretrainConfig
+    run_dir: Path
+    shards: Sequence[Any]
+    first_version: int
+
+
+def run(config: PretrainConfig) -> dict[str, Any]:
+    """Train, or go on with what was begun; returns what `metrics.json` says.
+
+    Raises:
+        UserError: files, settings or checkpoints cannot be used.
+    """
+    run_dir = Path(config.run_dir).absolute()
+    stamp = _stamp(config)
+    if config.train.resume and (done := run_folder.finished(run_dir, stamp)):
+        console.print(f"[dim]pretrain finished before, reused: {done['summary']}[/]")
+        return done
+    c, m = config.train, config.memory
+    others = math.ceil(m.shards * m.cpus_per_shard + m.refresh_workers * m.cpus_per_refresh_worker + 1)
+    workers = c.min_workers or c.workers
+    with ray_cluster(config.ray, c.cpus_per_worker, c.gpus_per_worker, workers, readers=others):
+        run_folder.begin(run_dir, stamp, c.resume, _OWN)
+        model, tokenizer = _start(run_dir / "start", config.model, config.seed)
+        prepare_sequences(run_dir / "sequences", config.text, tokenizer, c.max_tokens)
+        if config.validation is not None:
+            prepare_sequences(run_dir / "validation", config.validation, tokenizer, c.max_tokens)
+        first = _memory(run_dir / "memory", config, DocumentEncoder(model, tokenizer, run_dir.name))
+        shards = start_shards(run_dir / "memory", m.shards, m.cpus_per_shard)
+        with track("pre-training", c.steps) as bar:
+            job = _Job(config, run_dir, shards, first)
+            result = run_workers(_work, job, run_dir, c, _showing(bar, c.batch_size)).returned
+    metrics = {"stamp": stamp, **result, "summary": _summary(result)}
+    run_folder.finish(run_dir, metrics)
+    console.print(f"[bold]pretrain[/] {metrics['summary']}")
+    return metrics
+
+
+def _work(job: _Job) -> dict[str, Any]:
+    """What every training process does."""
+    config, run_dir = job.config, job.run_dir
+    place = worker_place(config.train)
+    model, tokenizer = load_pluglm(run_dir / "start")
+    validation = None if config.validation is None else Sequences.open(run_dir / "validation")
+    name = run_dir.name
+    settings = config.train.model_dump(mode="json")
+    with (
+        reporting(run_dir, place, config.train, name, settings) as tell,
+        reporting_checkpoints(run_dir, place, (CHECKPOINT,)) as on_saved,
+    ):
+        loop = PretrainLoop(
+            model.to(place.device), tokenizer, config.train, Sequences.open(run_dir / "sequences"), validation,
+            _access(job), run_dir, config.seed, place, tell, name, on_saved,
+        )  # fmt: skip
+        version = loop.run()
+    if place.leads:
+        save_model(model, tokenizer, run_dir / "model")
+    validated = {"validation_loss": loop.history[-1]["loss"]} if loop.history else {}
+    return {"steps": config.train.steps, "memory_version": version, "history": loop.history, **validated}
+
+
+def _access(job: _Job) -> MemoryAccess:
+    folder, m = job.run_dir / "memory", job.config.memory
+
+    def refresh(encoder: DocumentEncoder) -> int:
+        memory = KnowledgeMemory.open(folder)
+        return refreshing.refresh(memory, encoder, m.refresh_workers, m.cpus_per_refresh_worker).version
+
+    return MemoryAccess(
+        lambda version: ShardedKnowledge(job.shards, version),
+        refresh,
+        lambda keep: KnowledgeMemory.prune(folder, keep),
+        job.first_version,
+    )
+
+
+def local_access(memory: KnowledgeMemory) -> MemoryAccess:
+    """The memory in this process alone, for a loop that runs without Ray."""
+    folder = memory.folder
+    return MemoryAccess(
+        lambda version: KnowledgeMemory.open(folder, version).load(),
+        lambda encoder: KnowledgeMemory.open(folder).refresh(encoder).version,
+        lambda keep: KnowledgeMemory.prune(folder, keep),
+        memory.version,
+    )
+
+
+def new_model(settings: ModelSettings, seed: int) -> tuple[PlugLMForMaskedLM, Any]:
+    """(model, tokenizer) to begin with. Raises `UserError` for a checkpoint or sizes that cannot be used."""
+    name = settings.tokenizer or settings.backbone
+    assert name is not None
+    if settings.backbone and is_pluglm(settings.backbone):
+        return load_pluglm(settings.backbone)
+    tokenizer = load_tokenizer(name)
+    if settings.backbone:
+        return PlugLMForMaskedLM.from_backbone(settings.backbone, seed, **settings.memory), tokenizer
+    sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "model_type": "bert"}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = PlugLMForMaskedLM(PlugLMConfig(backbone=sizes | settings.sizes, **settings.memory))
+    return model, tokenizer
+
+
+def is_pluglm(name: str) -> bool:
+    """Whether this is a folder with a PlugLM model."""
+    path = Path(name) / "config.json"
+    return path.is_file() and json.loads(path.read_text()).get("model_type") == "pluglm"
+
+
+def save_model(model: PlugLMForMaskedLM, tokenizer: Any, folder: Path) -> None:
+    """Leave model and tokenizer in a folder, whole or not at all."""
+    transformers_logging.disable_progress_bar()
+    beside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    model.save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
+
+
+def _start(folder: Path, settings: ModelSettings, seed: int) -> tuple[PlugLMForMaskedLM, Any]:
+    if not folder.exists():
+        save_model(*new_model(settings, seed), folder)
+    return load_pluglm(folder)
+
+
+def _memory(folder: Path, config: PretrainConfig, encoder: DocumentEncoder) -> int:
+    """The version to begin with; the memory is built, unless it was before."""
+    m = config.memory
+    if refreshing.is_built_from(folder, config.documents, encoder, m.dtype, m.entries_per_segment):
+        return next(iter(KnowledgeMemory.open(folder).history())).version
+    shutil.rmtree(folder, ignore_errors=True)
+    workers, cpus = m.refresh_workers, m.cpus_per_refresh_worker
+    return refreshing.build(folder, config.documents, encoder, m.dtype, m.entries_per_segment, workers, cpus).version
+
+
+def _stamp(config: PretrainConfig) -> str:
+    """What the result depends on, as 16 hex digits."""
+    sections = {"run_dir", "ray", "documents", "text", "validation", "train", "memory"}
+    settings = config.model_dump(mode="json", exclude=sections, exclude_defaults=True)
+    train, memory = chosen_settings(config.train), chosen_settings(config.memory)
+    settings["train"] = {name: value for name, value in train.items() if name not in _INCIDENTAL}
+    settings["memory"] = {name: memory.get(name) for name in ("dtype", "entries_per_segment")}
+    texts = [config.documents, config.text, *([config.validation] if config.validation else [])]
+    hashes = [content_hash(one) for one in texts]
+    return run_folder.stamp_of(settings, hashes)
+
+
+def _summary(result: Mapping[str, Any]) -> str:
+    history = result["history"]
+    losses = f", validation loss {history[0]['loss']:.3f} → {history[-1]['loss']:.3f}" if history else ""
+    return f"{result['steps']:,} steps{losses}, memory version {result['memory_version']}"
+
+
+def _showing(bar: Any, sequences: int) -> Tell:
+    def show(kind: str, point: Mapping[str, Any]) -> None:
+        if kind == "train":
+            bar.advance(point["step"] - bar.done, sequences, f"loss {point['loss']:.3f}")
+        else:
+            console.print(f"step {point['step']}: validation loss {point['loss']:.4f}")
+
+    return show

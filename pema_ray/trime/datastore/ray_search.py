@@ -1,0 +1,106 @@
+"""A datastore's parts spread over Ray actors, and merged exactly. Imports Ray.
+
+An actor that dies starts again, reads its parts from disk and answers what it was asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pema_ray.errors import UserError
+from pema_ray.memory import ExternalMemory
+from pema_ray.trime.datastore.index import load_parts, parts_of, read_info
+from pema_ray.trime.datastore.search import Found, Neighbours, OnePieceSearch, SearchOptions, check_k, merge
+
+
+def count_parts(store: ExternalMemory, index: Path | None) -> int:
+    """How many actors could share a datastore."""
+    shards = len(store.counts)
+    return len(parts_of(shards, read_info(index, store).shards_per_part if index else shards))
+
+
+def deal(parts: int, holders: int) -> list[list[int]]:
+    """Part numbers for each holder, neighbours together; none goes without."""
+    holders = min(holders, parts)
+    return [list(range(i * parts // holders, (i + 1) * parts // holders)) for i in range(holders)]
+
+
+class PartHolder:
+    """What one actor does: holds some parts and searches them."""
+
+    def __init__(self, folder: str, index: str | None, options: SearchOptions, numbers: list[int]) -> None:
+        store = ExternalMemory.open(folder)
+        self._search = OnePieceSearch(load_parts(store, None if index is None else Path(index), options, numbers))
+
+    def rows(self) -> int:
+        return len(self._search)
+
+    def search(self, query_NH: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The nearest of its own rows, at most k: similarity, token, row."""
+        found = self._search.search(query_NH, min(k, len(self._search)))
+        return found.similarity_NK.numpy(), found.token_NK.numpy(), found.row_NK.numpy()
+
+
+class ShardedSearch:
+    """A datastore whose parts lie in several actors.
+
+    Args:
+        holders: actors of `PartHolder`; entries: of them all.
+    """
+
+    def __init__(self, holders: list[Any], entries: int) -> None:
+        self._holders, self._entries = holders, entries
+
+    def __len__(self) -> int:
+        return self._entries
+
+    def search(self, query_NH: np.ndarray, k: int) -> Found:
+        """The k nearest entries, the same whoever holds what."""
+        import ray
+
+        check_k(k, self._entries)
+        query = ray.put(query_NH)
+        return merge([found_of(told) for told in ray.get([h.search.remote(query, k) for h in self._holders])], k)
+
+
+def found_of(told: tuple[np.ndarray, np.ndarray, np.ndarray]) -> Found:
+    """What a holder answered, as tensors."""
+    import torch
+
+    similarity, token, row = (torch.from_numpy(np.array(part)) for part in told)  # Ray's arrays are read-only
+    return Found(similarity, token, row)
+
+
+@contextmanager
+def open_search(
+    store: ExternalMemory, index: Path | None, options: SearchOptions, actors: int, cpus_per_actor: float = 1
+) -> Iterator[Neighbours]:
+    """A datastore, ready to be searched: in this process, or by actors for the time of the block.
+
+    Args:
+        index: its folder; None: every key is compared.
+        actors: 0: none, this process holds everything. Ray must be running otherwise.
+    """
+    if not actors:
+        yield OnePieceSearch(load_parts(store, index, options))
+        return
+    import ray
+    from ray.exceptions import RayTaskError
+
+    remote: Any = ray.remote(num_cpus=cpus_per_actor, max_restarts=-1, max_task_retries=-1)(PartHolder)
+    where = (str(store.folder.absolute()), None if index is None else str(index.absolute()), options)
+    holders = [remote.remote(*where, numbers) for numbers in deal(count_parts(store, index), actors)]
+    try:
+        yield ShardedSearch(holders, sum(ray.get([holder.rows.remote() for holder in holders])))
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
+    finally:
+        for holder in holders:
+            ray.kill(holder)

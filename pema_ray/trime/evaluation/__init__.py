@@ -1,0 +1,1 @@
+"""Evaluating with local, long and external memory: statistics, calibration, systems, attributions."""

@@ -1,0 +1,1 @@
+"""A TRIME model as a service under Ray Serve."""

@@ -1,0 +1,1 @@
+"""The stages of a TRIME experiment, one module each: `run(config) -> metrics`."""

@@ -1,0 +1,205 @@
+"""The training of a TRIME language model, in one process of any number. Knows no Ray.
+
+Batches follow from (seed, epoch), the coin of `ext` from (seed, update): a run that resumes goes on exactly as if it
+had never stopped, and any number of workers computes the same updates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from pema_ray.runtime.hardware import DTYPES
+from pema_ray.training.strategies import Place, Strategy, make_strategy
+from pema_ray.trime.config import TrimeConfig, TrimeTrainConfig
+from pema_ray.trime.model.memory_lm import TrainableLM
+from pema_ray.trime.objective.objective import TrimeObjective, Ways
+from pema_ray.trime.text.batches import groups_of_epoch, share_of
+from pema_ray.trime.text.segments import PADDING, SegmentBatch, Segments
+from pema_ray.trime.training.loop import UpdateLoop
+
+if TYPE_CHECKING:
+    from pema_ray.training.ray_checkpoint import Saved
+    from pema_ray.training.ray_loop import Tell
+
+
+class Part(NamedTuple):
+    """What a process computes of an update at a time."""
+
+    batch: SegmentBatch
+    ways: Ways
+
+
+@dataclass
+class Schedule:
+    """Which groups form an update: the epochs' groups, one after another. Pure numbers, the same in every process."""
+
+    config: TrimeConfig
+    segments: int
+    walk_S: np.ndarray | None = None
+    _epoch: tuple[int, list[np.ndarray]] = (-1, [])
+
+    @property
+    def groups_per_epoch(self) -> int:
+        return -(-self.segments // self.config.batches.group)
+
+    def group(self, number: int) -> np.ndarray:
+        """Segments of the group with this number, counted over all epochs."""
+        epoch, within = divmod(number, self.groups_per_epoch)
+        if self._epoch[0] != epoch:
+            b = self.config.batches
+            made = groups_of_epoch(self.segments, b.group, b.order, self.config.seed, epoch, self.walk_S)
+            self._epoch = (epoch, made)
+        return self._epoch[1][within]
+
+    def numbers(self, update: int) -> range:
+        """Groups of an update."""
+        each = self.config.batches.groups_per_update
+        return range(update * each, (update + 1) * each)
+
+    def ways(self, number: int, update: int) -> Ways:
+        """What the memory of a group is: none during the warm-up by cross-entropy, then as configured."""
+        c = self.config.train
+        if c.memory == "none" or number < c.ce_epochs * self.groups_per_epoch:
+            return Ways("none")
+        coin = np.random.default_rng([self.config.seed, update]).random()
+        hidden = c.memory == "ext" and coin < c.hide_local
+        return Ways(c.memory, hidden, c.across_documents, self.config.batches.across_workers)
+
+
+@dataclass
+class Trainer(UpdateLoop[TrainableLM]):
+    """Trains one model.
+
+    Args:
+        run_dir: holds the checkpoint (resume) and the best model; every process sees the same folder.
+        tell: called with each training or validation point.
+        walk_S: BM25's order of the training segments.
+    """
+
+    config: TrimeConfig
+    model: TrainableLM
+    train: Segments
+    dev: Segments
+    run_dir: Path
+    place: Place = field(default_factory=Place)
+    tell: Tell = lambda kind, point: None
+    walk_S: np.ndarray | None = None
+    on_saved: Saved = lambda metrics: None
+
+    def __post_init__(self) -> None:
+        self._schedule = Schedule(self.config, len(self.train), self.walk_S)
+
+    @property
+    def settings(self) -> TrimeTrainConfig:
+        return self.config.train
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    @property
+    def updates(self) -> int:
+        return self.config.train.updates
+
+    def make(self) -> tuple[TrimeObjective, Strategy]:
+        c = self.config.train
+        objective = TrimeObjective(self.model, DTYPES[c.dtype])
+        strategy = make_strategy(
+            c.strategy,
+            self.place,
+            objective,
+            lambda named: make_optimizer(c, [parameter for _, parameter in named]),
+            batch_size=self.config.batches.groups_per_update * self.config.batches.group,
+            accumulate=self._parts_per_update,
+            clip=c.clip,
+            zero_stage=c.zero_stage,
+            idle_inputs=lambda: self._inputs(Part(self.train.none(), self._schedule.ways(0, 0)), 1.0),
+        )
+        return objective, strategy
+
+    # ── an update ───────────────────────────────────────────────────────────
+
+    @property
+    def _parts_per_update(self) -> int:
+        groups = self.config.batches.groups_per_update
+        return groups if self.config.batches.across_workers else -(-groups // self.place.world)
+
+    def parts(self, update: int) -> Iterator[Part]:
+        """This process's share of an update; every process has equally many parts, padding if need be."""
+        rank, world = self.place.rank, self.place.world
+        numbers = list(self._schedule.numbers(update))
+        if self.config.batches.across_workers:
+            for number in numbers:
+                mine, first = share_of(self._schedule.group(number), rank, world)
+                batch = self.train.batch(mine, first) if len(mine) else self.train.none()
+                yield Part(batch, self._schedule.ways(number, update))
+            return
+        for turn in range(self._parts_per_update):
+            at = turn * world + rank
+            if at < len(numbers):
+                group = self._schedule.group(numbers[at])
+                yield Part(self.train.batch(group), self._schedule.ways(numbers[at], update))
+            else:
+                yield Part(self.train.none(), self._schedule.ways(numbers[-1], update))
+
+    def tokens_of(self, update: int) -> int:
+        """Tokens of an update, over all processes."""
+        found = 0
+        for number in self._schedule.numbers(update):
+            group = self._schedule.group(number)
+            whole = len(group) * self.train.length
+            found += whole - (len(self.train) * self.train.length - len(self.train.stream)) * (
+                len(self.train) - 1 in group
+            )
+        return found
+
+    def inputs(self, update: int) -> list[tuple[Any, ...]]:
+        divisor = self.tokens_of(update) / self.place.world
+        return [self._inputs(part, divisor) for part in self.parts(update)]
+
+    def _inputs(self, part: Part, divisor: float) -> tuple[Any, ...]:
+        tensors = (torch.from_numpy(array).to(self.place.device) for array in part.batch)
+        return (*tensors, part.ways, divisor)
+
+    # ── validation ──────────────────────────────────────────────────────────
+
+    def judge(self, objective: nn.Module) -> tuple[float, float]:
+        """On consecutive dev segments; no position ever sees a later one.
+
+        A model trained with `local` memory is judged with it, `long` and `ext` with all earlier positions of the
+        group (`ext` has no datastore yet), whatever the warm-up is at.
+        """
+        c, b = self.config.train, self.config.batches
+        memory = "long" if c.memory == "ext" else c.memory
+        ways = Ways(memory, across_documents=c.across_documents)
+        totals = torch.zeros(3, dtype=torch.float64, device=self.place.device)
+        groups = [range(first, min(first + b.group, len(self.dev))) for first in range(0, len(self.dev), b.group)]
+        for group in groups[: c.validation_groups][self.place.rank :: self.place.world]:
+            batch = self.dev.batch(list(group))
+            sums = objective(*self._inputs(Part(batch, ways), 1.0))[1]
+            totals += torch.cat([sums, sums.new_tensor([(batch.label_BL != PADDING).sum()])])
+        loss, vocabulary_loss, tokens = self.sum(totals).tolist()
+        return loss / tokens, vocabulary_loss / tokens
+
+    def also_kept_as(self, step: int) -> str | None:
+        return f"checkpoints/step-{step:07d}.safetensors" if self.config.train.keep_checkpoints else None
+
+
+def make_optimizer(config: TrimeTrainConfig, parameters: Sequence[nn.Parameter]) -> Optimizer:
+    """torch's own; weight decay on every parameter, as fairseq has it."""
+    c = config
+    match c.optimizer:
+        case "nag":
+            return SGD(parameters, c.learning_rate, c.momentum, weight_decay=c.weight_decay, nesterov=c.momentum > 0)
+        case "adam":
+            return Adam(parameters, c.learning_rate, c.betas, weight_decay=c.weight_decay)
+        case "adamw":
+            return AdamW(parameters, c.learning_rate, c.betas, weight_decay=c.weight_decay)

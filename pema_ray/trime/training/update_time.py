@@ -1,0 +1,64 @@
+"""How long an update of each objective takes, measured in turns in this process, so that other work slows all alike.
+
+What the table's *equal time* is made of: wall times of trainings hours apart compare machines' loads, not objectives.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pema_ray.runtime.hardware import pick_device
+from pema_ray.training.strategies import Place, Strategy
+from pema_ray.trime.config import MemoryKind, TrimeConfig
+from pema_ray.trime.model.registry import make_model
+from pema_ray.trime.text.segments import Segments, TokenStream
+from pema_ray.trime.training.training import Trainer
+
+ROUNDS = 12
+
+
+def seconds_per_update(
+    configs: Mapping[MemoryKind, TrimeConfig], prepared: Path, vocabulary: int, rounds: int = ROUNDS
+) -> dict[MemoryKind, float]:
+    """Median seconds of each objective's update, after two that are not counted; its memory is on from the first.
+
+    Args:
+        configs: of each objective; they differ in nothing that is not the objective's.
+        prepared: the corpus that they share.
+        vocabulary: its words.
+    """
+    steps: dict[MemoryKind, tuple[Trainer, Strategy]] = {}
+    for memory, config in configs.items():
+        steps[memory] = _stepper(config, prepared, vocabulary)
+    found: dict[MemoryKind, list[float]] = {memory: [] for memory in configs}
+    for number in range(rounds + 2):
+        for memory, (trainer, strategy) in steps.items():
+            started = time.perf_counter()
+            trainer.learn(strategy, number)
+            if trainer.place.device.type == "cuda":
+                torch.cuda.synchronize()
+            if number >= 2:
+                found[memory].append(time.perf_counter() - started)
+    return {memory: statistics.median(times) for memory, times in found.items()}
+
+
+def _stepper(config: TrimeConfig, prepared: Path, vocabulary: int) -> tuple[Trainer, Strategy]:
+    """A trainer of one process, and its strategy."""
+    train = config.train.model_copy(update={"ce_epochs": 0.0, "strategy": "ddp"})
+    c = config.model_copy(update={"train": train})
+    torch.manual_seed(c.seed)
+    model = make_model(c.model, vocabulary, c.batches.segment)
+    text = Segments(TokenStream.open(prepared, "train"), c.batches.segment)
+    place = Place(device=pick_device("auto" if train.gpus_per_worker else "cpu"))
+    model.to(place.device)
+    walk_S = np.arange(len(text)) if c.batches.order == "bm25" else None  # what is near whom changes no time
+    trainer = Trainer(c, model, text, text, prepared, place, walk_S=walk_S)
+    objective, strategy = trainer.make()
+    objective.train()
+    return trainer, strategy

@@ -1,0 +1,160 @@
+"""`mt-datastore`: the decoder keys of every training target position as an external memory, and its index.
+
+A pair is an example of `pema_ray.memory`: the source is its prompt, the target its target, `<eos>` its last row.
+Shards, receipts, manifest, number formats and resuming are the memory's own; the fingerprint is the translator's.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pema_ray.line import ExtractBatch, ModelCard
+from pema_ray.memory.build import run_build
+from pema_ray.memory.config import BuildMemoryConfig
+from pema_ray.memory.examples import ListedExamples
+from pema_ray.memory.planning import prepare_folder
+from pema_ray.memory.rows import BlockingExtractor
+from pema_ray.memory.specification import MemoryBuild
+from pema_ray.runtime.cluster import ray_cluster
+from pema_ray.runtime.progress import track
+from pema_ray.tasks import EncodedPair
+from pema_ray.trime.config import DatastoreConfig
+from pema_ray.trime.datastore.datastore import open_datastore
+from pema_ray.trime.datastore.index import IndexBuild, build_index, load_parts
+from pema_ray.trime.datastore.search import OnePieceSearch, SearchOptions, recall
+from pema_ray.trime.translation.config import MtConfig
+from pema_ray.trime.translation.data import Parallel, load_subwords, padded
+from pema_ray.trime.translation.model import Translator, load_translator, read_fingerprint
+from pema_ray.trime.translation.run import MtRun
+
+
+class DecoderKeys:
+    """A translator as the extractor that a memory is built with.
+
+    A sequence is a source, `<eos>` (from where rows are wanted: `first`), and a target.
+    """
+
+    def __init__(self, model: Translator, device: torch.device | str = "cpu") -> None:
+        self._model, self._device = model, device
+
+    @torch.inference_mode()
+    def extract(self, batch: ExtractBatch) -> Tensor:
+        """`[N, H]` float32: the keys that predict each target's tokens and its end, target after target."""
+        m = self._model
+        parts = list(zip(batch.token_ids, batch.first, strict=True))
+        source_BS = padded([ids[: first + 1] for ids, first in parts], m.pad)
+        input_BT = padded([[m.start, *ids[first + 1 :]] for ids, first in parts], m.pad)
+        source, inputs = (torch.from_numpy(array).to(self._device) for array in (source_BS, input_BT))
+        key_BTH = m.represent(source, inputs).key_BTH.float().cpu()
+        return torch.cat([key_TH[: len(ids) - first] for key_TH, (ids, first) in zip(key_BTH, parts)])
+
+
+@dataclass(frozen=True)
+class LoadKeys:
+    """What an actor calls: reads the model and makes keys with it."""
+
+    folder: Path
+    threads: int
+    device: str = "auto"
+
+    def __call__(self) -> BlockingExtractor:
+        from pema_ray.runtime.hardware import pick_device, set_threads
+
+        set_threads(self.threads)
+        device = pick_device(self.device)
+        return BlockingExtractor(DecoderKeys(load_translator(self.folder).to(device), device).extract)
+
+
+def run(config: MtConfig) -> dict[str, Any]:
+    """Write `datastore/` and `index/`."""
+    run = MtRun(config)
+    run.perform("datastore", lambda: _build(run))
+    return run.perform("index", lambda: _index(run))
+
+
+def card_of(run: MtRun, model: Translator | None = None) -> ModelCard:
+    """What names a translator in a datastore."""
+    folder = run.path("train", "model")
+    model = model or load_translator(folder)
+    eos = load_subwords(run.path("prepare"), run.config.model.name).eos
+    positions = 2 * run.config.data.max_tokens  # a source and a target
+    sizes = (model.hidden_size, model.vocabulary_size, positions)
+    return ModelCard(run.folder.name, read_fingerprint(folder), *sizes, (eos,))
+
+
+def plan_datastore(folder: Path, pairs: Parallel, card: ModelCard, corpus: str, config: DatastoreConfig) -> MemoryBuild:
+    """The build of the training split's datastore."""
+    eos = card.eos_token_ids[0]
+    examples = [
+        EncodedPair(number, [*source, eos], target)
+        for number, (source, target) in enumerate(zip(pairs.source, pairs.target))
+    ]
+    settings = BuildMemoryConfig(
+        actors=config.actors,
+        cpus_per_actor=config.cpus_per_actor,
+        gpus_per_actor=config.gpus_per_actor,
+        examples_per_shard=max(1, config.rows_per_shard // max(1, pairs.length + 1)),
+        max_batch_tokens=config.max_batch_tokens,
+        key_dtype=config.key_dtype,
+    )
+    return MemoryBuild(folder, ListedExamples(examples), card, corpus, "train", settings)
+
+
+def _build(run: MtRun) -> dict[str, Any]:
+    c = run.config.datastore
+    pairs = Parallel.load(run.path("prepare"), "train")
+    build = plan_datastore(run.path("datastore"), pairs, card_of(run), run.folder.name, c)
+    missing, started = len(prepare_folder(build)[0]), time.perf_counter()
+    factory = LoadKeys(run.path("train", "model"), max(1, int(c.cpus_per_actor)))
+    cluster = ray_cluster(run.config.ray, c.cpus_per_actor, c.gpus_per_actor, readers=1) if missing else nullcontext()
+    with cluster, track("datastore", missing, "shards") as bar:
+        manifest = run_build(build, factory, lambda info: bar.advance(1, info.rows))
+    size = sum(shard.bytes for shard in manifest.shards)
+    rate = bar.rows / (time.perf_counter() - started)
+    return {
+        "rows": manifest.rows,
+        "hidden_size": manifest.hidden_size,
+        "bytes": size,
+        "summary": f"{manifest.rows:,} keys of {manifest.hidden_size} {manifest.key_dtype}, {size / 2**20:,.1f} MiB, "
+        f"{rate:,.0f} rows/s",
+    }
+
+
+def _index(run: MtRun) -> dict[str, Any]:
+    c, model = run.config.index, load_translator(run.path("train", "model"))
+    store = open_datastore(run.path("datastore"), card_of(run, model))
+    build = IndexBuild(run.path("index"), store, c, run.config.seed)
+    build.prepare()
+    with track("index", len(build.missing), "parts") as bar:
+        info = build_index(build, lambda number: bar.advance(1))
+    told: dict[str, Any] = {"rows": info.rows, "bytes": info.bytes, "parts": len(build.parts), "lists": info.lists}
+    if info.kind == "exact":
+        return {**told, "summary": f"exact search over {info.rows:,} keys"}
+    g, queries = run.config.generate, dev_keys(run, model, c.recall_queries)
+    at = min(c.recall_at, len(store))
+
+    def ask(index: Path | None):
+        options = SearchOptions(c.metric, g.probes, g.rescore, g.oversample)
+        return OnePieceSearch(load_parts(store, index, options)).search(queries, at)
+
+    told["recall"] = round(recall(ask(run.path("index")), ask(None)), 4)
+    return {**told, "summary": f"{info.kind} over {info.rows:,} keys; recall@{at} {told['recall']:.3f}"}
+
+
+def dev_keys(run: MtRun, model: Translator, count: int) -> np.ndarray:
+    """`[count, H]`: keys of the dev split's first target tokens, what a search will be asked."""
+    dev = Parallel.load(run.path("prepare"), "dev").first(count)
+    eos = load_subwords(run.path("prepare"), run.config.model.name).eos
+    source = DecoderKeys(model)
+    keys = [
+        source.extract(ExtractBatch([[*s, eos, *t]], [len(s)])) for s, t in zip(dev.source, dev.target)
+    ]  # one by one: a few hundred rows
+    return torch.cat(keys)[:count].numpy()

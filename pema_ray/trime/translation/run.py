@@ -1,0 +1,34 @@
+"""The run folder of a translation experiment: what its stages depend on beside their table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pema_ray.experiment.stage_run import StageRun
+from pema_ray.trime.run import INCIDENTAL, described
+from pema_ray.trime.translation.config import MtConfig
+from pema_ray.trime.translation.method import TRANSLATION
+
+
+class MtRun(StageRun[MtConfig]):
+    """The folder of one translation experiment."""
+
+    method = TRANSLATION
+    incidental = INCIDENTAL
+
+    def parents(self, stage: str) -> tuple[str, ...]:
+        found = super().parents(stage)
+        return found + ("index",) if stage == "generate" and set(self.config.systems) != {"plain"} else found
+
+    def evidence(self, stage: str) -> tuple[str, ...]:
+        translations = (f"{name}.txt" for name in self.config.systems)
+        return tuple(translations) if stage == "generate" else super().evidence(stage)
+
+    def others(self, stage: str) -> list[Any]:
+        return [self.config.model.name, self.files] if stage == "prepare" else []
+
+    @property
+    def files(self) -> list[list[Any]]:
+        """Of the corpus: name, size and time of each file; of those that are gone, as they were when prepared."""
+        names = [name for files in self.config.data.files.values() for name in files]
+        return described(names, self.recorded("prepare").get("files"))
