@@ -8,7 +8,6 @@ stages are stands in the `Method` of an experiment; its subclass says only what 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import time
@@ -197,6 +196,11 @@ def claim(folder: Path, stamp: str, metrics: str | None = None) -> None:
     """
     if _stamp_in(folder) == stamp or bring_back(folder, stamp, metrics):
         return
+    begin_anew(folder, stamp, metrics)
+
+
+def begin_anew(folder: Path, stamp: str, metrics: str | None = None) -> None:
+    """Make a stage's folder that of a stamp; what is there is set aside, whatever its stamp."""
     _set_aside(folder, metrics)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(folder / _MARKER) as temporary:
@@ -204,10 +208,10 @@ def claim(folder: Path, stamp: str, metrics: str | None = None) -> None:
 
 
 def bring_back(folder: Path, stamp: str, metrics: str | None = None) -> bool:
-    """Put back what `claim` has set aside of a stamp, in place of what is there; whether there was any."""
+    """Put back what was set aside of a stamp last, in place of what is there; whether there was any."""
     if _stamp_in(folder) == stamp:
         return False
-    returning = next((path for path in _aside(folder) if _stamp_in(path) == stamp), None)
+    returning = next((path for path in reversed(_aside(folder)) if _stamp_in(path) == stamp), None)
     if returning is None:
         return False
     _set_aside(folder, metrics)
@@ -216,6 +220,7 @@ def bring_back(folder: Path, stamp: str, metrics: str | None = None) -> bool:
 
 
 def _set_aside(folder: Path, metrics: str | None) -> None:
+    """Rename a stage's folder to `<folder>.before-1` (2, …), if anything was made in it."""
     if not folder.exists():
         return
     if {path.name for path in folder.iterdir()} <= {_MARKER}:  # nothing was made yet
@@ -224,14 +229,19 @@ def _set_aside(folder: Path, metrics: str | None) -> None:
         return
     if metrics is not None:
         (folder / "metrics.json").write_text(metrics)
-    names, taken = (folder.with_name(f"{folder.name}.before-{number}") for number in itertools.count(1)), _aside(folder)
-    aside = next(path for path in names if path not in taken)
+    number = max((_number(path) for path in _aside(folder)), default=0) + 1
+    aside = folder.with_name(f"{folder.name}.before-{number}")
     os.replace(folder, aside)
     console.print(f"[yellow]{folder}: other settings made what was there; kept as {aside.name}[/]", highlight=False)
 
 
 def _aside(folder: Path) -> list[Path]:
-    return sorted(folder.parent.glob(f"{folder.name}.before-*"))
+    """What was set aside, the oldest first."""
+    return sorted(folder.parent.glob(f"{folder.name}.before-[0-9]*"), key=_number)
+
+
+def _number(aside: Path) -> int:
+    return int(aside.name.rpartition("-")[2])
 
 
 _MARKER = "stamp"

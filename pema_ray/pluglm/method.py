@@ -15,12 +15,16 @@ PLUGLM = Method(
             "Masked language modelling with a memory that is encoded anew every n steps, by Ray Train. Resumes.",
             "pema_ray.pluglm.stages.pretrain",
             reads=("model", "documents", "text", "memory", "train", "ray"),
+            depends_on=("model", "train", "memory.dtype", "memory.entries_per_segment"),
+            evidence=("model/config.json",),
         ),
         "finetune": Stage(
             "Fine-tune for a task with a memory that is frozen or not, by Ray Train; scores, answers, what was "
             "retrieved.",
             "pema_ray.pluglm.stages.finetune",
             reads=("task", "data", "memory", "train", "ray"),
+            depends_on=("task", "data", "memory", "train"),
+            evidence=("model/config.json",),
             config=FinetuneConfig,
         ),
     },

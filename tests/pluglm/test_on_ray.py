@@ -25,8 +25,7 @@ from pema_ray.pluglm.memory.refresh import build, refresh
 from pema_ray.pluglm.memory.sharded import ShardedKnowledge, start_shards
 from pema_ray.pluglm.model.knowledge import Knowledge, document_code, document_codes
 from pema_ray.pluglm.model.loading import load_pluglm
-from pema_ray.pluglm.run_folder import begin
-from pema_ray.pluglm.stages.pretrain import _stamp
+from pema_ray.pluglm.run import PluglmRun
 from pema_ray.pluglm.stages.pretrain import run as pretrain
 from tests.pluglm.conftest import BACKBONE
 
@@ -247,22 +246,32 @@ def test_a_run_from_files_to_a_model_and_its_memory(config) -> None:
     assert all(torch.equal(tensor, same[name]) for name, tensor in weights.items())
 
 
-def test_what_other_settings_left_is_set_aside(config, tmp_path) -> None:
+def test_what_other_settings_left_is_set_aside_and_comes_back_with_them(config) -> None:
     one = config()
     faster = one.train.model_copy(update={"trackers": ("tensorboard",), "max_failures": 1})
     same = one.model_copy(update={"train": faster})
     other = one.model_copy(update={"seed": 1})
-    assert _stamp(one) == _stamp(same) != _stamp(other)
-    run_dir = tmp_path / "some"
-    for stamp, keep, is_left in (("a", True, False), ("a", True, True), ("b", True, False), ("b", False, False)):
-        (run_dir / "memory").mkdir(parents=True, exist_ok=True)
-        (run_dir / "checkpoint.safetensors").write_text("")
-        (run_dir / "ray_train").mkdir(exist_ok=True)
-        begin(run_dir, stamp, keep, ("memory",))
-        assert (run_dir / "memory").exists() == (run_dir / "checkpoint.safetensors").exists() == is_left
-    for number in (1, 2, 3):
-        aside = {path.name for path in (run_dir / f"before-{number}").iterdir()}
-        assert aside == {"memory", "checkpoint.safetensors", "ray_train"}
+    run_dir, found = Path(one.run_dir), []
+
+    def train(settings: PretrainConfig) -> bool:
+        """Whether a training took place, from nothing."""
+
+        def work() -> dict[str, str]:
+            found.append({path.name for path in run_dir.iterdir()} - {"stamp"})
+            (run_dir / "model").mkdir()
+            (run_dir / "model" / "config.json").write_text("{}")
+            return {"summary": "done"}
+
+        before = len(found)
+        assert PluglmRun(settings).train("pretrain", work)["summary"] == "done"
+        return len(found) > before
+
+    assert train(one) and not train(same)
+    assert train(other) and not train(other) and not train(one) and not train(other)
+    anew = other.model_copy(update={"train": other.train.model_copy(update={"resume": False})})
+    assert train(anew) and train(anew)
+    assert found == [set()] * 4
+    assert len(list(run_dir.parent.glob(f"{run_dir.name}.before-*"))) == 3
 
 
 @pytest.mark.slow

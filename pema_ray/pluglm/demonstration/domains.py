@@ -25,7 +25,6 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from pema_ray.errors import UserError
-from pema_ray.pluglm import run_folder
 from pema_ray.pluglm.config import PretrainSettings, TextConfig
 from pema_ray.pluglm.demonstration.corpora import FOLDOC, Domain, read_domain
 from pema_ray.pluglm.learning.masking import IGNORED, Masker, collate
@@ -41,6 +40,7 @@ from pema_ray.pluglm.model.knowledge import Knowledge, document_codes
 from pema_ray.pluglm.stages.pretrain import local_access, save_model
 from pema_ray.runtime.files import atomic_file
 from pema_ray.runtime.settings import Section
+from pema_ray.training.checkpoint import CHECKPOINT
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _FIGURES = "demo-text.json"
@@ -146,7 +146,8 @@ def run_domains(
     model = _new_model(c, tokenizer, seed)
     for name in ("memory", "model"):  # of the demonstration before
         shutil.rmtree(folder / name, ignore_errors=True)
-    run_folder.begin(folder, f"demo-text {seed} {c.model_dump_json()}", False, ("memory", "model"))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CHECKPOINT).unlink(missing_ok=True)
     (folder / _FIGURES).unlink(missing_ok=True)
     encoder = DocumentEncoder(model, tokenizer, "domains")
     memory = KnowledgeMemory.build(folder / "memory", entries, encoder, "float16")

@@ -22,9 +22,6 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from pema_ray.errors import UserError
-from pema_ray.experiment.stage_run import chosen_settings
-from pema_ray.pluglm import run_folder
 from pema_ray.pluglm.finetune_config import FinetuneConfig
 from pema_ray.pluglm.learning.finetuning import Examples, Finetuner
 from pema_ray.pluglm.learning.in_task import entries_of
@@ -38,21 +35,16 @@ from pema_ray.pluglm.memory.sharded import ShardedKnowledge, start_shards
 from pema_ray.pluglm.model.encoder import StaleKeys
 from pema_ray.pluglm.model.loading import load_pluglm
 from pema_ray.pluglm.retrieval import RetrievalLog
+from pema_ray.pluglm.run import PluglmRun
 from pema_ray.pluglm.stages.pretrain import save_model
 from pema_ray.pluglm.tasks import Task, make_task
 from pema_ray.pluglm.tasks.reading import Example
 from pema_ray.runtime.cluster import ray_cluster
-from pema_ray.runtime.files import atomic_file, sha256_of
+from pema_ray.runtime.files import atomic_file
 from pema_ray.runtime.progress import console, track
 from pema_ray.training.checkpoint import CHECKPOINT
 from pema_ray.training.ray_checkpoint import reporting_checkpoints
 from pema_ray.training.ray_loop import reporting, run_workers, worker_place
-
-_OWN = ("memory", "model")  # folders that other settings would make otherwise
-# Settings that change how fast a run goes, not what it makes.
-_INCIDENTAL = {
-    "resume", "max_failures", "trackers", "min_workers", "cpus_per_worker", "gpus_per_worker", "storage_path",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,14 +65,12 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
         UserError: files, settings, model or memory cannot be used.
         StaleKeys: the memory was made by another encoder than the model's.
     """
-    run_dir = Path(config.run_dir).absolute()
-    stamp = _stamp(config)
-    config = _absolute(config)
+    here = PluglmRun(config)
+    return here.train("finetune", lambda: _train(_absolute(config), here.folder))
+
+
+def _train(config: FinetuneConfig, run_dir: Path) -> dict[str, Any]:
     c, m = config.train, config.memory
-    if c.resume and (done := run_folder.finished(run_dir, stamp)):
-        console.print(f"[dim]finetune finished before, reused: {done['summary']}[/]")
-        return done
-    run_folder.begin(run_dir, stamp, c.resume, _OWN)
     first = _memory(run_dir / "memory", config)
     others = math.ceil(m.shards * m.cpus_per_shard + m.refresh_workers * m.cpus_per_refresh_worker + 1)
     with ray_cluster(config.ray, c.cpus_per_worker, c.gpus_per_worker, c.min_workers or c.workers, readers=others):
@@ -91,10 +81,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     if first:
         _make_current(run_dir / "memory", result["memory_version"])
     scores = evaluate(config, run_dir)
-    metrics = {"stamp": stamp, **result, "scores": scores, "summary": _summary(scores)}
-    run_folder.finish(run_dir, metrics)
-    console.print(f"[bold]finetune[/] {metrics['summary']}")
-    return metrics
+    return {**result, "scores": scores, "summary": _summary(scores)}
 
 
 def evaluate(config: FinetuneConfig, run_dir: Path) -> dict[str, dict[str, float]]:
@@ -259,27 +246,6 @@ def _absolute(config: FinetuneConfig) -> FinetuneConfig:
     return config.model_copy(
         update={"model": whole(config.model), "data": config.data.model_copy(update=data), "memory": memory}
     )
-
-
-def _stamp(config: FinetuneConfig) -> str:
-    """What the result depends on, as 16 hex digits. Raises `UserError` where a file is missing."""
-    settings = config.model_dump(mode="json", exclude={"run_dir", "ray", "train", "memory"}, exclude_defaults=True)
-    train, memory = chosen_settings(config.train), chosen_settings(config.memory)
-    settings["train"] = {name: value for name, value in train.items() if name not in _INCIDENTAL}
-    for name in ("shards", "cpus_per_shard", "refresh_workers", "cpus_per_refresh_worker"):
-        memory.pop(name, None)
-    settings["memory"] = memory
-    paths = [path for path in (config.data.train, config.data.validation, config.data.test) if path]
-    weights = sorted(Path(config.model).glob("*.safetensors"))
-    if not weights:
-        raise UserError(f"{config.model}: no PlugLM model here.")
-    for path in paths:
-        if not Path(path).is_file():
-            raise UserError(f"{path}: no such file.")
-    settings["files"] = [sha256_of(Path(path)) for path in paths] + [sha256_of(path) for path in weights]
-    if config.memory.folder is not None:
-        settings["version"] = KnowledgeMemory.open(config.memory.folder, config.memory.version).version
-    return run_folder.stamp_of(settings)
 
 
 def _shown(example: Example) -> str:

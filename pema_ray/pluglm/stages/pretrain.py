@@ -23,11 +23,9 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from pema_ray.experiment.stage_run import chosen_settings
-from pema_ray.pluglm import run_folder
 from pema_ray.pluglm.config import ModelSettings, PretrainConfig
 from pema_ray.pluglm.learning.pretraining import MemoryAccess, PretrainLoop, Tell
-from pema_ray.pluglm.learning.text import Sequences, content_hash, prepare_sequences
+from pema_ray.pluglm.learning.text import Sequences, prepare_sequences
 from pema_ray.pluglm.memory import refresh as refreshing
 from pema_ray.pluglm.memory.encoding import DocumentEncoder
 from pema_ray.pluglm.memory.knowledge_memory import KnowledgeMemory
@@ -35,18 +33,12 @@ from pema_ray.pluglm.memory.sharded import ShardedKnowledge, start_shards
 from pema_ray.pluglm.model.config import PlugLMConfig
 from pema_ray.pluglm.model.encoder import PlugLMForMaskedLM
 from pema_ray.pluglm.model.loading import load_pluglm, load_tokenizer
+from pema_ray.pluglm.run import PluglmRun
 from pema_ray.runtime.cluster import ray_cluster
 from pema_ray.runtime.progress import console, track
 from pema_ray.training.checkpoint import CHECKPOINT
 from pema_ray.training.ray_checkpoint import reporting_checkpoints
 from pema_ray.training.ray_loop import reporting, run_workers, worker_place
-
-_OWN = ("start", "memory", "model")  # folders that other settings would make otherwise
-# Settings that change how fast a run goes, not what it makes.
-_INCIDENTAL = {
-    "resume", "max_failures", "trackers", "min_workers", "cpus_per_worker", "gpus_per_worker", "checkpoint_every",
-    "storage_path",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,16 +57,15 @@ def run(config: PretrainConfig) -> dict[str, Any]:
     Raises:
         UserError: files, settings or checkpoints cannot be used.
     """
-    run_dir = Path(config.run_dir).absolute()
-    stamp = _stamp(config)
-    if config.train.resume and (done := run_folder.finished(run_dir, stamp)):
-        console.print(f"[dim]pretrain finished before, reused: {done['summary']}[/]")
-        return done
+    here = PluglmRun(config)
+    return here.train("pretrain", lambda: _train(config, here.folder))
+
+
+def _train(config: PretrainConfig, run_dir: Path) -> dict[str, Any]:
     c, m = config.train, config.memory
     others = math.ceil(m.shards * m.cpus_per_shard + m.refresh_workers * m.cpus_per_refresh_worker + 1)
     workers = c.min_workers or c.workers
     with ray_cluster(config.ray, c.cpus_per_worker, c.gpus_per_worker, workers, readers=others):
-        run_folder.begin(run_dir, stamp, c.resume, _OWN)
         model, tokenizer = _start(run_dir / "start", config.model, config.seed)
         prepare_sequences(run_dir / "sequences", config.text, tokenizer, c.max_tokens)
         if config.validation is not None:
@@ -84,10 +75,7 @@ def run(config: PretrainConfig) -> dict[str, Any]:
         with track("pre-training", c.steps) as bar:
             job = _Job(config, run_dir, shards, first)
             result = run_workers(_work, job, run_dir, c, _showing(bar, c.batch_size)).returned
-    metrics = {"stamp": stamp, **result, "summary": _summary(result)}
-    run_folder.finish(run_dir, metrics)
-    console.print(f"[bold]pretrain[/] {metrics['summary']}")
-    return metrics
+    return {**result, "summary": _summary(result)}
 
 
 def _work(job: _Job) -> dict[str, Any]:
@@ -186,18 +174,6 @@ def _memory(folder: Path, config: PretrainConfig, encoder: DocumentEncoder) -> i
     shutil.rmtree(folder, ignore_errors=True)
     workers, cpus = m.refresh_workers, m.cpus_per_refresh_worker
     return refreshing.build(folder, config.documents, encoder, m.dtype, m.entries_per_segment, workers, cpus).version
-
-
-def _stamp(config: PretrainConfig) -> str:
-    """What the result depends on, as 16 hex digits."""
-    sections = {"run_dir", "ray", "documents", "text", "validation", "train", "memory"}
-    settings = config.model_dump(mode="json", exclude=sections, exclude_defaults=True)
-    train, memory = chosen_settings(config.train), chosen_settings(config.memory)
-    settings["train"] = {name: value for name, value in train.items() if name not in _INCIDENTAL}
-    settings["memory"] = {name: memory.get(name) for name in ("dtype", "entries_per_segment")}
-    texts = [config.documents, config.text, *([config.validation] if config.validation else [])]
-    hashes = [content_hash(one) for one in texts]
-    return run_folder.stamp_of(settings, hashes)
 
 
 def _summary(result: Mapping[str, Any]) -> str:
