@@ -70,7 +70,7 @@ def prepare(
     raise typer.Exit(PEMA.run_stage("prepare", config, overrides or []))
 
 
-add_stages(app, PEMA, "export_head", "build_memory", "train", "compare", "generate", "evaluate", "report")
+add_stages(app, PEMA, "prepare")
 
 
 @app.command("serve")

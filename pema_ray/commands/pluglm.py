@@ -32,7 +32,7 @@ OnlyOn = Annotated[
 ]
 
 
-add_stages(app, PLUGLM, "pretrain", "finetune")
+add_stages(app, PLUGLM)
 
 
 @app.command()

@@ -24,10 +24,11 @@ Overrides = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Count parameters, updates, rows, bytes and hours, and stop.")]
 
 
-def add_stages(app: typer.Typer, method: Method[Any], *stages: str) -> None:
-    """Add the commands of some of a method's stages."""
-    for stage in stages:
-        _add_stage(app, method, stage)
+def add_stages(app: typer.Typer, method: Method[Any], *apart: str) -> None:
+    """Add the commands of a method's stages, but those that are added apart."""
+    for stage, one in method.stages.items():
+        if one.module is not None and stage not in apart:
+            _add_stage(app, method, stage)
 
 
 def _add_stage(app: typer.Typer, method: Method[Any], stage: str) -> None:

@@ -17,9 +17,8 @@ app = typer.Typer(
     "an experiment's YAML file (configs/trime/), and keep their results in its run_dir.",
     no_args_is_help=True,
 )
-add_stages(app, TRIME, "prepare", "batches")
 add_training(app, TRIME, "train", "pema_ray.trime.dry_run")
-add_stages(app, TRIME, "datastore", "index", "evaluate", "report", "table")
+add_stages(app, TRIME, "train")
 
 
 @app.command("explain")
@@ -52,4 +51,4 @@ def explain(
 
 
 add_training(app, TRANSLATION, "train", "pema_ray.trime.translation.dry_run")
-add_stages(app, TRANSLATION, "datastore", "generate")
+add_stages(app, TRANSLATION, "train")

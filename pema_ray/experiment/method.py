@@ -42,6 +42,8 @@ class Stage:
     """Files without which its metrics are not believed."""
     command: str = ""
     """Of the command line, where it is not the stage's name."""
+    folder: str | None = None
+    """Of its results, within `run_dir`, where it is not the stage's name."""
     in_chain: bool = True
     """Whether a run of all stages includes it."""
     config: type[BaseModel] | None = None

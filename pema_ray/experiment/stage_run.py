@@ -55,8 +55,10 @@ class StageRun(Generic[E]):
         self.config = config
         self.folder = Path(config.run_dir).absolute()  # workers have other working folders
 
-    def path(self, *parts: str) -> Path:
-        return self.folder.joinpath(*parts)
+    def path(self, stage: str, *parts: str) -> Path:
+        """In a stage's folder, or in another of the run's."""
+        known = self.method.stages.get(stage)
+        return self.folder.joinpath(stage if known is None or known.folder is None else known.folder, *parts)
 
     # ── what a kind of experiment says ──────────────────────────────────────
 

@@ -1,4 +1,4 @@
-"""PlugLM's stages. Each is a run of its own: its results lie in its configuration's `run_dir`."""
+"""PlugLM's stages. A training's results lie in its configuration's `run_dir` itself."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ PLUGLM = Method(
             reads=("model", "documents", "text", "memory", "train", "ray"),
             depends_on=("model", "train", "memory.dtype", "memory.entries_per_segment"),
             evidence=("model/config.json",),
+            folder=".",
         ),
         "finetune": Stage(
             "Fine-tune for a task with a memory that is frozen or not, by Ray Train; scores, answers, what was "
@@ -25,6 +26,7 @@ PLUGLM = Method(
             reads=("task", "data", "memory", "train", "ray"),
             depends_on=("task", "data", "memory", "train"),
             evidence=("model/config.json",),
+            folder=".",
             config=FinetuneConfig,
         ),
     },

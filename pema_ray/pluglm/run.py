@@ -17,15 +17,12 @@ from pema_ray.runtime.files import one_process, sha256_of
 
 
 class PluglmRun(StageRun[PretrainConfig | FinetuneConfig]):
-    """One training, whose results lie in `run_dir` itself."""
+    """One training and what is made of it; a training's results lie in `run_dir` itself."""
 
     method = PLUGLM
     incidental = HOW_FAST | {
         "checkpoint_every", "shards", "cpus_per_shard", "refresh_workers", "cpus_per_refresh_worker",
     }  # fmt: skip
-
-    def path(self, *parts: str) -> Path:
-        return self.folder.joinpath(*parts[1:])
 
     def train(self, stage: str, work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """Do a training unless it is done; with `train.resume=false`, set aside what there is first."""
@@ -41,6 +38,8 @@ class PluglmRun(StageRun[PretrainConfig | FinetuneConfig]):
             UserError: a file is missing.
         """
         c = self.config
+        if stage not in ("pretrain", "finetune"):
+            return []
         if isinstance(c, PretrainConfig):
             texts = [c.documents, c.text, *([c.validation] if c.validation else [])]
             return [content_hash(one) for one in texts]

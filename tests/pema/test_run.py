@@ -105,7 +105,7 @@ def test_a_checkpoint_is_taken_up_under_the_settings_that_wrote_it_and_never_del
     (folder / "stamp").unlink()  # nobody knows whose it is now
     claim(folder, "pema another")
     assert (folder / "checkpoint.safetensors").read_text() == "another"
-    assert (tmp_path / "train.before-1" / "checkpoint.safetensors").read_text() == "one"
+    assert (tmp_path / "train.before-3" / "checkpoint.safetensors").read_text() == "one"
 
 
 def test_a_refused_training_keeps_the_adapter_and_one_that_begins_sets_it_aside(experiment):

@@ -204,8 +204,8 @@ def test_every_tag_counts_alike_whatever_part_it_is_in(tmp_path, pretrained) -> 
         loop.train = Examples.of(loop.task, [*loop.task.read(path)], loop.tokenizer, 16)  # tags A and O
         loop.model.model.backbone.encoder.layer[-1].query_norm = torch.nn.Identity()
         loop.tell = lambda kind, point: losses.append(point["loss"]) if kind == "train" else None
-        loop._attach(1)
-        loop._strategy = loop._make_strategy()
+        loop.attach(1)
+        loop.strategy = loop.make_strategy()
         loop._step(0)
         weights.append(loop.model.classifier.weight.detach())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -186,7 +186,7 @@ def test_the_warm_up_aims_at_the_piece_that_a_sequence_was_cut_from(make_model, 
         made = PretrainLoop(
             model, words_tokenizer, settings, sequences, None, local_access(memory), tmp_path / f"run{joined}"
         )
-        made._attach(1)
+        made.attach(1)
         numbers = [5, 0, 11, 6]
         place_B = torch.tensor([sequences.place(number) for number in numbers])
         token_BL, mask_BL = made._own_pieces(torch.from_numpy(codes[numbers]), place_B)

@@ -10,6 +10,9 @@ from pydantic import (
 
 from pema_ray.runtime.settings import Section, Split
 
+ScheduleKind = Literal["constant", "linear", "quadratic"]
+"""How λ falls, as `unrolling.py` computes it: every choice that API, playground and report offer."""
+
 
 class KnnConfig(Section):
     """Which rows of the training memory kNN-LM finds."""
@@ -36,7 +39,7 @@ class UnrollingConfig(Section):
 
     lambda_max: float = Field(default=0.9, ge=0, le=1)
     """λ of the first token: 0 is the PLM alone, 1 (constant) the adapter alone."""
-    schedule: Literal["constant", "linear", "quadratic"] = "constant"
+    schedule: ScheduleKind = "constant"
     """How λ goes on from there."""
     floor: float = Field(default=0.0, ge=0, le=1)
     """Lowest λ of a falling schedule."""

@@ -8,10 +8,10 @@ above λ_max (with a high floor, the published formula would rise at first).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
+from pema_ray.data_owner.decoding.config import ScheduleKind
 from pema_ray.errors import UserError
 
 
@@ -24,7 +24,7 @@ class UnrollingSchedule:
     """
 
     lambda_max: float
-    kind: Literal["constant", "linear", "quadratic"] = "constant"
+    kind: ScheduleKind = "constant"
     floor: float = 0.0
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -18,6 +18,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from pema_ray.data_owner.decoding import GenerationAborted, GenerationRequest, Token
+from pema_ray.data_owner.decoding.config import ScheduleKind
 from pema_ray.data_owner.service.admission import Admission
 from pema_ray.data_owner.service.forms import Chat, Completion, Form, Service, adapter_named, model_names
 from pema_ray.data_owner.service.protocol import ChatRequest, CompletionRequest, error_body
@@ -65,7 +66,10 @@ def make_api(service: Service) -> FastAPI:
         """Adapters that take a source alone, and their default λ."""
         schedules = {name: builder.schedule for name, builder in service.builders.items()}
         default = next(iter(schedules.values()), service.schedule)
-        return {"models": list(schedules), "lambda_max": default.lambda_max, "schedule": default.kind}
+        return {
+            "models": list(schedules), "lambda_max": default.lambda_max, "schedule": default.kind,
+            "schedules": get_args(ScheduleKind),
+        }  # fmt: skip
 
     @api.get("/healthz")
     async def health() -> Any:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pema_ray.data_owner.decoding import SamplingParams
+from pema_ray.data_owner.decoding.config import ScheduleKind
 from pema_ray.data_owner.decoding.unrolling import UnrollingSchedule
 
 _MOST_ANSWERS = 16
@@ -47,7 +48,7 @@ class _Unrolled(BaseModel):
 
     lambda_max: Finite | None = Field(default=None, ge=0, le=1)
     """Weight of the adapter at the first token."""
-    schedule: Literal["constant", "linear", "quadratic"] | None = None
+    schedule: ScheduleKind | None = None
     length: int | None = Field(default=None, ge=1, le=1_000_000)
     """Tokens over which a falling λ reaches its floor; the longest answer by default."""
     floor: Finite | None = Field(default=None, ge=0, le=1)

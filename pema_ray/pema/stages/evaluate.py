@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from pema_ray.data_owner import UnrollingSchedule
-from pema_ray.data_owner.decoding.config import GenerateConfig
+from pema_ray.data_owner.decoding.config import GenerateConfig, ScheduleKind
 from pema_ray.data_owner.decoding.offline import GenerationJob, SystemAnswer
 from pema_ray.errors import UserError
 from pema_ray.evaluation.results import (
@@ -198,7 +198,7 @@ def _training(run: Run) -> TrainingHistory:
 
 
 def _lambda_curves(options: GenerateConfig, length: int = 32) -> dict[str, tuple[float, ...]]:
-    kinds = ("constant", "linear", "quadratic")
+    kinds: tuple[ScheduleKind, ...] = get_args(ScheduleKind)
     floor = min(options.floor, options.lambda_max)  # a constant λ ignores its floor, the other curves do not
     schedules = {kind: UnrollingSchedule(options.lambda_max, kind, floor) for kind in kinds}
     return {kind: tuple(s.at(t, length) for t in range(length + 1)) for kind, s in schedules.items()}

@@ -28,8 +28,9 @@ from pema_ray.errors import UserError
 from pema_ray.pluglm.config import PretrainSettings, TextConfig
 from pema_ray.pluglm.demonstration.corpora import FOLDOC, Domain, read_domain
 from pema_ray.pluglm.learning.masking import IGNORED, Masker, collate
-from pema_ray.pluglm.learning.pretraining import PretrainLoop, Tell
+from pema_ray.pluglm.learning.pretraining import PretrainLoop
 from pema_ray.pluglm.learning.text import Sequences
+from pema_ray.pluglm.learning.trainer import Tell
 from pema_ray.pluglm.memory.chunking import Cutter
 from pema_ray.pluglm.memory.encoding import DocumentEncoder
 from pema_ray.pluglm.memory.entries import NewEntry

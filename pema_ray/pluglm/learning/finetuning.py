@@ -22,21 +22,18 @@ from torch import Tensor, nn
 from pema_ray.errors import UserError
 from pema_ray.pluglm.finetune_config import FinetuneSettings
 from pema_ray.pluglm.learning.masking import IGNORED
-from pema_ray.pluglm.learning.pretraining import MemoryAccess, Tell
-from pema_ray.pluglm.memory.encoding import DocumentEncoder
+from pema_ray.pluglm.learning.trainer import MemoryAccess, MemoryTrainer, Tell
 from pema_ray.pluglm.model.knowledge import document_codes
 from pema_ray.pluglm.tasks import Feature, Task
 from pema_ray.pluglm.tasks.reading import Example
 from pema_ray.pluglm.tasks.scores import ERRORS
-from pema_ray.training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
-from pema_ray.training.schedules import learning_rate
+from pema_ray.training.checkpoint import CHECKPOINT
 from pema_ray.training.strategies import Place, Strategy, make_strategy
 
 if TYPE_CHECKING:
     from pema_ray.training.ray_checkpoint import Saved
 
 logger = logging.getLogger(__name__)
-_MODEL, _OPTIMIZER = "model", "optimizer"
 _PREDICTED = 64  # features scored together
 
 
@@ -76,7 +73,7 @@ def labels_of(targets: Mapping[str, Tensor]) -> int:
     return int((first != IGNORED).sum()) if first.ndim > 1 else len(first)
 
 
-class Finetuner:
+class Finetuner(MemoryTrainer[FinetuneSettings]):
     """Fine-tunes a model that lies on the place's device.
 
     Args:
@@ -106,11 +103,10 @@ class Finetuner:
         self.run_dir, self.seed, self.place, self.tell, self.keep = run_dir, seed, place or Place(), tell, keep
         self.on_saved = on_saved
         self.version = memory.first if memory else 0
+        self.frozen, self.name = settings.frozen, run_dir.name
         self.best_version, self.history = self.version, []
-        self._strategy: Strategy
         features = train.features if train else []
         self._per_epoch = math.ceil(len(features) / settings.batch_size)
-        self._steps = self._per_epoch * settings.epochs
         if settings.epochs and not features:
             raise UserError("There are no training examples: give data.train, or train.epochs=0.")
         if settings.epochs and not any(labels_of(self._targets([one])) for one in features):
@@ -118,6 +114,10 @@ class Finetuner:
                 "None of the training examples can be learned from: no label is one of those that the model can give "
                 "(of cloze: an answer that is one token of its vocabulary)."
             )
+
+    @property
+    def steps(self) -> int:
+        return self._per_epoch * self.settings.epochs
 
     @property
     def best(self) -> float:
@@ -133,31 +133,25 @@ class Finetuner:
     def run(self) -> None:
         """Train to the end."""
         checkpoint = self.run_dir / CHECKPOINT
-        if not self._steps:
-            self._attach(self.version)
+        if not self.steps:
+            self.attach(self.version)
             self._end_epoch(0)
             return
         if checkpoint.exists():
             epoch = self._restore(checkpoint)
         else:
-            self._attach(self.version)
-            self._strategy, epoch = self._make_strategy(), 0
+            self.attach(self.version)
+            self.strategy, epoch = self.make_strategy(), 0
         while epoch < self.settings.epochs:
             for step in range(epoch * self._per_epoch, (epoch + 1) * self._per_epoch):
                 self._step(step)
                 if (step + 1) % self.settings.refresh_every == 0:
-                    self._refresh()
+                    self.refresh()
             if (epoch + 1) * self._per_epoch % self.settings.refresh_every:
-                self._refresh()
+                self.refresh()
             epoch += 1
             self._end_epoch(epoch)
-            moments = self._strategy.optimizer_state()  # every process must ask
-            if self.place.leads:
-                described = {
-                    "epoch": epoch, "memory_version": self.version, "best_version": self.best_version,
-                    "history": self.history,
-                }  # fmt: skip
-                save_checkpoint(checkpoint, {_MODEL: self.model.state_dict(), _OPTIMIZER: moments}, described)
+            self.save(checkpoint, {"epoch": epoch, "best_version": self.best_version, "history": self.history})
             self.on_saved(self.history[-1])
             if self.place.leads and self.memory is not None:  # only now: a run that dies before needs an older version
                 self.memory.prune([self.version, self.best_version])
@@ -178,7 +172,7 @@ class Finetuner:
         for start in range(0, len(mine), _PREDICTED):
             part = [data.features[number] for number in mine[start : start + _PREDICTED]]
             inputs = self._batch(data, part, {})
-            with self._precision():
+            with self.precision():
                 output = self.model(*inputs[:3], own_document=inputs[3], output_retrieved=True)
             examples = [one.example for one in part]
             on_output(output, examples)
@@ -199,25 +193,21 @@ class Finetuner:
         order = np.random.default_rng([self.seed, epoch]).permutation(len(train.features))
         order = np.resize(order, self._per_epoch * c.batch_size)  # the last step's rest comes from the beginning
         numbers = order[within * c.batch_size : (within + 1) * c.batch_size][place.rank :: place.world]
-        torch.manual_seed(int(np.random.SeedSequence([self.seed, step, place.rank]).generate_state(1)[0]))
+        self.draw(step)
         self.model.train()
         parts = [[train.features[one] for one in part.tolist()] for part in np.array_split(numbers, c.accumulate)]
         counts = [labels_of(self._targets(features)) for features in parts]
-        labels = max(1.0, self._mean(float(sum(counts))))  # a process's; gradients are averaged over processes
+        labels = max(
+            1.0, self.sum(float(sum(counts))) / place.world
+        )  # a process's; gradients are averaged over processes
         total = 0.0
         for number, (features, count) in enumerate(zip(parts, counts)):
-            with self._precision():
+            with self.precision():
                 inputs = self._learned(train, features, count / labels)
-                found = self._strategy.learn(inputs, last=number == c.accumulate - 1)
+                found = self.strategy.learn(inputs, last=number == c.accumulate - 1)
             total += found[0].item()
-        loss = self._mean(total)
-        if not math.isfinite(loss):
-            raise UserError(f"The loss became infinite or no number at step {step + 1}: lower train.learning_rate.")
-        rate = learning_rate(
-            step, c.schedule, c.learning_rate, total_steps=self._steps, warm_up_steps=c.warm_up_steps, power=c.power
-        )
-        self._strategy.step(rate, c.clip)
-        self._share_statistics()
+        loss = self.sum(total) / place.world
+        rate = self.update(step, loss)
         if place.leads:
             self.tell("train", {"step": step + 1, "loss": loss, "learning_rate": rate})
 
@@ -249,7 +239,7 @@ class Finetuner:
     def _names(self) -> tuple[str, ...]:
         return ("start_positions", "end_positions") if self.task.kind in ("answers", "factoid") else ("labels",)
 
-    def _make_strategy(self) -> Strategy:
+    def make_strategy(self) -> Strategy:
         c, train = self.settings, self.train
         assert train is not None
         objective = TaskObjective(self.model, self._names())
@@ -260,50 +250,8 @@ class Finetuner:
         )  # fmt: skip
 
     def _optimizer(self, named: Sequence[tuple[str, nn.Parameter]]) -> Any:
-        c = self.settings
-        groups = [
-            {"params": [p for _, p in named if p.ndim > 1], "weight_decay": c.weight_decay},
-            {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=c.learning_rate, betas=(0.9, 0.999), eps=1e-8)
-
-    def _precision(self) -> Any:
-        wanted = self.settings.precision == "bfloat16"
-        return torch.autocast(self.place.device.type, torch.bfloat16, enabled=wanted)
-
-    def _share_statistics(self) -> None:
-        """BatchNorm's running statistics, averaged: every process saw other sequences."""
-        if self.place.world == 1:
-            return
-        for module in self.model.modules():
-            if isinstance(module, nn.BatchNorm1d):
-                for statistic in (module.running_mean, module.running_var):
-                    assert statistic is not None
-                    torch.distributed.all_reduce(statistic)
-                    statistic /= self.place.world
-
-    def _mean(self, value: float) -> float:
-        """Over all processes."""
-        if self.place.world == 1:
-            return value
-        total = torch.tensor(value, dtype=torch.float64, device=self.place.device)
-        torch.distributed.all_reduce(total)
-        return float(total) / self.place.world
-
-    def _attach(self, version: int) -> None:
-        self.version = version
-        self.model.attach(self.memory.open(version) if self.memory else None, allow_stale=not self.settings.frozen)
-
-    def _refresh(self) -> None:
-        """Encode the memory with the model as it is now, unless it is frozen."""
-        if self.memory is None or self.settings.frozen:
-            return
-        version = torch.zeros(1, dtype=torch.int64, device=self.place.device)
-        if self.place.leads:
-            version[0] = self.memory.refresh(DocumentEncoder(self.model, self.tokenizer, self.run_dir.name))
-        if self.place.world > 1:
-            torch.distributed.broadcast(version, src=0)
-        self._attach(int(version))
+        groups = self.parameter_groups(named)
+        return torch.optim.AdamW(groups, lr=self.settings.learning_rate, betas=(0.9, 0.999), eps=1e-8)
 
     def _end_epoch(self, epoch: int) -> None:
         scores = self.task.scores(self.validation.examples, self.predict(self.validation))
@@ -319,15 +267,7 @@ class Finetuner:
                 self.keep(self.model)
 
     def _restore(self, path: Path) -> int:
-        groups, described = load_checkpoint(path)
-        try:
-            self.model.load_state_dict(groups[_MODEL])
-        except (RuntimeError, KeyError):
-            raise UserError(f"{path}: holds a model of another shape. Choose another run_dir.") from None
-        self._attach(described["memory_version"])
-        self._strategy = self._make_strategy()
-        self._strategy.load_optimizer_state(groups.get(_OPTIMIZER, {}))
-        self.model.load_state_dict(groups[_MODEL])  # DeepSpeed's idle step moved BatchNorm's statistics
+        described = self.restore(path)
         self.history, self.best_version = described["history"], described["best_version"]
         logger.info("fine-tuning resumes after epoch %d", described["epoch"])
         return described["epoch"]

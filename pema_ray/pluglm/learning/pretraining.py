@@ -9,10 +9,8 @@ Shapes: B sequences, T positions, L tokens of a document.
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,36 +23,18 @@ from pema_ray.pluglm.config import PretrainSettings
 from pema_ray.pluglm.learning.masking import MaskedBatch, Masker, collate
 from pema_ray.pluglm.learning.objective import PretrainObjective
 from pema_ray.pluglm.learning.text import Sequences
-from pema_ray.pluglm.memory.encoding import DocumentEncoder
+from pema_ray.pluglm.learning.trainer import MemoryAccess, MemoryTrainer, Tell
 from pema_ray.pluglm.model.encoder import PlugLMForMaskedLM
-from pema_ray.pluglm.model.knowledge import Knowledge
-from pema_ray.training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
-from pema_ray.training.schedules import learning_rate
+from pema_ray.training.checkpoint import CHECKPOINT
 from pema_ray.training.strategies import Place, Strategy, make_strategy
 
 if TYPE_CHECKING:
     from pema_ray.training.ray_checkpoint import Saved
 
 logger = logging.getLogger(__name__)
-Tell = Callable[[str, Mapping[str, Any]], None]
-_MODEL, _OPTIMIZER = "model", "optimizer"
 
 
-@dataclass(frozen=True)
-class MemoryAccess:
-    """How the loop reaches the memory."""
-
-    open: Callable[[int], Knowledge]
-    """A version; every process asks."""
-    refresh: Callable[[DocumentEncoder], int]
-    """Encode all documents anew and publish that; the leading process asks. Returns the version."""
-    prune: Callable[[Sequence[int]], object]
-    """Keep these versions and the current one; the leading process asks."""
-    first: int
-    """The version to begin with."""
-
-
-class PretrainLoop:
+class PretrainLoop(MemoryTrainer[PretrainSettings]):
     """Trains a model that lies on the place's device; `run` leaves a checkpoint and a memory that belongs to it."""
 
     def __init__(
@@ -81,7 +61,11 @@ class PretrainLoop:
         self.history: list[dict[str, Any]] = []
         self._masker = Masker.of(tokenizer, settings.mask_share, seed, settings.masking == "dynamic")
         self._objective = PretrainObjective(model, settings.contrastive_temperature)
-        self._strategy: Strategy
+        self.frozen = False
+
+    @property
+    def steps(self) -> int:
+        return self.settings.steps
 
     @property
     def checkpoint(self) -> Path:
@@ -100,7 +84,7 @@ class PretrainLoop:
             if self.place.leads:
                 self.tell("train", {"step": step, **point})
             if last or step % self.settings.refresh_every == 0:
-                self._refresh()
+                self.refresh()
             if self.validation is not None and (last or step % self.settings.validate_every == 0):
                 self._validate(step)
             if last or step % self.settings.checkpoint_every == 0:
@@ -112,33 +96,26 @@ class PretrainLoop:
     # ── a step ──────────────────────────────────────────────────────────────
 
     def _step(self, step: int) -> dict[str, Any]:
-        c, place = self.settings, self.place
-        rate = learning_rate(
-            step, c.schedule, c.learning_rate, total_steps=c.steps, warm_up_steps=c.warm_up_steps, power=c.power
-        )
+        place = self.place
         parts = list(self._parts(step))
-        predicted = self._sum(float(sum(part.predicted for part, _ in parts)))
-        warming = step < c.contrastive_steps
-        torch.manual_seed(_mix(self.seed, step, place.rank))
+        predicted = self.sum(float(sum(part.predicted for part, _ in parts)))
+        warming = step < self.settings.contrastive_steps
+        self.draw(step)
         self._objective.train()
         totals = np.zeros(3)
         for number, (part, place_B) in enumerate(parts):
-            with self._precision():
+            with self.precision():
                 inputs = self._inputs(part, predicted, place_B if warming else None)
-                found = self._strategy.learn(inputs, last=number == len(parts) - 1)
+                found = self.strategy.learn(inputs, last=number == len(parts) - 1)
             entropy, contrastive, recall = (float(value) for value in found[1:])
             totals += [entropy / max(1.0, predicted), contrastive / len(parts), recall / len(parts)]
-        totals = np.array([self._sum(totals[0]), *(self._sum(one) / place.world for one in totals[1:])])
-        if not math.isfinite(totals[0]):  # of all processes, so that they give up together
-            raise UserError(f"The loss became infinite or no number at step {step + 1}: lower train.learning_rate.")
-        self._strategy.step(rate, c.clip)
-        self._share_statistics()
-        loss, contrastive, recall = totals.tolist()
+        loss = self.sum(totals[0])
+        contrastive, recall = (self.sum(one) / place.world for one in totals[1:])
+        rate = self.update(step, loss)
         point = {"loss": loss, "learning_rate": rate, "memory_version": self.version}
         return point | ({"contrastive": contrastive, "recall": recall} if warming else {})
 
-    def _make_strategy(self) -> Strategy:
-        """Once the model's weights are those to begin with: DeepSpeed keeps copies of its own."""
+    def make_strategy(self) -> Strategy:
         c, model = self.settings, self.model.config
         return make_strategy(
             c.strategy, self.place, self._objective, self._optimizer, batch_size=c.batch_size, accumulate=c.accumulate,
@@ -198,47 +175,15 @@ class PretrainLoop:
     def _idle_inputs(self) -> tuple[Any, ...]:
         return self._inputs(next(self._parts(0))[0], 1.0)
 
-    def _precision(self) -> Any:
-        wanted = self.settings.precision == "bfloat16"
-        return torch.autocast(self.place.device.type, torch.bfloat16, enabled=wanted)
-
     def _optimizer(self, named: Sequence[tuple[str, nn.Parameter]]) -> Any:
-        c = self.settings
-        groups = [
-            {"params": [p for _, p in named if p.ndim > 1], "weight_decay": c.weight_decay},
-            {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0},
-        ]
+        c, groups = self.settings, self.parameter_groups(named)
         if c.optimizer == "adamw":
             return torch.optim.AdamW(groups, lr=c.learning_rate, betas=(0.9, 0.999), eps=1e-6)
         from pytorch_optimizer import Lamb
 
         return Lamb(groups, lr=c.learning_rate, betas=(0.9, 0.999), eps=1e-6)
 
-    def _share_statistics(self) -> None:
-        """BatchNorm's running statistics, averaged: every process saw other sequences."""
-        if self.place.world == 1:
-            return
-        for module in self.model.modules():
-            if isinstance(module, nn.BatchNorm1d):
-                for statistic in (module.running_mean, module.running_var):
-                    assert statistic is not None
-                    torch.distributed.all_reduce(statistic)
-                    statistic /= self.place.world
-
-    # ── memory and validation ───────────────────────────────────────────────
-
-    def _refresh(self) -> None:
-        """Encode the memory with the model as it is now; all processes go on with the new version together."""
-        version = torch.zeros(1, dtype=torch.int64, device=self.place.device)
-        if self.place.leads:
-            version[0] = self.memory.refresh(DocumentEncoder(self.model, self.tokenizer, self.name))
-        if self.place.world > 1:
-            torch.distributed.broadcast(version, src=0)
-        self._attach(int(version))
-
-    def _attach(self, version: int) -> None:
-        self.version = version
-        self.model.attach(self.memory.open(version), allow_stale=True)
+    # ── validation ──────────────────────────────────────────────────────────
 
     @torch.no_grad()
     def _validate(self, step: int) -> None:
@@ -251,60 +196,33 @@ class PretrainLoop:
         entropy = predicted = 0.0
         for start in range(0, len(mine), size):
             part = self._batch(self.validation, mine[start : start + size], 0)
-            with self._precision():
+            with self.precision():
                 found = self._objective(*self._inputs(part, 1.0))
             entropy, predicted = entropy + float(found[1]), predicted + part.predicted
-        entropy, predicted = self._sum(entropy), self._sum(predicted)
+        entropy, predicted = self.sum(entropy), self.sum(predicted)
         point = {"step": step, "loss": entropy / max(1.0, predicted), "memory_version": self.version}
         self.history.append(point)
         if self.place.leads:
             self.tell("validation", point)
 
-    def _sum(self, value: float) -> float:
-        """Over all processes."""
-        if self.place.world == 1:
-            return value
-        total = torch.tensor(value, dtype=torch.float64, device=self.place.device)
-        torch.distributed.all_reduce(total)
-        return float(total)
-
     # ── resume ──────────────────────────────────────────────────────────────
 
     def _begin(self) -> int:
-        self._attach(self.memory.first)
-        self._strategy = self._make_strategy()
+        self.attach(self.version)
+        self.strategy = self.make_strategy()
         if self.validation is not None:
             self._validate(0)
         return 0
 
     def _save(self, step: int) -> None:
-        moments = self._strategy.optimizer_state()  # every process must ask
-        if self.place.leads:
-            described = {"step": step, "memory_version": self.version, "history": self.history}
-            save_checkpoint(self.checkpoint, {_MODEL: self.model.state_dict(), _OPTIMIZER: moments}, described)
+        self.save(self.checkpoint, {"step": step, "history": self.history})
         validated = {"validation_loss": self.history[-1]["loss"]} if self.history else {}
         self.on_saved({"step": step, "memory_version": self.version, **validated})
-        if self.place.leads:
+        if self.place.leads and self.memory is not None:
             self.memory.prune([self.version])
 
     def _restore(self) -> int:
-        groups, described = load_checkpoint(self.checkpoint)
-        try:
-            self.model.load_state_dict(groups[_MODEL])
-        except (RuntimeError, KeyError):
-            raise UserError(
-                f"{self.checkpoint}: holds a model of another shape. Choose another run_dir, or train.resume=false."
-            ) from None
-        self._attach(described["memory_version"])
-        self._strategy = self._make_strategy()
-        self._strategy.load_optimizer_state(groups.get(_OPTIMIZER, {}))
-        self.model.load_state_dict(
-            groups[_MODEL]
-        )  # DeepSpeed has done an idle step, which moved BatchNorm's statistics
+        described = self.restore(self.checkpoint)
         self.history = described["history"]
         logger.info("training resumes at step %d with memory version %d", described["step"], self.version)
         return described["step"]
-
-
-def _mix(seed: int, *numbers: int) -> int:
-    return int(np.random.SeedSequence([seed, *numbers]).generate_state(1)[0])

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoTokenizer
 from pema_ray.pluglm.finetune_config import FinetuneConfig
 from pema_ray.pluglm.learning.finetuning import Examples, Finetuner
 from pema_ray.pluglm.learning.in_task import entries_of
-from pema_ray.pluglm.learning.pretraining import MemoryAccess, Tell
+from pema_ray.pluglm.learning.trainer import MemoryAccess, Tell
 from pema_ray.pluglm.memory import refresh as refreshing
 from pema_ray.pluglm.memory import versions
 from pema_ray.pluglm.memory.editing import publish_on_current, take_files

@@ -24,8 +24,9 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from pema_ray.pluglm.config import ModelSettings, PretrainConfig
-from pema_ray.pluglm.learning.pretraining import MemoryAccess, PretrainLoop, Tell
+from pema_ray.pluglm.learning.pretraining import PretrainLoop
 from pema_ray.pluglm.learning.text import Sequences, prepare_sequences
+from pema_ray.pluglm.learning.trainer import MemoryAccess, Tell
 from pema_ray.pluglm.memory import refresh as refreshing
 from pema_ray.pluglm.memory.encoding import DocumentEncoder
 from pema_ray.pluglm.memory.knowledge_memory import KnowledgeMemory

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pema_ray.data_owner import UnrollingSchedule, mix
+from pema_ray.data_owner.decoding.config import ScheduleKind
 from pema_ray.errors import UserError
 
 PROBABILITY = st.floats(0, 1)
-KINDS = st.sampled_from(["constant", "linear", "quadratic"])
+KINDS = st.sampled_from(get_args(ScheduleKind))
 
 
 @pytest.mark.parametrize(
