@@ -20,8 +20,8 @@ import torch
 from _harness import Aim, options, reporting_to, run_worker, show, write_results
 
 from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
+from pema_ray.data_owner.config import GenerateConfig
 from pema_ray.data_owner.decoding import Answer, Decoder, GenerationRequest, Predictor
-from pema_ray.data_owner.decoding.config import GenerateConfig
 from pema_ray.data_owner.decoding.request_builder import RequestBuilder
 from pema_ray.line import LMHeadBundle
 from pema_ray.line.plm_config import PLMConfig

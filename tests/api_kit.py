@@ -12,8 +12,9 @@ import torch
 import uvicorn
 from serving_kit import DirectHandle
 
-from pema_ray.data_owner import AdapterConfig, PemaAdapter, UnrollingSchedule
+from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.decoding import Answer, Decoder, GenerationRequest, Predictor
+from pema_ray.data_owner.decoding.unrolling import UnrollingSchedule
 from pema_ray.data_owner.service.api import make_api
 from pema_ray.data_owner.service.service import DataOwner
 from pema_ray.line import BlockingPLM, LMHeadBundle, ModelCard, PLMClient

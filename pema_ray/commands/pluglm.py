@@ -23,9 +23,10 @@ memory = typer.Typer(
 )
 app.add_typer(memory, name="memory")
 
-Folder = Annotated[Path, typer.Argument(help="The memory's folder, such as runs/pluglm/memory.")]
+Folder = Annotated[Path, typer.Argument(help="The memory's folder, such as runs/pluglm/pretrain/memory.")]
 Model = Annotated[
-    Path, typer.Option("--model", "-m", help="Folder of the PlugLM model that encodes, such as runs/pluglm/model.")
+    Path,
+    typer.Option("--model", "-m", help="Folder of the model that encodes, such as runs/pluglm/pretrain/model."),
 ]
 OnlyOn = Annotated[
     int | None, typer.Option(help="Edit only if this version is current; by default, whatever version is.")

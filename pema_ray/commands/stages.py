@@ -15,11 +15,10 @@ Config = Annotated[
     Path | None,
     typer.Option("--config", "-c", help="An experiment's YAML file, as in configs/.", show_default="built-in defaults"),
 ]
+ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="An experiment's YAML file, as in configs/.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="[SECTION.KEY=VALUE]...", help="Change single settings, such as train.seed=1.", show_default=False
-    ),
+    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Change single settings: seed=1.", show_default=False),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Count parameters, updates, rows, bytes and hours, and stop.")]
 
@@ -32,9 +31,15 @@ def add_stages(app: typer.Typer, method: Method[Any], *apart: str) -> None:
 
 
 def _add_stage(app: typer.Typer, method: Method[Any], stage: str) -> None:
-    @app.command(method.subcommand(stage), help=method.stages[stage].does, epilog=settings_help(method, stage))
+    add = app.command(method.subcommand(stage), help=method.stages[stage].does, epilog=settings_help(method, stage))
+
     def run(overrides: Overrides = None, config: Config = None) -> None:
         raise typer.Exit(method.run_stage(stage, config, overrides or []))
+
+    def run_file(config: ConfigFile, overrides: Overrides = None) -> None:
+        raise typer.Exit(method.run_stage(stage, config, overrides or []))
+
+    add(run_file if method.needs_file(stage) else run)
 
 
 def add_training(app: typer.Typer, method: Method[Any], stage: str, dry_run_module: str) -> None:

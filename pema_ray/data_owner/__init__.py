@@ -2,8 +2,3 @@
 
 Only `training/ray_training.py`, `decoding/offline.py` and `service/` know Ray.
 """
-
-from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
-from pema_ray.data_owner.decoding.unrolling import UnrollingSchedule, mix
-
-__all__ = ["AdapterConfig", "PemaAdapter", "UnrollingSchedule", "mix"]

@@ -11,15 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from pema_ray.experiment.configuration import read_config
 from pema_ray.experiment.process import guarded
-from pema_ray.runtime.environment import quiet_libraries
-
-quiet_libraries()  # before Ray and transformers are imported
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -42,12 +41,12 @@ class Stage:
     """Files without which its metrics are not believed."""
     command: str = ""
     """Of the command line, where it is not the stage's name."""
-    folder: str | None = None
-    """Of its results, within `run_dir`, where it is not the stage's name."""
     in_chain: bool = True
     """Whether a run of all stages includes it."""
     config: type[BaseModel] | None = None
     """Where it is another kind than the method's."""
+    example: str = ""
+    """A configuration file that its help names, where it is not the method's."""
 
 
 class Setting(NamedTuple):
@@ -86,6 +85,14 @@ class Method(Generic[C]):
         """The kind of configuration that a stage reads."""
         return self.stages[stage].config or self.config
 
+    def example_of(self, stage: str) -> str:
+        """A configuration file of a stage."""
+        return self.stages[stage].example or self.example
+
+    def needs_file(self, stage: str) -> bool:
+        """Whether its configuration has settings without a default."""
+        return any(field.is_required() for field in self.config_of(stage).model_fields.values())
+
     def read(self, stage: str, path: Path | None, overrides: Sequence[str] = ()) -> Any:
         """A stage's configuration from a file; raises as `read_config` does."""
         return read_config(self.config_of(stage), path, overrides)
@@ -102,9 +109,10 @@ class Method(Generic[C]):
         return guarded(lambda: self.run(stage, self.read(stage, path, overrides)))
 
     def settings_of(self, stage: str) -> Iterator[Setting]:
-        """Every setting of the sections that a stage reads."""
-        for section in self.stages[stage].reads:
-            yield from _settings(section, self.config_of(stage).model_fields[section].annotation)
+        """Every setting that a stage reads."""
+        fields = self.config_of(stage).model_fields
+        for name in self.stages[stage].reads:
+            yield from _settings(name, fields[name])
 
     def job(self, stage: str) -> None:
         """Entry point of `jobs/<stage>.py`: `--config <file> [section.key=value ...]`."""
@@ -118,23 +126,26 @@ class Method(Generic[C]):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         parser.add_argument(
-            "--config", type=Path, required=True, help=f"an experiment's YAML file, such as {self.example}"
+            "--config", type=Path, required=True, help=f"an experiment's YAML file, such as {self.example_of(stage)}"
         )
         parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single settings")
         arguments = parser.parse_args()
         sys.exit(self.run_stage(stage, arguments.config, arguments.overrides))
 
 
-def _settings(prefix: str, section: Any) -> Iterator[Setting]:
-    for name, field in section.model_fields.items():
-        key = f"{prefix}.{name}"
-        if isinstance(field.default, BaseModel):
-            yield from _settings(key, type(field.default))
-            continue
-        unset = field.is_required() or field.default in (None, ()) or field.default == {}
-        choices = f"({' | '.join(map(str, get_args(field.annotation)))}) " if _is_choice(field.annotation) else ""
-        yield Setting(key, "" if unset else str(field.default), choices + (field.description or ""))
+def _settings(key: str, field: FieldInfo) -> Iterator[Setting]:
+    section = _section_in(field.annotation)
+    if section is not None:
+        for name, inner in section.model_fields.items():
+            yield from _settings(f"{key}.{name}", inner)
+        return
+    unset = field.is_required() or field.default in (None, ()) or field.default == {}
+    is_choice = get_origin(field.annotation) is Literal
+    choices = f"({' | '.join(map(str, get_args(field.annotation)))}) " if is_choice else ""
+    yield Setting(key, "" if unset else str(field.default), choices + (field.description or ""))
 
 
-def _is_choice(annotation: Any) -> bool:
-    return get_origin(annotation) is Literal
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a setting is, or may be."""
+    kinds = (annotation, *get_args(annotation)) if get_origin(annotation) in (None, Union, UnionType) else ()
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 
 from pema_ray.errors import USER_ERROR_EXIT_CODE, UserError
+from pema_ray.runtime.environment import quiet_libraries
 
 INTERRUPTED_EXIT_CODE = 130
 TERMINATED_EXIT_CODE = 143
@@ -22,6 +23,7 @@ def guarded(work: Callable[[], object]) -> int:
 
     Ctrl-C leaves with 130 and SIGTERM with 143; both end what was begun, Ray included.
     """
+    quiet_libraries()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("ray", "httpx", "transformers", "datasets"):
         logging.getLogger(noisy).setLevel(logging.ERROR)

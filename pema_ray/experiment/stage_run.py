@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -50,15 +51,17 @@ class StageRun(Generic[E]):
     method: ClassVar[Method[Any]]
     """Its stages."""
     incidental: ClassVar[frozenset[str]] = HOW_FAST
+    claims_at_once: ClassVar[bool] = True
+    """Whether what other settings left is set aside as soon as a stage begins; else its work calls `claim`."""
+    _metrics_before: str | None = None
 
     def __init__(self, config: E) -> None:
         self.config = config
         self.folder = Path(config.run_dir).absolute()  # workers have other working folders
 
-    def path(self, stage: str, *parts: str) -> Path:
-        """In a stage's folder, or in another of the run's."""
-        known = self.method.stages.get(stage)
-        return self.folder.joinpath(stage if known is None or known.folder is None else known.folder, *parts)
+    def path(self, *parts: str) -> Path:
+        """In the run's folder: `<run_dir>/<stage>/…`."""
+        return self.folder.joinpath(*parts)
 
     # ── what a kind of experiment says ──────────────────────────────────────
 
@@ -74,9 +77,38 @@ class StageRun(Generic[E]):
         """What must lie in its folder for its metrics to be believed."""
         return self.method.stages[stage].evidence
 
-    def under_way(self, stage: str, stamp: str) -> AbstractContextManager[None]:
-        """Around a stage's work: its folder is there, and has no metrics."""
-        return own_folder(self.path(stage), stamp)
+    @contextmanager
+    def under_way(self, stage: str, stamp: str) -> Iterator[None]:
+        """Around a stage's work: its folder is there, and has no metrics.
+
+        Where the work claims the folder itself and is refused before, the metrics of the result that it left in place
+        come back.
+        """
+        if self.claims_at_once:
+            claim(self.path(stage), stamp)
+            self.path(stage, "metrics.json").unlink(missing_ok=True)
+            yield
+            return
+        self.path(stage).mkdir(parents=True, exist_ok=True)
+        path = self.path(stage, "metrics.json")
+        self._metrics_before = path.read_text() if path.exists() else None
+        path.unlink(missing_ok=True)
+        try:
+            yield
+        except UserError:
+            if self._metrics_before is not None and self.is_whole(stage):
+                with atomic_file(path) as temporary:
+                    temporary.write_text(self._metrics_before)
+            raise
+
+    def claim(self, stage: str, anew: bool = False) -> None:
+        """Set aside what other settings left in the folder of a stage that is under way, once nothing can refuse it.
+
+        Args:
+            anew: set aside what these settings left as well.
+        """
+        before, self._metrics_before = self._metrics_before, None
+        (begin_anew if anew else claim)(self.path(stage), self.stamp(stage), before)
 
     def seed(self, stage: str) -> int:
         """What its stamp covers as the seed."""
@@ -182,14 +214,6 @@ def chosen_settings(section: BaseModel) -> dict[str, Any]:
     return section.model_dump(mode="json", exclude_defaults=True)
 
 
-@contextmanager
-def own_folder(folder: Path, stamp: str) -> Iterator[None]:
-    """A stage's folder: what lies there under another stamp is set aside first; with the same, work may go on."""
-    claim(folder, stamp)
-    (folder / "metrics.json").unlink(missing_ok=True)
-    yield
-
-
 def claim(folder: Path, stamp: str, metrics: str | None = None) -> None:
     """Make a stage's folder that of a stamp. What another stamp left is set aside; what this one left comes back.
 
@@ -217,6 +241,8 @@ def bring_back(folder: Path, stamp: str, metrics: str | None = None) -> bool:
     if returning is None:
         return False
     _set_aside(folder, metrics)
+    if folder.exists():
+        folder.rmdir()  # empty
     os.replace(returning, folder)
     return True
 
@@ -227,19 +253,21 @@ def _set_aside(folder: Path, metrics: str | None) -> None:
         return
     if {path.name for path in folder.iterdir()} <= {_MARKER}:  # nothing was made yet
         (folder / _MARKER).unlink(missing_ok=True)
-        folder.rmdir()
         return
     if metrics is not None:
         (folder / "metrics.json").write_text(metrics)
     number = max((_number(path) for path in _aside(folder)), default=0) + 1
     aside = folder.with_name(f"{folder.name}.before-{number}")
     os.replace(folder, aside)
-    console.print(f"[yellow]{folder}: other settings made what was there; kept as {aside.name}[/]", highlight=False)
+    console.print(f"[yellow]{folder}: what was there is kept as {aside.name}[/]", highlight=False)
 
 
 def _aside(folder: Path) -> list[Path]:
     """What was set aside, the oldest first."""
-    return sorted(folder.parent.glob(f"{folder.name}.before-[0-9]*"), key=_number)
+    if not folder.parent.is_dir():
+        return []
+    named = re.compile(re.escape(folder.name) + r"\.before-\d+")
+    return sorted((path for path in folder.parent.iterdir() if named.fullmatch(path.name)), key=_number)
 
 
 def _number(aside: Path) -> int:

@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from pema_ray.data_owner.decoding.config import GenerateConfig
+from pema_ray.data_owner.config import GenerateConfig
 from pema_ray.data_owner.training.config import TrainConfig
 from pema_ray.errors import nearest
 from pema_ray.experiment.configuration import read_config

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from pema_ray.errors import UserError
-from pema_ray.experiment.stage_run import HOW_FAST, StageRun, chosen_settings, claim
+from pema_ray.experiment.stage_run import HOW_FAST, StageRun, chosen_settings
 from pema_ray.line import LMHeadBundle
 from pema_ray.memory.manifest import Manifest
 from pema_ray.pema.config import ExperimentConfig
 from pema_ray.pema.method import PEMA
-from pema_ray.runtime.files import atomic_file, sha256_of
+from pema_ray.runtime.files import sha256_of
 from pema_ray.tasks import Pair, Prompter, Task, load_task
 from pema_ray.tasks.shots import SimilarShots, first_shots
 
@@ -31,7 +29,7 @@ class Run(StageRun[ExperimentConfig]):
         "overwrite", "max_rejected", "threads", "published", "max_actors", "requests_in_flight", "patience_seconds",
         "key_file", "ca_file", "timeout_seconds", "workers",
     }  # fmt: skip
-    _metrics_before: str | None = None
+    claims_at_once = False  # what is refused leaves an adapter in place
 
     def others(self, stage: str) -> list[Any]:
         if stage == "prepare":
@@ -66,26 +64,6 @@ class Run(StageRun[ExperimentConfig]):
             if not all((folder / shard.name).exists() for shard in Manifest.read(folder).shards):
                 return False
         return True
-
-    @contextmanager
-    def under_way(self, stage: str, stamp: str) -> Iterator[None]:
-        """A stage that is under way has no metrics; one that was refused keeps those of the result it left in place."""
-        self.path(stage).mkdir(parents=True, exist_ok=True)
-        path = self.path(stage, "metrics.json")
-        self._metrics_before = path.read_text() if path.exists() else None
-        path.unlink(missing_ok=True)
-        try:
-            yield
-        except UserError:
-            if self._metrics_before is not None and self.is_whole(stage):
-                with atomic_file(path) as temporary:
-                    temporary.write_text(self._metrics_before)
-            raise
-
-    def claim(self, stage: str) -> None:
-        """Set aside what other settings left in the folder of a stage that is under way, once nothing can refuse it."""
-        before, self._metrics_before = self._metrics_before, None
-        claim(self.path(stage), self.stamp(stage), before)
 
     # ── what stages share ───────────────────────────────────────────────────
 

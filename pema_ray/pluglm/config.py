@@ -32,7 +32,7 @@ class TextConfig(Section):
 
 
 class ModelSettings(Section):
-    """The encoder and its memory layers (`model_config.PlugLMConfig`)."""
+    """The encoder and its memory layers (`model.config.PlugLMConfig`)."""
 
     backbone: str | None = None
     """A BERT-family checkpoint to begin with, by hub name or folder; a PlugLM folder goes on training that model."""

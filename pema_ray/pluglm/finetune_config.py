@@ -45,7 +45,7 @@ class TaskFiles(Section):
 
 
 class TaskMemory(Section):
-    """What the model reads while it learns, copied to `run_dir/memory`."""
+    """What the model reads while it learns, copied to `run_dir/finetune/memory`."""
 
     folder: str | None = None
     """A knowledge memory; none: only the training examples, or nothing."""
@@ -79,6 +79,7 @@ class FinetuneSettings(TrainingConfig):
     weight_decay: float = Field(default=0.01, ge=0)
     """Of matrices; biases and norms have none."""
     schedule: Literal["polynomial", "cosine", "inverse_sqrt", "constant"] = "polynomial"
+    """Of the learning rate, after the warm-up."""
     power: float = Field(default=1.0, gt=0)
     """Of the polynomial; 1: a straight line to zero."""
     clip: float | None = Field(default=1.0, gt=0)
@@ -90,6 +91,7 @@ class FinetuneSettings(TrainingConfig):
     refresh_every: int = Field(default=200, ge=1)
     """Steps between two encodings of a memory that is not frozen; also at the end of every epoch."""
     precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the forward passes; weights and the optimiser stay float32."""
 
     @model_validator(mode="after")
     def _can_be_shared(self) -> FinetuneSettings:

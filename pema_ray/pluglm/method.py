@@ -1,4 +1,4 @@
-"""PlugLM's stages. A training's results lie in its configuration's `run_dir` itself."""
+"""PlugLM's stages."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ PLUGLM = Method(
         "pretrain": Stage(
             "Masked language modelling with a memory that is encoded anew every n steps, by Ray Train. Resumes.",
             "pema_ray.pluglm.stages.pretrain",
-            reads=("model", "documents", "text", "memory", "train", "ray"),
+            reads=("model", "documents", "text", "validation", "memory", "train", "ray"),
             depends_on=("model", "train", "memory.dtype", "memory.entries_per_segment"),
             evidence=("model/config.json",),
-            folder=".",
         ),
         "finetune": Stage(
             "Fine-tune for a task with a memory that is frozen or not, by Ray Train; scores, answers, what was "
             "retrieved.",
             "pema_ray.pluglm.stages.finetune",
-            reads=("task", "data", "memory", "train", "ray"),
+            reads=("model", "task", "data", "memory", "train", "ray"),
             depends_on=("task", "data", "memory", "train"),
             evidence=("model/config.json",),
-            folder=".",
             config=FinetuneConfig,
+            example="configs/pluglm/classify.yaml",
         ),
     },
 )

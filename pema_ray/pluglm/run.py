@@ -2,44 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pema_ray.errors import UserError
-from pema_ray.experiment.stage_run import HOW_FAST, StageRun, begin_anew
+from pema_ray.experiment.stage_run import HOW_FAST, StageRun
 from pema_ray.pluglm.config import PretrainConfig
 from pema_ray.pluglm.finetune_config import FinetuneConfig
 from pema_ray.pluglm.learning.text import content_hash
 from pema_ray.pluglm.memory import versions
 from pema_ray.pluglm.method import PLUGLM
-from pema_ray.runtime.files import one_process, sha256_of
+from pema_ray.runtime.files import sha256_of
 
 
 class PluglmRun(StageRun[PretrainConfig | FinetuneConfig]):
-    """One training and what is made of it; a training's results lie in `run_dir` itself."""
+    """The folder of a PlugLM experiment."""
 
     method = PLUGLM
+    claims_at_once = False  # what is refused leaves a trained model in place
     incidental = HOW_FAST | {
         "checkpoint_every", "shards", "cpus_per_shard", "refresh_workers", "cpus_per_refresh_worker",
     }  # fmt: skip
 
-    def train(self, stage: str, work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """Do a training unless it is done; with `train.resume=false`, set aside what there is first."""
-        if not self.config.train.resume:
-            with one_process(self.folder):
-                begin_anew(self.folder, self.stamp(stage))
-        return self.perform(stage, work)
-
     def others(self, stage: str) -> list[Any]:
-        """The content of files, wherever they lie.
+        """What a training is given, by its content; raises as `inputs` does."""
+        return self.inputs if stage in ("pretrain", "finetune") else []
+
+    @cached_property
+    def inputs(self) -> list[Any]:
+        """Checksums of the files that a training reads, taken once.
 
         Raises:
             UserError: a file is missing.
         """
         c = self.config
-        if stage not in ("pretrain", "finetune"):
-            return []
         if isinstance(c, PretrainConfig):
             texts = [c.documents, c.text, *([c.validation] if c.validation else [])]
             return [content_hash(one) for one in texts]

@@ -14,7 +14,7 @@ runner = CliRunner()
 def test_a_published_checkpoint_becomes_an_adapter_and_nothing_is_overwritten(tiny_source, tmp_path):
     import torch
 
-    from pema_ray.data_owner import PemaAdapter
+    from pema_ray.data_owner.adapter.pema import PemaAdapter
 
     bundle = tiny_source("llama").lm_head()
     bundle.save(tmp_path / "lm_head")

@@ -26,7 +26,7 @@ import psutil
 import pytest
 import torch
 
-from pema_ray.data_owner import AdapterConfig, PemaAdapter
+from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.training.config import TrainConfig
 from pema_ray.data_owner.training.loop import History, Trainer
 from pema_ray.data_owner.training.ray_training import TrainingJob, fit

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from pema_ray.data_owner import PemaAdapter
+from pema_ray.data_owner.adapter.pema import PemaAdapter
 from pema_ray.errors import UserError
 from pema_ray.evaluation.comparison import Comparison, Measurement
 from pema_ray.evaluation.results import Evaluation

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from api_kit import Service, offline_answers, save_adapter
 
-from pema_ray.data_owner.decoding.config import GenerateConfig
+from pema_ray.data_owner.config import GenerateConfig
 from pema_ray.data_owner.decoding.offline import GenerationJob, SystemAnswer
 from pema_ray.memory import Manifest, MemoryRows, ShardInfo
 from pema_ray.memory.codec import encode

@@ -226,7 +226,7 @@ def config(tmp_path, words_tokenizer) -> Any:
 
 def trained(config: PretrainConfig) -> tuple[dict[str, Any], dict[str, torch.Tensor], KnowledgeMemory]:
     metrics = pretrain(config)
-    folder = Path(config.run_dir)
+    folder = Path(config.run_dir, "pretrain")
     model, _ = load_pluglm(folder / "model")
     memory = KnowledgeMemory.open(folder / "memory")
     model.attach(memory.load(model.fingerprint()))  # the trained model reads the current version
@@ -237,7 +237,7 @@ def test_a_run_from_files_to_a_model_and_its_memory(config) -> None:
     metrics, weights, memory = trained(config(optimizer="lamb", contrastive_steps=2))
     assert [point["step"] for point in metrics["history"]] == [0, 2, 4]
     assert memory.version == metrics["memory_version"] == 3
-    reported = Result.from_path(str(Path(config().run_dir) / "ray_train")).metrics
+    reported = Result.from_path(str(Path(config().run_dir) / "pretrain" / "ray_train")).metrics
     assert reported == {"step": 4, "memory_version": 3, "validation_loss": metrics["history"][-1]["loss"]}
     assert memory.entries().__next__().document_id == "d0"
     assert all(np.isfinite(point["loss"]) for point in metrics["history"])
@@ -251,27 +251,34 @@ def test_what_other_settings_left_is_set_aside_and_comes_back_with_them(config) 
     faster = one.train.model_copy(update={"trackers": ("tensorboard",), "max_failures": 1})
     same = one.model_copy(update={"train": faster})
     other = one.model_copy(update={"seed": 1})
-    run_dir, found = Path(one.run_dir), []
+    found = []
 
     def train(settings: PretrainConfig) -> bool:
         """Whether a training took place, from nothing."""
+        run = PluglmRun(settings)
 
         def work() -> dict[str, str]:
-            found.append({path.name for path in run_dir.iterdir()} - {"stamp"})
-            (run_dir / "model").mkdir()
-            (run_dir / "model" / "config.json").write_text("{}")
+            run.claim("pretrain", anew=not settings.train.resume)
+            found.append({path.name for path in run.path("pretrain").iterdir()} - {"stamp"})
+            run.path("pretrain", "model").mkdir()
+            run.path("pretrain", "model", "config.json").write_text("{}")
             return {"summary": "done"}
 
         before = len(found)
-        assert PluglmRun(settings).train("pretrain", work)["summary"] == "done"
+        assert run.perform("pretrain", work)["summary"] == "done"
         return len(found) > before
 
+    text = Path(one.run_dir, "text.jsonl")
+    text.parent.mkdir()
+    text.touch()
     assert train(one) and not train(same)
     assert train(other) and not train(other) and not train(one) and not train(other)
     anew = other.model_copy(update={"train": other.train.model_copy(update={"resume": False})})
-    assert train(anew) and train(anew)
-    assert found == [set()] * 4
-    assert len(list(run_dir.parent.glob(f"{run_dir.name}.before-*"))) == 3
+    assert not train(anew)
+    (run := PluglmRun(anew)).path("pretrain", "metrics.json").unlink()
+    assert train(anew)
+    assert found == [set()] * 3 and text.exists()
+    assert len(list(run.folder.glob("pretrain.before-*"))) == 2
 
 
 @pytest.mark.slow
@@ -298,10 +305,11 @@ def test_a_run_whose_worker_is_killed_goes_on_to_the_same_model(config, strategy
     broken = config("broken", **settings)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
     monkeypatch.setattr("pema_ray.pluglm.stages.pretrain._work", killed_work)
-    Path(broken.run_dir).mkdir()
-    (Path(broken.run_dir) / "kill").write_text("4")
+    kill = Path(broken.run_dir, "kill")
+    kill.parent.mkdir()
+    kill.write_text("4")
     _, weights, memory = trained(broken)
-    assert not (Path(broken.run_dir) / "kill").exists()
+    assert not kill.exists()
     assert memory.version > 4  # the first attempt had published too
     for name, tensor in wanted.items():
         assert torch.equal(tensor, weights[name]), name
@@ -315,7 +323,7 @@ def killed_work(job: Any) -> dict[str, Any]:
     from pema_ray.pluglm.learning.pretraining import PretrainLoop
     from pema_ray.pluglm.stages.pretrain import _work
 
-    step, kill = PretrainLoop._step, job.run_dir / "kill"
+    step, kill = PretrainLoop._step, job.run_dir.parent / "kill"
 
     def dies(self, number):
         if kill.exists() and int(kill.read_text()) == number:

@@ -58,23 +58,23 @@ def test_from_files_to_a_model_with_its_report(config, ray_cluster, tmp_path) ->
     metrics = finetune(config())
     assert [point["epoch"] for point in metrics["history"]] == [1, 2, 3, 4]
     assert metrics["scores"]["validation"]["accuracy"] == pytest.approx(metrics["best"])
-    reported = Result.from_path(str(tmp_path / "run" / "ray_train"))
+    reported = Result.from_path(str(tmp_path / "run" / "finetune" / "ray_train"))
     assert reported.metrics == metrics["history"][-1] and reported.checkpoint is not None
     assert (Path(reported.checkpoint.path) / "model" / "config.json").exists()
     assert "test" not in metrics["scores"]  # it has no labels
-    answers = [json.loads(line) for line in (tmp_path / "run" / "test.jsonl").read_text().splitlines()]
+    answers = [json.loads(line) for line in (tmp_path / "run" / "finetune" / "test.jsonl").read_text().splitlines()]
     assert [one["id"] for one in answers] == ["0", "1"]
     assert {one["answer"] for one in answers} <= {"even", "odd"}
-    memory = KnowledgeMemory.open(tmp_path / "run" / "memory")
+    memory = KnowledgeMemory.open(tmp_path / "run" / "finetune" / "memory")
     assert len(memory) == 24
     assert len(KnowledgeMemory.open(tmp_path / "facts")) == 12  # the given one is as it was
-    report = json.loads((tmp_path / "run" / "retrieval.json").read_text())
+    report = json.loads((tmp_path / "run" / "finetune" / "retrieval.json").read_text())
     assert report["inputs_in_sum"] == 12
     assert report["memory_sources"] == {"a": 6, "b": 6, "training examples": 12}
     own = {entry.text.rsplit(" ", 1)[0]: entry.entry_id for entry in memory.entries() if entry.tags}
     for one in report["inputs"]:  # validated on training examples: still none finds itself
         assert own[one["text"]] not in [use["entry_id"] for use in one["layers"][0]["entries"]]
-    assert (tmp_path / "run" / "retrieval-test.html").exists()
+    assert (tmp_path / "run" / "finetune" / "retrieval-test.html").exists()
     assert finetune(config()) == metrics  # finished before: not run again
 
 
@@ -86,10 +86,9 @@ def test_two_workers_with_a_memory_in_shards(config, ray_cluster, tmp_path, stra
     memory = {"folder": str(tmp_path / "facts"), "shards": 2, "cpus_per_shard": 0}
     free = {"workers": 2, "fix_keys": False, "fix_values": False, "refresh_every": 3, "strategy": strategy}
     metrics = finetune(config(strategy, memory, **free))
-    kept, _ = load_pluglm(
-        tmp_path / strategy / "model", import_module("pema_ray.pluglm.model.heads").PlugLMForSequenceClassification
-    )
-    kept.attach(KnowledgeMemory.open(tmp_path / strategy / "memory").load(kept.fingerprint()))
+    folder, heads = tmp_path / strategy / "finetune", import_module("pema_ray.pluglm.model.heads")
+    kept, _ = load_pluglm(folder / "model", heads.PlugLMForSequenceClassification)
+    kept.attach(KnowledgeMemory.open(folder / "memory").load(kept.fingerprint()))
     assert metrics["scores"]["validation"]["accuracy"] == pytest.approx(metrics["best"])
 
 

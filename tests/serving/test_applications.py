@@ -10,8 +10,8 @@ import yaml
 from typer.testing import CliRunner
 
 from pema_ray.commands.main import app
-from pema_ray.data_owner import UnrollingSchedule
-from pema_ray.data_owner.decoding.config import GenerateConfig, UnrollingConfig
+from pema_ray.data_owner.config import GenerateConfig, UnrollingConfig
+from pema_ray.data_owner.decoding.unrolling import UnrollingSchedule
 from pema_ray.data_owner.service.protocol import CompletionRequest
 from pema_ray.data_owner.service.service import DataOwner, DecoderConfig
 from pema_ray.errors import UserError

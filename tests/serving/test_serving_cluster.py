@@ -24,8 +24,9 @@ import ray
 from api_kit import offline_answers, offline_texts, save_adapter
 from ray import serve
 
-from pema_ray.data_owner import PemaAdapter, UnrollingSchedule
+from pema_ray.data_owner.adapter.pema import PemaAdapter
 from pema_ray.data_owner.decoding import Answer, GenerationRequest, Predictor, SamplingParams
+from pema_ray.data_owner.decoding.unrolling import UnrollingSchedule
 from pema_ray.line import BlockingPLM, PLMClient, Step, Stepped
 from pema_ray.pema.serving.local import local
 from pema_ray.plm_owner.service.replicas import Replicas

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pema_ray.data_owner.decoding.config import GenerateConfig
+from pema_ray.data_owner.config import GenerateConfig
 from pema_ray.data_owner.decoding.request_builder import RequestBuilder
 from pema_ray.errors import UserError
 from pema_ray.line.tokenizer import PLMTokenizer

@@ -18,7 +18,7 @@ import torch
 
 from pema_ray.data_owner.adapter.knn import NearestNeighbours, require_faiss
 from pema_ray.data_owner.adapter.pema import PemaAdapter
-from pema_ray.data_owner.decoding.config import KnnMixConfig
+from pema_ray.data_owner.config import KnnMixConfig
 from pema_ray.data_owner.decoding.state import DecodingState
 from pema_ray.errors import UserError
 from pema_ray.line import LMHead, ModelCard

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pema_ray.data_owner.decoding.config import GenerateConfig
+from pema_ray.data_owner.config import GenerateConfig
 from pema_ray.data_owner.decoding.request import GenerationRequest, SamplingParams
 from pema_ray.data_owner.decoding.unrolling import UnrollingSchedule
 from pema_ray.errors import UserError

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pema_ray.data_owner.decoding.config import ScheduleKind
+from pema_ray.data_owner.config import ScheduleKind
 from pema_ray.errors import UserError
 
 

@@ -17,8 +17,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from pema_ray.data_owner.config import ScheduleKind
 from pema_ray.data_owner.decoding import GenerationAborted, GenerationRequest, Token
-from pema_ray.data_owner.decoding.config import ScheduleKind
 from pema_ray.data_owner.service.admission import Admission
 from pema_ray.data_owner.service.forms import Chat, Completion, Form, Service, adapter_named, model_names
 from pema_ray.data_owner.service.protocol import ChatRequest, CompletionRequest, error_body

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from pema_ray.data_owner.config import ScheduleKind
 from pema_ray.data_owner.decoding import SamplingParams
-from pema_ray.data_owner.decoding.config import ScheduleKind
 from pema_ray.data_owner.decoding.unrolling import UnrollingSchedule
 
 _MOST_ANSWERS = 16

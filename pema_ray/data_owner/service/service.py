@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from pema_ray.data_owner.config import GenerateConfig, UnrollingConfig
 from pema_ray.data_owner.decoding import Decoder, Predictor, PredictorSpec
-from pema_ray.data_owner.decoding.config import GenerateConfig, UnrollingConfig
 from pema_ray.data_owner.decoding.drafts import MemoryLookup
 from pema_ray.data_owner.decoding.request_builder import RequestBuilder
 from pema_ray.data_owner.decoding.unrolling import UnrollingSchedule

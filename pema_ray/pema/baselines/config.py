@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, PositiveFloat
 
-from pema_ray.data_owner.decoding.config import KnnConfig
+from pema_ray.data_owner.config import KnnConfig
 from pema_ray.runtime.settings import Section, Share
 
 

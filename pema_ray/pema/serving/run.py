@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pema_ray.data_owner.decoding.config import UnrollingConfig
+from pema_ray.data_owner.config import UnrollingConfig
 from pema_ray.errors import UserError
 from pema_ray.line.plm_config import PLMConfig
 from pema_ray.pema.config import ExperimentConfig, load_config

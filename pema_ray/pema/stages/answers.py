@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pema_ray.data_owner.decoding.config import GenerateConfig
+from pema_ray.data_owner.config import GenerateConfig
 from pema_ray.data_owner.decoding.offline import GenerationJob, SystemAnswer, generate
 from pema_ray.data_owner.decoding.predictor import PredictorSource, PredictorSpec
 from pema_ray.data_owner.decoding.request import Token

@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from pema_ray.data_owner import UnrollingSchedule
-from pema_ray.data_owner.decoding.config import GenerateConfig, ScheduleKind
+from pema_ray.data_owner.config import GenerateConfig, ScheduleKind
 from pema_ray.data_owner.decoding.offline import GenerationJob, SystemAnswer
+from pema_ray.data_owner.decoding.unrolling import UnrollingSchedule
 from pema_ray.errors import UserError
 from pema_ray.evaluation.results import (
     Evaluation,

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from pema_ray.data_owner.adapter.knn import NearestNeighbours, require_faiss
-from pema_ray.data_owner.decoding.config import GenerateConfig, KnnMixConfig
+from pema_ray.data_owner.config import GenerateConfig, KnnMixConfig
 from pema_ray.data_owner.decoding.offline import GenerationJob, SystemAnswer
 from pema_ray.data_owner.decoding.predictor import Predictor, PredictorSource, PredictorSpec
 from pema_ray.data_owner.training.config import TrainConfig

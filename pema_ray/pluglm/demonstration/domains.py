@@ -148,8 +148,8 @@ def run_domains(
     for name in ("memory", "model"):  # of the demonstration before
         shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CHECKPOINT).unlink(missing_ok=True)
-    (folder / _FIGURES).unlink(missing_ok=True)
+    for name in (CHECKPOINT, _FIGURES):
+        (folder / name).unlink(missing_ok=True)
     encoder = DocumentEncoder(model, tokenizer, "domains")
     memory = KnowledgeMemory.build(folder / "memory", entries, encoder, "float16")
     recalls: list[float] = []

@@ -103,7 +103,7 @@ class Finetuner(MemoryTrainer[FinetuneSettings]):
         self.run_dir, self.seed, self.place, self.tell, self.keep = run_dir, seed, place or Place(), tell, keep
         self.on_saved = on_saved
         self.version = memory.first if memory else 0
-        self.frozen, self.name = settings.frozen, run_dir.name
+        self.frozen, self.name = settings.frozen, run_dir.parent.name
         self.best_version, self.history = self.version, []
         features = train.features if train else []
         self._per_epoch = math.ceil(len(features) / settings.batch_size)

@@ -1,6 +1,6 @@
 """Fine-tuning from files to a model, its scores and its retrieval report: the loop by Ray Train.
 
-<run_dir>/
+<run_dir>/finetune/
   memory/                   a copy of the given memory, with training examples if wanted
   checkpoint.safetensors    model, optimiser, epoch, memory version
   model/                    the best epoch's model, which reads the memory's current version
@@ -66,11 +66,12 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
         StaleKeys: the memory was made by another encoder than the model's.
     """
     here = PluglmRun(config)
-    return here.train("finetune", lambda: _train(_absolute(config), here.folder))
+    return here.perform("finetune", lambda: _train(_absolute(config), here))
 
 
-def _train(config: FinetuneConfig, run_dir: Path) -> dict[str, Any]:
-    c, m = config.train, config.memory
+def _train(config: FinetuneConfig, here: PluglmRun) -> dict[str, Any]:
+    c, m, run_dir = config.train, config.memory, here.path("finetune")
+    here.claim("finetune", anew=not c.resume)
     first = _memory(run_dir / "memory", config)
     others = math.ceil(m.shards * m.cpus_per_shard + m.refresh_workers * m.cpus_per_refresh_worker + 1)
     with ray_cluster(config.ray, c.cpus_per_worker, c.gpus_per_worker, c.min_workers or c.workers, readers=others):
@@ -128,7 +129,7 @@ def _work(job: _Job) -> dict[str, Any]:
     memory = _access(job) if job.first_version else None
     model = new_task_model(config, task, memory_fingerprint=_fingerprint(job))
     with (
-        reporting(run_dir, place, c, run_dir.name, c.model_dump(mode="json")) as tell,
+        reporting(run_dir, place, c, run_dir.parent.name, c.model_dump(mode="json")) as tell,
         reporting_checkpoints(run_dir, place, ("model", CHECKPOINT)) as on_saved,
     ):
         loop = Finetuner(

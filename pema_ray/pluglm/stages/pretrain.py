@@ -2,12 +2,13 @@
 Ray Train.
 
     <run_dir>/
-      sequences/  validation/   tokenized texts
-      start/                    the model before the first step
-      memory/                   the knowledge memory, its versions
-      checkpoint.safetensors    model, optimiser, step, memory version
-      model/                    the trained model, which reads the memory's current version
-      stamp  metrics.json  progress.jsonl  tensorboard/  ray_train/
+      sequences/  validation/     tokenized texts
+      pretrain/
+        start/                    the model before the first step
+        memory/                   the knowledge memory, its versions
+        checkpoint.safetensors    model, optimiser, step, memory version
+        model/                    the trained model, which reads the memory's current version
+        stamp  metrics.json  progress.jsonl  tensorboard/  ray_train/
 """
 
 from __future__ import annotations
@@ -59,19 +60,20 @@ def run(config: PretrainConfig) -> dict[str, Any]:
         UserError: files, settings or checkpoints cannot be used.
     """
     here = PluglmRun(config)
-    return here.train("pretrain", lambda: _train(config, here.folder))
+    return here.perform("pretrain", lambda: _train(config, here))
 
 
-def _train(config: PretrainConfig, run_dir: Path) -> dict[str, Any]:
-    c, m = config.train, config.memory
+def _train(config: PretrainConfig, here: PluglmRun) -> dict[str, Any]:
+    c, m, run_dir = config.train, config.memory, here.path("pretrain")
     others = math.ceil(m.shards * m.cpus_per_shard + m.refresh_workers * m.cpus_per_refresh_worker + 1)
     workers = c.min_workers or c.workers
     with ray_cluster(config.ray, c.cpus_per_worker, c.gpus_per_worker, workers, readers=others):
+        here.claim("pretrain", anew=not c.resume)
         model, tokenizer = _start(run_dir / "start", config.model, config.seed)
-        prepare_sequences(run_dir / "sequences", config.text, tokenizer, c.max_tokens)
+        prepare_sequences(here.path("sequences"), config.text, tokenizer, c.max_tokens)
         if config.validation is not None:
-            prepare_sequences(run_dir / "validation", config.validation, tokenizer, c.max_tokens)
-        first = _memory(run_dir / "memory", config, DocumentEncoder(model, tokenizer, run_dir.name))
+            prepare_sequences(here.path("validation"), config.validation, tokenizer, c.max_tokens)
+        first = _memory(run_dir / "memory", config, DocumentEncoder(model, tokenizer, here.folder.name))
         shards = start_shards(run_dir / "memory", m.shards, m.cpus_per_shard)
         with track("pre-training", c.steps) as bar:
             job = _Job(config, run_dir, shards, first)
@@ -84,15 +86,15 @@ def _work(job: _Job) -> dict[str, Any]:
     config, run_dir = job.config, job.run_dir
     place = worker_place(config.train)
     model, tokenizer = load_pluglm(run_dir / "start")
-    validation = None if config.validation is None else Sequences.open(run_dir / "validation")
-    name = run_dir.name
+    validation = None if config.validation is None else Sequences.open(run_dir.parent / "validation")
+    name = run_dir.parent.name
     settings = config.train.model_dump(mode="json")
     with (
         reporting(run_dir, place, config.train, name, settings) as tell,
         reporting_checkpoints(run_dir, place, (CHECKPOINT,)) as on_saved,
     ):
         loop = PretrainLoop(
-            model.to(place.device), tokenizer, config.train, Sequences.open(run_dir / "sequences"), validation,
+            model.to(place.device), tokenizer, config.train, Sequences.open(run_dir.parent / "sequences"), validation,
             _access(job), run_dir, config.seed, place, tell, name, on_saved,
         )  # fmt: skip
         version = loop.run()

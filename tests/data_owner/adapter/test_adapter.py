@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pema_ray.data_owner import AdapterConfig, PemaAdapter
+from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import ModelCard
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pema_ray.data_owner import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.adapter.local_memory import LocalMemory, log_mixture
+from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.training.config import TrainConfig
 from pema_ray.data_owner.training.loop import Trainer
 from pema_ray.data_owner.training.objectives import JointObjective

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from pema_ray.data_owner import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.adapter.look_back import LookBack
+from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.training.config import TrainConfig
 from pema_ray.data_owner.training.feed import SequenceShuffle, sequences_in_order
 from pema_ray.data_owner.training.loop import Trainer

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pema_ray.data_owner import AdapterConfig, PemaAdapter
+from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.adapter.predicted_lambda import fit_gate
 from pema_ray.errors import UserError
 

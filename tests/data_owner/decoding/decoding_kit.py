@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from serving_kit import DirectHandle
 
-from pema_ray.data_owner import AdapterConfig, PemaAdapter, UnrollingSchedule, mix
+from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.decoding import Answer, Attribution, Decoder, GenerationRequest, Predictor, SamplingParams
 from pema_ray.data_owner.decoding.request import Token
+from pema_ray.data_owner.decoding.unrolling import UnrollingSchedule, mix
 from pema_ray.line import LMHead, PLMClient, Step, Stepped
 from pema_ray.plm_owner import LoadedPLM
 from pema_ray.plm_owner.model.export import export_lm_head

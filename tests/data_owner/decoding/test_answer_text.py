@@ -12,9 +12,9 @@ from decoding_kit import answers, make_adapter, requests
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pema_ray.data_owner import UnrollingSchedule
 from pema_ray.data_owner.decoding import GenerationRequest, Predictor
 from pema_ray.data_owner.decoding.text import AnswerText
+from pema_ray.data_owner.decoding.unrolling import UnrollingSchedule
 from pema_ray.line import LMHead
 from pema_ray.line.tokenizer import PLMTokenizer
 

@@ -21,8 +21,8 @@ from decoding_kit import (
     states,
 )
 
-from pema_ray.data_owner import UnrollingSchedule, mix
 from pema_ray.data_owner.decoding import GenerationRequest, SamplingParams
+from pema_ray.data_owner.decoding.unrolling import UnrollingSchedule, mix
 
 THREE = pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])
 

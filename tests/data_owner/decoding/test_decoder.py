@@ -25,8 +25,8 @@ from decoding_kit import (
     various,
 )
 
-from pema_ray.data_owner import UnrollingSchedule
 from pema_ray.data_owner.decoding import GenerationRequest, SamplingParams
+from pema_ray.data_owner.decoding.unrolling import UnrollingSchedule
 from pema_ray.errors import UserError
 
 THREE = pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])

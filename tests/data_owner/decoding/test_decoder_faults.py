@@ -22,9 +22,9 @@ from decoding_kit import (
     various,
 )
 
-from pema_ray.data_owner import UnrollingSchedule
 from pema_ray.data_owner.decoding import GenerationAborted, GenerationRequest, SamplingParams
 from pema_ray.data_owner.decoding.text import AnswerText
+from pema_ray.data_owner.decoding.unrolling import UnrollingSchedule
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import Busy, SessionLost
 from pema_ray.plm_owner.service.replicas import Replicas

@@ -24,7 +24,7 @@ from decoding_kit import (
     various,
 )
 
-from pema_ray.data_owner import PemaAdapter
+from pema_ray.data_owner.adapter.pema import PemaAdapter
 from pema_ray.data_owner.decoding import SamplingParams
 from pema_ray.data_owner.decoding.state import DecodingState
 from pema_ray.plm_owner import LoadedPLM

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from decoding_kit import GREEDY, PROMPTS, World, answers, ids_of, make_adapter, mixture, requests, various
 
-from pema_ray.data_owner import PemaAdapter, UnrollingSchedule
+from pema_ray.data_owner.adapter.pema import PemaAdapter
 from pema_ray.data_owner.decoding import GenerationRequest, SamplingParams
 from pema_ray.data_owner.decoding.draft_length import BY_PLM, Draft, DraftLengthController
 from pema_ray.data_owner.decoding.drafts import DraftCandidate, MemoryLookup
+from pema_ray.data_owner.decoding.unrolling import UnrollingSchedule
 from pema_ray.plm_owner import LoadedPLM
 
 COLD = SamplingParams("sample", 0.5, 0.9, seed=5)

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from decoding_kit import BEAM, GREEDY, attributions, ids_of, make_adapter
 
-from pema_ray.data_owner import AdapterConfig, PemaAdapter, UnrollingSchedule
+from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.decoding import Decoder, GenerationRequest, PredictorSpec, SamplingParams
 from pema_ray.data_owner.decoding.offline import GenerationJob, SystemAnswer, _Actor, _split, generate
+from pema_ray.data_owner.decoding.unrolling import UnrollingSchedule
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import Busy, LMHeadBundle
 from pema_ray.line.plm_config import PLMConfig

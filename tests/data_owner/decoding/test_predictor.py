@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from pema_ray.data_owner import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.adapter.knn import NearestNeighbours
+from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
+from pema_ray.data_owner.config import KnnMixConfig
 from pema_ray.data_owner.decoding import Predictor, PredictorSpec
-from pema_ray.data_owner.decoding.config import KnnMixConfig
 from pema_ray.errors import UserError
 from tests.data_owner.training.test_ray_training import write_memory
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from pema_ray.data_owner import UnrollingSchedule
+from pema_ray.data_owner.config import GenerateConfig
 from pema_ray.data_owner.decoding import SamplingParams
-from pema_ray.data_owner.decoding.config import GenerateConfig
 from pema_ray.data_owner.decoding.request_builder import RequestBuilder
+from pema_ray.data_owner.decoding.unrolling import UnrollingSchedule
 from pema_ray.errors import UserError
 from pema_ray.line.tokenizer import PLMTokenizer
 from pema_ray.tasks import Prompter, Task

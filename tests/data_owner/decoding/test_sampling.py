@@ -9,8 +9,8 @@ import pytest
 import torch
 from decoding_kit import PROMPTS, answers, ids_of, make_adapter, mixture, requests
 
-from pema_ray.data_owner import UnrollingSchedule
 from pema_ray.data_owner.decoding import GenerationRequest, SamplingParams
+from pema_ray.data_owner.decoding.unrolling import UnrollingSchedule
 
 
 def hot(seed: int) -> SamplingParams:

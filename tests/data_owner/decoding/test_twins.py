@@ -14,9 +14,9 @@ import pytest
 from decoding_kit import BEAM, GREEDY, LOOKING, PROMPTS, SAMPLE, answers, attributions, head_of, make_adapter, states
 from serving_kit import DirectHandle
 
-from pema_ray.data_owner import UnrollingSchedule
 from pema_ray.data_owner.adapter.knn import NearestNeighbours
 from pema_ray.data_owner.decoding import Answer, GenerationRequest, Predictor
+from pema_ray.data_owner.decoding.unrolling import UnrollingSchedule
 from pema_ray.data_owner.remote import RemotePLM
 from pema_ray.line import PLMClient
 from pema_ray.line.plm_config import PLMConfig

@@ -11,8 +11,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pema_ray.data_owner import UnrollingSchedule, mix
-from pema_ray.data_owner.decoding.config import ScheduleKind
+from pema_ray.data_owner.config import ScheduleKind
+from pema_ray.data_owner.decoding.unrolling import UnrollingSchedule, mix
 from pema_ray.errors import UserError
 
 PROBABILITY = st.floats(0, 1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pema_ray.data_owner import AdapterConfig, PemaAdapter
+from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.training.objectives import JointObjective, head_cross_entropy
 
 N, H, R, V = 50, 16, 5, 40

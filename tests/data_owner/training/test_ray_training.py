@@ -13,7 +13,7 @@ import pytest
 import torch
 from ray.train import Result
 
-from pema_ray.data_owner import AdapterConfig, PemaAdapter
+from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.training.config import TrainConfig
 from pema_ray.data_owner.training.feed import StreamShuffle
 from pema_ray.data_owner.training.loop import RESUMED_FROM, History, Trainer

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from pema_ray.data_owner import AdapterConfig, PemaAdapter
+from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.training.config import TrainConfig
 from pema_ray.data_owner.training.loop import History, Point, Trainer
 from pema_ray.errors import UserError

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from pema_ray.data_owner import UnrollingSchedule
 from pema_ray.data_owner.decoding import Decoder, GenerationRequest, SamplingParams
+from pema_ray.data_owner.decoding.unrolling import UnrollingSchedule
 from pema_ray.errors import UserError
 from pema_ray.line import LMHead
 from pema_ray.memory import MemoryRows

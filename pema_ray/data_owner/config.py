@@ -11,7 +11,7 @@ from pydantic import (
 from pema_ray.runtime.settings import Section, Split
 
 ScheduleKind = Literal["constant", "linear", "quadratic"]
-"""How λ falls, as `unrolling.py` computes it: every choice that API, playground and report offer."""
+"""How λ falls, as `decoding/unrolling.py` computes it: every choice that API, playground and report offer."""
 
 
 class KnnConfig(Section):
