@@ -28,6 +28,10 @@ from pema_ray.plm_owner.service.api import Limits, make_api
 from pema_ray.plm_owner.service.deployment import PLMEngine
 from pema_ray.plm_owner.service.replicas import Replicas
 
+ROUNDING = 5e-5
+"""Of a probability. Replicas compose passes as messages arrive, so that float32 states differ in their last bits (seen:
+1.05e-5); another λ, token or distribution differs by far more than this."""
+
 
 def predictors_of(plm: LoadedPLM) -> dict[str, Predictor]:
     """An adapter of one state, one that looks back, neighbours, and an adapter with neighbours."""
@@ -80,7 +84,7 @@ async def over_https(handle: DirectHandle, folder: Path) -> AsyncIterator[Remote
 async def test_every_mode_gives_the_same_over_every_line(
     architecture, tiny_client, tiny_plm, tiny_plm_folder, tmp_path
 ):
-    """Tokens, texts and finish reasons are equal; in lockstep, so are λ and probabilities to 1e-5."""
+    """Tokens, texts and finish reasons are equal; in lockstep, so are λ and probabilities up to rounding."""
     pytest.importorskip("faiss")
     plm, wanted = tiny_plm(architecture), every_mode()
     predictors = predictors_of(plm)
@@ -100,7 +104,7 @@ async def test_every_mode_gives_the_same_over_every_line(
         assert [(a.ids, a.finish, a.text) for a in other] == [(a.ids, a.finish, a.text) for a in local]
     for other in others:
         for here, there in zip(map(attributions, local), map(attributions, other), strict=True):
-            assert [a.lam for a in there] == pytest.approx([a.lam for a in here], abs=1e-5)
+            assert [a.lam for a in there] == pytest.approx([a.lam for a in here], abs=ROUNDING)
             for field in ("log_pema", "log_plm"):
                 expected = [math.exp(getattr(a, field)) for a in here]
-                assert [math.exp(getattr(a, field)) for a in there] == pytest.approx(expected, abs=1e-5)
+                assert [math.exp(getattr(a, field)) for a in there] == pytest.approx(expected, abs=ROUNDING)
