@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from _harness import Aim, console, device_of, options, show, write_results
 
-from pema_ray.pluglm.memory.search import Found, KeyTable
+from pema_ray.pluglm.memory.search import KeyTable, RetrievedEntries
 from pema_ray.pluglm.model.config import PlugLMConfig
 from pema_ray.pluglm.model.encoder import PlugLMForMaskedLM
 from pema_ray.pluglm.model.knowledge import HeldKnowledge
@@ -189,9 +189,11 @@ def _published(o: argparse.Namespace) -> tuple[dict[str, float], dict[str, Any]]
 class _Whole(HeldKnowledge):
     """The published search over a memory that is held whole."""
 
-    def search(self, query_BQ: torch.Tensor, k: int, own_B: torch.Tensor | None = None, cosine: bool = False) -> Found:
+    def search(
+        self, query_BQ: torch.Tensor, k: int, own_B: torch.Tensor | None = None, cosine: bool = False
+    ) -> RetrievedEntries:
         score, entry = torch.topk(query_BQ @ self.key_NQ.T, k)
-        return Found(entry, score)
+        return RetrievedEntries(entry, score)
 
 
 @torch.no_grad()

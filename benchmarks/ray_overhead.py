@@ -26,8 +26,8 @@ from build_memory import (
 
 from pema_ray.data_owner.adapter.pema import AdapterConfig
 from pema_ray.data_owner.training.config import TrainConfig
-from pema_ray.data_owner.training.loop import Trainer
-from pema_ray.data_owner.training.ray_training import TrainingJob, fit
+from pema_ray.data_owner.training.loop import AdapterTrainer
+from pema_ray.data_owner.training.ray_training import AdapterTrainingJob, fit
 from pema_ray.line import LMHeadBundle
 from pema_ray.line.plm_config import PLMConfig
 from pema_ray.memory import ExternalMemory
@@ -98,7 +98,7 @@ def _measure(o: argparse.Namespace, scratch: Path) -> None:
             seconds[f"build_{folder}"] = time.perf_counter() - started
             if folder != "ray":
                 steady[config.actors] = _steady_rate(scratch / folder, config.actors)
-        job = TrainingJob(
+        job = AdapterTrainingJob(
             train_memory=scratch / "ray",
             dev_memory=scratch / "one",
             bundle=bundle,
@@ -113,7 +113,7 @@ def _measure(o: argparse.Namespace, scratch: Path) -> None:
     loaded = LMHeadBundle.load(bundle)
     train, dev = (ExternalMemory.open(path).view() for path in (job.train_memory, job.dev_memory))
     head = loaded.head.to(pick_dtype("auto", device))
-    Trainer(job.adapter, job.config, head, train, dev, scratch / "alone").run()
+    AdapterTrainer(job.adapter, job.config, head, train, dev, scratch / "alone").run()
     seconds["train_process"] = time.perf_counter() - started
 
     ratios = {

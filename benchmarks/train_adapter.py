@@ -1,8 +1,9 @@
 """How fast, and in how much memory, an adapter is trained: against the published training loop, written afresh.
 
-Stage 1: the closed form against Adam on the reconstruction loss, until Adam is as good or the time is up. Stage 3: our
-`Trainer` against a loop that holds the fp32 logits `[N, V]` whole. Rows are made up, with the power-law spectrum that
-context representations have. Each side runs in a process of its own, in turns; ours is the whole `Trainer.run`.
+Stage 1: the closed form against Adam on the reconstruction loss, until Adam is as good or the time is up. Stage 3:
+`AdapterTrainer` against a loop that holds the fp32 logits `[N, V]` whole. Rows are made up, with the power-law spectrum
+that context representations have. Each side runs in a process of its own, in turns; ours is the whole
+`AdapterTrainer.run`.
 N rows, H hidden, V vocabulary, R rank.
 """
 
@@ -37,7 +38,7 @@ from _harness import (
 
 from pema_ray.data_owner.adapter.pema import AdapterConfig
 from pema_ray.data_owner.training.config import TrainConfig
-from pema_ray.data_owner.training.loop import Point, Trainer
+from pema_ray.data_owner.training.loop import AdapterTrainer, LossPoint
 from pema_ray.line import LMHead
 from pema_ray.line.lm_head import HeadSpec
 from pema_ray.memory import MemoryRows
@@ -266,12 +267,12 @@ def _ours(o: argparse.Namespace) -> dict[str, Any]:
     adapter = AdapterConfig(o.hidden, o.rank, "made up", "0" * 16, space="pre_norm", dropout=o.dropout, kappa=KAPPA)
     marks: list[float] = []
 
-    def on_point(kind: str, point: Point) -> None:
+    def on_point(kind: str, point: LossPoint) -> None:
         if kind == "train" or point.step == 0:
             marks.append(clock(device))
 
     with tempfile.TemporaryDirectory(dir=o.data) as folder:
-        trainer = Trainer(
+        trainer = AdapterTrainer(
             adapter, config, head, train.rows, dev.rows, Path(folder), place=Place(device=device), on_point=on_point
         )
         _, history = trainer.run()

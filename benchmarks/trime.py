@@ -24,7 +24,7 @@ from torch import Tensor
 from pema_ray.memory import ExternalMemory, Manifest, ShardInfo
 from pema_ray.memory.codec import encode
 from pema_ray.memory.shards import MemoryRows, write_shard
-from pema_ray.trime.config import DecoderShape, EvaluateConfig, IndexConfig
+from pema_ray.trime.config import DecoderShape, IndexConfig, TrimeEvaluateConfig
 from pema_ray.trime.datastore.index import IndexBuild, build_index, load_parts
 from pema_ray.trime.datastore.search import OnePieceSearch, SearchOptions, recall
 from pema_ray.trime.evaluation.statistics import Probe, Text, measure
@@ -54,7 +54,7 @@ SMOKE = {
 HIDDEN = -10_000.0
 RECALL = 0.95
 INDEX = IndexConfig(kind="ivf_pq_fast", train_rows=100_000)
-TAUS = EvaluateConfig().taus
+TAUS = TrimeEvaluateConfig().taus
 SHARES = (0, 1, 2, 3, 4)  # long memories, in segments
 
 

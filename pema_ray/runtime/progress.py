@@ -15,7 +15,7 @@ console = Console(soft_wrap=True)
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-class Tracker:
+class ProgressBar:
     """Counts steps and rows; `advance` is all a stage calls."""
 
     def __init__(self, title: str, total: int, unit: str) -> None:
@@ -45,7 +45,7 @@ class Tracker:
         )
 
 
-class _BarTracker(Tracker):
+class _BarTracker(ProgressBar):
     def __init__(self, title: str, total: int, unit: str, bar: Progress) -> None:
         super().__init__(title, total, unit)
         self.bar = bar
@@ -56,10 +56,10 @@ class _BarTracker(Tracker):
 
 
 @contextmanager
-def track(title: str, total: int, unit: str = "steps") -> Iterator[Tracker]:
+def track(title: str, total: int, unit: str = "steps") -> Iterator[ProgressBar]:
     """Follow a piece of work of `total` steps."""
     if not console.is_terminal:
-        yield Tracker(title, total, unit)
+        yield ProgressBar(title, total, unit)
         return
     columns = (
         TextColumn("{task.description}"),

@@ -258,7 +258,7 @@ class IndexConfig(Section):
     """CPUs that one of them asks of Ray."""
 
 
-class EvaluateConfig(Section):
+class TrimeEvaluateConfig(Section):
     """Windows, memories, calibration."""
 
     tokens_per_sample: int | None = Field(default=None, ge=2)
@@ -348,7 +348,7 @@ class TrimeConfig(Section):
     plan: PlanConfig = PlanConfig()
     datastore: DatastoreConfig = DatastoreConfig()
     index: IndexConfig = IndexConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
+    evaluate: TrimeEvaluateConfig = TrimeEvaluateConfig()
     table: TableConfig = TableConfig()
 
     @model_validator(mode="after")

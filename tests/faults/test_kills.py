@@ -28,8 +28,8 @@ import torch
 
 from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.training.config import TrainConfig
-from pema_ray.data_owner.training.loop import History, Trainer
-from pema_ray.data_owner.training.ray_training import TrainingJob, fit
+from pema_ray.data_owner.training.loop import AdapterHistory, AdapterTrainer
+from pema_ray.data_owner.training.ray_training import AdapterTrainingJob, fit
 from pema_ray.errors import UserError
 from pema_ray.line import LMHeadBundle
 from pema_ray.memory import ExternalMemory
@@ -220,7 +220,7 @@ def test_nodes_are_killed(undisturbed, tmp_path: Path, kills: int):
     assert_whole(tmp_path / "m", undisturbed)
 
 
-def training(tiny_source, make_rows, folder: Path, **changes) -> tuple[LMHeadBundle, TrainingJob]:  # noqa: F811
+def training(tiny_source, make_rows, folder: Path, **changes) -> tuple[LMHeadBundle, AdapterTrainingJob]:  # noqa: F811
     """A job of some thousand steps."""
     bundle: LMHeadBundle = tiny_source("llama").lm_head()
     card = bundle.card
@@ -230,7 +230,7 @@ def training(tiny_source, make_rows, folder: Path, **changes) -> tuple[LMHeadBun
     )  # fmt: skip
     config = config.model_copy(update=changes)
     adapter = AdapterConfig(card.hidden_size, config.rank, card.name, card.fingerprint, dropout=config.dropout)
-    job = TrainingJob(
+    job = AdapterTrainingJob(
         train_memory=write_memory(folder / "train", card, make_rows(640, 1, card.hidden_size), "train"),
         dev_memory=write_memory(folder / "dev", card, make_rows(100, 2, card.hidden_size), "dev"),
         bundle=bundle.save(folder / "lm_head"),
@@ -241,11 +241,13 @@ def training(tiny_source, make_rows, folder: Path, **changes) -> tuple[LMHeadBun
     return bundle, job
 
 
-def undisturbed_training(bundle: LMHeadBundle, job: TrainingJob, folder: Path) -> tuple[PemaAdapter, History]:
+def undisturbed_training(
+    bundle: LMHeadBundle, job: AdapterTrainingJob, folder: Path
+) -> tuple[PemaAdapter, AdapterHistory]:
     """The same training in one process that nobody kills."""
     rows = (ExternalMemory.open(path).view() for path in (job.train_memory, job.dev_memory))
     torch.set_num_threads(1)
-    return Trainer(job.adapter, job.config, bundle.head, *rows, folder).run()
+    return AdapterTrainer(job.adapter, job.config, bundle.head, *rows, folder).run()
 
 
 @pytest.mark.parametrize("kills", [2, MANY])
@@ -289,7 +291,7 @@ def killed_once_reported(storage: Path, then: Callable[[], object]) -> Iterator[
         thread.join()
 
 
-def resumed_after(job: TrainingJob) -> int:
+def resumed_after(job: AdapterTrainingJob) -> int:
     """The step that the last start of the training went on from."""
     lines = (job.run_dir / "progress.jsonl").read_text().splitlines()
     steps = [point["step"] for point in map(json.loads, lines) if point["kind"] == "train"]
@@ -297,7 +299,7 @@ def resumed_after(job: TrainingJob) -> int:
     return starts[-1] - 1
 
 
-def assert_undisturbed(bundle: LMHeadBundle, job: TrainingJob, history: History, folder: Path) -> None:
+def assert_undisturbed(bundle: LMHeadBundle, job: AdapterTrainingJob, history: AdapterHistory, folder: Path) -> None:
     """The adapter is bit for bit that of an undisturbed run, and so are all figures."""
     expected, alone = undisturbed_training(bundle, job, folder)
     found = PemaAdapter.from_pretrained(job.run_dir / "adapter", bundle.card)
@@ -368,7 +370,7 @@ def test_training_goes_on_with_fewer_workers_when_a_node_goes(tiny_source, make_
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "told").read_text() == "2 2 1"
     expected, alone = undisturbed_training(bundle, job, tmp_path / "alone")
-    history = History.from_dict(json.loads((job.run_dir / "history.json").read_text()))
+    history = AdapterHistory.from_dict(json.loads((job.run_dir / "history.json").read_text()))
     assert len(history.train) == history.total_steps == alone.total_steps
     found = PemaAdapter.from_pretrained(job.run_dir / "adapter", bundle.card)
     for name, tensor in expected.state_dict().items():

@@ -24,7 +24,7 @@ from pema_ray.memory import ExternalMemory, published
 from pema_ray.pema.config import SYSTEMS, load_config
 from pema_ray.pema.method import PEMA
 from pema_ray.pema.run import Run
-from pema_ray.pema.stages.systems import System
+from pema_ray.pema.stages.systems import ComparedSystem
 
 ROOT = Path(__file__).parents[2]
 JOBS = ("prepare", "export_head", "build_memory", "train_adapter", "generate", "evaluate", "report")
@@ -195,8 +195,8 @@ def test_pema_is_compared_with_its_peers(experiment, ray_cluster, capsys):
         ("memory_decoder", "compare.knn.lambdas=[0.5]"),
         ("lora", "compare.lora.rank=3"),
     ):
-        changed = System(Run(load_config(path, [override])), name, config.seed)
-        assert changed._stamp() != System(Run(config), name, config.seed)._stamp()  # measured anew, not reused
+        changed = ComparedSystem(Run(load_config(path, [override])), name, config.seed)
+        assert changed._stamp() != ComparedSystem(Run(config), name, config.seed)._stamp()  # measured anew, not reused
     with pytest.raises(UserError, match=r"'lorra' is no system. Did you mean 'lora'\?"):
         load_config(path, ["compare.systems=[plm, lorra]"])
 

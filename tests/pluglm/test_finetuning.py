@@ -10,7 +10,7 @@ import torch
 
 from pema_ray.errors import UserError
 from pema_ray.pluglm.finetune_config import FinetuneConfig
-from pema_ray.pluglm.learning.finetuning import Examples, Finetuner
+from pema_ray.pluglm.learning.finetuning import Finetuner, TaskExamples
 from pema_ray.pluglm.learning.in_task import entries_of
 from pema_ray.pluglm.memory.encoding import DocumentEncoder
 from pema_ray.pluglm.memory.knowledge_memory import KnowledgeMemory
@@ -90,7 +90,7 @@ def make(tmp_path, pretrained: str, kind: str, name: str = "run", in_task: bool 
         memory = KnowledgeMemory.open(folder)
     fingerprint = memory.fingerprint if memory and config.train.frozen else None
     model = new_task_model(config, task, fingerprint)
-    data = Examples.of(task, examples, tokenizer, 16)
+    data = TaskExamples.of(task, examples, tokenizer, 16)
     (tmp_path / name).mkdir(exist_ok=True)
     return Finetuner(
         model, tokenizer, task, config.train, data, data, local_access(memory) if memory else None, tmp_path / name,
@@ -201,7 +201,7 @@ def test_every_tag_counts_alike_whatever_part_it_is_in(tmp_path, pretrained) -> 
         loop = make(tmp_path, pretrained, "tokens", f"in-{accumulate}", epochs=1, accumulate=accumulate, clip=None)
         path = tmp_path / "uneven.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        loop.train = Examples.of(loop.task, [*loop.task.read(path)], loop.tokenizer, 16)  # tags A and O
+        loop.train = TaskExamples.of(loop.task, [*loop.task.read(path)], loop.tokenizer, 16)  # tags A and O
         loop.model.model.backbone.encoder.layer[-1].query_norm = torch.nn.Identity()
         loop.tell = lambda kind, point: losses.append(point["loss"]) if kind == "train" else None
         loop.attach(1)
@@ -220,7 +220,7 @@ def test_parts_without_a_label_are_no_fault(tmp_path, pretrained) -> None:
     for row in rows[3:]:
         row["obj_label"] = "w5 w6"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    loop.train = Examples.of(loop.task, loop.task.read(path), loop.tokenizer, 16)
+    loop.train = TaskExamples.of(loop.task, loop.task.read(path), loop.tokenizer, 16)
     losses = []
     loop.tell = lambda kind, point: losses.append(point["loss"]) if kind == "train" else None
     loop.run()
@@ -230,7 +230,7 @@ def test_parts_without_a_label_are_no_fault(tmp_path, pretrained) -> None:
     for row in rows:
         row["obj_label"] = "w5 w6"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    nothing = Examples.of(loop.task, loop.task.read(path), loop.tokenizer, 16)
+    nothing = TaskExamples.of(loop.task, loop.task.read(path), loop.tokenizer, 16)
     with pytest.raises(UserError, match="None of the training examples can be learned from.*one token"):
         Finetuner(loop.model, loop.tokenizer, loop.task, loop.settings, nothing, nothing, None, tmp_path)
 
@@ -251,7 +251,7 @@ def test_no_snippet_retrieves_another_of_its_question(tmp_path, pretrained) -> N
     loop.model.attach(memory.load(loop.model.fingerprint()))
     found = []
     loop.predict(
-        Examples.of(loop.task, examples, tokenizer, 16),
+        TaskExamples.of(loop.task, examples, tokenizer, 16),
         lambda output, numbers: found.extend(zip(numbers, output.retrieved[0].entry_BK.tolist())),
     )
     assert len(found) == 12

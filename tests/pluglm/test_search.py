@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pema_ray.pluglm.memory import search
-from pema_ray.pluglm.memory.search import NO_DOCUMENT, Found, KeyTable, exact_scores, merge
+from pema_ray.pluglm.memory.search import NO_DOCUMENT, KeyTable, RetrievedEntries, exact_scores, merge
 
 
 def brute_force(query, key, entry, document, k: int, own, cosine: bool) -> tuple[list[list[int]], list[list[float]]]:
@@ -119,6 +119,6 @@ def test_ties_of_cosines_are_ordered_by_entry_whatever_the_querys_length(monkeyp
 
 
 def test_fewer_entries_than_wanted_are_filled_up_with_none() -> None:
-    found = merge([Found(torch.tensor([[4, 2]]), torch.tensor([[1.0, 1.0]], dtype=torch.float64))], 3)
+    found = merge([RetrievedEntries(torch.tensor([[4, 2]]), torch.tensor([[1.0, 1.0]], dtype=torch.float64))], 3)
     assert found.entry_BK.tolist() == [[2, 4, -1]]
     assert found.score_BK.tolist() == [[1.0, 1.0, -torch.inf]]

@@ -27,7 +27,7 @@ from pema_ray.data_owner.service.api import make_api
 from pema_ray.data_owner.service.service import DataOwner
 from pema_ray.line import ExtractBatch, Step, codec
 from pema_ray.plm_owner.service.access import Access, Quota, add_client
-from pema_ray.plm_owner.service.api import Limits
+from pema_ray.plm_owner.service.api import RequestLimits
 from pema_ray.plm_owner.service.api import make_api as make_public_api
 from pema_ray.plm_owner.service.deployment import PLMEngine
 from pema_ray.plm_owner.service.replicas import Replicas
@@ -50,7 +50,7 @@ class Served:
         self.handle = DirectHandle(lambda: PLMEngine(config, {"slots": 8, "max_tokens": 80, "idle_seconds": 0.5}))
         self.key = add_client(folder / "keys.yaml", "them", Quota(sessions=64))
         access = Access(folder / "keys.yaml", folder / "audit.jsonl")
-        limits = Limits(max_body_mb=0.1, max_steps=16, max_rows=400, session_seconds=5)
+        limits = RequestLimits(max_body_mb=0.1, max_steps=16, max_rows=400, session_seconds=5)
         self.public = make_public_api(access, limits, partial(Replicas, self.handle))
         self.owner = DataOwner(lambda: Replicas(self.handle), {"lambda_max": 0.0, "dtype": "float32"})
         self.call(self._start())

@@ -14,7 +14,7 @@ from test_line_over_https import Owner
 from pema_ray.line import Step, codec
 from pema_ray.plm_owner.service import access as access_module
 from pema_ray.plm_owner.service.access import Account, Client, Quota, Refused, Reservation, add_client, hash_of
-from pema_ray.plm_owner.service.api import Limits
+from pema_ray.plm_owner.service.api import RequestLimits
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def told_to_come_again(got: httpx.Response, words: str) -> None:
 
 
 async def test_a_data_owner_has_so_many_requests_under_way_and_no_more(owner_of):
-    async with owner_of(limits=Limits(max_requests=2)) as owner, owner.raw() as http:
+    async with owner_of(limits=RequestLimits(max_requests=2)) as owner, owner.raw() as http:
         step = owner.steps(Step("a", 0, [5]))
         other = add_client(owner.keys, "another", Quota())
         uploads = [Upload(http, step[:5], step[5:]) for _ in range(2)]
@@ -72,7 +72,7 @@ async def test_a_data_owner_has_so_many_requests_under_way_and_no_more(owner_of)
 
 
 async def test_who_goes_away_in_the_middle_of_a_body_holds_nothing_any_more(owner_of):
-    async with owner_of(limits=Limits(max_requests=1)) as owner:
+    async with owner_of(limits=RequestLimits(max_requests=1)) as owner:
         step = owner.steps(Step("a", 0, [5]))
         async with owner.raw() as http:
             upload = Upload(http, step[:5], step[5:])
@@ -87,7 +87,7 @@ async def test_who_goes_away_in_the_middle_of_a_body_holds_nothing_any_more(owne
 
 
 async def test_bodies_and_answers_that_are_held_together_are_bounded(owner_of):
-    async with owner_of(limits=Limits(max_held_mb=0.02)) as owner, owner.raw() as http:
+    async with owner_of(limits=RequestLimits(max_held_mb=0.02)) as owner, owner.raw() as http:
         batch = owner.batch(*[[5] * 80] * 40, first=79)  # 13 kB, and 5 kB of answer
         upload = Upload(http, batch[:10_000], batch[10_000:], "/v1/extract")
         await until(lambda: mine(owner).reserved_bytes == 10_000)
@@ -119,7 +119,7 @@ def test_what_is_held_is_counted_to_the_byte():
 
 
 async def test_the_lm_head_is_counted_and_its_frame_is_made_once(owner_of):
-    async with owner_of(limits=Limits(lm_heads_per_minute=3)) as owner, owner.raw() as http:
+    async with owner_of(limits=RequestLimits(lm_heads_per_minute=3)) as owner, owner.raw() as http:
         got = await asyncio.gather(*(http.get("/v1/lm-head") for _ in range(3)))
         assert {answer.status_code for answer in got} == {200}
         assert len({answer.content for answer in got}) == 1
@@ -184,7 +184,7 @@ async def test_disks_hashes_and_large_frames_keep_the_event_loop_from_nothing(ow
 
     for name in ("decode_extract", "encode_rows", "decode_steps", "encode_stepped"):
         watched(codec, name)
-    async with owner_of(limits=Limits(max_body_mb=1)) as owner, owner.raw() as http:
+    async with owner_of(limits=RequestLimits(max_body_mb=1)) as owner, owner.raw() as http:
         watched(access_module, "hash_of")
         watched(owner.access, "log")
         watched(owner.access, "_changed_at")

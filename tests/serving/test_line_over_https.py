@@ -28,7 +28,7 @@ from pema_ray.line import Busy, ExtractBatch, SessionLost, Step, Stepped, codec
 from pema_ray.line.plm_config import PLMConfig
 from pema_ray.plm_owner.model.states import capture_state
 from pema_ray.plm_owner.service.access import Access, Quota, add_client, hash_of
-from pema_ray.plm_owner.service.api import Limits, make_api
+from pema_ray.plm_owner.service.api import RequestLimits, make_api
 from pema_ray.plm_owner.service.deployment import PLMEngine
 from pema_ray.plm_owner.service.replicas import Replicas
 
@@ -62,7 +62,7 @@ def certificate(folder: Path, name: str, days: int = 1, address: str = "127.0.0.
 class Owner:
     """A PLM owner's public service on a port of this machine."""
 
-    def __init__(self, folder: Path, plm: str, days: int = 1, limits: Limits | None = None, **quota) -> None:
+    def __init__(self, folder: Path, plm: str, days: int = 1, limits: RequestLimits | None = None, **quota) -> None:
         self.folder = folder
         self.keys, self.audit = folder / "keys.yaml", folder / "audit.jsonl"
         self.key_file = folder / "key"
@@ -73,7 +73,7 @@ class Owner:
         self.handle = DirectHandle(lambda: PLMEngine(config, {"slots": 8, "max_tokens": 90}))
         self.now, self._remotes = 1000.0, list[RemotePLM]()
         self.access = Access(self.keys, self.audit, clock=lambda: self.now)
-        self.api = make_api(self.access, limits or Limits(), partial(Replicas, self.handle))
+        self.api = make_api(self.access, limits or RequestLimits(), partial(Replicas, self.handle))
 
     async def __aenter__(self) -> Owner:
         config = uvicorn.Config(
@@ -148,7 +148,7 @@ async def test_states_and_rows_cross_the_line_as_they_are(owner_of, tiny_plm, ti
         local = tiny_client("llama", max_tokens=90)
         described, here = await remote.describe(), await local.describe()
         assert described.card == here.card
-        ours = Limits()
+        ours = RequestLimits()
         expected = (90, ours.max_draft, ours.max_steps, ours.max_rows)
         told = described.limits
         assert (told.max_tokens, told.max_draft, told.max_steps, told.max_rows) == expected
@@ -242,7 +242,7 @@ async def test_quotas_are_told_with_the_time_to_come_again(owner_of):
 
 
 async def test_requests_that_are_too_large_or_make_no_sense_are_4xx(owner_of):
-    limits = Limits(max_body_mb=0.01, max_steps=3, max_rows=20, max_draft=4)
+    limits = RequestLimits(max_body_mb=0.01, max_steps=3, max_rows=20, max_draft=4)
     async with owner_of(limits=limits) as owner, owner.raw() as http:
         steps = [Step(f"s{i}", 0, [5]) for i in range(4)]
         for path, content, status, words in (
@@ -344,7 +344,7 @@ async def test_fingerprints_that_are_made_up_are_not_remembered(owner_of, tiny_p
 
 
 async def test_many_steps_go_in_messages_that_the_plm_owner_takes(owner_of):
-    async with owner_of(limits=Limits(max_steps=3, max_rows=8)) as owner:
+    async with owner_of(limits=RequestLimits(max_steps=3, max_rows=8)) as owner:
         steps = [Step(f"s{i}", 0, [5, 6, 7], 3) for i in range(7)]
         answers = await owner.remote().step(steps)
         assert [len(answer.state_NH) for answer in answers] == [3] * 7
@@ -369,7 +369,7 @@ async def test_a_batch_beyond_the_limits_goes_in_several_requests(owner_of, tiny
     lengths = [1, 40, 3, 60, 22, 2, 1, 50] * 12
     sequences = [torch.randint(3, 300, (n,), generator=random).tolist() for n in lengths]
     batch = ExtractBatch(sequences, [n // 2 for n in lengths], tuple(range(20, 40)))
-    async with owner_of(limits=Limits(**limits)) as owner:
+    async with owner_of(limits=RequestLimits(**limits)) as owner:
         rows = await owner.remote().extract(batch)
         torch.testing.assert_close(rows, await tiny_client("llama").extract(batch), atol=2e-4, rtol=2e-4)
         requests = [entry for entry in owner.log() if entry["what"] == "extract"]

@@ -18,7 +18,7 @@ from pema_ray.data_owner.service.api import make_api
 from pema_ray.data_owner.service.service import DataOwner
 from pema_ray.line import Step, codec
 from pema_ray.plm_owner.service.access import Access, Quota, add_client
-from pema_ray.plm_owner.service.api import Limits
+from pema_ray.plm_owner.service.api import RequestLimits
 from pema_ray.plm_owner.service.api import make_api as make_public_api
 from pema_ray.plm_owner.service.deployment import PLMEngine
 from pema_ray.plm_owner.service.replicas import Replicas
@@ -114,7 +114,7 @@ JSON = {"Content-Type": "application/json"}
 
 async def test_what_services_count_is_what_is_named(owner, tmp_path):
     key = add_client(tmp_path / "keys.yaml", "them", Quota(sessions=1))
-    api = make_public_api(Access(tmp_path / "keys.yaml"), Limits(), partial(Replicas, owner.handle))
+    api = make_public_api(Access(tmp_path / "keys.yaml"), RequestLimits(), partial(Replicas, owner.handle))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://here") as http:
         fingerprint = (await owner.handle.replicas["r0"].describe()).card.fingerprint
         for name, sent, status in (("a", key, 200), ("b", key, 429), ("c", "wrong", 401)):

@@ -20,7 +20,7 @@ from pema_ray.data_owner.service.api import make_api
 from pema_ray.data_owner.service.service import DataOwner
 from pema_ray.line import Step, codec
 from pema_ray.plm_owner.service.access import Access, Quota, add_client
-from pema_ray.plm_owner.service.api import Limits
+from pema_ray.plm_owner.service.api import RequestLimits
 from pema_ray.plm_owner.service.api import make_api as make_public_api
 from pema_ray.plm_owner.service.deployment import PLMEngine
 from pema_ray.plm_owner.service.replicas import Replicas
@@ -130,7 +130,7 @@ async def test_data_owners_over_their_quota_get_429_and_when_to_come_again(tiny_
     handle = DirectHandle(lambda: PLMEngine(config, {"slots": CLIENTS}))
     keys = {name: add_client(tmp_path / "keys.yaml", name, quota) for name, quota in
             (("small", Quota(sessions=8)), ("large", Quota()))}  # fmt: skip
-    api = make_public_api(Access(tmp_path / "keys.yaml"), Limits(), partial(Replicas, handle))
+    api = make_public_api(Access(tmp_path / "keys.yaml"), RequestLimits(), partial(Replicas, handle))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://here", timeout=60) as http:
         fingerprint = (await handle.replicas["r0"].describe()).card.fingerprint
 

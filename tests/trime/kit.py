@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pema_ray.memory.codec import Keys
 from pema_ray.trime.config import DecoderShape
-from pema_ray.trime.datastore.search import Part, SearchOptions
+from pema_ray.trime.datastore.search import DatastorePart, SearchOptions
 from pema_ray.trime.model.decoder import DecoderLM
 
 VOCABULARY, HIDDEN = 23, 16
@@ -33,6 +33,6 @@ def keys_of(count: int, hidden: int = HIDDEN, seed: int = 0, whole: bool = False
     return key_MH, torch.randint(0, VOCABULARY, (count,))
 
 
-def part_of(key_MH: Tensor, token_M: Tensor, first_row: int = 0, **options) -> Part:
+def part_of(key_MH: Tensor, token_M: Tensor, first_row: int = 0, **options) -> DatastorePart:
     """A part that compares with every key."""
-    return Part(Keys("float32", key_MH.numpy()), np.asarray(token_M), first_row, SearchOptions(**options))
+    return DatastorePart(Keys("float32", key_MH.numpy()), np.asarray(token_M), first_row, SearchOptions(**options))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pema_ray.errors import UserError
-from pema_ray.trime.datastore.search import Found, OnePieceSearch
+from pema_ray.trime.datastore.search import OnePieceSearch, SearchResult
 from pema_ray.trime.evaluation.calibration import Mixture, Settings, token_log_probs
 from pema_ray.trime.evaluation.recent import RecentKeys
 from pema_ray.trime.evaluation.statistics import Probe, Text, measure, walk
@@ -201,9 +201,9 @@ class _Nothing:
     def __len__(self) -> int:
         return 9
 
-    def search(self, query_NH, k: int) -> Found:
+    def search(self, query_NH, k: int) -> SearchResult:
         n = len(query_NH)
-        return Found(torch.full((n, k), -torch.inf), torch.full((n, k), -1), torch.full((n, k), -1))
+        return SearchResult(torch.full((n, k), -torch.inf), torch.full((n, k), -1), torch.full((n, k), -1))
 
 
 def test_neighbours_that_were_not_found_have_no_say():

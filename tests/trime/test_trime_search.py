@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pema_ray.errors import UserError
-from pema_ray.trime.datastore.search import Found, OnePieceSearch, merge, recall
+from pema_ray.trime.datastore.search import OnePieceSearch, SearchResult, merge, recall
 from tests.trime.kit import keys_of, part_of
 
 
@@ -75,6 +75,6 @@ def test_queries_of_another_width_are_refused():
 def test_recall_is_the_share_of_true_neighbours():
     def rows(*told):
         row = torch.tensor(told)
-        return Found(torch.zeros(row.shape), torch.zeros_like(row), row)
+        return SearchResult(torch.zeros(row.shape), torch.zeros_like(row), row)
 
     assert recall(rows([1, 2, 3, 4], [5, 6, 7, 8]), rows([1, 2, 3, 9], [8, 7, 6, 5])) == pytest.approx(7 / 8)

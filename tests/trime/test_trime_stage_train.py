@@ -24,7 +24,7 @@ from pema_ray.trime.run import TrimeRun
 from pema_ray.trime.stages import batches as walk
 from pema_ray.trime.stages import prepare, train
 from pema_ray.trime.text.segments import Segments, TokenStream
-from pema_ray.trime.training.training import Trainer
+from pema_ray.trime.training.training import TrimeTrainer
 
 SHAPE = {"layers": 2, "hidden_size": 16, "ffn_size": 32, "heads": 2, "cutoffs": [8], "factor": 2, "dropout": 0.1}
 
@@ -82,7 +82,7 @@ def test_a_killed_worker_is_replaced_and_the_model_is_that_of_an_undisturbed_run
     text, dev = (Segments(TokenStream.open(corpus / "prepare", split), 16) for split in ("train", "dev"))
     torch.manual_seed(config.seed)
     model = make_model(config.model, TrimeRun(config).metrics("prepare")["vocabulary"], 16)
-    Trainer(config, model, text, dev, tmp_path / "undisturbed").run()
+    TrimeTrainer(config, model, text, dev, tmp_path / "undisturbed").run()
     expected = load_checkpoint(tmp_path / "undisturbed/checkpoint.safetensors")[0]
     checkpoint, killed = tmp_path / "train/checkpoint.safetensors", []
 

@@ -20,8 +20,8 @@ from pema_ray.trime.objective.memories import PADDING
 from pema_ray.trime.objective.objective import TrimeObjective, Ways
 from pema_ray.trime.text.segments import Segments, TokenStream
 from pema_ray.trime.training import update_time as pace
-from pema_ray.trime.training.loop import History
-from pema_ray.trime.training.training import Schedule, Trainer
+from pema_ray.trime.training.loop import UpdateHistory
+from pema_ray.trime.training.training import TrimeTrainer, UpdateSchedule
 
 LENGTH = 8
 
@@ -49,7 +49,7 @@ def train(config: TrimeConfig, folder: Path, place: Place | None = None, walk_S:
     """Train the tiny model on 83 tokens: 11 segments, so that groups of 5 leave one of a single, short segment."""
     model = tiny_model(adaptive=True)
     model.shape = model.shape.model_copy(update={"dropout": config.model.shape.dropout})
-    trainer = Trainer(config, model, corpus(83), corpus(50, seed=1), folder, place or Place(), walk_S=walk_S)
+    trainer = TrimeTrainer(config, model, corpus(83), corpus(50, seed=1), folder, place or Place(), walk_S=walk_S)
     return trainer.run(), {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
@@ -151,16 +151,16 @@ def test_bfloat16_gives_the_loss_and_the_direction_of_float32(memory: str, tie: 
 
 def test_warm_up_by_cross_entropy_and_the_coin_are_the_same_for_all_and_follow_the_seed():
     config = configured("ext", group=2, ce_epochs=0.5, hide_local=0.5)
-    schedule = Schedule(config, 11)
+    schedule = UpdateSchedule(config, 11)
     assert schedule.groups_per_epoch == 6
     assert [schedule.ways(number, number).memory for number in range(5)] == ["none"] * 3 + ["ext"] * 2
     coins = [schedule.ways(10, update).hide_local for update in range(200)]
-    assert coins == [Schedule(config, 11).ways(10, update).hide_local for update in range(200)]
+    assert coins == [UpdateSchedule(config, 11).ways(10, update).hide_local for update in range(200)]
     assert 70 < sum(coins) < 130
 
 
 def test_an_update_may_reach_over_the_end_of_an_epoch():
-    schedule = Schedule(configured(group=4, batches={"groups_per_update": 2}), 11)
+    schedule = UpdateSchedule(configured(group=4, batches={"groups_per_update": 2}), 11)
     seen = [segment for update in range(3) for n in schedule.numbers(update) for segment in schedule.group(n)]
     assert sorted(seen) == sorted([*range(11), *range(11)])
 
@@ -170,15 +170,15 @@ def test_an_update_may_reach_over_the_end_of_an_epoch():
 def test_a_run_that_stopped_goes_on_bit_by_bit(memory: str, optimizer: str, tmp_path: Path):
     settings = {"optimizer": optimizer, "momentum": 0.9, "dropout": 0.2}
     whole, model = train(configured(memory, **settings), tmp_path / "whole")
-    cut = Trainer.tokens_of
+    cut = TrimeTrainer.tokens_of
 
-    def dies(self: Trainer, update: int) -> int:
+    def dies(self: TrimeTrainer, update: int) -> int:
         if update == 4:
             raise KeyboardInterrupt
         return cut(self, update)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "tokens_of", dies)
+        patch.setattr(TrimeTrainer, "tokens_of", dies)
         with pytest.raises(KeyboardInterrupt):
             train(configured(memory, **settings), tmp_path / "stopped")
     assert load_checkpoint(tmp_path / "stopped/checkpoint.safetensors")[1]["step"] == 3
@@ -188,7 +188,7 @@ def test_a_run_that_stopped_goes_on_bit_by_bit(memory: str, optimizer: str, tmp_
         assert torch.equal(tensor, again[name]), name
 
 
-def losses_of(history: History) -> list[tuple[str, float]]:
+def losses_of(history: UpdateHistory) -> list[tuple[str, float]]:
     kinds = {"train": history.train, "validation": history.validation}
     return [(f"{kind} {point.step}", point.loss) for kind, points in kinds.items() for point in points]
 
@@ -270,7 +270,7 @@ def compare_with_one(config: TrimeConfig, alone_folder: Path, shared_folder: Pat
             for key, tensor in tensors.items():
                 torch.testing.assert_close(shared[group][key], tensor, atol=2e-6, rtol=1e-4, msg=f"{group} {key}")
     shared = load_checkpoint(shared_folder / "checkpoint.safetensors")[1]["history"]
-    assert dict(losses_of(History.from_dict(shared))) == pytest.approx(dict(losses_of(history)), rel=1e-5)
+    assert dict(losses_of(UpdateHistory.from_dict(shared))) == pytest.approx(dict(losses_of(history)), rel=1e-5)
 
 
 def test_the_pace_of_objectives_is_measured_in_turns(tmp_path: Path, monkeypatch):

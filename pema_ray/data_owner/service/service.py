@@ -90,7 +90,7 @@ class ServedTask(Section):
         return Prompter(tokenizer, self.task, shown, self.chat, self.chat_template_kwargs)
 
 
-class Live(Section):
+class DataOwnerUserConfig(Section):
     """What may be changed while answers are being generated: Serve's `user_config`."""
 
     adapters: dict[str, str] = {}
@@ -108,7 +108,7 @@ def _log_wait(reason: str) -> None:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What `Live` names, loaded."""
+    """What `DataOwnerUserConfig` names, loaded."""
 
     predictors: dict[str, Predictor] = field(default_factory=dict)
     memories: dict[str, MemoryLookup] = field(default_factory=dict)
@@ -130,7 +130,7 @@ class DataOwner:
     def __init__(self, connect: Callable[[], PLMClient], decoder: Mapping[str, Any] | None = None) -> None:
         self.config: DecoderConfig = validate(DecoderConfig, dict(decoder or {}), "decoder")
         self._connect = connect
-        self._live = Live()
+        self._live = DataOwnerUserConfig()
         self._sampling: asyncio.Task[None] | None = None
         self._starting: asyncio.Task[None] | None = None
         self._loading = asyncio.Lock()
@@ -191,7 +191,7 @@ class DataOwner:
         Raises:
             UserError: an adapter is missing, damaged or another PLM's; then nothing changes.
         """
-        requested = validate(Live, dict(live), "user_config")
+        requested = validate(DataOwnerUserConfig, dict(live), "user_config")
         async with self._loading:
             if self.ready:
                 self._use(await asyncio.to_thread(self._load, requested))
@@ -201,7 +201,7 @@ class DataOwner:
         self.decoder.predictors, self.decoder.memories = loaded.predictors, loaded.memories
         self.builders = loaded.builders
 
-    def _load(self, live: Live) -> _Loaded:
+    def _load(self, live: DataOwnerUserConfig) -> _Loaded:
         loaded = _Loaded()
         for section in ("tasks", "memories"):
             for name in getattr(live, section):

@@ -48,7 +48,7 @@ class Rows(Protocol):
     def weight(self) -> np.ndarray | None: ...
 
 
-class Sequences(Rows, Protocol):
+class SequenceRows(Rows, Protocol):
     """Rows that lie together and in order, sequence by sequence.
 
     Attributes:
@@ -112,7 +112,7 @@ class Batch:
 
 
 @runtime_checkable
-class Feed(Protocol):
+class BatchSampler(Protocol):
     """Batches of one process among several.
 
     Attributes:
@@ -161,7 +161,7 @@ class GlobalShuffle:
 class SequenceShuffle:
     """Batches of a permutation of all sequences: as many as have about `batch_size` rows of targets."""
 
-    def __init__(self, rows: Sequences, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, rows: SequenceRows, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
         self._rows, self._seed, self._rank, self._world = rows, seed, rank, world
         self._example = rows.example_id
         self._starts = _starts(self._example)
@@ -222,7 +222,7 @@ def in_order(rows: Rows, most: int | None = None, size: int = CHUNK) -> Iterator
         yield _batch(rows, part, len(part), mean_weight)
 
 
-def sequences_in_order(rows: Sequences, most: int | None = None) -> Iterator[Batch]:
+def sequences_in_order(rows: SequenceRows, most: int | None = None) -> Iterator[Batch]:
     """The same with whole sequences, until they hold `most` rows of targets."""
     return SequenceShuffle(rows, 1, 0).in_order(len(rows.target) if most is None else most)
 

@@ -25,10 +25,10 @@ from pema_ray.data_owner.adapter.predicted_lambda import fit_gate
 from pema_ray.data_owner.training.config import TrainConfig
 from pema_ray.data_owner.training.feed import (
     Batch,
-    Feed,
+    BatchSampler,
     GlobalShuffle,
     Rows,
-    Sequences,
+    SequenceRows,
     SequenceShuffle,
     ShardedRows,
     WindowShuffle,
@@ -55,7 +55,7 @@ RESUMED_FROM = (_POINTS, _BEST, CHECKPOINT)
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class LossPoint:
     """Losses at a step, in nats and in mean squared error."""
 
     step: int
@@ -65,11 +65,11 @@ class Point:
 
 
 @dataclass
-class History:
+class AdapterHistory:
     """What a training run went through; JSON beside the adapter."""
 
-    train: list[Point] = field(default_factory=list)
-    validation: list[Point] = field(default_factory=list)
+    train: list[LossPoint] = field(default_factory=list)
+    validation: list[LossPoint] = field(default_factory=list)
     best_step: int = 0
     best_prediction: float = math.inf
     stale: int = 0
@@ -90,8 +90,8 @@ class History:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> History:
-        points = {kind: [Point(**point) for point in data[kind]] for kind in _KINDS}
+    def from_dict(cls, data: dict[str, Any]) -> AdapterHistory:
+        points = {kind: [LossPoint(**point) for point in data[kind]] for kind in _KINDS}
         return cls(**{**data, **points})
 
     def without_points(self) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class History:
 
 
 @dataclass
-class Trainer:
+class AdapterTrainer:
     """Trains one adapter.
 
     Args:
@@ -115,22 +115,22 @@ class Trainer:
     adapter_config: AdapterConfig
     config: TrainConfig
     head: LMHead
-    train: Rows | ShardedRows | Feed
+    train: Rows | ShardedRows | BatchSampler
     dev: Rows
     run_dir: Path
     seed: int = 0
     place: Place = field(default_factory=Place)
-    on_point: Callable[[str, Point], None] = lambda kind, point: None
+    on_point: Callable[[str, LossPoint], None] = lambda kind, point: None
     on_saved: Callable[[Mapping[str, Any]], None] = lambda metrics: None
     _logged: Counter[str] = field(default_factory=Counter)  # points of each kind that are in the file of points
 
-    def run(self) -> tuple[PemaAdapter, History]:
+    def run(self) -> tuple[PemaAdapter, AdapterHistory]:
         """Stage 1, then stage 2 or 3; returns the best adapter by dev prediction loss, and the history."""
         device = self.place.device
         self.head.to(device)
         torch.manual_seed(self.seed)  # without stage 1, A stays as it is drawn here
         adapter = PemaAdapter(self.adapter_config).to(device)
-        history = History(rows=self.feed.rows, total_steps=self.total_steps)
+        history = AdapterHistory(rows=self.feed.rows, total_steps=self.total_steps)
         step, moments = 0, {}
         if self.config.resume and self._checkpoint.exists():
             step, history, moments = self._restore(adapter)
@@ -149,13 +149,13 @@ class Trainer:
         return best.eval().cpu(), history
 
     @cached_property
-    def feed(self) -> Feed:
+    def feed(self) -> BatchSampler:
         """This process's batches."""
         c, place = self.config, self.place
-        if isinstance(self.train, Feed):
+        if isinstance(self.train, BatchSampler):
             return self.train
         if self.adapter_config.looks_back:
-            return SequenceShuffle(cast(Sequences, self.train), c.batch_size, self.seed, place.rank, place.world)
+            return SequenceShuffle(cast(SequenceRows, self.train), c.batch_size, self.seed, place.rank, place.world)
         if isinstance(self.train, Rows):
             return GlobalShuffle(self.train, c.batch_size, self.seed, place.rank, place.world)
         return WindowShuffle(self.train, c.window_shards, c.batch_size, c.epochs, self.seed, place.rank, place.world)
@@ -166,7 +166,7 @@ class Trainer:
 
     # ── stage 1 ─────────────────────────────────────────────────────────────
 
-    def _reconstruct(self, adapter: PemaAdapter, history: History) -> None:
+    def _reconstruct(self, adapter: PemaAdapter, history: AdapterHistory) -> None:
         started = time.perf_counter()
         measuring = 0.0
         if self.config.solver == "closed_form":
@@ -291,7 +291,7 @@ class Trainer:
         token = nothing[:, 0].long()
         return nothing, token, nothing[:, 0], token if self.adapter_config.looks_back else None
 
-    def _optimise(self, objective: JointObjective, strategy: Strategy, history: History, step: int) -> None:
+    def _optimise(self, objective: JointObjective, strategy: Strategy, history: AdapterHistory, step: int) -> None:
         if step == 0:
             self._validate(objective, history, 0)
         for epoch in range(step // self.feed.steps_per_epoch, self.config.epochs):
@@ -304,7 +304,7 @@ class Trainer:
                 losses = self._learn(strategy, parts)
                 strategy.step(self.learning_rate(step), self.config.clip)
                 step += 1
-                point = Point(step, *self._mean(losses))
+                point = LossPoint(step, *self._mean(losses))
                 if not math.isfinite(point.loss):
                     raise UserError(f"The loss became infinite or no number at step {step}: lower train.learning_rate.")
                 history.train.append(point)
@@ -323,7 +323,7 @@ class Trainer:
         return load((batch.split(count) for batch in self.feed.batches(epoch, first)), self.place.device)
 
     def _learn(self, strategy: Strategy, parts: Sequence[Part]) -> torch.Tensor:
-        """Gradients of a batch, part by part; its losses `[3]` as `Point` names them."""
+        """Gradients of a batch, part by part; its losses `[3]` as `LossPoint` names them."""
         total = torch.zeros(3, dtype=torch.float64, device=self.place.device)
         for number, part in enumerate(parts):
             total += torch.stack(strategy.learn(part, last=number == len(parts) - 1))
@@ -331,18 +331,18 @@ class Trainer:
 
     def _dev(self, most: int | None) -> Iterator[Batch]:
         if self.adapter_config.looks_back:
-            return sequences_in_order(cast(Sequences, self.dev), most)
+            return sequences_in_order(cast(SequenceRows, self.dev), most)
         return in_order(self.dev, most)
 
     @torch.no_grad()
-    def _validate(self, objective: JointObjective, history: History, step: int) -> None:
+    def _validate(self, objective: JointObjective, history: AdapterHistory, step: int) -> None:
         objective.eval()
         rows, losses = 0, torch.zeros(3, dtype=torch.float64, device=self.place.device)
         for batch, part in load_parts(self._dev(self.config.validation_rows), self.place.device):
             count = int(batch.wanted.sum())
             losses += torch.stack(objective(*part)).double() * count
             rows += count
-        point = Point(step, *self._agree(losses / rows))
+        point = LossPoint(step, *self._agree(losses / rows))
         history.validation.append(point)
         if point.prediction < history.best_prediction:
             history.best_prediction, history.best_step, history.stale = point.prediction, step, 0
@@ -397,7 +397,7 @@ class Trainer:
     def _best(self) -> Path:
         return self.run_dir / _BEST
 
-    def _save(self, adapter: PemaAdapter, strategy: Strategy, history: History, step: int) -> None:
+    def _save(self, adapter: PemaAdapter, strategy: Strategy, history: AdapterHistory, step: int) -> None:
         moments = strategy.optimizer_state()  # every process must ask
         if self.place.leads:
             self._write_checkpoint(adapter, moments, history, step)
@@ -405,7 +405,7 @@ class Trainer:
         self.on_saved({**asdict(history.validation[-1]), **best})
 
     def _write_checkpoint(
-        self, adapter: PemaAdapter, moments: dict[str, torch.Tensor], history: History, step: int
+        self, adapter: PemaAdapter, moments: dict[str, torch.Tensor], history: AdapterHistory, step: int
     ) -> None:
         for kind in _KINDS:
             points = getattr(history, kind)
@@ -415,7 +415,7 @@ class Trainer:
         described = {"step": step, "history": history.without_points(), "points_bytes": self._log.size}
         save_checkpoint(self._checkpoint, groups, described)
 
-    def _restore(self, adapter: PemaAdapter) -> tuple[int, History, dict[str, torch.Tensor]]:
+    def _restore(self, adapter: PemaAdapter) -> tuple[int, AdapterHistory, dict[str, torch.Tensor]]:
         groups, described = load_checkpoint(self._checkpoint)
         try:
             adapter.load_state_dict(groups.get("adapter", {}))
@@ -430,7 +430,7 @@ class Trainer:
             history[point.pop("kind")].append(point)
         self._logged = Counter({kind: len(history[kind]) for kind in _KINDS})
         logger.info("training resumes at step %d", described["step"])
-        return described["step"], History.from_dict(history), groups.get("optimizer", {})
+        return described["step"], AdapterHistory.from_dict(history), groups.get("optimizer", {})
 
     def _write_best(self, adapter: PemaAdapter) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from typing import Any
 from pema_ray.data_owner.adapter.pema import AdapterConfig
 from pema_ray.data_owner.training.config import TrainConfig
 from pema_ray.data_owner.training.feed import StreamShuffle
-from pema_ray.data_owner.training.loop import RESUMED_FROM, History, Point, Trainer
+from pema_ray.data_owner.training.loop import RESUMED_FROM, AdapterHistory, AdapterTrainer, LossPoint
 from pema_ray.errors import UserError
 from pema_ray.line import LMHeadBundle, ModelCard
 from pema_ray.memory import ExternalMemory, MemoryRows, ShardInfo
@@ -28,7 +28,7 @@ FIRST_STEP = "first_step.json"  # of a streamed training: how much of the memory
 
 
 @dataclass(frozen=True)
-class TrainingJob:
+class AdapterTrainingJob:
     """Everything a worker needs, as paths that every worker can read (`train_memory` may be `ray://<name>`)."""
 
     train_memory: Path | str
@@ -47,8 +47,8 @@ class TrainingJob:
 
 
 def fit(
-    job: TrainingJob, on_point: Callable[[str, Point], None] = lambda kind, point: None, stream: Any = None
-) -> History:
+    job: AdapterTrainingJob, on_point: Callable[[str, LossPoint], None] = lambda kind, point: None, stream: Any = None
+) -> AdapterHistory:
     """Train on Ray and leave the adapter in `run_dir/adapter`.
 
     Args:
@@ -62,14 +62,14 @@ def fit(
         job,
         job.run_dir,
         job.config,
-        lambda kind, point: on_point(kind, Point(**point)),
+        lambda kind, point: on_point(kind, LossPoint(**point)),
         {} if stream is None else {"train": stream},
         job.placement,
     )
-    return History.from_dict(outcome.returned)
+    return AdapterHistory.from_dict(outcome.returned)
 
 
-def _train(job: TrainingJob) -> dict[str, Any]:
+def _train(job: AdapterTrainingJob) -> dict[str, Any]:
     """What every worker does; the leading one leaves the adapter and its history."""
     place = worker_place(job.config)
     bundle = LMHeadBundle.load(job.bundle)
@@ -87,13 +87,15 @@ def _train(job: TrainingJob) -> dict[str, Any]:
         reporting_checkpoints(job.run_dir, place, RESUMED_FROM) as on_saved,
     ):
 
-        def on_point(kind: str, point: Point) -> None:
+        def on_point(kind: str, point: LossPoint) -> None:
             if kind == "train" and point.step == 1 and job.streamed_rows is not None:  # before trackers take their time
                 built = len(finished_shards(Path(job.train_memory)))
                 (job.run_dir / FIRST_STEP).write_text(json.dumps({"shards": built}))
             tell(kind, asdict(point))
 
-        trainer = Trainer(job.adapter, config, head, train, dev, job.run_dir, job.seed, place, on_point, on_saved)
+        trainer = AdapterTrainer(
+            job.adapter, config, head, train, dev, job.run_dir, job.seed, place, on_point, on_saved
+        )
         adapter, history = trainer.run()
     if place.leads:
         (job.run_dir / "history.json").write_text(json.dumps(history.to_dict()))
@@ -101,7 +103,7 @@ def _train(job: TrainingJob) -> dict[str, Any]:
     return history.to_dict()
 
 
-def _training_rows(job: TrainingJob, card: ModelCard, verify: bool) -> Any:
+def _training_rows(job: AdapterTrainingJob, card: ModelCard, verify: bool) -> Any:
     if job.streamed_rows is not None:
         return _streamed(job, job.streamed_rows)
     memory = ExternalMemory.open(job.train_memory, card)
@@ -110,7 +112,7 @@ def _training_rows(job: TrainingJob, card: ModelCard, verify: bool) -> Any:
     return memory.view(max_examples=job.config.max_train_pairs, prompts=job.adapter.looks_back, verify=verify)
 
 
-def _streamed(job: TrainingJob, rows: int) -> StreamShuffle:
+def _streamed(job: AdapterTrainingJob, rows: int) -> StreamShuffle:
     """Shards as their receipts come in; the rows are read from the files that were just written."""
     folder = Path(job.train_memory)
 
@@ -131,7 +133,7 @@ def _streamed(job: TrainingJob, rows: int) -> StreamShuffle:
     return StreamShuffle(rows, job.streamed_mean_weight, arrivals, finished, job.config.batch_size, job.seed)
 
 
-def _figures(history: History) -> str:
+def _figures(history: AdapterHistory) -> str:
     first, best = history.validation[0], min(history.validation, key=lambda point: point.prediction)
     return (
         f"Trained on {history.rows:,} rows. Held-out loss on the dev memory, nats per token: "

@@ -11,7 +11,7 @@ from ray import serve
 from ray.serve import Application
 
 from pema_ray.data_owner.service.api import make_api
-from pema_ray.data_owner.service.service import DataOwner, DecoderConfig, Live
+from pema_ray.data_owner.service.service import DataOwner, DataOwnerUserConfig, DecoderConfig
 from pema_ray.errors import UserError
 from pema_ray.line import PLMClient
 from pema_ray.line.plm_config import PLMConfig
@@ -29,7 +29,7 @@ class DataOwnerArgs(Section):
     plm: PLMConfig
     """The PLM owner's service: `url` with `key_file` and `ca_file`, or `serve` for an application of this cluster."""
     decoder: DecoderConfig = DecoderConfig()
-    live: Live = Live()
+    live: DataOwnerUserConfig = DataOwnerUserConfig()
     """Adapters and their tasks at first; `user_config` of the deployment `DataOwner` changes them."""
     data_owner: Scale = Scale()
 
@@ -50,7 +50,7 @@ def data_owner(args: Mapping[str, Any] | None = None) -> Application:
     return deployment.bind(partial(connect, wanted.plm), wanted.decoder.model_dump())
 
 
-def data_owner_deployment(config: DecoderConfig, scale: Scale, live: Live) -> Any:
+def data_owner_deployment(config: DecoderConfig, scale: Scale, live: DataOwnerUserConfig) -> Any:
     """The deployment; bind it to what makes a client, the decoder's settings, and the client's arguments."""
 
     @serve.deployment(

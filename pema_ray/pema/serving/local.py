@@ -7,7 +7,7 @@ from typing import Any
 
 from ray.serve import Application
 
-from pema_ray.data_owner.service.service import DecoderConfig, Live
+from pema_ray.data_owner.service.service import DataOwnerUserConfig, DecoderConfig
 from pema_ray.line.plm_config import PLMConfig
 from pema_ray.pema.serving.data_owner import data_owner_deployment
 from pema_ray.plm_owner.engine import EngineConfig
@@ -23,7 +23,7 @@ class LocalArgs(Section):
     plm: PLMConfig = PLMConfig()
     engine: EngineConfig = EngineConfig()
     decoder: DecoderConfig = DecoderConfig()
-    live: Live = Live()
+    live: DataOwnerUserConfig = DataOwnerUserConfig()
     """Adapters and their tasks at first; `user_config` of the deployment `DataOwner` changes them."""
     plm_owner: Scale = Scale()
     data_owner: Scale = Scale()

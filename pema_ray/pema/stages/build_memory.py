@@ -19,7 +19,7 @@ from pema_ray.pema.plm import connector
 from pema_ray.pema.run import Run
 from pema_ray.runtime.cluster import ray_cluster
 from pema_ray.runtime.placement import PlacementConfig, for_tasks
-from pema_ray.runtime.progress import Tracker, track
+from pema_ray.runtime.progress import ProgressBar, track
 from pema_ray.tasks.shots import first_shots
 
 _CLIENT_CPUS = 0.25  # of an actor that only waits for answers, encodes and writes
@@ -115,7 +115,7 @@ def count_missing(builds: list[MemoryBuild]) -> int:
     return sum(len(prepare_folder(build)[0]) for build in builds)
 
 
-def showing_waits(bar: Tracker) -> Callable[[str], None]:
+def showing_waits(bar: ProgressBar) -> Callable[[str], None]:
     """Puts what the build waits for behind its progress."""
 
     def show(text: str) -> None:

@@ -11,7 +11,7 @@ from pema_ray.evaluation.comparison import Comparison, Peer, markdown, significa
 from pema_ray.pema.config import ExperimentConfig
 from pema_ray.pema.run import Run
 from pema_ray.pema.stages.answers import read_rows
-from pema_ray.pema.stages.systems import System, check, scorer_of
+from pema_ray.pema.stages.systems import ComparedSystem, check, scorer_of
 from pema_ray.runtime.cluster import ray_cluster
 from pema_ray.runtime.files import atomic_file
 from pema_ray.runtime.progress import console
@@ -58,7 +58,7 @@ def _cluster(run: Run) -> Iterator[None]:
         stack.enter_context(
             ray_cluster(config.ray, g.cpus_per_actor, g.gpus_per_actor, readers=1, placement=config.placement)
         )
-        if any(System(run, name, config.seed).is_trained for name in config.compare.systems):
+        if any(ComparedSystem(run, name, config.seed).is_trained for name in config.compare.systems):
             workers = t.min_workers or t.workers
             stack.enter_context(
                 ray_cluster(config.ray, t.cpus_per_worker, t.gpus_per_worker, workers, placement=config.placement)
@@ -68,9 +68,9 @@ def _cluster(run: Run) -> Iterator[None]:
 
 def _peer(run: Run, name: str) -> Peer:
     """A system's row: one measurement, or one for each seed where something is trained."""
-    first = System(run, name, run.config.seed)
+    first = ComparedSystem(run, name, run.config.seed)
     count = run.config.compare.seeds if first.is_trained and name not in run.config.compare.single_seed else 1
-    systems = [first, *(System(run, name, run.config.seed + n) for n in range(1, count))]
+    systems = [first, *(ComparedSystem(run, name, run.config.seed + n) for n in range(1, count))]
     return Peer(name=first.label, given=first.given, measurements=tuple(system.measurement() for system in systems))
 
 
@@ -81,7 +81,7 @@ def _comparison(run: Run, peers: dict[str, Peer]) -> Comparison:
     scorer = scorer_of(run)
     texts = {}
     for name, peer in peers.items():
-        path = System(run, name, peer.measurements[0].seed).answers
+        path = ComparedSystem(run, name, peer.measurements[0].seed).answers
         texts[name] = [row["answer"] for row in read_rows(path)]
         scorer.score(texts[name])
     tested = {}

@@ -21,7 +21,7 @@ from pema_ray.data_owner.config import GenerateConfig, KnnMixConfig
 from pema_ray.data_owner.decoding.offline import GenerationJob, SystemAnswer
 from pema_ray.data_owner.decoding.predictor import Predictor, PredictorSource, PredictorSpec
 from pema_ray.data_owner.training.config import TrainConfig
-from pema_ray.data_owner.training.loop import History
+from pema_ray.data_owner.training.loop import AdapterHistory
 from pema_ray.data_owner.training.ray_training import fit
 from pema_ray.errors import UserError
 from pema_ray.evaluation.comparison import Measurement
@@ -139,7 +139,7 @@ def describe_adapter(config: TrainConfig) -> str:
     return f"{form} r = {config.rank}, {stages[config.solver]}"
 
 
-class System:
+class ComparedSystem:
     """Measures one system with one seed, once: the measurement is kept under a stamp of all that it depends on."""
 
     def __init__(self, run: Run, name: str, seed: int) -> None:
@@ -261,7 +261,7 @@ class System:
         folder = self.folder
         if self.name == "pema" and self.seed == self.config.seed and self.run.finished("train"):  # the run's own
             folder = self.run.path("train")
-            history = History.from_dict(json.loads((folder / "history.json").read_text()))
+            history = AdapterHistory.from_dict(json.loads((folder / "history.json").read_text()))
         else:
             history = self._train()
         spec, options = predictor_of(self.run, folder / "adapter"), self.config.generate
@@ -294,13 +294,13 @@ class System:
         config = self.config.model_copy(update=changes)
         for stage in ("prepare", "export_head", "build_memory"):
             PEMA.run(stage, config)
-        inner = System(Run(config), "pema", self.seed)
+        inner = ComparedSystem(Run(config), "pema", self.seed)
         found = inner.measurement()
         with atomic_file(self.answers) as temporary:
             temporary.write_bytes(inner.answers.read_bytes())
         return found
 
-    def _train(self) -> History:
+    def _train(self) -> AdapterHistory:
         c = _training(self.config.train, self.name, self.run.bundle.card.hidden_size)
         job = replace(training_job(self.run, c), run_dir=self.folder.resolve(), seed=self.seed)
         claim(job.run_dir, f"{self.name} {self.seed} {self.run.stamp('train')}")  # else it would be resumed

@@ -10,8 +10,8 @@ from typing import Any
 
 from pema_ray.data_owner.adapter.pema import AdapterConfig
 from pema_ray.data_owner.training.config import TrainConfig
-from pema_ray.data_owner.training.loop import History, Point
-from pema_ray.data_owner.training.ray_training import FIRST_STEP, TrainingJob, fit
+from pema_ray.data_owner.training.loop import AdapterHistory, LossPoint
+from pema_ray.data_owner.training.ray_training import FIRST_STEP, AdapterTrainingJob, fit
 from pema_ray.errors import UserError
 from pema_ray.experiment.stage_run import claim
 from pema_ray.memory import ExternalMemory
@@ -23,7 +23,7 @@ from pema_ray.pema.config import ExperimentConfig
 from pema_ray.pema.run import Run
 from pema_ray.pema.stages.build_memory import actor_settings, measure_memory, plan_memories, plm_client, showing_waits
 from pema_ray.runtime.cluster import ray_cluster
-from pema_ray.runtime.progress import Tracker, track
+from pema_ray.runtime.progress import ProgressBar, track
 
 
 def run(config: ExperimentConfig) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
     return run.perform("train", lambda: _measure(_train(run), config.train.batch_size))
 
 
-def _train(run: Run) -> History:
+def _train(run: Run) -> AdapterHistory:
     """Train on the finished memory."""
     c, card = run.config.train, run.bundle.card
     job = training_job(run)
@@ -60,7 +60,7 @@ def _while_building(run: Run) -> dict[str, Any]:
         raise UserError("train.stream needs build_memory.context=teacher_forced: the others' rows cannot be planned.")
     if {"train", "dev"} - set(chosen.splits):
         raise UserError(f"train.stream needs the splits train and dev, build_memory.splits has {list(chosen.splits)}.")
-    trained: list[History] = []
+    trained: list[AdapterHistory] = []
 
     def work() -> dict[str, Any]:
         builds = plan_memories(run)
@@ -97,7 +97,7 @@ def _while_building(run: Run) -> dict[str, Any]:
     return run.perform("train", lambda: _measure(trained[0], c.batch_size))
 
 
-def training_job(run: Run, c: TrainConfig | None = None) -> TrainingJob:
+def training_job(run: Run, c: TrainConfig | None = None) -> AdapterTrainingJob:
     """Training as the run's settings describe it, or with settings of its own."""
     c, card = c or run.config.train, run.bundle.card
     adapter = AdapterConfig(
@@ -118,7 +118,7 @@ def training_job(run: Run, c: TrainConfig | None = None) -> TrainingJob:
         predicts_lambda=c.predict_lambda,
         prompt_from=run.prompter().shared_tokens if c.reads_sequences else 0,
     )
-    return TrainingJob(
+    return AdapterTrainingJob(
         train_memory=run.path("build_memory", "train").resolve(),
         dev_memory=run.path("build_memory", "dev").resolve(),
         bundle=run.path("export_head", "lm_head").resolve(),
@@ -134,8 +134,8 @@ def _steps(c: TrainConfig, rows: int) -> int:
     return max(1, rows // min(c.batch_size, rows)) * c.epochs
 
 
-def _showing(bar: Tracker, batch_size: int) -> Callable[[str, Point], None]:
-    def show(kind: str, point: Point) -> None:
+def _showing(bar: ProgressBar, batch_size: int) -> Callable[[str, LossPoint], None]:
+    def show(kind: str, point: LossPoint) -> None:
         if kind == "train":
             bar.advance(point.step - bar.done, batch_size, f"loss {point.prediction:.3f}")
 
@@ -153,7 +153,7 @@ def _published(name: str, memory: ExternalMemory) -> str:
     return SCHEME + name
 
 
-def _measure(history: History, batch_size: int) -> dict[str, Any]:
+def _measure(history: AdapterHistory, batch_size: int) -> dict[str, Any]:
     first = history.validation[0].prediction
     rate = min(batch_size, history.rows) * len(history.train) / max(1e-9, history.seconds)
     return {

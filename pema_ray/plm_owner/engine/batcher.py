@@ -20,7 +20,7 @@ from pema_ray.plm_owner.engine.config import EngineConfig
 from pema_ray.plm_owner.engine.extraction import Extraction, ExtractJob
 from pema_ray.plm_owner.engine.fair import FairQueue
 from pema_ray.plm_owner.engine.sessions import Sessions, StepJob
-from pema_ray.plm_owner.engine.slots import Feed, make_caches
+from pema_ray.plm_owner.engine.slots import SlotTokens, make_caches
 from pema_ray.plm_owner.model.load import LoadedPLM
 
 Job = StepJob | ExtractJob
@@ -175,7 +175,7 @@ class Batcher:
         for job in jobs:
             assert job.slot is not None
             piece = job.remaining[:width]
-            feeds.append(Feed(job.slot.number, len(job.slot.ids), piece))
+            feeds.append(SlotTokens(job.slot.number, len(job.slot.ids), piece))
             pieces.append(piece)
         states = self._caches.run(feeds)
         self.passes.append((len(jobs), sum(map(len, pieces))))

@@ -29,7 +29,7 @@ _IDLE_SHARE = 0.25  # of a pass may be rows that nobody asked for, where that sp
 
 
 @dataclass(frozen=True, slots=True)
-class Feed:
+class SlotTokens:
     """Tokens to run on in one slot.
 
     Attributes:
@@ -44,7 +44,7 @@ class Feed:
 class Caches(Protocol):
     """The caches of all slots of a PLM."""
 
-    def run(self, feeds: Sequence[Feed]) -> list[torch.Tensor]:
+    def run(self, feeds: Sequence[SlotTokens]) -> list[torch.Tensor]:
         """States `[len(tokens), H]` of every feed, on the PLM's device. No slot occurs twice."""
         ...
 
@@ -88,10 +88,10 @@ def _same_as_plain(plm: LoadedPLM, caches: Caches) -> bool:
     length = min(48, plm.max_positions)
     long, short = random_ids(plm, length, 0), random_ids(plm, max(2, length // 3), 1)
     half = length // 2
-    first = caches.run([Feed(0, 0, long[:half]), Feed(2, 0, short)])
-    caches.run([Feed(2, len(short) - 1, long[:1])])
-    second = caches.run([Feed(2, len(short) - 1, short[-1:]), Feed(0, half, long[half:-1])])
-    third = caches.run([Feed(0, length - 1, long[-1:])])
+    first = caches.run([SlotTokens(0, 0, long[:half]), SlotTokens(2, 0, short)])
+    caches.run([SlotTokens(2, len(short) - 1, long[:1])])
+    second = caches.run([SlotTokens(2, len(short) - 1, short[-1:]), SlotTokens(0, half, long[half:-1])])
+    third = caches.run([SlotTokens(0, length - 1, long[-1:])])
     found = [torch.cat([first[0], second[1], third[0]]), torch.cat([first[1][:-1], second[0]])]
     return all(
         same_states(plm, states, plain_states(plm, ids)) for states, ids in zip(found, (long, short), strict=True)
@@ -186,7 +186,7 @@ class SlotCaches:
         return self._capacity
 
     @torch.inference_mode()
-    def run(self, feeds: Sequence[Feed]) -> list[torch.Tensor]:
+    def run(self, feeds: Sequence[SlotTokens]) -> list[torch.Tensor]:
         order = sorted(range(len(feeds)), key=lambda i: feeds[i].slot)
         chosen = [feeds[i] for i in order]
         width = max(len(feed.tokens) for feed in feeds)
@@ -227,7 +227,7 @@ class SlotCaches:
             layer.copy(source, target, length)
         self._length[target] = length
 
-    def _rows(self, feeds: Sequence[Feed]) -> tuple[slice | torch.Tensor, int]:
+    def _rows(self, feeds: Sequence[SlotTokens]) -> tuple[slice | torch.Tensor, int]:
         """A stretch of slots where most of it is asked for (a view), else just these (a copy)."""
         slots = [feed.slot for feed in feeds]
         held = slots[-1] + 1 - slots[0]
@@ -274,10 +274,10 @@ class SeparateCaches:
         self._held: list[tuple[list[int], DynamicCache | None]] = [([], None)] * slots
 
     @torch.inference_mode()
-    def run(self, feeds: Sequence[Feed]) -> list[torch.Tensor]:
+    def run(self, feeds: Sequence[SlotTokens]) -> list[torch.Tensor]:
         return [self._one(feed) for feed in feeds]
 
-    def _one(self, feed: Feed) -> torch.Tensor:
+    def _one(self, feed: SlotTokens) -> torch.Tensor:
         held, cache = self._held[feed.slot]
         tokens, again = list(feed.tokens), 0
         long = self._one_token and len(tokens) > _LONGEST_SINGLY

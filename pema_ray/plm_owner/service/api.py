@@ -52,7 +52,7 @@ _STATE_BYTES = 4  # of a number of a representation, at most
 _MOST_LINES = 4  # of one data owner: the PLM before an update, the one after it, and room
 
 
-class Limits(Section):
+class RequestLimits(Section):
     """Of single requests, whoever sends them, and of what one data owner may have under way."""
 
     max_body_mb: float = Field(default=16, gt=0)
@@ -101,7 +101,7 @@ class _Endpoints:
         replicas: the engine's replicas, for a data owner's name and a PLM's fingerprint.
     """
 
-    def __init__(self, access: Access, limits: Limits, replicas: Callable[[str, str | None], Replicas]) -> None:
+    def __init__(self, access: Access, limits: RequestLimits, replicas: Callable[[str, str | None], Replicas]) -> None:
         self._access, self._limits, self._replicas = access, limits, replicas
         self.lines: dict[str, dict[str, Replicas]] = {}
         self.counts: Counter[str] = Counter()
@@ -259,7 +259,7 @@ class _Endpoints:
         return Response(status_code=204)
 
 
-def make_api(access: Access, limits: Limits, replicas: Callable[[str, str | None], Replicas]) -> FastAPI:
+def make_api(access: Access, limits: RequestLimits, replicas: Callable[[str, str | None], Replicas]) -> FastAPI:
     """The application; arguments as `_Endpoints` has them."""
     api = FastAPI(title="pema-ray PLM owner", description=__doc__ or "", version="1", docs_url="/docs")
     api.add_middleware(_UntilSent)

@@ -16,7 +16,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouter
 from pema_ray.line.plm_config import PLMConfig
 from pema_ray.plm_owner.engine import EngineConfig
 from pema_ray.plm_owner.service.access import Access
-from pema_ray.plm_owner.service.api import Limits, make_api
+from pema_ray.plm_owner.service.api import RequestLimits, make_api
 from pema_ray.plm_owner.service.deployment import PLMEngine
 from pema_ray.plm_owner.service.replicas import Replicas
 from pema_ray.runtime.metrics import RayMetrics
@@ -34,7 +34,7 @@ class PLMOwnerArgs(Section):
     """The file of keys, as `pema-ray serve-key` makes it."""
     audit: str | None = None
     """A file that gets one line a request."""
-    limits: Limits = Limits()
+    limits: RequestLimits = RequestLimits()
     plm_owner: Scale = Scale()
     api_cpus: float = 1
 
@@ -89,7 +89,7 @@ def plm_owner(args: Mapping[str, Any] | None = None) -> Application:
         def __init__(self, engine: Any, keys: str, audit: str | None, limits: Mapping[str, Any]) -> None:
             log_as_json()
             access = Access(Path(keys), None if audit is None else Path(audit))
-            self._api = make_api(access, Limits(**limits), partial(Replicas, engine))
+            self._api = make_api(access, RequestLimits(**limits), partial(Replicas, engine))
             self._sampling: asyncio.Task[None] | None = None
 
         def __serve_build_asgi_app__(self) -> FastAPI:

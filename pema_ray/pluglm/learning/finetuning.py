@@ -24,8 +24,8 @@ from pema_ray.pluglm.finetune_config import FinetuneSettings
 from pema_ray.pluglm.learning.masking import IGNORED
 from pema_ray.pluglm.learning.trainer import MemoryAccess, MemoryTrainer, Tell
 from pema_ray.pluglm.model.knowledge import document_codes
-from pema_ray.pluglm.tasks import Feature, Task
-from pema_ray.pluglm.tasks.reading import Example
+from pema_ray.pluglm.tasks import Feature, FinetuningTask
+from pema_ray.pluglm.tasks.reading import TaskExample
 from pema_ray.pluglm.tasks.scores import ERRORS
 from pema_ray.training.checkpoint import CHECKPOINT
 from pema_ray.training.strategies import Place, Strategy, make_strategy
@@ -38,16 +38,16 @@ _PREDICTED = 64  # features scored together
 
 
 @dataclass(frozen=True)
-class Examples:
+class TaskExamples:
     """Examples with their features."""
 
-    examples: Sequence[Example]
+    examples: Sequence[TaskExample]
     features: Sequence[Feature]
     codes: np.ndarray
     """Document codes of the examples, so that they do not retrieve themselves."""
 
     @classmethod
-    def of(cls, task: Task, examples: Sequence[Example], tokenizer: Any, max_tokens: int) -> Examples:
+    def of(cls, task: FinetuningTask, examples: Sequence[TaskExample], tokenizer: Any, max_tokens: int) -> TaskExamples:
         codes = document_codes([example.document_id for example in examples])
         return cls(examples, task.features(examples, tokenizer, max_tokens), codes)
 
@@ -86,10 +86,10 @@ class Finetuner(MemoryTrainer[FinetuneSettings]):
         self,
         model: Any,
         tokenizer: Any,
-        task: Task,
+        task: FinetuningTask,
         settings: FinetuneSettings,
-        train: Examples | None,
-        validation: Examples,
+        train: TaskExamples | None,
+        validation: TaskExamples,
         memory: MemoryAccess | None,
         run_dir: Path,
         seed: int = 0,
@@ -158,7 +158,7 @@ class Finetuner(MemoryTrainer[FinetuneSettings]):
 
     @torch.no_grad()
     def predict(
-        self, data: Examples, on_output: Callable[[Any, Sequence[int]], None] = lambda output, examples: None
+        self, data: TaskExamples, on_output: Callable[[Any, Sequence[int]], None] = lambda output, examples: None
     ) -> dict[str, Any]:
         """Answers to all examples, by id; every process must ask.
 
@@ -211,7 +211,7 @@ class Finetuner(MemoryTrainer[FinetuneSettings]):
         if place.leads:
             self.tell("train", {"step": step + 1, "loss": loss, "learning_rate": rate})
 
-    def _learned(self, data: Examples, features: Sequence[Feature], weight: float = 1.0) -> tuple[Tensor, ...]:
+    def _learned(self, data: TaskExamples, features: Sequence[Feature], weight: float = 1.0) -> tuple[Tensor, ...]:
         """Inputs of the objective."""
         targets = self._targets(features)
         weighed = {"weight": torch.tensor(weight), **targets}
@@ -223,7 +223,9 @@ class Finetuner(MemoryTrainer[FinetuneSettings]):
             raise UserError("A training example has no label.")
         return targets
 
-    def _batch(self, data: Examples, features: Sequence[Feature], targets: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    def _batch(
+        self, data: TaskExamples, features: Sequence[Feature], targets: Mapping[str, Tensor]
+    ) -> tuple[Tensor, ...]:
         B, T = len(features), max(len(one.token_ids) for one in features)
         input_BT = np.full((B, T), self.tokenizer.pad_token_id, np.int64)
         mask_BT, type_BT = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64)

@@ -11,14 +11,16 @@ from typing import Any
 
 from pema_ray.errors import UserError
 from pema_ray.pluglm.memory.entries import NewEntry
-from pema_ray.pluglm.tasks.reading import Example
-from pema_ray.pluglm.tasks.task import Task
+from pema_ray.pluglm.tasks.reading import TaskExample
+from pema_ray.pluglm.tasks.task import FinetuningTask
 
 TAG = "in-task"
 SOURCE = "training examples"
 
 
-def entries_of(task: Task, examples: Sequence[Example], tokenizer: Any, max_tokens: int) -> list[NewEntry]:
+def entries_of(
+    task: FinetuningTask, examples: Sequence[TaskExample], tokenizer: Any, max_tokens: int
+) -> list[NewEntry]:
     """Entries of training examples. A long text is cut so that its label stays.
 
     Raises:
@@ -46,7 +48,7 @@ def entries_of(task: Task, examples: Sequence[Example], tokenizer: Any, max_toke
     return found
 
 
-def said_around(task: Task, example: Example) -> tuple[str, str]:
+def said_around(task: FinetuningTask, example: TaskExample) -> tuple[str, str]:
     """What stands before and behind the label: of a cloze sentence around its mask, of others all before it."""
     if task.kind == "cloze":
         before, _, after = example.text.partition("[MASK]")

@@ -21,7 +21,7 @@ _CHUNK = 1 << 13  # keys whose scores are computed at a time: they and the keys 
 _SPARE = 8  # candidates beyond k, so that rounding seldom asks for a second look
 
 
-class Found(NamedTuple):
+class RetrievedEntries(NamedTuple):
     """The best entries of every query, best first; equal scores by entry id."""
 
     entry_BK: Tensor
@@ -49,7 +49,7 @@ class KeyTable:
         return len(self._entry_N)
 
     @torch.no_grad()
-    def top(self, query_BQ: Tensor, k: int, own_B: Tensor | None = None, cosine: bool = False) -> Found:
+    def top(self, query_BQ: Tensor, k: int, own_B: Tensor | None = None, cosine: bool = False) -> RetrievedEntries:
         """The `k` best entries of each query, without those of its own document (`own_B`, codes)."""
         query_BQ = query_BQ.detach().float().cpu()
         best = nothing(len(query_BQ), k)
@@ -60,7 +60,7 @@ class KeyTable:
 
     def _chunk(
         self, query_BQ: Tensor, k: int, start: int, hidden: tuple[Tensor, Tensor] | None, cosine: bool, least_B: Tensor
-    ) -> Found:
+    ) -> RetrievedEntries:
         """The best of some keys. `least_B`: what an entry must reach to be among the best k of those before."""
         key_CQ = self._key_NQ[start : start + _CHUNK].float()
         norm_C = self._norms()[start : start + _CHUNK]
@@ -90,12 +90,12 @@ class KeyTable:
 
     def _ranked(
         self, query_BQ: Tensor, key_CQ: Tensor, place_BM: Tensor, rough_BM: Tensor, start: int, k: int, cosine: bool
-    ) -> Found:
+    ) -> RetrievedEntries:
         """Candidates, scored exactly and in order; those that were hidden (-inf) are none."""
         score_BM = exact_scores(query_BQ, key_CQ[place_BM], cosine)
         gone_BM = rough_BM == -torch.inf
         entry_BM = self._entry_N[place_BM + start].masked_fill(gone_BM, -1)
-        return merge([Found(entry_BM, score_BM.masked_fill(gone_BM, -torch.inf))], k)
+        return merge([RetrievedEntries(entry_BM, score_BM.masked_fill(gone_BM, -torch.inf))], k)
 
     def _norms(self) -> Tensor:
         if self._norm_N is None:
@@ -135,9 +135,9 @@ class KeyTable:
 _TINY = 1e-30
 
 
-def nothing(queries: int, k: int) -> Found:
+def nothing(queries: int, k: int) -> RetrievedEntries:
     """The result of searching no entries."""
-    return Found(torch.full((queries, k), -1), torch.full((queries, k), -torch.inf, dtype=torch.float64))
+    return RetrievedEntries(torch.full((queries, k), -1), torch.full((queries, k), -torch.inf, dtype=torch.float64))
 
 
 def exact_scores(query_BQ: Tensor, key_BMQ: Tensor, cosine: bool) -> Tensor:
@@ -154,7 +154,7 @@ def _sum(x_BMQ: Tensor) -> Tensor:
     return x_BMQ.cumsum(-1)[..., -1]
 
 
-def merge(parts: Sequence[Found], k: int) -> Found:
+def merge(parts: Sequence[RetrievedEntries], k: int) -> RetrievedEntries:
     """The best `k` of several results; fewer are filled up with -1."""
     entry, score = (torch.cat(columns, 1) for columns in zip(*parts))
     if (missing := k - entry.shape[1]) > 0:
@@ -163,4 +163,4 @@ def merge(parts: Sequence[Found], k: int) -> Found:
     by_entry = entry.argsort(1)
     entry, score = entry.gather(1, by_entry), score.gather(1, by_entry)
     order = score.argsort(dim=1, descending=True, stable=True)[:, :k]
-    return Found(entry.gather(1, order), score.gather(1, order))
+    return RetrievedEntries(entry.gather(1, order), score.gather(1, order))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pema_ray.pluglm.memory.knowledge_memory import KnowledgeMemory
-from pema_ray.pluglm.memory.search import Found, merge, nothing
+from pema_ray.pluglm.memory.search import RetrievedEntries, merge, nothing
 from pema_ray.pluglm.model.knowledge import HeldKnowledge, Tokens, require_entries, require_found
 from pema_ray.runtime.hardware import set_threads
 
@@ -114,12 +114,12 @@ class ShardedKnowledge:
     def __len__(self) -> int:
         return sum(self._lengths)
 
-    def search(self, query_BQ: Tensor, k: int, own_B: Tensor | None = None, cosine: bool = False) -> Found:
+    def search(self, query_BQ: Tensor, k: int, own_B: Tensor | None = None, cosine: bool = False) -> RetrievedEntries:
         """As `Knowledge.search`."""
         require_entries(self.name, len(self), k)
         own = None if own_B is None else own_B.cpu().numpy()
         parts = self._all("search", query_BQ.detach().float().cpu().numpy(), k, own, cosine)
-        found = merge([Found(_tensor(entry), _tensor(score)) for entry, score in parts], k)
+        found = merge([RetrievedEntries(_tensor(entry), _tensor(score)) for entry, score in parts], k)
         require_found(self.name, found)
         return found
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pema_ray.errors import UserError
-from pema_ray.pluglm.memory.search import NO_DOCUMENT, Found, KeyTable
+from pema_ray.pluglm.memory.search import NO_DOCUMENT, KeyTable, RetrievedEntries
 
 
 class Tokens(NamedTuple):
@@ -55,7 +55,7 @@ class Knowledge(Protocol):
 
     def __len__(self) -> int: ...
 
-    def search(self, query_BQ: Tensor, k: int, own_B: Tensor | None = None, cosine: bool = False) -> Found:
+    def search(self, query_BQ: Tensor, k: int, own_B: Tensor | None = None, cosine: bool = False) -> RetrievedEntries:
         """The `k` entries with the largest q · key (or cosine), exactly; equal ones by entry id.
 
         Args:
@@ -130,7 +130,7 @@ class HeldKnowledge:
     def __len__(self) -> int:
         return len(self.entry_N)
 
-    def search(self, query_BQ: Tensor, k: int, own_B: Tensor | None = None, cosine: bool = False) -> Found:
+    def search(self, query_BQ: Tensor, k: int, own_B: Tensor | None = None, cosine: bool = False) -> RetrievedEntries:
         require_entries(self.name, len(self), k)
         found = self.table.top(query_BQ, k, own_B, cosine)
         require_found(self.name, found)
@@ -176,7 +176,7 @@ def require_entries(name: str, entries: int, k: int) -> None:
         )
 
 
-def require_found(name: str, found: Found) -> None:
+def require_found(name: str, found: RetrievedEntries) -> None:
     """Raises `UserError` when entries of a sequence's own document left it with less than k."""
     if bool((found.entry_BK < 0).any()):
         short = int((found.entry_BK >= 0).sum(1).min())

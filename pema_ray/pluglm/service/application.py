@@ -11,14 +11,14 @@ from pydantic import Field
 from ray import serve
 from ray.serve import Application
 
-from pema_ray.pluglm.service.service import PlugLMService, ServiceConfig, make_api
+from pema_ray.pluglm.service.service import PlugLMService, PlugLMServiceConfig, make_api
 from pema_ray.runtime.settings import Section, validate
 
 
 class PlugLMArgs(Section):
     """Of the application."""
 
-    service: ServiceConfig
+    service: PlugLMServiceConfig
     replicas: int = Field(default=1, ge=1)
     """Each reads the memory's current version; one that did not make an edit itself follows within `follow_seconds`."""
     cpus: float = Field(default=1, gt=0)

@@ -36,7 +36,7 @@ from pema_ray.runtime.settings import Section, validate
 logger = logging.getLogger(__name__)
 
 
-class ServiceConfig(Section):
+class PlugLMServiceConfig(Section):
     """What is served, who may edit, and how large requests may be."""
 
     memory: str
@@ -65,7 +65,7 @@ class ServiceConfig(Section):
         return value
 
     @model_validator(mode="after")
-    def _serves_something(self) -> ServiceConfig:
+    def _serves_something(self) -> PlugLMServiceConfig:
         if self.fill_mask is None and self.classifier is None:
             raise ValueError("give fill_mask or classifier, the folder of a model")
         if self.editors and self.fill_mask is None:
@@ -73,7 +73,7 @@ class ServiceConfig(Section):
         return self
 
 
-class Ask(Section):
+class TextsRequest(Section):
     """Of `/v1/fill-mask` and `/v1/classify`."""
 
     texts: tuple[str, ...] = Field(min_length=1)
@@ -125,7 +125,7 @@ class PlugLMService:
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self.config = c = validate(ServiceConfig, dict(config), "service")
+        self.config = c = validate(PlugLMServiceConfig, dict(config), "service")
         self._thread = compute_thread()
         self._thread.submit(set_threads, c.threads).result()
         self._models: dict[str, tuple[Any, Any]] = {}
@@ -154,11 +154,11 @@ class PlugLMService:
         if scheme.lower() != "bearer" or not any(known):
             raise Unauthorized
 
-    async def fill_mask(self, ask: Ask) -> dict[str, Any]:
+    async def fill_mask(self, ask: TextsRequest) -> dict[str, Any]:
         """The most probable words for each mask of each text."""
         return await self._answered("fill-mask", ask, self._words)
 
-    async def classify(self, ask: Ask) -> dict[str, Any]:
+    async def classify(self, ask: TextsRequest) -> dict[str, Any]:
         """The most probable classes of each text."""
         return await self._answered("classify", ask, self._classes)
 
@@ -221,7 +221,7 @@ class PlugLMService:
         least = max(model.config.top_k for model, _ in self._models.values())
         return KnowledgeMemory.open(self.config.memory).edit(changes, self._encoder, edits.only_on, least)
 
-    async def _answered(self, kind: str, ask: Ask, answers: Callable[..., list[Any]]) -> dict[str, Any]:
+    async def _answered(self, kind: str, ask: TextsRequest, answers: Callable[..., list[Any]]) -> dict[str, Any]:
         if kind not in self._models:
             raise UserError(f"This service has no model for {kind}.")
         if len(ask.texts) > self.config.max_texts:
@@ -229,7 +229,7 @@ class PlugLMService:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._compute, kind, ask, answers)
 
     @torch.inference_mode()
-    def _compute(self, kind: str, ask: Ask, answers: Callable[..., list[Any]]) -> dict[str, Any]:
+    def _compute(self, kind: str, ask: TextsRequest, answers: Callable[..., list[Any]]) -> dict[str, Any]:
         model, tokenizer = self._models[kind]
         inputs = tokenizer(list(ask.texts), padding=True, return_tensors="pt")
         most = model.config.document_positions
@@ -244,7 +244,7 @@ class PlugLMService:
         return {"memory": held.name, "memory_version": held.version, "results": results}
 
     def _words(
-        self, logits_BTV: torch.Tensor, token_BT: torch.Tensor, model: Any, tokenizer: Any, ask: Ask
+        self, logits_BTV: torch.Tensor, token_BT: torch.Tensor, model: Any, tokenizer: Any, ask: TextsRequest
     ) -> list[dict[str, Any]]:
         found = []
         for row, text in enumerate(ask.texts):
@@ -260,7 +260,7 @@ class PlugLMService:
         return found
 
     def _classes(
-        self, logits_BC: torch.Tensor, token_BT: torch.Tensor, model: Any, tokenizer: Any, ask: Ask
+        self, logits_BC: torch.Tensor, token_BT: torch.Tensor, model: Any, tokenizer: Any, ask: TextsRequest
     ) -> list[dict[str, Any]]:
         if model.config.problem_type == "regression":
             return [{"text": text, "value": float(one)} for text, one in zip(ask.texts, logits_BC[:, 0])]
@@ -303,11 +303,11 @@ def make_api(service: PlugLMService) -> FastAPI:
         return {"status": "ok", "memory_version": service.version}
 
     @api.post("/v1/fill-mask")
-    async def fill_mask(ask: Ask) -> dict[str, Any]:
+    async def fill_mask(ask: TextsRequest) -> dict[str, Any]:
         return await service.fill_mask(ask)
 
     @api.post("/v1/classify")
-    async def classify(ask: Ask) -> dict[str, Any]:
+    async def classify(ask: TextsRequest) -> dict[str, Any]:
         return await service.classify(ask)
 
     @api.post("/v1/memory/edit")

@@ -23,7 +23,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from pema_ray.pluglm.finetune_config import FinetuneConfig
-from pema_ray.pluglm.learning.finetuning import Examples, Finetuner
+from pema_ray.pluglm.learning.finetuning import Finetuner, TaskExamples
 from pema_ray.pluglm.learning.in_task import entries_of
 from pema_ray.pluglm.learning.trainer import MemoryAccess, Tell
 from pema_ray.pluglm.memory import refresh as refreshing
@@ -37,8 +37,8 @@ from pema_ray.pluglm.model.loading import load_pluglm
 from pema_ray.pluglm.retrieval import RetrievalLog
 from pema_ray.pluglm.run import PluglmRun
 from pema_ray.pluglm.stages.pretrain import save_model
-from pema_ray.pluglm.tasks import Task, make_task
-from pema_ray.pluglm.tasks.reading import Example
+from pema_ray.pluglm.tasks import FinetuningTask, make_task
+from pema_ray.pluglm.tasks.reading import TaskExample
 from pema_ray.runtime.cluster import ray_cluster
 from pema_ray.runtime.files import atomic_file
 from pema_ray.runtime.progress import console, track
@@ -95,7 +95,7 @@ def evaluate(config: FinetuneConfig, run_dir: Path) -> dict[str, dict[str, float
     for name, path in (("validation", config.data.validation), ("test", config.data.test)):
         if path is None:
             continue
-        data = Examples.of(task, task.read(Path(path)), tokenizer, config.train.max_tokens)
+        data = TaskExamples.of(task, task.read(Path(path)), tokenizer, config.train.max_tokens)
         log = RetrievalLog()
         loop = Finetuner(
             model, tokenizer, task, config.train.model_copy(update={"epochs": 0}), None, data, None, run_dir
@@ -124,8 +124,8 @@ def _work(job: _Job) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     train = validation = None
     if config.data.train is not None and c.epochs:
-        train = Examples.of(task, task.read(Path(config.data.train)), tokenizer, c.max_tokens)
-    validation = Examples.of(task, task.read(Path(config.data.validation)), tokenizer, c.max_tokens)
+        train = TaskExamples.of(task, task.read(Path(config.data.train)), tokenizer, c.max_tokens)
+    validation = TaskExamples.of(task, task.read(Path(config.data.validation)), tokenizer, c.max_tokens)
     memory = _access(job) if job.first_version else None
     model = new_task_model(config, task, memory_fingerprint=_fingerprint(job))
     with (
@@ -140,7 +140,7 @@ def _work(job: _Job) -> dict[str, Any]:
     return {"memory_version": loop.best_version, "history": loop.history, "best": loop.best}
 
 
-def new_task_model(config: FinetuneConfig, task: Task, memory_fingerprint: str | None) -> Any:
+def new_task_model(config: FinetuneConfig, task: FinetuningTask, memory_fingerprint: str | None) -> Any:
     """The pre-trained encoder under the task's head, whose new weights are drawn by the seed.
 
     Args:
@@ -228,7 +228,7 @@ def _fingerprint(job: _Job) -> str | None:
     return KnowledgeMemory.open(job.run_dir / "memory", job.first_version).fingerprint
 
 
-def _task(config: FinetuneConfig) -> Task:
+def _task(config: FinetuneConfig) -> FinetuningTask:
     """The task, with its labels learned from the training file."""
     task = make_task(config.task)
     if config.data.train is not None:
@@ -249,7 +249,7 @@ def _absolute(config: FinetuneConfig) -> FinetuneConfig:
     )
 
 
-def _shown(example: Example) -> str:
+def _shown(example: TaskExample) -> str:
     return f"{example.text} ⏐ {example.pair}" if example.pair else example.text
 
 

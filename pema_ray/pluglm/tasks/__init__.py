@@ -6,13 +6,13 @@ from pema_ray.pluglm.finetune_config import TaskSettings
 from pema_ray.pluglm.tasks.cloze import Cloze
 from pema_ray.pluglm.tasks.sequences import Classification, Regression, YesNo
 from pema_ray.pluglm.tasks.spans import Factoid, Spans
-from pema_ray.pluglm.tasks.task import Feature, Task
+from pema_ray.pluglm.tasks.task import Feature, FinetuningTask
 from pema_ray.pluglm.tasks.words import Words
 
-__all__ = ["Feature", "Task", "make_task"]
+__all__ = ["Feature", "FinetuningTask", "make_task"]
 
 
-def make_task(settings: TaskSettings) -> Task:
+def make_task(settings: TaskSettings) -> FinetuningTask:
     """The task of a kind. Raises `UserError` for an unknown metric."""
     c = settings
     columns = (c.text_column, c.pair_column, c.label_column)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pema_ray.errors import UserError
 from pema_ray.pluglm.learning.masking import IGNORED
-from pema_ray.pluglm.tasks.reading import Example, read_lama
+from pema_ray.pluglm.tasks.reading import TaskExample, read_lama
 from pema_ray.pluglm.tasks.sequences import gold
 from pema_ray.pluglm.tasks.task import Feature
 
@@ -35,13 +35,13 @@ class Cloze:
     def head(self) -> dict[str, Any]:
         return {}
 
-    def read(self, path: Path) -> list[Example]:
+    def read(self, path: Path) -> list[TaskExample]:
         return read_lama(path)
 
-    def prepare(self, train: Sequence[Example]) -> None:
+    def prepare(self, train: Sequence[TaskExample]) -> None:
         pass
 
-    def features(self, examples: Sequence[Example], tokenizer: Any, max_tokens: int) -> list[Feature]:
+    def features(self, examples: Sequence[TaskExample], tokenizer: Any, max_tokens: int) -> list[Feature]:
         self._tokenizer = tokenizer
         texts = [example.text.replace("[MASK]", tokenizer.mask_token) for example in examples]
         found = tokenizer(texts, truncation=True, max_length=max_tokens)["input_ids"]
@@ -69,14 +69,14 @@ class Cloze:
             labels[row, _masked(one)] = one.targets["labels"]
         return {"labels": labels}
 
-    def decode(self, output: Any, features: Sequence[Feature], examples: Sequence[Example]) -> list[Any]:
+    def decode(self, output: Any, features: Sequence[Feature], examples: Sequence[TaskExample]) -> list[Any]:
         best = [output.logits[row, _masked(one)].argmax().item() for row, one in enumerate(features)]
         return [self._tokenizer.decode([token]).strip() for token in best]
 
-    def answers(self, examples: Sequence[Example], said: Sequence[tuple[int, Any]]) -> dict[str, Any]:
+    def answers(self, examples: Sequence[TaskExample], said: Sequence[tuple[int, Any]]) -> dict[str, Any]:
         return {examples[number].id: answer for number, answer in said}
 
-    def scores(self, examples: Sequence[Example], answers: Mapping[str, Any]) -> dict[str, float]:
+    def scores(self, examples: Sequence[TaskExample], answers: Mapping[str, Any]) -> dict[str, float]:
         right = [answers[example.id] == self._said(gold(example)) for example in examples]
         return {"p@1": sum(right) / len(right)}
 
@@ -85,7 +85,7 @@ class Cloze:
         token = self._token(word)
         return None if token == IGNORED else self._tokenizer.decode([token]).strip()
 
-    def told(self, example: Example) -> str:
+    def told(self, example: TaskExample) -> str:
         return str(example.label)
 
 

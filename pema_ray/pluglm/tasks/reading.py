@@ -19,7 +19,7 @@ from pema_ray.errors import UserError, nearest
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
+class TaskExample:
     """One example of any task.
 
     Attributes:
@@ -49,7 +49,7 @@ class Example:
         return f"example {hashlib.blake2b(said.encode(), digest_size=12).hexdigest()}"
 
 
-def read_table(path: Path, text: str, pair: str | None, label: str, header: bool = True) -> list[Example]:
+def read_table(path: Path, text: str, pair: str | None, label: str, header: bool = True) -> list[TaskExample]:
     """Examples from .tsv (as GLUE's: tabs, nothing quoted), .csv, .jsonl or .parquet; `label` may be absent.
 
     Args:
@@ -67,11 +67,11 @@ def read_table(path: Path, text: str, pair: str | None, label: str, header: bool
         values = [row.get(one) for one in (text, *([pair] if pair else []))]
         if any(not isinstance(value, str) for value in values):
             raise UserError(f"{path}, example {number + 1}: a text is missing.")
-        found.append(Example(str(number), str(values[0]), row.get(label), str(values[1]) if pair else ""))
+        found.append(TaskExample(str(number), str(values[0]), row.get(label), str(values[1]) if pair else ""))
     return found
 
 
-def read_words(path: Path) -> list[Example]:
+def read_words(path: Path) -> list[TaskExample]:
     """Sentences with a tag a word: JSON Lines (`tokens`, `tags`), or CoNLL: word first, tag last, blank lines apart."""
     found = []
     if path.suffix == ".jsonl":
@@ -95,7 +95,7 @@ def read_words(path: Path) -> list[Example]:
     return found
 
 
-def read_squad(path: Path) -> list[Example]:
+def read_squad(path: Path) -> list[TaskExample]:
     """SQuAD 1.1 or 2.0: one example a question; its gold answers, none where it cannot be answered."""
     found = []
     for number, (paragraph, question) in enumerate(_squad_questions(path)):
@@ -104,7 +104,7 @@ def read_squad(path: Path) -> list[Example]:
             golds, starts = [one["text"] for one in answers], [int(one["answer_start"]) for one in answers]
             context = paragraph["context"]
             found.append(
-                Example(
+                TaskExample(
                     str(question["id"]), question["question"], golds, context, starts=tuple(starts),
                     group=str(question["id"]),
                 )
@@ -119,7 +119,7 @@ def read_squad(path: Path) -> list[Example]:
     return found
 
 
-def read_bioasq(path: Path, kind: str) -> list[Example]:
+def read_bioasq(path: Path, kind: str) -> list[TaskExample]:
     """BioASQ's questions of type `yesno` or `factoid`: one example a question, or for factoid one a snippet.
 
     A factoid's label is its gold answers' synonyms, in one list.
@@ -139,20 +139,20 @@ def read_bioasq(path: Path, kind: str) -> list[Example]:
             label = exact.lower() if isinstance(exact, str) else None
             if label not in ("yes", "no", None):
                 raise UserError(f"{path}, question {key}: exact_answer {exact!r}: expected yes or no.")
-            found.append(Example(key, body, label, " ".join(snippets), group=key))
+            found.append(TaskExample(key, body, label, " ".join(snippets), group=key))
             continue
         listed = [] if exact is None else [[gold] if isinstance(gold, str) else gold for gold in exact]
         golds = [one for group in listed for one in group] or None  # none: a question to be answered, not scored
         for number, snippet in enumerate(snippets):
             places = [(gold, snippet.lower().find(gold.lower())) for gold in golds or ()]
             starts = tuple(place for _, place in places if place >= 0)
-            found.append(Example(f"{key}.{number}", body, golds, snippet, starts=starts, group=key))
+            found.append(TaskExample(f"{key}.{number}", body, golds, snippet, starts=starts, group=key))
     if not found:
         raise UserError(f"{path}: holds no questions of type '{kind}'.")
     return found
 
 
-def read_lama(path: Path) -> list[Example]:
+def read_lama(path: Path) -> list[TaskExample]:
     """LAMA's JSON Lines: `masked_sentences` (the first is used) with [MASK], and `obj_label`."""
     found = []
     for number, row in enumerate(read_json_lines(path)):
@@ -161,7 +161,7 @@ def read_lama(path: Path) -> list[Example]:
             raise UserError(f"{path}, line {number + 1}: expected 'masked_sentences' and 'obj_label'.")
         if sentences[0].count("[MASK]") != 1:
             raise UserError(f"{path}, line {number + 1}: expected one [MASK] in {sentences[0]!r}.")
-        found.append(Example(str(row.get("uuid", number)), sentences[0], answer))
+        found.append(TaskExample(str(row.get("uuid", number)), sentences[0], answer))
     if not found:
         raise UserError(f"{path}: holds no sentences.")
     return found
@@ -203,8 +203,8 @@ def _rows(path: Path, header: bool) -> Sequence[Mapping[str, Any]]:
     return [dict(zip(names, row)) for row in rows]
 
 
-def _words(number: int, words: Sequence[str], tags: Sequence[str] | None) -> Example:
-    return Example(str(number), " ".join(words), None if tags is None else list(tags), words=tuple(words))
+def _words(number: int, words: Sequence[str], tags: Sequence[str] | None) -> TaskExample:
+    return TaskExample(str(number), " ".join(words), None if tags is None else list(tags), words=tuple(words))
 
 
 def _squad_questions(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:

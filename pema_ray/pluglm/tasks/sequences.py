@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pema_ray.errors import UserError
-from pema_ray.pluglm.tasks.reading import Example, read_bioasq, read_table
+from pema_ray.pluglm.tasks.reading import TaskExample, read_bioasq, read_table
 from pema_ray.pluglm.tasks.scores import metric_names, require_metric, score, yes_no_scores
 from pema_ray.pluglm.tasks.task import Feature
 
@@ -53,11 +53,11 @@ class Classification:
             "label2id": {name: number for number, name in names.items()},
         }
 
-    def read(self, path: Path) -> list[Example]:
+    def read(self, path: Path) -> list[TaskExample]:
         text, pair, label = self._columns
         return read_table(path, text, pair, label, self._header)
 
-    def prepare(self, train: Sequence[Example]) -> None:
+    def prepare(self, train: Sequence[TaskExample]) -> None:
         found = {str(example.label) for example in train if example.label is not None}
         if len(found) < 2:
             raise UserError(f"Training examples have {len(found)} labels in column '{self._columns[2]}', at least 2.")
@@ -65,14 +65,14 @@ class Classification:
         self.labels = sorted(found, key=int) if whole else sorted(found)
         require_metric(self.metric, len(self.labels))
 
-    def features(self, examples: Sequence[Example], tokenizer: Any, max_tokens: int) -> list[Feature]:
+    def features(self, examples: Sequence[TaskExample], tokenizer: Any, max_tokens: int) -> list[Feature]:
         found = encoded(examples, tokenizer, max_tokens)
         return [
             Feature(number, token_ids, type_ids, self._target(example))
             for number, (example, (token_ids, type_ids)) in enumerate(zip(examples, found))
         ]
 
-    def _target(self, example: Example) -> dict[str, Any]:
+    def _target(self, example: TaskExample) -> dict[str, Any]:
         if example.label is None:
             return {}
         if str(example.label) not in self.labels:
@@ -84,19 +84,19 @@ class Classification:
             return {}
         return {"labels": torch.tensor([one.targets["labels"] for one in features])}
 
-    def decode(self, output: Any, features: Sequence[Feature], examples: Sequence[Example]) -> list[Any]:
+    def decode(self, output: Any, features: Sequence[Feature], examples: Sequence[TaskExample]) -> list[Any]:
         return [self.labels[number] for number in output.logits.argmax(-1).tolist()]
 
-    def answers(self, examples: Sequence[Example], said: Sequence[tuple[int, Any]]) -> dict[str, Any]:
+    def answers(self, examples: Sequence[TaskExample], said: Sequence[tuple[int, Any]]) -> dict[str, Any]:
         return {examples[number].id: answer for number, answer in said}
 
-    def scores(self, examples: Sequence[Example], answers: Mapping[str, Any]) -> dict[str, float]:
+    def scores(self, examples: Sequence[TaskExample], answers: Mapping[str, Any]) -> dict[str, float]:
         wanted = [str(gold(example)) for example in examples]
         found = [answers[example.id] for example in examples]
         number = {label: place for place, label in enumerate(self.labels)}
         return score(self.metric, [number[one] for one in found], [number[one] for one in wanted])
 
-    def told(self, example: Example) -> str:
+    def told(self, example: TaskExample) -> str:
         return str(example.label)
 
 
@@ -113,13 +113,13 @@ class YesNo(Classification):
     def main(self) -> str:
         return "macro_f1"
 
-    def read(self, path: Path) -> list[Example]:
+    def read(self, path: Path) -> list[TaskExample]:
         return read_bioasq(path, "yesno")
 
-    def prepare(self, train: Sequence[Example]) -> None:
+    def prepare(self, train: Sequence[TaskExample]) -> None:
         pass
 
-    def scores(self, examples: Sequence[Example], answers: Mapping[str, Any]) -> dict[str, float]:
+    def scores(self, examples: Sequence[TaskExample], answers: Mapping[str, Any]) -> dict[str, float]:
         wanted = [int(gold(example) == "yes") for example in examples]
         return yes_no_scores([int(answers[example.id] == "yes") for example in examples], wanted)
 
@@ -139,29 +139,29 @@ class Regression(Classification):
     def head(self) -> dict[str, Any]:
         return {"problem_type": "regression", "num_labels": 1}
 
-    def prepare(self, train: Sequence[Example]) -> None:
+    def prepare(self, train: Sequence[TaskExample]) -> None:
         pass
 
-    def _target(self, example: Example) -> dict[str, Any]:
+    def _target(self, example: TaskExample) -> dict[str, Any]:
         return {} if example.label is None else {"labels": number_of(example)}
 
-    def decode(self, output: Any, features: Sequence[Feature], examples: Sequence[Example]) -> list[Any]:
+    def decode(self, output: Any, features: Sequence[Feature], examples: Sequence[TaskExample]) -> list[Any]:
         return output.logits.squeeze(-1).tolist()
 
-    def scores(self, examples: Sequence[Example], answers: Mapping[str, Any]) -> dict[str, float]:
+    def scores(self, examples: Sequence[TaskExample], answers: Mapping[str, Any]) -> dict[str, float]:
         for example in examples:
             gold(example)
         return score(self.metric, [answers[one.id] for one in examples], [number_of(one) for one in examples])
 
 
-def number_of(example: Example) -> float:
+def number_of(example: TaskExample) -> float:
     try:
         return float(example.label)
     except (TypeError, ValueError):
         raise UserError(f"Example {example.id}: label {example.label!r} is no number.") from None
 
 
-def gold(example: Example) -> Any:
+def gold(example: TaskExample) -> Any:
     """Its label. Raises `UserError` where there is none."""
     if example.label is None:
         raise UserError(f"Example {example.id} has no label to score against.")
@@ -169,7 +169,7 @@ def gold(example: Example) -> Any:
 
 
 def encoded(
-    examples: Sequence[Example], tokenizer: Any, max_tokens: int, cut: str | bool = True
+    examples: Sequence[TaskExample], tokenizer: Any, max_tokens: int, cut: str | bool = True
 ) -> list[tuple[list[int], list[int]]]:
     """(token ids, type ids) of examples; of pairs, the longer text is cut first."""
     if not examples:

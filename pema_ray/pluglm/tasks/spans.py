@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pema_ray.errors import UserError
-from pema_ray.pluglm.tasks.reading import Example, read_bioasq, read_squad
+from pema_ray.pluglm.tasks.reading import TaskExample, read_bioasq, read_squad
 from pema_ray.pluglm.tasks.scores import answer_scores, factoid_scores, normalized
 from pema_ray.pluglm.tasks.task import Feature
 
@@ -45,14 +45,14 @@ class Spans:
     def head(self) -> dict[str, Any]:
         return {}
 
-    def read(self, path: Path) -> list[Example]:
+    def read(self, path: Path) -> list[TaskExample]:
         return read_squad(path)
 
-    def prepare(self, train: Sequence[Example]) -> None:
+    def prepare(self, train: Sequence[TaskExample]) -> None:
         if self._may_be_none is None:  # SQuAD 2.0 is known by its questions without answers
             self._may_be_none = any(not example.label for example in train)
 
-    def features(self, examples: Sequence[Example], tokenizer: Any, max_tokens: int) -> list[Feature]:
+    def features(self, examples: Sequence[TaskExample], tokenizer: Any, max_tokens: int) -> list[Feature]:
         longest_question = max_tokens // 2
         questions = [_cut(example.text, tokenizer, longest_question) for example in examples]
         stride = min(self.stride, max(0, (max_tokens - longest_question) // 2 - 2))
@@ -68,7 +68,7 @@ class Spans:
             features.append(Feature(number, found["input_ids"][part], types, target, spans))
         return features
 
-    def _target(self, example: Example, spans: Sequence[tuple[int, int] | None]) -> dict[str, Any]:
+    def _target(self, example: TaskExample, spans: Sequence[tuple[int, int] | None]) -> dict[str, Any]:
         """The first gold answer's first and last token; 0, 0 where this window does not hold it."""
         if example.label is None:
             return {}
@@ -88,7 +88,7 @@ class Spans:
         names = ("start_positions", "end_positions")
         return {name: torch.tensor([one.targets[name] for one in features]) for name in names}
 
-    def decode(self, output: Any, features: Sequence[Feature], examples: Sequence[Example]) -> list[Any]:
+    def decode(self, output: Any, features: Sequence[Feature], examples: Sequence[TaskExample]) -> list[Any]:
         """The best spans of each window, (score above "no answer", text)."""
         return [
             self._spans(start, end, one, examples[one.example].pair)
@@ -109,7 +109,7 @@ class Spans:
                     found.append((start + end - nothing, passage[begin[0] : stop[1]]))
         return sorted(found, key=lambda one: -one[0])[:_KEPT]
 
-    def answers(self, examples: Sequence[Example], said: Sequence[tuple[int, Any]]) -> dict[str, Any]:
+    def answers(self, examples: Sequence[TaskExample], said: Sequence[tuple[int, Any]]) -> dict[str, Any]:
         best: dict[str, tuple[float, str]] = {}
         for number, spans in said:
             for score, text in spans:
@@ -119,10 +119,10 @@ class Spans:
         least = 0.0 if self._may_be_none else float("-inf")
         return {group: text if score > least else "" for group, (score, text) in best.items()}
 
-    def scores(self, examples: Sequence[Example], answers: Mapping[str, Any]) -> dict[str, float]:
+    def scores(self, examples: Sequence[TaskExample], answers: Mapping[str, Any]) -> dict[str, float]:
         return answer_scores(answers, _golds(examples))
 
-    def told(self, example: Example) -> str:
+    def told(self, example: TaskExample) -> str:
         return _gold_at(example) if example.label else "no answer"
 
 
@@ -135,10 +135,10 @@ class Factoid(Spans):
     def __init__(self, stride: int = 64, longest: int = 30) -> None:
         super().__init__(stride, longest, may_be_none=False)
 
-    def read(self, path: Path) -> list[Example]:
+    def read(self, path: Path) -> list[TaskExample]:
         return read_bioasq(path, "factoid")
 
-    def answers(self, examples: Sequence[Example], said: Sequence[tuple[int, Any]]) -> dict[str, Any]:
+    def answers(self, examples: Sequence[TaskExample], said: Sequence[tuple[int, Any]]) -> dict[str, Any]:
         found: dict[str, list[tuple[float, str]]] = {}
         for number, spans in said:
             found.setdefault(examples[number].group, []).extend(tuple(span) for span in spans)
@@ -150,18 +150,18 @@ class Factoid(Spans):
             answers[group] = list(different.values())[:_ANSWERS]
         return answers
 
-    def scores(self, examples: Sequence[Example], answers: Mapping[str, Any]) -> dict[str, float]:
+    def scores(self, examples: Sequence[TaskExample], answers: Mapping[str, Any]) -> dict[str, float]:
         return factoid_scores(answers, _golds(examples))
 
 
-def _golds(examples: Sequence[Example]) -> dict[str, list[str]]:
+def _golds(examples: Sequence[TaskExample]) -> dict[str, list[str]]:
     for example in examples:
         if example.label is None:
             raise UserError(f"Question {example.id} has no answers to score against.")
     return {example.group: example.label for example in examples}
 
 
-def _gold_at(example: Example) -> str:
+def _gold_at(example: TaskExample) -> str:
     """The gold answer that stands at the first of `starts`, as the passage has it; without one, the first."""
     if not example.starts:
         return example.label[0] if example.label else ""

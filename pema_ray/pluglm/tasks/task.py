@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from pema_ray.pluglm.tasks.reading import Example
+from pema_ray.pluglm.tasks.reading import TaskExample
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Feature:
     spans: tuple[tuple[int, int] | None, ...] = ()
 
 
-class Task(Protocol):
+class FinetuningTask(Protocol):
     """A kind of task with the settings of one run."""
 
     kind: ClassVar[str]
@@ -50,30 +50,30 @@ class Task(Protocol):
         """Fields of the model's config: labels, and the like."""
         ...
 
-    def read(self, path: Path) -> list[Example]: ...
+    def read(self, path: Path) -> list[TaskExample]: ...
 
-    def prepare(self, train: Sequence[Example]) -> None:
+    def prepare(self, train: Sequence[TaskExample]) -> None:
         """Learn the labels from the training examples."""
         ...
 
-    def features(self, examples: Sequence[Example], tokenizer: Any, max_tokens: int) -> list[Feature]: ...
+    def features(self, examples: Sequence[TaskExample], tokenizer: Any, max_tokens: int) -> list[Feature]: ...
 
     def collate(self, features: Sequence[Feature], length: int) -> dict[str, Tensor]:
         """The targets as tensors, padded to `length`; none where a feature has none."""
         ...
 
-    def decode(self, output: Any, features: Sequence[Feature], examples: Sequence[Example]) -> list[Any]:
+    def decode(self, output: Any, features: Sequence[Feature], examples: Sequence[TaskExample]) -> list[Any]:
         """What the model says about each feature, as JSON has it."""
         ...
 
-    def answers(self, examples: Sequence[Example], said: Sequence[tuple[int, Any]]) -> dict[str, Any]:
+    def answers(self, examples: Sequence[TaskExample], said: Sequence[tuple[int, Any]]) -> dict[str, Any]:
         """One answer for each example or group, by id; `said`: (example, what was decoded) of all features."""
         ...
 
-    def scores(self, examples: Sequence[Example], answers: Mapping[str, Any]) -> dict[str, float]:
+    def scores(self, examples: Sequence[TaskExample], answers: Mapping[str, Any]) -> dict[str, float]:
         """Raises `UserError` for examples without labels."""
         ...
 
-    def told(self, example: Example) -> str:
+    def told(self, example: TaskExample) -> str:
         """The label in words, for in-task memory."""
         ...

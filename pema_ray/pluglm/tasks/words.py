@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pema_ray.errors import UserError
 from pema_ray.pluglm.learning.masking import IGNORED
-from pema_ray.pluglm.tasks.reading import Example, read_words
+from pema_ray.pluglm.tasks.reading import TaskExample, read_words
 from pema_ray.pluglm.tasks.scores import entity_scores
 from pema_ray.pluglm.tasks.sequences import gold
 from pema_ray.pluglm.tasks.task import Feature
@@ -35,13 +35,13 @@ class Words:
         names = dict(enumerate(self.labels))
         return {"id2label": names, "label2id": {name: number for number, name in names.items()}}
 
-    def read(self, path: Path) -> list[Example]:
+    def read(self, path: Path) -> list[TaskExample]:
         return read_words(path)
 
-    def prepare(self, train: Sequence[Example]) -> None:
+    def prepare(self, train: Sequence[TaskExample]) -> None:
         self.labels = sorted({tag for example in train for tag in gold(example)})
 
-    def features(self, examples: Sequence[Example], tokenizer: Any, max_tokens: int) -> list[Feature]:
+    def features(self, examples: Sequence[TaskExample], tokenizer: Any, max_tokens: int) -> list[Feature]:
         found = tokenizer(
             [list(example.words) for example in examples], is_split_into_words=True, truncation=True,
             max_length=max_tokens, return_overflowing_tokens=True, return_token_type_ids=True,
@@ -59,7 +59,7 @@ class Words:
             )
         return features
 
-    def _target(self, example: Example, spans: Sequence[tuple[int, int] | None]) -> dict[str, Any]:
+    def _target(self, example: TaskExample, spans: Sequence[tuple[int, int] | None]) -> dict[str, Any]:
         if example.label is None:
             return {}
         for tag in example.label:
@@ -74,22 +74,22 @@ class Words:
         rows = [[*one.targets["labels"], *[IGNORED] * (length - len(one.token_ids))] for one in features]
         return {"labels": torch.tensor(rows)}
 
-    def decode(self, output: Any, features: Sequence[Feature], examples: Sequence[Example]) -> list[Any]:
+    def decode(self, output: Any, features: Sequence[Feature], examples: Sequence[TaskExample]) -> list[Any]:
         best = output.logits.argmax(-1).tolist()
         return [
             [(span[0], self.labels[best[row][place]]) for place, span in enumerate(one.spans) if span is not None]
             for row, one in enumerate(features)
         ]
 
-    def answers(self, examples: Sequence[Example], said: Sequence[tuple[int, Any]]) -> dict[str, Any]:
+    def answers(self, examples: Sequence[TaskExample], said: Sequence[tuple[int, Any]]) -> dict[str, Any]:
         found = {example.id: ["O"] * len(example.words) for example in examples}
         for number, tags in said:
             for word, tag in tags:
                 found[examples[number].id][word] = tag
         return found
 
-    def scores(self, examples: Sequence[Example], answers: Mapping[str, Any]) -> dict[str, float]:
+    def scores(self, examples: Sequence[TaskExample], answers: Mapping[str, Any]) -> dict[str, float]:
         return entity_scores([answers[one.id] for one in examples], [gold(one) for one in examples])
 
-    def told(self, example: Example) -> str:
+    def told(self, example: TaskExample) -> str:
         return " ".join(tag for tag in gold(example) if tag != "O") or "O"

@@ -23,7 +23,7 @@ from pema_ray.memory import ExternalMemory
 from pema_ray.memory.shards import MemoryRows
 from pema_ray.runtime.files import atomic_file, sha256_of
 from pema_ray.trime.config import IndexConfig
-from pema_ray.trime.datastore.search import Part, SearchOptions, require_faiss
+from pema_ray.trime.datastore.search import DatastorePart, SearchOptions, require_faiss
 
 FILE, TRAINED, _PLAN = "index.json", "trained.faiss", "plan.json"
 _KEYS_PER_LIST = 40  # faiss warns below 39
@@ -218,7 +218,7 @@ def read_info(folder: Path, store: ExternalMemory) -> IndexInfo:
 
 def load_parts(
     store: ExternalMemory, folder: Path | None, options: SearchOptions, numbers: Iterable[int] | None = None
-) -> list[Part]:
+) -> list[DatastorePart]:
     """Parts of a datastore, ready to be searched.
 
     Args:
@@ -238,7 +238,7 @@ def load_parts(
         if info is not None and info.kind != "exact":
             assert folder is not None
             index = _read(folder / f"part-{number:05d}.faiss", info)
-        found.append(Part(rows.key, rows.target, int(counts[ranges[number].start]), options, index))
+        found.append(DatastorePart(rows.key, rows.target, int(counts[ranges[number].start]), options, index))
     return found
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from pema_ray.errors import UserError
 from pema_ray.memory import ExternalMemory
 from pema_ray.trime.datastore.index import load_parts, parts_of, read_info
-from pema_ray.trime.datastore.search import Found, Neighbours, OnePieceSearch, SearchOptions, check_k, merge
+from pema_ray.trime.datastore.search import Neighbours, OnePieceSearch, SearchOptions, SearchResult, check_k, merge
 
 
 def count_parts(store: ExternalMemory, index: Path | None) -> int:
@@ -59,7 +59,7 @@ class ShardedSearch:
     def __len__(self) -> int:
         return self._entries
 
-    def search(self, query_NH: np.ndarray, k: int) -> Found:
+    def search(self, query_NH: np.ndarray, k: int) -> SearchResult:
         """The k nearest entries, the same whoever holds what."""
         import ray
 
@@ -68,12 +68,12 @@ class ShardedSearch:
         return merge([found_of(told) for told in ray.get([h.search.remote(query, k) for h in self._holders])], k)
 
 
-def found_of(told: tuple[np.ndarray, np.ndarray, np.ndarray]) -> Found:
+def found_of(told: tuple[np.ndarray, np.ndarray, np.ndarray]) -> SearchResult:
     """What a holder answered, as tensors."""
     import torch
 
     similarity, token, row = (torch.from_numpy(np.array(part)) for part in told)  # Ray's arrays are read-only
-    return Found(similarity, token, row)
+    return SearchResult(similarity, token, row)
 
 
 @contextmanager

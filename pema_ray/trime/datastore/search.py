@@ -38,7 +38,7 @@ def require_faiss() -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class SearchResult:
     """Neighbours, the most similar first; where there are fewer than K: similarity -inf, token and row -1.
 
     Attributes:
@@ -55,7 +55,7 @@ class Neighbours(Protocol):
 
     def __len__(self) -> int: ...
 
-    def search(self, query_NH: np.ndarray, k: int) -> Found:
+    def search(self, query_NH: np.ndarray, k: int) -> SearchResult:
         """The k nearest entries of each query (float32 `[N, H]`)."""
         ...
 
@@ -76,7 +76,7 @@ class SearchOptions:
     oversample: int = 2
 
 
-class Part:
+class DatastorePart:
     """Consecutive rows of a datastore, and their index if it has one.
 
     Args:
@@ -103,7 +103,7 @@ class Part:
     def __len__(self) -> int:
         return len(self._token_M)
 
-    def search(self, query_NH: np.ndarray, k: int) -> Found:
+    def search(self, query_NH: np.ndarray, k: int) -> SearchResult:
         """At most k neighbours among these rows."""
         query_NH = np.ascontiguousarray(query_NH, np.float32)
         if query_NH.ndim != 2 or query_NH.shape[1] != self.keys.shape[1]:
@@ -114,7 +114,7 @@ class Part:
         similarity, row = self._exact(query_NH, k) if self.index is None else self._approximate(query_NH, k)
         token = np.where(row >= 0, self._token_M[row], -1)
         row = np.where(row >= 0, row + self.first_row, -1)
-        return Found(torch.from_numpy(similarity), torch.from_numpy(token), torch.from_numpy(row))
+        return SearchResult(torch.from_numpy(similarity), torch.from_numpy(token), torch.from_numpy(row))
 
     def _exact(self, query_NH: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         kept, asked = min(k, len(self)), min(k + 1, len(self))
@@ -176,25 +176,25 @@ def _ordered(similarity_NK: np.ndarray, row_NK: np.ndarray) -> tuple[np.ndarray,
     return np.take_along_axis(similarity_NK, order, 1), np.take_along_axis(row_NK, order, 1)
 
 
-def merge(answers: Sequence[Found], k: int) -> Found:
+def merge(answers: Sequence[SearchResult], k: int) -> SearchResult:
     """The k nearest of several parts' nearest: exactly what one search over all of them gives."""
     similarity, token, row = (
         torch.cat([getattr(answer, name) for answer in answers], 1) for name in ("similarity_NK", "token_NK", "row_NK")
     )
     order = torch.from_numpy(np.lexsort((row.numpy(), -similarity.numpy()), axis=1)[:, :k])
-    return Found(similarity.gather(1, order), token.gather(1, order), row.gather(1, order))
+    return SearchResult(similarity.gather(1, order), token.gather(1, order), row.gather(1, order))
 
 
 class OnePieceSearch:
     """All parts of a datastore in this process."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[DatastorePart]) -> None:
         self._parts = list(parts)
 
     def __len__(self) -> int:
         return sum(len(part) for part in self._parts)
 
-    def search(self, query_NH: np.ndarray, k: int) -> Found:
+    def search(self, query_NH: np.ndarray, k: int) -> SearchResult:
         """The k nearest entries.
 
         Raises:
@@ -211,7 +211,7 @@ def check_k(k: int, entries: int) -> None:
         )
 
 
-def recall(found: Found, exact: Found) -> float:
+def recall(found: SearchResult, exact: SearchResult) -> float:
     """The share of the exact neighbours that were found."""
     both = zip(found.row_NK.numpy(), exact.row_NK.numpy(), strict=True)
     return float(np.mean([len(np.intersect1d(mine, all_)) / len(all_) for mine, all_ in both]))

@@ -9,12 +9,12 @@ from dataclasses import replace
 from pema_ray.trime.evaluation.calibration import Mixture, calibrate, nll
 from pema_ray.trime.evaluation.results import Curve
 from pema_ray.trime.evaluation.statistics import Probe, Statistics
-from pema_ray.trime.evaluation.systems import System
+from pema_ray.trime.evaluation.systems import EvaluationSystem
 
 _WEIGHTS = tuple(step / 20 for step in range(20))
 
 
-def curves_of(dev: Statistics, probe: Probe, systems: Sequence[System], datastore: str | None) -> list[Curve]:
+def curves_of(dev: Statistics, probe: Probe, systems: Sequence[EvaluationSystem], datastore: str | None) -> list[Curve]:
     """Every curve that the systems of a pass have.
 
     Args:
@@ -38,7 +38,7 @@ def _best(dev: Statistics, probe: Probe, mixture: Mixture) -> float:
     return math.exp(calibrate(dev, probe, mixture).nll)
 
 
-def _over_weight(dev: Statistics, probe: Probe, system: System) -> Curve:
+def _over_weight(dev: Statistics, probe: Probe, system: EvaluationSystem) -> Curve:
     """Against lmbda of the second interpolation, or λ of `li`; all else as calibrated."""
     chosen = calibrate(dev, probe, system.mixture).settings
     name = "second_weight" if system.mixture.second else "weight"
@@ -46,5 +46,5 @@ def _over_weight(dev: Statistics, probe: Probe, system: System) -> Curve:
     return _curve("Perplexity against λ", "weight of the memory's distribution", system, points)
 
 
-def _curve(title: str, x_label: str, system: System, points: Sequence[tuple[float, float]]) -> Curve:
+def _curve(title: str, x_label: str, system: EvaluationSystem, points: Sequence[tuple[float, float]]) -> Curve:
     return Curve(title=title, x_label=x_label, name=system.name, points=tuple(points))

@@ -19,7 +19,7 @@ from pema_ray.errors import UserError
 from pema_ray.runtime.hardware import pick_device
 from pema_ray.trime.datastore.datastore import open_datastore
 from pema_ray.trime.datastore.ray_search import open_search
-from pema_ray.trime.datastore.search import Found, Neighbours, SearchOptions
+from pema_ray.trime.datastore.search import Neighbours, SearchOptions, SearchResult
 from pema_ray.trime.evaluation.calibration import Mixture, Settings
 from pema_ray.trime.evaluation.results import Chosen, TrimeEvaluation
 from pema_ray.trime.evaluation.statistics import Probe, Scored, Text, walk
@@ -36,7 +36,7 @@ _LEAD, _SHOWN, _ENTRIES, _BEFORE = 4000, 240, 4, 10  # tokens before, tokens sho
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class AttributedEntry:
     """A memory entry whose token is the one that came, and what it brought."""
 
     source: str
@@ -58,7 +58,7 @@ class Why:
     probability: float
     vocabulary: float
     """P_vocab(x), what the model says without any memory."""
-    entries: tuple[Entry, ...]
+    entries: tuple[AttributedEntry, ...]
 
     @property
     def raised(self) -> float:
@@ -85,7 +85,7 @@ def explain(
     settings: Settings,
     neighbours: Neighbours | None,
     first: int,
-) -> Iterator[tuple[int, float, float, list[Entry]]]:
+) -> Iterator[tuple[int, float, float, list[AttributedEntry]]]:
     """(position, P(x), P_vocab(x), entries of the same token by share) for every token from position `first` on."""
     size = probe.sizes.index(mixture.size)
     for batch in walk(model, text, probe):
@@ -104,14 +104,14 @@ def _window(
     scored: Scored,
     size: int,
     first: int,
-) -> Iterator[tuple[int, float, float, list[Entry]]]:
+) -> Iterator[tuple[int, float, float, list[AttributedEntry]]]:
     position_N = torch.arange(scored.window.first, scored.window.end) + 1
     target_N = text.token_N[position_N]
     score = model.score(scored.state_NH, target_N)
     theta = settings.tau * model.hidden_size**0.5
     near_NM = scored.similarity_NM[:, : scored.ends[size]].float() / theta
     place_M = scored.entry_M[: scored.ends[size]]
-    found: Found | None = None
+    found: SearchResult | None = None
     if mixture.external:
         assert neighbours is not None
         found = neighbours.search(scored.key_NH.cpu().numpy(), mixture.neighbours)
@@ -147,7 +147,7 @@ def _window(
                 source = kind if kind == "datastore" else "window" if where > scored.window.start else "earlier"
                 entries[source, where] = entries.get((source, where), 0.0) + float(share[at])
         p += sum(entries.values())
-        told = [Entry(source, where, share) for (source, where), share in entries.items() if share > 0]
+        told = [AttributedEntry(source, where, share) for (source, where), share in entries.items() if share > 0]
         yield position, p, vocabulary, sorted(told, key=lambda entry: -entry.share)
 
 
@@ -190,7 +190,7 @@ def explain_with(run: TrimeRun, name: str, chosen: Chosen, text: Text, first: in
     vocabulary, train = Vocabulary.load(run.path("prepare")), TokenStream.open(run.path("prepare"), "train")
     trained = with_eos(train)
 
-    def before(entry: Entry) -> str:
+    def before(entry: AttributedEntry) -> str:
         tokens: Any = trained if entry.source == "datastore" else text.token_N.numpy()
         at = entry.place + 1 if entry.source == "datastore" else entry.place  # row r pairs position r with the next
         return _join(vocabulary, tokens[max(0, at - _BEFORE) : at])
@@ -204,7 +204,13 @@ def explain_with(run: TrimeRun, name: str, chosen: Chosen, text: Text, first: in
         rows = list(explain(model, text, probe, system.mixture, settings_of(chosen), search, first))
     pieces = vocabulary.pieces(text.token_N.tolist())
     tokens = tuple(
-        Why(pieces[at], at, p, v, tuple(Entry(e.source, e.place, e.share, before(e)) for e in entries[:_ENTRIES]))
+        Why(
+            pieces[at],
+            at,
+            p,
+            v,
+            tuple(AttributedEntry(e.source, e.place, e.share, before(e)) for e in entries[:_ENTRIES]),
+        )
         for at, p, v, entries in rows
     )
     return Explained(title, system.label, tokens)

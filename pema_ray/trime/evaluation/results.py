@@ -24,7 +24,7 @@ class Chosen(Section):
         return ", ".join(f"{name} {value:.3g}" for name, value in told.items() if value is not None) or "–"
 
 
-class Scores(Section):
+class SystemScores(Section):
     """One system on both splits."""
 
     system: str
@@ -78,7 +78,7 @@ class TrimeEvaluation(Section):
     """Scored, by split."""
     per_character: bool
     """Tokens are characters or bytes: bits are bits per character."""
-    scores: tuple[Scores, ...]
+    scores: tuple[SystemScores, ...]
     curves: tuple[Curve, ...] = ()
     passes: tuple[Pass, ...] = ()
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from pema_ray.errors import UserError
-from pema_ray.trime.datastore.search import Found, Neighbours
+from pema_ray.trime.datastore.search import Neighbours, SearchResult
 from pema_ray.trime.evaluation.recent import RecentKeys
 from pema_ray.trime.evaluation.similarity import LogSums, log_sums
-from pema_ray.trime.model.memory_lm import MemoryLM, Representations
+from pema_ray.trime.model.memory_lm import LMStates, MemoryLM
 from pema_ray.trime.text.windows import Window, batches, plan_windows
 
 Vectors = Literal["key", "state"]
@@ -154,12 +154,12 @@ def measure(
     """
     parts: list[Statistics] = []
 
-    def finish(batch: list[Scored], asked: Future[Found] | None) -> None:
+    def finish(batch: list[Scored], asked: Future[SearchResult] | None) -> None:
         parts.append(_statistics(model, text, probe, batch, None if asked is None else asked.result()))
         if on_batch:
             on_batch(len(parts[-1]))
 
-    waiting: tuple[list[Scored], Future[Found] | None] | None = None
+    waiting: tuple[list[Scored], Future[SearchResult] | None] | None = None
     with ThreadPoolExecutor(1) as searching:  # while the model computes the next windows
         for batch in walk(model, text, probe):
             asked = None
@@ -207,7 +207,7 @@ def _stack(tokens: Tensor, batch: Sequence[Window]) -> Tensor:
 
 
 def _look_back(
-    text: Text, probe: Probe, window: Window, found: Representations, compared_TH: Tensor, row: int, recent: RecentKeys
+    text: Text, probe: Probe, window: Window, found: LMStates, compared_TH: Tensor, row: int, recent: RecentKeys
 ) -> Scored:
     new = slice(window.first - window.start, window.length)
     until = window.first if probe.count_context_twice else window.start  # long memory ends where the window begins
@@ -225,7 +225,9 @@ def _look_back(
     return Scored(window, found.state_BTH[row, new], found.key_BTH[row, new].float(), similarity_NM, entry_M, ends)
 
 
-def _statistics(model: MemoryLM, text: Text, probe: Probe, batch: Sequence[Scored], found: Found | None) -> Statistics:
+def _statistics(
+    model: MemoryLM, text: Text, probe: Probe, batch: Sequence[Scored], found: SearchResult | None
+) -> Statistics:
     position_N = torch.cat([torch.arange(one.window.first, one.window.end) + 1 for one in batch])
     target_N, thetas = text.token_N[position_N.to(text.token_N.device)], probe.thetas(model.hidden_size)
     score = model.score(torch.cat([one.state_NH for one in batch]), target_N)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pema_ray.trime.config import SYSTEM_NAMES, EvaluateConfig, MemoryKind, TrimeConfig
+from pema_ray.trime.config import SYSTEM_NAMES, MemoryKind, TrimeConfig, TrimeEvaluateConfig
 from pema_ray.trime.evaluation.calibration import Mixture
 from pema_ray.trime.evaluation.statistics import Probe, Vectors
 
@@ -36,7 +36,7 @@ _INTERP_TEMPS = (0.008, 0.014, 0.025, 0.05, 0.08, 0.12, 0.18, 0.25, 0.33, 0.45, 
 
 
 @dataclass(frozen=True, slots=True)
-class System:
+class EvaluationSystem:
     """One row of a table."""
 
     name: str
@@ -55,7 +55,7 @@ def asks_a_datastore(config: TrimeConfig) -> bool:
     return any(make_system(name, config.evaluate).mixture.external for name in names_of(config))
 
 
-def make_system(name: str, config: EvaluateConfig) -> System:
+def make_system(name: str, config: TrimeEvaluateConfig) -> EvaluationSystem:
     assert name in SYSTEM_NAMES
     size = config.mem_size
     near, joined, second = name.removesuffix("_knn"), name.startswith("ext"), "knn" in name
@@ -67,7 +67,7 @@ def make_system(name: str, config: EvaluateConfig) -> System:
     else:
         size_of = 0 if near == "local" else size
         mixture, vectors = Mixture("gn", size_of, joined, second, config.neighbours), "key"
-    return System(name, _LABELS[name].format(size=size, k=config.neighbours), vectors, mixture)
+    return EvaluationSystem(name, _LABELS[name].format(size=size, k=config.neighbours), vectors, mixture)
 
 
 def window_of(config: TrimeConfig) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pema_ray.trime.config import DecoderShape
 from pema_ray.trime.model.adaptive import AdaptiveEmbedding, AdaptiveSoftmax, Bands, TiedSoftmax
-from pema_ray.trime.model.memory_lm import Representations, TrainableLM, VocabularyScore
+from pema_ray.trime.model.memory_lm import LMStates, TrainableLM, VocabularyScore
 
 
 class DecoderLM(TrainableLM):
@@ -38,7 +38,7 @@ class DecoderLM(TrainableLM):
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
         self.final_norm = nn.LayerNorm(shape.hidden_size) if shape.final_norm else nn.Identity()
 
-    def represent(self, token_BT: Tensor) -> Representations:
+    def represent(self, token_BT: Tensor) -> LMStates:
         """States and keys; position t sees tokens 0 … t."""
         x_BTH = self.embedding(token_BT) * math.sqrt(self.hidden_size)
         x_BTH = x_BTH + sinusoids(token_BT.shape[1], self.hidden_size, token_BT.device).to(x_BTH.dtype)
@@ -46,7 +46,7 @@ class DecoderLM(TrainableLM):
         key_BTH = x_BTH
         for layer in self.layers:
             x_BTH, key_BTH = layer(x_BTH)
-        return Representations(self.final_norm(x_BTH), key_BTH)
+        return LMStates(self.final_norm(x_BTH), key_BTH)
 
     def score(self, state_NH: Tensor, target_N: Tensor) -> VocabularyScore:
         return self.softmax.score(state_NH, target_N)

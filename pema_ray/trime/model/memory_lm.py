@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 
-class Representations(NamedTuple):
+class LMStates(NamedTuple):
     """What the model makes of a sequence, position by position."""
 
     state_BTH: Tensor
@@ -36,7 +36,7 @@ class MemoryLM(Protocol):
     vocabulary_size: int
     max_positions: int
 
-    def represent(self, token_BT: Tensor) -> Representations:
+    def represent(self, token_BT: Tensor) -> LMStates:
         """States and keys of `token_BT` (int64 [B, T]); position t sees tokens 0 … t."""
         ...
 
@@ -56,7 +56,7 @@ class TrainableLM(nn.Module):
     vocabulary_size: int
     max_positions: int
 
-    def represent(self, token_BT: Tensor) -> Representations:
+    def represent(self, token_BT: Tensor) -> LMStates:
         """As `MemoryLM.represent`."""
         raise NotImplementedError
 
@@ -68,5 +68,5 @@ class TrainableLM(nn.Module):
         """As `MemoryLM.log_probs`."""
         raise NotImplementedError
 
-    def forward(self, token_BT: Tensor) -> Representations:
+    def forward(self, token_BT: Tensor) -> LMStates:
         return self.represent(token_BT)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pema_ray.errors import UserError
 from pema_ray.trime.model.adaptive import full_log_probs, full_score
-from pema_ray.trime.model.memory_lm import Representations, TrainableLM, VocabularyScore
+from pema_ray.trime.model.memory_lm import LMStates, TrainableLM, VocabularyScore
 
 _FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc1")
 _SCALES = {"logit_scale": 1, "logits_scaling": -1}  # cohere multiplies, granite divides
@@ -80,13 +80,13 @@ class TransformersLM(TrainableLM):
     def described(self) -> dict[str, Any]:
         return {"name": self.name, "config": self.causal.config.to_dict()}
 
-    def represent(self, token_BT: Tensor) -> Representations:
+    def represent(self, token_BT: Tensor) -> LMStates:
         """States and keys; position t sees tokens 0 … t."""
         base = self.causal.get_decoder()
         state_BTH = base(input_ids=token_BT, use_cache=False).last_hidden_state * self._scale
         assert self._caught is not None
         key, self._caught = self._caught, None
-        return Representations(state_BTH, key.reshape(*token_BT.shape, -1))
+        return LMStates(state_BTH, key.reshape(*token_BT.shape, -1))
 
     def score(self, state_NH: Tensor, target_N: Tensor) -> VocabularyScore:
         return full_score(state_NH, self.causal.get_output_embeddings().weight, target_N)

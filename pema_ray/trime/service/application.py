@@ -12,14 +12,14 @@ from ray.serve import Application
 
 from pema_ray.runtime.settings import Section, validate
 from pema_ray.serving.swapping import refused
-from pema_ray.trime.service.service import Live, ServiceConfig, TrimeService, make_api
+from pema_ray.trime.service.service import TrimeService, TrimeServiceConfig, TrimeUserConfig, make_api
 
 
 class TrimeArgs(Section):
     """Of the application."""
 
-    service: ServiceConfig
-    live: Live = Live()
+    service: TrimeServiceConfig
+    live: TrimeUserConfig = TrimeUserConfig()
     """Datastores at first; `user_config` of the deployment `Trime` changes them."""
     cpus: float = Field(default=1, gt=0)
     gpus: float = Field(default=0, ge=0)

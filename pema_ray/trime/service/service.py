@@ -33,7 +33,7 @@ from pema_ray.trime.evaluation.combination import joint_over_vocabulary, linear_
 from pema_ray.trime.evaluation.explain import settings_of
 from pema_ray.trime.evaluation.results import TrimeEvaluation
 from pema_ray.trime.evaluation.statistics import Probe, Text, measure, walk
-from pema_ray.trime.evaluation.systems import System, make_probe, make_system
+from pema_ray.trime.evaluation.systems import EvaluationSystem, make_probe, make_system
 from pema_ray.trime.model.memory_lm import MemoryLM
 from pema_ray.trime.model.registry import load_model
 from pema_ray.trime.run import TrimeRun
@@ -43,7 +43,7 @@ from pema_ray.trime.text.vocabulary import Vocabulary
 Answer = TypeVar("Answer")
 
 
-class ServiceConfig(Section):
+class TrimeServiceConfig(Section):
     """What is served, and how large requests may be."""
 
     config: str
@@ -64,14 +64,14 @@ class ServiceConfig(Section):
     """CPU threads of torch."""
 
 
-class Live(Section):
+class TrimeUserConfig(Section):
     """What may be changed while requests go on: Serve's `user_config`."""
 
     datastores: dict[str, str] = {}
     """Name -> folder; an index beside it (`<folder>/../index`) is used if it is this datastore's."""
 
 
-class Ask(Section):
+class TextRequest(Section):
     """A request."""
 
     text: str
@@ -82,7 +82,7 @@ class Ask(Section):
 
 
 @dataclass(frozen=True)
-class Held:
+class LoadedDatastore:
     """A datastore that is being served; `close` ends its actors once no request uses it."""
 
     folder: str
@@ -98,7 +98,7 @@ class TrimeService:
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self.config = validate(ServiceConfig, dict(config), "service")
+        self.config = validate(TrimeServiceConfig, dict(config), "service")
         self._thread = compute_thread()
         self._thread.submit(set_threads, self.config.threads).result()
         self.experiment = read_config(TrimeConfig, self.config.config, self.config.overrides)
@@ -115,14 +115,14 @@ class TrimeService:
             )
         self._chosen = TrimeEvaluation.load(run.path("evaluate"))
         self._systems = {asks: self._system(name) for asks, name in self._names().items()}
-        self._held: dict[str, Held] = {}
+        self._held: dict[str, LoadedDatastore] = {}
         self.refused: str | None = None
         """Why the last change of datastores was not made, if it was not."""
 
     def _names(self) -> dict[bool, str]:
         return {True: self.config.system, False: self.config.without}
 
-    def _system(self, name: str) -> tuple[System, Probe, Settings]:
+    def _system(self, name: str) -> tuple[EvaluationSystem, Probe, Settings]:
         """A system as it was calibrated, and a probe of its settings alone."""
         known = [one.system for one in self._chosen.scores]
         if name not in known:
@@ -155,9 +155,9 @@ class TrimeService:
         Raises:
             UserError: a datastore is missing, another model's, or smaller than k; then nothing changes.
         """
-        wanted = validate(Live, dict(live), "user_config")
+        wanted = validate(TrimeUserConfig, dict(live), "user_config")
         kept = {n: self._held[n] for n, f in wanted.datastores.items() if n in self._held and self._held[n].folder == f}
-        new: dict[str, Held] = {}
+        new: dict[str, LoadedDatastore] = {}
         try:
             for name, folder in wanted.datastores.items():
                 if name not in kept:
@@ -171,7 +171,7 @@ class TrimeService:
         if gone:  # behind all that was asked before
             await asyncio.get_running_loop().run_in_executor(self._thread, lambda: [held.close() for held in gone])
 
-    def _open(self, folder: str) -> Held:
+    def _open(self, folder: str) -> LoadedDatastore:
         c, e = self.config, self.experiment.evaluate
         store = open_datastore(folder, self.card)
         check_k(e.neighbours, len(store))
@@ -180,19 +180,19 @@ class TrimeService:
         stack = ExitStack()
         where = index if (index / "index.json").exists() else None
         search = stack.enter_context(open_search(store, where, options, c.search_actors, c.cpus_per_actor))
-        return Held(folder, search, stack.close)
+        return LoadedDatastore(folder, search, stack.close)
 
     # ── answers ─────────────────────────────────────────────────────────────
 
-    async def score(self, ask: Ask) -> dict[str, Any]:
+    async def score(self, ask: TextRequest) -> dict[str, Any]:
         """Each token's log-probability, with the memories and from the vocabulary alone."""
         return await self._computed(lambda search: self._score(ask, search), ask)
 
-    async def next(self, ask: Ask) -> dict[str, Any]:
+    async def next(self, ask: TextRequest) -> dict[str, Any]:
         """The most probable tokens after a text."""
         return await self._computed(lambda search: self._next(ask, search), ask)
 
-    async def _computed(self, work: Callable[[Neighbours | None], Answer], ask: Ask) -> Answer:
+    async def _computed(self, work: Callable[[Neighbours | None], Answer], ask: TextRequest) -> Answer:
         if ask.datastore is not None and ask.datastore not in self._held:
             known = list(self._held)
             raise UnknownDatastore(
@@ -211,7 +211,7 @@ class TrimeService:
         first = torch.tensor([self.vocabulary.eos_id])
         return Text(torch.cat([first, torch.from_numpy(ids).long()]).to(self.device))
 
-    def _score(self, ask: Ask, search: Neighbours | None) -> dict[str, Any]:
+    def _score(self, ask: TextRequest, search: Neighbours | None) -> dict[str, Any]:
         system, probe, settings = self._systems[search is not None]
         text = self._text(ask.text)
         found = measure(self.model, text, probe, search)
@@ -226,7 +226,7 @@ class TrimeService:
             "tokens": [{"piece": p, "log_prob": lp, "vocabulary_log_prob": lv} for p, lp, lv in rows],
         }
 
-    def _next(self, ask: Ask, search: Neighbours | None) -> dict[str, Any]:
+    def _next(self, ask: TextRequest, search: Neighbours | None) -> dict[str, Any]:
         system, probe, settings = self._systems[search is not None]
         text = self._text(ask.text)
         log_p_V, log_vocab_V = distribution(self.model, text, probe, system.mixture, settings, search)
@@ -297,11 +297,11 @@ def make_api(service: TrimeService) -> FastAPI:
         return {"data": data, **({"refused": service.refused} if service.refused else {})}
 
     @api.post("/v1/score")
-    async def score(ask: Ask) -> dict[str, Any]:
+    async def score(ask: TextRequest) -> dict[str, Any]:
         return await service.score(ask)
 
     @api.post("/v1/next")
-    async def next_tokens(ask: Ask) -> dict[str, Any]:
+    async def next_tokens(ask: TextRequest) -> dict[str, Any]:
         return await service.next(ask)
 
     return api

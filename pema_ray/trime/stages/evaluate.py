@@ -26,9 +26,9 @@ from pema_ray.trime.datastore.ray_search import open_search
 from pema_ray.trime.datastore.search import Neighbours, SearchOptions
 from pema_ray.trime.evaluation.calibration import Calibrated, Mixture, Settings, calibrate, nll
 from pema_ray.trime.evaluation.curves import curves_of
-from pema_ray.trime.evaluation.results import Chosen, Curve, Pass, Scores, TrimeEvaluation, markdown
+from pema_ray.trime.evaluation.results import Chosen, Curve, Pass, SystemScores, TrimeEvaluation, markdown
 from pema_ray.trime.evaluation.statistics import Probe, Statistics, Text, Vectors, measure
-from pema_ray.trime.evaluation.systems import System, asks_a_datastore, make_probe, make_system, names_of
+from pema_ray.trime.evaluation.systems import EvaluationSystem, asks_a_datastore, make_probe, make_system, names_of
 from pema_ray.trime.model.registry import TrainableLM, load_model
 from pema_ray.trime.run import TrimeRun
 from pema_ray.trime.stages.datastore import card_of, with_eos
@@ -113,7 +113,7 @@ def stores_of(run: TrimeRun) -> Iterator[Store]:
         yield Store(name, Path(folder), index if (index / "index.json").exists() else None)
 
 
-def _by_vectors(systems: Sequence[System]) -> Iterator[tuple[Vectors, list[System]]]:
+def _by_vectors(systems: Sequence[EvaluationSystem]) -> Iterator[tuple[Vectors, list[EvaluationSystem]]]:
     """Systems that one pass serves: those that compare the same vectors, and whoever compares none with the first."""
     kinds: list[Vectors] = list(dict.fromkeys(s.vectors for s in systems if s.vectors is not None)) or ["key"]
     for number, vectors in enumerate(kinds):
@@ -138,9 +138,9 @@ def _measure(
     return Measured(probe, dev, test), Pass(name=name, tokens=tokens, seconds=time.perf_counter() - started)
 
 
-def _scores(system: System, store: Store | None, found: Calibrated, measured: Measured) -> Scores:
+def _scores(system: EvaluationSystem, store: Store | None, found: Calibrated, measured: Measured) -> SystemScores:
     mixture = system.mixture
-    return Scores(
+    return SystemScores(
         system=system.name,
         label=system.label,
         datastore=store.name if store and mixture.external else None,
@@ -163,7 +163,7 @@ def _result(
     run: TrimeRun,
     card: ModelCard,
     texts: dict[str, Text],
-    scores: list[Scores],
+    scores: list[SystemScores],
     curves: list[Curve],
     passes: list[Pass],
 ) -> TrimeEvaluation:

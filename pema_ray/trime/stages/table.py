@@ -20,7 +20,7 @@ from pema_ray.runtime.files import atomic_file
 from pema_ray.runtime.progress import console
 from pema_ray.runtime.settings import Section, validate
 from pema_ray.trime.config import MemoryKind, TrimeConfig
-from pema_ray.trime.evaluation.results import Scores, TrimeEvaluation, shown
+from pema_ray.trime.evaluation.results import SystemScores, TrimeEvaluation, shown
 from pema_ray.trime.evaluation.systems import asks_a_datastore
 from pema_ray.trime.run import TrimeRun
 from pema_ray.trime.stages import batches as walk
@@ -183,7 +183,7 @@ def _table(base: TrimeConfig, told: Mapping[tuple[str, MemoryKind], list[Done]])
     for (budget, memory), runs in told.items():
         evaluations, metrics = [found for found, _ in runs], [one for _, one in runs]
         for place, first in enumerate(evaluations[0].scores):
-            same: list[Scores] = [found.scores[place] for found in evaluations]
+            same: list[SystemScores] = [found.scores[place] for found in evaluations]
             rows.append(
                 Row(
                     budget=budget,

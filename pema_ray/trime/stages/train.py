@@ -22,14 +22,14 @@ from pema_ray.trime.model.registry import count_parameters, make_model, save_mod
 from pema_ray.trime.run import TrimeRun
 from pema_ray.trime.stages.batches import read_walk
 from pema_ray.trime.text.segments import Segments, TokenStream
-from pema_ray.trime.training.loop import RESUMED_FROM, History
-from pema_ray.trime.training.training import Trainer
+from pema_ray.trime.training.loop import RESUMED_FROM, UpdateHistory
+from pema_ray.trime.training.training import TrimeTrainer
 
 MODEL = "model"
 
 
 @dataclass(frozen=True)
-class TrainingJob:
+class TrimeTrainingJob:
     """Everything a worker needs; paths are absolute."""
 
     config: TrimeConfig
@@ -49,7 +49,7 @@ def _train(run: TrimeRun) -> dict[str, Any]:
     c = run.config
     shape_of(c.model)  # refused here rather than in a worker
     prepared = run.metrics("prepare")
-    job = TrainingJob(
+    job = TrimeTrainingJob(
         c,
         run.path("prepare"),
         run.path("batches") if c.batches.order == "bm25" else None,
@@ -65,7 +65,7 @@ def _train(run: TrimeRun) -> dict[str, Any]:
                 bar.advance(point["step"] - bar.done, note=f"loss {point['loss']:.3f}")
 
         told = run_workers(_work, job, job.run_dir, t, show).returned
-    history = History.from_dict(told["history"])
+    history = UpdateHistory.from_dict(told["history"])
     with atomic_file(run.path("train", "history.json")) as temporary:
         temporary.write_text(json.dumps(told["history"]) + "\n")
     best = history.best_loss
@@ -85,7 +85,7 @@ def _train(run: TrimeRun) -> dict[str, Any]:
     }
 
 
-def _work(job: TrainingJob) -> dict[str, Any]:
+def _work(job: TrimeTrainingJob) -> dict[str, Any]:
     """What every worker does."""
     c = job.config
     place = worker_place(c.train)
@@ -104,7 +104,7 @@ def _work(job: TrainingJob) -> dict[str, Any]:
         reporting(job.run_dir, place, c.train, name, settings) as tell,
         reporting_checkpoints(job.run_dir, place, RESUMED_FROM) as on_saved,
     ):
-        trainer = Trainer(c, model, train, dev, job.run_dir, place, tell, walk_S, on_saved)
+        trainer = TrimeTrainer(c, model, train, dev, job.run_dir, place, tell, walk_S, on_saved)
         history = trainer.run()
     if place.leads:
         save_model(model, job.run_dir / MODEL)

@@ -39,7 +39,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class UpdateLosses:
     """Losses at an update, nats per token: of the objective, and of the vocabulary alone."""
 
     step: int
@@ -50,11 +50,11 @@ class Point:
 
 
 @dataclass
-class History:
+class UpdateHistory:
     """What a training run went through; JSON beside the model. `train` has means between validations."""
 
-    train: list[Point] = field(default_factory=list)
-    validation: list[Point] = field(default_factory=list)
+    train: list[UpdateLosses] = field(default_factory=list)
+    validation: list[UpdateLosses] = field(default_factory=list)
     best_step: int = 0
     best_loss: float = math.inf
     stale: int = 0
@@ -68,8 +68,8 @@ class History:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, told: dict[str, Any]) -> History:
-        points = {name: [Point(**point) for point in told[name]] for name in ("train", "validation")}
+    def from_dict(cls, told: dict[str, Any]) -> UpdateHistory:
+        points = {name: [UpdateLosses(**point) for point in told[name]] for name in ("train", "validation")}
         return cls(**{**told, **points})
 
 
@@ -121,7 +121,7 @@ class UpdateLoop(ABC, Generic[M]):
 
     # ── the loop ────────────────────────────────────────────────────────────
 
-    def run(self) -> History:
+    def run(self) -> UpdateHistory:
         """Train to the end; `model` is then the best one by validation."""
         self.model.to(self.place.device)
         step, history, moments = self._restore()
@@ -135,7 +135,7 @@ class UpdateLoop(ABC, Generic[M]):
         self.model.load_state_dict(best["model"])
         return history
 
-    def _optimise(self, objective: nn.Module, strategy: Strategy, history: History, step: int) -> None:
+    def _optimise(self, objective: nn.Module, strategy: Strategy, history: UpdateHistory, step: int) -> None:
         c = self.settings
         if step == 0:
             self._validate(objective, history, 0)
@@ -151,10 +151,10 @@ class UpdateLoop(ABC, Generic[M]):
             since += np.array([loss * tokens, vocabulary_loss * tokens, tokens])
             history.tokens += tokens
             history.seconds += time.perf_counter() - started
-            self._tell("train", Point(step, loss, vocabulary_loss, history.seconds))
+            self._tell("train", UpdateLosses(step, loss, vocabulary_loss, history.seconds))
             if step % c.validate_every == 0 or step == self.updates:
                 means = (since[:2] / since[2]).tolist()
-                history.train.append(Point(step, means[0], means[1], history.seconds))
+                history.train.append(UpdateLosses(step, means[0], means[1], history.seconds))
                 since[:] = 0
                 self._validate(objective, history, step)
                 self._save(strategy, history, step)
@@ -182,12 +182,12 @@ class UpdateLoop(ABC, Generic[M]):
         )
 
     @torch.no_grad()
-    def _validate(self, objective: nn.Module, history: History, step: int) -> None:
+    def _validate(self, objective: nn.Module, history: UpdateHistory, step: int) -> None:
         started = time.perf_counter()
         objective.eval()
         loss, vocabulary_loss = self.judge(objective)
         history.seconds += time.perf_counter() - started
-        point = Point(step, loss, vocabulary_loss, history.seconds)
+        point = UpdateLosses(step, loss, vocabulary_loss, history.seconds)
         history.validation.append(point)
         if point.loss < history.best_loss:
             history.best_loss, history.best_step, history.stale = point.loss, step, 0
@@ -214,13 +214,13 @@ class UpdateLoop(ABC, Generic[M]):
             torch.distributed.all_reduce(values)
         return values
 
-    def _tell(self, kind: str, point: Point) -> None:
+    def _tell(self, kind: str, point: UpdateLosses) -> None:
         if self.place.leads:
             self.tell(kind, asdict(point))
 
     # ── resume ──────────────────────────────────────────────────────────────
 
-    def _save(self, strategy: Strategy, history: History, step: int) -> None:
+    def _save(self, strategy: Strategy, history: UpdateHistory, step: int) -> None:
         moments = strategy.optimizer_state()  # every process must ask
         if self.place.leads:
             groups = {"model": self.model.state_dict(), "optimizer": moments}
@@ -228,14 +228,14 @@ class UpdateLoop(ABC, Generic[M]):
         best = {"best_step": history.best_step, "best_loss": history.best_loss}
         self.on_saved({**asdict(history.validation[-1]), **best})
 
-    def _restore(self) -> tuple[int, History, dict[str, Tensor]]:
+    def _restore(self) -> tuple[int, UpdateHistory, dict[str, Tensor]]:
         path = self.run_dir / CHECKPOINT
         if not path.exists():
-            return 0, History(), {}
+            return 0, UpdateHistory(), {}
         groups, told = load_checkpoint(path)
         try:
             self.model.load_state_dict(groups["model"])
         except RuntimeError:
             raise UserError(f"{path}: holds a model of another shape. Start over with train.resume=false.") from None
         logger.info("training resumes at update %d", told["step"])
-        return told["step"], History.from_dict(told["history"]), groups.get("optimizer", {})
+        return told["step"], UpdateHistory.from_dict(told["history"]), groups.get("optimizer", {})

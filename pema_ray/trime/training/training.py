@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pema_ray.training.ray_loop import Tell
 
 
-class Part(NamedTuple):
+class MicroBatch(NamedTuple):
     """What a process computes of an update at a time."""
 
     batch: SegmentBatch
@@ -38,7 +38,7 @@ class Part(NamedTuple):
 
 
 @dataclass
-class Schedule:
+class UpdateSchedule:
     """Which groups form an update: the epochs' groups, one after another. Pure numbers, the same in every process."""
 
     config: TrimeConfig
@@ -75,7 +75,7 @@ class Schedule:
 
 
 @dataclass
-class Trainer(UpdateLoop[TrainableLM]):
+class TrimeTrainer(UpdateLoop[TrainableLM]):
     """Trains one model.
 
     Args:
@@ -95,7 +95,7 @@ class Trainer(UpdateLoop[TrainableLM]):
     on_saved: Saved = lambda metrics: None
 
     def __post_init__(self) -> None:
-        self._schedule = Schedule(self.config, len(self.train), self.walk_S)
+        self._schedule = UpdateSchedule(self.config, len(self.train), self.walk_S)
 
     @property
     def settings(self) -> TrimeTrainConfig:
@@ -121,7 +121,7 @@ class Trainer(UpdateLoop[TrainableLM]):
             accumulate=self._parts_per_update,
             clip=c.clip,
             zero_stage=c.zero_stage,
-            idle_inputs=lambda: self._inputs(Part(self.train.none(), self._schedule.ways(0, 0)), 1.0),
+            idle_inputs=lambda: self._inputs(MicroBatch(self.train.none(), self._schedule.ways(0, 0)), 1.0),
         )
         return objective, strategy
 
@@ -132,7 +132,7 @@ class Trainer(UpdateLoop[TrainableLM]):
         groups = self.config.batches.groups_per_update
         return groups if self.config.batches.across_workers else -(-groups // self.place.world)
 
-    def parts(self, update: int) -> Iterator[Part]:
+    def parts(self, update: int) -> Iterator[MicroBatch]:
         """This process's share of an update; every process has equally many parts, padding if need be."""
         rank, world = self.place.rank, self.place.world
         numbers = list(self._schedule.numbers(update))
@@ -140,15 +140,15 @@ class Trainer(UpdateLoop[TrainableLM]):
             for number in numbers:
                 mine, first = share_of(self._schedule.group(number), rank, world)
                 batch = self.train.batch(mine, first) if len(mine) else self.train.none()
-                yield Part(batch, self._schedule.ways(number, update))
+                yield MicroBatch(batch, self._schedule.ways(number, update))
             return
         for turn in range(self._parts_per_update):
             at = turn * world + rank
             if at < len(numbers):
                 group = self._schedule.group(numbers[at])
-                yield Part(self.train.batch(group), self._schedule.ways(numbers[at], update))
+                yield MicroBatch(self.train.batch(group), self._schedule.ways(numbers[at], update))
             else:
-                yield Part(self.train.none(), self._schedule.ways(numbers[-1], update))
+                yield MicroBatch(self.train.none(), self._schedule.ways(numbers[-1], update))
 
     def tokens_of(self, update: int) -> int:
         """Tokens of an update, over all processes."""
@@ -165,7 +165,7 @@ class Trainer(UpdateLoop[TrainableLM]):
         divisor = self.tokens_of(update) / self.place.world
         return [self._inputs(part, divisor) for part in self.parts(update)]
 
-    def _inputs(self, part: Part, divisor: float) -> tuple[Any, ...]:
+    def _inputs(self, part: MicroBatch, divisor: float) -> tuple[Any, ...]:
         tensors = (torch.from_numpy(array).to(self.place.device) for array in part.batch)
         return (*tensors, part.ways, divisor)
 
@@ -184,7 +184,7 @@ class Trainer(UpdateLoop[TrainableLM]):
         groups = [range(first, min(first + b.group, len(self.dev))) for first in range(0, len(self.dev), b.group)]
         for group in groups[: c.validation_groups][self.place.rank :: self.place.world]:
             batch = self.dev.batch(list(group))
-            sums = objective(*self._inputs(Part(batch, ways), 1.0))[1]
+            sums = objective(*self._inputs(MicroBatch(batch, ways), 1.0))[1]
             totals += torch.cat([sums, sums.new_tensor([(batch.label_BL != PADDING).sum()])])
         loss, vocabulary_loss, tokens = self.sum(totals).tolist()
         return loss / tokens, vocabulary_loss / tokens

@@ -18,7 +18,7 @@ from pema_ray.training.strategies import Place, Strategy
 from pema_ray.trime.config import MemoryKind, TrimeConfig
 from pema_ray.trime.model.registry import make_model
 from pema_ray.trime.text.segments import Segments, TokenStream
-from pema_ray.trime.training.training import Trainer
+from pema_ray.trime.training.training import TrimeTrainer
 
 ROUNDS = 12
 
@@ -33,7 +33,7 @@ def seconds_per_update(
         prepared: the corpus that they share.
         vocabulary: its words.
     """
-    steps: dict[MemoryKind, tuple[Trainer, Strategy]] = {}
+    steps: dict[MemoryKind, tuple[TrimeTrainer, Strategy]] = {}
     for memory, config in configs.items():
         steps[memory] = _stepper(config, prepared, vocabulary)
     found: dict[MemoryKind, list[float]] = {memory: [] for memory in configs}
@@ -48,7 +48,7 @@ def seconds_per_update(
     return {memory: statistics.median(times) for memory, times in found.items()}
 
 
-def _stepper(config: TrimeConfig, prepared: Path, vocabulary: int) -> tuple[Trainer, Strategy]:
+def _stepper(config: TrimeConfig, prepared: Path, vocabulary: int) -> tuple[TrimeTrainer, Strategy]:
     """A trainer of one process, and its strategy."""
     train = config.train.model_copy(update={"ce_epochs": 0.0, "strategy": "ddp"})
     c = config.model_copy(update={"train": train})
@@ -58,7 +58,7 @@ def _stepper(config: TrimeConfig, prepared: Path, vocabulary: int) -> tuple[Trai
     place = Place(device=pick_device("auto" if train.gpus_per_worker else "cpu"))
     model.to(place.device)
     walk_S = np.arange(len(text)) if c.batches.order == "bm25" else None  # what is near whom changes no time
-    trainer = Trainer(c, model, text, text, prepared, place, walk_S=walk_S)
+    trainer = TrimeTrainer(c, model, text, text, prepared, place, walk_S=walk_S)
     objective, strategy = trainer.make()
     objective.train()
     return trainer, strategy

@@ -134,7 +134,7 @@ class MtTrainConfig(TrainingConfig):
         return self
 
 
-class GenerateConfig(Section):
+class MtGenerateConfig(Section):
     """Decoding: which systems, beam, memory; calibration on dev."""
 
     systems: tuple[System, ...] = ()
@@ -217,7 +217,7 @@ class MtConfig(Section):
     plan: MtPlanConfig = MtPlanConfig()
     datastore: DatastoreConfig = DatastoreConfig()
     index: IndexConfig = IndexConfig()
-    generate: GenerateConfig = GenerateConfig()
+    generate: MtGenerateConfig = MtGenerateConfig()
 
     @property
     def systems(self) -> tuple[System, ...]:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pema_ray.trime.datastore.search import Found, Neighbours
+from pema_ray.trime.datastore.search import Neighbours, SearchResult
 from pema_ray.trime.evaluation.combination import joint_over_vocabulary, linear_over_vocabulary, memory_mass
-from pema_ray.trime.translation.config import GenerateConfig, System
+from pema_ray.trime.translation.config import MtGenerateConfig, System
 from pema_ray.trime.translation.data import padded
 from pema_ray.trime.translation.model import Translator
 
@@ -37,7 +37,7 @@ class Mixing:
         return self.temperature * (math.sqrt(hidden) if self.system == "trime" else 1.0)
 
 
-def mixed_log_probs(logits_NV: Tensor, found: Found, mixing: Mixing, hidden: int) -> Tensor:
+def mixed_log_probs(logits_NV: Tensor, found: SearchResult, mixing: Mixing, hidden: int) -> Tensor:
     """log P of every next token `[N, V]`, from the network's logits and the nearest entries."""
     normaliser_N = logits_NV.logsumexp(-1)
     log_p_NV = logits_NV - normaliser_N[:, None]
@@ -48,7 +48,7 @@ def mixed_log_probs(logits_NV: Tensor, found: Found, mixing: Mixing, hidden: int
     return linear_over_vocabulary(log_p_NV, mass_NV, mixing.weight)
 
 
-class Decoder:
+class TranslationDecoder:
     """Translates with one system.
 
     Args:
@@ -62,7 +62,7 @@ class Decoder:
         self._logits: Tensor | None = None
 
     @torch.inference_mode()
-    def translate(self, sources: Sequence[Sequence[int]], config: GenerateConfig) -> list[list[int]]:
+    def translate(self, sources: Sequence[Sequence[int]], config: MtGenerateConfig) -> list[list[int]]:
         """The best answer to each source (ids without `<eos>`), in their order; sources of like length go together."""
         order = sorted(range(len(sources)), key=lambda number: len(sources[number]))
         answers: list[list[int]] = [[] for _ in sources]
@@ -76,7 +76,7 @@ class Decoder:
             hook.remove()
         return answers
 
-    def _batch(self, sources: list[list[int]], config: GenerateConfig) -> list[list[int]]:
+    def _batch(self, sources: list[list[int]], config: MtGenerateConfig) -> list[list[int]]:
         from transformers import GenerationConfig, LogitsProcessorList
 
         m = self._model

@@ -19,7 +19,7 @@ from pema_ray.trime.translation.calibrate import calibrate, listen, nll
 from pema_ray.trime.translation.config import MtConfig
 from pema_ray.trime.translation.data import Parallel, load_subwords
 from pema_ray.trime.translation.datastore import card_of
-from pema_ray.trime.translation.decode import Decoder, Mixing
+from pema_ray.trime.translation.decode import Mixing, TranslationDecoder
 from pema_ray.trime.translation.model import Translator, load_translator
 from pema_ray.trime.translation.run import MtRun
 
@@ -42,7 +42,7 @@ def _generate(run: MtRun) -> dict[str, Any]:
 
     def translate(mixing: Mixing, search: Neighbours | None, more: dict[str, Any]) -> None:
         started = time.perf_counter()
-        answers = Decoder(model, subwords.eos, mixing, search).translate(test.source, g)
+        answers = TranslationDecoder(model, subwords.eos, mixing, search).translate(test.source, g)
         texts = [subwords.text(ids) for ids in answers]
         with atomic_file(run.path("generate", f"{mixing.system}.txt")) as temporary:
             temporary.write_text("".join(f"{' '.join(text.split())}\n" for text in texts), encoding="utf-8")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pema_ray.errors import UserError
 from pema_ray.runtime.files import atomic_file
-from pema_ray.trime.model.memory_lm import Representations
+from pema_ray.trime.model.memory_lm import LMStates
 from pema_ray.trime.model.registry import fingerprint_of
 from pema_ray.trime.translation.config import MtModelConfig
 
@@ -45,7 +45,7 @@ class Translator(nn.Module):
         _feed_forward(network, name).register_forward_pre_hook(self._catch)
         self.hidden_size = self._prove()
 
-    def represent(self, source_BS: Tensor, input_BT: Tensor) -> Representations:
+    def represent(self, source_BS: Tensor, input_BT: Tensor) -> LMStates:
         """States and keys `[B, T, H]` of decoder inputs; position t sees inputs 0 … t and the whole source."""
         encoder = self.network.get_encoder()
         seen_BS = (source_BS != self.pad).long()
@@ -53,7 +53,7 @@ class Translator(nn.Module):
         state_BTH = self.network.get_decoder()(
             input_ids=input_BT, encoder_hidden_states=encoded_BSH, encoder_attention_mask=seen_BS, use_cache=False
         ).last_hidden_state
-        return Representations(state_BTH, self.take_key().view(*input_BT.shape, -1))
+        return LMStates(state_BTH, self.take_key().view(*input_BT.shape, -1))
 
     def logits(self, state_NH: Tensor) -> Tensor:
         """E_w · f, and Marian's bias where a checkpoint has one: `[N, V]`."""

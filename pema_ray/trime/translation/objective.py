@@ -22,7 +22,7 @@ from pema_ray.trime.objective.softmax import CHUNK, MemoryScore
 from pema_ray.trime.translation.model import Translator
 
 
-class Ways(NamedTuple):
+class MtWays(NamedTuple):
     """What of a batch's memory is seen."""
 
     memory: bool
@@ -39,7 +39,7 @@ class MtObjective(nn.Module):
         self.model = model
 
     def forward(
-        self, source_BS: Tensor, input_BT: Tensor, label_BT: Tensor, sentence_B: Tensor, ways: Ways, divisor: float
+        self, source_BS: Tensor, input_BT: Tensor, label_BT: Tensor, sentence_B: Tensor, ways: MtWays, divisor: float
     ) -> tuple[Tensor, Tensor]:
         """(loss, sums): `loss` is the summed -log P over `divisor`; `sums` float64 `[2]` are -log P of the objective
         and that of the vocabulary alone, in nats.

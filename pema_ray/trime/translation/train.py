@@ -17,7 +17,7 @@ from pema_ray.runtime.progress import track
 from pema_ray.training.ray_checkpoint import reporting_checkpoints
 from pema_ray.training.ray_loop import reporting, run_workers, worker_place
 from pema_ray.trime.model.registry import count_parameters
-from pema_ray.trime.training.loop import RESUMED_FROM, History
+from pema_ray.trime.training.loop import RESUMED_FROM, UpdateHistory
 from pema_ray.trime.translation.config import MtConfig
 from pema_ray.trime.translation.data import Parallel, load_subwords, prepare
 from pema_ray.trime.translation.groups import bm25_walk
@@ -29,7 +29,7 @@ MODEL, WALK = "model", "walk.npy"
 
 
 @dataclass(frozen=True)
-class TrainingJob:
+class MtTrainingJob:
     """Everything a worker needs; paths are absolute."""
 
     config: MtConfig
@@ -66,7 +66,7 @@ def _train(run: MtRun) -> dict[str, Any]:
         walk_S = bm25_walk(pairs, c.batches.neighbours, c.seed, run.path("train", "bm25"))
         with atomic_file(run.path("train", WALK)) as temporary, temporary.open("wb") as file:
             np.save(file, walk_S)
-    job = TrainingJob(c, run.path("prepare"), run.path("train"), prepared["source_words"], prepared["target_words"])
+    job = MtTrainingJob(c, run.path("prepare"), run.path("train"), prepared["source_words"], prepared["target_words"])
     cluster = ray_cluster(c.ray, t.cpus_per_worker, t.gpus_per_worker, t.min_workers or t.workers)
     total = make_trainer(job).updates
     with cluster, track("training", total, "updates") as bar:
@@ -76,7 +76,7 @@ def _train(run: MtRun) -> dict[str, Any]:
                 bar.advance(point["step"] - bar.done, note=f"loss {point['loss']:.3f}")
 
         told = run_workers(_work, job, job.run_dir, t, show).returned
-    history = History.from_dict(told["history"])
+    history = UpdateHistory.from_dict(told["history"])
     with atomic_file(run.path("train", "history.json")) as temporary:
         temporary.write_text(json.dumps(told["history"]) + "\n")
     rate = history.tokens / max(1e-9, history.seconds)
@@ -93,7 +93,7 @@ def _train(run: MtRun) -> dict[str, Any]:
     }
 
 
-def make_trainer(job: TrainingJob, **more: Any) -> MtTrainer:
+def make_trainer(job: MtTrainingJob, **more: Any) -> MtTrainer:
     """The loop of one worker."""
     c = job.config
     torch.manual_seed(c.seed)
@@ -104,7 +104,7 @@ def make_trainer(job: TrainingJob, **more: Any) -> MtTrainer:
     return MtTrainer(c, model, eos, train, dev, job.run_dir, walk_S=walk_S, **more)
 
 
-def _work(job: TrainingJob) -> dict[str, Any]:
+def _work(job: MtTrainingJob) -> dict[str, Any]:
     """What every worker does."""
     c = job.config
     place = worker_place(c.train)

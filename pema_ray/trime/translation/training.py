@@ -24,7 +24,7 @@ from pema_ray.trime.translation.config import MtConfig, MtTrainConfig
 from pema_ray.trime.translation.data import Parallel, padded
 from pema_ray.trime.translation.groups import cut, groups_of
 from pema_ray.trime.translation.model import Translator
-from pema_ray.trime.translation.objective import MtObjective, Ways
+from pema_ray.trime.translation.objective import MtObjective, MtWays
 
 if TYPE_CHECKING:
     from pema_ray.training.ray_checkpoint import Saved
@@ -84,7 +84,7 @@ class MtTrainer(UpdateLoop[Translator]):
             accumulate=self.config.batches.groups_per_update,
             clip=c.clip,
             zero_stage=c.zero_stage,
-            idle_inputs=lambda: self._inputs(self.train, np.empty(0, np.int64), Ways(False), 1.0),
+            idle_inputs=lambda: self._inputs(self.train, np.empty(0, np.int64), MtWays(False), 1.0),
         )
         return objective, strategy
 
@@ -98,13 +98,13 @@ class MtTrainer(UpdateLoop[Translator]):
             self._order = (epoch, generator.permutation(len(self._groups)))
         return self._groups[self._order[1][within]]
 
-    def ways(self, number: int) -> Ways:
+    def ways(self, number: int) -> MtWays:
         """No memory during the warm-up by cross-entropy, then as configured."""
         c = self.config.train
         on = c.memory == "trime" and number >= c.ce_epochs * len(self._groups)
-        return Ways(on, c.temperature, c.top_k)
+        return MtWays(on, c.temperature, c.top_k)
 
-    def parts(self, update: int) -> Iterator[tuple[np.ndarray, Ways]]:
+    def parts(self, update: int) -> Iterator[tuple[np.ndarray, MtWays]]:
         """This process's sentences of each group of an update."""
         each = self.config.batches.groups_per_update
         for number in range(update * each, (update + 1) * each):
@@ -117,7 +117,7 @@ class MtTrainer(UpdateLoop[Translator]):
         groups = (self.group(number) for number in range(update * each, (update + 1) * each))
         return sum(len(self.train.target[sentence]) + 1 for group in groups for sentence in group)
 
-    def _inputs(self, pairs: Parallel, numbers: np.ndarray, ways: Ways, divisor: float) -> tuple[Any, ...]:
+    def _inputs(self, pairs: Parallel, numbers: np.ndarray, ways: MtWays, divisor: float) -> tuple[Any, ...]:
         """Tensors of some sentences; of none, one that is all padding: every process takes part in every exchange."""
         m = self.model
         sources = [pairs.source[n] + [self.eos] for n in numbers] or [[self.eos]]
@@ -138,6 +138,6 @@ class MtTrainer(UpdateLoop[Translator]):
         groups = cut(np.argsort(lengths, kind="stable"), lengths, most)
         sums = torch.zeros(2, dtype=torch.float64, device=self.place.device)
         for group in groups[self.place.rank :: self.place.world]:
-            sums += objective(*self._inputs(self.dev, group, Ways(False), 1.0))[1]
+            sums += objective(*self._inputs(self.dev, group, MtWays(False), 1.0))[1]
         loss = float(self.sum(sums)[1]) / sum(lengths)
         return loss, loss

@@ -10,7 +10,7 @@ import torch
 from pema_ray.data_owner.adapter.local_memory import LocalMemory, log_mixture
 from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.training.config import TrainConfig
-from pema_ray.data_owner.training.loop import Trainer
+from pema_ray.data_owner.training.loop import AdapterTrainer
 from pema_ray.data_owner.training.objectives import JointObjective
 from tests.data_owner.adapter.test_look_back import H, V, copies, stirred
 from tests.data_owner.training.test_training import assert_one_curve, close, run_in_processes
@@ -136,7 +136,7 @@ def test_what_comes_later_changes_nothing(make_head, rows):
     assert not torch.allclose(after[4], before[4])
 
 
-def make_trainer(head, folder: Path, width: int) -> Trainer:
+def make_trainer(head, folder: Path, width: int) -> AdapterTrainer:
     config = TrainConfig(
         rank=6, batch_size=128, epochs=12, validate_every=20, learning_rate=1e-2, local_memory=width,
         look_back_dropout=0.0, solver="none", residual=True, predict_lambda=True,
@@ -145,7 +145,7 @@ def make_trainer(head, folder: Path, width: int) -> Trainer:
     train, dev = copies(400, 1), copies(60, 2)
     if not width:
         train, dev = train.of_targets, dev.of_targets
-    return Trainer(adapter, config, head, train, dev, folder, seed=5)
+    return AdapterTrainer(adapter, config, head, train, dev, folder, seed=5)
 
 
 def test_it_learns_to_copy_and_when_to_trust_itself(make_head, tmp_path: Path):
@@ -182,7 +182,7 @@ def test_training_goes_on_as_if_it_had_never_stopped(make_head, tmp_path: Path):
 
 
 def test_two_processes_are_one(make_head, tmp_path: Path):
-    def trainer(folder: str) -> Trainer:
+    def trainer(folder: str) -> AdapterTrainer:
         made = make_trainer(make_head(), tmp_path / folder, 16)
         rows_of_40 = round(40 * made.feed.rows / 400)
         del made.feed  # made again, of whole forties

@@ -12,7 +12,7 @@ from pema_ray.data_owner.adapter.look_back import LookBack
 from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.training.config import TrainConfig
 from pema_ray.data_owner.training.feed import SequenceShuffle, sequences_in_order
-from pema_ray.data_owner.training.loop import Trainer
+from pema_ray.data_owner.training.loop import AdapterTrainer
 from pema_ray.data_owner.training.objectives import JointObjective
 from pema_ray.errors import UserError
 from pema_ray.memory import MemoryRows
@@ -123,7 +123,7 @@ def copies(count: int, seed: int, hidden: int = H) -> MemoryRows:
     return MemoryRows(encode(np.array(keys, np.float32), "float32"), *as_int)
 
 
-def make_trainer(head, folder: Path, look_back: int) -> Trainer:
+def make_trainer(head, folder: Path, look_back: int) -> AdapterTrainer:
     config = TrainConfig(
         rank=6, batch_size=128, epochs=12, validate_every=20, learning_rate=1e-2, look_back=look_back,
         look_back_width=32, solver="none", residual=True,
@@ -132,7 +132,7 @@ def make_trainer(head, folder: Path, look_back: int) -> Trainer:
     train, dev = copies(400, 1), copies(60, 2)
     if not look_back:
         train, dev = train.of_targets, dev.of_targets
-    return Trainer(adapter, config, head, train, dev, folder, seed=5)
+    return AdapterTrainer(adapter, config, head, train, dev, folder, seed=5)
 
 
 def test_it_learns_what_no_single_state_tells(make_head, tmp_path: Path):
@@ -259,7 +259,7 @@ def test_parts_of_a_batch_add_up_to_it(make_head, tmp_path: Path):
 
 @pytest.mark.parametrize("settings", [{}, {"strategy": "deepspeed", "accumulate": 2}], ids=str)
 def test_processes_share_whole_sequences(make_head, tmp_path: Path, settings: dict):
-    def trainer(folder: str, **changes) -> Trainer:
+    def trainer(folder: str, **changes) -> AdapterTrainer:
         made = make_trainer(make_head(), tmp_path / folder, 1)
         rows_of_40 = round(40 * made.feed.rows / 400)
         del made.feed  # made again, of whole forties

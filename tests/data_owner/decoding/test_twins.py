@@ -24,7 +24,7 @@ from pema_ray.memory import MemoryRows
 from pema_ray.memory.codec import encode
 from pema_ray.plm_owner import LoadedPLM
 from pema_ray.plm_owner.service.access import Access, Quota, add_client
-from pema_ray.plm_owner.service.api import Limits, make_api
+from pema_ray.plm_owner.service.api import RequestLimits, make_api
 from pema_ray.plm_owner.service.deployment import PLMEngine
 from pema_ray.plm_owner.service.replicas import Replicas
 
@@ -71,7 +71,7 @@ async def over_https(handle: DirectHandle, folder: Path) -> AsyncIterator[Remote
     """A client of the PLM owner's API, without a socket in between."""
     keys, key_file = folder / "keys.yaml", folder / "key"
     key_file.write_text(add_client(keys, "data owner", Quota()))
-    limits = Limits(max_steps=7, max_rows=40)  # so that steps are spread over several messages
+    limits = RequestLimits(max_steps=7, max_rows=40)  # so that steps are spread over several messages
     api = make_api(Access(keys), limits, lambda name, fingerprint: Replicas(handle, name, fingerprint))
     config = PLMConfig(url="https://plm.example.org", key_file=str(key_file))
     remote = RemotePLM(config, transport=httpx.ASGITransport(api))

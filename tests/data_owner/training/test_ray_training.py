@@ -16,8 +16,8 @@ from ray.train import Result
 from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.training.config import TrainConfig
 from pema_ray.data_owner.training.feed import StreamShuffle
-from pema_ray.data_owner.training.loop import RESUMED_FROM, History, Trainer
-from pema_ray.data_owner.training.ray_training import FIRST_STEP, TrainingJob, _train, fit
+from pema_ray.data_owner.training.loop import RESUMED_FROM, AdapterHistory, AdapterTrainer
+from pema_ray.data_owner.training.ray_training import FIRST_STEP, AdapterTrainingJob, _train, fit
 from pema_ray.errors import UserError
 from pema_ray.line import LMHeadBundle, ModelCard
 from pema_ray.memory import ExternalMemory, Manifest, MemoryRows, ShardInfo
@@ -55,14 +55,14 @@ def write_memory(folder: Path, card: ModelCard, rows: MemoryRows, split: str) ->
 
 
 @pytest.fixture
-def make_job(tiny_source, make_rows, tmp_path: Path) -> Callable[..., TrainingJob]:
+def make_job(tiny_source, make_rows, tmp_path: Path) -> Callable[..., AdapterTrainingJob]:
     """Makes a job of 256 training and 100 dev rows for the tiny llama."""
 
-    def make(owner: ModelCard | None = None, **changes) -> TrainingJob:
+    def make(owner: ModelCard | None = None, **changes) -> AdapterTrainingJob:
         bundle = tiny_source("llama").lm_head()
         card = bundle.card
         adapter = AdapterConfig(card.hidden_size, CONFIG.rank, card.name, card.fingerprint, dropout=CONFIG.dropout)
-        job = TrainingJob(
+        job = AdapterTrainingJob(
             train_memory=write_memory(tmp_path / "train", owner or card, make_rows(256, 1, card.hidden_size), "train"),
             dev_memory=write_memory(tmp_path / "dev", owner or card, make_rows(100, 2, card.hidden_size), "dev"),
             bundle=bundle.save(tmp_path / "lm_head"),
@@ -83,7 +83,7 @@ def test_two_workers_leave_the_adapter_of_one_its_history_and_its_curves(ray_clu
     assert history.best_prediction < history.validation[0].prediction
     assert [point for kind, point in told if kind == "train"] == history.train
     assert [point for kind, point in told if kind == "validation"] == history.validation
-    assert History.from_dict(json.loads((job.run_dir / "history.json").read_text())) == history
+    assert AdapterHistory.from_dict(json.loads((job.run_dir / "history.json").read_text())) == history
     assert list((job.run_dir / "tensorboard").glob("events.out.tfevents.*"))
     reported = Result.from_path(str(job.run_dir / "ray_train"))
     best = {"best_step": history.best_step, "best_prediction": history.best_prediction}
@@ -98,7 +98,7 @@ def test_two_workers_leave_the_adapter_of_one_its_history_and_its_curves(ray_clu
         f"{history.best_prediction:.3f} at step {history.best_step}" in (job.run_dir / "adapter/README.md").read_text()
     )
     rows = (ExternalMemory.open(path).load() for path in (job.train_memory, job.dev_memory))
-    here, alone = Trainer(job.adapter, job.config, bundle.head, *rows, tmp_path / "here").run()
+    here, alone = AdapterTrainer(job.adapter, job.config, bundle.head, *rows, tmp_path / "here").run()
     for ours, theirs in zip(adapter.parameters(), here.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     losses = [[point.prediction for point in run.validation] for run in (history, alone)]
@@ -150,7 +150,7 @@ def test_training_begins_before_a_tenth_of_the_memory_is_built(
     feed = StreamShuffle(780, 1.0, arrivals, memory.view, 20, job.seed)
     dev = ExternalMemory.open(job.dev_memory).view(max_rows=config.validation_rows)
     head = LMHeadBundle.load(job.bundle).head
-    here, alone = Trainer(job.adapter, config, head, feed, dev, tmp_path / "here").run()
+    here, alone = AdapterTrainer(job.adapter, config, head, feed, dev, tmp_path / "here").run()
     found = PemaAdapter.from_pretrained(job.run_dir / "adapter")
     for ours, theirs in zip(found.parameters(), here.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
@@ -166,7 +166,7 @@ def test_a_memory_of_another_plm_is_refused_and_both_are_named(ray_cluster, make
     assert not (job.run_dir / "adapter").exists()
 
 
-def work(job: TrainingJob) -> str:
+def work(job: AdapterTrainingJob) -> str:
     """The words in which a lone worker refuses."""
     return _worker({"work": _train, "settings": job, "run_dir": job.run_dir})["error"]
 

@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.training.config import TrainConfig
-from pema_ray.data_owner.training.loop import History, Point, Trainer
+from pema_ray.data_owner.training.loop import AdapterHistory, AdapterTrainer, LossPoint
 from pema_ray.errors import UserError
 from pema_ray.training.strategies import Place
 
@@ -32,13 +32,15 @@ SETTINGS = {
 def make_trainer(make_head, make_rows, tmp_path: Path):
     """Makes a trainer of 640 rows (10 steps an epoch) in a folder of its own."""
 
-    def make(folder: str = "run", rows: int = 640, space: str = "post_norm", **changes) -> Trainer:
+    def make(folder: str = "run", rows: int = 640, space: str = "post_norm", **changes) -> AdapterTrainer:
         config = TrainConfig(**{**SETTINGS, **changes})
         adapter = AdapterConfig(
             H, config.rank, "tiny", "a" * 16, space=space, residual=config.residual, dropout=config.dropout,
             scale=1 / config.rank if config.scale_by_rank else 1.0,
         )  # fmt: skip
-        return Trainer(adapter, config, make_head(), make_rows(rows, 1), make_rows(300, 2), tmp_path / folder, seed=7)
+        return AdapterTrainer(
+            adapter, config, make_head(), make_rows(rows, 1), make_rows(300, 2), tmp_path / folder, seed=7
+        )
 
     return make
 
@@ -47,7 +49,7 @@ def parameters(adapter: PemaAdapter) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in adapter.state_dict().items()}
 
 
-def assert_same(one: tuple[PemaAdapter, History], two: tuple[PemaAdapter, History]) -> None:
+def assert_same(one: tuple[PemaAdapter, AdapterHistory], two: tuple[PemaAdapter, AdapterHistory]) -> None:
     """Bit for bit the same adapter, and the same losses at the same steps."""
     for (name, a), b in zip(parameters(one[0]).items(), parameters(two[0]).values(), strict=True):
         assert torch.equal(a, b), name
@@ -127,13 +129,13 @@ def test_validations_are_no_part_of_the_time_of_training(make_trainer, monkeypat
     now = [0.0]
     monkeypatch.setattr("pema_ray.data_owner.training.loop.time.perf_counter", lambda: now[0])
     for name, seconds in (("_learn", 1.0), ("_validate", 1000.0), ("_dev_reconstruction_error", 1000.0)):
-        plain = getattr(Trainer, name)
+        plain = getattr(AdapterTrainer, name)
 
         def taking(*arguments, plain=plain, seconds=seconds):
             now[0] += seconds
             return plain(*arguments)
 
-        monkeypatch.setattr(Trainer, name, taking)
+        monkeypatch.setattr(AdapterTrainer, name, taking)
     for solver in ("closed_form", "adam"):
         history = make_trainer(solver, epochs=1, solver=solver).run()[1]
         assert history.seconds == 10 and history.reconstruction_seconds == 0
@@ -147,8 +149,8 @@ def test_peak_memory_is_that_of_the_whole_training_when_it_was_resumed(make_trai
 
 def test_adam_stops_when_the_dev_rows_say_so_and_keeps_its_best(make_trainer, monkeypatch):
     errors: list[float] = []
-    plain = Trainer._dev_reconstruction_error
-    monkeypatch.setattr(Trainer, "_dev_reconstruction_error", lambda *a: errors.append(plain(*a)) or errors[-1])
+    plain = AdapterTrainer._dev_reconstruction_error
+    monkeypatch.setattr(AdapterTrainer, "_dev_reconstruction_error", lambda *a: errors.append(plain(*a)) or errors[-1])
     settings = {"solver": "adam", "dropout": 0.0, "epochs": 1, "validate_every": 5, "learning_rate": 0.5}
     history = make_trainer(reconstruction_epochs=200, patience=2, **settings).run()[1]
     *during, reported = errors
@@ -254,7 +256,7 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(make_trainer):
         trainer.run()
 
 
-def rates_used(trainer: Trainer) -> list[float]:
+def rates_used(trainer: AdapterTrainer) -> list[float]:
     used: list[float] = []
     hook = register_optimizer_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
     try:
@@ -280,7 +282,7 @@ def test_the_leader_reports_every_point_as_it_happens(make_trainer):
     assert [point for kind, point in seen if kind == "train"] == history.train
     assert [point for kind, point in seen if kind == "validation"] == history.validation
     assert [point.step for point in history.validation] == [0, 5, 10]
-    assert History.from_dict(history.to_dict()) == history
+    assert AdapterHistory.from_dict(history.to_dict()) == history
 
 
 # ── resume ──────────────────────────────────────────────────────────────────
@@ -291,7 +293,7 @@ class Killed(Exception):
 
 
 def kill_at(wanted: str, step: int):
-    def on_point(kind: str, point: Point) -> None:
+    def on_point(kind: str, point: LossPoint) -> None:
         if kind == wanted and point.step == step:
             raise Killed
 
@@ -397,7 +399,7 @@ class Sharded:
         return type(self._parts[0]).concatenate([self._parts[shard] for shard in shards])
 
 
-def windowed(trainer: Trainer) -> Trainer:
+def windowed(trainer: AdapterTrainer) -> AdapterTrainer:
     trainer.train = Sharded(trainer.train, 128)
     return trainer
 
@@ -436,7 +438,7 @@ def _train_in_a_process(rank: int, world: int, parts: tuple, meeting: str, port:
     }  # fmt: skip
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     try:
-        _, history = Trainer(*parts, place=Place(rank, world)).run()
+        _, history = AdapterTrainer(*parts, place=Place(rank, world)).run()
         if rank == 0:
             torch.save(history.to_dict(), f"{meeting}.history")
         torch.distributed.barrier()
@@ -444,7 +446,7 @@ def _train_in_a_process(rank: int, world: int, parts: tuple, meeting: str, port:
         torch.distributed.destroy_process_group()
 
 
-def run_in_processes(trainer: Trainer, world: int, meeting: Path) -> tuple[PemaAdapter, History]:
+def run_in_processes(trainer: AdapterTrainer, world: int, meeting: Path) -> tuple[PemaAdapter, AdapterHistory]:
     t = trainer
     parts = (t.adapter_config, t.config, t.head, t.train, t.dev, t.run_dir, t.seed)
     with socket.socket() as free:
@@ -453,10 +455,10 @@ def run_in_processes(trainer: Trainer, world: int, meeting: Path) -> tuple[PemaA
     torch.multiprocessing.spawn(_train_in_a_process, (world, parts, str(meeting), port), nprocs=world)
     adapter = PemaAdapter(t.adapter_config)
     adapter.load_state_dict(load_file(t.run_dir / "best.safetensors"))
-    return adapter, History.from_dict(torch.load(f"{meeting}.history"))
+    return adapter, AdapterHistory.from_dict(torch.load(f"{meeting}.history"))
 
 
-def assert_one_curve(one: History, two: History) -> None:
+def assert_one_curve(one: AdapterHistory, two: AdapterHistory) -> None:
     for kind in ("train", "validation"):
         mine, theirs = getattr(one, kind), getattr(two, kind)
         assert [p.step for p in mine] == [p.step for p in theirs]

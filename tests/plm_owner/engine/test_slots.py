@@ -12,7 +12,7 @@ from pema_ray.errors import UserError
 from pema_ray.plm_owner import LoadedPLM
 from pema_ray.plm_owner.engine.checks import plain_states
 from pema_ray.plm_owner.engine.extraction import Extraction
-from pema_ray.plm_owner.engine.slots import Feed, SeparateCaches, SlotCaches, _Pass, _SlotLayer, make_caches
+from pema_ray.plm_owner.engine.slots import SeparateCaches, SlotCaches, SlotTokens, _Pass, _SlotLayer, make_caches
 
 CLOSE: dict[str, Any] = {"atol": 2e-4, "rtol": 2e-4}
 BATCHED = {"opt", "opt_without_final_norm", "gpt2", "llama", "qwen2", "qwen3", "gemma", "gemma2", "cohere", "granite"}
@@ -39,7 +39,7 @@ def test_sequences_are_batched_by_kernels_that_take_a_mask_for_each(kernel: str,
     plm.model.set_attn_implementation(kernel)
     caches, ids = make_caches(plm, 2, 90), list(range(10, 40))
     assert isinstance(caches, kind)
-    states = [caches.run([Feed(1, 0, ids[:20])])[0], caches.run([Feed(1, 20, ids[20:])])[0]]
+    states = [caches.run([SlotTokens(1, 0, ids[:20])])[0], caches.run([SlotTokens(1, 20, ids[20:])])[0]]
     torch.testing.assert_close(torch.cat(states), plain_states(plm, ids), **CLOSE)
 
 
@@ -49,13 +49,13 @@ def test_other_models_with_linear_attention_run_singly(random_plm, name):
     caches, ids = make_caches(plm, 3, 90), list(range(10, 70))
     assert isinstance(caches, SeparateCaches)
     expected = plain_states(plm, ids)
-    first, other = caches.run([Feed(0, 0, ids[:20]), Feed(1, 0, ids[:3])])
-    second = caches.run([Feed(0, 20, ids[20:50])])[0]
-    (rewound,) = caches.run([Feed(0, 40, [*ids[40:50], *ids[50:]])])
+    first, other = caches.run([SlotTokens(0, 0, ids[:20]), SlotTokens(1, 0, ids[:3])])
+    second = caches.run([SlotTokens(0, 20, ids[20:50])])[0]
+    (rewound,) = caches.run([SlotTokens(0, 40, [*ids[40:50], *ids[50:]])])
     torch.testing.assert_close(torch.cat([first, second[:20], rewound]), expected, **CLOSE)
     torch.testing.assert_close(other, expected[:3], **CLOSE)
     caches.copy(0, 2, 30)
-    torch.testing.assert_close(caches.run([Feed(2, 30, ids[30:])])[0], expected[30:], **CLOSE)
+    torch.testing.assert_close(caches.run([SlotTokens(2, 30, ids[30:])])[0], expected[30:], **CLOSE)
 
 
 def test_a_model_whose_cache_gives_other_states_is_refused_by_name(random_plm):
@@ -101,7 +101,7 @@ def test_tokens_that_follow_one_by_one_are_few(tiny_plm, monkeypatch):
         SeparateCaches, "_forward", lambda self, ids, cache: (lengths.append(len(ids)), forward(self, ids, cache))[1]
     )
     pieces = [ids[:30], ids[30:60], ids[60:63]]
-    states = [caches.run([Feed(0, start, piece)])[0] for start, piece in zip((0, 30, 60), pieces, strict=True)]
+    states = [caches.run([SlotTokens(0, start, piece)])[0] for start, piece in zip((0, 30, 60), pieces, strict=True)]
     assert lengths == [30, 60, 1, 1, 1]
     torch.testing.assert_close(torch.cat(states), plain_states(plm, ids[:63]), **CLOSE)
 
@@ -142,7 +142,9 @@ def test_a_model_over_several_devices_gives_the_states_of_one(tiny_plm_folder):
     caches = make_caches(LoadedPLM("spread", model, None), 6, 90)
     assert isinstance(caches, SlotCaches)
     sequences = [list(range(10 + i, 40 + 3 * i)) for i in range(3)]
-    caches.run([Feed(2 * i, 0, ids[:-4]) for i, ids in enumerate(sequences)])  # every second slot: rows are copied
-    states = caches.run([Feed(2 * i, len(ids) - 4, ids[-4:]) for i, ids in enumerate(sequences)])
+    caches.run(
+        [SlotTokens(2 * i, 0, ids[:-4]) for i, ids in enumerate(sequences)]
+    )  # every second slot: rows are copied
+    states = caches.run([SlotTokens(2 * i, len(ids) - 4, ids[-4:]) for i, ids in enumerate(sequences)])
     for ids, state in zip(sequences, states, strict=True):
         torch.testing.assert_close(state.cpu(), plain_states(whole, ids)[-4:], **CLOSE)

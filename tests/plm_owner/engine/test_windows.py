@@ -6,7 +6,7 @@ import torch
 from transformers import GPTNeoConfig, GPTNeoForCausalLM, MptConfig, MptForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from pema_ray.plm_owner.engine.checks import plain_states, random_ids, same_states
-from pema_ray.plm_owner.engine.slots import Feed, SlotCaches, make_caches
+from pema_ray.plm_owner.engine.slots import SlotCaches, SlotTokens, make_caches
 from pema_ray.plm_owner.model.load import LoadedPLM
 
 
@@ -20,9 +20,9 @@ def test_a_short_session_beside_one_beyond_the_local_window_keeps_its_states():
     caches = make_caches(plm, 4, 256)
     assert not isinstance(caches, SlotCaches)
     long, short = random_ids(plm, 150, 0), random_ids(plm, 20, 1)
-    caches.run([Feed(0, 0, long[:-1]), Feed(1, 0, short[:-1])])
+    caches.run([SlotTokens(0, 0, long[:-1]), SlotTokens(1, 0, short[:-1])])
     with torch.inference_mode():
-        found = caches.run([Feed(0, 149, long[-1:]), Feed(1, 19, short[-1:])])
+        found = caches.run([SlotTokens(0, 149, long[-1:]), SlotTokens(1, 19, short[-1:])])
         for states, ids in zip(found, (long, short), strict=True):
             assert same_states(plm, states, plain_states(plm, ids)[-1:])
 

@@ -17,19 +17,19 @@ from pema_ray.experiment.configuration import read_config
 from pema_ray.line import ExtractBatch
 from pema_ray.memory.codec import Keys
 from pema_ray.training.checkpoint import CHECKPOINT, load_checkpoint
-from pema_ray.trime.datastore.search import OnePieceSearch, Part, SearchOptions
+from pema_ray.trime.datastore.search import DatastorePart, OnePieceSearch, SearchOptions
 from pema_ray.trime.model.memory_lm import VocabularyScore
 from pema_ray.trime.objective.loss import joint_log_prob
 from pema_ray.trime.objective.memories import PADDING
 from pema_ray.trime.translation import dry_run
 from pema_ray.trime.translation.calibrate import Heard, nll
-from pema_ray.trime.translation.config import GenerateConfig, MtBatchesConfig, MtConfig, MtModelConfig
+from pema_ray.trime.translation.config import MtBatchesConfig, MtConfig, MtGenerateConfig, MtModelConfig
 from pema_ray.trime.translation.data import BytePairs, Parallel, read_pairs
 from pema_ray.trime.translation.datastore import DecoderKeys
-from pema_ray.trime.translation.decode import Decoder, Mixing, mixed_log_probs
+from pema_ray.trime.translation.decode import Mixing, TranslationDecoder, mixed_log_probs
 from pema_ray.trime.translation.groups import bm25_walk, cut, groups_of
 from pema_ray.trime.translation.model import Translator, load_translator, make_translator, save_translator
-from pema_ray.trime.translation.objective import MtObjective, Ways, other_sentences
+from pema_ray.trime.translation.objective import MtObjective, MtWays, other_sentences
 from pema_ray.trime.translation.training import MtTrainer
 
 EOS, PAD, WORDS, HIDDEN = 0, 1, 6, 8
@@ -52,7 +52,7 @@ def pairs(count: int, seed: int = 0) -> Parallel:
 
 def part_of(key_MH: torch.Tensor, token_M: torch.Tensor, metric: str) -> OnePieceSearch:
     keys = Keys("float32", key_MH.numpy())
-    return OnePieceSearch([Part(keys, token_M.numpy(), 0, SearchOptions(metric))])  # type: ignore[arg-type]
+    return OnePieceSearch([DatastorePart(keys, token_M.numpy(), 0, SearchOptions(metric))])  # type: ignore[arg-type]
 
 
 # ── objective ───────────────────────────────────────────────────────────────
@@ -106,7 +106,7 @@ def test_padding_counts_nowhere_and_others_targets_do():
     objective = MtObjective(tiny())
     source = torch.tensor([[3, 4, EOS], [5, EOS, PAD]])
     inputs, label = torch.tensor([[PAD, 2, 3], [PAD, 4, PAD]]), torch.tensor([[2, 3, EOS], [4, EOS, PADDING]])
-    told = (torch.tensor([0, 1]), Ways(True, 1.0, None), 1.0)
+    told = (torch.tensor([0, 1]), MtWays(True, 1.0, None), 1.0)
     loss, sums = objective(source, inputs, label, *told)
     other = inputs.clone()
     other[1, 2] = 5
@@ -114,7 +114,7 @@ def test_padding_counts_nowhere_and_others_targets_do():
     assert sums[0] != sums[1]
     longer = torch.nn.functional.pad(source, (0, 2), value=PAD)
     torch.testing.assert_close(objective(longer, inputs, label, *told)[0], loss)
-    plain = objective(source, inputs, label, torch.tensor([0, 1]), Ways(False), 1.0)
+    plain = objective(source, inputs, label, torch.tensor([0, 1]), MtWays(False), 1.0)
     assert float(plain[1][0]) == float(plain[1][1]) == pytest.approx(float(sums[1]))
 
 
@@ -157,8 +157,8 @@ def test_a_beam_as_wide_as_the_tree_finds_the_best_answer(system):
     model, source, longest = tiny(seed=5), [3, 4, 5], 3
     torch.manual_seed(6)
     search = part_of(torch.randn(40, HIDDEN), torch.randint(2, WORDS, (40,)), "inner_product")
-    decoder = Decoder(model, EOS, Mixing(system, 8, 1.0, 0.5), search)
-    config = GenerateConfig(beam=125, length_factor=0, length_extra=longest, length_penalty=0.6)
+    decoder = TranslationDecoder(model, EOS, Mixing(system, 8, 1.0, 0.5), search)
+    config = MtGenerateConfig(beam=125, length_factor=0, length_extra=longest, length_penalty=0.6)
 
     @torch.inference_mode()
     def score(answer: tuple[int, ...]) -> float:
