@@ -19,7 +19,7 @@ _TESTS = {  # of each module, those that are to notice
     "data_owner/training/reconstruction": ["data_owner/training/test_reconstruction.py"],
     "data_owner/training/objectives": ["data_owner/training/test_objectives.py"],
     "data_owner/decoding/unrolling": ["data_owner/decoding/test_unrolling.py"],
-    "data_owner/training/feed": ["data_owner/training/test_feed.py"],
+    "data_owner/training/batch_samplers": ["data_owner/training/test_batch_samplers.py"],
     "memory/rows": ["memory/test_rows.py"],
     "memory/plan": ["memory/test_plan.py"],
 }

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from pema_ray.data_owner.training.feed import CHUNK, Rows
+from pema_ray.data_owner.training.batch_samplers import CHUNK, Rows
 from pema_ray.errors import UserError
 from pema_ray.line import LMHead
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pema_ray.data_owner.training.feed import Batch
+from pema_ray.data_owner.training.batch_samplers import Batch
 from pema_ray.memory.codec import KeyDtype, decode
 from pema_ray.runtime.hardware import compute_elsewhere
 

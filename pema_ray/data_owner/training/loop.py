@@ -22,8 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.adapter.predicted_lambda import fit_gate
-from pema_ray.data_owner.training.config import TrainConfig
-from pema_ray.data_owner.training.feed import (
+from pema_ray.data_owner.training.batch_samplers import (
     Batch,
     BatchSampler,
     GlobalShuffle,
@@ -35,6 +34,7 @@ from pema_ray.data_owner.training.feed import (
     in_order,
     sequences_in_order,
 )
+from pema_ray.data_owner.training.config import TrainConfig
 from pema_ray.data_owner.training.loader import Part, load, load_parts
 from pema_ray.data_owner.training.objectives import JointObjective, ReconstructionObjective, head_cross_entropy
 from pema_ray.data_owner.training.reconstruction import SecondMoment, reconstruction_error, solve

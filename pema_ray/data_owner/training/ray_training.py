@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pema_ray.data_owner.adapter.pema import AdapterConfig
+from pema_ray.data_owner.training.batch_samplers import StreamShuffle
 from pema_ray.data_owner.training.config import TrainConfig
-from pema_ray.data_owner.training.feed import StreamShuffle
 from pema_ray.data_owner.training.loop import RESUMED_FROM, AdapterHistory, AdapterTrainer, LossPoint
 from pema_ray.errors import UserError
 from pema_ray.line import LMHeadBundle, ModelCard

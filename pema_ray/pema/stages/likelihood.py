@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pema_ray.data_owner.decoding.predictor import Predictor
-from pema_ray.data_owner.training.feed import Batch, in_order, sequences_in_order
+from pema_ray.data_owner.training.batch_samplers import Batch, in_order, sequences_in_order
 from pema_ray.evaluation.likelihood import TokenLikelihood, token_likelihood
 from pema_ray.memory import ExternalMemory
 from pema_ray.pema.run import Run

@@ -10,8 +10,8 @@ import torch
 
 from pema_ray.data_owner.adapter.look_back import LookBack
 from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
+from pema_ray.data_owner.training.batch_samplers import SequenceShuffle, sequences_in_order
 from pema_ray.data_owner.training.config import TrainConfig
-from pema_ray.data_owner.training.feed import SequenceShuffle, sequences_in_order
 from pema_ray.data_owner.training.loop import AdapterTrainer
 from pema_ray.data_owner.training.objectives import JointObjective
 from pema_ray.errors import UserError

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pema_ray.data_owner.training.feed import Batch, GlobalShuffle
+from pema_ray.data_owner.training.batch_samplers import Batch, GlobalShuffle
 from pema_ray.data_owner.training.loader import load, load_parts
 from pema_ray.errors import UserError
 from pema_ray.memory import MemoryRows

@@ -14,8 +14,8 @@ import torch
 from ray.train import Result
 
 from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
+from pema_ray.data_owner.training.batch_samplers import StreamShuffle
 from pema_ray.data_owner.training.config import TrainConfig
-from pema_ray.data_owner.training.feed import StreamShuffle
 from pema_ray.data_owner.training.loop import RESUMED_FROM, AdapterHistory, AdapterTrainer
 from pema_ray.data_owner.training.ray_training import FIRST_STEP, AdapterTrainingJob, _train, fit
 from pema_ray.errors import UserError

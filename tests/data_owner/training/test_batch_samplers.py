@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pema_ray.data_owner.training.feed import GlobalShuffle, StreamShuffle, WindowShuffle, in_order
+from pema_ray.data_owner.training.batch_samplers import GlobalShuffle, StreamShuffle, WindowShuffle, in_order
 from pema_ray.errors import UserError
 from pema_ray.memory import MemoryRows
 
