@@ -258,7 +258,22 @@ class IndexConfig(Section):
     """CPUs that one of them asks of Ray."""
 
 
-class TrimeEvaluateConfig(Section):
+class SearchConfig(Section):
+    """How a datastore is searched."""
+
+    probes: int = Field(default=32, ge=1)
+    """Lists that an `ivf_*` index looks into."""
+    rescore: bool = True
+    """Compare with the keys themselves what an `ivf_pq*` index found."""
+    oversample: int = Field(default=2, ge=1)
+    """Candidates for each neighbour, where they are rescored."""
+    search_actors: int = Field(default=0, ge=0)
+    """Ray actors that share the datastore's parts; 0: this process holds them all."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:N`; `auto` takes a GPU where one is visible."""
+
+
+class TrimeEvaluateConfig(SearchConfig):
     """Windows, memories, calibration."""
 
     tokens_per_sample: int | None = Field(default=None, ge=2)
@@ -286,14 +301,6 @@ class TrimeEvaluateConfig(Section):
     interp_temps: tuple[float, ...] = ()
     """Temperatures of the raw similarity in the second interpolation; none: √H (inner product) or H (l2) times
     0.008 to 4."""
-    probes: int = Field(default=32, ge=1)
-    """Lists that an `ivf_*` index looks into."""
-    rescore: bool = True
-    """Compare with the keys themselves what an `ivf_pq*` index found."""
-    oversample: int = Field(default=2, ge=1)
-    """Candidates for each neighbour, where they are rescored."""
-    search_actors: int = Field(default=0, ge=0)
-    """Ray actors that share the datastore's parts; 0: this process holds them all."""
     max_tokens: dict[Literal["dev", "test"], int] = {}
     """Only the first so many tokens of a split."""
     systems: tuple[str, ...] = ()
@@ -303,8 +310,6 @@ class TrimeEvaluateConfig(Section):
     `prepare.vocabulary_from` names."""
     datastores: dict[str, str] = {}
     """Name -> folder of further datastores of the same model (another domain's), evaluated beside the run's own."""
-    device: str = "auto"
-    """`cpu`, `cuda`, `cuda:N`; `auto` takes a GPU where one is visible."""
 
     @field_validator("systems")
     @classmethod

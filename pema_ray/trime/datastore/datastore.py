@@ -7,7 +7,10 @@ fingerprint is the TRIME model's. Imports no Ray. H hidden, N rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,7 +21,9 @@ from pema_ray.line import ExtractBatch, ModelCard
 from pema_ray.memory import ExternalMemory
 from pema_ray.memory.config import BuildMemoryConfig
 from pema_ray.memory.examples import ListedExamples
+from pema_ray.memory.rows import BlockingExtractor
 from pema_ray.memory.specification import MemoryBuild
+from pema_ray.runtime.hardware import pick_device, set_threads
 from pema_ray.tasks import EncodedPair
 from pema_ray.trime.config import DatastoreConfig
 from pema_ray.trime.model.memory_lm import MemoryLM
@@ -41,6 +46,30 @@ class KeySource:
         key_BTH = self._model.represent(token_BT.to(self._device)).key_BTH.float().cpu()
         wanted = zip(key_BTH, batch.token_ids, batch.first, strict=True)
         return torch.cat([key_TH[first : len(ids)] for key_TH, ids, first in wanted])
+
+
+class MakesKeys(Protocol):
+    """A model as the extractor that a memory is built with."""
+
+    def extract(self, batch: ExtractBatch) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class LoadKeys:
+    """What an actor calls: reads a model from a folder and makes keys with it.
+
+    Attributes:
+        make: reads the model; a function of a module, as it travels to the actors.
+    """
+
+    make: Callable[[Path, torch.device], MakesKeys]
+    folder: Path
+    threads: int
+    device: str = "auto"
+
+    def __call__(self) -> BlockingExtractor:
+        set_threads(self.threads)
+        return BlockingExtractor(self.make(self.folder, pick_device(self.device)).extract)
 
 
 def examples_of(token_N: np.ndarray, tokens_per_sample: int, context_window: int) -> list[EncodedPair]:

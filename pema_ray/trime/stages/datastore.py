@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from pema_ray.line import ModelCard
 from pema_ray.memory.build import run_build
 from pema_ray.memory.planning import prepare_folder
-from pema_ray.memory.rows import BlockingExtractor
 from pema_ray.memory.specification import MemoryBuild
 from pema_ray.runtime.cluster import ray_cluster
 from pema_ray.runtime.progress import track
 from pema_ray.trime.config import TrimeConfig
-from pema_ray.trime.datastore.datastore import KeySource, plan_datastore
+from pema_ray.trime.datastore.datastore import KeySource, LoadKeys, plan_datastore
 from pema_ray.trime.evaluation.systems import window_of
 from pema_ray.trime.model.registry import TrainableLM, load_model, read_fingerprint
 from pema_ray.trime.run import TrimeRun
@@ -35,7 +34,7 @@ def _build(run: TrimeRun) -> dict[str, Any]:
     build = plan_build(run)
     missing = len(prepare_folder(build)[0])
     started = time.perf_counter()
-    factory = LoadKeys(run.model_folder, max(1, int(c.datastore.cpus_per_actor)))
+    factory = LoadKeys(key_source, run.model_folder, max(1, int(c.datastore.cpus_per_actor)))
     if missing:
         cluster = ray_cluster(c.ray, c.datastore.cpus_per_actor, c.datastore.gpus_per_actor, readers=1)
         with cluster, track("datastore", missing, "shards") as bar:
@@ -77,17 +76,6 @@ def card_of(folder: Path, eos_id: int, model: TrainableLM | None = None) -> Mode
     return ModelCard(name, read_fingerprint(folder), *sizes, (eos_id,))
 
 
-@dataclass(frozen=True)
-class LoadKeys:
-    """What an actor calls: reads the model and makes keys with it."""
-
-    folder: Path
-    threads: int
-    device: str = "auto"
-
-    def __call__(self) -> BlockingExtractor:
-        from pema_ray.runtime.hardware import pick_device, set_threads
-
-        set_threads(self.threads)
-        device = pick_device(self.device)
-        return BlockingExtractor(KeySource(load_model(self.folder).to(device), device).extract)
+def key_source(folder: Path, device: torch.device) -> KeySource:
+    """The keys of a model that is read from a folder."""
+    return KeySource(load_model(folder).to(device), device)

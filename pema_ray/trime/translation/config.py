@@ -15,7 +15,7 @@ from pema_ray.runtime.cluster import RayConfig
 from pema_ray.runtime.settings import Folder, Section
 from pema_ray.training.config import TrainingConfig
 from pema_ray.training.schedules import Schedule
-from pema_ray.trime.config import DatastoreConfig, IndexConfig, Split
+from pema_ray.trime.config import DatastoreConfig, IndexConfig, SearchConfig, Split
 
 SYSTEM_NAMES = ("plain", "knn", "trime")
 System = Literal["plain", "knn", "trime"]
@@ -134,7 +134,7 @@ class MtTrainConfig(TrainingConfig):
         return self
 
 
-class MtGenerateConfig(Section):
+class MtGenerateConfig(SearchConfig):
     """Decoding: which systems, beam, memory; calibration on dev."""
 
     systems: tuple[System, ...] = ()
@@ -159,16 +159,6 @@ class MtGenerateConfig(Section):
     """λ of `knn` to choose from on dev."""
     calibration_pairs: int = Field(default=500, ge=1)
     """The first so many dev pairs, teacher-forced."""
-    probes: int = Field(default=32, ge=1)
-    """Lists that an `ivf_*` index looks into."""
-    rescore: bool = True
-    """Compare with the keys themselves what an `ivf_pq*` index found."""
-    oversample: int = Field(default=2, ge=1)
-    """Candidates for each neighbour, where they are rescored."""
-    search_actors: int = Field(default=0, ge=0)
-    """Ray actors that share the datastore's parts; 0: this process holds them all."""
-    device: str = "auto"
-    """`cpu`, `cuda`, `cuda:N`; `auto` takes a GPU where one is visible."""
 
     @field_validator("systems", mode="before")
     @classmethod

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,12 @@ from pema_ray.memory.build import run_build
 from pema_ray.memory.config import BuildMemoryConfig
 from pema_ray.memory.examples import ListedExamples
 from pema_ray.memory.planning import prepare_folder
-from pema_ray.memory.rows import BlockingExtractor
 from pema_ray.memory.specification import MemoryBuild
 from pema_ray.runtime.cluster import ray_cluster
 from pema_ray.runtime.progress import track
 from pema_ray.tasks import EncodedPair
 from pema_ray.trime.config import DatastoreConfig
-from pema_ray.trime.datastore.datastore import open_datastore
+from pema_ray.trime.datastore.datastore import LoadKeys, open_datastore
 from pema_ray.trime.datastore.index import IndexBuild, build_index, load_parts
 from pema_ray.trime.datastore.search import OnePieceSearch, SearchOptions, recall
 from pema_ray.trime.translation.config import MtConfig
@@ -57,20 +55,9 @@ class DecoderKeys:
         return torch.cat([key_TH[: len(ids) - first] for key_TH, (ids, first) in zip(key_BTH, parts)])
 
 
-@dataclass(frozen=True)
-class LoadKeys:
-    """What an actor calls: reads the model and makes keys with it."""
-
-    folder: Path
-    threads: int
-    device: str = "auto"
-
-    def __call__(self) -> BlockingExtractor:
-        from pema_ray.runtime.hardware import pick_device, set_threads
-
-        set_threads(self.threads)
-        device = pick_device(self.device)
-        return BlockingExtractor(DecoderKeys(load_translator(self.folder).to(device), device).extract)
+def key_source(folder: Path, device: torch.device) -> DecoderKeys:
+    """The keys of a translator that is read from a folder."""
+    return DecoderKeys(load_translator(folder).to(device), device)
 
 
 def run(config: MtConfig) -> dict[str, Any]:
@@ -113,7 +100,7 @@ def _build(run: MtRun) -> dict[str, Any]:
     pairs = Parallel.load(run.path("prepare"), "train")
     build = plan_datastore(run.path("datastore"), pairs, card_of(run), run.folder.name, c)
     missing, started = len(prepare_folder(build)[0]), time.perf_counter()
-    factory = LoadKeys(run.path("train", "model"), max(1, int(c.cpus_per_actor)))
+    factory = LoadKeys(key_source, run.path("train", "model"), max(1, int(c.cpus_per_actor)))
     cluster = ray_cluster(run.config.ray, c.cpus_per_actor, c.gpus_per_actor, readers=1) if missing else nullcontext()
     with cluster, track("datastore", missing, "shards") as bar:
         manifest = run_build(build, factory, lambda info: bar.advance(1, info.rows))
