@@ -15,7 +15,6 @@ Config = Annotated[
     Path | None,
     typer.Option("--config", "-c", help="An experiment's YAML file, as in configs/.", show_default="built-in defaults"),
 ]
-ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="An experiment's YAML file, as in configs/.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Change single settings: seed=1.", show_default=False),
@@ -31,15 +30,17 @@ def add_stages(app: typer.Typer, method: Method[Any], *apart: str) -> None:
 
 
 def _add_stage(app: typer.Typer, method: Method[Any], stage: str) -> None:
-    add = app.command(method.subcommand(stage), help=method.stages[stage].does, epilog=settings_help(method, stage))
-
-    def run(overrides: Overrides = None, config: Config = None) -> None:
+    def run(config: Path | None = None, overrides: Overrides = None) -> None:
         raise typer.Exit(method.run_stage(stage, config, overrides or []))
 
-    def run_file(config: ConfigFile, overrides: Overrides = None) -> None:
-        raise typer.Exit(method.run_stage(stage, config, overrides or []))
-
-    add(run_file if method.needs_file(stage) else run)
+    help_text = f"An experiment's YAML file, such as {method.example_of(stage)}."
+    if method.needs_file(stage):
+        run.__annotations__["config"] = Annotated[Path, typer.Option("--config", "-c", help=help_text)]
+        run.__defaults__ = (..., None)  # typer's mark of what is required
+    else:
+        option = typer.Option("--config", "-c", help=help_text, show_default="built-in defaults")
+        run.__annotations__["config"] = Annotated[Path | None, option]
+    app.command(method.subcommand(stage), help=method.stages[stage].does, epilog=settings_help(method, stage))(run)
 
 
 def add_training(app: typer.Typer, method: Method[Any], stage: str, dry_run_module: str) -> None:

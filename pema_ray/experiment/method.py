@@ -71,8 +71,8 @@ class Method(Generic[C]):
 
     @property
     def chain(self) -> tuple[str, ...]:
-        """The stages of a whole run, in order."""
-        return tuple(name for name, stage in self.stages.items() if stage.in_chain)
+        """The stages of a whole run, in order, each of which `run` does."""
+        return tuple(name for name, stage in self.stages.items() if stage.in_chain and stage.module is not None)
 
     def command(self, stage: str) -> str:
         """What a user types to run a stage."""

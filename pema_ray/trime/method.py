@@ -26,6 +26,7 @@ TRIME = Method(
             depends_on=("batches.segment", "batches.order", "batches.neighbours"),
             parents=("prepare",),
             evidence=("walk.parquet",),
+            in_chain=False,
         ),
         "train": Stage(
             "Train the language model with its memory by Ray Train. Resumes.",
