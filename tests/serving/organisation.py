@@ -24,8 +24,8 @@ def main() -> None:
         runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}},
     )
     serve.start(http_options={"host": wanted["address"], "port": wanted["port"], **wanted.get("tls", {})})
-    builder = wanted["builder"]
-    build = getattr(importlib.import_module(f"pema_ray.serving.{builder}"), builder)
+    module, _, builder = wanted["import_path"].partition(":")
+    build = getattr(importlib.import_module(module), builder)
     serve.run(build(wanted["args"]), name="app")
     print("up", flush=True)
     sys.stdin.read()

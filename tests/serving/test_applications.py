@@ -21,6 +21,11 @@ from pema_ray.pema.serving.run import application_of, arguments_of
 from pema_ray.plm_owner.service.access import Access
 
 CONFIGS = Path(__file__).parents[2] / "serve_configs"
+APPLICATIONS = {
+    "local": "pema_ray.pema.serving.local",
+    "data_owner": "pema_ray.pema.serving.data_owner",
+    "plm_owner": "pema_ray.plm_owner.service.application",
+}
 
 
 @pytest.mark.parametrize("topology", ["local", "cluster", "plm_owner", "data_owner"])
@@ -30,7 +35,7 @@ def test_every_serve_file_builds_its_application(topology: str):
     schema = ServeDeploySchema.model_validate(yaml.safe_load((CONFIGS / f"{topology}.yaml").read_text()))
     (application,) = schema.applications
     module, _, builder = application.import_path.partition(":")
-    assert module.startswith("pema_ray.serving.")
+    assert APPLICATIONS[builder] == module
     built = getattr(import_module(module), builder)(application.args)
     named = {"plm_owner": "PLMOwnerAPI", "trime": "Trime"}
     assert built._bound_deployment.name == named.get(builder, "DataOwner")
@@ -53,7 +58,7 @@ def test_every_serve_file_builds_its_application(topology: str):
 )
 def test_mistakes_in_a_serve_file_are_named(builder, args, problem):
     with pytest.raises(UserError, match=problem):
-        getattr(import_module(f"pema_ray.serving.{builder}"), builder)(args)
+        getattr(import_module(APPLICATIONS[builder]), builder)(args)
 
 
 def test_lambda_has_one_declaration_for_stages_and_services():

@@ -225,7 +225,7 @@ def test_each_organisation_keeps_its_own(apart, tiny_plm_folder, tiny_source):
         organisations["plm"] = Organisation(
             apart, "plm", folders["plm"],
             {
-                "builder": "plm_owner", "port": 8443,
+                "import_path": "pema_ray.plm_owner.service.application:plm_owner", "port": 8443,
                 "tls": {"ssl_certfile": crt, "ssl_keyfile": private},
                 "args": {
                     "plm": {"name": str(folders["plm"] / "plm"), "dtype": "float32", "device": "cpu"},
@@ -238,7 +238,7 @@ def test_each_organisation_keeps_its_own(apart, tiny_plm_folder, tiny_source):
         organisations["data"] = Organisation(
             apart, "data", folders["data"],
             {
-                "builder": "data_owner", "port": 8001,
+                "import_path": "pema_ray.pema.serving.data_owner:data_owner", "port": 8001,
                 "args": {
                     "plm": {"url": url, "key_file": str(folders["data"] / "key"), "fingerprint": card.fingerprint,
                              "ca_file": str(folders["data"] / "ca.crt"), "timeout_seconds": 10},
