@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import (
-    BaseModel,
-)
+from pydantic import BaseModel
 
 from pema_ray.errors import UserError
 from pema_ray.runtime.settings import read_yaml, validate

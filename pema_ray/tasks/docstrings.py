@@ -20,8 +20,6 @@ _SENTENCE = re.compile(r".+?\.(?=\s|$)")
 _ABBREVIATION = re.compile(r"\b(?:e\.g|i\.e|cf|vs|etc|resp|[A-Z])\.$")
 _LEFT_OUT = {"tests", "_lib", "_externals"}
 _MAX_SUMMARY = 160  # characters
-LINE_BITS = 31
-"""Of an example id; those above are the file's checksum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +39,6 @@ class Function:
     line: int
     code: str
     summary: str
-
-    @property
-    def example_id(self) -> int:
-        """The same in every run over the same release of the package."""
-        return self.checksum << LINE_BITS | self.line
 
 
 def functions(package: str, max_characters: int) -> Iterator[Function]:
@@ -73,8 +66,10 @@ def functions(package: str, max_characters: int) -> Iterator[Function]:
         nodes = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
         for node in sorted(nodes, key=lambda node: node.lineno):
             summary = first_sentence(ast.get_docstring(node) or "")
+            if not 0 < len(summary) <= _MAX_SUMMARY:
+                continue
             code = _undocumented(node)
-            if 0 < len(summary) <= _MAX_SUMMARY and 0 < len(code) <= max_characters:
+            if 0 < len(code) <= max_characters:
                 yield Function(module, checksum, node.lineno, code, summary)
 
 

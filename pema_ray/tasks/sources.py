@@ -91,7 +91,9 @@ def _docstring_pairs(source: PackageSplit) -> dict[str, list[Pair]]:
             if function.code not in split_of_code:
                 split = docstrings.split_of(function.module, source.dev, source.test)
                 split_of_code[function.code] = split
-                pairs[split].append(Pair(function.example_id, function.code, function.summary))
+                pairs[split].append(
+                    Pair((function.checksum << _LINE_BITS) + function.line, function.code, function.summary)
+                )
     for split, found in pairs.items():
         if not found:
             raise UserError(f"source.docstrings: no function of {', '.join(source.packages)} is left for '{split}'.")
@@ -117,7 +119,7 @@ def _file_pairs(task: Task, files: Mapping[str, str], rejected: list[RejectedLin
     return {split: list(read_file(Path(paths[split]), task.columns, split, rejected)) for split in SPLITS}
 
 
-_LINE_BITS = docstrings.LINE_BITS
+_LINE_BITS = 31  # of an example id; 32 more are the file's
 
 
 def name_of_example(example_id: int) -> str:

@@ -88,7 +88,8 @@ def test_the_same_code_is_one_pair_in_one_split(package):
 
 def test_an_example_is_named_by_line_and_file(package):
     [pitch] = [f for f in functions(package, 300) if f.module.endswith("sound")]
-    assert name_of_example(pitch.example_id) == f"the example of line 1 of the file {pitch.checksum:08x}…"
+    [pair] = load_pairs(task_of(package, f"{package}.waves", f"{package}.shapes"))["dev"]
+    assert name_of_example(pair.example_id) == f"the example of line 1 of the file {pitch.checksum:08x}…"
 
 
 @pytest.mark.parametrize(

@@ -71,10 +71,10 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
 
 def _train(config: FinetuneConfig, here: PluglmRun) -> dict[str, Any]:
     c, m, run_dir = config.train, config.memory, here.path("finetune")
-    here.claim("finetune", anew=not c.resume)
-    first = _memory(run_dir / "memory", config)
     others = math.ceil(m.shards * m.cpus_per_shard + m.refresh_workers * m.cpus_per_refresh_worker + 1)
     with ray_cluster(config.ray, c.cpus_per_worker, c.gpus_per_worker, c.min_workers or c.workers, readers=others):
+        here.claim("finetune", anew=not c.resume)
+        first = _memory(run_dir / "memory", config)
         shards = start_shards(run_dir / "memory", m.shards, m.cpus_per_shard) if first and m.shards else []
         with track("fine-tuning", c.epochs) as bar:
             job = _Job(config, run_dir, shards, first)
