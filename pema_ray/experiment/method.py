@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 
 from pema_ray.experiment.configuration import read_config
 from pema_ray.experiment.process import guarded
+from pema_ray.runtime.environment import quiet_libraries
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -102,6 +103,7 @@ class Method(Generic[C]):
         module = self.stages[stage].module
         if module is None:
             raise ValueError(f"'{stage}' is no stage of its own: {self.command(stage)} does it")
+        quiet_libraries()  # before the stage's module imports Ray and transformers
         return import_module(module).run(config)
 
     def run_stage(self, stage: str, path: Path | None, overrides: Sequence[str]) -> int:

@@ -47,7 +47,7 @@ def read_model(name: str, where: str, **options: Any) -> Any:
 
 @contextmanager
 def _without_report() -> Iterator[list[str]]:
-    """Collect transformers' tables of missing tensors in place of showing them."""
+    """Collect transformers' tables of missing tensors in place of showing them, at whatever level its log is."""
     reports: list[str] = []
 
     def is_other(record: logging.LogRecord) -> bool:
@@ -57,10 +57,15 @@ def _without_report() -> Iterator[list[str]]:
         return not is_report
 
     source = logging.getLogger("transformers.modeling_utils")
+    level = source.level
     source.addFilter(is_other)
+    # With TRANSFORMERS_VERBOSITY=error, as our commands set it, there is no table. At WARNING itself, transformers also
+    # looks for a plan of tensor parallelism.
+    source.setLevel(logging.WARNING - 1)
     try:
         yield reports
     finally:
+        source.setLevel(level)
         source.removeFilter(is_other)
 
 

@@ -120,9 +120,13 @@ def test_tied_embeddings_that_are_missing_are_refused(changed, capfd):
     assert "model.embed_tokens.weight" in refusal(folder, capfd)
 
 
+@pytest.mark.parametrize("verbosity", [logging.WARNING, logging.ERROR])
 @pytest.mark.parametrize("missing", ["model.norm.weight", "lora_A", None])
-def test_a_lora_adapter_and_the_model_under_it_must_be_complete(missing, changed, capfd, tmp_path: Path, tokenizer):
+def test_a_lora_adapter_and_the_model_under_it_must_be_complete(
+    missing, verbosity, changed, capfd, tmp_path: Path, tokenizer, caplog
+):
     peft = pytest.importorskip("peft")
+    caplog.set_level(verbosity, "transformers")
     base = changed("llama", lambda tensors: {name: t for name, t in tensors.items() if name != missing})
     folder = tmp_path / "adapter"
     tokenizer.save_pretrained(folder)
