@@ -26,8 +26,8 @@ from build_memory import (
 
 from pema_ray.data_owner.adapter.pema import AdapterConfig
 from pema_ray.data_owner.training.config import TrainConfig
-from pema_ray.data_owner.training.loop import AdapterTrainer
 from pema_ray.data_owner.training.ray_training import AdapterTrainingJob, fit
+from pema_ray.data_owner.training.trainer import AdapterTrainer
 from pema_ray.line import LMHeadBundle
 from pema_ray.line.plm_config import PLMConfig
 from pema_ray.memory import ExternalMemory

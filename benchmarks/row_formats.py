@@ -22,7 +22,7 @@ from _harness import Aim, console, device_of, options, show, write_results
 
 from pema_ray.data_owner.adapter.pema import AdapterConfig
 from pema_ray.data_owner.training.config import TrainConfig
-from pema_ray.data_owner.training.loop import AdapterTrainer
+from pema_ray.data_owner.training.trainer import AdapterTrainer
 from pema_ray.line import LMHead, LMHeadBundle
 from pema_ray.line.lm_head import HeadSpec
 from pema_ray.memory import ExternalMemory, Manifest, MemoryRows
@@ -201,8 +201,8 @@ def _read_memmap(path: Path, copied: bool) -> float:
 def _dev_loss(
     adapter: AdapterConfig, config: TrainConfig, head: LMHead, train: RowsView, dev: RowsView, folder: Path, device
 ) -> float:
-    _, history = AdapterTrainer(adapter, config, head, train, dev, folder, place=Place(device=device)).run()
-    return history.best_prediction
+    history = AdapterTrainer(adapter, config, head, train, dev, folder, place=Place(device=device)).run()
+    return history.best_loss
 
 
 if __name__ == "__main__":

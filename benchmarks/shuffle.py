@@ -15,7 +15,7 @@ from _harness import Aim, console, device_of, options, show, write_results
 
 from pema_ray.data_owner.adapter.pema import AdapterConfig
 from pema_ray.data_owner.training.config import TrainConfig
-from pema_ray.data_owner.training.loop import AdapterTrainer
+from pema_ray.data_owner.training.trainer import AdapterTrainer
 from pema_ray.line import LMHeadBundle
 from pema_ray.memory import ExternalMemory
 from pema_ray.runtime.hardware import pick_dtype
@@ -59,13 +59,12 @@ def _measure(o: argparse.Namespace) -> None:
                 validate_every=10**9,
                 shuffle="global" if order == "global" else "window",
                 window_shards=1 if order == "one_shard" else o.window,
-                resume=False,
             )
             rows = memory.view() if order == "global" else memory
             with tempfile.TemporaryDirectory() as folder:
                 place = Place(device=device)
-                _, history = AdapterTrainer(adapter, config, head, rows, dev, Path(folder), seed, place).run()
-            found.append(history.validation[-1].prediction)
+                history = AdapterTrainer(adapter, config, head, rows, dev, Path(folder), seed, place).run()
+            found.append(history.validation[-1]["prediction"])
             steps[order] = history.total_steps
             console.print(f"[dim]seed {seed}, {order}: {found[-1]:.4f}[/]")
     ratios = {

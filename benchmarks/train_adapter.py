@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -38,7 +38,7 @@ from _harness import (
 
 from pema_ray.data_owner.adapter.pema import AdapterConfig
 from pema_ray.data_owner.training.config import TrainConfig
-from pema_ray.data_owner.training.loop import AdapterTrainer, LossPoint
+from pema_ray.data_owner.training.trainer import AdapterTrainer
 from pema_ray.line import LMHead
 from pema_ray.line.lm_head import HeadSpec
 from pema_ray.memory import MemoryRows
@@ -262,20 +262,19 @@ def _ours(o: argparse.Namespace) -> dict[str, Any]:
         batch_size=o.batch,
         epochs=1,
         validate_every=10**9,
-        resume=False,
     )
     adapter = AdapterConfig(o.hidden, o.rank, "made up", "0" * 16, space="pre_norm", dropout=o.dropout, kappa=KAPPA)
     marks: list[float] = []
 
-    def on_point(kind: str, point: LossPoint) -> None:
-        if kind == "train" or point.step == 0:
+    def on_point(kind: str, point: Mapping[str, Any]) -> None:
+        if kind == "train" or point["step"] == 0:
             marks.append(clock(device))
 
     with tempfile.TemporaryDirectory(dir=o.data) as folder:
         trainer = AdapterTrainer(
             adapter, config, head, train.rows, dev.rows, Path(folder), place=Place(device=device), on_point=on_point
         )
-        _, history = trainer.run()
+        history = trainer.run()
     return {
         "reconstruction_seconds": history.reconstruction_seconds,
         "reconstruction_error": history.reconstruction_error,

@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,15 +25,13 @@ from pema_ray.errors import UserError
 from pema_ray.runtime.files import atomic_file, temporary_beside
 from pema_ray.training.checkpoint import CHECKPOINT
 from pema_ray.training.strategies import Place
+from pema_ray.training.trainer import OnSaved
 
 logger = logging.getLogger(__name__)
 RAY_TRAIN = "ray_train"
 """The folder in a run's folder where Ray Train keeps its checkpoints, unless `storage_path` says otherwise."""
 REPORT_SECONDS = 2.0
 """Least time between two reports: the controller takes one at each poll, every 2 s, and a report waits for the last."""
-
-Saved = Callable[[Mapping[str, Any]], None]
-"""`on_saved(metrics)`: every process calls it once its checkpoint is saved; metrics are numbers, `step` among them."""
 
 _STAGED = ".reported"
 _STAMP = "stamp"  # in a run's folder: whose settings made it
@@ -123,7 +121,7 @@ def restore_checkpoint(run_dir: Path) -> None:
 
 
 @contextmanager
-def reporting_checkpoints(run_dir: Path, place: Place, names: Sequence[str]) -> Iterator[Saved]:
+def reporting_checkpoints(run_dir: Path, place: Place, names: Sequence[str]) -> Iterator[OnSaved]:
     """Where every worker reports the checkpoints of a training that it runs in the block.
 
     A checkpoint that follows another within `REPORT_SECONDS` is reported with the next one; the last is reported at

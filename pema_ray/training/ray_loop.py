@@ -20,16 +20,15 @@ from pema_ray.errors import UserError
 from pema_ray.runtime.files import atomic_file
 from pema_ray.runtime.hardware import set_threads
 from pema_ray.runtime.placement import ANYWHERE, PlacementConfig, ray_options
+from pema_ray.runtime.progress import ProgressBar
 from pema_ray.training.checkpoint import CHECKPOINT
 from pema_ray.training.config import TrainingConfig
 from pema_ray.training.ray_checkpoint import Storage, restore_checkpoint
 from pema_ray.training.strategies import Place
 from pema_ray.training.tracking import make_trackers
+from pema_ray.training.trainer import OnPoint
 
 Settings = TypeVar("Settings")
-Tell = Callable[[str, Mapping[str, Any]], None]
-"""`tell(kind, point)`: `kind` is "train" or "validation", a point `{"step": …, "loss": …, …}` of JSON numbers."""
-
 _PROGRESS = "progress.jsonl"
 _REFUSAL = "refusal.txt"
 _FAILURE = "failure"
@@ -52,7 +51,7 @@ def run_workers(
     settings: Settings,
     run_dir: Path,
     config: TrainingConfig,
-    on_point: Tell = lambda kind, point: None,
+    on_point: OnPoint = lambda kind, point: None,
     datasets: Mapping[str, Any] | None = None,
     placement: PlacementConfig = ANYWHERE,
 ) -> Outcome:
@@ -67,7 +66,7 @@ def run_workers(
         work: a function of a module, so that workers find it; what it returns can be said in JSON. A `UserError` in
             it reaches the caller in its own words, and no worker is started again for it.
         settings: all that `work` needs, with paths that every worker can read.
-        on_point: is called here with every point that the leading worker tells of.
+        on_point: is called here with every point of the leading worker.
         datasets: Ray Data sets by name; workers read their part with `ray.train.get_dataset_shard(name)`.
         placement: on which nodes the workers run.
 
@@ -148,8 +147,8 @@ def is_first_on_its_node() -> bool:
 @contextmanager
 def reporting(
     run_dir: Path, place: Place, config: TrainingConfig, name: str, settings: Mapping[str, Any]
-) -> Iterator[Tell]:
-    """Where a worker tells of points: the leading one's go to `run_workers`'s `on_point` and to the trackers.
+) -> Iterator[OnPoint]:
+    """A trainer's `on_point`: the leading worker's points go to `run_workers`'s `on_point` and to the trackers.
 
     Args:
         name: of the run, as trackers show it.
@@ -164,7 +163,7 @@ def reporting(
     trackers = make_trackers(config.trackers, run_dir, name, settings)
     with (run_dir / _PROGRESS).open("a") as file:
 
-        def tell(kind: str, point: Mapping[str, Any]) -> None:
+        def on_point(kind: str, point: Mapping[str, Any]) -> None:
             file.write(json.dumps({"kind": kind, **point}) + "\n")
             file.flush()
             scalars = {f"{kind}/{name}": value for name, value in point.items() if name != "step"}
@@ -172,10 +171,25 @@ def reporting(
                 tracker.log(point["step"], scalars)
 
         try:
-            yield tell
+            yield on_point
         finally:
             for tracker in trackers:
                 tracker.close()
+
+
+def showing_loss(bar: ProgressBar, rows: int = 0, loss: str = "loss") -> OnPoint:
+    """An `on_point` that moves a bar of steps.
+
+    Args:
+        rows: of a step; 0: the bar's rate is that of steps.
+        loss: the figure of a point that is shown beside it.
+    """
+
+    def show(kind: str, point: Mapping[str, Any]) -> None:
+        if kind == "train":
+            bar.advance(point["step"] - bar.done, rows, f"loss {point[loss]:.3f}")
+
+    return show
 
 
 def _past_deaths_at_start(run: Callable[[], Any], most: int) -> Any:
@@ -272,7 +286,7 @@ def _write(path: Path, text: str) -> None:
 
 
 @contextmanager
-def _following(path: Path, on_point: Tell) -> Iterator[None]:
+def _following(path: Path, on_point: OnPoint) -> Iterator[None]:
     """Call `on_point` with what the leading worker appends to `path` while the block runs."""
     path.unlink(missing_ok=True)
     done = threading.Event()

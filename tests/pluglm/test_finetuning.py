@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from training_kit import die
 
 from pema_ray.errors import UserError
 from pema_ray.pluglm.finetune_config import FinetuneConfig
@@ -94,7 +95,7 @@ def make(tmp_path, pretrained: str, kind: str, name: str = "run", in_task: bool 
     (tmp_path / name).mkdir(exist_ok=True)
     return Finetuner(
         model, tokenizer, task, config.train, data, data, local_access(memory) if memory else None, tmp_path / name,
-        keep=lambda model: save_model(model, tokenizer, tmp_path / name / "model"),
+        write_model=lambda model: save_model(model, tokenizer, tmp_path / name / "model"),
     )  # fmt: skip
 
 
@@ -102,19 +103,19 @@ def make(tmp_path, pretrained: str, kind: str, name: str = "run", in_task: bool 
 def test_every_task_learns_and_its_model_is_kept(tmp_path, pretrained, kind) -> None:
     loop = make(tmp_path, pretrained, kind)
     losses = []
-    loop.tell = lambda kind, point: losses.append(point["loss"]) if kind == "train" else None
+    loop.on_point = lambda kind, point: losses.append(point["loss"]) if kind == "train" else None
     loop.run()
     assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
-    assert len(loop.history) == 20
+    assert len(loop.history.validation) == 20
     kept, tokenizer = load_pluglm(tmp_path / "run" / "model", loop.task.model_class())
     memory = KnowledgeMemory.open(tmp_path / "memory-run")
     kept.attach(memory.load(kept.fingerprint()))  # frozen: it reads the memory that it learned with
     settings = loop.settings.model_copy(update={"epochs": 0})
-    again = Finetuner(kept, tokenizer, loop.task, settings, None, loop.validation, None, tmp_path)
-    scores = loop.task.scores(loop.validation.examples, again.predict(loop.validation))
+    again = Finetuner(kept, tokenizer, loop.task, settings, None, loop.dev, None, tmp_path)
+    scores = loop.task.scores(loop.dev.examples, again.predict(loop.dev))
     assert scores[loop.task.main] == pytest.approx(loop.best)
     if loop.task.main == "mse":
-        assert loop.best == min(point["mse"] for point in loop.history) < loop.history[0]["mse"]
+        assert loop.best == min(point["mse"] for point in loop.history.validation) < loop.history.validation[0]["mse"]
 
 
 def test_no_example_retrieves_itself_in_training_or_after(tmp_path, pretrained) -> None:
@@ -165,19 +166,10 @@ def test_a_run_that_resumes_ends_at_the_same_weights(tmp_path, pretrained) -> No
     whole = make(tmp_path, pretrained, "classification", "whole", epochs=4)
     whole.run()
     broken = make(tmp_path, pretrained, "classification", "broken", epochs=4)
-    end = broken._end_epoch
-
-    def dies(epoch: int) -> None:
-        end(epoch)
-        if epoch == 3:
-            raise KeyboardInterrupt
-
-    broken._end_epoch = dies
-    with pytest.raises(KeyboardInterrupt):
-        broken.run()
+    die(broken, 6, "validation")  # after the third epoch of two steps
     again = make(tmp_path, pretrained, "classification", "broken", epochs=4)
     again.run()
-    assert [point["epoch"] for point in again.history] == [1, 2, 3, 4]
+    assert [point["epoch"] for point in again.history.validation] == [1, 2, 3, 4]
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, again.model.state_dict()[name]), name
 
@@ -203,10 +195,9 @@ def test_every_tag_counts_alike_whatever_part_it_is_in(tmp_path, pretrained) -> 
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         loop.train = TaskExamples.of(loop.task, [*loop.task.read(path)], loop.tokenizer, 16)  # tags A and O
         loop.model.model.backbone.encoder.layer[-1].query_norm = torch.nn.Identity()
-        loop.tell = lambda kind, point: losses.append(point["loss"]) if kind == "train" else None
         loop.attach(1)
         loop.strategy = loop.make_strategy()
-        loop._step(0)
+        losses.append(loop.learn(0, next(loop.batches(0)))["loss"])
         weights.append(loop.model.classifier.weight.detach())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert torch.allclose(*weights, atol=1e-5)
@@ -222,7 +213,7 @@ def test_parts_without_a_label_are_no_fault(tmp_path, pretrained) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     loop.train = TaskExamples.of(loop.task, loop.task.read(path), loop.tokenizer, 16)
     losses = []
-    loop.tell = lambda kind, point: losses.append(point["loss"]) if kind == "train" else None
+    loop.on_point = lambda kind, point: losses.append(point["loss"]) if kind == "train" else None
     loop.run()
     assert len(losses) == 2
     assert all(0 <= loss < 100 for loss in losses)

@@ -320,18 +320,18 @@ def killed_work(job: Any) -> dict[str, Any]:
     import os
     import signal
 
-    from pema_ray.pluglm.learning.pretraining import PretrainLoop
+    from pema_ray.pluglm.learning.pretraining import Pretrainer
     from pema_ray.pluglm.stages.pretrain import _work
 
-    step, kill = PretrainLoop._step, job.run_dir.parent / "kill"
+    learn, kill = Pretrainer.learn, job.run_dir.parent / "kill"
 
-    def dies(self, number):
-        if kill.exists() and int(kill.read_text()) == number:
+    def dies(self, step, inputs):
+        if kill.exists() and int(kill.read_text()) == step:
             kill.unlink()
             os.kill(os.getpid(), signal.SIGKILL)
-        return step(self, number)
+        return learn(self, step, inputs)
 
-    PretrainLoop._step = dies
+    Pretrainer.learn = dies
     return _work(job)
 
 

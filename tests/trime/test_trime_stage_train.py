@@ -24,7 +24,7 @@ from pema_ray.trime.run import TrimeRun
 from pema_ray.trime.stages import batches as walk
 from pema_ray.trime.stages import prepare, train
 from pema_ray.trime.text.segments import Segments, TokenStream
-from pema_ray.trime.training.training import TrimeTrainer
+from pema_ray.trime.training.trainer import TrimeTrainer
 
 SHAPE = {"layers": 2, "hidden_size": 16, "ffn_size": 32, "heads": 2, "cutoffs": [8], "factor": 2, "dropout": 0.1}
 

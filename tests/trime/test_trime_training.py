@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +14,18 @@ import numpy as np
 import pytest
 import torch
 from kit import VOCABULARY, tiny_model
+from training_kit import die
 
 from pema_ray.training.checkpoint import load_checkpoint
 from pema_ray.training.strategies import Place
+from pema_ray.training.trainer import POINTS, TrainerHistory
 from pema_ray.trime.config import DecoderShape, TrimeConfig
 from pema_ray.trime.model.decoder import DecoderLM
 from pema_ray.trime.objective.memories import PADDING
 from pema_ray.trime.objective.objective import TrimeObjective, Ways
 from pema_ray.trime.text.segments import Segments, TokenStream
 from pema_ray.trime.training import update_time as pace
-from pema_ray.trime.training.loop import UpdateHistory
-from pema_ray.trime.training.training import TrimeTrainer, UpdateSchedule
+from pema_ray.trime.training.trainer import TrimeTrainer, UpdateSchedule
 
 LENGTH = 8
 
@@ -45,12 +49,17 @@ def configured(memory: str = "local", group: int = 5, dropout: float = 0.0, batc
     )
 
 
-def train(config: TrimeConfig, folder: Path, place: Place | None = None, walk_S: np.ndarray | None = None):
-    """Train the tiny model on 83 tokens: 11 segments, so that groups of 5 leave one of a single, short segment."""
+def trainer_of(config: TrimeConfig, folder: Path, place: Place | None = None, walk_S: np.ndarray | None = None):
+    """Of the tiny model, on 83 tokens: 11 segments, so that groups of 5 leave one of a single, short segment."""
     model = tiny_model(adaptive=True)
     model.shape = model.shape.model_copy(update={"dropout": config.model.shape.dropout})
-    trainer = TrimeTrainer(config, model, corpus(83), corpus(50, seed=1), folder, place or Place(), walk_S=walk_S)
-    return trainer.run(), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return TrimeTrainer(config, model, corpus(83), corpus(50, seed=1), folder, place or Place(), walk_S=walk_S)
+
+
+def train(*arguments, **options):
+    """(history, weights) of a training to its end."""
+    trainer = trainer_of(*arguments, **options)
+    return trainer.run(), {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
 
 
 # ── who sees whom ───────────────────────────────────────────────────────────
@@ -170,17 +179,7 @@ def test_an_update_may_reach_over_the_end_of_an_epoch():
 def test_a_run_that_stopped_goes_on_bit_by_bit(memory: str, optimizer: str, tmp_path: Path):
     settings = {"optimizer": optimizer, "momentum": 0.9, "dropout": 0.2}
     whole, model = train(configured(memory, **settings), tmp_path / "whole")
-    cut = TrimeTrainer.tokens_of
-
-    def dies(self: TrimeTrainer, update: int) -> int:
-        if update == 4:
-            raise KeyboardInterrupt
-        return cut(self, update)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrimeTrainer, "tokens_of", dies)
-        with pytest.raises(KeyboardInterrupt):
-            train(configured(memory, **settings), tmp_path / "stopped")
+    die(trainer_of(configured(memory, **settings), tmp_path / "stopped"), 5)
     assert load_checkpoint(tmp_path / "stopped/checkpoint.safetensors")[1]["step"] == 3
     resumed, again = train(configured(memory, **settings), tmp_path / "stopped")
     assert losses_of(resumed) == losses_of(whole)
@@ -188,15 +187,15 @@ def test_a_run_that_stopped_goes_on_bit_by_bit(memory: str, optimizer: str, tmp_
         assert torch.equal(tensor, again[name]), name
 
 
-def losses_of(history: UpdateHistory) -> list[tuple[str, float]]:
+def losses_of(history: TrainerHistory) -> list[tuple[str, float]]:
     kinds = {"train": history.train, "validation": history.validation}
-    return [(f"{kind} {point.step}", point.loss) for kind, points in kinds.items() for point in points]
+    return [(f"{kind} {point['step']}", point["loss"]) for kind, points in kinds.items() for point in points]
 
 
 def test_training_learns_and_keeps_the_best(tmp_path: Path):
     history, model = train(configured(updates=30, validate_every=5, validation_groups=1), tmp_path)
-    assert history.train[-1].loss < history.train[0].loss
-    assert history.best_loss == min(point.loss for point in history.validation)
+    assert history.train[-1]["loss"] < history.train[0]["loss"]
+    assert history.best_loss == min(point["loss"] for point in history.validation)
     best, _ = load_checkpoint(tmp_path / "best.safetensors")
     assert all(torch.equal(best["model"][name], tensor) for name, tensor in model.items())
 
@@ -263,14 +262,15 @@ def test_two_processes_under_deepspeed_train_the_model_of_one(tmp_path: Path):
 
 def compare_with_one(config: TrimeConfig, alone_folder: Path, shared_folder: Path) -> None:
     """Train in this process; its model, optimiser and losses are those of the others."""
-    history, _ = train(config, alone_folder, walk_S=WALK)
+    train(config, alone_folder, walk_S=WALK)
     for kept in ("checkpoint.safetensors", "best.safetensors"):
         (alone, _), (shared, _) = (load_checkpoint(folder / kept) for folder in (alone_folder, shared_folder))
         for group, tensors in alone.items():
             for key, tensor in tensors.items():
                 torch.testing.assert_close(shared[group][key], tensor, atol=2e-6, rtol=1e-4, msg=f"{group} {key}")
-    shared = load_checkpoint(shared_folder / "checkpoint.safetensors")[1]["history"]
-    assert dict(losses_of(UpdateHistory.from_dict(shared))) == pytest.approx(dict(losses_of(history)), rel=1e-5)
+    shared, alone = ((folder / POINTS).read_text().splitlines() for folder in (shared_folder, alone_folder))
+    for ours, theirs in zip(map(json.loads, shared), map(json.loads, alone), strict=True):
+        assert ours.pop("kind") == theirs.pop("kind") and ours == pytest.approx(theirs, rel=1e-5)
 
 
 def test_the_pace_of_objectives_is_measured_in_turns(tmp_path: Path, monkeypatch):
@@ -281,12 +281,15 @@ def test_the_pace_of_objectives_is_measured_in_turns(tmp_path: Path, monkeypatch
         def __init__(self, memory: str) -> None:
             self.memory, self.place = memory, Place()
 
-        def learn(self, strategy: object, step: int) -> None:
+        def batches(self, first: int) -> Iterator[None]:
+            return repeat(None)
+
+        def learn(self, step: int, inputs: None) -> None:
             order.append(f"{self.memory} {step}")
             now[0] += {"none": 1.0, "local": 3.0}[self.memory] * (100 if step < 2 else 1)
 
     now = [0.0]
-    monkeypatch.setattr(pace, "_stepper", lambda config, prepared, vocabulary: (Learner(config.train.memory), None))
+    monkeypatch.setattr(pace, "_trainer", lambda config, prepared, vocabulary: Learner(config.train.memory))
     monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
     configs: Any = {memory: configured(memory=memory) for memory in ("none", "local")}
     assert pace.seconds_per_update(configs, tmp_path, 9, rounds=3) == {"none": 1.0, "local": 3.0}

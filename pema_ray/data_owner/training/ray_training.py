@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pema_ray.data_owner.adapter.pema import AdapterConfig
 from pema_ray.data_owner.training.batch_samplers import StreamShuffle
 from pema_ray.data_owner.training.config import TrainConfig
-from pema_ray.data_owner.training.loop import RESUMED_FROM, AdapterHistory, AdapterTrainer, LossPoint
+from pema_ray.data_owner.training.trainer import AdapterHistory, AdapterTrainer
 from pema_ray.errors import UserError
 from pema_ray.line import LMHeadBundle, ModelCard
 from pema_ray.memory import ExternalMemory, MemoryRows, ShardInfo
@@ -23,6 +23,7 @@ from pema_ray.runtime.hardware import pick_dtype
 from pema_ray.runtime.placement import ANYWHERE, PlacementConfig
 from pema_ray.training.ray_checkpoint import reporting_checkpoints
 from pema_ray.training.ray_loop import is_first_on_its_node, reporting, run_workers, worker_place
+from pema_ray.training.trainer import RESUMED_FROM, OnPoint
 
 FIRST_STEP = "first_step.json"  # of a streamed training: how much of the memory was there
 
@@ -46,9 +47,7 @@ class AdapterTrainingJob:
     """On which nodes workers run."""
 
 
-def fit(
-    job: AdapterTrainingJob, on_point: Callable[[str, LossPoint], None] = lambda kind, point: None, stream: Any = None
-) -> AdapterHistory:
+def fit(job: AdapterTrainingJob, on_point: OnPoint = lambda kind, point: None, stream: Any = None) -> AdapterHistory:
     """Train on Ray and leave the adapter in `run_dir/adapter`.
 
     Args:
@@ -62,7 +61,7 @@ def fit(
         job,
         job.run_dir,
         job.config,
-        lambda kind, point: on_point(kind, LossPoint(**point)),
+        on_point,
         {} if stream is None else {"train": stream},
         job.placement,
     )
@@ -79,7 +78,6 @@ def _train(job: AdapterTrainingJob) -> dict[str, Any]:
     most = None if looks_back else job.config.validation_rows
     dev = ExternalMemory.open(job.dev_memory, bundle.card).view(max_rows=most, prompts=looks_back, verify=verify)
     head = bundle.head.to(pick_dtype(job.config.dtype, place.device))
-    config = job.config.model_copy(update={"resume": True})  # `run_workers` has seen to what the user wants
     name = f"{job.adapter.task or 'adapter'} r={job.adapter.rank}"
     settings = {**job.config.model_dump(mode="json"), "plm": job.adapter.plm_name, "seed": job.seed}
     with (
@@ -87,19 +85,21 @@ def _train(job: AdapterTrainingJob) -> dict[str, Any]:
         reporting_checkpoints(job.run_dir, place, RESUMED_FROM) as on_saved,
     ):
 
-        def on_point(kind: str, point: LossPoint) -> None:
-            if kind == "train" and point.step == 1 and job.streamed_rows is not None:  # before trackers take their time
+        def on_point(kind: str, point: Mapping[str, Any]) -> None:
+            if (
+                kind == "train" and point["step"] == 1 and job.streamed_rows is not None
+            ):  # before trackers take their time
                 built = len(finished_shards(Path(job.train_memory)))
                 (job.run_dir / FIRST_STEP).write_text(json.dumps({"shards": built}))
-            tell(kind, asdict(point))
+            tell(kind, point)
 
         trainer = AdapterTrainer(
-            job.adapter, config, head, train, dev, job.run_dir, job.seed, place, on_point, on_saved
+            job.adapter, job.config, head, train, dev, job.run_dir, job.seed, place, on_point, on_saved
         )
-        adapter, history = trainer.run()
+        history = trainer.run()
     if place.leads:
         (job.run_dir / "history.json").write_text(json.dumps(history.to_dict()))
-        adapter.save_pretrained(job.run_dir / "adapter", adapter.model_card(_figures(history)))
+        trainer.model.save_pretrained(job.run_dir / "adapter", trainer.model.model_card(_figures(history)))
     return history.to_dict()
 
 
@@ -134,8 +134,8 @@ def _streamed(job: AdapterTrainingJob, rows: int) -> StreamShuffle:
 
 
 def _figures(history: AdapterHistory) -> str:
-    first, best = history.validation[0], min(history.validation, key=lambda point: point.prediction)
+    first, best = history.validation[0], min(history.validation, key=lambda point: point["prediction"])
     return (
         f"Trained on {history.rows:,} rows. Held-out loss on the dev memory, nats per token: "
-        f"{first.prediction:.3f} before the first step, {best.prediction:.3f} at step {best.step}.\n\n"
+        f"{first['prediction']:.3f} before the first step, {best['prediction']:.3f} at step {best['step']}.\n\n"
     )

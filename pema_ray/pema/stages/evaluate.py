@@ -184,7 +184,12 @@ def _sweep(run: Run) -> LambdaSweep:
 
 def _training(run: Run) -> TrainingHistory:
     history = json.loads(run.path("train", "history.json").read_text())
-    points = {k: tuple(TrainingPoint(**point) for point in history[k]) for k in ("train", "validation")}
+    points = {
+        kind: tuple(
+            TrainingPoint(**{name: point[name] for name in TrainingPoint.model_fields}) for point in history[kind]
+        )
+        for kind in ("train", "validation")
+    }
     c = run.config.train
     return TrainingHistory(
         **points,

@@ -21,8 +21,8 @@ from pema_ray.data_owner.config import GenerateConfig, KnnMixConfig
 from pema_ray.data_owner.decoding.offline import GenerationJob, SystemAnswer
 from pema_ray.data_owner.decoding.predictor import Predictor, PredictorSource, PredictorSpec
 from pema_ray.data_owner.training.config import TrainConfig
-from pema_ray.data_owner.training.loop import AdapterHistory
 from pema_ray.data_owner.training.ray_training import fit
+from pema_ray.data_owner.training.trainer import AdapterHistory
 from pema_ray.errors import UserError
 from pema_ray.evaluation.comparison import Measurement
 from pema_ray.evaluation.likelihood import TokenLikelihood

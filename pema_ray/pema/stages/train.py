@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from pema_ray.data_owner.adapter.pema import AdapterConfig
 from pema_ray.data_owner.training.config import TrainConfig
-from pema_ray.data_owner.training.loop import AdapterHistory, LossPoint
 from pema_ray.data_owner.training.ray_training import FIRST_STEP, AdapterTrainingJob, fit
+from pema_ray.data_owner.training.trainer import AdapterHistory
 from pema_ray.errors import UserError
 from pema_ray.experiment.stage_run import claim
 from pema_ray.memory import ExternalMemory
@@ -23,7 +22,8 @@ from pema_ray.pema.config import ExperimentConfig
 from pema_ray.pema.run import Run
 from pema_ray.pema.stages.build_memory import actor_settings, measure_memory, plan_memories, plm_client, showing_waits
 from pema_ray.runtime.cluster import ray_cluster
-from pema_ray.runtime.progress import ProgressBar, track
+from pema_ray.runtime.progress import track
+from pema_ray.training.ray_loop import showing_loss
 
 
 def run(config: ExperimentConfig) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def _train(run: Run) -> AdapterHistory:
         if c.published:
             job = replace(job, train_memory=_published(c.published, train_memory))
         run.claim("train")
-        return fit(job, _showing(bar, c.batch_size))
+        return fit(job, showing_loss(bar, c.batch_size, "prediction"))
 
 
 def _while_building(run: Run) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def _while_building(run: Run) -> dict[str, Any]:
                 showing(showing_waits(bar)) as board,
             ):
                 stream = stream_shards(builds["train"], client, board)
-                trained.append(fit(job, _showing(bar, c.batch_size), stream))
+                trained.append(fit(job, showing_loss(bar, c.batch_size, "prediction"), stream))
             manifests.append(run_build(builds["train"], client))  # what an early stop has left to do
         ended = max((train_folder / shard.name).stat().st_mtime for shard in manifests[-1].shards)  # training goes on
         measured = measure_memory(manifests, manifests[-1].rows if not already else 0, max(1e-3, ended - started))
@@ -134,14 +134,6 @@ def _steps(c: TrainConfig, rows: int) -> int:
     return max(1, rows // min(c.batch_size, rows)) * c.epochs
 
 
-def _showing(bar: ProgressBar, batch_size: int) -> Callable[[str, LossPoint], None]:
-    def show(kind: str, point: LossPoint) -> None:
-        if kind == "train":
-            bar.advance(point.step - bar.done, batch_size, f"loss {point.prediction:.3f}")
-
-    return show
-
-
 def _published(name: str, memory: ExternalMemory) -> str:
     """Where workers find the published copy of this run's memory."""
     found = open_published(name)
@@ -154,18 +146,18 @@ def _published(name: str, memory: ExternalMemory) -> str:
 
 
 def _measure(history: AdapterHistory, batch_size: int) -> dict[str, Any]:
-    first = history.validation[0].prediction
+    first = history.validation[0]["prediction"]
     rate = min(batch_size, history.rows) * len(history.train) / max(1e-9, history.seconds)
     return {
         "rows": history.rows,
         "steps": len(history.train),
         "best_step": history.best_step,
         "dev_prediction_before": first,
-        "dev_prediction": history.best_prediction,
+        "dev_prediction": history.best_loss,
         "reconstruction_error": history.reconstruction_error,
         "reconstruction_seconds": round(history.reconstruction_seconds, 2),
         "rows_per_second": round(rate, 1),
         "stopped_early": history.stopped_early,
-        "summary": f"dev loss {first:.3f} → {history.best_prediction:.3f} nats at step {history.best_step} of "
+        "summary": f"dev loss {first:.3f} → {history.best_loss:.3f} nats at step {history.best_step} of "
         f"{len(history.train)}, {rate:,.0f} rows/s, stage 1 in {history.reconstruction_seconds:.1f} s",
     }

@@ -28,9 +28,8 @@ from pema_ray.errors import UserError
 from pema_ray.pluglm.config import PretrainSettings, TextConfig
 from pema_ray.pluglm.demonstration.corpora import FOLDOC, Domain, read_domain
 from pema_ray.pluglm.learning.masking import IGNORED, Masker, collate
-from pema_ray.pluglm.learning.pretraining import PretrainLoop
+from pema_ray.pluglm.learning.pretraining import Pretrainer
 from pema_ray.pluglm.learning.text import Sequences
-from pema_ray.pluglm.learning.trainer import Tell
 from pema_ray.pluglm.memory.chunking import Cutter
 from pema_ray.pluglm.memory.encoding import DocumentEncoder
 from pema_ray.pluglm.memory.entries import NewEntry
@@ -42,6 +41,7 @@ from pema_ray.pluglm.stages.pretrain import local_access, save_model
 from pema_ray.runtime.files import atomic_file
 from pema_ray.runtime.settings import Section
 from pema_ray.training.checkpoint import CHECKPOINT
+from pema_ray.training.trainer import OnPoint
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _FIGURES = "demo-text.json"
@@ -128,7 +128,7 @@ class DomainsDemo(Section):
 
 
 def run_domains(
-    folder: Path, seed: int = 0, settings: DomainsSettings | None = None, tell: Tell = lambda kind, point: None
+    folder: Path, seed: int = 0, settings: DomainsSettings | None = None, on_point: OnPoint = lambda kind, point: None
 ) -> DomainsDemo:
     """Train and measure in `folder`, which is left with model, memory and `demo-text.json`.
 
@@ -154,10 +154,10 @@ def run_domains(
     memory = KnowledgeMemory.build(folder / "memory", entries, encoder, "float16")
     recalls: list[float] = []
 
-    def told(kind: str, point: Mapping[str, Any]) -> None:
+    def show(kind: str, point: Mapping[str, Any]) -> None:
         if "recall" in point:
             recalls.append(point["recall"])
-        tell(kind, point)
+        on_point(kind, point)
 
     training = time.perf_counter()
     train = PretrainSettings(
@@ -165,10 +165,11 @@ def run_domains(
         warm_up_steps=max(1, c.steps // 20), schedule="cosine", refresh_every=c.refresh_every,
         contrastive_steps=c.contrastive_steps, checkpoint_every=c.steps,
     )  # fmt: skip
-    loop = PretrainLoop(
-        model, tokenizer, train, learned, None, local_access(memory), folder, seed, tell=told, name="domains"
+    trainer = Pretrainer(
+        model, tokenizer, train, learned, None, local_access(memory), folder, seed, on_point=show, name="domains"
     )
-    memory = KnowledgeMemory.open(folder / "memory", loop.run())
+    trainer.run()
+    memory = KnowledgeMemory.open(folder / "memory", trainer.version)
     trained = time.perf_counter()
     save_model(model, tokenizer, folder / "model")
     figures = tuple(_figures(model.eval(), tokenizer, memory, one, c, seed) for one in domains)

@@ -8,12 +8,11 @@ Shapes: B features, T positions.
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,18 +21,14 @@ from torch import Tensor, nn
 from pema_ray.errors import UserError
 from pema_ray.pluglm.finetune_config import FinetuneSettings
 from pema_ray.pluglm.learning.masking import IGNORED
-from pema_ray.pluglm.learning.trainer import MemoryAccess, MemoryTrainer, Tell
+from pema_ray.pluglm.learning.memory_trainer import MemoryAccess, MemoryTrainer
 from pema_ray.pluglm.model.knowledge import document_codes
 from pema_ray.pluglm.tasks import Feature, FinetuningTask
 from pema_ray.pluglm.tasks.reading import TaskExample
 from pema_ray.pluglm.tasks.scores import ERRORS
-from pema_ray.training.checkpoint import CHECKPOINT
-from pema_ray.training.strategies import Place, Strategy, make_strategy
+from pema_ray.training.strategies import Place
+from pema_ray.training.trainer import OnPoint, OnSaved, Point, StepInputs, TrainerHistory
 
-if TYPE_CHECKING:
-    from pema_ray.training.ray_checkpoint import Saved
-
-logger = logging.getLogger(__name__)
 _PREDICTED = 64  # features scored together
 
 
@@ -78,9 +73,11 @@ class Finetuner(MemoryTrainer[FinetuneSettings]):
 
     Args:
         memory: none: the model goes without.
-        keep: writes the model away; the leading process asks when an epoch was the best so far.
-        on_saved: called by every process with an epoch's scores, once its checkpoint is saved.
+        write_model: the leading process calls it when an epoch was the best so far.
     """
+
+    validates_first = False
+    unused_parameters = True  # the knowledge encoder of a frozen memory, or of none
 
     def __init__(
         self,
@@ -94,17 +91,18 @@ class Finetuner(MemoryTrainer[FinetuneSettings]):
         run_dir: Path,
         seed: int = 0,
         place: Place | None = None,
-        tell: Tell = lambda kind, point: None,
-        keep: Callable[[Any], None] = lambda model: None,
-        on_saved: Saved = lambda metrics: None,
+        on_point: OnPoint = lambda kind, point: None,
+        write_model: Callable[[Any], None] = lambda model: None,
+        on_saved: OnSaved = lambda metrics: None,
     ) -> None:
         self.model, self.tokenizer, self.task, self.settings = model, tokenizer, task, settings
-        self.train, self.validation, self.memory = train, validation, memory
-        self.run_dir, self.seed, self.place, self.tell, self.keep = run_dir, seed, place or Place(), tell, keep
-        self.on_saved = on_saved
+        self.train, self.dev, self.memory = train, validation, memory
+        self.run_dir, self.seed, self.place = run_dir, seed, place or Place()
+        self.on_point, self.write_model, self.on_saved = on_point, write_model, on_saved
         self.version = memory.first if memory else 0
+        self.objective = TaskObjective(model, self._names())
         self.frozen, self.name = settings.frozen, run_dir.parent.name
-        self.best_version, self.history = self.version, []
+        self.best_version, self.history = self.version, TrainerHistory()
         features = train.features if train else []
         self._per_epoch = math.ceil(len(features) / settings.batch_size)
         if settings.epochs and not features:
@@ -120,41 +118,42 @@ class Finetuner(MemoryTrainer[FinetuneSettings]):
         return self._per_epoch * self.settings.epochs
 
     @property
-    def best(self) -> float:
-        """The kept model's main score; the worst there is before there is one."""
-        found = [point[self.task.main] for point in self.history]
-        return min(found, default=math.inf) if self._is_error else max(found, default=-math.inf)
+    def validate_every(self) -> int:
+        return max(1, self._per_epoch)
 
     @property
-    def _is_error(self) -> bool:
-        """Whether less of the main score is better."""
-        return self.task.main in ERRORS
+    def best(self) -> float:
+        """The kept model's main score; the worst there is before there is one."""
+        return self._signed(self.history.best_loss)
 
-    def run(self) -> None:
-        """Train to the end."""
-        checkpoint = self.run_dir / CHECKPOINT
-        if not self.steps:
-            self.attach(self.version)
-            self._end_epoch(0)
-            return
-        if checkpoint.exists():
-            epoch = self._restore(checkpoint)
-        else:
-            self.attach(self.version)
-            self.strategy, epoch = self.make_strategy(), 0
-        while epoch < self.settings.epochs:
-            for step in range(epoch * self._per_epoch, (epoch + 1) * self._per_epoch):
-                self._step(step)
-                if (step + 1) % self.settings.refresh_every == 0:
-                    self.refresh()
-            if (epoch + 1) * self._per_epoch % self.settings.refresh_every:
-                self.refresh()
-            epoch += 1
-            self._end_epoch(epoch)
-            self.save(checkpoint, {"epoch": epoch, "best_version": self.best_version, "history": self.history})
-            self.on_saved(self.history[-1])
-            if self.place.leads and self.memory is not None:  # only now: a run that dies before needs an older version
-                self.memory.prune([self.version, self.best_version])
+    def score(self, point: Point) -> float:
+        return self._signed(point[self.task.main])
+
+    def _signed(self, score: float) -> float:
+        """A main score as what is to be small, and back."""
+        return score if self.task.main in ERRORS else -score
+
+    def refreshes_after(self, step: int) -> bool:
+        return step % self.settings.refresh_every == 0 or step % self._per_epoch == 0
+
+    def validation(self) -> Point:
+        scores = self.task.scores(self.dev.examples, self.predict(self.dev))
+        return {"epoch": len(self.history.train) // self.validate_every, **scores}
+
+    def keep(self) -> None:
+        self.best_version = self.version
+        if self.place.leads:
+            self.write_model(self.model)
+
+    def versions_needed(self) -> list[int]:
+        return [self.version, self.best_version]
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"best_version": self.best_version}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        super().load_state(state)
+        self.best_version = state["best_version"]
 
     @torch.no_grad()
     def predict(
@@ -186,30 +185,23 @@ class Finetuner(MemoryTrainer[FinetuneSettings]):
 
     # ── inside ──────────────────────────────────────────────────────────────
 
-    def _step(self, step: int) -> None:
+    def batches(self, first: int) -> Generator[StepInputs, None, None]:
         c, place, train = self.settings, self.place, self.train
         assert train is not None
-        epoch, within = divmod(step, self._per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(train.features))
-        order = np.resize(order, self._per_epoch * c.batch_size)  # the last step's rest comes from the beginning
-        numbers = order[within * c.batch_size : (within + 1) * c.batch_size][place.rank :: place.world]
-        self.draw(step)
-        self.model.train()
-        parts = [[train.features[one] for one in part.tolist()] for part in np.array_split(numbers, c.accumulate)]
-        counts = [labels_of(self._targets(features)) for features in parts]
-        labels = max(
-            1.0, self.sum(float(sum(counts))) / place.world
-        )  # a process's; gradients are averaged over processes
-        total = 0.0
-        for number, (features, count) in enumerate(zip(parts, counts)):
-            with self.precision():
-                inputs = self._learned(train, features, count / labels)
-                found = self.strategy.learn(inputs, last=number == c.accumulate - 1)
-            total += found[0].item()
-        loss = self.sum(total) / place.world
-        rate = self.update(step, loss)
-        if place.leads:
-            self.tell("train", {"step": step + 1, "loss": loss, "learning_rate": rate})
+        for step in range(first, self.steps):
+            epoch, within = divmod(step, self._per_epoch)
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(train.features))
+            order = np.resize(order, self._per_epoch * c.batch_size)  # the last step's rest comes from the beginning
+            numbers = order[within * c.batch_size : (within + 1) * c.batch_size][place.rank :: place.world]
+            parts = [[train.features[one] for one in part.tolist()] for part in np.array_split(numbers, c.accumulate)]
+            counts = [labels_of(self._targets(features)) for features in parts]
+            # A process's; gradients are averaged over processes.
+            labels = max(1.0, self.sum_number(float(sum(counts))) / place.world)
+            inputs = [self._learned(train, features, count / labels) for features, count in zip(parts, counts)]
+            yield StepInputs(inputs, place.world)
+
+    def point(self, sums: Tensor, count: float) -> Point:
+        return {"loss": float(sums) / count}
 
     def _learned(self, data: TaskExamples, features: Sequence[Feature], weight: float = 1.0) -> tuple[Tensor, ...]:
         """Inputs of the objective."""
@@ -241,35 +233,10 @@ class Finetuner(MemoryTrainer[FinetuneSettings]):
     def _names(self) -> tuple[str, ...]:
         return ("start_positions", "end_positions") if self.task.kind in ("answers", "factoid") else ("labels",)
 
-    def make_strategy(self) -> Strategy:
-        c, train = self.settings, self.train
-        assert train is not None
-        objective = TaskObjective(self.model, self._names())
-        return make_strategy(
-            c.strategy, self.place, objective, self._optimizer, batch_size=c.batch_size, accumulate=c.accumulate,
-            clip=c.clip, zero_stage=c.zero_stage, idle_inputs=lambda: self._learned(train, train.features[:2]),
-            unused_parameters=True,  # the knowledge encoder of a frozen memory, or of none
-        )  # fmt: skip
-
-    def _optimizer(self, named: Sequence[tuple[str, nn.Parameter]]) -> Any:
+    def make_optimizer(self, named: Sequence[tuple[str, nn.Parameter]]) -> Any:
         groups = self.parameter_groups(named)
         return torch.optim.AdamW(groups, lr=self.settings.learning_rate, betas=(0.9, 0.999), eps=1e-8)
 
-    def _end_epoch(self, epoch: int) -> None:
-        scores = self.task.scores(self.validation.examples, self.predict(self.validation))
-        point = {"step": epoch * self._per_epoch, "epoch": epoch, **scores}
-        main = scores[self.task.main]
-        better = main < self.best if self._is_error else main > self.best
-        self.history.append(point)
-        if better:
-            self.best_version = self.version
-        if self.place.leads:
-            self.tell("validation", point)
-            if better:
-                self.keep(self.model)
-
-    def _restore(self, path: Path) -> int:
-        described = self.restore(path)
-        self.history, self.best_version = described["history"], described["best_version"]
-        logger.info("fine-tuning resumes after epoch %d", described["epoch"])
-        return described["epoch"]
+    def idle_inputs(self) -> tuple[Tensor, ...]:
+        assert self.train is not None
+        return self._learned(self.train, self.train.features[:2])

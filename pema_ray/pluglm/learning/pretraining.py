@@ -8,11 +8,9 @@ Shapes: B sequences, T positions, L tokens of a document.
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,21 +19,16 @@ from torch import Tensor, nn
 from pema_ray.errors import UserError
 from pema_ray.pluglm.config import PretrainSettings
 from pema_ray.pluglm.learning.masking import MaskedBatch, Masker, collate
+from pema_ray.pluglm.learning.memory_trainer import MemoryAccess, MemoryTrainer
 from pema_ray.pluglm.learning.objective import PretrainObjective
 from pema_ray.pluglm.learning.text import Sequences
-from pema_ray.pluglm.learning.trainer import MemoryAccess, MemoryTrainer, Tell
 from pema_ray.pluglm.model.encoder import PlugLMForMaskedLM
-from pema_ray.training.checkpoint import CHECKPOINT
-from pema_ray.training.strategies import Place, Strategy, make_strategy
-
-if TYPE_CHECKING:
-    from pema_ray.training.ray_checkpoint import Saved
-
-logger = logging.getLogger(__name__)
+from pema_ray.training.strategies import Place
+from pema_ray.training.trainer import OnPoint, OnSaved, Point, StepInputs, TrainerHistory
 
 
-class PretrainLoop(MemoryTrainer[PretrainSettings]):
-    """Trains a model that lies on the place's device; `run` leaves a checkpoint and a memory that belongs to it."""
+class Pretrainer(MemoryTrainer[PretrainSettings]):
+    """Trains a model that lies on the place's device; it leaves a checkpoint and a memory that belongs to it."""
 
     def __init__(
         self,
@@ -48,80 +41,68 @@ class PretrainLoop(MemoryTrainer[PretrainSettings]):
         run_dir: Path,
         seed: int = 0,
         place: Place | None = None,
-        tell: Tell = lambda kind, point: None,
+        on_point: OnPoint = lambda kind, point: None,
         name: str = "pluglm",
-        on_saved: Saved = lambda metrics: None,
+        on_saved: OnSaved = lambda metrics: None,
     ) -> None:
         if len(train) < settings.batch_size:
             raise UserError(f"train.batch_size={settings.batch_size}: there are only {len(train)} training sequences.")
         self.model, self.tokenizer, self.settings, self.name = model, tokenizer, settings, name
-        self.train, self.validation, self.memory = train, validation, memory
-        self.run_dir, self.seed, self.place, self.tell, self.on_saved = run_dir, seed, place or Place(), tell, on_saved
+        self.train, self.dev, self.memory = train, validation, memory
+        self.run_dir, self.seed, self.place = run_dir, seed, place or Place()
+        self.on_point, self.on_saved, self.history = on_point, on_saved, TrainerHistory()
         self.version = memory.first
-        self.history: list[dict[str, Any]] = []
-        self._masker = Masker.of(tokenizer, settings.mask_share, seed, settings.masking == "dynamic")
-        self._objective = PretrainObjective(model, settings.contrastive_temperature)
+        self.objective = PretrainObjective(model, settings.contrastive_temperature)
         self.frozen = False
+        self.unused_parameters = model.config.fix_keys or model.config.fix_values
+        self._masker = Masker.of(tokenizer, settings.mask_share, seed, settings.masking == "dynamic")
 
     @property
     def steps(self) -> int:
         return self.settings.steps
 
     @property
-    def checkpoint(self) -> Path:
-        return self.run_dir / CHECKPOINT
+    def validate_every(self) -> int:
+        return self.settings.validate_every
 
-    def run(self) -> int:
-        """Train to the end; returns the version of the memory that belongs to the trained model."""
-        step = self._restore() if self.checkpoint.exists() else self._begin()
-        finished = step >= self.settings.steps
-        while step < self.settings.steps:
-            started = time.perf_counter()
-            point = self._step(step)
-            step += 1
-            last = step == self.settings.steps
-            point["seconds"] = round(time.perf_counter() - started, 4)
-            if self.place.leads:
-                self.tell("train", {"step": step, **point})
-            if last or step % self.settings.refresh_every == 0:
-                self.refresh()
-            if self.validation is not None and (last or step % self.settings.validate_every == 0):
-                self._validate(step)
-            if last or step % self.settings.checkpoint_every == 0:
-                self._save(step)
-        if finished:
-            logger.info("training had finished before, at step %d", step)
-        return self.version
+    @property
+    def checkpoint_every(self) -> int:
+        return self.settings.checkpoint_every
+
+    def refreshes_after(self, step: int) -> bool:
+        return step == self.steps or step % self.settings.refresh_every == 0
+
+    def keep(self) -> None:
+        """Nothing: the model after the last step is the one that its memory belongs to."""
+
+    def make_optimizer(self, named: Sequence[tuple[str, nn.Parameter]]) -> Any:
+        c, groups = self.settings, self.parameter_groups(named)
+        if c.optimizer == "adamw":
+            return torch.optim.AdamW(groups, lr=c.learning_rate, betas=(0.9, 0.999), eps=1e-6)
+        from pytorch_optimizer import Lamb
+
+        return Lamb(groups, lr=c.learning_rate, betas=(0.9, 0.999), eps=1e-6)
+
+    def idle_inputs(self) -> tuple[Any, ...]:
+        return self._inputs(next(self._parts(0))[0], 1.0)
 
     # ── a step ──────────────────────────────────────────────────────────────
 
-    def _step(self, step: int) -> dict[str, Any]:
-        place = self.place
-        parts = list(self._parts(step))
-        predicted = self.sum(float(sum(part.predicted for part, _ in parts)))
-        warming = step < self.settings.contrastive_steps
-        self.draw(step)
-        self._objective.train()
-        totals = np.zeros(3)
-        for number, (part, place_B) in enumerate(parts):
-            with self.precision():
-                inputs = self._inputs(part, predicted, place_B if warming else None)
-                found = self.strategy.learn(inputs, last=number == len(parts) - 1)
-            entropy, contrastive, recall = (float(value) for value in found[1:])
-            totals += [entropy / max(1.0, predicted), contrastive / len(parts), recall / len(parts)]
-        loss = self.sum(totals[0])
-        contrastive, recall = (self.sum(one) / place.world for one in totals[1:])
-        rate = self.update(step, loss)
-        point = {"loss": loss, "learning_rate": rate, "memory_version": self.version}
-        return point | ({"contrastive": contrastive, "recall": recall} if warming else {})
+    def batches(self, first: int) -> Generator[StepInputs, None, None]:
+        for step in range(first, self.steps):
+            parts = list(self._parts(step))
+            predicted = self.sum_number(float(sum(part.predicted for part, _ in parts)))
+            warming = step < self.settings.contrastive_steps
+            inputs = [self._inputs(part, predicted, place_B if warming else None) for part, place_B in parts]
+            yield StepInputs(inputs, max(1.0, predicted))
 
-    def make_strategy(self) -> Strategy:
-        c, model = self.settings, self.model.config
-        return make_strategy(
-            c.strategy, self.place, self._objective, self._optimizer, batch_size=c.batch_size, accumulate=c.accumulate,
-            clip=c.clip, zero_stage=c.zero_stage, idle_inputs=self._idle_inputs,
-            unused_parameters=model.fix_keys or model.fix_values,
-        )  # fmt: skip
+    def point(self, sums: Tensor, count: float) -> Point:
+        _, entropy, contrastive, recall = sums.tolist()
+        point = {"loss": entropy / count, "memory_version": self.version}
+        if len(self.history.train) < self.settings.contrastive_steps:
+            parts = self.settings.accumulate * self.place.world
+            point |= {"contrastive": contrastive / parts, "recall": recall / parts}
+        return point
 
     def _parts(self, step: int) -> Iterator[tuple[MaskedBatch, Tensor]]:
         """This process's sequences of a step, in `accumulate` parts, and how far into its document each lies."""
@@ -172,57 +153,20 @@ class PretrainLoop(MemoryTrainer[PretrainSettings]):
         token_BL[has_B], mask_BL[has_B] = token_PL, mask_PL
         return token_BL, mask_BL
 
-    def _idle_inputs(self) -> tuple[Any, ...]:
-        return self._inputs(next(self._parts(0))[0], 1.0)
-
-    def _optimizer(self, named: Sequence[tuple[str, nn.Parameter]]) -> Any:
-        c, groups = self.settings, self.parameter_groups(named)
-        if c.optimizer == "adamw":
-            return torch.optim.AdamW(groups, lr=c.learning_rate, betas=(0.9, 0.999), eps=1e-6)
-        from pytorch_optimizer import Lamb
-
-        return Lamb(groups, lr=c.learning_rate, betas=(0.9, 0.999), eps=1e-6)
-
     # ── validation ──────────────────────────────────────────────────────────
 
-    @torch.no_grad()
-    def _validate(self, step: int) -> None:
+    def validation(self) -> Point | None:
         """Mean cross entropy of masked tokens, with the masks of epoch 0."""
-        assert self.validation is not None
-        self._objective.eval()
-        count = min(len(self.validation), self.settings.validation_sequences)
+        if self.dev is None:
+            return None
+        count = min(len(self.dev), self.settings.validation_sequences)
         mine = list(range(self.place.rank, count, self.place.world))
         size = max(1, self.settings.batch_size // self.settings.accumulate // self.place.world)
-        entropy = predicted = 0.0
+        sums = torch.zeros(2, dtype=torch.float64, device=self.place.device)  # cross entropy, tokens predicted
         for start in range(0, len(mine), size):
-            part = self._batch(self.validation, mine[start : start + size], 0)
+            part = self._batch(self.dev, mine[start : start + size], 0)
             with self.precision():
-                found = self._objective(*self._inputs(part, 1.0))
-            entropy, predicted = entropy + float(found[1]), predicted + part.predicted
-        entropy, predicted = self.sum(entropy), self.sum(predicted)
-        point = {"step": step, "loss": entropy / max(1.0, predicted), "memory_version": self.version}
-        self.history.append(point)
-        if self.place.leads:
-            self.tell("validation", point)
-
-    # ── resume ──────────────────────────────────────────────────────────────
-
-    def _begin(self) -> int:
-        self.attach(self.version)
-        self.strategy = self.make_strategy()
-        if self.validation is not None:
-            self._validate(0)
-        return 0
-
-    def _save(self, step: int) -> None:
-        self.save(self.checkpoint, {"step": step, "history": self.history})
-        validated = {"validation_loss": self.history[-1]["loss"]} if self.history else {}
-        self.on_saved({"step": step, "memory_version": self.version, **validated})
-        if self.place.leads and self.memory is not None:
-            self.memory.prune([self.version])
-
-    def _restore(self) -> int:
-        described = self.restore(self.checkpoint)
-        self.history = described["history"]
-        logger.info("training resumes at step %d with memory version %d", described["step"], self.version)
-        return described["step"]
+                entropy = self.objective(*self._inputs(part, 1.0))[1]
+            sums += torch.stack([entropy.double(), entropy.new_tensor(part.predicted)])
+        entropy, predicted = self.sum(sums).tolist()
+        return {"loss": entropy / max(1.0, predicted), "memory_version": self.version}

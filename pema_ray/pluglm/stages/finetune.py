@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoTokenizer
 from pema_ray.pluglm.finetune_config import FinetuneConfig
 from pema_ray.pluglm.learning.finetuning import Finetuner, TaskExamples
 from pema_ray.pluglm.learning.in_task import entries_of
-from pema_ray.pluglm.learning.trainer import MemoryAccess, Tell
+from pema_ray.pluglm.learning.memory_trainer import MemoryAccess
 from pema_ray.pluglm.memory import refresh as refreshing
 from pema_ray.pluglm.memory import versions
 from pema_ray.pluglm.memory.editing import publish_on_current, take_files
@@ -41,10 +41,11 @@ from pema_ray.pluglm.tasks import FinetuningTask, make_task
 from pema_ray.pluglm.tasks.reading import TaskExample
 from pema_ray.runtime.cluster import ray_cluster
 from pema_ray.runtime.files import atomic_file
-from pema_ray.runtime.progress import console, track
+from pema_ray.runtime.progress import ProgressBar, console, track
 from pema_ray.training.checkpoint import CHECKPOINT
 from pema_ray.training.ray_checkpoint import reporting_checkpoints
 from pema_ray.training.ray_loop import reporting, run_workers, worker_place
+from pema_ray.training.trainer import POINTS, OnPoint
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,10 @@ def evaluate(config: FinetuneConfig, run_dir: Path) -> dict[str, dict[str, float
             continue
         data = TaskExamples.of(task, task.read(Path(path)), tokenizer, config.train.max_tokens)
         log = RetrievalLog()
-        loop = Finetuner(
+        trainer = Finetuner(
             model, tokenizer, task, config.train.model_copy(update={"epochs": 0}), None, data, None, run_dir
         )
-        answers = loop.predict(data, lambda output, examples, log=log: log.add(output.retrieved, examples))
+        answers = trainer.predict(data, lambda output, examples, log=log: log.add(output.retrieved, examples))
         with atomic_file(run_dir / f"{name}.jsonl") as temporary:
             lines = [json.dumps({"id": key, "answer": answer}, ensure_ascii=False) for key, answer in answers.items()]
             temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -129,15 +130,15 @@ def _work(job: _Job) -> dict[str, Any]:
     memory = _access(job) if job.first_version else None
     model = new_task_model(config, task, memory_fingerprint=_fingerprint(job))
     with (
-        reporting(run_dir, place, c, run_dir.parent.name, c.model_dump(mode="json")) as tell,
-        reporting_checkpoints(run_dir, place, ("model", CHECKPOINT)) as on_saved,
+        reporting(run_dir, place, c, run_dir.parent.name, c.model_dump(mode="json")) as on_point,
+        reporting_checkpoints(run_dir, place, ("model", POINTS, CHECKPOINT)) as on_saved,
     ):
-        loop = Finetuner(
-            model.to(place.device), tokenizer, task, c, train, validation, memory, run_dir, config.seed, place, tell,
-            lambda model: save_model(model, tokenizer, run_dir / "model"), on_saved,
+        trainer = Finetuner(
+            model.to(place.device), tokenizer, task, c, train, validation, memory, run_dir, config.seed, place,
+            on_point, lambda model: save_model(model, tokenizer, run_dir / "model"), on_saved,
         )  # fmt: skip
-        loop.run()
-    return {"memory_version": loop.best_version, "history": loop.history, "best": loop.best}
+        history = trainer.run()
+    return {"memory_version": trainer.best_version, "history": history.validation, "best": trainer.best}
 
 
 def new_task_model(config: FinetuneConfig, task: FinetuningTask, memory_fingerprint: str | None) -> Any:
@@ -260,7 +261,7 @@ def _summary(scores: Mapping[str, Mapping[str, float]]) -> str:
     )
 
 
-def _showing(bar: Any) -> Tell:
+def _showing(bar: ProgressBar) -> OnPoint:
     def show(kind: str, point: Mapping[str, Any]) -> None:
         if kind == "validation":
             bar.advance(1)

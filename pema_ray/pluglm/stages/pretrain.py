@@ -25,9 +25,9 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from pema_ray.pluglm.config import ModelSettings, PretrainConfig
-from pema_ray.pluglm.learning.pretraining import PretrainLoop
+from pema_ray.pluglm.learning.memory_trainer import MemoryAccess
+from pema_ray.pluglm.learning.pretraining import Pretrainer
 from pema_ray.pluglm.learning.text import Sequences, prepare_sequences
-from pema_ray.pluglm.learning.trainer import MemoryAccess, Tell
 from pema_ray.pluglm.memory import refresh as refreshing
 from pema_ray.pluglm.memory.encoding import DocumentEncoder
 from pema_ray.pluglm.memory.knowledge_memory import KnowledgeMemory
@@ -37,10 +37,11 @@ from pema_ray.pluglm.model.encoder import PlugLMForMaskedLM
 from pema_ray.pluglm.model.loading import load_pluglm, load_tokenizer
 from pema_ray.pluglm.run import PluglmRun
 from pema_ray.runtime.cluster import ray_cluster
-from pema_ray.runtime.progress import console, track
+from pema_ray.runtime.progress import ProgressBar, console, track
 from pema_ray.training.checkpoint import CHECKPOINT
 from pema_ray.training.ray_checkpoint import reporting_checkpoints
-from pema_ray.training.ray_loop import reporting, run_workers, worker_place
+from pema_ray.training.ray_loop import reporting, run_workers, showing_loss, worker_place
+from pema_ray.training.trainer import POINTS, OnPoint
 
 
 @dataclass(frozen=True)
@@ -90,18 +91,18 @@ def _work(job: _Job) -> dict[str, Any]:
     name = run_dir.parent.name
     settings = config.train.model_dump(mode="json")
     with (
-        reporting(run_dir, place, config.train, name, settings) as tell,
-        reporting_checkpoints(run_dir, place, (CHECKPOINT,)) as on_saved,
+        reporting(run_dir, place, config.train, name, settings) as on_point,
+        reporting_checkpoints(run_dir, place, (POINTS, CHECKPOINT)) as on_saved,
     ):
-        loop = PretrainLoop(
+        trainer = Pretrainer(
             model.to(place.device), tokenizer, config.train, Sequences.open(run_dir.parent / "sequences"), validation,
-            _access(job), run_dir, config.seed, place, tell, name, on_saved,
+            _access(job), run_dir, config.seed, place, on_point, name, on_saved,
         )  # fmt: skip
-        version = loop.run()
+        history = trainer.run().validation
     if place.leads:
         save_model(model, tokenizer, run_dir / "model")
-    validated = {"validation_loss": loop.history[-1]["loss"]} if loop.history else {}
-    return {"steps": config.train.steps, "memory_version": version, "history": loop.history, **validated}
+    validated = {"validation_loss": history[-1]["loss"]} if history else {}
+    return {"steps": config.train.steps, "memory_version": trainer.version, "history": history, **validated}
 
 
 def _access(job: _Job) -> MemoryAccess:
@@ -185,11 +186,12 @@ def _summary(result: Mapping[str, Any]) -> str:
     return f"{result['steps']:,} steps{losses}, memory version {result['memory_version']}"
 
 
-def _showing(bar: Any, sequences: int) -> Tell:
+def _showing(bar: ProgressBar, sequences: int) -> OnPoint:
+    advance = showing_loss(bar, sequences)
+
     def show(kind: str, point: Mapping[str, Any]) -> None:
-        if kind == "train":
-            bar.advance(point["step"] - bar.done, sequences, f"loss {point['loss']:.3f}")
-        else:
+        advance(kind, point)
+        if kind == "validation":
             console.print(f"step {point['step']}: validation loss {point['loss']:.4f}")
 
     return show

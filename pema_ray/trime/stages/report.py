@@ -6,11 +6,13 @@ The plots are `pema_ray.evaluation.plots`'; the page makes no request, and all t
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
@@ -68,16 +70,23 @@ def _page(found: TrimeEvaluation | None, plots: Sequence[str], explained: Explai
 def loss_plot(history: dict[str, Any]) -> str:
     """Training and validation loss over updates."""
 
-    def points(name: str, loss: str) -> list[tuple[float, float]]:
-        return [(point["step"], point[loss]) for point in history[name]]
+    def points(loss: str) -> list[tuple[float, float]]:
+        return [(point["step"], point[loss]) for point in history["validation"]]
 
     series = [
-        Series("training", points("train", "loss"), colour="var(--muted)", width=1.2),
-        Series("validation", points("validation", "loss")),
-        Series("validation, vocabulary alone", points("validation", "vocabulary_loss"), "var(--plm)", "7 4"),
+        Series("training", _means_between(history), colour="var(--muted)", width=1.2),
+        Series("validation", points("loss")),
+        Series("validation, vocabulary alone", points("vocabulary_loss"), "var(--plm)", "7 4"),
     ]
     best = Level(f"best, update {history['best_step']:,}", float(history["best_step"]), "x", "var(--pema)")
     return line_plot("Loss over updates", "update", "nats per token", series, levels=[best])
+
+
+def _means_between(history: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """At each validation's step, the mean training loss since the validation before."""
+    loss_S = np.array([point["loss"] for point in history["train"]])
+    steps = [point["step"] for point in history["validation"]]
+    return [(end, float(loss_S[begin:end].mean())) for begin, end in pairwise(steps) if end <= len(loss_S)]
 
 
 def curve_plot(title: str, curves: Sequence[Curve]) -> str:

@@ -16,14 +16,14 @@ from pema_ray.runtime.cluster import ray_cluster
 from pema_ray.runtime.files import atomic_file
 from pema_ray.runtime.progress import track
 from pema_ray.training.ray_checkpoint import reporting_checkpoints
-from pema_ray.training.ray_loop import reporting, run_workers, worker_place
+from pema_ray.training.ray_loop import reporting, run_workers, showing_loss, worker_place
+from pema_ray.training.trainer import RESUMED_FROM, TrainerHistory
 from pema_ray.trime.config import TrimeConfig
 from pema_ray.trime.model.registry import count_parameters, make_model, save_model, shape_of
 from pema_ray.trime.run import TrimeRun
 from pema_ray.trime.stages.batches import read_walk
 from pema_ray.trime.text.segments import Segments, TokenStream
-from pema_ray.trime.training.loop import RESUMED_FROM, UpdateHistory
-from pema_ray.trime.training.training import TrimeTrainer
+from pema_ray.trime.training.trainer import TrimeTrainer
 
 MODEL = "model"
 
@@ -59,24 +59,19 @@ def _train(run: TrimeRun) -> dict[str, Any]:
     t = c.train
     cluster = ray_cluster(c.ray, t.cpus_per_worker, t.gpus_per_worker, t.min_workers or t.workers)
     with cluster, track("training", t.updates, "updates") as bar:
-
-        def show(kind: str, point: Any) -> None:
-            if kind == "train":
-                bar.advance(point["step"] - bar.done, note=f"loss {point['loss']:.3f}")
-
-        told = run_workers(_work, job, job.run_dir, t, show).returned
-    history = UpdateHistory.from_dict(told["history"])
+        told = run_workers(_work, job, job.run_dir, t, showing_loss(bar)).returned
+    history = TrainerHistory.from_dict(told["history"])
     with atomic_file(run.path("train", "history.json")) as temporary:
         temporary.write_text(json.dumps(told["history"]) + "\n")
     best = history.best_loss
-    rate = history.tokens / max(1e-9, history.seconds)
+    rate = told["tokens"] / max(1e-9, history.seconds)
     return {
         "parameters": told["parameters"],
-        "updates": history.train[-1].step if history.train else 0,
+        "updates": len(history.train),
         "best_step": history.best_step,
         "dev_loss": best,
         "dev_perplexity": math.exp(best),
-        "tokens": history.tokens,
+        "tokens": told["tokens"],
         "tokens_per_second": round(rate, 1),
         "training_seconds": round(history.seconds, 2),
         "peak_bytes": history.peak_bytes,
@@ -101,11 +96,11 @@ def _work(job: TrimeTrainingJob) -> dict[str, Any]:
     settings = {"memory": c.train.memory, **c.train.model_dump(mode="json"), "seed": c.seed}
     name = f"trime {c.train.memory} {c.model.name}"
     with (
-        reporting(job.run_dir, place, c.train, name, settings) as tell,
+        reporting(job.run_dir, place, c.train, name, settings) as on_point,
         reporting_checkpoints(job.run_dir, place, RESUMED_FROM) as on_saved,
     ):
-        trainer = TrimeTrainer(c, model, train, dev, job.run_dir, place, tell, walk_S, on_saved)
+        trainer = TrimeTrainer(c, model, train, dev, job.run_dir, place, on_point, walk_S, on_saved)
         history = trainer.run()
     if place.leads:
         save_model(model, job.run_dir / MODEL)
-    return {"history": history.to_dict(), "parameters": count_parameters(model)}
+    return {"history": history.to_dict(), "tokens": trainer.tokens_trained, "parameters": count_parameters(model)}

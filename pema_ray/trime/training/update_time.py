@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from pema_ray.runtime.hardware import pick_device
-from pema_ray.training.strategies import Place, Strategy
+from pema_ray.training.strategies import Place
 from pema_ray.trime.config import MemoryKind, TrimeConfig
 from pema_ray.trime.model.registry import make_model
 from pema_ray.trime.text.segments import Segments, TokenStream
-from pema_ray.trime.training.training import TrimeTrainer
+from pema_ray.trime.training.trainer import TrimeTrainer
 
 ROUNDS = 12
 
@@ -33,23 +33,24 @@ def seconds_per_update(
         prepared: the corpus that they share.
         vocabulary: its words.
     """
-    steps: dict[MemoryKind, tuple[TrimeTrainer, Strategy]] = {}
-    for memory, config in configs.items():
-        steps[memory] = _stepper(config, prepared, vocabulary)
-    found: dict[MemoryKind, list[float]] = {memory: [] for memory in configs}
-    for number in range(rounds + 2):
-        for memory, (trainer, strategy) in steps.items():
+    trainers: dict[MemoryKind, TrimeTrainer] = {
+        memory: _trainer(config, prepared, vocabulary) for memory, config in configs.items()
+    }
+    batches = {memory: trainer.batches(0) for memory, trainer in trainers.items()}
+    times: dict[MemoryKind, list[float]] = {memory: [] for memory in configs}
+    for step in range(rounds + 2):
+        for memory, trainer in trainers.items():
             started = time.perf_counter()
-            trainer.learn(strategy, number)
+            trainer.learn(step, next(batches[memory]))
             if trainer.place.device.type == "cuda":
                 torch.cuda.synchronize()
-            if number >= 2:
-                found[memory].append(time.perf_counter() - started)
-    return {memory: statistics.median(times) for memory, times in found.items()}
+            if step >= 2:
+                times[memory].append(time.perf_counter() - started)
+    return {memory: statistics.median(seconds) for memory, seconds in times.items()}
 
 
-def _stepper(config: TrimeConfig, prepared: Path, vocabulary: int) -> tuple[TrimeTrainer, Strategy]:
-    """A trainer of one process, and its strategy."""
+def _trainer(config: TrimeConfig, prepared: Path, vocabulary: int) -> TrimeTrainer:
+    """A trainer of one process, which has its strategy."""
     train = config.train.model_copy(update={"ce_epochs": 0.0, "strategy": "ddp"})
     c = config.model_copy(update={"train": train})
     torch.manual_seed(c.seed)
@@ -59,6 +60,5 @@ def _stepper(config: TrimeConfig, prepared: Path, vocabulary: int) -> tuple[Trim
     model.to(place.device)
     walk_S = np.arange(len(text)) if c.batches.order == "bm25" else None  # what is near whom changes no time
     trainer = TrimeTrainer(c, model, text, text, prepared, place, walk_S=walk_S)
-    objective, strategy = trainer.make()
-    objective.train()
-    return trainer, strategy
+    trainer.strategy = trainer.make_strategy()
+    return trainer

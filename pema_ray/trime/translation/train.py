@@ -15,15 +15,15 @@ from pema_ray.runtime.cluster import ray_cluster
 from pema_ray.runtime.files import atomic_file
 from pema_ray.runtime.progress import track
 from pema_ray.training.ray_checkpoint import reporting_checkpoints
-from pema_ray.training.ray_loop import reporting, run_workers, worker_place
+from pema_ray.training.ray_loop import reporting, run_workers, showing_loss, worker_place
+from pema_ray.training.trainer import RESUMED_FROM, TrainerHistory
 from pema_ray.trime.model.registry import count_parameters
-from pema_ray.trime.training.loop import RESUMED_FROM, UpdateHistory
 from pema_ray.trime.translation.config import MtConfig
 from pema_ray.trime.translation.data import Parallel, load_subwords, prepare
 from pema_ray.trime.translation.groups import bm25_walk
 from pema_ray.trime.translation.model import make_translator, save_translator
 from pema_ray.trime.translation.run import MtRun
-from pema_ray.trime.translation.training import MtTrainer
+from pema_ray.trime.translation.trainer import MtTrainer
 
 MODEL, WALK = "model", "walk.npy"
 
@@ -68,24 +68,19 @@ def _train(run: MtRun) -> dict[str, Any]:
             np.save(file, walk_S)
     job = MtTrainingJob(c, run.path("prepare"), run.path("train"), prepared["source_words"], prepared["target_words"])
     cluster = ray_cluster(c.ray, t.cpus_per_worker, t.gpus_per_worker, t.min_workers or t.workers)
-    total = make_trainer(job).updates
+    total = make_trainer(job).steps
     with cluster, track("training", total, "updates") as bar:
-
-        def show(kind: str, point: Any) -> None:
-            if kind == "train":
-                bar.advance(point["step"] - bar.done, note=f"loss {point['loss']:.3f}")
-
-        told = run_workers(_work, job, job.run_dir, t, show).returned
-    history = UpdateHistory.from_dict(told["history"])
+        told = run_workers(_work, job, job.run_dir, t, showing_loss(bar)).returned
+    history = TrainerHistory.from_dict(told["history"])
     with atomic_file(run.path("train", "history.json")) as temporary:
         temporary.write_text(json.dumps(told["history"]) + "\n")
-    rate = history.tokens / max(1e-9, history.seconds)
+    rate = told["tokens"] / max(1e-9, history.seconds)
     return {
         "parameters": told["parameters"],
         "updates": total,
         "best_step": history.best_step,
         "dev_loss": history.best_loss,
-        "tokens": history.tokens,
+        "tokens": told["tokens"],
         "training_seconds": round(history.seconds, 2),
         "peak_bytes": history.peak_bytes,
         "summary": f"{told['parameters']:,} parameters; dev perplexity {math.exp(history.best_loss):.2f} at update "
@@ -110,11 +105,12 @@ def _work(job: MtTrainingJob) -> dict[str, Any]:
     place = worker_place(c.train)
     settings = {**c.train.model_dump(mode="json"), "seed": c.seed}
     with (
-        reporting(job.run_dir, place, c.train, f"trime mt {c.train.memory}", settings) as tell,
+        reporting(job.run_dir, place, c.train, f"trime mt {c.train.memory}", settings) as on_point,
         reporting_checkpoints(job.run_dir, place, RESUMED_FROM) as on_saved,
     ):
-        trainer = make_trainer(job, place=place, tell=tell, on_saved=on_saved)
+        trainer = make_trainer(job, place=place, on_point=on_point, on_saved=on_saved)
         history = trainer.run()
     if place.leads:
         save_translator(trainer.model, job.run_dir / MODEL)
-    return {"history": history.to_dict(), "parameters": count_parameters(trainer.model)}
+    parameters = count_parameters(trainer.model)
+    return {"history": history.to_dict(), "tokens": trainer.tokens_trained, "parameters": parameters}

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from training_kit import die, train
 
 from pema_ray.data_owner.adapter.local_memory import LocalMemory, log_mixture
 from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.training.config import TrainConfig
-from pema_ray.data_owner.training.loop import AdapterTrainer
 from pema_ray.data_owner.training.objectives import JointObjective
+from pema_ray.data_owner.training.trainer import AdapterTrainer
 from tests.data_owner.adapter.test_look_back import H, V, copies, stirred
 from tests.data_owner.training.test_training import assert_one_curve, close, run_in_processes
 
@@ -149,10 +150,10 @@ def make_trainer(head, folder: Path, width: int) -> AdapterTrainer:
 
 
 def test_it_learns_to_copy_and_when_to_trust_itself(make_head, tmp_path: Path):
-    _, blind = make_trainer(make_head(), tmp_path / "blind", 0).run()
-    adapter, seeing = make_trainer(make_head(), tmp_path / "seeing", 16).run()
-    assert blind.best_prediction > 3.0  # 37 tokens, each as likely as another: 3.6 nats
-    assert seeing.best_prediction < 0.5 * blind.best_prediction
+    blind = make_trainer(make_head(), tmp_path / "blind", 0).run()
+    adapter, seeing = train(make_trainer(make_head(), tmp_path / "seeing", 16))
+    assert blind.best_loss > 3.0  # 37 tokens, each as likely as another: 3.6 nats
+    assert seeing.best_loss < 0.5 * blind.best_loss
     again = PemaAdapter.from_pretrained(adapter.save_pretrained(tmp_path / "adapter"))
     described = (tmp_path / "adapter/README.md").read_text()
     assert "local memory of width 16" in described and "predicts λ" in described
@@ -164,19 +165,9 @@ def test_it_learns_to_copy_and_when_to_trust_itself(make_head, tmp_path: Path):
 
 
 def test_training_goes_on_as_if_it_had_never_stopped(make_head, tmp_path: Path):
-    class Killed(Exception):
-        pass
-
-    def kill(kind, point):
-        if point.step == 47:
-            raise Killed
-
-    undisturbed, _ = make_trainer(make_head(), tmp_path / "one", 16).run()
-    dying = make_trainer(make_head(), tmp_path / "two", 16)
-    dying.on_point = kill
-    with pytest.raises(Killed):
-        dying.run()
-    resumed, _ = make_trainer(make_head(), tmp_path / "two", 16).run()
+    undisturbed, _ = train(make_trainer(make_head(), tmp_path / "one", 16))
+    die(make_trainer(make_head(), tmp_path / "two", 16), 47)
+    resumed, _ = train(make_trainer(make_head(), tmp_path / "two", 16))
     for name, tensor in undisturbed.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], tensor), name
 
@@ -186,10 +177,12 @@ def test_two_processes_are_one(make_head, tmp_path: Path):
         made = make_trainer(make_head(), tmp_path / folder, 16)
         rows_of_40 = round(40 * made.feed.rows / 400)
         del made.feed  # made again, of whole forties
-        made.config = made.config.model_copy(update={"epochs": 2, "batch_size": rows_of_40, "predict_lambda": False})
+        made.settings = made.settings.model_copy(
+            update={"epochs": 2, "batch_size": rows_of_40, "predict_lambda": False}
+        )
         return made
 
-    one, history = trainer("one").run()
+    one, history = train(trainer("one"))
     many, shared = run_in_processes(trainer("many"), 2, tmp_path / "meeting")
     assert_one_curve(history, shared)
     close(one, many, 1e-4)

@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from training_kit import die, train
 
 from pema_ray.data_owner.adapter.look_back import LookBack
 from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.training.batch_samplers import SequenceShuffle, sequences_in_order
 from pema_ray.data_owner.training.config import TrainConfig
-from pema_ray.data_owner.training.loop import AdapterTrainer
 from pema_ray.data_owner.training.objectives import JointObjective
+from pema_ray.data_owner.training.trainer import AdapterTrainer
 from pema_ray.errors import UserError
 from pema_ray.memory import MemoryRows
 from pema_ray.memory.codec import encode
@@ -136,10 +137,10 @@ def make_trainer(head, folder: Path, look_back: int) -> AdapterTrainer:
 
 
 def test_it_learns_what_no_single_state_tells(make_head, tmp_path: Path):
-    _, blind = make_trainer(make_head(), tmp_path / "blind", 0).run()
-    adapter, seeing = make_trainer(make_head(), tmp_path / "seeing", 1).run()
-    assert blind.best_prediction > 3.0  # 37 tokens, each as likely as another: 3.6 nats
-    assert seeing.best_prediction < 0.5 * blind.best_prediction
+    blind = make_trainer(make_head(), tmp_path / "blind", 0).run()
+    adapter, seeing = train(make_trainer(make_head(), tmp_path / "seeing", 1))
+    assert blind.best_loss > 3.0  # 37 tokens, each as likely as another: 3.6 nats
+    assert seeing.best_loss < 0.5 * blind.best_loss
     again = PemaAdapter.from_pretrained(adapter.save_pretrained(tmp_path / "adapter"))
     assert again.config.looks_back and "looks back through 1 × 32" in (tmp_path / "adapter/README.md").read_text()
     for name, tensor in adapter.state_dict().items():
@@ -147,19 +148,9 @@ def test_it_learns_what_no_single_state_tells(make_head, tmp_path: Path):
 
 
 def test_training_goes_on_as_if_it_had_never_stopped(make_head, tmp_path: Path):
-    class Killed(Exception):
-        pass
-
-    def kill(kind, point):
-        if point.step == 47:
-            raise Killed
-
-    undisturbed, _ = make_trainer(make_head(), tmp_path / "one", 1).run()
-    dying = make_trainer(make_head(), tmp_path / "two", 1)
-    dying.on_point = kill
-    with pytest.raises(Killed):
-        dying.run()
-    resumed, _ = make_trainer(make_head(), tmp_path / "two", 1).run()
+    undisturbed, _ = train(make_trainer(make_head(), tmp_path / "one", 1))
+    die(make_trainer(make_head(), tmp_path / "two", 1), 47)
+    resumed, _ = train(make_trainer(make_head(), tmp_path / "two", 1))
     for name, tensor in undisturbed.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], tensor), name
 
@@ -251,8 +242,8 @@ def test_parts_of_a_batch_add_up_to_it(make_head, tmp_path: Path):
     found = []
     for accumulate in (1, 3):
         trainer = make_trainer(make_head(), tmp_path / str(accumulate), 1)
-        trainer.config = trainer.config.model_copy(update={"accumulate": accumulate, "epochs": 2})
-        found.append(trainer.run()[0].state_dict())
+        trainer.settings = trainer.settings.model_copy(update={"accumulate": accumulate, "epochs": 2})
+        found.append(train(trainer)[0].state_dict())
     for name, tensor in found[0].items():
         torch.testing.assert_close(found[1][name], tensor, atol=1e-5, rtol=1e-4)
 
@@ -264,10 +255,10 @@ def test_processes_share_whole_sequences(make_head, tmp_path: Path, settings: di
         rows_of_40 = round(40 * made.feed.rows / 400)
         del made.feed  # made again, of whole forties
         update = {"epochs": 2, "batch_size": rows_of_40, **changes}
-        made.config = made.config.model_copy(update=update)
+        made.settings = made.settings.model_copy(update=update)
         return made
 
-    one, history = trainer("one").run()
+    one, history = train(trainer("one"))
     many, shared = run_in_processes(trainer("many", **settings), 2, tmp_path / "meeting")
     assert_one_curve(history, shared)
     close(one, many, 1e-4)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import types
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from ray.train import Result
+from training_kit import train
 
 from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.training.batch_samplers import StreamShuffle
 from pema_ray.data_owner.training.config import TrainConfig
-from pema_ray.data_owner.training.loop import RESUMED_FROM, AdapterHistory, AdapterTrainer
 from pema_ray.data_owner.training.ray_training import FIRST_STEP, AdapterTrainingJob, _train, fit
+from pema_ray.data_owner.training.trainer import AdapterHistory, AdapterTrainer
 from pema_ray.errors import UserError
 from pema_ray.line import LMHeadBundle, ModelCard
 from pema_ray.memory import ExternalMemory, Manifest, MemoryRows, ShardInfo
@@ -29,6 +30,7 @@ from pema_ray.memory.shards import write_shard
 from pema_ray.memory.specification import MemoryBuild
 from pema_ray.tasks import EncodedPair
 from pema_ray.training.ray_loop import _worker
+from pema_ray.training.trainer import RESUMED_FROM
 
 OTHER = ModelCard("huge", "b" * 16, 32, 380, 96, (1,))
 CONFIG = TrainConfig(
@@ -80,28 +82,26 @@ def test_two_workers_leave_the_adapter_of_one_its_history_and_its_curves(ray_clu
     job, told = make_job(config=CONFIG.model_copy(update={"workers": 2})), []
     history = fit(job, lambda kind, point: told.append((kind, point)))
     assert history.total_steps == len(history.train) == 8
-    assert history.best_prediction < history.validation[0].prediction
+    assert history.best_loss < history.validation[0]["prediction"]
     assert [point for kind, point in told if kind == "train"] == history.train
     assert [point for kind, point in told if kind == "validation"] == history.validation
     assert AdapterHistory.from_dict(json.loads((job.run_dir / "history.json").read_text())) == history
     assert list((job.run_dir / "tensorboard").glob("events.out.tfevents.*"))
     reported = Result.from_path(str(job.run_dir / "ray_train"))
-    best = {"best_step": history.best_step, "best_prediction": history.best_prediction}
-    assert reported.metrics == asdict(history.validation[-1]) | best
+    best = {"best_step": history.best_step, "best_loss": history.best_loss}
+    assert reported.metrics == history.validation[-1] | best
     assert reported.checkpoint is not None
     for name in RESUMED_FROM:
         assert (Path(reported.checkpoint.path) / name).read_bytes() == (job.run_dir / name).read_bytes()
 
     bundle = LMHeadBundle.load(job.bundle)
     adapter = PemaAdapter.from_pretrained(job.run_dir / "adapter", bundle.card)
-    assert (
-        f"{history.best_prediction:.3f} at step {history.best_step}" in (job.run_dir / "adapter/README.md").read_text()
-    )
+    assert f"{history.best_loss:.3f} at step {history.best_step}" in (job.run_dir / "adapter/README.md").read_text()
     rows = (ExternalMemory.open(path).load() for path in (job.train_memory, job.dev_memory))
-    here, alone = AdapterTrainer(job.adapter, job.config, bundle.head, *rows, tmp_path / "here").run()
+    here, alone = train(AdapterTrainer(job.adapter, job.config, bundle.head, *rows, tmp_path / "here"))
     for ours, theirs in zip(adapter.parameters(), here.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    losses = [[point.prediction for point in run.validation] for run in (history, alone)]
+    losses = [[point["prediction"] for point in run.validation] for run in (history, alone)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -150,11 +150,11 @@ def test_training_begins_before_a_tenth_of_the_memory_is_built(
     feed = StreamShuffle(780, 1.0, arrivals, memory.view, 20, job.seed)
     dev = ExternalMemory.open(job.dev_memory).view(max_rows=config.validation_rows)
     head = LMHeadBundle.load(job.bundle).head
-    here, alone = AdapterTrainer(job.adapter, config, head, feed, dev, tmp_path / "here").run()
+    here, alone = train(AdapterTrainer(job.adapter, config, head, feed, dev, tmp_path / "here"))
     found = PemaAdapter.from_pretrained(job.run_dir / "adapter")
     for ours, theirs in zip(found.parameters(), here.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
-    assert [p.step for p in history.train] == [p.step for p in alone.train]
+    assert [p["step"] for p in history.train] == [p["step"] for p in alone.train]
 
 
 @pytest.mark.cluster

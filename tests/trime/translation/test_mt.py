@@ -30,7 +30,7 @@ from pema_ray.trime.translation.decode import Mixing, TranslationDecoder, mixed_
 from pema_ray.trime.translation.groups import bm25_walk, cut, groups_of
 from pema_ray.trime.translation.model import Translator, load_translator, make_translator, save_translator
 from pema_ray.trime.translation.objective import MtObjective, MtWays, other_sentences
-from pema_ray.trime.translation.training import MtTrainer
+from pema_ray.trime.translation.trainer import MtTrainer
 
 EOS, PAD, WORDS, HIDDEN = 0, 1, 6, 8
 
@@ -219,30 +219,29 @@ def trained(folder: Path, epochs: float, **train) -> tuple[MtTrainer, dict]:
     settings = {"epochs": epochs, "validate_every": 2, "schedule": "constant", "learning_rate": 0.01, **train}
     config = MtConfig.model_validate({"batches": {"order": "random", "max_tokens": 30}, "train": settings})
     told: dict = {}
-    trainer = MtTrainer(
-        config, tiny(dropout=0.2), EOS, pairs(16), pairs(5, 1), folder, tell=lambda kind, p: told.update({p["step"]: p})
-    )
+    trainer = MtTrainer(config, tiny(dropout=0.2), EOS, pairs(16), pairs(5, 1), folder)
+    trainer.on_point = lambda kind, point: told.update({point["step"]: point})
     trainer.run()
     return trainer, told
 
 
 def test_a_resumed_training_is_bit_for_bit_the_same(tmp_path: Path):
     whole, _ = trained(tmp_path / "whole", 2, ce_epochs=0.5)
-    half = 2 / whole.updates * (whole.updates // 4 * 2)
+    half = 2 / whole.steps * (whole.steps // 4 * 2)
     trained(tmp_path / "halves", half, ce_epochs=0.5)
     _, told = trained(tmp_path / "halves", 2, ce_epochs=0.5)
     assert min(told) > 1  # it did go on
     (first, step), (second, again) = (load_checkpoint(tmp_path / name / CHECKPOINT) for name in ("whole", "halves"))
-    assert step["step"] == again["step"] == whole.updates
+    assert step["step"] == again["step"] == whole.steps
     for group in ("model", "optimizer"):
         assert all(torch.equal(tensor, second[group][name]) for name, tensor in first[group].items())
 
 
 def test_the_warm_up_by_cross_entropy_happens(tmp_path: Path):
     whole, told = trained(tmp_path, 2, ce_epochs=1)
-    each = whole.updates // 2
+    each = whole.steps // 2
     for step, point in told.items():
-        if step not in (0, whole.updates) and step % 2:  # training points that no validation replaced
+        if step not in (0, whole.steps) and step % 2:  # training points that no validation replaced
             assert (point["loss"] == point["vocabulary_loss"]) == (step <= each)
     assert not whole.ways(0).memory and whole.ways(each).memory
 

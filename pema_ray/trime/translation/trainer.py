@@ -6,40 +6,37 @@ Groups follow from (seed, epoch): a run that resumes goes on exactly as if it ha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.optim import AdamW
 
-from pema_ray.training.strategies import Place, Strategy, make_strategy
+from pema_ray.training.strategies import Place
+from pema_ray.training.trainer import OnPoint, OnSaved, Point, TrainerHistory
 from pema_ray.trime.objective.memories import PADDING
 from pema_ray.trime.text.batches import share_of
-from pema_ray.trime.training.loop import UpdateLoop
+from pema_ray.trime.training.token_trainer import TokenTrainer
 from pema_ray.trime.translation.config import MtConfig, MtTrainConfig
 from pema_ray.trime.translation.data import Parallel, padded
 from pema_ray.trime.translation.groups import cut, groups_of
 from pema_ray.trime.translation.model import Translator
 from pema_ray.trime.translation.objective import MtObjective, MtWays
 
-if TYPE_CHECKING:
-    from pema_ray.training.ray_checkpoint import Saved
-    from pema_ray.training.ray_loop import Tell
-
 
 @dataclass
-class MtTrainer(UpdateLoop[Translator]):
+class MtTrainer(TokenTrainer[MtTrainConfig]):
     """Trains one model.
 
     Validation is the vocabulary's loss alone on dev: other dev sentences' targets are nothing a translator has.
 
     Args:
         eos: ends sources and targets.
-        run_dir: holds the checkpoint (resume) and the best model; every process sees the same folder.
         walk_S: BM25's order of the training sentences.
     """
 
@@ -50,45 +47,41 @@ class MtTrainer(UpdateLoop[Translator]):
     dev: Parallel
     run_dir: Path
     place: Place = field(default_factory=Place)
-    tell: Tell = lambda kind, point: None
+    on_point: OnPoint = lambda kind, point: None
     walk_S: np.ndarray | None = None
-    on_saved: Saved = lambda metrics: None
+    on_saved: OnSaved = lambda metrics: None
+    history: TrainerHistory = field(default_factory=TrainerHistory)
 
     def __post_init__(self) -> None:
+        self.settings, self.seed = self.config.train, self.config.seed
         self._groups = groups_of(self.train, self.config.batches, self.config.seed, self.walk_S)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
-    @property
-    def settings(self) -> MtTrainConfig:
-        return self.config.train
+    @cached_property
+    def objective(self) -> MtObjective:
+        return MtObjective(self.model)
 
     @property
-    def seed(self) -> int:
-        return self.config.seed
-
-    @property
-    def updates(self) -> int:
-        """Steps of the optimiser in the whole training."""
+    def steps(self) -> int:
         each = self.config.batches.groups_per_update
-        return max(1, math.ceil(self.config.train.epochs * len(self._groups) / each))
+        return max(1, math.ceil(self.settings.epochs * len(self._groups) / each))
 
-    def make(self) -> tuple[MtObjective, Strategy]:
-        c = self.config.train
-        objective = MtObjective(self.model)
-        strategy = make_strategy(
-            c.strategy,
-            self.place,
-            objective,
-            lambda named: AdamW([p for _, p in named], c.learning_rate, c.betas, weight_decay=c.weight_decay),
-            batch_size=self.config.batches.groups_per_update,
-            accumulate=self.config.batches.groups_per_update,
-            clip=c.clip,
-            zero_stage=c.zero_stage,
-            idle_inputs=lambda: self._inputs(self.train, np.empty(0, np.int64), MtWays(False), 1.0),
-        )
-        return objective, strategy
+    @property
+    def batch_size(self) -> int:
+        return self.config.batches.groups_per_update
 
-    # ── an update ───────────────────────────────────────────────────────────
+    @property
+    def parts_per_step(self) -> int:
+        return self.config.batches.groups_per_update
+
+    def make_optimizer(self, named: Sequence[tuple[str, nn.Parameter]]) -> AdamW:
+        c = self.settings
+        return AdamW([parameter for _, parameter in named], c.learning_rate, c.betas, weight_decay=c.weight_decay)
+
+    def idle_inputs(self) -> tuple[Any, ...]:
+        return self._inputs(self.train, np.empty(0, np.int64), MtWays(False), 1.0)
+
+    # ── a step ──────────────────────────────────────────────────────────────
 
     def group(self, number: int) -> np.ndarray:
         """Sentences of the group with this number, counted over all epochs."""
@@ -100,21 +93,21 @@ class MtTrainer(UpdateLoop[Translator]):
 
     def ways(self, number: int) -> MtWays:
         """No memory during the warm-up by cross-entropy, then as configured."""
-        c = self.config.train
+        c = self.settings
         on = c.memory == "trime" and number >= c.ce_epochs * len(self._groups)
         return MtWays(on, c.temperature, c.top_k)
 
-    def parts(self, update: int) -> Iterator[tuple[np.ndarray, MtWays]]:
-        """This process's sentences of each group of an update."""
+    def parts(self, step: int) -> Iterator[tuple[np.ndarray, MtWays]]:
+        """This process's sentences of each group of a step."""
         each = self.config.batches.groups_per_update
-        for number in range(update * each, (update + 1) * each):
+        for number in range(step * each, (step + 1) * each):
             mine, _ = share_of(self.group(number), self.place.rank, self.place.world)
             yield mine, self.ways(number)
 
-    def tokens_of(self, update: int) -> int:
-        """Target tokens of an update, over all processes, `<eos>` among them."""
+    def tokens_of(self, step: int) -> int:
+        """Target tokens of a step, over all processes, `<eos>` among them."""
         each = self.config.batches.groups_per_update
-        groups = (self.group(number) for number in range(update * each, (update + 1) * each))
+        groups = (self.group(number) for number in range(step * each, (step + 1) * each))
         return sum(len(self.train.target[sentence]) + 1 for group in groups for sentence in group)
 
     def _inputs(self, pairs: Parallel, numbers: np.ndarray, ways: MtWays, divisor: float) -> tuple[Any, ...]:
@@ -128,16 +121,16 @@ class MtTrainer(UpdateLoop[Translator]):
         sentence_B = torch.as_tensor(numbers if len(numbers) else [-1], device=self.place.device)
         return (*tensors, sentence_B, ways, divisor)
 
-    def inputs(self, update: int) -> list[tuple[Any, ...]]:
-        divisor = self.tokens_of(update) / self.place.world
-        return [self._inputs(self.train, mine, ways, divisor) for mine, ways in self.parts(update)]
+    def inputs(self, step: int) -> list[tuple[Any, ...]]:
+        divisor = self.tokens_of(step) / self.place.world
+        return [self._inputs(self.train, mine, ways, divisor) for mine, ways in self.parts(step)]
 
-    def judge(self, objective: nn.Module) -> tuple[float, float]:
+    def validation(self) -> Point:
         lengths = [len(target) + 1 for target in self.dev.target]
         most = max(self.config.batches.max_tokens, max(lengths))
         groups = cut(np.argsort(lengths, kind="stable"), lengths, most)
         sums = torch.zeros(2, dtype=torch.float64, device=self.place.device)
         for group in groups[self.place.rank :: self.place.world]:
-            sums += objective(*self._inputs(self.dev, group, MtWays(False), 1.0))[1]
+            sums += self.objective(*self._inputs(self.dev, group, MtWays(False), 1.0))[1]
         loss = float(self.sum(sums)[1]) / sum(lengths)
-        return loss, loss
+        return {"loss": loss, "vocabulary_loss": loss}

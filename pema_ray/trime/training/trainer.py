@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,17 +18,15 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from pema_ray.runtime.hardware import DTYPES
-from pema_ray.training.strategies import Place, Strategy, make_strategy
+from pema_ray.training.checkpoint import save_checkpoint
+from pema_ray.training.strategies import Place
+from pema_ray.training.trainer import OnPoint, OnSaved, Point, TrainerHistory
 from pema_ray.trime.config import TrimeConfig, TrimeTrainConfig
 from pema_ray.trime.model.memory_lm import TrainableLM
 from pema_ray.trime.objective.objective import TrimeObjective, Ways
 from pema_ray.trime.text.batches import groups_of_epoch, share_of
 from pema_ray.trime.text.segments import PADDING, SegmentBatch, Segments
-from pema_ray.trime.training.loop import UpdateLoop
-
-if TYPE_CHECKING:
-    from pema_ray.training.ray_checkpoint import Saved
-    from pema_ray.training.ray_loop import Tell
+from pema_ray.trime.training.token_trainer import TokenTrainer
 
 
 class MicroBatch(NamedTuple):
@@ -75,12 +74,10 @@ class UpdateSchedule:
 
 
 @dataclass
-class TrimeTrainer(UpdateLoop[TrainableLM]):
+class TrimeTrainer(TokenTrainer[TrimeTrainConfig]):
     """Trains one model.
 
     Args:
-        run_dir: holds the checkpoint (resume) and the best model; every process sees the same folder.
-        tell: called with each training or validation point.
         walk_S: BM25's order of the training segments.
     """
 
@@ -90,80 +87,81 @@ class TrimeTrainer(UpdateLoop[TrainableLM]):
     dev: Segments
     run_dir: Path
     place: Place = field(default_factory=Place)
-    tell: Tell = lambda kind, point: None
+    on_point: OnPoint = lambda kind, point: None
     walk_S: np.ndarray | None = None
-    on_saved: Saved = lambda metrics: None
+    on_saved: OnSaved = lambda metrics: None
+    history: TrainerHistory = field(default_factory=TrainerHistory)
 
     def __post_init__(self) -> None:
+        self.settings, self.seed = self.config.train, self.config.seed
         self._schedule = UpdateSchedule(self.config, len(self.train), self.walk_S)
 
-    @property
-    def settings(self) -> TrimeTrainConfig:
-        return self.config.train
+    @cached_property
+    def objective(self) -> TrimeObjective:
+        return TrimeObjective(self.model, DTYPES[self.settings.dtype])
 
     @property
-    def seed(self) -> int:
-        return self.config.seed
+    def steps(self) -> int:
+        return self.settings.updates
 
     @property
-    def updates(self) -> int:
-        return self.config.train.updates
+    def batch_size(self) -> int:
+        return self.config.batches.groups_per_update * self.config.batches.group
 
-    def make(self) -> tuple[TrimeObjective, Strategy]:
-        c = self.config.train
-        objective = TrimeObjective(self.model, DTYPES[c.dtype])
-        strategy = make_strategy(
-            c.strategy,
-            self.place,
-            objective,
-            lambda named: make_optimizer(c, [parameter for _, parameter in named]),
-            batch_size=self.config.batches.groups_per_update * self.config.batches.group,
-            accumulate=self._parts_per_update,
-            clip=c.clip,
-            zero_stage=c.zero_stage,
-            idle_inputs=lambda: self._inputs(MicroBatch(self.train.none(), self._schedule.ways(0, 0)), 1.0),
-        )
-        return objective, strategy
+    def make_optimizer(self, named: Sequence[tuple[str, nn.Parameter]]) -> Optimizer:
+        """torch's own; weight decay on every parameter, as fairseq has it."""
+        c, parameters = self.settings, [parameter for _, parameter in named]
+        match c.optimizer:
+            case "nag":
+                nesterov = c.momentum > 0
+                return SGD(parameters, c.learning_rate, c.momentum, weight_decay=c.weight_decay, nesterov=nesterov)
+            case "adam":
+                return Adam(parameters, c.learning_rate, c.betas, weight_decay=c.weight_decay)
+            case "adamw":
+                return AdamW(parameters, c.learning_rate, c.betas, weight_decay=c.weight_decay)
 
-    # ── an update ───────────────────────────────────────────────────────────
+    def idle_inputs(self) -> tuple[Any, ...]:
+        return self._inputs(MicroBatch(self.train.none(), self._schedule.ways(0, 0)), 1.0)
+
+    # ── a step ──────────────────────────────────────────────────────────────
 
     @property
-    def _parts_per_update(self) -> int:
+    def parts_per_step(self) -> int:
         groups = self.config.batches.groups_per_update
         return groups if self.config.batches.across_workers else -(-groups // self.place.world)
 
-    def parts(self, update: int) -> Iterator[MicroBatch]:
-        """This process's share of an update; every process has equally many parts, padding if need be."""
+    def parts(self, step: int) -> Iterator[MicroBatch]:
+        """This process's share of a step; every process has equally many parts, padding if need be."""
         rank, world = self.place.rank, self.place.world
-        numbers = list(self._schedule.numbers(update))
+        numbers = list(self._schedule.numbers(step))
         if self.config.batches.across_workers:
             for number in numbers:
                 mine, first = share_of(self._schedule.group(number), rank, world)
                 batch = self.train.batch(mine, first) if len(mine) else self.train.none()
-                yield MicroBatch(batch, self._schedule.ways(number, update))
+                yield MicroBatch(batch, self._schedule.ways(number, step))
             return
-        for turn in range(self._parts_per_update):
+        for turn in range(self.parts_per_step):
             at = turn * world + rank
             if at < len(numbers):
                 group = self._schedule.group(numbers[at])
-                yield MicroBatch(self.train.batch(group), self._schedule.ways(numbers[at], update))
+                yield MicroBatch(self.train.batch(group), self._schedule.ways(numbers[at], step))
             else:
-                yield MicroBatch(self.train.none(), self._schedule.ways(numbers[-1], update))
+                yield MicroBatch(self.train.none(), self._schedule.ways(numbers[-1], step))
 
-    def tokens_of(self, update: int) -> int:
-        """Tokens of an update, over all processes."""
-        found = 0
-        for number in self._schedule.numbers(update):
+    def tokens_of(self, step: int) -> int:
+        """Tokens of a step, over all processes."""
+        tokens = 0
+        for number in self._schedule.numbers(step):
             group = self._schedule.group(number)
             whole = len(group) * self.train.length
-            found += whole - (len(self.train) * self.train.length - len(self.train.stream)) * (
+            tokens += whole - (len(self.train) * self.train.length - len(self.train.stream)) * (
                 len(self.train) - 1 in group
             )
-        return found
+        return tokens
 
-    def inputs(self, update: int) -> list[tuple[Any, ...]]:
-        divisor = self.tokens_of(update) / self.place.world
-        return [self._inputs(part, divisor) for part in self.parts(update)]
+    def inputs(self, step: int) -> list[tuple[Any, ...]]:
+        divisor = self.tokens_of(step) / self.place.world
+        return [self._inputs(part, divisor) for part in self.parts(step)]
 
     def _inputs(self, part: MicroBatch, divisor: float) -> tuple[Any, ...]:
         tensors = (torch.from_numpy(array).to(self.place.device) for array in part.batch)
@@ -171,35 +169,25 @@ class TrimeTrainer(UpdateLoop[TrainableLM]):
 
     # ── validation ──────────────────────────────────────────────────────────
 
-    def judge(self, objective: nn.Module) -> tuple[float, float]:
+    def validation(self) -> Point:
         """On consecutive dev segments; no position ever sees a later one.
 
         A model trained with `local` memory is judged with it, `long` and `ext` with all earlier positions of the
         group (`ext` has no datastore yet), whatever the warm-up is at.
         """
-        c, b = self.config.train, self.config.batches
+        c, b = self.settings, self.config.batches
         memory = "long" if c.memory == "ext" else c.memory
         ways = Ways(memory, across_documents=c.across_documents)
         totals = torch.zeros(3, dtype=torch.float64, device=self.place.device)
         groups = [range(first, min(first + b.group, len(self.dev))) for first in range(0, len(self.dev), b.group)]
         for group in groups[: c.validation_groups][self.place.rank :: self.place.world]:
             batch = self.dev.batch(list(group))
-            sums = objective(*self._inputs(MicroBatch(batch, ways), 1.0))[1]
+            sums = self.objective(*self._inputs(MicroBatch(batch, ways), 1.0))[1]
             totals += torch.cat([sums, sums.new_tensor([(batch.label_BL != PADDING).sum()])])
         loss, vocabulary_loss, tokens = self.sum(totals).tolist()
-        return loss / tokens, vocabulary_loss / tokens
+        return {"loss": loss / tokens, "vocabulary_loss": vocabulary_loss / tokens}
 
-    def also_kept_as(self, step: int) -> str | None:
-        return f"checkpoints/step-{step:07d}.safetensors" if self.config.train.keep_checkpoints else None
-
-
-def make_optimizer(config: TrimeTrainConfig, parameters: Sequence[nn.Parameter]) -> Optimizer:
-    """torch's own; weight decay on every parameter, as fairseq has it."""
-    c = config
-    match c.optimizer:
-        case "nag":
-            return SGD(parameters, c.learning_rate, c.momentum, weight_decay=c.weight_decay, nesterov=c.momentum > 0)
-        case "adam":
-            return Adam(parameters, c.learning_rate, c.betas, weight_decay=c.weight_decay)
-        case "adamw":
-            return AdamW(parameters, c.learning_rate, c.betas, weight_decay=c.weight_decay)
+    def after_validation(self, step: int) -> None:
+        if self.settings.keep_checkpoints and self.place.leads:
+            path = self.run_dir / f"checkpoints/step-{step:07d}.safetensors"
+            save_checkpoint(path, {"model": self.model.state_dict()})

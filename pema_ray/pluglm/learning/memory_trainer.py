@@ -1,0 +1,135 @@
+"""What pre-training and fine-tuning share: a model, the versions of its memory, all processes' sums. Imports no Ray."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from pema_ray.pluglm.config import PretrainSettings
+from pema_ray.pluglm.finetune_config import FinetuneSettings
+from pema_ray.pluglm.memory.encoding import DocumentEncoder
+from pema_ray.pluglm.model.knowledge import Knowledge
+from pema_ray.training.schedules import learning_rate
+from pema_ray.training.trainer import Trainer, TrainerHistory
+
+S = TypeVar("S", PretrainSettings, FinetuneSettings)
+
+
+@dataclass(frozen=True)
+class MemoryAccess:
+    """How a training reaches the memory."""
+
+    open: Callable[[int], Knowledge]
+    """A version; every process asks."""
+    refresh: Callable[[DocumentEncoder], int]
+    """Encode all documents anew and publish that; the leading process asks. Returns the version."""
+    prune: Callable[[Sequence[int]], object]
+    """Keep these versions and the current one; the leading process asks."""
+    first: int
+    """The version to begin with."""
+
+
+class MemoryTrainer(Trainer[S, TrainerHistory]):
+    """A training of a model whose memory is encoded anew as it learns.
+
+    Attributes:
+        memory: none: the model goes without.
+        frozen: whether the memory stays as it is.
+        name: of the encoder, in the versions that it makes.
+        version: of the memory, that the model uses.
+    """
+
+    tokenizer: Any
+    memory: MemoryAccess | None
+    frozen: bool
+    name: str
+    version: int
+
+    @property
+    def batch_size(self) -> int:
+        return self.settings.batch_size
+
+    def learning_rate(self, step: int) -> float:
+        c = self.settings
+        return learning_rate(
+            step, c.schedule, c.learning_rate, total_steps=self.steps, warm_up_steps=c.warm_up_steps, power=c.power
+        )
+
+    @abstractmethod
+    def refreshes_after(self, step: int) -> bool:
+        """Whether the memory is encoded anew after the `step`-th step."""
+
+    # ── memory ──────────────────────────────────────────────────────────────
+
+    def attach(self, version: int) -> None:
+        """Use a version of the memory."""
+        self.version = version
+        self.model.attach(self.memory.open(version) if self.memory else None, allow_stale=not self.frozen)
+
+    def refresh(self) -> None:
+        """Encode the memory with the model as it is now; all processes go on with the new version together."""
+        if self.memory is None or self.frozen:
+            return
+        version = torch.zeros(1, dtype=torch.int64, device=self.place.device)
+        if self.place.leads:
+            version[0] = self.memory.refresh(DocumentEncoder(self.model, self.tokenizer, self.name))
+        self.attach(int(self.agree(version)))
+
+    # ── a step ──────────────────────────────────────────────────────────────
+
+    def prepare(self) -> None:
+        self.attach(self.version)
+
+    def after_step(self, step: int) -> None:
+        self._share_statistics()
+        if self.refreshes_after(step):
+            self.refresh()
+
+    def precision(self) -> Any:
+        wanted = self.settings.precision == "bfloat16"
+        return torch.autocast(self.place.device.type, torch.bfloat16, enabled=wanted)
+
+    def sum_number(self, value: float) -> float:
+        """Over all processes."""
+        return float(self.sum(torch.tensor(value, dtype=torch.float64, device=self.place.device)))
+
+    def _share_statistics(self) -> None:
+        """BatchNorm's running statistics, averaged: every process saw other sequences."""
+        if self.place.world == 1:
+            return
+        for module in self.model.modules():
+            if isinstance(module, nn.BatchNorm1d):
+                for statistic in (module.running_mean, module.running_var):
+                    assert statistic is not None
+                    self.sum(statistic).div_(self.place.world)
+
+    def parameter_groups(self, named: Sequence[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+        """For an optimiser: weight decay on matrices alone."""
+        return [
+            {"params": [p for _, p in named if p.ndim > 1], "weight_decay": self.settings.weight_decay},
+            {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+
+    # ── checkpoints ─────────────────────────────────────────────────────────
+
+    def take_best(self) -> None:
+        """The model stays what it is after the last step."""
+
+    def state(self) -> dict[str, Any]:
+        return {"memory_version": self.version}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.attach(state["memory_version"])
+
+    def after_save(self) -> None:
+        if self.place.leads and self.memory is not None:  # only now: a run that dies before needs an older version
+            self.memory.prune(self.versions_needed())
+
+    def versions_needed(self) -> list[int]:
+        """Versions of the memory that the run may still go back to."""
+        return [self.version]

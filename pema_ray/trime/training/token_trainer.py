@@ -1,0 +1,63 @@
+"""What the trainings of language models and of translators share: losses per token. No Ray."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import Tensor
+
+from pema_ray.training.schedules import learning_rate
+from pema_ray.training.trainer import Point, StepInputs, Trainer, TrainerHistory
+
+if TYPE_CHECKING:
+    from pema_ray.trime.config import TrimeTrainConfig
+    from pema_ray.trime.translation.config import MtTrainConfig
+
+S = TypeVar("S", "TrimeTrainConfig", "MtTrainConfig")
+
+
+class TokenTrainer(Trainer[S, TrainerHistory]):
+    """A training whose steps count tokens. Points have `loss` and `vocabulary_loss`, nats per token: of the objective,
+    and of the vocabulary alone. The objective returns the loss and both of these, summed over tokens."""
+
+    @abstractmethod
+    def inputs(self, step: int) -> Sequence[tuple[Any, ...]]:
+        """The objective's arguments for each part of a step; every process has equally many."""
+
+    @abstractmethod
+    def tokens_of(self, step: int) -> int:
+        """Tokens of a step, over all processes."""
+
+    @property
+    def tokens_trained(self) -> int:
+        """Tokens of all steps taken so far."""
+        return sum(self.tokens_of(step) for step in range(len(self.history.train)))
+
+    @property
+    def validate_every(self) -> int:
+        return self.settings.validate_every
+
+    @property
+    def patience(self) -> int | None:
+        return self.settings.patience
+
+    def learning_rate(self, step: int) -> float:
+        c = self.settings
+        return learning_rate(
+            step,
+            c.schedule,
+            c.learning_rate,
+            total_steps=self.steps,
+            warm_up_steps=c.warm_up_steps,
+            last=c.final_learning_rate,
+        )
+
+    def batches(self, first: int) -> Generator[StepInputs, None, None]:
+        for step in range(first, self.steps):
+            yield StepInputs(self.inputs(step), self.tokens_of(step))
+
+    def point(self, sums: Tensor, count: float) -> Point:
+        _, loss, vocabulary_loss = (sums / count).tolist()
+        return {"loss": loss, "vocabulary_loss": vocabulary_loss}

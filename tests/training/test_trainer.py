@@ -1,0 +1,150 @@
+"""The one loop: what it tells, when it validates, saves and stops, and that it goes on where it was."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from training_kit import die
+
+from pema_ray.errors import UserError
+from pema_ray.training.checkpoint import CHECKPOINT, load_checkpoint
+from pema_ray.training.config import TrainingConfig
+from pema_ray.training.strategies import Place
+from pema_ray.training.trainer import BEST, StepInputs, Trainer, TrainerHistory
+
+TARGET = torch.tensor([1.0, -2.0, 3.0])
+
+
+class Distance(nn.Module):
+    """The squared distance to the target, of what dropout leaves of the weights; each part counts half."""
+
+    def __init__(self, model: nn.Linear) -> None:
+        super().__init__()
+        self.model, self.dropout = model, nn.Dropout(0.2)
+
+    def forward(self, factor: float) -> tuple[Tensor, Tensor]:
+        loss = (self.dropout(self.model.weight[0]) - TARGET).square().sum() * factor
+        return loss, loss.detach() * 2
+
+
+@dataclass
+class Learner(Trainer[TrainingConfig, TrainerHistory]):
+    """Ten steps of two parts; the dev loss is the real distance, or what `dev_losses` says."""
+
+    run_dir: Path
+    factors: dict[int, float] = field(default_factory=dict)
+    dev_losses: list[float] = field(default_factory=list)
+    patience: int | None = None  # pyright: ignore[reportIncompatibleMethodOverride]
+    steps = 10
+    batch_size = 2
+    validate_every = 3
+    checkpoint_every = 4
+    on_point: Any = lambda kind, point: None
+    on_saved: Any = lambda metrics: None
+
+    def __post_init__(self) -> None:
+        self.settings, self.place, self.seed = TrainingConfig(accumulate=2), Place(), 5
+        self.model, self.history, self.closed = nn.Linear(3, 1, bias=False), TrainerHistory(), False
+        self.objective = Distance(self.model)
+
+    def prepare(self) -> None:
+        nn.init.zeros_(self.model.weight)
+
+    def make_optimizer(self, named: Any) -> torch.optim.Optimizer:
+        return torch.optim.Adam([parameter for _, parameter in named])
+
+    def idle_inputs(self) -> tuple[float]:
+        return (0.0,)
+
+    def batches(self, first: int) -> Generator[StepInputs, None, None]:
+        try:
+            for step in range(first, self.steps):
+                yield StepInputs([(self.factors.get(step, 0.5),)] * 2, count=2)
+        finally:
+            self.closed = True
+
+    def learning_rate(self, step: int) -> float:
+        return 0.5 / (step + 1)
+
+    def point(self, sums: Tensor, count: float) -> dict[str, float]:
+        loss, double = (sums / count).tolist()
+        assert double == 2 * loss or math.isnan(loss)
+        return {"loss": loss}
+
+    def validation(self) -> dict[str, float]:
+        assert not self.objective.training
+        if self.dev_losses:
+            return {"loss": self.dev_losses[len(self.history.validation)]}
+        return {"loss": float(self.objective(1.0)[0])}
+
+
+def weights(learner: Learner) -> Tensor:
+    return learner.model.weight.detach().clone()
+
+
+def test_it_validates_and_saves_when_it_says_and_ends_with_its_best(tmp_path: Path) -> None:
+    told: list[tuple[str, int]] = []
+    saved: list[int] = []
+    learner = Learner(tmp_path, dev_losses=[9, 5, 7, 3, 4], on_saved=lambda metrics: saved.append(metrics["step"]))
+    learner.on_point = lambda kind, point: told.append((kind, point["step"]))
+    history = learner.run()
+    assert [step for kind, step in told if kind == "train"] == list(range(1, 11))
+    assert [step for kind, step in told if kind == "validation"] == [0, 3, 6, 9, 10]
+    assert saved == [4, 8, 10]
+    assert (history.best_step, history.best_loss, history.stale) == (9, 3, 1)
+    assert [point["learning_rate"] for point in history.train] == [0.5 / step for step in range(1, 11)]
+    last = load_checkpoint(tmp_path / CHECKPOINT)[0]["model"]["weight"]
+    assert torch.equal(weights(learner), load_checkpoint(tmp_path / BEST)[0]["model"]["weight"])
+    assert not torch.equal(weights(learner), last)
+
+
+@pytest.mark.parametrize(("step", "kind"), [(1, "train"), (4, "train"), (5, "train"), (9, "validation"), (10, "train")])
+def test_a_run_that_died_goes_on_bit_for_bit(tmp_path: Path, step: int, kind: str) -> None:
+    whole = Learner(tmp_path / "whole")
+    expected = whole.run()
+    die(Learner(tmp_path / "died"), step, kind)
+    torch.manual_seed(99)  # whatever the new process's random state is
+    again = Learner(tmp_path / "died")
+    found = again.run()
+    assert torch.equal(weights(again), weights(whole))
+    assert (found.train, found.validation) == (expected.train, expected.validation)
+    assert (found.best_step, found.best_loss) == (expected.best_step, expected.best_loss)
+
+
+def test_it_stops_when_patience_is_over_and_lets_its_batches_go(tmp_path: Path) -> None:
+    learner = Learner(tmp_path, dev_losses=[4, 3, 3, 3.5], patience=2)
+    history = learner.run()
+    assert history.stopped_early and len(history.train) == 9 and history.best_step == 3
+    assert learner.closed
+
+
+def test_a_loss_that_is_no_number_moves_nothing(tmp_path: Path) -> None:
+    learner = Learner(tmp_path, factors={4: math.nan})
+    with pytest.raises(UserError, match=r"infinite or no number at step 5: lower train\.learning_rate"):
+        learner.run()
+    assert torch.equal(weights(learner), load_checkpoint(tmp_path / CHECKPOINT)[0]["model"]["weight"])  # of step 4
+    assert learner.closed
+
+
+def test_a_checkpoint_of_another_shape_is_named(tmp_path: Path) -> None:
+    die(Learner(tmp_path), 5)
+    other = Learner(tmp_path)
+    other.model = nn.Linear(4, 1, bias=False)
+    with pytest.raises(UserError, match=r"checkpoint\.safetensors: holds a model of another shape.*resume=false"):
+        other.run()
+
+
+def test_a_finished_run_takes_no_step(tmp_path: Path) -> None:
+    first = Learner(tmp_path)
+    first.run()
+    told: list[str] = []
+    again = Learner(tmp_path, on_point=lambda kind, point: told.append(kind))
+    again.run()
+    assert not told and torch.equal(weights(again), weights(first))
