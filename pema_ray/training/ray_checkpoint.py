@@ -24,8 +24,8 @@ import torch
 from pema_ray.errors import UserError
 from pema_ray.runtime.files import atomic_file, temporary_beside
 from pema_ray.training.checkpoint import CHECKPOINT
+from pema_ray.training.history import OnSaved
 from pema_ray.training.strategies import Place
-from pema_ray.training.trainer import OnSaved
 
 logger = logging.getLogger(__name__)
 RAY_TRAIN = "ray_train"

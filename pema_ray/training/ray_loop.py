@@ -23,10 +23,11 @@ from pema_ray.runtime.placement import ANYWHERE, PlacementConfig, ray_options
 from pema_ray.runtime.progress import ProgressBar
 from pema_ray.training.checkpoint import CHECKPOINT
 from pema_ray.training.config import TrainingConfig
-from pema_ray.training.ray_checkpoint import Storage, restore_checkpoint
+from pema_ray.training.history import H, OnPoint
+from pema_ray.training.ray_checkpoint import Storage, reporting_checkpoints, restore_checkpoint
 from pema_ray.training.strategies import Place
 from pema_ray.training.tracking import make_trackers
-from pema_ray.training.trainer import OnPoint
+from pema_ray.training.trainer import Trainer
 
 Settings = TypeVar("Settings")
 _PROGRESS = "progress.jsonl"
@@ -59,8 +60,7 @@ def run_workers(
 
     `work` goes on from `run_dir / CHECKPOINT` whenever that file is there: what the user wants (`config.resume`) has
     been seen to before it starts, and a file that was lost is put back from what was reported to Ray Train. It asks
-    `worker_place` where it is, tells of points through `reporting`, and of checkpoints through
-    `ray_checkpoint.reporting_checkpoints`.
+    `worker_place` where it is, and runs its trainer by `run_in_worker`.
 
     Args:
         work: a function of a module, so that workers find it; what it returns can be said in JSON. A `UserError` in
@@ -144,11 +144,35 @@ def is_first_on_its_node() -> bool:
     return ray.train.get_context().get_local_rank() == 0
 
 
+def run_in_worker(trainer: Trainer[Any, H], name: str, settings: Mapping[str, Any]) -> H:
+    """Run a trainer in this worker.
+
+    The leading worker's points go where the trainer sent them before, then to `run_workers`'s `on_point` and to the
+    trackers; checkpoints are reported to Ray Train.
+
+    Args:
+        name, settings: of the run, as trackers show it.
+    """
+    t, own = trainer, trainer.on_point
+
+    with (
+        reporting(t.run_dir, t.place, t.settings, name, settings) as report,
+        reporting_checkpoints(t.run_dir, t.place, t.resumed_from) as t.on_saved,
+    ):
+
+        def on_point(kind: str, point: Mapping[str, Any]) -> None:
+            own(kind, point)
+            report(kind, point)
+
+        t.on_point = on_point
+        return t.run()
+
+
 @contextmanager
 def reporting(
     run_dir: Path, place: Place, config: TrainingConfig, name: str, settings: Mapping[str, Any]
 ) -> Iterator[OnPoint]:
-    """A trainer's `on_point`: the leading worker's points go to `run_workers`'s `on_point` and to the trackers.
+    """An `on_point`: the leading worker's points go to `run_workers`'s `on_point` and to the trackers.
 
     Args:
         name: of the run, as trackers show it.

@@ -12,9 +12,9 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -28,49 +28,17 @@ from pema_ray.errors import UserError
 from pema_ray.runtime.hardware import peak_memory
 from pema_ray.training.checkpoint import CHECKPOINT, Groups, PointLog, load_checkpoint, save_checkpoint
 from pema_ray.training.config import TrainingConfig
+from pema_ray.training.history import OnPoint, OnSaved, Point, TrainerHistory
 from pema_ray.training.strategies import Place, Strategy, make_strategy
 
 logger = logging.getLogger(__name__)
 BEST, POINTS = "best.safetensors", "points.jsonl"
 RESUMED_FROM = (POINTS, BEST, CHECKPOINT)
-"""Files in a run's folder that a resumed run needs."""
-
-Point = dict[str, Any]
-"""`{"step": …, "loss": …, …}`: JSON numbers, measured after so many steps of the optimiser."""
-OnPoint = Callable[[str, Mapping[str, Any]], None]
-"""`on_point(kind, point)`: `kind` is "train" or "validation"."""
-OnSaved = Callable[[Mapping[str, Any]], None]
-"""`on_saved(metrics)`: every process calls it once its checkpoint is saved; metrics are numbers, `step` among them."""
 
 _KINDS = ("train", "validation")
 _MODEL, _OPTIMIZER = "model", "optimizer"  # groups of a checkpoint
 S = TypeVar("S", bound=TrainingConfig)
-H = TypeVar("H", bound="TrainerHistory")
-
-
-@dataclass
-class TrainerHistory:
-    """What a training went through; JSON beside the model."""
-
-    train: list[Point] = field(default_factory=list)
-    validation: list[Point] = field(default_factory=list)
-    best_step: int = 0
-    best_loss: float = math.inf
-    """Of the model that is kept: the trainer's `score` of its validation."""
-    stale: int = 0
-    """Validations since then."""
-    stopped_early: bool = False
-    seconds: float = 0.0
-    """Of the steps, waiting for their batches included, without validations and checkpoints."""
-    peak_bytes: int = 0
-    """Most memory that the leading process has held (its GPU's, where it has one)."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls: type[H], data: Mapping[str, Any]) -> H:
-        return cls(**data)
+H = TypeVar("H", bound=TrainerHistory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +55,7 @@ class Trainer(ABC, Generic[S, H]):
     """Trains `model` step by step.
 
     Attributes:
-        run_dir: holds `RESUMED_FROM`; every process sees the same folder.
+        run_dir: holds what `resumed_from` names; every process sees the same folder.
         model: what checkpoints hold.
         objective: `forward(*part)` returns the loss of a part first; what it returns, added up over parts and
             processes, is what `point` is given. It holds the model, and lies on the place's device.
@@ -153,6 +121,8 @@ class Trainer(ABC, Generic[S, H]):
 
     # ── what a trainer may say ──────────────────────────────────────────────
 
+    resumed_from: tuple[str, ...] = RESUMED_FROM
+    """Files and folders in `run_dir` that a resumed run needs."""
     validates_first = True
     """Whether there is a validation before the first step."""
     unused_parameters = False

@@ -16,8 +16,9 @@ from training_kit import die
 from pema_ray.errors import UserError
 from pema_ray.training.checkpoint import CHECKPOINT, load_checkpoint
 from pema_ray.training.config import TrainingConfig
+from pema_ray.training.history import TrainerHistory
 from pema_ray.training.strategies import Place
-from pema_ray.training.trainer import BEST, StepInputs, Trainer, TrainerHistory
+from pema_ray.training.trainer import BEST, StepInputs, Trainer
 
 TARGET = torch.tensor([1.0, -2.0, 3.0])
 

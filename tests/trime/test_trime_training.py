@@ -17,8 +17,9 @@ from kit import VOCABULARY, tiny_model
 from training_kit import die
 
 from pema_ray.training.checkpoint import load_checkpoint
+from pema_ray.training.history import TrainerHistory
 from pema_ray.training.strategies import Place
-from pema_ray.training.trainer import POINTS, TrainerHistory
+from pema_ray.training.trainer import POINTS
 from pema_ray.trime.config import DecoderShape, TrimeConfig
 from pema_ray.trime.model.decoder import DecoderLM
 from pema_ray.trime.objective.memories import PADDING

@@ -21,9 +21,8 @@ from pema_ray.memory.planning import finished_shards
 from pema_ray.memory.shards import read_shard
 from pema_ray.runtime.hardware import pick_dtype
 from pema_ray.runtime.placement import ANYWHERE, PlacementConfig
-from pema_ray.training.ray_checkpoint import reporting_checkpoints
-from pema_ray.training.ray_loop import is_first_on_its_node, reporting, run_workers, worker_place
-from pema_ray.training.trainer import RESUMED_FROM, OnPoint
+from pema_ray.training.history import OnPoint
+from pema_ray.training.ray_loop import is_first_on_its_node, run_in_worker, run_workers, worker_place
 
 FIRST_STEP = "first_step.json"  # of a streamed training: how much of the memory was there
 
@@ -80,23 +79,14 @@ def _train(job: AdapterTrainingJob) -> dict[str, Any]:
     head = bundle.head.to(pick_dtype(job.config.dtype, place.device))
     name = f"{job.adapter.task or 'adapter'} r={job.adapter.rank}"
     settings = {**job.config.model_dump(mode="json"), "plm": job.adapter.plm_name, "seed": job.seed}
-    with (
-        reporting(job.run_dir, place, job.config, name, settings) as tell,
-        reporting_checkpoints(job.run_dir, place, RESUMED_FROM) as on_saved,
-    ):
 
-        def on_point(kind: str, point: Mapping[str, Any]) -> None:
-            if (
-                kind == "train" and point["step"] == 1 and job.streamed_rows is not None
-            ):  # before trackers take their time
-                built = len(finished_shards(Path(job.train_memory)))
-                (job.run_dir / FIRST_STEP).write_text(json.dumps({"shards": built}))
-            tell(kind, point)
+    def count_shards(kind: str, point: Mapping[str, Any]) -> None:
+        if kind == "train" and point["step"] == 1 and job.streamed_rows is not None:
+            built = len(finished_shards(Path(job.train_memory)))
+            (job.run_dir / FIRST_STEP).write_text(json.dumps({"shards": built}))
 
-        trainer = AdapterTrainer(
-            job.adapter, job.config, head, train, dev, job.run_dir, job.seed, place, on_point, on_saved
-        )
-        history = trainer.run()
+    trainer = AdapterTrainer(job.adapter, job.config, head, train, dev, job.run_dir, job.seed, place, count_shards)
+    history = run_in_worker(trainer, name, settings)
     if place.leads:
         (job.run_dir / "history.json").write_text(json.dumps(history.to_dict()))
         trainer.model.save_pretrained(job.run_dir / "adapter", trainer.model.model_card(_figures(history)))

@@ -34,8 +34,9 @@ from pema_ray.errors import UserError
 from pema_ray.line import LMHead
 from pema_ray.memory.codec import Keys, decode
 from pema_ray.training import schedules
+from pema_ray.training.history import OnPoint, OnSaved, Point, TrainerHistory
 from pema_ray.training.strategies import Place
-from pema_ray.training.trainer import OnPoint, OnSaved, Point, StepInputs, Trainer, TrainerHistory, mix_seed
+from pema_ray.training.trainer import StepInputs, Trainer, mix_seed
 
 
 @dataclass

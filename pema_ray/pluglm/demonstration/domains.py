@@ -41,7 +41,7 @@ from pema_ray.pluglm.stages.pretrain import local_access, save_model
 from pema_ray.runtime.files import atomic_file
 from pema_ray.runtime.settings import Section
 from pema_ray.training.checkpoint import CHECKPOINT
-from pema_ray.training.trainer import OnPoint
+from pema_ray.training.history import OnPoint
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _FIGURES = "demo-text.json"

@@ -26,8 +26,10 @@ from pema_ray.pluglm.model.knowledge import document_codes
 from pema_ray.pluglm.tasks import Feature, FinetuningTask
 from pema_ray.pluglm.tasks.reading import TaskExample
 from pema_ray.pluglm.tasks.scores import ERRORS
+from pema_ray.training.checkpoint import CHECKPOINT
+from pema_ray.training.history import OnPoint, OnSaved, Point, TrainerHistory
 from pema_ray.training.strategies import Place
-from pema_ray.training.trainer import OnPoint, OnSaved, Point, StepInputs, TrainerHistory
+from pema_ray.training.trainer import POINTS, StepInputs
 
 _PREDICTED = 64  # features scored together
 
@@ -76,6 +78,7 @@ class Finetuner(MemoryTrainer[FinetuneSettings]):
         write_model: the leading process calls it when an epoch was the best so far.
     """
 
+    resumed_from = ("model", POINTS, CHECKPOINT)
     validates_first = False
     unused_parameters = True  # the knowledge encoder of a frozen memory, or of none
 

@@ -14,8 +14,9 @@ from pema_ray.pluglm.config import PretrainSettings
 from pema_ray.pluglm.finetune_config import FinetuneSettings
 from pema_ray.pluglm.memory.encoding import DocumentEncoder
 from pema_ray.pluglm.model.knowledge import Knowledge
+from pema_ray.training.history import TrainerHistory
 from pema_ray.training.schedules import learning_rate
-from pema_ray.training.trainer import Trainer, TrainerHistory
+from pema_ray.training.trainer import Trainer
 
 S = TypeVar("S", PretrainSettings, FinetuneSettings)
 

@@ -23,8 +23,9 @@ from pema_ray.pluglm.learning.memory_trainer import MemoryAccess, MemoryTrainer
 from pema_ray.pluglm.learning.objective import PretrainObjective
 from pema_ray.pluglm.learning.text import Sequences
 from pema_ray.pluglm.model.encoder import PlugLMForMaskedLM
+from pema_ray.training.history import OnPoint, OnSaved, Point, TrainerHistory
 from pema_ray.training.strategies import Place
-from pema_ray.training.trainer import OnPoint, OnSaved, Point, StepInputs, TrainerHistory
+from pema_ray.training.trainer import StepInputs
 
 
 class Pretrainer(MemoryTrainer[PretrainSettings]):

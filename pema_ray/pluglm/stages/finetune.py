@@ -42,10 +42,8 @@ from pema_ray.pluglm.tasks.reading import TaskExample
 from pema_ray.runtime.cluster import ray_cluster
 from pema_ray.runtime.files import atomic_file
 from pema_ray.runtime.progress import ProgressBar, console, track
-from pema_ray.training.checkpoint import CHECKPOINT
-from pema_ray.training.ray_checkpoint import reporting_checkpoints
-from pema_ray.training.ray_loop import reporting, run_workers, worker_place
-from pema_ray.training.trainer import POINTS, OnPoint
+from pema_ray.training.history import OnPoint
+from pema_ray.training.ray_loop import run_in_worker, run_workers, worker_place
 
 
 @dataclass(frozen=True)
@@ -129,15 +127,11 @@ def _work(job: _Job) -> dict[str, Any]:
     validation = TaskExamples.of(task, task.read(Path(config.data.validation)), tokenizer, c.max_tokens)
     memory = _access(job) if job.first_version else None
     model = new_task_model(config, task, memory_fingerprint=_fingerprint(job))
-    with (
-        reporting(run_dir, place, c, run_dir.parent.name, c.model_dump(mode="json")) as on_point,
-        reporting_checkpoints(run_dir, place, ("model", POINTS, CHECKPOINT)) as on_saved,
-    ):
-        trainer = Finetuner(
-            model.to(place.device), tokenizer, task, c, train, validation, memory, run_dir, config.seed, place,
-            on_point, lambda model: save_model(model, tokenizer, run_dir / "model"), on_saved,
-        )  # fmt: skip
-        history = trainer.run()
+    trainer = Finetuner(
+        model.to(place.device), tokenizer, task, c, train, validation, memory, run_dir, config.seed, place,
+        write_model=lambda model: save_model(model, tokenizer, run_dir / "model"),
+    )  # fmt: skip
+    history = run_in_worker(trainer, run_dir.parent.name, c.model_dump(mode="json"))
     return {"memory_version": trainer.best_version, "history": history.validation, "best": trainer.best}
 
 

@@ -38,10 +38,8 @@ from pema_ray.pluglm.model.loading import load_pluglm, load_tokenizer
 from pema_ray.pluglm.run import PluglmRun
 from pema_ray.runtime.cluster import ray_cluster
 from pema_ray.runtime.progress import ProgressBar, console, track
-from pema_ray.training.checkpoint import CHECKPOINT
-from pema_ray.training.ray_checkpoint import reporting_checkpoints
-from pema_ray.training.ray_loop import reporting, run_workers, showing_loss, worker_place
-from pema_ray.training.trainer import POINTS, OnPoint
+from pema_ray.training.history import OnPoint
+from pema_ray.training.ray_loop import run_in_worker, run_workers, showing_loss, worker_place
 
 
 @dataclass(frozen=True)
@@ -89,16 +87,11 @@ def _work(job: _Job) -> dict[str, Any]:
     model, tokenizer = load_pluglm(run_dir / "start")
     validation = None if config.validation is None else Sequences.open(run_dir.parent / "validation")
     name = run_dir.parent.name
-    settings = config.train.model_dump(mode="json")
-    with (
-        reporting(run_dir, place, config.train, name, settings) as on_point,
-        reporting_checkpoints(run_dir, place, (POINTS, CHECKPOINT)) as on_saved,
-    ):
-        trainer = Pretrainer(
-            model.to(place.device), tokenizer, config.train, Sequences.open(run_dir.parent / "sequences"), validation,
-            _access(job), run_dir, config.seed, place, on_point, name, on_saved,
-        )  # fmt: skip
-        history = trainer.run().validation
+    trainer = Pretrainer(
+        model.to(place.device), tokenizer, config.train, Sequences.open(run_dir.parent / "sequences"), validation,
+        _access(job), run_dir, config.seed, place, name=name,
+    )  # fmt: skip
+    history = run_in_worker(trainer, name, config.train.model_dump(mode="json")).validation
     if place.leads:
         save_model(model, tokenizer, run_dir / "model")
     validated = {"validation_loss": history[-1]["loss"]} if history else {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,17 +10,13 @@ import numpy as np
 import torch
 
 from pema_ray.errors import UserError
-from pema_ray.runtime.cluster import ray_cluster
-from pema_ray.runtime.files import atomic_file
-from pema_ray.runtime.progress import track
-from pema_ray.training.ray_checkpoint import reporting_checkpoints
-from pema_ray.training.ray_loop import reporting, run_workers, showing_loss, worker_place
-from pema_ray.training.trainer import RESUMED_FROM, TrainerHistory
+from pema_ray.training.ray_loop import run_in_worker, worker_place
 from pema_ray.trime.config import TrimeConfig
-from pema_ray.trime.model.registry import count_parameters, make_model, save_model, shape_of
+from pema_ray.trime.model.registry import make_model, save_model, shape_of
 from pema_ray.trime.run import TrimeRun
 from pema_ray.trime.stages.batches import read_walk
 from pema_ray.trime.text.segments import Segments, TokenStream
+from pema_ray.trime.training.ray_training import outcome, train_on_ray
 from pema_ray.trime.training.trainer import TrimeTrainer
 
 MODEL = "model"
@@ -56,28 +50,7 @@ def _train(run: TrimeRun) -> dict[str, Any]:
         run.path("train"),
         prepared["vocabulary"],
     )
-    t = c.train
-    cluster = ray_cluster(c.ray, t.cpus_per_worker, t.gpus_per_worker, t.min_workers or t.workers)
-    with cluster, track("training", t.updates, "updates") as bar:
-        told = run_workers(_work, job, job.run_dir, t, showing_loss(bar)).returned
-    history = TrainerHistory.from_dict(told["history"])
-    with atomic_file(run.path("train", "history.json")) as temporary:
-        temporary.write_text(json.dumps(told["history"]) + "\n")
-    best = history.best_loss
-    rate = told["tokens"] / max(1e-9, history.seconds)
-    return {
-        "parameters": told["parameters"],
-        "updates": len(history.train),
-        "best_step": history.best_step,
-        "dev_loss": best,
-        "dev_perplexity": math.exp(best),
-        "tokens": told["tokens"],
-        "tokens_per_second": round(rate, 1),
-        "training_seconds": round(history.seconds, 2),
-        "peak_bytes": history.peak_bytes,
-        "summary": f"{told['parameters']:,} parameters; dev perplexity {math.exp(best):.2f} at update "
-        f"{history.best_step} of {t.updates:,}, {rate:,.0f} tokens/s",
-    }
+    return train_on_ray(_work, job, job.run_dir, c.train, c.ray, c.train.updates)
 
 
 def _work(job: TrimeTrainingJob) -> dict[str, Any]:
@@ -95,12 +68,8 @@ def _work(job: TrimeTrainingJob) -> dict[str, Any]:
         )
     settings = {"memory": c.train.memory, **c.train.model_dump(mode="json"), "seed": c.seed}
     name = f"trime {c.train.memory} {c.model.name}"
-    with (
-        reporting(job.run_dir, place, c.train, name, settings) as on_point,
-        reporting_checkpoints(job.run_dir, place, RESUMED_FROM) as on_saved,
-    ):
-        trainer = TrimeTrainer(c, model, train, dev, job.run_dir, place, on_point, walk_S, on_saved)
-        history = trainer.run()
+    trainer = TrimeTrainer(c, model, train, dev, job.run_dir, place, walk_S=walk_S)
+    run_in_worker(trainer, name, settings)
     if place.leads:
         save_model(model, job.run_dir / MODEL)
-    return {"history": history.to_dict(), "tokens": trainer.tokens_trained, "parameters": count_parameters(model)}
+    return outcome(trainer)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
+from pema_ray.training.history import Point, TrainerHistory
 from pema_ray.training.schedules import learning_rate
-from pema_ray.training.trainer import Point, StepInputs, Trainer, TrainerHistory
+from pema_ray.training.trainer import StepInputs, Trainer
 
 if TYPE_CHECKING:
     from pema_ray.trime.config import TrimeTrainConfig

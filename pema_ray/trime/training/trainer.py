@@ -19,8 +19,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from pema_ray.runtime.hardware import DTYPES
 from pema_ray.training.checkpoint import save_checkpoint
+from pema_ray.training.history import OnPoint, OnSaved, Point, TrainerHistory
 from pema_ray.training.strategies import Place
-from pema_ray.training.trainer import OnPoint, OnSaved, Point, TrainerHistory
 from pema_ray.trime.config import TrimeConfig, TrimeTrainConfig
 from pema_ray.trime.model.memory_lm import TrainableLM
 from pema_ray.trime.objective.objective import TrimeObjective, Ways

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pema_ray.runtime.cluster import ray_cluster
 from pema_ray.runtime.files import atomic_file
-from pema_ray.runtime.progress import track
-from pema_ray.training.ray_checkpoint import reporting_checkpoints
-from pema_ray.training.ray_loop import reporting, run_workers, showing_loss, worker_place
-from pema_ray.training.trainer import RESUMED_FROM, TrainerHistory
-from pema_ray.trime.model.registry import count_parameters
+from pema_ray.training.ray_loop import run_in_worker, worker_place
+from pema_ray.trime.training.ray_training import outcome, train_on_ray
 from pema_ray.trime.translation.config import MtConfig
 from pema_ray.trime.translation.data import Parallel, load_subwords, prepare
 from pema_ray.trime.translation.groups import bm25_walk
@@ -67,25 +61,7 @@ def _train(run: MtRun) -> dict[str, Any]:
         with atomic_file(run.path("train", WALK)) as temporary, temporary.open("wb") as file:
             np.save(file, walk_S)
     job = MtTrainingJob(c, run.path("prepare"), run.path("train"), prepared["source_words"], prepared["target_words"])
-    cluster = ray_cluster(c.ray, t.cpus_per_worker, t.gpus_per_worker, t.min_workers or t.workers)
-    total = make_trainer(job).steps
-    with cluster, track("training", total, "updates") as bar:
-        told = run_workers(_work, job, job.run_dir, t, showing_loss(bar)).returned
-    history = TrainerHistory.from_dict(told["history"])
-    with atomic_file(run.path("train", "history.json")) as temporary:
-        temporary.write_text(json.dumps(told["history"]) + "\n")
-    rate = told["tokens"] / max(1e-9, history.seconds)
-    return {
-        "parameters": told["parameters"],
-        "updates": total,
-        "best_step": history.best_step,
-        "dev_loss": history.best_loss,
-        "tokens": told["tokens"],
-        "training_seconds": round(history.seconds, 2),
-        "peak_bytes": history.peak_bytes,
-        "summary": f"{told['parameters']:,} parameters; dev perplexity {math.exp(history.best_loss):.2f} at update "
-        f"{history.best_step} of {total:,}, {rate:,.0f} target tokens/s",
-    }
+    return train_on_ray(_work, job, job.run_dir, t, c.ray, make_trainer(job).steps, "target tokens")
 
 
 def make_trainer(job: MtTrainingJob, **more: Any) -> MtTrainer:
@@ -104,13 +80,8 @@ def _work(job: MtTrainingJob) -> dict[str, Any]:
     c = job.config
     place = worker_place(c.train)
     settings = {**c.train.model_dump(mode="json"), "seed": c.seed}
-    with (
-        reporting(job.run_dir, place, c.train, f"trime mt {c.train.memory}", settings) as on_point,
-        reporting_checkpoints(job.run_dir, place, RESUMED_FROM) as on_saved,
-    ):
-        trainer = make_trainer(job, place=place, on_point=on_point, on_saved=on_saved)
-        history = trainer.run()
+    trainer = make_trainer(job, place=place)
+    run_in_worker(trainer, f"trime mt {c.train.memory}", settings)
     if place.leads:
         save_translator(trainer.model, job.run_dir / MODEL)
-    parameters = count_parameters(trainer.model)
-    return {"history": history.to_dict(), "tokens": trainer.tokens_trained, "parameters": parameters}
+    return outcome(trainer)

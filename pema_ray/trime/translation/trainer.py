@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
+from pema_ray.training.history import OnPoint, OnSaved, Point, TrainerHistory
 from pema_ray.training.strategies import Place
-from pema_ray.training.trainer import OnPoint, OnSaved, Point, TrainerHistory
 from pema_ray.trime.objective.memories import PADDING
 from pema_ray.trime.text.batches import share_of
 from pema_ray.trime.training.token_trainer import TokenTrainer
