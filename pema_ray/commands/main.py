@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from pema_ray.commands import config as config_commands
 from pema_ray.commands import memory as memory_commands
 from pema_ray.commands import pluglm as pluglm_commands
 from pema_ray.commands import trime as trime_commands
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(config_commands.app, name="config")
 app.add_typer(memory_commands.app, name="memory")
 app.add_typer(trime_commands.app, name="trime")
 app.add_typer(pluglm_commands.app, name="pluglm")

@@ -142,9 +142,14 @@ def _settings(key: str, field: FieldInfo) -> Iterator[Setting]:
             yield from _settings(f"{key}.{name}", inner)
         return
     unset = field.is_required() or field.default in (None, ()) or field.default == {}
+    yield Setting(key, "" if unset else str(field.default), meaning_of(field))
+
+
+def meaning_of(field: FieldInfo) -> str:
+    """A setting's description, with the values to choose from."""
     is_choice = get_origin(field.annotation) is Literal
     choices = f"({' | '.join(map(str, get_args(field.annotation)))}) " if is_choice else ""
-    yield Setting(key, "" if unset else str(field.default), choices + (field.description or ""))
+    return choices + " ".join((field.description or "").split())
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:

@@ -27,14 +27,14 @@ PEMA = Method(
         "build_memory": Stage(
             "Build the external memory on Ray Data, one pass over the pairs. Resumes.",
             "pema_ray.pema.stages.build_memory",
-            reads=("build_memory", "ray"),
+            reads=("build_memory", "ray", "placement"),
             depends_on=("build_memory",),
             parents=("prepare", "export_head"),
         ),
         "train": Stage(
             "Data owner: train the adapter on the memory with Ray Train (closed form, then joint). Resumes.",
             "pema_ray.pema.stages.train",
-            reads=("train", "ray"),
+            reads=("train", "ray", "placement"),
             depends_on=("train",),
             parents=("build_memory",),
             evidence=("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "history.json"),
