@@ -23,10 +23,11 @@ from torch import Tensor
 
 from pema_ray.memory import ExternalMemory, Manifest, ShardInfo
 from pema_ray.memory.codec import encode
+from pema_ray.memory.search.config import IndexConfig
+from pema_ray.memory.search.index import IndexBuild, build_index, load_parts
+from pema_ray.memory.search.nearest import OnePieceSearch, SearchOptions, recall
 from pema_ray.memory.shards import MemoryRows, write_shard
-from pema_ray.trime.config import DecoderShape, IndexConfig, TrimeEvaluateConfig
-from pema_ray.trime.datastore.index import IndexBuild, build_index, load_parts
-from pema_ray.trime.datastore.search import OnePieceSearch, SearchOptions, recall
+from pema_ray.trime.config import DecoderShape, TrimeEvaluateConfig
 from pema_ray.trime.evaluation.statistics import Probe, Text, measure
 from pema_ray.trime.model.decoder import DecoderLM
 from pema_ray.trime.objective.objective import TrimeObjective, Ways

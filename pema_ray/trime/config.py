@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pema_ray.errors import nearest
+from pema_ray.memory.search.config import IndexConfig
 from pema_ray.runtime.cluster import RayConfig
 from pema_ray.runtime.settings import Folder, Section
 from pema_ray.training.config import TrainingConfig
@@ -229,33 +230,6 @@ class DatastoreConfig(Section):
     """CPUs that one of them asks of Ray."""
     gpus_per_actor: float = Field(default=0, ge=0)
     """GPUs that one of them asks of Ray."""
-
-
-class IndexConfig(Section):
-    """How the datastore is searched."""
-
-    kind: Literal["exact", "ivf_flat", "ivf_pq", "ivf_pq_fast"] = "exact"
-    """`exact` compares with every key; `ivf_flat` with those of the nearest lists; `ivf_pq` with their codes of
-    `pq_bytes` bytes; `ivf_pq_fast` with twice as many codes of 4 bits, which registers look up (André et al. 2015)."""
-    metric: Literal["inner_product", "l2"] = "inner_product"
-    """TRIME's keys are trained for the first, kNN-LM's paper takes squared distance."""
-    shards_per_part: int = Field(default=16, ge=1)
-    """Datastore shards that are searched together: the unit of building, resuming and sharding."""
-    lists: int | None = Field(default=None, ge=1)
-    """Of `ivf_*`; none: 4 √N, at most one for every 40 keys."""
-    pq_bytes: int | None = Field(default=None, ge=1)
-    """Of `ivf_pq`, a divisor of the key's size, of `ivf_pq_fast` of half of it; none: the largest up to 64, and with
-    4 bits up to a quarter of the key's size."""
-    train_rows: int = Field(default=500_000, ge=1)
-    """Keys, drawn with `seed`, that lists and codes are learned from."""
-    recall_queries: int = Field(default=256, ge=1)
-    """Keys of dev tokens that recall is measured with."""
-    recall_at: int = Field(default=100, ge=1)
-    """Neighbours of each."""
-    actors: int = Field(default=1, ge=1)
-    """Processes that add keys."""
-    cpus_per_actor: float = Field(default=1, gt=0)
-    """CPUs that one of them asks of Ray."""
 
 
 class SearchConfig(Section):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from pema_ray.memory.codec import Keys
+from pema_ray.memory.search.nearest import DatastorePart, SearchOptions
 from pema_ray.trime.config import DecoderShape
-from pema_ray.trime.datastore.search import DatastorePart, SearchOptions
 from pema_ray.trime.model.decoder import DecoderLM
 
 VOCABULARY, HIDDEN = 23, 16

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pema_ray.trime.datastore.search import OnePieceSearch
+from pema_ray.memory.search.nearest import OnePieceSearch
 from pema_ray.trime.evaluation.calibration import Mixture, Settings, calibrate, golden_section, nll, token_log_probs
 from pema_ray.trime.evaluation.statistics import Probe, Statistics, Text, measure
 from tests.trime.kit import VOCABULARY, keys_of, part_of, tiny_model

@@ -16,7 +16,7 @@ from pema_ray.memory.manage import verify
 from pema_ray.memory.planning import planned_rows
 from pema_ray.memory.specification import MemoryBuild
 from pema_ray.trime.config import DatastoreConfig
-from pema_ray.trime.datastore.datastore import open_datastore, plan_datastore
+from pema_ray.trime.datastore import open_datastore, plan_datastore
 from pema_ray.trime.text.windows import plan_windows
 from tests.memory import kit
 from tests.trime.kit import HIDDEN, VOCABULARY, tiny_model
@@ -31,7 +31,7 @@ def source_factory():
 
     def make():
         from pema_ray.memory.rows import BlockingExtractor
-        from pema_ray.trime.datastore.datastore import KeySource
+        from pema_ray.trime.datastore import KeySource
 
         return BlockingExtractor(KeySource(model).extract)
 

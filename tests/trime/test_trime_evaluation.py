@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pema_ray.errors import UserError
-from pema_ray.trime.datastore.search import OnePieceSearch, SearchResult
+from pema_ray.memory.search.nearest import OnePieceSearch, SearchResult
 from pema_ray.trime.evaluation.calibration import Mixture, Settings, token_log_probs
 from pema_ray.trime.evaluation.recent import RecentKeys
 from pema_ray.trime.evaluation.statistics import Probe, Text, measure, walk

@@ -12,8 +12,8 @@ from fastapi.testclient import TestClient
 
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.experiment.configuration import read_config
+from pema_ray.memory.search.ray_search import deal
 from pema_ray.trime.config import ModelConfig, PrepareConfig, TrimeConfig
-from pema_ray.trime.datastore.ray_search import deal
 from pema_ray.trime.evaluation.calibration import token_log_probs
 from pema_ray.trime.evaluation.explain import explain_text
 from pema_ray.trime.evaluation.results import TrimeEvaluation
@@ -120,10 +120,10 @@ def test_search_actors_give_the_same_table(finished: TrimeRun):
     """Two actors hold what one process held, and one of them dies on the way."""
     import ray
 
-    from pema_ray.trime.datastore.datastore import open_datastore
-    from pema_ray.trime.datastore.index import load_parts
-    from pema_ray.trime.datastore.ray_search import open_search
-    from pema_ray.trime.datastore.search import OnePieceSearch, SearchOptions
+    from pema_ray.memory.search.index import load_parts
+    from pema_ray.memory.search.nearest import OnePieceSearch, SearchOptions
+    from pema_ray.memory.search.ray_search import open_search
+    from pema_ray.trime.datastore import open_datastore
 
     store, index = open_datastore(finished.path("datastore"), None), finished.path("index")
     query_NH = np.random.default_rng(0).normal(size=(9, 16)).astype(np.float32)
@@ -204,9 +204,9 @@ def test_the_shares_of_entries_add_up_to_the_probability(finished: TrimeRun):
 
 
 def _scored(run: TrimeRun, found: TrimeEvaluation, name: str, text: str) -> list[float]:
-    from pema_ray.trime.datastore.datastore import open_datastore
-    from pema_ray.trime.datastore.index import load_parts
-    from pema_ray.trime.datastore.search import OnePieceSearch, SearchOptions
+    from pema_ray.memory.search.index import load_parts
+    from pema_ray.memory.search.nearest import OnePieceSearch, SearchOptions
+    from pema_ray.trime.datastore import open_datastore
     from pema_ray.trime.evaluation.explain import settings_of as chosen_settings
     from pema_ray.trime.evaluation.statistics import Text, measure
     from pema_ray.trime.evaluation.systems import make_probe, make_system

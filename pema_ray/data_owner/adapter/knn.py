@@ -15,21 +15,9 @@ import torch
 from pema_ray.data_owner.training.batch_samplers import CHUNK, Rows
 from pema_ray.errors import UserError
 from pema_ray.line import LMHead
+from pema_ray.memory.search.nearest import require_faiss
 
 _ROWS_PER_LIST = 64  # of an inverted file's training sample, as faiss advises at least 39
-
-
-def require_faiss() -> Any:
-    """faiss, which is installed by those who ask for neighbours.
-
-    Raises:
-        UserError: it is not.
-    """
-    try:
-        import faiss
-    except ImportError:
-        raise UserError("kNN-LM needs faiss: pip install faiss-cpu.") from None
-    return faiss
 
 
 class NearestNeighbours:

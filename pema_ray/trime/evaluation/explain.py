@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from pema_ray.errors import UserError
+from pema_ray.memory.search.nearest import Neighbours, SearchOptions, SearchResult
+from pema_ray.memory.search.ray_search import open_search
 from pema_ray.runtime.hardware import pick_device
-from pema_ray.trime.datastore.datastore import open_datastore
-from pema_ray.trime.datastore.ray_search import open_search
-from pema_ray.trime.datastore.search import Neighbours, SearchOptions, SearchResult
+from pema_ray.trime.datastore import open_datastore
 from pema_ray.trime.evaluation.calibration import Mixture, Settings
 from pema_ray.trime.evaluation.results import Chosen, TrimeEvaluation
 from pema_ray.trime.evaluation.statistics import Probe, Scored, Text, walk

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pema_ray.errors import UserError
-from pema_ray.trime.datastore.search import Neighbours, SearchResult
+from pema_ray.memory.search.nearest import Neighbours, SearchResult
 from pema_ray.trime.evaluation.recent import RecentKeys
 from pema_ray.trime.evaluation.similarity import LogSums, log_sums
 from pema_ray.trime.model.memory_lm import LMStates, MemoryLM

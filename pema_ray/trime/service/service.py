@@ -22,12 +22,12 @@ from torch import Tensor
 
 from pema_ray.errors import UserError, nearest
 from pema_ray.experiment.configuration import read_config
+from pema_ray.memory.search.nearest import Neighbours, SearchOptions, check_k
+from pema_ray.memory.search.ray_search import open_search
 from pema_ray.runtime.hardware import compute_thread, pick_device, set_threads
 from pema_ray.runtime.settings import Section, validate
 from pema_ray.trime.config import TrimeConfig
-from pema_ray.trime.datastore.datastore import open_datastore
-from pema_ray.trime.datastore.ray_search import open_search
-from pema_ray.trime.datastore.search import Neighbours, SearchOptions, check_k
+from pema_ray.trime.datastore import open_datastore
 from pema_ray.trime.evaluation.calibration import Mixture, Settings, token_log_probs
 from pema_ray.trime.evaluation.combination import joint_over_vocabulary, linear_over_vocabulary, memory_mass
 from pema_ray.trime.evaluation.explain import settings_of

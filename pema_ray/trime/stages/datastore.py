@@ -16,7 +16,7 @@ from pema_ray.memory.specification import MemoryBuild
 from pema_ray.runtime.cluster import ray_cluster
 from pema_ray.runtime.progress import track
 from pema_ray.trime.config import TrimeConfig
-from pema_ray.trime.datastore.datastore import KeySource, LoadKeys, plan_datastore
+from pema_ray.trime.datastore import KeySource, LoadKeys, plan_datastore
 from pema_ray.trime.evaluation.systems import window_of
 from pema_ray.trime.model.registry import TrainableLM, load_model, read_fingerprint
 from pema_ray.trime.run import TrimeRun

@@ -17,13 +17,13 @@ import torch
 
 from pema_ray.errors import UserError
 from pema_ray.line import ModelCard
+from pema_ray.memory.search.nearest import Neighbours, SearchOptions
+from pema_ray.memory.search.ray_search import open_search
 from pema_ray.runtime.cluster import ray_cluster
 from pema_ray.runtime.hardware import pick_device
 from pema_ray.runtime.progress import console, track
 from pema_ray.trime.config import TrimeConfig
-from pema_ray.trime.datastore.datastore import open_datastore
-from pema_ray.trime.datastore.ray_search import open_search
-from pema_ray.trime.datastore.search import Neighbours, SearchOptions
+from pema_ray.trime.datastore import open_datastore
 from pema_ray.trime.evaluation.calibration import Calibrated, Mixture, Settings, calibrate, nll
 from pema_ray.trime.evaluation.curves import curves_of
 from pema_ray.trime.evaluation.results import Chosen, Curve, Pass, SystemScores, TrimeEvaluation, markdown

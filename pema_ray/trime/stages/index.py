@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from pema_ray.memory.search.config import IndexConfig
+from pema_ray.memory.search.index import IndexBuild, load_parts
+from pema_ray.memory.search.nearest import OnePieceSearch, SearchOptions, recall
 from pema_ray.runtime.cluster import ray_cluster
 from pema_ray.runtime.hardware import pick_device
 from pema_ray.runtime.progress import track
-from pema_ray.trime.config import IndexConfig, TrimeConfig
-from pema_ray.trime.datastore.datastore import open_datastore
-from pema_ray.trime.datastore.index import IndexBuild, load_parts
-from pema_ray.trime.datastore.search import OnePieceSearch, SearchOptions, recall
+from pema_ray.trime.config import TrimeConfig
+from pema_ray.trime.datastore import open_datastore
 from pema_ray.trime.evaluation.statistics import Probe, Text, walk
 from pema_ray.trime.evaluation.systems import window_of
 from pema_ray.trime.model.registry import load_model

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pema_ray.trime.datastore.search import Neighbours
+from pema_ray.memory.search.nearest import Neighbours
 from pema_ray.trime.evaluation.combination import joint, linear
 from pema_ray.trime.evaluation.similarity import log_sums
 from pema_ray.trime.translation.data import Parallel, padded

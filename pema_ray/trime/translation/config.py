@@ -11,11 +11,12 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from pema_ray.errors import nearest
+from pema_ray.memory.search.config import IndexConfig
 from pema_ray.runtime.cluster import RayConfig
 from pema_ray.runtime.settings import Folder, Section
 from pema_ray.training.config import TrainingConfig
 from pema_ray.training.schedules import Schedule
-from pema_ray.trime.config import DatastoreConfig, IndexConfig, SearchConfig, Split
+from pema_ray.trime.config import DatastoreConfig, SearchConfig, Split
 
 SYSTEM_NAMES = ("plain", "knn", "trime")
 System = Literal["plain", "knn", "trime"]

@@ -20,14 +20,14 @@ from pema_ray.memory.build import run_build
 from pema_ray.memory.config import BuildMemoryConfig
 from pema_ray.memory.examples import ListedExamples
 from pema_ray.memory.planning import prepare_folder
+from pema_ray.memory.search.index import IndexBuild, build_index, load_parts
+from pema_ray.memory.search.nearest import OnePieceSearch, SearchOptions, recall
 from pema_ray.memory.specification import MemoryBuild
 from pema_ray.runtime.cluster import ray_cluster
 from pema_ray.runtime.progress import track
 from pema_ray.tasks import EncodedPair
 from pema_ray.trime.config import DatastoreConfig
-from pema_ray.trime.datastore.datastore import LoadKeys, open_datastore
-from pema_ray.trime.datastore.index import IndexBuild, build_index, load_parts
-from pema_ray.trime.datastore.search import OnePieceSearch, SearchOptions, recall
+from pema_ray.trime.datastore import LoadKeys, open_datastore
 from pema_ray.trime.translation.config import MtConfig
 from pema_ray.trime.translation.data import Parallel, load_subwords, padded
 from pema_ray.trime.translation.model import Translator, load_translator, read_fingerprint

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pema_ray.trime.datastore.search import Neighbours, SearchResult
+from pema_ray.memory.search.nearest import Neighbours, SearchResult
 from pema_ray.trime.evaluation.combination import joint_over_vocabulary, linear_over_vocabulary, memory_mass
 from pema_ray.trime.translation.config import MtGenerateConfig, System
 from pema_ray.trime.translation.data import padded

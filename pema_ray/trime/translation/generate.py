@@ -9,12 +9,12 @@ from typing import Any
 
 from pema_ray.errors import UserError
 from pema_ray.evaluation.scores import Scorer
+from pema_ray.memory.search.nearest import Neighbours, SearchOptions
+from pema_ray.memory.search.ray_search import open_search
 from pema_ray.runtime.cluster import ray_cluster
 from pema_ray.runtime.files import atomic_file
 from pema_ray.runtime.hardware import pick_device
-from pema_ray.trime.datastore.datastore import open_datastore
-from pema_ray.trime.datastore.ray_search import open_search
-from pema_ray.trime.datastore.search import Neighbours, SearchOptions
+from pema_ray.trime.datastore import open_datastore
 from pema_ray.trime.translation.calibrate import calibrate, listen, nll
 from pema_ray.trime.translation.config import MtConfig
 from pema_ray.trime.translation.data import Parallel, load_subwords

@@ -16,8 +16,8 @@ from pema_ray.errors import UserError
 from pema_ray.experiment.configuration import read_config
 from pema_ray.line import ExtractBatch
 from pema_ray.memory.codec import Keys
+from pema_ray.memory.search.nearest import DatastorePart, OnePieceSearch, SearchOptions
 from pema_ray.training.checkpoint import CHECKPOINT, load_checkpoint
-from pema_ray.trime.datastore.search import DatastorePart, OnePieceSearch, SearchOptions
 from pema_ray.trime.model.memory_lm import VocabularyScore
 from pema_ray.trime.objective.loss import joint_log_prob
 from pema_ray.trime.objective.memories import PADDING

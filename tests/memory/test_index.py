@@ -15,11 +15,11 @@ from pema_ray.errors import UserError
 from pema_ray.line import ModelCard
 from pema_ray.memory import ExternalMemory, Manifest, ShardInfo
 from pema_ray.memory.codec import encode
+from pema_ray.memory.search.config import IndexConfig
+from pema_ray.memory.search.index import IndexBuild, build_index, load_parts
+from pema_ray.memory.search.nearest import OnePieceSearch, SearchOptions, merge, recall, require_faiss
 from pema_ray.memory.shards import MemoryRows, write_shard
-from pema_ray.trime.config import IndexConfig
-from pema_ray.trime.datastore.datastore import open_datastore
-from pema_ray.trime.datastore.index import IndexBuild, build_index, load_parts
-from pema_ray.trime.datastore.search import OnePieceSearch, SearchOptions, merge, recall, require_faiss
+from pema_ray.trime.datastore import open_datastore
 from pema_ray.trime.stages.index import add_parts
 from tests.trime.kit import HIDDEN, VOCABULARY, keys_of
 

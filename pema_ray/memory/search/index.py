@@ -20,12 +20,13 @@ import numpy as np
 
 from pema_ray.errors import UserError
 from pema_ray.memory import ExternalMemory
+from pema_ray.memory.search.config import IndexConfig
+from pema_ray.memory.search.nearest import DatastorePart, SearchOptions, require_faiss
 from pema_ray.memory.shards import MemoryRows
 from pema_ray.runtime.files import atomic_file, sha256_of
-from pema_ray.trime.config import IndexConfig
-from pema_ray.trime.datastore.search import DatastorePart, SearchOptions, require_faiss
 
 FILE, TRAINED, _PLAN = "index.json", "trained.faiss", "plan.json"
+_REMEDY = "Run: pema-ray trime index (of a translation: pema-ray trime mt-datastore)"
 _KEYS_PER_LIST = 40  # faiss warns below 39
 _MOST_PQ_BYTES = 64
 _BITS = {"ivf_pq": 8, "ivf_pq_fast": 4}  # of a code
@@ -203,16 +204,16 @@ def read_info(folder: Path, store: ExternalMemory) -> IndexInfo:
     try:
         info = IndexInfo(**json.loads(path.read_text()))
     except FileNotFoundError:
-        raise UserError(f"{folder}: no index here ({FILE} is missing). Run: pema-ray trime index") from None
+        raise UserError(f"{folder}: no index here ({FILE} is missing). {_REMEDY}") from None
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: damaged: {error}. Run: pema-ray trime index") from None
+        raise UserError(f"{path}: damaged: {error}. {_REMEDY}") from None
     if info.fingerprint != store.manifest.fingerprint:
         raise UserError(
             f"{folder}: the index of a datastore of model {info.fingerprint}, but {store.folder} was made by "
-            f"{store.manifest.plm_label}. Run: pema-ray trime index"
+            f"{store.manifest.plm_label}. {_REMEDY}"
         )
     if info.datastore != identity(store):
-        raise UserError(f"{folder}: the index of another datastore than {store.folder}. Run: pema-ray trime index")
+        raise UserError(f"{folder}: the index of another datastore than {store.folder}. {_REMEDY}")
     return info
 
 
@@ -249,12 +250,9 @@ def _write(index: Any, path: Path) -> None:
 
 def _read(path: Path, info: IndexInfo) -> Any:
     if not path.exists():
-        raise UserError(
-            f"{path}: this part of the index is missing. Delete {path.parent / FILE} and run: pema-ray trime index"
-        )
+        raise UserError(f"{path}: this part of the index is missing. Delete {path.parent / FILE}. {_REMEDY}")
     if sha256_of(path) != info.files.get(path.name):
         raise UserError(
-            f"{path}: damaged (its checksum is not that of {FILE}). Delete the folder {path.parent} and run: "
-            "pema-ray trime index"
+            f"{path}: damaged (its checksum is not that of {FILE}). Delete the folder {path.parent}. {_REMEDY}"
         )
     return require_faiss().read_index(str(path))

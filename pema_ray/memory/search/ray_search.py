@@ -14,8 +14,8 @@ import numpy as np
 
 from pema_ray.errors import UserError
 from pema_ray.memory import ExternalMemory
-from pema_ray.trime.datastore.index import load_parts, parts_of, read_info
-from pema_ray.trime.datastore.search import Neighbours, OnePieceSearch, SearchOptions, SearchResult, check_k, merge
+from pema_ray.memory.search.index import load_parts, parts_of, read_info
+from pema_ray.memory.search.nearest import Neighbours, OnePieceSearch, SearchOptions, SearchResult, check_k, merge
 
 
 def count_parts(store: ExternalMemory, index: Path | None) -> int:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pema_ray.errors import UserError
-from pema_ray.trime.datastore.search import OnePieceSearch, SearchResult, merge, recall
+from pema_ray.memory.search.nearest import OnePieceSearch, SearchResult, merge, recall
 from tests.trime.kit import keys_of, part_of
 
 
@@ -63,7 +63,7 @@ def test_more_neighbours_than_entries_are_refused():
     search = OnePieceSearch([part_of(*keys_of(30)), part_of(*keys_of(12), first_row=30)])
     query_NH = keys_of(2)[0].numpy()
     assert search.search(query_NH, 42).row_NK.min() == 0
-    with pytest.raises(UserError, match="43 neighbours asked of a datastore of 42 entries. Lower evaluate.neighbours"):
+    with pytest.raises(UserError, match="43 neighbours asked of a datastore of 42 entries. Lower 'neighbours'"):
         search.search(query_NH, 43)
 
 

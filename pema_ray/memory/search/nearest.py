@@ -1,4 +1,4 @@
-"""Nearest entries of a datastore: part by part, and merged so that the answer does not depend on who holds which part.
+"""Nearest rows of a memory: part by part, and merged so that the answer does not depend on who holds which part.
 
 A part is some consecutive shards of the datastore, the unit of everything here: similarities are always computed
 over the same rows together, so that they come out bit for bit alike. Equal similarities go to the lower row. Imports no
@@ -24,7 +24,7 @@ _GATHERED = 2**20  # numbers of keys decoded at a time while rescoring: they sta
 
 
 def require_faiss() -> Any:
-    """faiss, which those install who ask for neighbours.
+    """faiss, which is installed by those who ask for neighbours.
 
     Raises:
         UserError: it is not installed.
@@ -33,7 +33,7 @@ def require_faiss() -> Any:
     try:
         import faiss
     except ImportError:
-        raise UserError("Searching a datastore needs faiss: pip install faiss-cpu.") from None
+        raise UserError("Searching a memory needs faiss: pip install faiss-cpu.") from None
     return faiss
 
 
@@ -207,7 +207,7 @@ class OnePieceSearch:
 def check_k(k: int, entries: int) -> None:
     if k > entries:
         raise UserError(
-            f"{k:,} neighbours asked of a datastore of {entries:,} entries. Lower evaluate.neighbours to at most that."
+            f"{k:,} neighbours asked of a datastore of {entries:,} entries. Lower 'neighbours' to at most that."
         )
 
 
