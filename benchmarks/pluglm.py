@@ -28,7 +28,7 @@ from _harness import Aim, console, device_of, options, show, write_results
 from pema_ray.pluglm.memory.search import KeyTable, RetrievedEntries
 from pema_ray.pluglm.model.config import PlugLMConfig
 from pema_ray.pluglm.model.encoder import PlugLMForMaskedLM
-from pema_ray.pluglm.model.knowledge import HeldKnowledge
+from pema_ray.pluglm.model.knowledge import LocalKnowledge
 
 NAME = "pluglm"
 AIMS = {"search_over_faiss_float32": Aim(1.0, at_most=True), "inference_over_plain_encoder": Aim(1.5, at_most=True)}
@@ -115,11 +115,11 @@ def _model(width: int) -> PlugLMForMaskedLM:
     return PlugLMForMaskedLM(PlugLMConfig(backbone=_SIZES, memory_feed_forward=width)).eval()
 
 
-def _memory(model: PlugLMForMaskedLM, entries: int, tokens: int = 64) -> HeldKnowledge:
+def _memory(model: PlugLMForMaskedLM, entries: int, tokens: int = 64) -> LocalKnowledge:
     """Random keys, values and documents."""
     Q, D = model.config.query_size, model.config.hidden_size
     ids = torch.arange(entries)
-    return HeldKnowledge(
+    return LocalKnowledge(
         "random", 1, model.fingerprint(), ids, ids + 1, torch.randn(entries, Q).half(), torch.randn(entries, D).half(),
         torch.randint(5, 30_000, (entries * tokens,), dtype=torch.int32), (ids + 1) * tokens,
     )  # fmt: skip
@@ -186,7 +186,7 @@ def _published(o: argparse.Namespace) -> tuple[dict[str, float], dict[str, Any]]
     return ratios, {f"{name}_seconds": value for name, value in seconds.items()} | {"memory_bytes": each}
 
 
-class _Whole(HeldKnowledge):
+class _Whole(LocalKnowledge):
     """The published search over a memory that is held whole."""
 
     def search(
@@ -197,7 +197,7 @@ class _Whole(HeldKnowledge):
 
 
 @torch.no_grad()
-def _refresh(model: PlugLMForMaskedLM, held: HeldKnowledge, folder: Path, ranks: int) -> None:
+def _refresh(model: PlugLMForMaskedLM, held: LocalKnowledge, folder: Path, ranks: int) -> None:
     """Encode all documents; published: keep keys and values as arrays, and read them whole in every process."""
     from safetensors.torch import save_file
 

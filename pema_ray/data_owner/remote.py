@@ -224,7 +224,7 @@ class RemotePLM:
         if response.status_code in _BUSY or not _is_of_the_line(response):
             raise Busy(message, _seconds(response.headers.get("Retry-After")))
         if response.status_code == 409 and self._fingerprint is not None:
-            raise FingerprintMismatch(self.config.label, _found(response.content), self._fingerprint)
+            raise FingerprintMismatch(self.config.label, _answering_plm(response.content), self._fingerprint)
         raise UserError(f"{self.config.url}{path}: {response.status_code}: {message}")
 
 
@@ -302,7 +302,7 @@ def _trusted(ca_file: str | None) -> ssl.SSLContext | bool:
         raise UserError(f"plm.ca_file={ca_file}: cannot be read: {reason}.") from None
 
 
-def _found(content: bytes) -> str:
+def _answering_plm(content: bytes) -> str:
     """Which PLM there is, as an answer of status 409 says."""
     with suppress(msgspec.MsgspecError, KeyError, TypeError):
         return str(msgspec.json.decode(content)["error"]["found"])

@@ -4,7 +4,7 @@ In the last layers of a BERT-family encoder, attention over the entries of a key
 feed-forward network's place, or stands beside it. Knows torch, transformers and Ray; knows no owner.
 
     model           PlugLMModel, PlugLMForMaskedLM: `attach(knowledge)`, then call them like any transformers model
-    knowledge       `Knowledge`, what a model asks of its memory; `HeldKnowledge`, a memory in this process
+    knowledge       `Knowledge`, what a model asks of its memory; `LocalKnowledge`, a memory in this process
     sharded         `ShardedKnowledge`: the same, over Ray actors that hold a part each
     knowledge_memory  `KnowledgeMemory`, the memory on disk: build, add, replace, delete, concat, swap, load
     encoding        `DocumentEncoder`: texts to tokens, keys and values, with the fingerprint that memories carry

@@ -35,10 +35,10 @@ def save_checkpoint(
         UserError: the disk is full or the folder cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    told = {name: json.dumps(value) for name, value in (described or {}).items()}
+    metadata = {name: json.dumps(value) for name, value in (described or {}).items()}
     with atomic_file(path) as temporary:
         try:
-            save_file(_flat(groups), temporary, told)
+            save_file(_flat(groups), temporary, metadata)
         except SafetensorError as error:  # its way to say that the disk is full
             raise OSError(str(error)) from error
 
@@ -115,8 +115,8 @@ def _flat(groups: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.T
     for group, tensors in groups.items():
         assert "." not in group, f"a group of tensors must not be named '{group}'"
         for name, tensor in tensors.items():
-            found = tensor.detach().cpu().contiguous()
-            storage = found.untyped_storage().data_ptr()
-            flat[f"{group}.{name}"] = found.clone() if storage in storages else found  # tied weights, for one
+            whole = tensor.detach().cpu().contiguous()
+            storage = whole.untyped_storage().data_ptr()
+            flat[f"{group}.{name}"] = whole.clone() if storage in storages else whole  # tied weights, for one
             storages.add(storage)
     return flat

@@ -104,8 +104,8 @@ def run_workers(
 
     run_dir.mkdir(parents=True, exist_ok=True)
     refusal = run_dir / _REFUSAL
-    for told in (refusal, *run_dir.glob(f"{_FAILURE}-*.json")):
-        told.unlink(missing_ok=True)
+    for record in (refusal, *run_dir.glob(f"{_FAILURE}-*.json")):
+        record.unlink(missing_ok=True)
     if not c.resume:  # once, here: a worker that dies goes on from the checkpoint all the same
         (run_dir / CHECKPOINT).unlink(missing_ok=True)
     storage = Storage.of(run_dir, c.storage_path)
@@ -253,7 +253,7 @@ def _apart(work: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
-def _worker(told: dict[str, Any]) -> dict[str, Any]:
+def _worker(job: dict[str, Any]) -> dict[str, Any]:
     """What every worker does; refusals come back as words.
 
     A worker that is refused among others must not leave them waiting for it: it writes down why and fails, Ray Train
@@ -261,13 +261,13 @@ def _worker(told: dict[str, Any]) -> dict[str, Any]:
     """
     import ray.train
 
-    run_dir: Path = told["run_dir"]
+    run_dir: Path = job["run_dir"]
     refusal = run_dir / _REFUSAL
     if refusal.exists():
         return {"error": refusal.read_text(), "result": {}}
     try:
         restore_checkpoint(run_dir)
-        return {"error": "", "result": told["work"](told["settings"])}
+        return {"error": "", "result": job["work"](job["settings"])}
     except UserError as error:
         if ray.train.get_context().get_world_size() > 1:
             _write(refusal, str(error))
@@ -290,8 +290,8 @@ def _said_before(run_dir: Path, error: Exception) -> str:
     step = _last_step(run_dir / _PROGRESS)
     words = f"{type(error).__name__}: {error}"
     record = run_dir / f"{_FAILURE}-{ray.train.get_context().get_world_rank()}.json"
-    told = json.loads(record.read_text()) if record.exists() else {}
-    again = told.get("again", 0) + 1 if (told.get("step"), told.get("error")) == (step, words) else 0
+    before = json.loads(record.read_text()) if record.exists() else {}
+    again = before.get("again", 0) + 1 if (before.get("step"), before.get("error")) == (step, words) else 0
     _write(record, json.dumps({"step": step, "error": words, "again": again}))
     if again < _SAME_FAILURES or isinstance(error, OSError | torch.distributed.DistError):
         return ""

@@ -129,9 +129,9 @@ class _DataParallel:
 
     def learn(self, inputs: tuple[Any, ...], last: bool) -> tuple[Tensor, ...]:
         with nullcontext() if last else self._alone():
-            found = _as_tuple(self._module(*inputs))
-            self._backward(found[0])
-        return tuple(value.detach() for value in found)
+            outputs = _as_tuple(self._module(*inputs))
+            self._backward(outputs[0])
+        return tuple(value.detach() for value in outputs)
 
     def _alone(self) -> Any:
         """Gradients stay in this process for now."""
@@ -149,11 +149,11 @@ class _DataParallel:
         self._optimizer.zero_grad(set_to_none=True)
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        found = counted(self._optimizer)
+        state = counted(self._optimizer)
         for name, parameter in self._named.items():
-            held = self._optimizer.state.get(parameter, {})
-            found |= {f"{name}.{entry}": value.cpu() for entry, value in entries(held)}
-        return found
+            own = self._optimizer.state.get(parameter, {})
+            state |= {f"{name}.{entry}": value.cpu() for entry, value in entries(own)}
+        return state
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         if not state:
@@ -161,9 +161,9 @@ class _DataParallel:
         named = by_name(state, self._named, self._optimizer)
         places = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         names = {parameter: name for name, parameter in self._named.items()}
-        held = {i: named[names[parameter]] for i, parameter in enumerate(places) if names[parameter] in named}
+        by_place = {i: named[names[parameter]] for i, parameter in enumerate(places) if names[parameter] in named}
         # torch's own way in knows which entries belong on which device, and in which number format.
-        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": held})
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": by_place})
 
 
 class _Accelerated(_DataParallel):
@@ -216,11 +216,11 @@ class _DeepSpeed:
 
     def learn(self, inputs: tuple[Any, ...], last: bool) -> tuple[Tensor, ...]:
         self._engine.set_gradient_accumulation_boundary(last)
-        found = _as_tuple(self._engine(*inputs))
-        self._engine.backward(found[0], scale_wrt_gas=False)
+        outputs = _as_tuple(self._engine(*inputs))
+        self._engine.backward(outputs[0], scale_wrt_gas=False)
         if not last:
             self._engine.step()  # counts the part; nothing moves before the boundary
-        return tuple(value.detach() for value in found)
+        return tuple(value.detach() for value in outputs)
 
     def step(self, learning_rate: float, clip: float | None) -> None:
         for group in self._engine.optimizer.param_groups:
@@ -230,15 +230,15 @@ class _DeepSpeed:
     def optimizer_state(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        found = counted(self._inner)
+        state = counted(self._inner)
         self._link_states()
         for name, parameter in self._named.items():
-            flat, held = self._piece(name)
-            for entry, value in entries(held):
+            flat, own = self._piece(name)
+            for entry, value in entries(own):
                 whole = safe_get_full_optimizer_state(parameter, entry) if value.shape == flat.shape else value
                 assert whole is not None, f"DeepSpeed keeps no {entry} of {name}"
-                found[f"{name}.{entry}"] = whole.detach().cpu().clone()
-        return found
+                state[f"{name}.{entry}"] = whole.detach().cpu().clone()
+        return state
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
@@ -249,19 +249,19 @@ class _DeepSpeed:
         self.learn(self._idle_inputs(), last=True)
         self.step(0.0, None)
         self._link_states()
-        for name, told in by_name(state, self._named, self._inner).items():
-            flat, held = self._piece(name)
-            for entry, value in told.items():
-                if entry not in held:
+        for name, saved in by_name(state, self._named, self._inner).items():
+            flat, own = self._piece(name)
+            for entry, value in saved.items():
+                if entry not in own:
                     raise foreign(f"{name}.{entry}")
-                there = held[entry]
+                there = own[entry]
                 if isinstance(there, Tensor) and isinstance(value, Tensor) and there.shape == flat.shape:
                     parameter = self._named[name]
                     if value.shape != parameter.shape:
                         raise foreign(f"{name}.{entry}")
                     safe_set_full_optimizer_state(parameter, value.to(parameter.device), entry)
                 else:
-                    held[entry] = value
+                    own[entry] = value
 
     @property
     def _inner(self) -> Any:
@@ -282,5 +282,5 @@ def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def _as_tuple(found: Any) -> tuple[Tensor, ...]:
-    return tuple(found) if isinstance(found, tuple | list) else (found,)
+def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)

@@ -13,7 +13,7 @@ import torch
 from markupsafe import escape
 
 from pema_ray.pluglm.demonstration.demo import FAITHFUL, ROWS, run_demo
-from pema_ray.pluglm.demonstration.facts import VALUE_PLACE, World, held, weights_hash
+from pema_ray.pluglm.demonstration.facts import VALUE_PLACE, World, knowledge_of_facts, weights_hash
 from pema_ray.pluglm.demonstration.learning import FactsSettings, new_model
 
 SMALL = FactsSettings(
@@ -45,7 +45,7 @@ def test_the_memory_held_while_learning_is_the_one_on_disk(tmp_path) -> None:
     value_F = world.draw(np.random.default_rng(0))
     encoder = DocumentEncoder(model, world.tokenizer())
     disk = KnowledgeMemory.build(tmp_path / "memory", world.entries(value_F), encoder, "float32").load()
-    here = held(model, world, value_F)
+    here = knowledge_of_facts(model, world, value_F)
     for name in ("entry_N", "document_N", "token", "end_N"):
         assert torch.equal(getattr(here, name), getattr(disk, name)), name
     assert torch.allclose(here.key_NQ, disk.key_NQ, atol=1e-6)

@@ -133,7 +133,7 @@ def test_no_example_retrieves_itself_in_training_or_after(tmp_path, pretrained) 
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pema_ray.pluglm.model.knowledge.HeldKnowledge.search", watched)
+        patch.setattr("pema_ray.pluglm.model.knowledge.LocalKnowledge.search", watched)
         loop.run()
     assert sum(seen) == 12 + 12  # one epoch, one validation
 

@@ -42,8 +42,8 @@ class PartHolder:
 
     def search(self, query_NH: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The nearest of its own rows, at most k: similarity, token, row."""
-        found = self._search.search(query_NH, min(k, len(self._search)))
-        return found.similarity_NK.numpy(), found.token_NK.numpy(), found.row_NK.numpy()
+        nearest = self._search.search(query_NH, min(k, len(self._search)))
+        return nearest.similarity_NK.numpy(), nearest.token_NK.numpy(), nearest.row_NK.numpy()
 
 
 class ShardedSearch:
@@ -65,14 +65,15 @@ class ShardedSearch:
 
         check_k(k, self._entries)
         query = ray.put(query_NH)
-        return merge([found_of(told) for told in ray.get([h.search.remote(query, k) for h in self._holders])], k)
+        answers = ray.get([holder.search.remote(query, k) for holder in self._holders])
+        return merge([search_result_of(arrays) for arrays in answers], k)
 
 
-def found_of(told: tuple[np.ndarray, np.ndarray, np.ndarray]) -> SearchResult:
+def search_result_of(arrays: tuple[np.ndarray, np.ndarray, np.ndarray]) -> SearchResult:
     """What a holder answered, as tensors."""
     import torch
 
-    similarity, token, row = (torch.from_numpy(np.array(part)) for part in told)  # Ray's arrays are read-only
+    similarity, token, row = (torch.from_numpy(np.array(part)) for part in arrays)  # Ray's arrays are read-only
     return SearchResult(similarity, token, row)
 
 

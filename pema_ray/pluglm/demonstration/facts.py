@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pema_ray.pluglm.memory.entries import NewEntry
 from pema_ray.pluglm.model.encoder import PlugLMForMaskedLM
-from pema_ray.pluglm.model.knowledge import HeldKnowledge, document_codes
+from pema_ray.pluglm.model.knowledge import LocalKnowledge, document_codes
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _CLS, _SEP, _MASK = 2, 3, 4
@@ -107,12 +107,12 @@ class World:
 
 
 @torch.no_grad()
-def held(model: PlugLMForMaskedLM, world: World, value_F: np.ndarray) -> HeldKnowledge:
+def knowledge_of_facts(model: PlugLMForMaskedLM, world: World, value_F: np.ndarray) -> LocalKnowledge:
     """A memory of all facts in this process, with the model's keys and values as they are now: entry f is fact f."""
     token_FT = world.tokens(value_F)
     key_FQ, value_FD = model.model.encode_documents(token_FT, torch.ones_like(token_FT))
     F, T = token_FT.shape
-    return HeldKnowledge(
+    return LocalKnowledge(
         "facts", 0, "", torch.arange(F), torch.from_numpy(world.codes), key_FQ, value_FD,
         token_FT.flatten().to(torch.int32), torch.arange(1, F + 1) * T,
     )  # fmt: skip

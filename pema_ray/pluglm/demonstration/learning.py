@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pema_ray.pluglm.demonstration.facts import VALUE_PLACE, World, held
+from pema_ray.pluglm.demonstration.facts import VALUE_PLACE, World, knowledge_of_facts
 from pema_ray.pluglm.learning.masking import IGNORED
 from pema_ray.pluglm.learning.objective import PretrainObjective
 from pema_ray.pluglm.model.config import PlugLMConfig
@@ -105,7 +105,7 @@ def learn(
     for step in range(c.steps):
         if step % c.redraw_every == 0:
             value_F = world.draw(random)
-            model.attach(held(model.eval(), world, value_F), allow_stale=True)
+            model.attach(knowledge_of_facts(model.eval(), world, value_F), allow_stale=True)
             objective.train()
             token_FT = world.tokens(value_F)
         fact_B = torch.from_numpy(random.choice(asked, c.batch_size, replace=c.batch_size > len(asked)))
@@ -131,7 +131,7 @@ def learn(
             point = {"step": float(step + 1), "loss": loss.item(), "seconds": time.perf_counter() - began}
             points.append(point | _measure(model.eval(), world, world.draw(fresh), unseen_F))
             on_point(points[-1])
-            model.attach(held(model, world, value_F), allow_stale=True)
+            model.attach(knowledge_of_facts(model, world, value_F), allow_stale=True)
             objective.train()
     return model.eval(), unseen_F, points
 
@@ -153,7 +153,7 @@ def retrieved(model: PlugLMForMaskedLM, world: World) -> np.ndarray:
 
 
 def _measure(model: PlugLMForMaskedLM, world: World, value_F: np.ndarray, unseen_F: np.ndarray) -> Point:
-    model.attach(held(model, world, value_F), allow_stale=True)
+    model.attach(knowledge_of_facts(model, world, value_F), allow_stale=True)
     right_F = answers(model, world)[0] == value_F
     found_F = (retrieved(model, world) == np.arange(world.facts)[:, None]).any(1)
     return {

@@ -16,7 +16,7 @@ from pema_ray.pluglm.demonstration.learning import answers
 from pema_ray.pluglm.memory.encoding import DocumentEncoder
 from pema_ray.pluglm.memory.knowledge_memory import KnowledgeMemory
 from pema_ray.pluglm.model.encoder import PlugLMForMaskedLM
-from pema_ray.pluglm.model.knowledge import HeldKnowledge, Knowledge
+from pema_ray.pluglm.model.knowledge import Knowledge, LocalKnowledge
 from pema_ray.runtime.settings import Section
 
 _AIMS = {
@@ -108,7 +108,7 @@ def measure(
     right_F = edited_F == new_F
 
     shuffle_F = torch.from_numpy(random.permutation(world.facts))
-    assert isinstance(knowledge, HeldKnowledge)
+    assert isinstance(knowledge, LocalKnowledge)
     model.attach(replace(knowledge, value_ND=knowledge.value_ND[shuffle_F]))
     shuffled_F = answers(model, world)[0]
     model.attach(None)

@@ -28,7 +28,7 @@ def entries_of(
     """
     found = []
     for example in examples:
-        label = task.told(example)
+        label = task.label_text(example)
         before, after = said_around(task, example)
         room = max_tokens - tokenizer.num_special_tokens_to_add() - len(_spans(tokenizer, f" {label}"))
         if room < 1:

@@ -69,7 +69,7 @@ def pieces(texts: TextConfig, tokenizer: Any, most: int, batch: int) -> Iterator
     import ray
 
     rows = 0
-    with _in_order(), _told_apart(texts):
+    with _in_order(), _refusing_unreadable_files(texts):
         data: Any = None
         for path in files_of(texts):
             part: Any = getattr(ray.data, _READERS[path.suffix])(str(path))
@@ -104,7 +104,7 @@ def _in_order() -> Iterator[None]:
 
 
 @contextmanager
-def _told_apart(texts: TextConfig) -> Iterator[None]:
+def _refusing_unreadable_files(texts: TextConfig) -> Iterator[None]:
     """What Ray Data cannot read is the user's file."""
     from ray.exceptions import RayError
 

@@ -34,7 +34,7 @@ from pema_ray.pluglm.memory.entries import Entry, FileInfo, NewEntry, Segment, V
 from pema_ray.pluglm.memory.tensors import Choice, hold
 from pema_ray.pluglm.memory.versions import Version
 from pema_ray.pluglm.model.encoder import StaleKeys
-from pema_ray.pluglm.model.knowledge import HeldKnowledge
+from pema_ray.pluglm.model.knowledge import LocalKnowledge
 from pema_ray.runtime.files import sha256_of
 
 ENTRY_COLUMNS = ("entry_id", "text", "source", "document_id", "tags", "token_ids")
@@ -139,7 +139,7 @@ class KnowledgeMemory:
                     raise UserError(f"{self.folder}: {left} entries would be left, the model retrieves {least}.")
                 return segments, next_id
 
-            return self._edit(_told(changes), made, only_on)
+            return self._edit(_in_words(changes), made, only_on)
 
     def add(self, entries: Sequence[NewEntry], encoder: DocumentEncoder, only_on: int | None = None) -> KnowledgeMemory:
         """Put entries behind those that are there; their ids are the next ones. Raises as `edit` does."""
@@ -241,7 +241,7 @@ class KnowledgeMemory:
         without_tags: Sequence[str] = (),
         sources: Sequence[str] = (),
         part: tuple[int, int] = (0, 1),
-    ) -> HeldKnowledge:
+    ) -> LocalKnowledge:
         """Keys, values and tokens in this process, to be attached to a model.
 
         Args:
@@ -360,7 +360,7 @@ class KnowledgeMemory:
         return table
 
 
-def _told(changes: Sequence[Change]) -> str:
+def _in_words(changes: Sequence[Change]) -> str:
     """An edit in words, for the history."""
     words = [change.words for change in changes]
     return "; ".join(words[:4]) + (f"; and {len(words) - 4} more" if len(words) > 4 else "")

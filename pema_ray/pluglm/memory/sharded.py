@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pema_ray.pluglm.memory.knowledge_memory import KnowledgeMemory
 from pema_ray.pluglm.memory.search import RetrievedEntries, merge, nothing
-from pema_ray.pluglm.model.knowledge import HeldKnowledge, Tokens, require_entries, require_found
+from pema_ray.pluglm.model.knowledge import LocalKnowledge, Tokens, require_entries, require_found
 from pema_ray.runtime.hardware import set_threads
 
 _VERSIONS = 2  # that an actor holds: while some readers go on to the next, others still ask for the one before
@@ -42,37 +42,37 @@ class KnowledgeShard:
     def __init__(self, folder: str, part: int, parts: int, threads: int) -> None:
         set_threads(threads)
         self._folder, self._part = folder, (part, parts)
-        self._versions: OrderedDict[int, HeldKnowledge] = OrderedDict()
+        self._versions: OrderedDict[int, LocalKnowledge] = OrderedDict()
 
     def describe(self, version: int) -> _Part:
-        held = self._held(version)
+        held = self._knowledge(version)
         first = int(held.entry_N[0]) if len(held) else -1
         return _Part(held.name, held.fingerprint, held.sizes, len(held), first)
 
     def search(
         self, version: int, query_BQ: np.ndarray, k: int, own_B: np.ndarray | None, cosine: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        held = self._held(version)
+        held = self._knowledge(version)
         if not len(held):
             return tuple(part.numpy() for part in nothing(len(query_BQ), k))  # pyright: ignore[reportReturnType]
         found = held.table.top(_tensor(query_BQ), k, None if own_B is None else _tensor(own_B), cosine)
         return found.entry_BK.numpy(), found.score_BK.numpy()
 
     def vectors(self, version: int, entry_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        key_MQ, value_MD = self._held(version).vectors(_tensor(entry_M))
+        key_MQ, value_MD = self._knowledge(version).vectors(_tensor(entry_M))
         return key_MQ.numpy(), value_MD.numpy()
 
     def tokens(self, version: int, entry_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        token_ML, mask_ML = self._held(version).tokens(_tensor(entry_M))
+        token_ML, mask_ML = self._knowledge(version).tokens(_tensor(entry_M))
         return token_ML.numpy(), mask_ML.numpy()
 
     def pieces_of(self, version: int, document_B: np.ndarray) -> np.ndarray:
-        return self._held(version).pieces_of(_tensor(document_B)).numpy()
+        return self._knowledge(version).pieces_of(_tensor(document_B)).numpy()
 
     def piece_of(self, version: int, document_B: np.ndarray, number_B: np.ndarray) -> np.ndarray:
-        return self._held(version).piece_of(_tensor(document_B), _tensor(number_B)).numpy()
+        return self._knowledge(version).piece_of(_tensor(document_B), _tensor(number_B)).numpy()
 
-    def _held(self, version: int) -> HeldKnowledge:
+    def _knowledge(self, version: int) -> LocalKnowledge:
         if version not in self._versions:
             self._versions[version] = KnowledgeMemory.open(self._folder, version).load(part=self._part)
             while len(self._versions) > _VERSIONS:

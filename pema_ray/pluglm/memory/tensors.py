@@ -16,7 +16,7 @@ import torch
 
 from pema_ray.pluglm.memory.entries import Segment, read_documents, read_vectors
 from pema_ray.pluglm.memory.versions import Version
-from pema_ray.pluglm.model.knowledge import HeldKnowledge
+from pema_ray.pluglm.model.knowledge import LocalKnowledge
 from pema_ray.runtime.hardware import DTYPES
 
 pc: Any = pyarrow.compute  # made at run time, so that no type checker knows its functions
@@ -32,7 +32,7 @@ class Choice:
     part: tuple[int, int] = (0, 1)
 
 
-def hold(folder: Path, version: Version, name: str, choice: Choice) -> HeldKnowledge:
+def hold(folder: Path, version: Version, name: str, choice: Choice) -> LocalKnowledge:
     """The chosen entries of a version, in the order of their ids."""
     ids, rows = [], []
     for segment in version.segments:
@@ -65,7 +65,7 @@ def _chosen(folder: Path, segment: Segment, choice: Choice) -> np.ndarray:
 
 def _read(
     folder: Path, version: Version, name: str, entry_N: np.ndarray, owner_N: np.ndarray, row_N: np.ndarray
-) -> HeldKnowledge:
+) -> LocalKnowledge:
     """Rows `row_N` of segments `owner_N`."""
     N, dtype = len(entry_N), DTYPES[version.dtype]
     key_NQ = torch.empty(N, version.query_size, dtype=dtype)
@@ -90,7 +90,7 @@ def _read(
         before = length.cumsum() - length
         begin = end_N[place] - length
         token[np.arange(len(flat)) + np.repeat(begin - before, length)] = flat
-    return HeldKnowledge(
+    return LocalKnowledge(
         name, version.version, version.fingerprint, torch.from_numpy(entry_N), torch.from_numpy(document_N),
         key_NQ, value_ND, torch.from_numpy(token), torch.from_numpy(end_N),
     )  # fmt: skip

@@ -95,7 +95,7 @@ def document_codes(document_ids: Sequence[str]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class HeldKnowledge:
+class LocalKnowledge:
     """A memory's version in this process's memory. Ids ascend.
 
     Attributes:

@@ -85,7 +85,7 @@ class Cloze:
         token = self._token(word)
         return None if token == IGNORED else self._tokenizer.decode([token]).strip()
 
-    def told(self, example: TaskExample) -> str:
+    def label_text(self, example: TaskExample) -> str:
         return str(example.label)
 
 

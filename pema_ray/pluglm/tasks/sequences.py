@@ -96,7 +96,7 @@ class Classification:
         number = {label: place for place, label in enumerate(self.labels)}
         return score(self.metric, [number[one] for one in found], [number[one] for one in wanted])
 
-    def told(self, example: TaskExample) -> str:
+    def label_text(self, example: TaskExample) -> str:
         return str(example.label)
 
 

@@ -122,7 +122,7 @@ class Spans:
     def scores(self, examples: Sequence[TaskExample], answers: Mapping[str, Any]) -> dict[str, float]:
         return answer_scores(answers, _golds(examples))
 
-    def told(self, example: TaskExample) -> str:
+    def label_text(self, example: TaskExample) -> str:
         return _gold_at(example) if example.label else "no answer"
 
 

@@ -74,6 +74,6 @@ class FinetuningTask(Protocol):
         """Raises `UserError` for examples without labels."""
         ...
 
-    def told(self, example: TaskExample) -> str:
+    def label_text(self, example: TaskExample) -> str:
         """The label in words, for in-task memory."""
         ...

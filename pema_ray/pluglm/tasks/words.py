@@ -91,5 +91,5 @@ class Words:
     def scores(self, examples: Sequence[TaskExample], answers: Mapping[str, Any]) -> dict[str, float]:
         return entity_scores([answers[one.id] for one in examples], [gold(one) for one in examples])
 
-    def told(self, example: TaskExample) -> str:
+    def label_text(self, example: TaskExample) -> str:
         return " ".join(tag for tag in gold(example) if tag != "O") or "O"
