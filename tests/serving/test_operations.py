@@ -79,7 +79,7 @@ async def test_requests_have_numbers_and_are_logged_and_counted_without_contents
     written = io.StringIO()
     handler = logging.StreamHandler(written)
     handler.setFormatter(JsonLines())
-    logger = logging.getLogger("pema_ray.data_owner.service.admission")
+    logger = logging.getLogger("pema_ray.serving.http")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     asked = {"model": owner.card.name, "prompt": "Rewrite each secret", "max_tokens": 6, "temperature": 0}

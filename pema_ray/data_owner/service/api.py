@@ -13,17 +13,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
-from starlette.exceptions import HTTPException
 
 from pema_ray.data_owner.config import ScheduleKind
 from pema_ray.data_owner.decoding import GenerationAborted, GenerationRequest, Token
-from pema_ray.data_owner.service.admission import Admission
 from pema_ray.data_owner.service.forms import Chat, Completion, Form, Service, adapter_named, model_names
-from pema_ray.data_owner.service.protocol import ChatRequest, CompletionRequest, error_body
+from pema_ray.data_owner.service.protocol import ChatRequest, CompletionRequest
 from pema_ray.errors import UserError
 from pema_ray.line import Busy
+from pema_ray.serving.http import Admission, error_body, handle_errors
 
 _PLAYGROUND = Path(__file__).with_name("playground.html")
 _MAX_BYTES = 2 * 2**20  # of a request
@@ -176,20 +174,7 @@ def _message(error: Exception) -> str:
 
 
 def _handle_errors(api: FastAPI) -> None:
-    @api.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part not in ("body", "str", "list[str]"))
-        return JSONResponse(error_body(f"{where}: {first['msg']}" if where else first["msg"]), 400)
-
-    @api.exception_handler(HTTPException)
-    async def http_error(_: Request, error: HTTPException) -> JSONResponse:
-        code = "model_not_found" if error.status_code == 404 else None
-        return JSONResponse(error_body(str(error.detail), code=code), error.status_code)
-
-    @api.exception_handler(UserError)
-    async def rejected(_: Request, error: UserError) -> JSONResponse:
-        return JSONResponse(error_body(str(error)), 400)
+    handle_errors(api, not_found="model_not_found")
 
     @api.exception_handler(GenerationAborted)
     @api.exception_handler(Busy)

@@ -186,9 +186,3 @@ class ChatRequest(_Unrolled):
     @property
     def most_tokens(self) -> int | None:
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-
-
-def error_body(message: str, kind: str = "invalid_request_error", code: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's clients read it. Half characters in the message are replaced: they cannot be sent."""
-    message = message.encode("utf-8", "replace").decode()
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
@@ -33,6 +32,7 @@ from pema_ray.plm_owner.service.access import Access, Account, Refused, Reservat
 from pema_ray.plm_owner.service.executor import run_in_executor
 from pema_ray.plm_owner.service.replicas import Replicas
 from pema_ray.runtime.settings import Section
+from pema_ray.serving.http import invalid_field, request_id
 
 _FRAME = {"content": {codec.MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}}
 Authorization = Annotated[str | None, Header(description="Bearer and your key.")]
@@ -120,7 +120,7 @@ class _Endpoints:
         """One request: who asks, whether it may, and what it took. What makes room is never refused for want of it."""
         started, given = time.perf_counter(), request.headers.get("x-request-id", "")
         response: Response | None = None
-        number = given if 0 < len(given) <= 64 and given.isascii() and given.isprintable() else uuid.uuid4().hex
+        number = request_id(given)
         name, used, status = "", {}, 499  # of a caller that has gone away before the answer
         limits = self._limits
         try:
@@ -299,8 +299,7 @@ def make_api(access: Access, limits: RequestLimits, replicas: Callable[[str, str
 
     @api.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        return _error(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+        return _error(400, invalid_field(error))
 
     @api.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> JSONResponse:

@@ -32,6 +32,7 @@ from pema_ray.pluglm.model.loading import load_pluglm
 from pema_ray.pluglm.service.editor_keys import hash_of
 from pema_ray.runtime.hardware import compute_thread, set_threads
 from pema_ray.runtime.settings import Section, validate
+from pema_ray.serving.http import Admission, error_body, handle_errors
 
 logger = logging.getLogger(__name__)
 
@@ -287,20 +288,17 @@ class PlugLMService:
 def make_api(service: PlugLMService) -> FastAPI:
     """The HTTP API."""
     api = FastAPI(title="PlugLM", description="Masked words and classes, read from a memory that may be edited.")
-
-    @api.exception_handler(UserError)
-    async def refused(request: Request, error: UserError) -> JSONResponse:
-        status = 409 if isinstance(error, VersionConflict) else 400
-        return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status)
+    api.add_middleware(Admission)
+    handle_errors(api, lambda error: 409 if isinstance(error, VersionConflict) else 400)
 
     @api.exception_handler(Unauthorized)
     async def unauthorized(request: Request, error: Unauthorized) -> JSONResponse:
         message = "A key of an editor is needed: Authorization: Bearer pluglm-…"
-        return JSONResponse({"error": {"message": message, "type": "authentication_error"}}, 401)
+        return JSONResponse(error_body(message, "authentication_error"), 401)
 
     @api.get("/healthz")
     async def healthz() -> dict[str, Any]:
-        return {"status": "ok", "memory_version": service.version}
+        return {"ready": True, "memory_version": service.version}
 
     @api.post("/v1/fill-mask")
     async def fill_mask(ask: TextsRequest) -> dict[str, Any]:

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI
 from pydantic import Field
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from pema_ray.memory.search.nearest import Neighbours, SearchOptions, check_k
 from pema_ray.memory.search.ray_search import open_search
 from pema_ray.runtime.hardware import compute_thread, pick_device, set_threads
 from pema_ray.runtime.settings import Section, validate
+from pema_ray.serving.http import Admission, handle_errors
 from pema_ray.trime.config import TrimeConfig
 from pema_ray.trime.datastore import open_datastore
 from pema_ray.trime.evaluation.calibration import Mixture, Settings, token_log_probs
@@ -281,15 +281,12 @@ def distribution(
 def make_api(service: TrimeService) -> FastAPI:
     """The HTTP API."""
     api = FastAPI(title="TRIME", description="Likelihoods and next tokens of a language model with memory.")
-
-    @api.exception_handler(UserError)
-    async def refused(request: Request, error: UserError) -> JSONResponse:
-        status = 404 if isinstance(error, UnknownDatastore) else 400
-        return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status)
+    api.add_middleware(Admission)
+    handle_errors(api, lambda error: 404 if isinstance(error, UnknownDatastore) else 400)
 
     @api.get("/healthz")
-    async def healthz() -> dict[str, str]:
-        return {"status": "ok", "model": service.card.label}
+    async def healthz() -> dict[str, Any]:
+        return {"ready": True, "model": service.card.label}
 
     @api.get("/v1/datastores")
     async def datastores() -> dict[str, Any]:
