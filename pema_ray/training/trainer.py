@@ -313,6 +313,8 @@ class Trainer(ABC, Generic[S, H]):
     def _restore(self) -> int:
         path = self.run_dir / CHECKPOINT
         groups, described = load_checkpoint(path)
+        if _MODEL not in groups or not described.keys() >= {"step", "history", "points_bytes", "state"}:
+            raise UserError(f"{path}: is of another version of this project. Start over with train.resume=false.")
         self._load(path, groups)
         history = {**described["history"], **{kind: [] for kind in _KINDS}}
         for point in self._log.read(described["points_bytes"]):
@@ -329,7 +331,7 @@ class Trainer(ABC, Generic[S, H]):
     def _load(self, path: Path, groups: Groups) -> None:
         try:
             self.model.load_state_dict(groups[_MODEL])
-        except (RuntimeError, KeyError):
+        except RuntimeError:
             raise UserError(
                 f"{path}: holds a model of another shape. Start over with train.resume=false, or take another run_dir."
             ) from None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from training_kit import die
 
 from pema_ray.errors import UserError
-from pema_ray.training.checkpoint import CHECKPOINT, load_checkpoint
+from pema_ray.training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from pema_ray.training.config import TrainingConfig
 from pema_ray.training.history import TrainerHistory
 from pema_ray.training.strategies import Place
@@ -140,6 +140,13 @@ def test_a_checkpoint_of_another_shape_is_named(tmp_path: Path) -> None:
     other.model = nn.Linear(4, 1, bias=False)
     with pytest.raises(UserError, match=r"checkpoint\.safetensors: holds a model of another shape.*resume=false"):
         other.run()
+
+
+def test_a_checkpoint_of_another_version_is_refused_in_words(tmp_path: Path) -> None:
+    for groups in ({"adapter": {"A": TARGET}}, {"model": {"weight": TARGET[None]}}):
+        save_checkpoint(tmp_path / CHECKPOINT, groups, {"step": 3, "history": {}})
+        with pytest.raises(UserError, match=r"another version of this project\. Start over with train\.resume=false"):
+            Learner(tmp_path).run()
 
 
 def test_a_finished_run_takes_no_step(tmp_path: Path) -> None:
