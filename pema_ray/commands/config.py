@@ -33,8 +33,10 @@ def explain(
         from pema_ray.trime.method import TRIME
         from pema_ray.trime.translation.method import TRANSLATION
 
-        kind, settings = explain((PEMA, TRIME, TRANSLATION, PLUGLM), file, overrides or [])
-        typer.echo(f"# {file}: {(kind.__doc__ or kind.__name__).splitlines()[0]}")
+        method, settings = explain((PEMA, TRIME, TRANSLATION, PLUGLM), file, overrides or [])
+        typer.echo(f"# {file}, as the commands of `{method.prefix}` read it. YAML writes 'none' as null.")
+        if changed and not any(one.is_changed for one in settings):
+            typer.echo("All settings have their defaults.")
         for one in settings:
             if one.is_changed or not changed:
                 usual = "" if one.default in (None, one.value) else f"  (default {one.default})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from pema_ray.errors import UserError
 from pema_ray.experiment.configuration import read_config
-from pema_ray.experiment.method import Method, Stage, meaning_of
+from pema_ray.experiment.method import Method, Stage, meaning_of, section_in
 from pema_ray.runtime.settings import read_yaml
 
 
@@ -35,8 +36,8 @@ class ExplainedSetting:
 
 def explain(
     methods: Sequence[Method[Any]], path: Path, overrides: Sequence[str] = ()
-) -> tuple[type[BaseModel], list[ExplainedSetting]]:
-    """The kind of configuration that a file is, and its settings in the order of their declaration.
+) -> tuple[Method[Any], list[ExplainedSetting]]:
+    """The method whose configuration a file is, and its settings in the order of their declaration.
 
     Raises:
         UserError: the file cannot be read as any method's configuration; in the words of the kind that knows most of
@@ -46,18 +47,41 @@ def explain(
     for method in methods:
         for stage in method.stages:
             kinds.setdefault(method.config_of(stage), []).append((method, stage))
-    sections = read_yaml(path).keys() | {override.partition("=")[0].split(".")[0] for override in overrides}
-    kind = min(kinds, key=lambda kind: _misfit(kind, sections))
+    keys = _keys(read_yaml(path)) | {override.partition("=")[0] for override in overrides}
+    if "applications" in keys:
+        raise UserError(f"{path}: is a Serve file, for `serve run`, and no experiment; docs/serving.md explains it.")
+    if {"name", "template"} <= keys:
+        raise UserError(f"{path}: is a task's definition, and no experiment; an experiment names it in task.name.")
+    kind = min(kinds, key=lambda kind: _misfit(kind, keys))
     config = read_config(kind, path, overrides)
     stages = [(method.subcommand(stage), method.stages[stage]) for method, stage in kinds[kind]]
-    return kind, list(_settings(config, "", stages))
+    return kinds[kind][0][0], list(_settings(config, "", stages))
 
 
-def _misfit(kind: type[BaseModel], sections: set[str]) -> tuple[int, int]:
-    """(Sections that a kind does not know, sections that it needs and the file has not)."""
+def _keys(data: Mapping[str, Any], prefix: str = "") -> set[str]:
+    """Every key with those of its sections: `train`, `train.rank`."""
+    keys: set[str] = set()
+    for name, value in data.items():
+        keys |= {f"{prefix}{name}"} | (_keys(value, f"{prefix}{name}.") if isinstance(value, dict) else set())
+    return keys
+
+
+def _misfit(kind: type[BaseModel], keys: set[str]) -> tuple[int, int, int]:
+    """How many (sections a kind does not know, sections it needs and the file has not, keys it does not know)."""
     fields = kind.model_fields
     needed = {name for name, field in fields.items() if field.is_required()}
-    return len(sections - fields.keys()), len(needed - sections)
+    unknown = [key for key in keys if not _knows(kind, key)]
+    return sum("." not in key for key in unknown), len(needed - keys), len(unknown)
+
+
+def _knows(kind: type[BaseModel], key: str) -> bool:
+    """Whether a kind has a setting; what a mapping holds, it may hold."""
+    name, _, rest = key.partition(".")
+    field = kind.model_fields.get(name)
+    if field is None:
+        return False
+    section = section_in(field.annotation)
+    return not rest or section is None or _knows(section, rest)
 
 
 def _settings(
@@ -88,7 +112,7 @@ def _default(field: FieldInfo) -> Any:
 
 def _reads(stage: Stage, key: str) -> bool:
     """Whether a stage reads a setting; all of them read those that are in no section, such as `seed`."""
-    named = {*stage.reads, *stage.depends_on}
+    named = {*stage.reads, *stage.depends_on, *stage.also_reads}
     return key in ("run_dir", "seed") or any(key == one or key.startswith(f"{one}.") for one in named)
 
 

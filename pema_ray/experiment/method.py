@@ -34,6 +34,8 @@ class Stage:
     """Has `run(config) -> metrics`. None: the command of another stage does this one as well."""
     reads: tuple[str, ...] = ()
     """Sections of the configuration that its help lists, beside `run_dir` and `seed`."""
+    also_reads: tuple[str, ...] = ()
+    """Sections, or single settings, of other stages that it reads too; its help does not list them."""
     depends_on: tuple[str, ...] = ()
     """Sections, or single settings (`batches.segment`), that its stamp covers."""
     parents: tuple[str, ...] = ()
@@ -136,7 +138,7 @@ class Method(Generic[C]):
 
 
 def _settings(key: str, field: FieldInfo) -> Iterator[Setting]:
-    section = _section_in(field.annotation)
+    section = section_in(field.annotation)
     if section is not None:
         for name, inner in section.model_fields.items():
             yield from _settings(f"{key}.{name}", inner)
@@ -152,7 +154,7 @@ def meaning_of(field: FieldInfo) -> str:
     return choices + " ".join((field.description or "").split())
 
 
-def _section_in(annotation: Any) -> type[BaseModel] | None:
+def section_in(annotation: Any) -> type[BaseModel] | None:
     """The section that a setting is, or may be."""
     kinds = (annotation, *get_args(annotation)) if get_origin(annotation) in (None, Union, UnionType) else ()
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)

@@ -1,7 +1,8 @@
-"""The line between the owners: the only things that ever cross it, and the only room both sides import.
+"""The line between the owners: all that ever crosses it, in the one room that knows it for both sides.
 
-Down once: the `LMHeadBundle` (final norm, LM head, tokenizer). Up: token ids. Down: context
-representations. Knows torch tensors, but no model implementation and no Ray.
+Down once: the `LMHeadBundle` (final norm, LM head, tokenizer) and the limits of one request. Up: token ids. Down:
+context representations, and tokens drafted if they are wanted. Knows torch tensors, but no model implementation and
+no Ray.
 """
 
 from pema_ray.line.lm_head import LMHead, LMHeadBundle

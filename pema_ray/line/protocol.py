@@ -2,8 +2,8 @@
 
 A session *is* its token ids. Whatever a PLM owner keeps of it is only a cache: a step says where it stands, so
 repeating it changes nothing, and a lost session is recovered by opening it again with all its ids. Three classes
-implement `PLMClient`: `plm_owner.engine.LocalPLM` (in this process), `plm_owner.replicas.Replicas` (a Serve handle)
-and `data_owner.remote.RemotePLM` (HTTPS). No caller can tell them apart.
+implement `PLMClient`: `plm_owner.engine.LocalPLM` (in this process), `plm_owner.service.replicas.Replicas` (a Serve
+handle) and `data_owner.remote.RemotePLM` (HTTPS). No caller can tell them apart.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""PEMA's stages."""
+"""PEMA as a table: what each stage does, which sections its result depends on, which stages it is made from
+(`parents`), and which files prove it done (`evidence`). `experiment/method.py` explains the columns."""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ PEMA = Method(
             "Get what the PLM owner shares: final norm, LM head, tokenizer. A PLM of one's own is checked.",
             "pema_ray.pema.stages.export_head",
             reads=("plm",),
+            also_reads=("ray",),
             depends_on=("plm",),
             evidence=("lm_head/bundle.json",),
         ),
@@ -28,6 +30,7 @@ PEMA = Method(
             "Build the external memory on Ray Data, one pass over the pairs. Resumes.",
             "pema_ray.pema.stages.build_memory",
             reads=("build_memory", "ray", "placement"),
+            also_reads=("plm", "task"),
             depends_on=("build_memory",),
             parents=("prepare", "export_head"),
         ),
@@ -35,6 +38,7 @@ PEMA = Method(
             "Data owner: train the adapter on the memory with Ray Train (closed form, then joint). Resumes.",
             "pema_ray.pema.stages.train",
             reads=("train", "ray", "placement"),
+            also_reads=("plm", "task", "build_memory"),
             depends_on=("train",),
             parents=("build_memory",),
             evidence=("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "history.json"),
@@ -43,6 +47,7 @@ PEMA = Method(
             "Answer the test split by Gradual Unrolling.",
             "pema_ray.pema.stages.generate",
             reads=("generate", "ray"),
+            also_reads=("plm", "task", "placement", "train.max_train_pairs"),
             depends_on=("generate",),
             parents=("train",),
             evidence=("answers.jsonl",),
@@ -51,6 +56,7 @@ PEMA = Method(
             "Compare PEMA with the PLM alone, few-shot prompting and copying: sBLEU, chrF, NLL over λ.",
             "pema_ray.pema.stages.evaluate",
             reads=("evaluate", "ray"),
+            also_reads=("plm", "task", "generate", "placement", "train"),
             depends_on=("evaluate",),
             parents=("generate",),
             evidence=("evaluation.json",),
@@ -66,6 +72,7 @@ PEMA = Method(
             "weights. Trains and answers for each; what is finished is kept.",
             "pema_ray.pema.stages.compare",
             reads=("compare", "ray"),
+            also_reads=("plm", "task", "build_memory", "placement"),
             depends_on=("compare", "train", "generate"),
             parents=("build_memory",),
             evidence=("comparison.json", "table.md"),

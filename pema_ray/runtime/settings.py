@@ -50,9 +50,8 @@ def validate(model: type[BaseModel], data: Any, where: str) -> Any:
             hint = nearest(str(first["loc"][-1]), _known_keys(model, first["loc"][:-1]))
             raise UserError(f"{where}: unknown key '{location}'.{hint}") from None
         given = f", got {first['input']!r}" if not isinstance(first.get("input"), Mapping) else ""
-        raise UserError(
-            f"{where}: '{location or 'value'}': {first['msg'].removeprefix('Value error, ')}{given}."
-        ) from None
+        place = f"'{location}': " if location else ""
+        raise UserError(f"{where}: {place}{first['msg'].removeprefix('Value error, ')}{given}.") from None
 
 
 def _known_keys(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:

@@ -14,6 +14,7 @@ OnPoint = Callable[[str, Mapping[str, Any]], None]
 OnSaved = Callable[[Mapping[str, Any]], None]
 """`on_saved(metrics)`: every process calls it once its checkpoint is saved; metrics are numbers, `step` among them."""
 
+_RENAMED = {"best_prediction": "best_loss"}  # in histories of adapters
 H = TypeVar("H", bound="TrainerHistory")
 
 
@@ -39,4 +40,6 @@ class TrainerHistory:
 
     @classmethod
     def from_dict(cls: type[H], data: Mapping[str, Any]) -> H:
-        return cls(**data)
+        """Of `to_dict`, also of an earlier version's: keys that are gone are passed over."""
+        renamed = {_RENAMED.get(name, name): value for name, value in data.items()}
+        return cls(**{name: value for name, value in renamed.items() if name in cls.__dataclass_fields__})

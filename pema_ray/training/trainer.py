@@ -1,4 +1,4 @@
-"""The one training loop, in one process of any number. Knows no Ray and no model.
+"""The one training loop, as each of the training processes runs it. Knows no Ray and no model.
 
 A method brings a `Trainer`: what a step learns from, how the model is validated, and what a checkpoint holds beside it.
 Batches follow from (seed, epoch) and dropout from (seed, step, process), and a checkpoint holds all else: a run that
@@ -52,7 +52,8 @@ class StepInputs:
 
 
 class Trainer(ABC, Generic[S, H]):
-    """Trains `model` step by step.
+    """Trains `model` step by step, from the checkpoint in `run_dir` if there is one, whatever `settings.resume` says:
+    who wants to start over removes it (`run_workers` does).
 
     Attributes:
         run_dir: holds what `resumed_from` names; every process sees the same folder.
@@ -97,7 +98,7 @@ class Trainer(ABC, Generic[S, H]):
 
     @abstractmethod
     def idle_inputs(self) -> tuple[Any, ...]:
-        """Some arguments of the objective, for a step that moves nothing."""
+        """Some arguments of the objective, for a step that moves nothing: DeepSpeed needs one before it can resume."""
 
     @abstractmethod
     def batches(self, first: int) -> Generator[StepInputs, None, None]:
@@ -108,7 +109,7 @@ class Trainer(ABC, Generic[S, H]):
 
     @abstractmethod
     def point(self, sums: Tensor, count: float) -> Point:
-        """What is told of a step, `loss` among it.
+        """The figures recorded for a step, `loss` among them.
 
         Args:
             sums: what the objective returned, all its numbers in a row, added up over parts and processes.
@@ -140,7 +141,7 @@ class Trainer(ABC, Generic[S, H]):
 
     @property
     def checkpoint_every(self) -> int:
-        """Steps between two checkpoints; there is one after the last step too."""
+        """Steps between two checkpoints; there is one after the last step too, also where training stops early."""
         return self.validate_every
 
     def prepare(self) -> None:
@@ -154,6 +155,10 @@ class Trainer(ABC, Generic[S, H]):
         """Write away the model as the best so far; every process calls."""
         if self.place.leads:
             save_checkpoint(self.run_dir / BEST, {_MODEL: self.model.state_dict()})
+
+    def best_figures(self) -> Point:
+        """Of the model that is kept, as Ray Train is told."""
+        return {"best_step": self.history.best_step, "best_loss": self.history.best_loss}
 
     def take_best(self) -> None:
         """Make the model the one that was kept, in the end."""
@@ -188,7 +193,10 @@ class Trainer(ABC, Generic[S, H]):
         with closing(self.batches(step)) as batches:
             while step < self.steps and not self.history.stopped_early:
                 started = time.perf_counter()
-                point = self.learn(step, next(batches))
+                inputs = next(batches, None)
+                if inputs is None:
+                    raise UserError(f"{self.run_dir}: there are batches for {step} of {self.steps} steps only.")
+                point = self.learn(step, inputs)
                 self.history.seconds += time.perf_counter() - started
                 self.history.train.append(point)
                 self._tell("train", point)
@@ -196,7 +204,7 @@ class Trainer(ABC, Generic[S, H]):
                 self.after_step(step)
                 if step % self.validate_every == 0 or step == self.steps:
                     self._validate(step)
-                if step % self.checkpoint_every == 0 or step == self.steps:
+                if step % self.checkpoint_every == 0 or step == self.steps or self.history.stopped_early:
                     self._save(step)
         self._measure_memory()
         if self.place.world > 1:
@@ -305,9 +313,8 @@ class Trainer(ABC, Generic[S, H]):
             save_checkpoint(
                 self.run_dir / CHECKPOINT, {_MODEL: self.model.state_dict(), _OPTIMIZER: moments}, described
             )
-        h = self.history
-        best = {"best_step": h.best_step, "best_loss": h.best_loss} if h.validation else {}
-        self.on_saved({**(h.validation[-1] if h.validation else {}), **best, "step": step})
+        validated = self.history.validation[-1] | self.best_figures() if self.history.validation else {}
+        self.on_saved({**validated, **self.state(), "step": step})
         self.after_save()
 
     def _restore(self) -> int:

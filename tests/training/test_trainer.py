@@ -123,7 +123,20 @@ def test_it_stops_when_patience_is_over_and_lets_its_batches_go(tmp_path: Path) 
     learner = Learner(tmp_path, dev_losses=[4, 3, 3, 3.5], patience=2)
     history = learner.run()
     assert history.stopped_early and len(history.train) == 9 and history.best_step == 3
-    assert learner.closed
+    assert learner.closed and load_checkpoint(tmp_path / CHECKPOINT)[1]["step"] == 9
+
+
+def test_too_few_batches_are_said(tmp_path: Path) -> None:
+    learner = Learner(tmp_path)
+    batches = learner.batches
+    learner.batches = lambda first: (inputs for _, inputs in zip(range(4), batches(first)))  # type: ignore[assignment]
+    with pytest.raises(UserError, match="there are batches for 4 of 10 steps only"):
+        learner.run()
+
+
+def test_a_history_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    old = {"train": [], "validation": [], "best_step": 3, "best_prediction": 1.5, "tokens": 7, "seconds": 2.0}
+    assert TrainerHistory.from_dict(old) == TrainerHistory(best_step=3, best_loss=1.5, seconds=2.0)
 
 
 def test_a_loss_that_is_no_number_moves_nothing(tmp_path: Path) -> None:

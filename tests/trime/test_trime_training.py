@@ -290,8 +290,14 @@ def test_the_pace_of_objectives_is_measured_in_turns(tmp_path: Path, monkeypatch
             now[0] += {"none": 1.0, "local": 3.0}[self.memory] * (100 if step < 2 else 1)
 
     now = [0.0]
-    monkeypatch.setattr(pace, "_trainer", lambda config, prepared, vocabulary: Learner(config.train.memory))
+    monkeypatch.setattr(pace, "_trainer", lambda config, prepared, vocabulary, updates: Learner(config.train.memory))
     monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
     configs: Any = {memory: configured(memory=memory) for memory in ("none", "local")}
     assert pace.seconds_per_update(configs, tmp_path, 9, rounds=3) == {"none": 1.0, "local": 3.0}
     assert order[:4] == ["none 0", "local 0", "none 1", "local 1"] and len(order) == 10
+
+
+def test_the_pace_is_measured_over_more_updates_than_the_training_has(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(pace.TokenStream, "open", lambda folder, split: corpus(83).stream)
+    found = pace.seconds_per_update({"local": configured("local", updates=2)}, tmp_path, VOCABULARY, rounds=3)
+    assert found["local"] > 0

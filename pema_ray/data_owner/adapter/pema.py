@@ -1,5 +1,8 @@
 """The PEMA adapter: `h_rct = B_rct A x`, `h_pd = B_pd A x` (paper section 3.3). N rows, H hidden, R rank, V vocabulary.
 
+x is the representation where the adapter acts (`space`: before or after the PLM's final norm). `B_rct` gives x back
+(reconstruction), `B_pd` makes of it what the LM head turns into the next token's distribution (prediction).
+
 Three things that published PEMA does not: with `look_back_layers` it looks back over the sequence before its maps
 (`look_back`), with `local_memory_width` it asks what followed at places like this one (`local_memory`), and with
 `predicts_lambda` it says itself how far to trust it (`predicted_lambda`).

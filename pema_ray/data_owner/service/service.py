@@ -116,7 +116,7 @@ class _Loaded:
 
 
 class DataOwner:
-    """The service behind the API; `serving.data_owner` makes the deployment.
+    """The service behind the API; `pema.serving.data_owner` deploys it.
 
     Args:
         connect: makes the client of the PLM owner.

@@ -20,7 +20,7 @@ class TrainConfig(TrainingConfig):
     space: Literal["pre_norm", "post_norm"] = "post_norm"
     """Where the adapter acts: after the final norm, or before it (as published)."""
     residual: bool = False
-    """`h_pd = f + B A f`: the adapter learns a low-rank correction."""
+    """`h_pd = x + B_pd A x`: the adapter learns a low-rank correction."""
     look_back: int = Field(default=0, ge=0)
     """Attention blocks over all representations of a sequence, its prompt's too (`build_memory.prompts`), before the
     adapter's maps; 0 is published PEMA."""
@@ -56,7 +56,7 @@ class TrainConfig(TrainingConfig):
     reconstruction_epochs: int = Field(default=10, ge=1)
     """Of the `adam` solver, at most: it stops as stage 3 does, by the error on the dev memory."""
     scale_by_rank: bool = False
-    """`h = B A f / r`, as published: changes what a learning rate means."""
+    """`h = B A x / r`, as published: changes what a learning rate means."""
     fresh_maps: bool = False
     """Stage 3 starts from new maps, as published, and takes only the frozen `B_rct` from stage 1."""
     validate_every: int = Field(default=100, ge=1)

@@ -1,4 +1,7 @@
-"""The training of an adapter, in one process of any number. Knows no Ray. N rows, H hidden."""
+"""The training of an adapter: reconstruction (the paper's stage 1), then prediction (its stages 2 and 3). Knows no Ray.
+
+N rows, H hidden.
+"""
 
 from __future__ import annotations
 

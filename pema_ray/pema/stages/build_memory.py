@@ -1,4 +1,7 @@
-"""Stage 3 of a run: the external memory of every split, by actors that hold the PLM or ask its owner, on Ray Data."""
+"""`pema-ray build-memory`: the external memory of every split, by actors that hold the PLM or ask its owner.
+
+On Ray Data.
+"""
 
 from __future__ import annotations
 

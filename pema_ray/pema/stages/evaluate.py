@@ -1,4 +1,4 @@
-"""Stage 6 of a run: PEMA against the PLM alone, few-shot prompting and copying; likelihoods over λ."""
+"""`pema-ray evaluate`: PEMA against the PLM alone, few-shot prompting and copying; likelihoods over λ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 2 of a run: what the PLM owner shares, from a PLM of one's own or from somebody else's service."""
+"""`pema-ray export-head`: what the PLM owner shares, from a PLM of one's own or from somebody else's service."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 5 of a run: answers by Gradual Unrolling over a split of the task, on Ray Data."""
+"""`pema-ray generate`: answers by Gradual Unrolling over a split of the task, on Ray Data."""
 
 from __future__ import annotations
 

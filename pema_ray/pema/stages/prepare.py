@@ -1,4 +1,4 @@
-"""Stage 1 of a run: read the task's pairs, check every one, and keep them as Parquet."""
+"""`pema-ray prepare`: read the task's pairs, check every one, and keep them as Parquet."""
 
 from __future__ import annotations
 

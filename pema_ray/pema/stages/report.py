@@ -1,4 +1,4 @@
-"""Stage 7 of a run: the HTML report, and the table on the terminal."""
+"""`pema-ray report`: the HTML report, and the table on the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 4 of a run, the data owner's: train the adapter on the memory, by Ray Train."""
+"""`pema-ray train`: train the adapter on the memory, by Ray Train."""
 
 from __future__ import annotations
 

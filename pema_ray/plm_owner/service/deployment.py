@@ -18,7 +18,7 @@ from pema_ray.runtime.metrics import RayMetrics
 
 
 class PLMEngine:
-    """The deployment's class; `serving.plm_engine` makes the deployment.
+    """The deployment's class; `application.plm_owner` deploys it.
 
     Args:
         plm, engine: settings, as `PLMConfig` and `EngineConfig` take them.

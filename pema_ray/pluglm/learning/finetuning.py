@@ -148,6 +148,9 @@ class Finetuner(MemoryTrainer[FinetuneSettings]):
         if self.place.leads:
             self.write_model(self.model)
 
+    def best_figures(self) -> Point:
+        return {"best_step": self.history.best_step, f"best_{self.task.main}": self.best}
+
     def versions_needed(self) -> list[int]:
         return [self.version, self.best_version]
 

@@ -76,6 +76,9 @@ class Pretrainer(MemoryTrainer[PretrainSettings]):
     def keep(self) -> None:
         """Nothing: the model after the last step is the one that its memory belongs to."""
 
+    def best_figures(self) -> Point:
+        return {}
+
     def make_optimizer(self, named: Sequence[tuple[str, nn.Parameter]]) -> Any:
         c, groups = self.settings, self.parameter_groups(named)
         if c.optimizer == "adamw":

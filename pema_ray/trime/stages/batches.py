@@ -1,4 +1,4 @@
-"""Stage 2 of a TRIME run, for `batches.order: bm25`: each segment's nearest ones by BM25, and the walk through them.
+"""`pema-ray trime batches`, for `batches.order: bm25`: each segment's nearest ones by BM25, and the walk through them.
 
 The index is made once, in the driver, from the training split's token ids; actors search it for runs of segments.
 S segments, K neighbours.

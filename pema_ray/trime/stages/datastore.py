@@ -1,4 +1,4 @@
-"""Stage 4 of a TRIME run: the keys of every training position, by model actors on Ray Data."""
+"""`pema-ray trime datastore`: the keys of every training position, by model actors on Ray Data."""
 
 from __future__ import annotations
 

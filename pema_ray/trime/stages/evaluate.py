@@ -1,4 +1,4 @@
-"""Stage 6 of a TRIME run: every system calibrated on dev and scored on test, in one table.
+"""`pema-ray trime evaluate`: every system calibrated on dev and scored on test, in one table.
 
 One pass of the model over each split for every datastore; all settings are chosen from what the pass measured.
 """

@@ -1,4 +1,4 @@
-"""Stage 5 of a TRIME run: the datastore's index, part by part, and its recall on keys of dev tokens."""
+"""`pema-ray trime index`: the datastore's index, part by part, and its recall on keys of dev tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 1 of a TRIME run: documents to token ids, on Ray Data. One shard is one task, and finished ones are skipped.
+"""`pema-ray trime prepare`: documents to token ids, on Ray Data. One shard is one task, and finished ones are skipped.
 
 A first pass counts the training split's tokens (or trains a BPE on it), a second encodes every split. On disk, beside
 `vocabulary.json` and `corpus.json`: `<split>/shard-00000.parquet` with a row for each document, `document` (int64,

@@ -1,4 +1,4 @@
-"""Stage 7 of a TRIME run: one HTML file of tables and plots, and which entries raised the probability of each token.
+"""`pema-ray trime report`: one HTML file of tables and plots, and which entries raised the probability of each token.
 
 The plots are `pema_ray.evaluation.plots`'; the page makes no request, and all text in it is escaped.
 """
@@ -84,9 +84,10 @@ def loss_plot(history: dict[str, Any]) -> str:
 
 def _means_between(history: Mapping[str, Any]) -> list[tuple[float, float]]:
     """At each validation's step, the mean training loss since the validation before."""
-    loss_S = np.array([point["loss"] for point in history["train"]])
-    steps = [point["step"] for point in history["validation"]]
-    return [(end, float(loss_S[begin:end].mean())) for begin, end in pairwise(steps) if end <= len(loss_S)]
+    step_S, loss_S = (np.array([point[name] for point in history["train"]]) for name in ("step", "loss"))
+    ends = pairwise(point["step"] for point in history["validation"])
+    between = [(end, loss_S[(step_S > begin) & (step_S <= end)]) for begin, end in ends]
+    return [(end, float(losses.mean())) for end, losses in between if len(losses)]
 
 
 def curve_plot(title: str, curves: Sequence[Curve]) -> str:

@@ -1,4 +1,4 @@
-"""Stage 3 of a TRIME run: train the language model by Ray Train."""
+"""`pema-ray trime train`: train the language model by Ray Train."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def seconds_per_update(
         vocabulary: its words.
     """
     trainers: dict[MemoryKind, TrimeTrainer] = {
-        memory: _trainer(config, prepared, vocabulary) for memory, config in configs.items()
+        memory: _trainer(config, prepared, vocabulary, rounds + 2) for memory, config in configs.items()
     }
     batches = {memory: trainer.batches(0) for memory, trainer in trainers.items()}
     times: dict[MemoryKind, list[float]] = {memory: [] for memory in configs}
@@ -49,9 +49,9 @@ def seconds_per_update(
     return {memory: statistics.median(seconds) for memory, seconds in times.items()}
 
 
-def _trainer(config: TrimeConfig, prepared: Path, vocabulary: int) -> TrimeTrainer:
-    """A trainer of one process, which has its strategy."""
-    train = config.train.model_copy(update={"ce_epochs": 0.0, "strategy": "ddp"})
+def _trainer(config: TrimeConfig, prepared: Path, vocabulary: int, updates: int) -> TrimeTrainer:
+    """A trainer of one process, for so many updates; it has its strategy."""
+    train = config.train.model_copy(update={"ce_epochs": 0.0, "strategy": "ddp", "updates": updates})
     c = config.model_copy(update={"train": train})
     torch.manual_seed(c.seed)
     model = make_model(c.model, vocabulary, c.batches.segment)

@@ -20,7 +20,7 @@ TRANSLATION = Method(
         "train": Stage(
             "Prepare parallel text, order it by BM25, and train an encoder-decoder. Resumes.",
             "pema_ray.trime.translation.train",
-            reads=("data", "model", "batches", "train", "ray"),
+            reads=("data", "model", "batches", "train", "plan", "ray"),
             depends_on=("model", "batches", "train"),
             parents=("prepare",),
             evidence=("model/trime_mt.json", "history.json"),
@@ -47,6 +47,7 @@ TRANSLATION = Method(
             "Translate the test split: plain, by kNN-MT or by TrimeMT; score by sacreBLEU.",
             "pema_ray.trime.translation.generate",
             reads=("generate", "ray"),
+            also_reads=("index.metric", "train.memory"),
             depends_on=("generate",),
             parents=("train",),
             command="mt-generate",
