@@ -95,7 +95,9 @@ class ExperimentConfig(Section):
     """A whole experiment; every stage reads its own section and the shared ones."""
 
     run_dir: Folder = "runs/experiment"
+    """The run folder: what stages make lies there."""
     seed: int = Field(default=0, ge=0)
+    """Of every draw."""
     plm: PLMConfig = PLMConfig()
     task: TaskConfig = TaskConfig()
     ray: RayConfig = RayConfig()

@@ -147,7 +147,9 @@ class PretrainConfig(Section):
     """One pre-training run."""
 
     run_dir: Folder = "runs/pluglm"
+    """The run folder: what stages make lies there."""
     seed: int = Field(default=0, ge=0)
+    """Of every draw."""
     ray: RayConfig = RayConfig()
     model: ModelSettings
     documents: TextConfig

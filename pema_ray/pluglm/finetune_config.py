@@ -110,7 +110,9 @@ class FinetuneConfig(Section):
     """One fine-tuning run."""
 
     run_dir: Folder = "runs/pluglm_task"
+    """The run folder: what stages make lies there."""
     seed: int = Field(default=0, ge=0)
+    """Of every draw."""
     ray: RayConfig = RayConfig()
     model: str
     """Folder of a pre-trained PlugLM model."""

@@ -318,7 +318,9 @@ class TrimeConfig(Section):
     """A whole TRIME experiment; every stage reads its own section and the shared ones."""
 
     run_dir: Folder = "runs/trime"
+    """The run folder: what stages make lies there."""
     seed: int = Field(default=0, ge=0)
+    """Of every draw."""
     ray: RayConfig = RayConfig()
     prepare: PrepareConfig = PrepareConfig()
     model: ModelConfig = ModelConfig()

@@ -34,7 +34,7 @@ def test_every_file_of_the_project_is_known_for_what_it_is(path: Path) -> None:
         assert method is (TRANSLATION if path.stem.startswith("mt_") else TRIME)
     else:
         assert method is PEMA
-    assert all(one.read_by and (one.meaning or one.key in ("run_dir", "seed")) for one in settings)
+    assert all(one.read_by and one.meaning for one in settings)
     assert len({one.key for one in settings}) == len(settings)
 
 

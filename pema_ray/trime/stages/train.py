@@ -70,6 +70,7 @@ def _work(job: TrimeTrainingJob) -> dict[str, Any]:
     name = f"trime {c.train.memory} {c.model.name}"
     trainer = TrimeTrainer(c, model, train, dev, job.run_dir, place, walk_S=walk_S)
     run_in_worker(trainer, name, settings)
-    if place.leads:
-        save_model(model, job.run_dir / MODEL)
+    if not place.leads:
+        return {}
+    save_model(model, job.run_dir / MODEL)
     return outcome(trainer)

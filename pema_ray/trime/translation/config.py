@@ -199,7 +199,9 @@ class MtConfig(Section):
     """A whole translation experiment; every stage reads its own section and the shared ones."""
 
     run_dir: Folder = "runs/trime/mt"
+    """The run folder: what stages make lies there."""
     seed: int = Field(default=0, ge=0)
+    """Of every draw."""
     ray: RayConfig = RayConfig()
     data: MtDataConfig = MtDataConfig()
     model: MtModelConfig = MtModelConfig()

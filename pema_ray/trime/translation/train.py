@@ -82,6 +82,7 @@ def _work(job: MtTrainingJob) -> dict[str, Any]:
     settings = {**c.train.model_dump(mode="json"), "seed": c.seed}
     trainer = make_trainer(job, place=place)
     run_in_worker(trainer, f"trime mt {c.train.memory}", settings)
-    if place.leads:
-        save_translator(trainer.model, job.run_dir / MODEL)
+    if not place.leads:
+        return {}
+    save_translator(trainer.model, job.run_dir / MODEL)
     return outcome(trainer)
