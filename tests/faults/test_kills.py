@@ -25,7 +25,6 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from training_kit import train
 
 from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.training.config import TrainConfig
@@ -42,6 +41,7 @@ from tests.data_owner.conftest import make_rows  # noqa: F401  a fixture
 from tests.data_owner.training.test_ray_training import write_memory
 from tests.memory import kit
 from tests.memory.kit import CARD, contents, fake_plm
+from tests.training_kit import train
 
 pytestmark = pytest.mark.cluster
 MANY = pytest.param(4, marks=pytest.mark.slow)  # as often in one run
@@ -354,7 +354,7 @@ def test_training_goes_on_with_fewer_workers_when_a_node_goes(tiny_source, make_
         cluster = Cluster(initialize_head=True, connect=True, head_node_args=small)
         node = cluster.add_node(**small)
         taught = []
-        thread = threading.Thread(target=lambda: fit(job, lambda kind, point: taught.append(point.step)))
+        thread = threading.Thread(target=lambda: fit(job, lambda kind, point: taught.append(point["step"])))
         thread.start()
         while not taught or taught[-1] < 200:
             time.sleep(0.1)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from training_kit import die
 
 from pema_ray.errors import UserError
 from pema_ray.pluglm.finetune_config import FinetuneConfig
@@ -20,6 +19,7 @@ from pema_ray.pluglm.retrieval import RetrievalLog
 from pema_ray.pluglm.stages.finetune import copy_memory, new_task_model
 from pema_ray.pluglm.stages.pretrain import local_access, save_model
 from pema_ray.pluglm.tasks import make_task
+from tests.training_kit import die
 
 KINDS = ("classification", "regression", "tokens", "answers", "yes_no", "factoid", "cloze")
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training_kit import die
 
 from pema_ray.errors import UserError
 from pema_ray.pluglm.config import PretrainSettings
@@ -20,6 +19,7 @@ from pema_ray.pluglm.memory.entries import NewEntry
 from pema_ray.pluglm.memory.knowledge_memory import KnowledgeMemory
 from pema_ray.pluglm.model.knowledge import document_code
 from pema_ray.pluglm.stages.pretrain import local_access
+from tests.training_kit import die
 
 N = 48
 TEXTS = [" ".join(f"w{random.Random(n).randrange(100)} w{n}" for _ in range(3)) for n in range(N)]

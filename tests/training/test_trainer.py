@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from training_kit import die
 
 from pema_ray.errors import UserError
 from pema_ray.training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
@@ -19,6 +18,7 @@ from pema_ray.training.config import TrainingConfig
 from pema_ray.training.history import TrainerHistory
 from pema_ray.training.strategies import Place
 from pema_ray.training.trainer import BEST, StepInputs, Trainer
+from tests.training_kit import die
 
 TARGET = torch.tensor([1.0, -2.0, 3.0])
 

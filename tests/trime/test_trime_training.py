@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from kit import VOCABULARY, tiny_model
-from training_kit import die
 
 from pema_ray.training.checkpoint import load_checkpoint
 from pema_ray.training.history import TrainerHistory
@@ -27,6 +26,7 @@ from pema_ray.trime.objective.objective import TrimeObjective, Ways
 from pema_ray.trime.text.segments import Segments, TokenStream
 from pema_ray.trime.training import update_time as pace
 from pema_ray.trime.training.trainer import TrimeTrainer, UpdateSchedule
+from tests.training_kit import die
 
 LENGTH = 8
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_kit import die, train
 
 from pema_ray.data_owner.adapter.local_memory import LocalMemory, log_mixture
 from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
@@ -15,6 +14,7 @@ from pema_ray.data_owner.training.objectives import JointObjective
 from pema_ray.data_owner.training.trainer import AdapterTrainer
 from tests.data_owner.adapter.test_look_back import H, V, copies, stirred
 from tests.data_owner.training.test_training import assert_one_curve, close, run_in_processes
+from tests.training_kit import die, train
 
 LENGTHS = (5, 1, 4)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training_kit import die, train
 
 from pema_ray.data_owner.adapter.look_back import LookBack
 from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
@@ -20,6 +19,7 @@ from pema_ray.memory import MemoryRows
 from pema_ray.memory.codec import encode
 from pema_ray.pema.config import ExperimentConfig
 from tests.data_owner.training.test_training import assert_one_curve, close, run_in_processes
+from tests.training_kit import die, train
 
 H, V, WIDTH = 16, 40, 8
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from ray.train import Result
-from training_kit import train
 
 from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.training.batch_samplers import StreamShuffle
@@ -31,6 +30,7 @@ from pema_ray.memory.specification import MemoryBuild
 from pema_ray.tasks import EncodedPair
 from pema_ray.training.ray_loop import _worker
 from pema_ray.training.trainer import RESUMED_FROM
+from tests.training_kit import train
 
 OTHER = ModelCard("huge", "b" * 16, 32, 380, 96, (1,))
 CONFIG = TrainConfig(

@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from training_kit import die, train
 
 from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.training.config import TrainConfig
@@ -22,6 +21,7 @@ from pema_ray.errors import UserError
 from pema_ray.training.checkpoint import load_checkpoint
 from pema_ray.training.strategies import Place
 from pema_ray.training.trainer import BEST
+from tests.training_kit import die, train
 
 H, R = 16, 6
 SETTINGS = {
