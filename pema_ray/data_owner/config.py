@@ -29,7 +29,7 @@ class KnnMixConfig(KnnConfig):
     """kNN-LM over the training memory, mixed into the adapter's distribution."""
 
     weight: float = Field(default=0.0, ge=0, lt=1)
-    """Of the neighbours; 0: the memory is not asked."""
+    """Weight of the neighbours in the data owner's distribution; 0: the memory is not asked."""
     temperature: float = Field(default=100.0, gt=0)
     """In squared distance after the PLM's final norm."""
 
@@ -40,7 +40,7 @@ class UnrollingConfig(Section):
     lambda_max: float = Field(default=0.9, ge=0, le=1)
     """λ of the first token: 0 is the PLM alone, 1 (constant) the adapter alone."""
     schedule: ScheduleKind = "constant"
-    """How λ goes on from there."""
+    """How λ goes on after the first token."""
     floor: float = Field(default=0.0, ge=0, le=1)
     """Lowest λ of a falling schedule."""
 
@@ -57,11 +57,11 @@ class GenerateConfig(UnrollingConfig):
     decoding: Literal["greedy", "sample", "beam"] = "greedy"
     """How the next token is chosen from the mixture."""
     temperature: float = Field(default=1.0, gt=0)
-    """Of sampling."""
+    """Temperature of sampling."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Of sampling."""
+    """Share of the probability that sampling draws from."""
     beams: int = Field(default=4, ge=1)
-    """Of beam search."""
+    """Hypotheses of beam search."""
     length_penalty: float = 1.0
     """Finished beams are ranked by log P / tokens^length_penalty."""
     stop: tuple[str, ...] = ()

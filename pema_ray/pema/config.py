@@ -74,7 +74,7 @@ class CompareConfig(Section):
     dev_rows: int = Field(default=4096, ge=1)
     """Rows of the dev memory to choose by."""
     bootstrap_samples: int = Field(default=1000, ge=0)
-    """Of the paired bootstrap against `pema`; 0: none."""
+    """Samples of the paired bootstrap against `pema`; 0: none."""
     knn: KnnSettings = KnnSettings()
     """Of kNN-LM."""
     small_lm: SmallLMSettings = SmallLMSettings()
@@ -97,7 +97,7 @@ class ExperimentConfig(Section):
     run_dir: Folder = "runs/experiment"
     """The run folder: what stages make lies there."""
     seed: int = Field(default=0, ge=0)
-    """Of every draw."""
+    """Seed of every draw: pairs, shuffling, dropout, sampling."""
     plm: PLMConfig = PLMConfig()
     task: TaskConfig = TaskConfig()
     ray: RayConfig = RayConfig()

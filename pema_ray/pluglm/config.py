@@ -17,7 +17,7 @@ class TextConfig(Section):
     files: tuple[str, ...] = ()
     """Files, folders or patterns (`corpus/*.parquet`), read in this order."""
     text_column: str = "text"
-    """Of the text, in JSON Lines and Parquet."""
+    """Column of the text, in JSON Lines and Parquet."""
     document_column: str | None = None
     """Which document a text is of; none: texts are told apart by what they say."""
     source_column: str | None = None
@@ -47,9 +47,9 @@ class ModelSettings(Section):
     knowledge_attention: Literal["multi_head", "sentence_level"] = "multi_head"
     """Token by token, or one mixture of values for all tokens."""
     query_size: int = Field(default=128, ge=1)
-    """d_q."""
+    """d_q, numbers of a query and of a key."""
     query_norm: bool = True
-    """BatchNorm on queries."""
+    """Whether queries go through BatchNorm."""
     top_k: int = Field(default=5, ge=1)
     """k."""
     max_document_tokens: int = Field(default=288, ge=3)
@@ -106,11 +106,11 @@ class PretrainSettings(TrainingConfig):
     learning_rate: float = Field(default=1e-3, gt=0)
     """At the end of the warm-up (`warm_up_steps`)."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """Of matrices; biases and norms have none."""
+    """Weight decay of matrices; biases and norms have none."""
     schedule: Literal["polynomial", "cosine", "inverse_sqrt", "constant"] = "polynomial"
     """How the learning rate falls after the warm-up."""
     power: float = Field(default=0.5, gt=0)
-    """Of the polynomial; published .5."""
+    """Power of the `polynomial` schedule; published .5."""
     masking: Literal["static", "dynamic"] = "dynamic"
     """`static`: the same tokens of a sequence are masked in every epoch."""
     mask_share: float = Field(default=0.15, gt=0, lt=1)
@@ -120,7 +120,7 @@ class PretrainSettings(TrainingConfig):
     contrastive_steps: int = Field(default=0, ge=0)
     """Steps at the beginning in which queries are taught to find their own document's key (a departure)."""
     contrastive_weight: float = Field(default=1.0, gt=0)
-    """Of that loss."""
+    """Weight of the contrastive loss."""
     contrastive_temperature: float = Field(default=1.0, gt=0)
     """Scores are q · key / (temperature · √d_q), or cos / temperature."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -130,7 +130,7 @@ class PretrainSettings(TrainingConfig):
     validate_every: int = Field(default=200, ge=1)
     """Steps between two validations, if there is a text to validate on."""
     validation_sequences: int = Field(default=1024, ge=1)
-    """The first so many of it."""
+    """The first so many sequences of `validation`."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> PretrainSettings:
@@ -149,7 +149,7 @@ class PretrainConfig(Section):
     run_dir: Folder = "runs/pluglm"
     """The run folder: what stages make lies there."""
     seed: int = Field(default=0, ge=0)
-    """Of every draw."""
+    """Seed of every draw: weights, masks, batches, dropout."""
     ray: RayConfig = RayConfig()
     model: ModelSettings
     documents: TextConfig

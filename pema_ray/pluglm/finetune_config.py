@@ -18,11 +18,11 @@ class TaskSettings(Section):
     """`classification`, `regression`: tables as GLUE's; `tokens`: CoNLL; `answers`: SQuAD; `yes_no`, `factoid`: BioASQ;
     `cloze`: LAMA."""
     text_column: str = "sentence"
-    """Of the text, or of the first of two."""
+    """Column of the text, or of the first of two."""
     pair_column: str | None = None
-    """Of a second text, in tables."""
+    """Column of a second text, in tables."""
     label_column: str = "label"
-    """Of the answer."""
+    """Column of the answer."""
     header: bool = True
     """Whether .tsv and .csv name their columns; otherwise they are "0", "1", …"""
     metric: str | None = None
@@ -30,7 +30,7 @@ class TaskSettings(Section):
     stride: int = Field(default=64, ge=0)
     """Tokens that two windows of a long passage share."""
     longest_answer: int = Field(default=30, ge=1)
-    """In tokens."""
+    """Longest answer, in tokens."""
 
 
 class TaskFiles(Section):
@@ -50,11 +50,11 @@ class TaskMemory(Section):
     folder: str | None = None
     """A knowledge memory; none: only the training examples, or nothing."""
     version: int | None = None
-    """Of it; by default the current one."""
+    """Version of the memory; by default the current one."""
     in_task: bool = False
     """Training examples become entries (`text label`, tag `in-task`), which they do not retrieve themselves."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
-    """Of a memory of training examples alone."""
+    """Number format of a memory of training examples alone."""
     shards: int = Field(default=0, ge=0)
     """Actors that hold it; 0: every training process holds all of it."""
     cpus_per_shard: float = Field(default=1, ge=0)
@@ -73,15 +73,15 @@ class FinetuneSettings(TrainingConfig):
     batch_size: int = Field(default=32, ge=1)
     """Sequences per step, over all workers."""
     max_tokens: int = Field(default=128, ge=8)
-    """Longest input."""
+    """Longest input, in tokens."""
     learning_rate: float = Field(default=2e-5, gt=0)
     """AdamW's, at the end of the warm-up."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """Of matrices; biases and norms have none."""
+    """Weight decay of matrices; biases and norms have none."""
     schedule: Literal["polynomial", "cosine", "inverse_sqrt", "constant"] = "polynomial"
-    """Of the learning rate, after the warm-up."""
+    """How the learning rate falls after the warm-up."""
     power: float = Field(default=1.0, gt=0)
-    """Of the polynomial; 1: a straight line to zero."""
+    """Power of the `polynomial` schedule; 1: a straight line to zero."""
     clip: float | None = Field(default=1.0, gt=0)
     """Largest norm of the gradient; none leaves it as it is."""
     fix_keys: bool = True
@@ -91,7 +91,7 @@ class FinetuneSettings(TrainingConfig):
     refresh_every: int = Field(default=200, ge=1)
     """Steps between two encodings of a memory that is not frozen; also at the end of every epoch."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the forward passes; weights and the optimiser stay float32."""
+    """Number format of the forward passes; weights and the optimiser stay float32."""
 
     @model_validator(mode="after")
     def _can_be_shared(self) -> FinetuneSettings:
@@ -112,7 +112,7 @@ class FinetuneConfig(Section):
     run_dir: Folder = "runs/pluglm_task"
     """The run folder: what stages make lies there."""
     seed: int = Field(default=0, ge=0)
-    """Of every draw."""
+    """Seed of every draw: the head's weights, batches, dropout."""
     ray: RayConfig = RayConfig()
     model: str
     """Folder of a pre-trained PlugLM model."""

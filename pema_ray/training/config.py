@@ -24,7 +24,7 @@ class TrainingConfig(Section):
     strategy: Literal["ddp", "accelerate", "deepspeed"] = "ddp"
     """Who carries gradients between workers."""
     zero_stage: Literal[1, 2] = 1
-    """Of deepspeed: what it partitions over workers, optimiser state alone or gradients too."""
+    """What deepspeed partitions over workers: optimiser state alone, or gradients too."""
     workers: int = Field(default=1, ge=1)
     """Training processes."""
     min_workers: int | None = Field(default=None, ge=1)
@@ -34,7 +34,7 @@ class TrainingConfig(Section):
     gpus_per_worker: float = Field(default=0, ge=0)
     """GPUs that one worker asks of Ray."""
     trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ("tensorboard",)
-    """Where the curves go."""
+    """Where the curves go: TensorBoard's files in the run's folder, MLflow, Weights & Biases."""
     resume: bool = True
     """Go on from a checkpoint of the same settings. A finished training is reused either way."""
     max_failures: int = Field(default=8, ge=-1)

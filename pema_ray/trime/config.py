@@ -44,7 +44,7 @@ class PrepareConfig(Section):
     dev_books: tuple[str, ...] = ("Mark",)
     """Of `bible`: held out of the last translation; the others' stay in the training split."""
     test_books: tuple[str, ...] = ("Luke",)
-    """As `dev_books`."""
+    """Books of `bible` that are the test split, of the last translation."""
     vocabulary: Literal["word", "bpe", "character", "byte", "tokenizer"] = "word"
     """`word`: what `words` splits; `byte`: UTF-8 bytes, as enwik8 is measured; `tokenizer`: that of a transformers
     model."""
@@ -53,7 +53,7 @@ class PrepareConfig(Section):
     words: Literal["space", "punctuation"] = "space"
     """Of `word`: split at white space, or punctuation marks from words as well."""
     lowercase: bool = False
-    """Before anything else."""
+    """Lower-case the text before anything else."""
     line_ends: bool = True
     """Of `word` and `bpe`: every line's end is a token `<eos>`, as in WikiText."""
     min_count: int = Field(default=1, ge=1)
@@ -96,9 +96,9 @@ class DecoderShape(Section):
     hidden_size: int = Field(default=96, ge=2)
     """d, the size of states and keys."""
     ffn_size: int = Field(default=384, ge=1)
-    """Of the feed-forward blocks."""
+    """Width of the feed-forward blocks."""
     heads: int = Field(default=4, ge=1)
-    """Of attention."""
+    """Attention heads."""
     cutoffs: tuple[int, ...] | None = None
     """Where the bands of adaptive input and softmax end; none: one embedding for all words, tied to the softmax."""
     factor: float = Field(default=1.0, ge=1)
@@ -108,9 +108,9 @@ class DecoderShape(Section):
     tail_dropout: float = Field(default=0.0, ge=0, lt=1)
     """In the softmax's tail clusters."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Of what the blocks add, and of embeddings."""
+    """Dropout on what the blocks add, and on embeddings."""
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Of attention weights."""
+    """Dropout on attention weights."""
     activation_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Within the feed-forward blocks."""
     final_norm: bool = True
@@ -167,7 +167,7 @@ class TrimeTrainConfig(TrainingConfig):
     hide_local: float = Field(default=0.9, ge=0, le=1)
     """p of `ext`: how often an update sees other segments only (`cross-sent-ratio`)."""
     across_documents: bool = False
-    """Of `long`: a memory goes on over the end of a document, as the published code's does."""
+    """Whether a `long` memory goes on over the end of a document, as the published code's does."""
     ce_epochs: float = Field(default=0, ge=0)
     """Epochs of plain cross-entropy before the memory comes in (`ce-warmup-epoch`)."""
     updates: int = Field(default=900, ge=1)
@@ -175,19 +175,19 @@ class TrimeTrainConfig(TrainingConfig):
     optimizer: Literal["nag", "adam", "adamw"] = "adamw"
     """`nag` is SGD with Nesterov's momentum; `adamw` is what fairseq calls adam (weight decay apart)."""
     learning_rate: float = Field(default=2e-3, gt=0)
-    """At its highest."""
+    """The learning rate, at its highest."""
     schedule: Schedule = "cosine"
-    """After `warm_up_steps`."""
+    """How the learning rate falls after `warm_up_steps`."""
     final_learning_rate: float = Field(default=0.0, ge=0)
-    """Where `cosine` and `polynomial` end."""
+    """Where the schedules `cosine` and `polynomial` end."""
     momentum: float = Field(default=0.99, ge=0, lt=1)
-    """Of `nag`."""
+    """Momentum of `nag`."""
     betas: tuple[float, float] = (0.9, 0.98)
-    """Of `adam` and `adamw`."""
+    """β1 and β2 of `adam` and `adamw`."""
     weight_decay: float = Field(default=0.0, ge=0)
     """On all parameters, as fairseq's."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of matrix products; weights, norms and sums of exponentials are float32."""
+    """Number format of matrix products; weights, norms and sums of exponentials are float32."""
     validate_every: int = Field(default=100, ge=1)
     """Updates between two validations; a checkpoint is written with each."""
     validation_groups: int = Field(default=64, ge=1)
@@ -208,9 +208,9 @@ class PlanConfig(Section):
     """What `train --dry-run` counts with before the corpus has been prepared."""
 
     vocabulary: int | None = Field(default=None, ge=2)
-    """Words of the vocabulary."""
+    """Words of the vocabulary, for `--dry-run`."""
     tokens: int | None = Field(default=None, ge=1)
-    """Tokens of the training split."""
+    """Tokens of the training split, for `--dry-run`."""
     flops_per_second: float = Field(default=5e10, gt=0)
     """What one worker sustains: a CPU core 2e10 to 1e11 in float32, a GPU 5e12 to 2e14."""
 
@@ -320,7 +320,7 @@ class TrimeConfig(Section):
     run_dir: Folder = "runs/trime"
     """The run folder: what stages make lies there."""
     seed: int = Field(default=0, ge=0)
-    """Of every draw."""
+    """Seed of every draw: weights, batches, dropout."""
     ray: RayConfig = RayConfig()
     prepare: PrepareConfig = PrepareConfig()
     model: ModelConfig = ModelConfig()

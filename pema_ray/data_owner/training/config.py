@@ -25,9 +25,10 @@ class TrainConfig(TrainingConfig):
     """Attention blocks over all representations of a sequence, its prompt's too (`build_memory.prompts`), before the
     adapter's maps; 0 is published PEMA."""
     look_back_width: int = Field(default=256, ge=4, multiple_of=4)
-    """Of these blocks."""
+    """Width of the look-back blocks."""
     look_back_dropout: float = Field(default=0.2, ge=0, lt=1)
-    """In these blocks and in the local memory's maps; small memories are learned by heart without it."""
+    """Dropout in the look-back blocks and in the local memory's maps; small memories are learned by heart without
+    it."""
     local_memory: int = Field(default=0, ge=0)
     """Width of trained query and key maps over the prompt and the text so far (`build_memory.prompts`), whose tokens
     are mixed in; 0: none."""
@@ -40,9 +41,9 @@ class TrainConfig(TrainingConfig):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """On the adapter's input (published: 0.2)."""
     learning_rate: float = Field(default=1e-3, gt=0)
-    """Adam's."""
+    """Adam's learning rate, at its highest."""
     final_learning_rate: float | None = None
-    """Where the cosine ends; none keeps `learning_rate` constant, as published."""
+    """Where the learning rate's cosine ends; none keeps it constant, as published."""
     batch_size: int = Field(default=2048, ge=1)
     """Rows per step, over all workers."""
     shuffle: Literal["global", "window"] = "global"
@@ -52,9 +53,9 @@ class TrainConfig(TrainingConfig):
     epochs: int = Field(default=2, ge=1)
     """Passes of prediction over the memory."""
     reconstruction_batch_size: int = Field(default=20480, ge=1)
-    """Of the `adam` solver."""
+    """Rows of a step of the `adam` solver."""
     reconstruction_epochs: int = Field(default=10, ge=1)
-    """Of the `adam` solver, at most: it stops as stage 3 does, by the error on the dev memory."""
+    """Epochs of the `adam` solver, at most: it stops as stage 3 does, by the error on the dev memory."""
     scale_by_rank: bool = False
     """`h = B A x / r`, as published: changes what a learning rate means."""
     fresh_maps: bool = False
@@ -73,7 +74,7 @@ class TrainConfig(TrainingConfig):
     max_train_pairs: int | None = Field(default=None, ge=1)
     """Train on the first so many pairs of the memory only."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the LM head; the adapter is float32."""
+    """Number format of the LM head; the adapter is float32."""
 
     @model_validator(mode="after")
     def _streams_to_one(self) -> TrainConfig:

@@ -20,7 +20,7 @@ class IndexConfig(Section):
     shards_per_part: int = Field(default=16, ge=1)
     """Shards that are searched together: the unit of building, resuming and sharding."""
     lists: int | None = Field(default=None, ge=1)
-    """Of `ivf_*`; none: 4 √N, at most one for every 40 keys."""
+    """Inverted lists of `ivf_*`; none: 4 √N, at most one for every 40 keys."""
     pq_bytes: int | None = Field(default=None, ge=1)
     """Of `ivf_pq`, a divisor of the key's size, of `ivf_pq_fast` of half of it; none: the largest up to 64, and with
     4 bits up to a quarter of the key's size."""
@@ -29,7 +29,7 @@ class IndexConfig(Section):
     recall_queries: int = Field(default=256, ge=1)
     """Keys of dev tokens that recall is measured with."""
     recall_at: int = Field(default=100, ge=1)
-    """Neighbours of each."""
+    """Neighbours of each key that recall is measured with."""
     actors: int = Field(default=1, ge=1)
     """Processes that add keys."""
     cpus_per_actor: float = Field(default=1, gt=0)

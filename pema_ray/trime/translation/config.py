@@ -30,21 +30,21 @@ class MtDataConfig(Section):
     files: dict[Split, tuple[str, ...]] = {}
     """Split -> one `.jsonl` file, or two text files of equally many lines: source, target."""
     source: str = "source"
-    """Of `.jsonl`: the field of the source."""
+    """Field of the source in `.jsonl` files."""
     target: str = "target"
-    """Of `.jsonl`: the field of the target."""
+    """Field of the target in `.jsonl` files."""
     target_language: str = "en"
-    """For sacreBLEU's tokenizer."""
+    """Language of the targets, for sacreBLEU's tokenizer."""
     dev_books: tuple[str, ...] = ("Mark",)
-    """Of `bible`."""
+    """Books of `bible` that are the dev split."""
     test_books: tuple[str, ...] = ("Luke",)
-    """Of `bible`."""
+    """Books of `bible` that are the test split."""
     limits: dict[Split, int] = {}
     """Split -> number of pairs to keep, drawn with `seed`; a split that is not named is kept whole."""
     source_subwords: int = Field(default=4000, ge=260)
     """Size of the source's byte-level BPE; a pretrained model brings its own tokenizer."""
     target_subwords: int = Field(default=4000, ge=260)
-    """Size of the target's."""
+    """Subwords of the target's vocabulary."""
     max_tokens: int = Field(default=256, ge=2)
     """Longest source or target, in subwords; longer training pairs are left out, others are refused."""
 
@@ -69,13 +69,13 @@ class MtModelConfig(Section):
     hidden_size: int = Field(default=128, ge=2)
     """d, the size of states and keys."""
     ffn_size: int = Field(default=256, ge=1)
-    """Of the feed-forward blocks."""
+    """Width of the feed-forward blocks."""
     heads: int = Field(default=4, ge=1)
-    """Of attention."""
+    """Attention heads."""
     dropout: float = Field(default=0.3, ge=0, lt=1)
-    """Of what the blocks add, and of embeddings."""
+    """Dropout on what the blocks add, and on embeddings."""
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Of attention weights."""
+    """Dropout on attention weights."""
     activation_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Within the feed-forward blocks."""
 
@@ -104,9 +104,9 @@ class MtTrainConfig(TrainingConfig):
     """The objective and the optimiser (AdamW, which fairseq calls adam)."""
 
     memory: Literal["none", "trime"] = "trime"
-    """`none` is cross-entropy."""
+    """Whether other target positions of a batch are memories (`trime`), or not (`none`: cross-entropy)."""
     temperature: float = Field(default=10.0, gt=0)
-    """Divides g · g_j / √H."""
+    """Temperature of the memories' similarity: divides g · g_j / √H."""
     top_k: int | None = Field(default=8, ge=1)
     """Only so many of the most similar memories, before normaliser and positives; none: all of them."""
     ce_epochs: float = Field(default=0, ge=0)
@@ -114,13 +114,13 @@ class MtTrainConfig(TrainingConfig):
     epochs: float = Field(default=10, gt=0)
     """Passes over the training split."""
     learning_rate: float = Field(default=5e-4, gt=0)
-    """At its highest."""
+    """The learning rate, at its highest."""
     schedule: Schedule = "inverse_sqrt"
-    """After `warm_up_steps`."""
+    """How the learning rate falls after `warm_up_steps`."""
     final_learning_rate: float = Field(default=0.0, ge=0)
-    """Where `cosine` and `polynomial` end."""
+    """Where the schedules `cosine` and `polynomial` end."""
     betas: tuple[float, float] = (0.9, 0.98)
-    """Of AdamW."""
+    """β1 and β2 of AdamW."""
     weight_decay: float = Field(default=1e-4, ge=0)
     """On all parameters, as fairseq's."""
     validate_every: int = Field(default=200, ge=1)
@@ -142,17 +142,17 @@ class MtGenerateConfig(SearchConfig):
     """`plain`, `knn` (kNN-MT: weight λ), `trime` (one normaliser); none: `plain`, and the one that the training
     objective goes with."""
     beam: int = Field(default=4, ge=1)
-    """1 is greedy."""
+    """Hypotheses of beam search; 1 is greedy."""
     length_penalty: float = 0.6
     """A hypothesis scores Σ log P / (its length)^this."""
     length_factor: float = Field(default=1.2, ge=0)
-    """Longest answer: this many tokens per source token, …"""
+    """Longest answer: this many tokens per source token, and `length_extra`."""
     length_extra: int = Field(default=10, ge=1)
-    """… and so many more."""
+    """Longest answer: so many tokens more than `length_factor` allows."""
     batch_sentences: int = Field(default=32, ge=1)
     """Sentences that are decoded together."""
     neighbours: int = Field(default=16, ge=1)
-    """k."""
+    """k, neighbours that are looked up."""
     temperatures: tuple[float, ...] = ()
     """T to choose from on dev; one is taken as it is. `knn` divides the negative squared distance (or the inner
     product), `trime` g · g_j / √H. None: a grid."""
@@ -188,7 +188,7 @@ class MtPlanConfig(Section):
     """What `mt-train --dry-run` counts with before the text has been prepared."""
 
     pairs: int | None = Field(default=None, ge=1)
-    """Of the training split."""
+    """Pairs of the training split, for `--dry-run`."""
     target_tokens: int | None = Field(default=None, ge=1)
     """Their targets' subwords, `<eos>` apart."""
     flops_per_second: float = Field(default=5e10, gt=0)
@@ -201,7 +201,7 @@ class MtConfig(Section):
     run_dir: Folder = "runs/trime/mt"
     """The run folder: what stages make lies there."""
     seed: int = Field(default=0, ge=0)
-    """Of every draw."""
+    """Seed of every draw: weights, batches, dropout."""
     ray: RayConfig = RayConfig()
     data: MtDataConfig = MtDataConfig()
     model: MtModelConfig = MtModelConfig()
