@@ -24,7 +24,8 @@ def read_config(model: type[Model], path: str | Path | None, overrides: Sequence
     data = read_yaml(Path(path)) if path else {}
     for override in overrides:
         _apply_override(data, override)
-    return validate(model, data, str(path or "configuration"))
+    given = {override.partition("=")[0] for override in overrides}
+    return validate(model, data, str(path or "configuration"), given)
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:

@@ -6,7 +6,7 @@ Unknown keys are errors that name the nearest known one.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,13 +39,20 @@ Folder = Annotated[str, AfterValidator(_folder)]
 """A folder's path. An address such as `s3://…` is none: a folder of that name would be made."""
 
 
-def validate(model: type[BaseModel], data: Any, where: str) -> Any:
-    """`model.model_validate(data)`, with pydantic's complaint turned into one line for the user."""
+def validate(model: type[BaseModel], data: Any, where: str, overrides: Collection[str] = ()) -> Any:
+    """`model.model_validate(data)`, with pydantic's complaint turned into one line for the user.
+
+    Args:
+        where: the data come from.
+        overrides: keys that the command line gave instead.
+    """
     try:
         return model.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         location = ".".join(str(part) for part in first["loc"])
+        if any(f"{location}.".startswith(f"{key}.") for key in overrides):
+            where = "command line"
         if first["type"] == "extra_forbidden":
             hint = nearest(str(first["loc"][-1]), _known_keys(model, first["loc"][:-1]))
             raise UserError(f"{where}: unknown key '{location}'.{hint}") from None

@@ -91,7 +91,7 @@ def test_plm_names_one_plm_owner(overrides: list[str], label: str):
 def test_settings_of_another_kind_of_plm_are_refused_by_name(overrides: list[str], complaint: str):
     with pytest.raises(UserError, match=complaint) as caught:
         load_config(None, overrides)
-    assert str(caught.value).startswith("configuration: 'plm") and "\n" not in str(caught.value)
+    assert re.match("(configuration|command line): 'plm", str(caught.value)) and "\n" not in str(caught.value)
 
 
 def test_a_config_is_frozen():
@@ -149,7 +149,17 @@ def test_a_value_out_of_range_is_refused_by_name_in_one_line(override: str):
     with pytest.raises(UserError) as caught:
         load_config(None, [override])
     message = str(caught.value)
-    assert message.startswith(f"configuration: '{override.split('=')[0]}") and "\n" not in message
+    assert message.startswith(f"command line: '{override.split('=')[0]}") and "\n" not in message
+
+
+def test_a_mistake_is_blamed_on_whoever_made_it(tmp_path: Path):
+    path = written(tmp_path, "train: {rank: 0}\n")
+    with pytest.raises(UserError, match=rf"^{path}: 'train.rank': "):
+        load_config(path, ["train.kappa=0.5"])
+    with pytest.raises(UserError, match=r"^command line: 'train.kappa': .*, got 5\.$"):
+        load_config(path, ["train.rank=8", "train.kappa=5"])
+    with pytest.raises(UserError, match=r"^command line: unknown key 'train.rnak'\. Did you mean 'rank'"):
+        load_config(path, ["train.rank=8", "train.rnak=5"])
 
 
 @pytest.mark.parametrize("override", ["train.rank", "=5", ""])
