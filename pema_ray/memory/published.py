@@ -152,11 +152,16 @@ class PublishedMemory(ExternalMemory):
         return self._actors[name]
 
 
+class NotPublished(UserError):
+    """No memory of this name is published on the cluster."""
+
+
 def open_published(name: str, card: ModelCard | None = None) -> PublishedMemory:
     """The memory that was published under `name` on the cluster this process is connected to.
 
     Raises:
-        UserError: Ray is not running here, or there is no such name.
+        NotPublished: there is no such name.
+        UserError: Ray is not running here.
         FingerprintMismatch: it was built by another PLM than `card`'s.
     """
     import ray
@@ -168,7 +173,7 @@ def open_published(name: str, card: ModelCard | None = None) -> PublishedMemory:
         register = ray.get_actor(_REGISTER + name, NAMESPACE)
     except ValueError:
         known = ", ".join(_names()) or "none"
-        raise UserError(
+        raise NotPublished(
             f"{SCHEME}{name}: no memory of that name is published on this cluster (the one you mean? "
             f"ray.address, --address); there: {known}."
         ) from None
@@ -250,8 +255,14 @@ def drop(name: str) -> None:
 
 
 def list_published() -> list[Published]:
-    """What is published on this cluster, by name."""
-    return [describe(open_published(name)) for name in _names()]
+    """What is published on this cluster, by name; what somebody drops meanwhile is passed over."""
+    from ray.exceptions import RayActorError
+
+    memories = []
+    for name in _names():
+        with suppress(NotPublished, RayActorError):
+            memories.append(describe(open_published(name)))
+    return memories
 
 
 def describe(memory: PublishedMemory) -> Published:

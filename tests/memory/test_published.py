@@ -47,6 +47,13 @@ def clean(ray_cluster):
         drop(entry.name)
 
 
+def test_a_memory_that_is_dropped_while_others_are_listed_is_passed_over(clean, tmp_path: Path, monkeypatch):
+    make_memory(tmp_path / "m")
+    publish(tmp_path / "m", "stays", holders=1)
+    monkeypatch.setattr("pema_ray.memory.published._names", lambda: ["gone", "stays"])
+    assert [entry.name for entry in list_published()] == ["stays"]
+
+
 def test_what_a_stopped_publication_or_drop_left_is_taken_up(clean, tmp_path: Path):
     import ray
 
