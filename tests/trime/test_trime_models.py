@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from kit import tiny_model
 from rich.console import Console
 
 from pema_ray.errors import UserError
@@ -24,6 +23,7 @@ from pema_ray.trime.model.registry import (
     save_model,
 )
 from pema_ray.trime.model.transformers_model import TransformersLM
+from tests.trime.kit import tiny_model
 
 CONFIGS = Path(__file__).parents[2] / "configs/trime"
 LANGUAGE_MODELS = sorted(path for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("mt_"))

@@ -286,7 +286,7 @@ async def test_datastores_are_swapped_and_mistakes_are_told(service: TrimeServic
         for body, status, complaint in (
             ({"text": "the cat", "datastore": "owm"}, 404, "No datastore 'owm'. Did you mean 'own'?"),
             ({"text": " ".join(WORDS * 500)}, 400, "this service takes 8,192"),
-            ({"text": "the", "top": 0}, 422, "greater than or equal to 1"),
+            ({"text": "the", "top": 0}, 400, "greater than or equal to 1"),
         ):
             answer = client.post("/v1/score", json=body)
             assert answer.status_code == status and complaint in answer.text

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kit import VOCABULARY, tiny_model
 
 from pema_ray.training.checkpoint import load_checkpoint
 from pema_ray.training.history import TrainerHistory
@@ -27,6 +26,7 @@ from pema_ray.trime.text.segments import Segments, TokenStream
 from pema_ray.trime.training import update_time as pace
 from pema_ray.trime.training.trainer import TrimeTrainer, UpdateSchedule
 from tests.training_kit import die
+from tests.trime.kit import VOCABULARY, tiny_model
 
 LENGTH = 8
 
