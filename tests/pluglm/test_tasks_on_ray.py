@@ -59,7 +59,10 @@ def test_from_files_to_a_model_with_its_report(config, ray_cluster, tmp_path) ->
     assert [point["epoch"] for point in metrics["history"]] == [1, 2, 3, 4]
     assert metrics["scores"]["validation"]["accuracy"] == pytest.approx(metrics["best"])
     reported = Result.from_path(str(tmp_path / "run" / "finetune" / "ray_train"))
-    assert reported.metrics == metrics["history"][-1] and reported.checkpoint is not None
+    assert reported.checkpoint is not None and reported.metrics is not None
+    assert metrics["history"][-1].items() <= reported.metrics.items()
+    assert reported.metrics["best_accuracy"] == metrics["best"]
+    assert reported.metrics["best_version"] == metrics["memory_version"]
     assert (Path(reported.checkpoint.path) / "model" / "config.json").exists()
     assert "test" not in metrics["scores"]  # it has no labels
     answers = [json.loads(line) for line in (tmp_path / "run" / "finetune" / "test.jsonl").read_text().splitlines()]
