@@ -44,8 +44,8 @@ from pema_ray.training.trainer import StepInputs, Trainer, mix_seed
 
 @dataclass
 class AdapterHistory(TrainerHistory):
-    """What a training run went through. Points have `loss`, `reconstruction` and `prediction`: mean squared error and
-    nats, and their sum weighted by κ."""
+    """What a training run went through. Points have `reconstruction` (mean squared error), `prediction` (nats) and
+    `loss`, the sum of both weighted by κ and 1 - κ."""
 
     reconstruction_error: float | None = None
     reconstruction_seconds: float = 0.0
