@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -40,6 +40,7 @@ from pema_ray.pema.stages.train import training_job
 from pema_ray.runtime.files import atomic_file
 from pema_ray.runtime.placement import ray_options
 from pema_ray.runtime.progress import console, track
+from pema_ray.runtime.settings import Split
 from pema_ray.runtime.settings import validate as validate_section
 from pema_ray.tasks import EncodedPair
 from pema_ray.tasks.postprocess import tidy
@@ -223,6 +224,8 @@ class ComparedSystem:
             grids |= {"lambdas": chosen.lambdas}
         if self.name == "memory_decoder":
             grids |= {"knn.lambdas": chosen.knn.lambdas}
+        if self.name in ("few_shot", "few_shot_similar"):
+            grids |= {"nll": "of prompts with examples"}  # older measurements have none
         sections: list[BaseModel] = []
         sections += [chosen.knn] if self.name == "knn" else []
         sections += [chosen.lora] if self.name in _LORA else []
@@ -243,7 +246,8 @@ class ComparedSystem:
         return self._answered(self.config.generate, None, nll=self._likelihood(None, self._split).nll(0.0))
 
     def _few_shot(self) -> Measurement:
-        return self._answered(self.config.generate, None)
+        run = self._run_with_examples("similar" if self.name == "few_shot_similar" else "first", (self._split,))
+        return self._answered(self.config.generate, None, nll=likelihood_of(run, self._split, None).nll(0.0))
 
     def _knn(self) -> Measurement:
         memory, (temperature, lam) = self.run.path("build_memory", "train"), self._tune_knn()
@@ -283,22 +287,35 @@ class ComparedSystem:
         )
 
     def _on_prompts_with_examples(self) -> Measurement:
-        """A run of its own, with a memory of these prompts, whose first system is PEMA."""
-        limits, most = dict(self.config.task.limits), self.config.train.max_train_pairs
-        if most is not None:  # the first so many, as a smaller limit draws them
-            limits["train"] = min(most, limits.get("train", most))
-        shown = {"shots": self.config.compare.few_shot, "show": "first", "limits": limits}
-        task = self.config.task.model_copy(update=shown)
-        compare = self.config.compare.model_copy(update={"systems": ("pema",)})
-        changes = {"run_dir": str(self.run.path("compare", self.name, "run")), "task": task, "compare": compare}
-        config = self.config.model_copy(update=changes)
-        for stage in ("prepare", "export_head", "build_memory"):
-            PEMA.run(stage, config)
-        inner = ComparedSystem(Run(config), "pema", self.seed)
-        found = inner.measurement()
+        """The first system of a run whose prompts show examples: PEMA."""
+        run = self._run_with_examples("first", self.config.build_memory.splits)
+        inner = ComparedSystem(run, "pema", self.seed)
+        measured = inner.measurement()
         with atomic_file(self.answers) as temporary:
             temporary.write_bytes(inner.answers.read_bytes())
-        return found
+        return measured
+
+    def _run_with_examples(self, show: Literal["first", "similar"], splits: tuple[Split, ...]) -> Run:
+        """A run of its own below this system's folder, with memories of prompts that show `compare.few_shot` examples.
+
+        Args:
+            splits: whose memories it builds.
+        """
+        config, limits, limit = self.config, dict(self.config.task.limits), self.config.train.max_train_pairs
+        if limit is not None:  # the first so many, as a smaller limit draws them
+            limits["train"] = min(limit, limits.get("train", limit))
+        shown = {"shots": config.compare.few_shot, "show": show, "limits": limits}
+        inner = config.model_copy(
+            update={
+                "run_dir": str(self.run.path("compare", self.name, "run")),
+                "task": config.task.model_copy(update=shown),
+                "build_memory": config.build_memory.model_copy(update={"splits": splits}),
+                "compare": config.compare.model_copy(update={"systems": ("pema",)}),
+            }
+        )
+        for stage in ("prepare", "export_head", "build_memory"):
+            PEMA.run(stage, inner)
+        return Run(inner)
 
     def _train(self) -> AdapterHistory:
         c = _training(self.config.train, self.name, self.run.bundle.card.hidden_size)
