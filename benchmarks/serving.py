@@ -313,7 +313,7 @@ async def _line_in_a_cluster(scratch: Path, count: int) -> dict[str, float]:
     from pema_ray.plm_owner.engine import EngineConfig
     from pema_ray.plm_owner.service.application import plm_engine
     from pema_ray.plm_owner.service.replicas import Replicas
-    from pema_ray.serving.scale import Scale
+    from pema_ray.runtime.serving.scale import Scale
 
     plm = PLMConfig(name=tiny_model(scratch / "tiny"), device="cpu", dtype="float32", threads=1)
     engine = PLMEngine(plm.model_dump(), {"slots": 4, "max_tokens": 512})

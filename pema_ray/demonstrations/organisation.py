@@ -78,6 +78,18 @@ class Organisation:
         if code:
             raise UserError(f"{self.name}: pema-ray {arguments[0]} failed with exit code {code}; it says why above.")
 
+    def output(self, *arguments: str) -> str:
+        """Run `pema-ray` to its end and return what it prints, without white space at the ends.
+
+        Raises:
+            UserError: it failed.
+        """
+        command, environment = self.command(*_PEMA_RAY, *arguments), self.environment()
+        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UserError(f"{self.name}: pema-ray {arguments[0]} failed: {done.stderr.strip()}")
+        return done.stdout.strip()
+
     @contextmanager
     def service(
         self, ready: Callable[[], object], *arguments: str, seconds: float = 300, **environment: str

@@ -49,10 +49,10 @@ def run(config: Path, folder: Path, overrides: Iterable[str] = ()) -> dict[str, 
         with plm_owner.service(answers, "serve", "--topology", str(service), RAY_ADDRESS="local"):
             data_owner.run("quickstart", "--config", str(experiment))
             answer = _serve_and_ask(data_owner, experiment)
-    found = {**_audit(plm_owner.folder / "audit.jsonl"), "answer": answer}
-    found |= _search_for_weights(data_owner.folder / "run", experiment)
-    _report(found, plm_owner, time.perf_counter() - started)
-    return found
+    crossed = {**_audit(plm_owner.folder / "audit.jsonl"), "answer": answer}
+    crossed |= _received_tensors(data_owner.folder / "run")
+    _report(crossed, plm_owner, time.perf_counter() - started)
+    return crossed
 
 
 # ── the PLM owner ───────────────────────────────────────────────────────────────
@@ -84,9 +84,7 @@ def set_up_plm_owner(owner: Organisation, plm: dict[str, Any]) -> Path:
 
 def _set_up_data_owner(owner: Organisation, plm_owner: Organisation, config: Path, overrides: Iterable[str]) -> Path:
     """What the PLM owner hands over (key and certificate), and the experiment's file; returns the file."""
-    from pema_ray.plm_owner.service.access import Quota, add_client
-
-    key = add_client(plm_owner.folder / "keys.yaml", "data owner", Quota())
+    key = plm_owner.output("serve-key", str(plm_owner.folder / "keys.yaml"), "data owner")
     (owner.folder / "plm_key").write_text(key + "\n")
     (owner.folder / "plm_key").chmod(0o600)
     shutil.copy(plm_owner.folder / "server.crt", owner.folder / "plm.crt")
@@ -141,16 +139,16 @@ def _plm_owner_answers(data_owner: Organisation, experiment: Path) -> str | None
     return data_owner.request(f"{plm.url}/v1/model", "", Path(plm.key_file).read_text().strip(), plm.ca_file or "")
 
 
-def _search_for_weights(run: Path, experiment: Path) -> dict[str, Any]:
+def _received_tensors(run: Path) -> dict[str, Any]:
     """The names of the tensors in the data owner's LM-head bundle, and in its other files."""
     from safetensors import safe_open
 
-    found: dict[str, list[str]] = {}
+    names_by_file: dict[str, list[str]] = {}
     for path in run.rglob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            found[path.relative_to(run).as_posix()] = sorted(file.keys())
-    head = found.pop("export_head/lm_head/lm_head.safetensors")
-    return {"lm_head": head, "own_tensors": found}
+            names_by_file[path.relative_to(run).as_posix()] = sorted(file.keys())
+    head = names_by_file.pop("export_head/lm_head/lm_head.safetensors")
+    return {"lm_head": head, "own_tensors": names_by_file}
 
 
 # ── what crossed ────────────────────────────────────────────────────────────────
@@ -168,17 +166,17 @@ def _audit(path: Path) -> dict[str, Any]:
     return {"audit": {what: dict(counted) for what, counted in sums.items()}}
 
 
-def _report(found: dict[str, Any], plm_owner: Organisation, seconds: float) -> None:
+def _report(crossed: dict[str, Any], plm_owner: Organisation, seconds: float) -> None:
     from rich.table import Table
 
     table = Table(title="What crossed the line, by the PLM owner's audit log")
     for column in ("request", "number", "tokens up", "rows down", "MiB up", "MiB down"):
         table.add_column(column, justify="left" if column == "request" else "right")
-    for what, counted in found["audit"].items():
+    for what, counted in crossed["audit"].items():
         sizes = (f"{counted[name] / 2**20:,.2f}" for name in ("received_bytes", "sent_bytes"))
         table.add_row(what, *(f"{counted[name]:,}" for name in ("requests", "tokens", "rows")), *sizes)
     console.print(table)
     console.print(f"Audit log, without contents: {plm_owner.folder / 'audit.jsonl'}", highlight=False)
-    console.print(f"Tensors of the PLM that the data owner was given: {', '.join(found['lm_head'])}", highlight=False)
-    console.print(f"Served answer: {found['answer']['source']!r} → {found['answer']['text']!r}", highlight=False)
+    console.print(f"Tensors of the PLM that the data owner was given: {', '.join(crossed['lm_head'])}", highlight=False)
+    console.print(f"Served answer: {crossed['answer']['source']!r} → {crossed['answer']['text']!r}", highlight=False)
     console.print(f"{seconds:,.0f} s in all", highlight=False)

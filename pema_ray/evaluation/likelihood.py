@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
-from pema_ray.line import LMHead
+if TYPE_CHECKING:
+    from pema_ray.line import LMHead
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from pema_ray.pema.config import ExperimentConfig, load_config
 from pema_ray.pema.method import PEMA
 from pema_ray.plm_owner import EngineConfig
 from pema_ray.plm_owner.service.application import plm_engine
-from pema_ray.serving.scale import Scale
+from pema_ray.runtime.serving.scale import Scale
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 CHAIN = ("prepare", "export_head", "build_memory", "train", "generate", "evaluate")

@@ -23,7 +23,7 @@ from pema_ray.plm_owner.service.api import make_api as make_public_api
 from pema_ray.plm_owner.service.deployment import PLMEngine
 from pema_ray.plm_owner.service.replicas import Replicas
 from pema_ray.runtime.metrics import HISTOGRAMS, LEVELS, TOTALS
-from pema_ray.serving.logs import JsonLines
+from pema_ray.runtime.serving.logs import JsonLines
 
 SERVE_CONFIGS = Path(__file__).parents[2] / "serve_configs"
 DOCS = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
@@ -79,7 +79,7 @@ async def test_requests_have_numbers_and_are_logged_and_counted_without_contents
     written = io.StringIO()
     handler = logging.StreamHandler(written)
     handler.setFormatter(JsonLines())
-    logger = logging.getLogger("pema_ray.serving.http")
+    logger = logging.getLogger("pema_ray.runtime.serving.http")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     asked = {"model": owner.card.name, "prompt": "Rewrite each secret", "max_tokens": 6, "temperature": 0}

@@ -21,7 +21,7 @@ from pema_ray.data_owner.service.forms import Chat, Completion, Form, Service, a
 from pema_ray.data_owner.service.protocol import ChatRequest, CompletionRequest
 from pema_ray.errors import UserError
 from pema_ray.line import Busy
-from pema_ray.serving.http import Admission, error_body, handle_errors
+from pema_ray.runtime.serving.http import Admission, error_body, handle_errors
 
 _PLAYGROUND = Path(__file__).with_name("playground.html")
 _MAX_BYTES = 2 * 2**20  # of a request

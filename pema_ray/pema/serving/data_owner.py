@@ -17,10 +17,10 @@ from pema_ray.line import PLMClient
 from pema_ray.line.plm_config import PLMConfig
 from pema_ray.pema.plm import connect
 from pema_ray.runtime.metrics import RayMetrics
+from pema_ray.runtime.serving.logs import log_as_json
+from pema_ray.runtime.serving.scale import UNLIMITED, Scale
+from pema_ray.runtime.serving.swapping import refused
 from pema_ray.runtime.settings import Section, validate
-from pema_ray.serving.logs import log_as_json
-from pema_ray.serving.scale import UNLIMITED, Scale
-from pema_ray.serving.swapping import refused
 
 
 class DataOwnerArgs(Section):

@@ -13,8 +13,8 @@ from pema_ray.pema.serving.data_owner import data_owner_deployment
 from pema_ray.plm_owner.engine import EngineConfig
 from pema_ray.plm_owner.service.application import plm_engine
 from pema_ray.plm_owner.service.replicas import Replicas
+from pema_ray.runtime.serving.scale import Scale
 from pema_ray.runtime.settings import Section, validate
-from pema_ray.serving.scale import Scale
 
 
 class LocalArgs(Section):

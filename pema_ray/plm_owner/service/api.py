@@ -31,8 +31,8 @@ from pema_ray.line.protocol import LONGEST_NAME
 from pema_ray.plm_owner.service.access import Access, Account, Refused, Reservation
 from pema_ray.plm_owner.service.executor import run_in_executor
 from pema_ray.plm_owner.service.replicas import Replicas
+from pema_ray.runtime.serving.http import invalid_field, request_id
 from pema_ray.runtime.settings import Section
-from pema_ray.serving.http import invalid_field, request_id
 
 _FRAME = {"content": {codec.MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}}
 Authorization = Annotated[str | None, Header(description="Bearer and your key.")]

@@ -20,9 +20,9 @@ from pema_ray.plm_owner.service.api import RequestLimits, make_api
 from pema_ray.plm_owner.service.deployment import PLMEngine
 from pema_ray.plm_owner.service.replicas import Replicas
 from pema_ray.runtime.metrics import RayMetrics
+from pema_ray.runtime.serving.logs import log_as_json
+from pema_ray.runtime.serving.scale import UNLIMITED, Scale
 from pema_ray.runtime.settings import Section, validate
-from pema_ray.serving.logs import log_as_json
-from pema_ray.serving.scale import UNLIMITED, Scale
 
 
 class PLMOwnerArgs(Section):

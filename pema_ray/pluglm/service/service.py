@@ -31,8 +31,8 @@ from pema_ray.pluglm.model.knowledge import Knowledge
 from pema_ray.pluglm.model.loading import load_pluglm
 from pema_ray.pluglm.service.editor_keys import hash_of
 from pema_ray.runtime.hardware import compute_thread, set_threads
+from pema_ray.runtime.serving.http import Admission, error_body, handle_errors
 from pema_ray.runtime.settings import Section, validate
-from pema_ray.serving.http import Admission, error_body, handle_errors
 
 logger = logging.getLogger(__name__)
 

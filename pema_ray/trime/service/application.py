@@ -10,8 +10,8 @@ from pydantic import Field
 from ray import serve
 from ray.serve import Application
 
+from pema_ray.runtime.serving.swapping import refused
 from pema_ray.runtime.settings import Section, validate
-from pema_ray.serving.swapping import refused
 from pema_ray.trime.service.service import TrimeService, TrimeServiceConfig, TrimeUserConfig, make_api
 
 

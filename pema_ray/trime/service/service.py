@@ -24,8 +24,8 @@ from pema_ray.experiment.configuration import read_config
 from pema_ray.memory.search.nearest import Neighbours, SearchOptions, check_k
 from pema_ray.memory.search.ray_search import open_search
 from pema_ray.runtime.hardware import compute_thread, pick_device, set_threads
+from pema_ray.runtime.serving.http import Admission, handle_errors
 from pema_ray.runtime.settings import Section, validate
-from pema_ray.serving.http import Admission, handle_errors
 from pema_ray.trime.config import TrimeConfig
 from pema_ray.trime.datastore import open_datastore
 from pema_ray.trime.evaluation.calibration import Mixture, Settings, token_log_probs

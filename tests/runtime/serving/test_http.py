@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from pydantic import BaseModel
 
 from pema_ray.errors import UserError
-from pema_ray.serving.http import Admission, handle_errors
+from pema_ray.runtime.serving.http import Admission, handle_errors
 
 
 class Conflict(UserError):
@@ -86,7 +86,7 @@ def test_a_decent_id_is_kept_and_another_is_made_anew(client):
 
 
 def test_the_log_has_no_text_and_health_checks_are_not_in_it(client, counts, caplog):
-    with caplog.at_level(logging.INFO, "pema_ray.serving.http"):
+    with caplog.at_level(logging.INFO, "pema_ray.runtime.serving.http"):
         client.post("/echo", json={"texts": ["a secret"]})
         client.get("/healthz")
         client.get("/broken")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pema_ray.errors import UserError
-from pema_ray.serving.swapping import refused
+from pema_ray.runtime.serving.swapping import refused
 
 
 async def made() -> None:
