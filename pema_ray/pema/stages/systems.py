@@ -413,7 +413,7 @@ class ComparedSystem:
     # ── what they share ─────────────────────────────────────────────────────
 
     @property
-    def _split(self) -> str:
+    def _split(self) -> Split:
         return self.config.generate.split
 
     @cached_property
