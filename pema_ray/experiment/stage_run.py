@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 from pydantic import BaseModel
 
 from pema_ray.errors import UserError
+from pema_ray.experiment.input_files import InputFiles
 from pema_ray.experiment.method import Method
 from pema_ray.runtime.files import atomic_file, one_process
 from pema_ray.runtime.progress import console
@@ -58,6 +59,7 @@ class StageRun(Generic[E]):
     def __init__(self, config: E) -> None:
         self.config = config
         self.folder = Path(config.run_dir).absolute()  # workers have other working folders
+        self.input_files = InputFiles(self.folder)
 
     def path(self, *parts: str) -> Path:
         """In the run's folder: `<run_dir>/<stage>/…`."""
@@ -115,7 +117,7 @@ class StageRun(Generic[E]):
         return self.config.seed
 
     def others(self, stage: str) -> list[Any]:
-        """What else its result depends on, such as files: JSON."""
+        """What else its result depends on, as JSON; files by their content (`input_files`)."""
         return []
 
     # ── finished stages ─────────────────────────────────────────────────────
@@ -192,6 +194,7 @@ class StageRun(Generic[E]):
             measured = work()
         seconds = round(time.perf_counter() - started, 2)
         text = json.dumps({"stage": stage, "stamp": stamp, "seconds": seconds, **measured}, indent=2)
+        self.input_files.save()
         with atomic_file(self.path(stage, "metrics.json")) as temporary:
             temporary.write_text(text + "\n")
         metrics = json.loads(text)

@@ -12,7 +12,6 @@ from pema_ray.line import LMHeadBundle
 from pema_ray.memory.manifest import Manifest
 from pema_ray.pema.config import ExperimentConfig
 from pema_ray.pema.method import PEMA
-from pema_ray.runtime.files import sha256_of
 from pema_ray.tasks import Pair, Prompter, Task, load_task
 from pema_ray.tasks.shots import SimilarShots, first_shots
 
@@ -42,12 +41,11 @@ class Run(StageRun[ExperimentConfig]):
         windows = [["workers", train.workers]] if train.shuffle == "window" else []
         return [*windows, _ADAM_SCHEME] if train.solver == "adam" else windows
 
-    @cached_property
+    @property
     def file_hashes(self) -> dict[str, str]:
-        """sha256 of the task's files by split; of those that are gone since they were prepared, as they were then."""
+        """sha256 of the task's files by split."""
         paths = {**self.task.source.files, **self.config.task.files}
-        before = self.recorded("prepare").get("file_hashes", {})
-        return before | {s: sha256_of(Path(p)) for s, p in paths.items() if Path(p).is_file()}
+        return {split: checksum for split, path in paths.items() if (checksum := self.input_files.sha256(path))}
 
     def is_whole(self, stage: str) -> bool:
         if stage == "build_memory":

@@ -13,7 +13,6 @@ from pema_ray.pluglm.finetune_config import FinetuneConfig
 from pema_ray.pluglm.learning.text import content_hash
 from pema_ray.pluglm.memory import versions
 from pema_ray.pluglm.method import PLUGLM
-from pema_ray.runtime.files import sha256_of
 
 
 class PluglmRun(StageRun[PretrainConfig | FinetuneConfig]):
@@ -39,7 +38,7 @@ class PluglmRun(StageRun[PretrainConfig | FinetuneConfig]):
         c = self.config
         if isinstance(c, PretrainConfig):
             texts = [c.documents, c.text, *([c.validation] if c.validation else [])]
-            return [content_hash(one) for one in texts]
+            return [content_hash(one, checksum=self.input_files.sha256) for one in texts]
         weights = sorted(Path(c.model).glob("*.safetensors"))
         if not weights:
             raise UserError(f"{c.model}: no PlugLM model here.")
@@ -47,4 +46,4 @@ class PluglmRun(StageRun[PretrainConfig | FinetuneConfig]):
         if missing := [path for path in files if not path.is_file()]:
             raise UserError(f"{missing[0]}: no such file.")
         memory = None if c.memory.folder is None else versions.read(Path(c.memory.folder), c.memory.version).version
-        return [c.model, [sha256_of(path) for path in (*files, *weights)], memory]
+        return [c.model, [self.input_files.sha256(path) for path in (*files, *weights)], memory]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pema_ray.experiment.stage_run import HOW_FAST, StageRun
-from pema_ray.runtime.files import sha256_of
 from pema_ray.trime.config import TrimeConfig
 from pema_ray.trime.evaluation.systems import asks_a_datastore
 from pema_ray.trime.method import TRIME
@@ -47,38 +45,16 @@ class TrimeRun(StageRun[TrimeConfig]):
         """The text, and what belongs to other runs: a vocabulary, a model, datastores."""
         c, found = self.config, []
         if stage == "prepare":
-            found.append(self.files)
+            found.append([self.input_files.sha256(name) for files in c.prepare.files.values() for name in files])
             if c.prepare.vocabulary_from is not None:
-                found.append(self.vocabulary_hash)
+                found.append(self.input_files.sha256(Path(c.prepare.vocabulary_from, "prepare", "vocabulary.json")))
         if stage in ("datastore", "evaluate") and c.evaluate.model is not None:
             found.append(read_fingerprint(self.model_folder))
         if stage == "evaluate" and asks_a_datastore(c):
-            found.append({name: _identity(Path(folder)) for name, folder in c.evaluate.datastores.items()})
+            found.append({name: self._identity(Path(folder)) for name, folder in c.evaluate.datastores.items()})
         return found
 
-    @property
-    def files(self) -> list[list[Any]]:
-        """Of the corpus: name, size and time of each file; of those that are gone, as they were when prepared."""
-        names = [name for files in self.config.prepare.files.values() for name in files]
-        return described(names, self.recorded("prepare").get("files"))
-
-    @property
-    def vocabulary_hash(self) -> str | None:
-        """sha256 of another run's vocabulary; if that is gone, of the one that was taken."""
-        path = Path(self.config.prepare.vocabulary_from or "") / "prepare" / "vocabulary.json"
-        return sha256_of(path) if path.exists() else self.recorded("prepare").get("vocabulary_hash")
-
-
-def described(names: Iterable[str], before: list[list[Any]] | None) -> list[list[Any]]:
-    """Name, size and time of files: as they are, or, of those that are gone, as they were `before`."""
-    known = {one[0]: one for one in before or ()}
-    for name in (names := list(names)):
-        if Path(name).exists():
-            known[name] = [name, (s := Path(name).stat()).st_size, s.st_mtime_ns]
-    return [known[name] for name in names if name in known]
-
-
-def _identity(datastore: Path) -> list[str | None]:
-    """Of a datastore and its index; both name their contents by checksums."""
-    parts = (datastore / "manifest.json", datastore.parent / "index" / "index.json")
-    return [sha256_of(path) if path.exists() else None for path in parts]
+    def _identity(self, datastore: Path) -> list[str | None]:
+        """Of a datastore and its index; both name their contents by checksums."""
+        parts = (datastore / "manifest.json", datastore.parent / "index" / "index.json")
+        return [self.input_files.sha256(path) for path in parts]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,9 +52,9 @@ def files_of(texts: TextConfig) -> list[Path]:
     return [path.absolute() for path in found]
 
 
-def content_hash(texts: TextConfig, *settings: Any) -> str:
+def content_hash(texts: TextConfig, *settings: Any, checksum: Callable[[Path], str | None] = sha256_of) -> str:
     """16 hex digits of what the files hold and of settings."""
-    told = [texts.model_dump(exclude={"files"}), [sha256_of(path) for path in files_of(texts)], settings]
+    told = [texts.model_dump(exclude={"files"}), [checksum(path) for path in files_of(texts)], settings]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -69,8 +69,6 @@ def _prepare(run: TrimeRun) -> dict[str, Any]:
     return {
         "vocabulary": len(vocabulary),
         "splits": counts,
-        "files": run.files,
-        "vocabulary_hash": run.vocabulary_hash if c.vocabulary_from else None,
         "summary": f"{len(vocabulary):,} {c.vocabulary}s; {said} documents; {unknown:.1%} of test unknown",
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pema_ray.experiment.stage_run import StageRun
-from pema_ray.trime.run import INCIDENTAL, described
+from pema_ray.trime.run import INCIDENTAL
 from pema_ray.trime.translation.config import MtConfig
 from pema_ray.trime.translation.method import TRANSLATION
 
@@ -25,10 +25,6 @@ class MtRun(StageRun[MtConfig]):
         return tuple(translations) if stage == "generate" else super().evidence(stage)
 
     def others(self, stage: str) -> list[Any]:
-        return [self.config.model.name, self.files] if stage == "prepare" else []
-
-    @property
-    def files(self) -> list[list[Any]]:
-        """Of the corpus: name, size and time of each file; of those that are gone, as they were when prepared."""
+        """The model's name, and the text."""
         names = [name for files in self.config.data.files.values() for name in files]
-        return described(names, self.recorded("prepare").get("files"))
+        return [self.config.model.name, list(map(self.input_files.sha256, names))] if stage == "prepare" else []

@@ -47,7 +47,6 @@ def _prepare(run: MtRun) -> dict[str, Any]:
     summary = f"{train['pairs']:,} training pairs, {train['target_tokens']:,} target subwords"
     return {
         **told,
-        "files": run.files,
         "summary": summary + f"; {train['left_out']:,} too long" * bool(train["left_out"]),
     }
 
