@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 from pema_ray.errors import UserError
@@ -104,5 +103,5 @@ class Run(StageRun[ExperimentConfig]):
             return Prompter(
                 self.tokenizer, self.task, SimilarShots(self.pairs("train")[:limit], shots), task.chat, extra
             )
-        shown = first_shots(self.pairs("train")[:limit], shots) if shots else []
-        return Prompter(self.tokenizer, self.task, shown, task.chat, extra)
+        examples = first_shots(self.pairs("train")[:limit], shots) if shots else []
+        return Prompter(self.tokenizer, self.task, examples, task.chat, extra)

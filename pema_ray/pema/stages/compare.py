@@ -8,10 +8,11 @@ from typing import Any
 
 from pema_ray.errors import UserError
 from pema_ray.evaluation.comparison import Comparison, Peer, markdown, significance
+from pema_ray.pema.baselines.variants import check
 from pema_ray.pema.config import ExperimentConfig
 from pema_ray.pema.run import Run
 from pema_ray.pema.stages.answers import read_rows
-from pema_ray.pema.stages.systems import ComparedSystem, check, scorer_of
+from pema_ray.pema.stages.systems import ComparedSystem, scorer_of
 from pema_ray.runtime.cluster import ray_cluster
 from pema_ray.runtime.files import atomic_file
 from pema_ray.runtime.progress import console
@@ -21,28 +22,28 @@ _REFERENCE = "pema"
 
 def run(config: ExperimentConfig) -> dict[str, Any]:
     """Write `compare/comparison.json` and `compare/table.md`."""
-    run, chosen = Run(config), config.compare
+    run, settings = Run(config), config.compare
     if config.generate.split != "test":
         raise UserError(
             f"compare measures on the test pairs, since all systems are tuned on dev: generate.split is "
             f"{config.generate.split}."
         )
-    for name in chosen.systems:  # refused now rather than when the others are done
+    for name in settings.systems:  # refused now rather than when the others are done
         check(config, name)
 
     def work() -> dict[str, Any]:
         with _cluster(run):
-            peers = {name: _peer(run, name) for name in chosen.systems}
-        found = _comparison(run, peers)
+            peers = {name: _peer(run, name) for name in settings.systems}
+        comparison = _comparison(run, peers)
         with atomic_file(run.path("compare", "comparison.json")) as temporary:
-            temporary.write_text(found.model_dump_json(indent=1) + "\n")
+            temporary.write_text(comparison.model_dump_json(indent=1) + "\n")
         with atomic_file(run.path("compare", "table.md")) as temporary:
-            temporary.write_text(markdown(found), encoding="utf-8")
-        console.print(markdown(found), markup=False, highlight=False)
-        best = max(found.peers, key=lambda peer: peer.bleu)
+            temporary.write_text(markdown(comparison), encoding="utf-8")
+        console.print(markdown(comparison), markup=False, highlight=False)
+        best = max(comparison.peers, key=lambda peer: peer.bleu)
         return {
-            "bleu": {peer.name: round(peer.bleu, 2) for peer in found.peers},
-            "nll": {peer.name: peer.mean("nll") for peer in found.peers},
+            "bleu": {peer.name: round(peer.bleu, 2) for peer in comparison.peers},
+            "nll": {peer.name: peer.mean("nll") for peer in comparison.peers},
             "summary": f"{len(peers)} systems, best sBLEU {best.bleu:.1f} ({best.name})",
         }
 
@@ -84,9 +85,9 @@ def _comparison(run: Run, peers: dict[str, Peer]) -> Comparison:
         path = ComparedSystem(run, name, peer.measurements[0].seed).answers
         texts[name] = [row["answer"] for row in read_rows(path)]
         scorer.score(texts[name])
-    tested = {}
+    by_system = {}
     if samples and _REFERENCE in peers and len(peers) > 1:
-        tested = significance(scorer, texts, _REFERENCE, samples)
+        by_system = significance(scorer, texts, _REFERENCE, samples)
     return Comparison(
         task=run.task.name,
         plm_name=run.bundle.card.name,
@@ -94,7 +95,7 @@ def _comparison(run: Run, peers: dict[str, Peer]) -> Comparison:
         test_pairs=len(run.pairs(options.split)),
         decoding=options.decoding + beams,
         bleu_signature=scorer.signatures[0],
-        reference=peers[_REFERENCE].name if tested else None,
-        bootstrap_samples=samples if tested else 0,
-        peers=tuple(peer.model_copy(update={"significance": tested.get(name)}) for name, peer in peers.items()),
+        reference=peers[_REFERENCE].name if by_system else None,
+        bootstrap_samples=samples if by_system else 0,
+        peers=tuple(peer.model_copy(update={"significance": by_system.get(name)}) for name, peer in peers.items()),
     )

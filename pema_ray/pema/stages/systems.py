@@ -7,20 +7,18 @@ as soon as it is finished, so a comparison that was stopped continues.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from pema_ray.data_owner.adapter.knn import NearestNeighbours, require_faiss
+from pema_ray.data_owner.adapter.knn import NearestNeighbours
 from pema_ray.data_owner.config import GenerateConfig, KnnMixConfig
 from pema_ray.data_owner.decoding.offline import GenerationJob, SystemAnswer
 from pema_ray.data_owner.decoding.predictor import Predictor, PredictorSource, PredictorSpec
-from pema_ray.data_owner.training.config import TrainConfig
 from pema_ray.data_owner.training.ray_training import fit
 from pema_ray.data_owner.training.trainer import AdapterHistory
 from pema_ray.errors import UserError
@@ -31,7 +29,8 @@ from pema_ray.experiment.stage_run import chosen_settings, claim
 from pema_ray.line.plm_config import PLMConfig
 from pema_ray.memory import ExternalMemory
 from pema_ray.pema.baselines.small_lm import SmallLMJob, SmallLMSpec, train_peer
-from pema_ray.pema.config import CompareConfig, ExperimentConfig
+from pema_ray.pema.baselines.variants import LORA, SMALL_LMS, VARIANTS, count, describe_adapter, training_of
+from pema_ray.pema.config import CompareConfig
 from pema_ray.pema.method import PEMA
 from pema_ray.pema.run import COMPARE_PROTOCOL, Run
 from pema_ray.pema.stages.answers import make_job, predictor_of, run_jobs, write_rows
@@ -41,103 +40,10 @@ from pema_ray.runtime.files import atomic_file
 from pema_ray.runtime.placement import ray_options
 from pema_ray.runtime.progress import console, track
 from pema_ray.runtime.settings import Split
-from pema_ray.runtime.settings import validate as validate_section
 from pema_ray.tasks import EncodedPair
 from pema_ray.tasks.postprocess import tidy
 
 _SERVICE = "LM head, representations"
-_LOCAL_MEMORY_WIDTH = 256
-_PUBLISHED: dict[str, Any] = {
-    "residual": False, "space": "pre_norm", "solver": "adam", "scale_by_rank": True, "fresh_maps": True,
-    "kappa": 0.2, "dropout": 0.2, "learning_rate": 1e-3, "final_learning_rate": None, "warm_up_steps": 0,
-    "batch_size": 2048, "reconstruction_batch_size": 20480, "reconstruction_epochs": 200, "epochs": 200,
-    "validate_every": 100, "patience": 2,
-}  # fmt: skip
-_PUBLISHED_RANK = 512
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """An adapter of another training than the run's.
-
-    Attributes:
-        label: what tells it apart from the run's own.
-        changes: of the training's settings.
-        shots: whether its prompts show `compare.few_shot` examples.
-    """
-
-    label: str
-    changes: Callable[[TrainConfig], dict[str, Any]] = lambda config: {}
-    shots: bool = False
-
-
-_VARIANTS: dict[str, Variant] = {
-    "pema": Variant("PEMA"),
-    "pema_shots": Variant("PEMA on prompts with examples", shots=True),
-    "pema_published": Variant("PEMA as published", lambda c: {**_PUBLISHED, "rank": max(c.rank, _PUBLISHED_RANK)}),
-    "pema_kappa_0": Variant("PEMA, κ = 0", lambda c: {"kappa": 0.0}),
-    "pema_no_stage_1": Variant("PEMA without stage 1", lambda c: {"solver": "none"}),
-    "pema_adam": Variant("PEMA, stage 1 by Adam", lambda c: {"solver": "adam"}),
-    "pema_predicted_lambda": Variant("PEMA, λ predicted", lambda c: {"predict_lambda": True}),
-    "pema_look_back": Variant("PEMA that looks back", lambda c: {"look_back": c.look_back or 1}),
-    "pema_local_memory": Variant(
-        "PEMA with a local memory", lambda c: {"local_memory": c.local_memory or _LOCAL_MEMORY_WIDTH}
-    ),
-}
-_LORA = {"lora": False, "lora_shots": True}  # whether its prompts show examples
-_SMALL = {"memory_decoder": "Memory Decoder", "proxy_tuning": "proxy-tuning"}
-
-
-def check(config: ExperimentConfig, name: str) -> None:
-    """Refuse a system whose settings do not go with the run's.
-
-    Raises:
-        UserError: as it would when the system is trained.
-    """
-    if name in _VARIANTS:
-        _training(config.train, name)
-    if name in ("knn", "memory_decoder"):
-        require_faiss()
-    if name in _LORA:
-        _check_lora(config.plm, name)
-    build = config.build_memory
-    if name in _SMALL and (build.context != "teacher_forced" or build.deduplicate):
-        raise UserError(
-            f"compare.systems: {name} needs a row for every token: build_memory.context=teacher_forced and "
-            "build_memory.deduplicate=false."
-        )
-
-
-def _check_lora(plm: PLMConfig, name: str) -> None:
-    if not plm.is_own:
-        raise UserError(
-            f"compare.systems: {name} trains the PLM's weights, which {plm.label} does not hand out. "
-            "Leave it out, or set plm.name."
-        )
-    if plm.quantization:
-        raise UserError(f"compare.systems: {name} trains the PLM's weights, which plm.quantization does not allow.")
-    if importlib.util.find_spec("peft") is None:
-        raise UserError(f"compare.systems: {name} needs peft: pip install peft.")
-
-
-def _training(config: TrainConfig, name: str, hidden_size: int | None = None) -> TrainConfig:
-    """The run's training with a variant's changes."""
-    changes = _VARIANTS[name].changes(config)
-    if "rank" in changes and hidden_size is not None:
-        changes["rank"] = min(changes["rank"], hidden_size)
-    where = f"compare.systems: {name}: train"
-    return validate_section(TrainConfig, {**config.model_dump(), **changes, "stream": False}, where)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def describe_adapter(config: TrainConfig) -> str:
-    """What a training makes, for a table: form, rank, and stage 1."""
-    form = "residual" if config.residual else "low-rank"
-    stages = {"closed_form": "closed form", "adam": "Adam", "none": "no stage 1"}
-    return f"{form} r = {config.rank}, {stages[config.solver]}"
 
 
 class ComparedSystem:
@@ -153,22 +59,22 @@ class ComparedSystem:
     @property
     def is_trained(self) -> bool:
         """Whether another seed gives another system."""
-        return self.name in {**_VARIANTS, **_LORA, **_SMALL}
+        return self.name in {**VARIANTS, **LORA, **SMALL_LMS}
 
     @property
     def given(self) -> str:
         """What must be given to it, beside prompts."""
         shots = self.config.compare.few_shot
-        if self.name in _LORA:
+        if self.name in LORA:
             return "all weights"
-        if self.name in _VARIANTS:
+        if self.name in VARIANTS:
             return f"{_SERVICE}; the memory to answer with" if self.config.generate.knn.weight > 0 else _SERVICE
         return {
             "copy": "nothing",
             "plm": "nothing",
-            "few_shot": _count(shots, "pair"),
-            "few_shot_similar": f"{_count(shots, 'pair')} a prompt",
-            **dict.fromkeys(_SMALL, _SERVICE),
+            "few_shot": count(shots, "pair"),
+            "few_shot_similar": f"{count(shots, 'pair')} a prompt",
+            **dict.fromkeys(SMALL_LMS, _SERVICE),
             "knn": f"{_SERVICE}; the memory to answer with",
         }[self.name]
 
@@ -176,21 +82,21 @@ class ComparedSystem:
     def label(self) -> str:
         """The system, as the table names it."""
         c = self.config.compare
-        if self.name in _VARIANTS:
-            variant = _VARIANTS[self.name]
-            training = _training(self.config.train, self.name, self.run.bundle.card.hidden_size)
+        if self.name in VARIANTS:
+            variant = VARIANTS[self.name]
+            training = training_of(self.config.train, self.name, self.run.bundle.card.hidden_size)
             knn = self.config.generate.knn
             asks = f", k = {knn.neighbours} neighbours" if knn.weight > 0 else ""
             return f"{variant.label} ({describe_adapter(training)}{asks})"
-        layers = _count(c.small_lm.layers, "layer")
-        shots = f" on prompts with {_count(c.few_shot, 'example')}" if _LORA.get(self.name) else ""
+        layers = count(c.small_lm.layers, "layer")
+        shots = f" on prompts with {count(c.few_shot, 'example')}" if LORA.get(self.name) else ""
         return {
             "copy": "copy of the source",
             "plm": "PLM alone",
-            "few_shot": f"PLM, {_count(c.few_shot, 'example')}",
-            "few_shot_similar": f"PLM, {_count(c.few_shot, 'similar example')}",
+            "few_shot": f"PLM, {count(c.few_shot, 'example')}",
+            "few_shot_similar": f"PLM, {count(c.few_shot, 'similar example')}",
             "knn": f"kNN-LM, k = {c.knn.neighbours}",
-            **{name: f"{label}, {layers}, not pretrained" for name, label in _SMALL.items()},
+            **{name: f"{label}, {layers}, not pretrained" for name, label in SMALL_LMS.items()},
         }.get(self.name, f"LoRA, r = {c.lora.rank}, all linear layers{shots}")
 
     def measurement(self) -> Measurement:
@@ -218,9 +124,9 @@ class ComparedSystem:
         chosen: CompareConfig = self.config.compare
         shots = self.name in ("few_shot", "few_shot_similar", "pema_shots", "lora_shots")
         grids: dict[str, Any] = {}
-        if self.name in {**_VARIANTS, "knn": None}:
+        if self.name in {**VARIANTS, "knn": None}:
             grids |= {"dev_rows": chosen.dev_rows}
-        if self.name in {**_VARIANTS, "memory_decoder": None}:
+        if self.name in {**VARIANTS, "memory_decoder": None}:
             grids |= {"lambdas": chosen.lambdas}
         if self.name == "memory_decoder":
             grids |= {"knn.lambdas": chosen.knn.lambdas}
@@ -228,8 +134,8 @@ class ComparedSystem:
             grids |= {"nll": "of prompts with examples"}  # older measurements have none
         sections: list[BaseModel] = []
         sections += [chosen.knn] if self.name == "knn" else []
-        sections += [chosen.lora] if self.name in _LORA else []
-        sections += [chosen.small_lm] if self.name in _SMALL else []
+        sections += [chosen.lora] if self.name in LORA else []
+        sections += [chosen.small_lm] if self.name in SMALL_LMS else []
         described = [chosen_settings(section) for section in sections]
         stages = [self.run.stamp("train"), self.run.stamp("generate")]
         few_shot = chosen.few_shot if shots else None
@@ -260,7 +166,7 @@ class ComparedSystem:
         return self._answered(generate, spec, nll=nll, note=note, line_bytes=self._memory_bytes())
 
     def _pema(self) -> Measurement:
-        if _VARIANTS[self.name].shots:
+        if VARIANTS[self.name].shots:
             return self._on_prompts_with_examples()
         folder = self.folder
         if self.name == "pema" and self.seed == self.config.seed and self.run.finished("train"):  # the run's own
@@ -318,7 +224,7 @@ class ComparedSystem:
         return Run(inner)
 
     def _train(self) -> AdapterHistory:
-        c = _training(self.config.train, self.name, self.run.bundle.card.hidden_size)
+        c = training_of(self.config.train, self.name, self.run.bundle.card.hidden_size)
         job = replace(training_job(self.run, c), run_dir=self.folder.resolve(), seed=self.seed)
         claim(job.run_dir, f"{self.name} {self.seed} {self.run.stamp('train')}")  # else it would be resumed
         with track(f"training {self.name}", c.epochs, "epochs"):
