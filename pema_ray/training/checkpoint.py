@@ -1,12 +1,13 @@
-"""What a resumed run needs, as one safetensors file: named groups of tensors, and JSON beside them. Knows no model."""
+"""What a resumed run needs: a safetensors file with groups of tensors and JSON, and a log of points. Knows no model."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,12 +15,74 @@ from safetensors.torch import save_file
 
 from pema_ray.errors import UserError
 from pema_ray.runtime.files import atomic_file
+from pema_ray.training.history import H, Point, TrainerHistory
 
 CHECKPOINT = "checkpoint.safetensors"
 """The file's name in a run's folder; `ray_loop.run_workers` removes it when a run is not to be resumed."""
+POINTS = "points.jsonl"
+MODEL, _OPTIMIZER = "model", "optimizer"  # groups of a checkpoint
 _REMEDY = "training then resumes from Ray Train's copy, or starts over where there is none."
 
-Groups = dict[str, dict[str, torch.Tensor]]
+Tensors = dict[str, torch.Tensor]
+Groups = dict[str, Tensors]
+
+
+@dataclass(frozen=True)
+class SavedRun(Generic[H]):
+    """A run as its checkpoint holds it, after `step` steps."""
+
+    step: int
+    model: Tensors
+    optimizer: Tensors
+    history: H
+    state: dict[str, Any]
+
+
+class RunCheckpoint:
+    """The checkpoint in a run's folder; the points of its history are in the log beside it."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path, self._log = run_dir / CHECKPOINT, PointLog(run_dir / POINTS)
+        self._logged = {"train": 0, "validation": 0}
+
+    def save(
+        self, step: int, model: Tensors, optimizer: Tensors, history: TrainerHistory, state: Mapping[str, Any]
+    ) -> None:
+        """Write the run as it is after `step` steps.
+
+        Raises:
+            UserError: the disk is full or the folder cannot be written.
+        """
+        for kind, logged in self._logged.items():
+            points = getattr(history, kind)
+            self._log.append({"kind": kind, **point} for point in points[logged:])
+            self._logged[kind] = len(points)
+        without_points = replace(history, train=[], validation=[]).to_dict()
+        described = {"step": step, "history": without_points, "points_bytes": self._log.size, "state": state}
+        save_checkpoint(self.path, {MODEL: model, _OPTIMIZER: optimizer}, described)
+
+    def load(self, kind: type[H], train_points: bool = True) -> SavedRun[H]:
+        """Read what `save` wrote, on the CPU.
+
+        Args:
+            kind: the class of the history.
+            train_points: include the points of single steps; off in processes that do not save.
+
+        Raises:
+            UserError: the checkpoint or its log is damaged, or of another version.
+        """
+        groups, described = load_checkpoint(self.path)
+        if MODEL not in groups or not described.keys() >= {"step", "history", "points_bytes", "state"}:
+            raise UserError(f"{self.path}: is of another version of this project. Start over with train.resume=false.")
+        points: dict[str, list[Point]] = {name: [] for name in self._logged}
+        for point in self._log.read(described["points_bytes"]):
+            points[point.pop("kind")].append(point)
+        self._logged = {name: len(of_kind) for name, of_kind in points.items()}
+        if not train_points:
+            points["train"] = []
+        history = kind.from_dict({**described["history"], **points})
+        optimizer = groups.get(_OPTIMIZER, {})
+        return SavedRun(described["step"], groups[MODEL], optimizer, history, described["state"])
 
 
 def save_checkpoint(
@@ -29,7 +92,7 @@ def save_checkpoint(
 
     Args:
         groups: group names without a dot; tensors of any device. Tensors that share memory are written one by one.
-        described: whatever JSON can say in some kilobytes; what grows with the run belongs into a `PointLog`.
+        described: some kilobytes of JSON values; what grows with the run belongs in a `PointLog`.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -62,17 +125,17 @@ def load_checkpoint(path: Path) -> tuple[Groups, dict[str, Any]]:
 
 
 class PointLog:
-    """What a run measured, point by point, as JSON lines beside its checkpoint, which says how much of it counts.
+    """The points of a run as JSON lines beside its checkpoint, which says how many bytes of them are valid.
 
-    Points are appended before the checkpoint that counts them is written: a checkpoint stays small, however long the
-    run, and lines of a run that died after its last checkpoint are cut off.
+    Points are appended before the checkpoint that counts them is written. So a checkpoint stays small, however long
+    the run, and lines written after the last checkpoint are cut off.
     """
 
     def __init__(self, path: Path) -> None:
         self._path, self.size = path, 0
 
     def append(self, points: Iterable[Mapping[str, Any]]) -> int:
-        """Write points behind those that count; returns the bytes that count now.
+        """Write points behind the valid ones; returns the bytes that are valid now.
 
         Raises:
             UserError: the disk is full or the folder cannot be written.
@@ -80,7 +143,7 @@ class PointLog:
         try:
             with self._path.open("ab") as file:
                 if file.tell() < self.size:
-                    raise OSError("somebody has shortened it")
+                    raise OSError("another process has shortened it")
                 file.truncate(self.size)
                 lines = b"".join(json.dumps(point).encode() + b"\n" for point in points)
                 file.write(lines)
@@ -92,10 +155,10 @@ class PointLog:
         return self.size
 
     def read(self, size: int) -> list[dict[str, Any]]:
-        """The points that count, for a checkpoint that says `size` bytes do.
+        """The points in the first `size` bytes.
 
         Raises:
-            UserError: they are not there.
+            UserError: there are fewer bytes, or they are damaged.
         """
         try:
             with self._path.open("rb") as file:
@@ -115,8 +178,8 @@ def _flat(groups: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.T
     for group, tensors in groups.items():
         assert "." not in group, f"a group of tensors must not be named '{group}'"
         for name, tensor in tensors.items():
-            whole = tensor.detach().cpu().contiguous()
-            storage = whole.untyped_storage().data_ptr()
-            flat[f"{group}.{name}"] = whole.clone() if storage in storages else whole  # tied weights, for one
+            tensor = tensor.detach().cpu().contiguous()
+            storage = tensor.untyped_storage().data_ptr()
+            flat[f"{group}.{name}"] = tensor.clone() if storage in storages else tensor  # such as tied weights
             storages.add(storage)
     return flat

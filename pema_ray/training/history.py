@@ -1,4 +1,4 @@
-"""What a training tells while it runs, and what is left of that. Knows nothing else."""
+"""The figures of a training: what it reports while it runs, and their history. Knows nothing else."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 Point = dict[str, Any]
-"""`{"step": …, "loss": …, …}`: JSON numbers, measured after so many steps of the optimiser."""
+"""`{"step": …, "loss": …, …}`: JSON numbers, measured after `step` steps of the optimiser."""
 OnPoint = Callable[[str, Mapping[str, Any]], None]
 """`on_point(kind, point)`: `kind` is "train" or "validation"."""
 OnSaved = Callable[[Mapping[str, Any]], None]
-"""`on_saved(metrics)`: every process calls it once its checkpoint is saved; metrics are numbers, `step` among them."""
+"""`on_saved(metrics)`: called by every process once its checkpoint is saved; metrics are numbers, `step` among them."""
 
 _RENAMED = {"best_prediction": "best_loss"}  # in histories of adapters
 H = TypeVar("H", bound="TrainerHistory")
@@ -20,26 +20,41 @@ H = TypeVar("H", bound="TrainerHistory")
 
 @dataclass
 class TrainerHistory:
-    """What a training went through; JSON beside the model."""
+    """Points and best validation of a training; JSON beside the model."""
 
     train: list[Point] = field(default_factory=list)
     validation: list[Point] = field(default_factory=list)
     best_step: int = 0
     best_loss: float = math.inf
-    """Of the model that is kept: the trainer's `score` of its validation."""
+    """The trainer's `score` of the best validation."""
     stale: int = 0
-    """Validations since then."""
+    """Validations since the best one."""
     stopped_early: bool = False
     seconds: float = 0.0
-    """Of the steps, waiting for their batches included, without validations and checkpoints."""
+    """Time of all steps, including waits for batches, excluding validations and checkpoints."""
     peak_bytes: int = 0
-    """Most memory that the leading process has held (its GPU's, where it has one)."""
+    """Peak memory of the leading process (its GPU's, where it has one)."""
+
+    def add_validation(self, point: Point, score: float, patience: int | None) -> bool:
+        """Record a validation; returns whether it is the best so far.
+
+        Args:
+            score: lower is better.
+            patience: `stopped_early` is set after so many validations without improvement; None: never.
+        """
+        self.validation.append(point)
+        if score < self.best_loss:
+            self.best_loss, self.best_step, self.stale = score, point["step"], 0
+            return True
+        self.stale += 1
+        self.stopped_early = patience is not None and self.stale >= patience
+        return False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls: type[H], data: Mapping[str, Any]) -> H:
-        """Of `to_dict`, also of an earlier version's: keys that are gone are passed over."""
+        """Inverse of `to_dict`; unknown keys, of earlier versions, are ignored."""
         renamed = {_RENAMED.get(name, name): value for name, value in data.items()}
         return cls(**{name: value for name, value in renamed.items() if name in cls.__dataclass_fields__})

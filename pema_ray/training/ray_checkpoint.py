@@ -159,9 +159,7 @@ class _Reports:
         """By the leading worker's clock, for all."""
         waited = time.monotonic() - self._reported_at
         due = torch.tensor(int(waited >= REPORT_SECONDS), device=self._place.device)
-        if self._place.world > 1:
-            torch.distributed.broadcast(due, src=0)
-        return bool(due)
+        return bool(self._place.broadcast(due))
 
     def _report(self, metrics: dict[str, Any]) -> None:
         import ray.train

@@ -27,7 +27,7 @@ MakeOptimizer = Callable[[Sequence[tuple[str, nn.Parameter]]], Optimizer]
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands among the training processes; they have met already (`torch.distributed`)."""
+    """This process's rank among the training processes, whose `torch.distributed` group is initialised."""
 
     rank: int = 0
     world: int = 1
@@ -36,6 +36,23 @@ class Place:
     @property
     def leads(self) -> bool:
         return self.rank == 0
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Sum over all processes, in place."""
+        if self.world > 1:
+            torch.distributed.all_reduce(values)
+        return values
+
+    def broadcast(self, values: Tensor) -> Tensor:
+        """Replace by the leading process's values: a rounding difference must not stop some workers and not others."""
+        if self.world > 1:
+            torch.distributed.broadcast(values, src=0)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world > 1:
+            torch.distributed.barrier()
 
 
 class Strategy(Protocol):

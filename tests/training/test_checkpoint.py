@@ -93,7 +93,7 @@ def test_missing_points_are_told(tmp_path: Path):
     (tmp_path / "points.jsonl").write_bytes(b'{"step": 1}\n')
     with pytest.raises(UserError, match=r"points.jsonl: ends too early. Delete the checkpoint"):
         PointLog(tmp_path / "points.jsonl").read(size)
-    with pytest.raises(UserError, match=r"points.jsonl: cannot be written: somebody has shortened it"):
+    with pytest.raises(UserError, match=r"points.jsonl: cannot be written: another process has shortened it"):
         log.append([{"step": 3}])
     (tmp_path / "points.jsonl").unlink()
     with pytest.raises(UserError, match=r"points.jsonl: damaged: .*No such file"):

@@ -119,6 +119,15 @@ def test_a_run_that_died_goes_on_bit_for_bit(tmp_path: Path, step: int, kind: st
     assert (found.best_step, found.best_loss) == (expected.best_step, expected.best_loss)
 
 
+def test_only_the_leading_process_keeps_training_points(tmp_path: Path) -> None:
+    die(Learner(tmp_path), 5)
+    follower = Learner(tmp_path)
+    follower.place = Place(rank=1)
+    history = follower.run()
+    assert not history.train and follower.steps_taken == 10
+    assert [point["step"] for point in history.validation] == [0, 3, 6, 9, 10]
+
+
 def test_it_stops_when_patience_is_over_and_lets_its_batches_go(tmp_path: Path) -> None:
     learner = Learner(tmp_path, dev_losses=[4, 3, 3, 3.5], patience=2)
     history = learner.run()

@@ -141,7 +141,7 @@ class Finetuner(MemoryTrainer[FinetuneSettings]):
 
     def validation(self) -> Point:
         scores = self.task.scores(self.dev.examples, self.predict(self.dev))
-        return {"epoch": len(self.history.train) // self.validate_every, **scores}
+        return {"epoch": self.steps_taken // self.validate_every, **scores}
 
     def keep(self) -> None:
         self.best_version = self.version

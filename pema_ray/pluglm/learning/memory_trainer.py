@@ -79,7 +79,7 @@ class MemoryTrainer(Trainer[S, TrainerHistory]):
         version = torch.zeros(1, dtype=torch.int64, device=self.place.device)
         if self.place.leads:
             version[0] = self.memory.refresh(DocumentEncoder(self.model, self.tokenizer, self.name))
-        self.attach(int(self.agree(version)))
+        self.attach(int(self.place.broadcast(version)))
 
     # ── a step ──────────────────────────────────────────────────────────────
 
@@ -97,7 +97,7 @@ class MemoryTrainer(Trainer[S, TrainerHistory]):
 
     def sum_number(self, value: float) -> float:
         """Over all processes."""
-        return float(self.sum(torch.tensor(value, dtype=torch.float64, device=self.place.device)))
+        return float(self.place.all_reduce(torch.tensor(value, dtype=torch.float64, device=self.place.device)))
 
     def _share_statistics(self) -> None:
         """BatchNorm's running statistics, averaged: every process saw other sequences."""
@@ -107,7 +107,7 @@ class MemoryTrainer(Trainer[S, TrainerHistory]):
             if isinstance(module, nn.BatchNorm1d):
                 for statistic in (module.running_mean, module.running_var):
                     assert statistic is not None
-                    self.sum(statistic).div_(self.place.world)
+                    self.place.all_reduce(statistic).div_(self.place.world)
 
     def parameter_groups(self, named: Sequence[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
         """For an optimiser: weight decay on matrices alone."""

@@ -103,7 +103,7 @@ class Pretrainer(MemoryTrainer[PretrainSettings]):
     def point(self, sums: Tensor, count: float) -> Point:
         _, entropy, contrastive, recall = sums.tolist()
         point = {"loss": entropy / count, "memory_version": self.version}
-        if len(self.history.train) < self.settings.contrastive_steps:
+        if self.steps_taken < self.settings.contrastive_steps:
             parts = self.settings.accumulate * self.place.world
             point |= {"contrastive": contrastive / parts, "recall": recall / parts}
         return point
@@ -172,5 +172,5 @@ class Pretrainer(MemoryTrainer[PretrainSettings]):
             with self.precision():
                 entropy = self.objective(*self._inputs(part, 1.0))[1]
             sums += torch.stack([entropy.double(), entropy.new_tensor(part.predicted)])
-        entropy, predicted = self.sum(sums).tolist()
+        entropy, predicted = self.place.all_reduce(sums).tolist()
         return {"loss": entropy / max(1.0, predicted), "memory_version": self.version}

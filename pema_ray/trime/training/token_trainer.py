@@ -34,7 +34,7 @@ class TokenTrainer(Trainer[S, TrainerHistory]):
     @property
     def tokens_trained(self) -> int:
         """Tokens of all steps taken so far."""
-        return sum(self.tokens_of(step) for step in range(len(self.history.train)))
+        return sum(self.tokens_of(step) for step in range(self.steps_taken))
 
     @property
     def validate_every(self) -> int:

@@ -184,7 +184,7 @@ class TrimeTrainer(TokenTrainer[TrimeTrainConfig]):
             batch = self.dev.batch(list(group))
             sums = self.objective(*self._inputs(MicroBatch(batch, ways), 1.0))[1]
             totals += torch.cat([sums, sums.new_tensor([(batch.label_BL != PADDING).sum()])])
-        loss, vocabulary_loss, tokens = self.sum(totals).tolist()
+        loss, vocabulary_loss, tokens = self.place.all_reduce(totals).tolist()
         return {"loss": loss / tokens, "vocabulary_loss": vocabulary_loss / tokens}
 
     def after_validation(self, step: int) -> None:

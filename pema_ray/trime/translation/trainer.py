@@ -132,5 +132,5 @@ class MtTrainer(TokenTrainer[MtTrainConfig]):
         sums = torch.zeros(2, dtype=torch.float64, device=self.place.device)
         for group in groups[self.place.rank :: self.place.world]:
             sums += self.objective(*self._inputs(self.dev, group, MtWays(False), 1.0))[1]
-        loss = float(self.sum(sums)[1]) / sum(lengths)
+        loss = float(self.place.all_reduce(sums)[1]) / sum(lengths)
         return {"loss": loss, "vocabulary_loss": loss}
