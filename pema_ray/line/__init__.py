@@ -1,8 +1,7 @@
-"""The line between the owners: all that ever crosses it, in the one room that knows it for both sides.
+"""The line between the owners: everything that crosses it, for both sides.
 
 Down once: the `LMHeadBundle` (final norm, LM head, tokenizer) and the limits of one request. Up: token ids. Down:
-context representations, and tokens drafted if they are wanted. Knows torch tensors, but no model implementation and
-no Ray.
+context representations, and draft tokens on request. Knows torch tensors, but no model implementation and no Ray.
 """
 
 from pema_ray.line.lm_head import LMHead, LMHeadBundle

@@ -1,8 +1,8 @@
 """The bytes of the line: a small typed header and raw little-endian arrays. Never pickle, never numbers as text.
 
 A frame is `PEMA`, a version byte, the header's length (4 bytes) and MessagePack header, then the arrays' bytes, one
-after the other. The header says what every array is; all sizes are checked against the bytes that came, before any
-memory is taken. N rows, H hidden.
+after the other. The header describes every array; all sizes are checked against the bytes received before any memory
+is allocated. N rows, H hidden.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MEDIA_TYPE = "application/x-pema-line"
 _MAGIC, _VERSION = b"PEMA", 3
 _HEAD = struct.Struct("<4sBI")
 _LARGEST_HEADER = 8 * 2**20
-_Many = msgspec.Meta(max_length=2**17)
+_LIST_LIMIT = msgspec.Meta(max_length=2**17)
 _LARGEST_SIDE = 2**31
 _TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NUMPY = {"float32": "<f4", "bfloat16": "<u2", "float16": "<f2", "int32": "<i4", "uint8": "u1"}
@@ -45,8 +45,8 @@ class _Header(msgspec.Struct, forbid_unknown_fields=True):
 class _ExtractHeader(_Header, tag="extract"):
     fingerprint: str
     prefix: int
-    lengths: Annotated[list[int], _Many]
-    first: Annotated[list[int], _Many]
+    lengths: Annotated[list[int], _LIST_LIMIT]
+    first: Annotated[list[int], _LIST_LIMIT]
 
 
 class _RowsHeader(_Header, tag="rows"):
@@ -64,7 +64,7 @@ class _StepHeader(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 
 class _StepsHeader(_Header, tag="steps"):
     fingerprint: str
-    steps: Annotated[list[_StepHeader], _Many]
+    steps: Annotated[list[_StepHeader], _LIST_LIMIT]
 
 
 class _Outcome(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
@@ -76,7 +76,7 @@ class _Outcome(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 
 
 class _SteppedHeader(_Header, tag="stepped"):
-    outcomes: Annotated[list[_Outcome], _Many]
+    outcomes: Annotated[list[_Outcome], _LIST_LIMIT]
 
 
 class _FilesHeader(_Header, tag="files"):
@@ -127,14 +127,14 @@ def _parse(data: bytes, kind: type[_H]) -> tuple[_H, list[np.ndarray]]:
     return header, arrays
 
 
-def _only(arrays: Sequence[np.ndarray], dimensions: int, *dtypes: str) -> np.ndarray:
+def _single_array(arrays: Sequence[np.ndarray], dimensions: int, *dtypes: str) -> np.ndarray:
     if len(arrays) != 1 or arrays[0].ndim != dimensions or arrays[0].dtype not in [np.dtype(_NUMPY[d]) for d in dtypes]:
-        found = ", ".join(f"{a.dtype}{list(a.shape)}" for a in arrays) or "none"
-        raise BadFrame(f"One array of {' or '.join(dtypes)} with {dimensions} dimensions is expected, found {found}.")
+        actual = ", ".join(f"{a.dtype}{list(a.shape)}" for a in arrays) or "none"
+        raise BadFrame(f"One array of {' or '.join(dtypes)} with {dimensions} dimensions is expected, not {actual}.")
     return arrays[0]
 
 
-def _tokens(ids: Sequence[int]) -> np.ndarray:
+def _token_array(ids: Sequence[int]) -> np.ndarray:
     return np.asarray(ids, "<i4").reshape(-1)
 
 
@@ -144,7 +144,7 @@ def _ids(array: np.ndarray) -> list[int]:
     return array.tolist()
 
 
-# ── what is asked ───────────────────────────────────────────────────────────────
+# ── requests ────────────────────────────────────────────────────────────────────
 
 
 def encode_extract(batch: ExtractBatch, fingerprint: str) -> bytes:
@@ -153,10 +153,10 @@ def encode_extract(batch: ExtractBatch, fingerprint: str) -> bytes:
     Args:
         fingerprint: of the PLM that must compute them.
     """
-    ids = _tokens([*batch.prefix, *(token for sequence in batch.token_ids for token in sequence)])
+    ids = _token_array([*batch.prefix, *(token for sequence in batch.token_ids for token in sequence)])
     lengths = [len(sequence) for sequence in batch.token_ids]
-    described = [_Array("int32", ids.shape)]
-    return _frame(_ExtractHeader(described, fingerprint, len(batch.prefix), lengths, list(batch.first)), [ids])
+    array = _Array("int32", ids.shape)
+    return _frame(_ExtractHeader([array], fingerprint, len(batch.prefix), lengths, list(batch.first)), [ids])
 
 
 def decode_extract(data: bytes) -> tuple[ExtractBatch, str]:
@@ -166,10 +166,10 @@ def decode_extract(data: bytes) -> tuple[ExtractBatch, str]:
         BadFrame: the bytes are no such frame.
     """
     header, arrays = _parse(data, _ExtractHeader)
-    flat = _only(arrays, 1, "int32")
-    promised = header.prefix + sum(header.lengths)
-    if header.prefix < 0 or any(length < 1 for length in header.lengths) or promised != len(flat):
-        raise BadFrame(f"Sequences of {promised} tokens are promised, {len(flat)} came.")
+    flat = _single_array(arrays, 1, "int32")
+    tokens = header.prefix + sum(header.lengths)
+    if header.prefix < 0 or any(length < 1 for length in header.lengths) or tokens != len(flat):
+        raise BadFrame(f"The header promises sequences of {tokens} tokens, not {len(flat)}.")
     ids, ends = _ids(flat), (header.prefix + np.cumsum(header.lengths)).tolist()
     sequences = [ids[e - n : e] for e, n in zip(ends, header.lengths, strict=True)]
     try:
@@ -184,9 +184,9 @@ def encode_steps(steps: Sequence[Step], fingerprint: str) -> bytes:
     Args:
         fingerprint: of the PLM that must take them.
     """
-    ids = _tokens([token for step in steps for token in step.tokens])
-    described = [_StepHeader(s.session, s.position, len(s.tokens), s.states, s.draft, s.waits) for s in steps]
-    return _frame(_StepsHeader([_Array("int32", ids.shape)], fingerprint, described), [ids])
+    ids = _token_array([token for step in steps for token in step.tokens])
+    headers = [_StepHeader(s.session, s.position, len(s.tokens), s.states, s.draft, s.waits) for s in steps]
+    return _frame(_StepsHeader([_Array("int32", ids.shape)], fingerprint, headers), [ids])
 
 
 def decode_steps(data: bytes) -> tuple[list[Step], str]:
@@ -196,9 +196,10 @@ def decode_steps(data: bytes) -> tuple[list[Step], str]:
         BadFrame: the bytes are no such frame, or a step makes no sense.
     """
     header, arrays = _parse(data, _StepsHeader)
-    flat = _ids(_only(arrays, 1, "int32"))
-    if any(step.tokens < 1 for step in header.steps) or sum(step.tokens for step in header.steps) != len(flat):
-        raise BadFrame(f"Steps of {sum(step.tokens for step in header.steps)} tokens are promised, {len(flat)} came.")
+    flat = _ids(_single_array(arrays, 1, "int32"))
+    tokens = sum(step.tokens for step in header.steps)
+    if any(step.tokens < 1 for step in header.steps) or tokens != len(flat):
+        raise BadFrame(f"The header promises steps of {tokens} tokens, not {len(flat)}.")
     steps, begin = [], 0
     for s in header.steps:
         try:
@@ -206,73 +207,70 @@ def decode_steps(data: bytes) -> tuple[list[Step], str]:
         except ValueError as error:
             raise BadFrame(str(error)) from None
         begin += s.tokens
-    names = [step.session for step in steps]
-    if len(set(names)) < len(names):
-        raise BadFrame("One message takes one step of a session; a session is named twice.")
+    if len({step.session for step in steps}) < len(steps):
+        raise BadFrame("A message holds at most one step of each session; a session is named twice.")
     return steps, header.fingerprint
 
 
-# ── what is answered ────────────────────────────────────────────────────────────
+# ── answers ─────────────────────────────────────────────────────────────────────
 
 
 def encode_rows(state_NH: torch.Tensor) -> bytes:
     """Representations `[N, H]` in float32, bfloat16 or float16."""
-    described, raw = _described(state_NH)
-    return _frame(_RowsHeader([described]), [raw])
+    array, raw = _state_array(state_NH)
+    return _frame(_RowsHeader([array]), [raw])
 
 
 def decode_rows(data: bytes) -> torch.Tensor:
     """Read what `encode_rows` wrote.
 
     Raises:
-        BadFrame: it did not write this.
+        BadFrame: the bytes are no such frame.
     """
     header, arrays = _parse(data, _RowsHeader)
     return _states(header.arrays, arrays)
 
 
 def encode_stepped(outcomes: Sequence[Stepped | Exception]) -> bytes:
-    """What steps gave, in their order; errors by their kind and words."""
-    given = [o.state_NH for o in outcomes if isinstance(o, Stepped)]
-    told = []
+    """The outcomes of steps, in their order; an error by its kind and message."""
+    headers = []
     for o in outcomes:
         if isinstance(o, Stepped):
-            told.append(_Outcome(len(o.state_NH), o.drafted))
+            headers.append(_Outcome(len(o.state_NH), o.drafted))
         elif isinstance(o, SessionLost):
-            told.append(_Outcome(0, error="lost"))
+            headers.append(_Outcome(0, error="lost"))
         elif isinstance(o, Busy):
-            told.append(_Outcome(0, error="busy", message=str(o), retry_after=o.retry_after))
+            headers.append(_Outcome(0, error="busy", message=str(o), retry_after=o.retry_after))
         else:
-            told.append(_Outcome(0, error="refused", message=str(o)))
-    if not given:
-        return _frame(_SteppedHeader([], told), [])
-    described, raw = _described(torch.cat(given))
-    return _frame(_SteppedHeader([described], told), [raw])
+            headers.append(_Outcome(0, error="refused", message=str(o)))
+    states = [o.state_NH for o in outcomes if isinstance(o, Stepped)]
+    if not states:
+        return _frame(_SteppedHeader([], headers), [])
+    array, raw = _state_array(torch.cat(states))
+    return _frame(_SteppedHeader([array], headers), [raw])
 
 
 def decode_stepped(data: bytes, refused: type[Exception]) -> list[Stepped | Exception]:
     """Read what `encode_stepped` wrote.
 
     Args:
-        refused: made with the words of an error that is neither a lost session nor a busy owner.
+        refused: the type of an error that is neither `SessionLost` nor `Busy`; it gets the message.
 
     Raises:
-        BadFrame: it did not write this.
+        BadFrame: the bytes are no such frame.
     """
     header, arrays = _parse(data, _SteppedHeader)
     if any(outcome.states < 0 for outcome in header.outcomes):
-        raise BadFrame("An outcome has fewer than no states.")
-    promised = sum(outcome.states for outcome in header.outcomes)
-    states = torch.empty(0, 0)
-    if promised or arrays:
-        states = _states(header.arrays, arrays)
-        if len(states) != promised:
-            raise BadFrame(f"{promised} states are promised, {len(states)} came.")
-    found: list[Stepped | Exception] = []
+        raise BadFrame("An outcome has a negative number of states.")
+    rows = sum(outcome.states for outcome in header.outcomes)
+    states = _states(header.arrays, arrays) if rows or arrays else torch.empty(0, 0)
+    if len(states) != rows:
+        raise BadFrame(f"The header promises {rows} states, not {len(states)}.")
+    outcomes: list[Stepped | Exception] = []
     begin = 0
     for o in header.outcomes:
         if o.error:
-            found.append(
+            outcomes.append(
                 SessionLost() if o.error == "lost"
                 else Busy(o.message, o.retry_after) if o.error == "busy"
                 else refused(o.message)
@@ -280,9 +278,9 @@ def decode_stepped(data: bytes, refused: type[Exception]) -> list[Stepped | Exce
             continue
         if not o.states:
             raise BadFrame("An outcome has neither states nor an error.")
-        found.append(Stepped(states[begin : begin + o.states], o.drafted))
+        outcomes.append(Stepped(states[begin : begin + o.states], o.drafted))
         begin += o.states
-    return found
+    return outcomes
 
 
 def encode_files(files: Mapping[str, bytes]) -> bytes:
@@ -295,7 +293,7 @@ def decode_files(data: bytes) -> dict[str, bytes]:
     """Read what `encode_files` wrote.
 
     Raises:
-        BadFrame: it did not write this, or a name leads out of the folder.
+        BadFrame: the bytes are no such frame, or a name leads out of the folder.
     """
     header, arrays = _parse(data, _FilesHeader)
     if len(header.names) != len(arrays) or len(set(header.names)) < len(header.names):
@@ -308,7 +306,7 @@ def decode_files(data: bytes) -> dict[str, bytes]:
     return {name: array.tobytes() for name, array in zip(header.names, arrays, strict=True)}
 
 
-def _described(state_NH: torch.Tensor) -> tuple[_Array, np.ndarray]:
+def _state_array(state_NH: torch.Tensor) -> tuple[_Array, np.ndarray]:
     state = state_NH.detach().to("cpu").contiguous()
     name = next((name for name, dtype in _TORCH.items() if dtype == state.dtype), None)
     if name is None or state.ndim != 2:
@@ -317,15 +315,15 @@ def _described(state_NH: torch.Tensor) -> tuple[_Array, np.ndarray]:
     return _Array(name, tuple(state.shape)), raw
 
 
-def _states(described: Sequence[_Array], arrays: Sequence[np.ndarray]) -> torch.Tensor:
-    raw = _only(arrays, 2, *_TORCH)
-    name = described[0].dtype
-    tensor = torch.from_numpy(np.array(raw))  # a copy: the bytes that came cannot be written to
+def _states(headers: Sequence[_Array], arrays: Sequence[np.ndarray]) -> torch.Tensor:
+    raw = _single_array(arrays, 2, *_TORCH)
+    name = headers[0].dtype
+    tensor = torch.from_numpy(np.array(raw))  # a copy: the received bytes are read-only
     return tensor.view(_TORCH[name]) if name == "bfloat16" else tensor
 
 
 def as_error(data: Any) -> str:
-    """The sentence of an error answer `{"error": {"message": …}}`, or what there is of it."""
+    """The message of an error answer `{"error": {"message": …}}`, else the beginning of its text."""
     try:
         return str(msgspec.json.decode(data)["error"]["message"])
     except (msgspec.MsgspecError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""The LM-head bundle: the final norm, the LM head and the tokenizer, the one thing shared for good.
+"""The LM-head bundle: the final norm, the LM head and the tokenizer, shared once.
 
 On disk: `bundle.json`, `lm_head.safetensors` and `tokenizer/`. Symbols: H hidden, V vocabulary, N rows.
 """
@@ -33,7 +33,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class HeadSpec:
-    """How the tensors are to be applied: `logits = softcap(scale · (W · norm(f) + b))`."""
+    """How to apply the tensors: `logits = softcap(scale · (W · norm(f) + b))`."""
 
     norm: Literal["layer_norm", "rms_norm", "identity"]
     epsilon: float = 0.0
@@ -114,8 +114,8 @@ class LMHeadBundle:
         try:
             tensors = {name: t.contiguous() for name, t in self.head.state_dict().items()}
             save_file(tensors, staging / "lm_head.safetensors")
-            described = {"format_version": FORMAT_VERSION, "card": self.card.to_dict(), "head": asdict(self.head.spec)}
-            (staging / "bundle.json").write_text(json.dumps(described, indent=2) + "\n")
+            bundle = {"format_version": FORMAT_VERSION, "card": self.card.to_dict(), "head": asdict(self.head.spec)}
+            (staging / "bundle.json").write_text(json.dumps(bundle, indent=2) + "\n")
             (staging / "tokenizer").mkdir()
             for name, content in self.tokenizer_files.items():
                 (staging / "tokenizer" / name).write_bytes(content)
@@ -137,22 +137,22 @@ class LMHeadBundle:
         """
         folder = Path(folder)
         try:
-            described = json.loads((folder / "bundle.json").read_text())
+            bundle = json.loads((folder / "bundle.json").read_text())
             tensors = load_file(folder / "lm_head.safetensors")
             files = {path.name: path.read_bytes() for path in sorted((folder / "tokenizer").iterdir())}
         except FileNotFoundError as error:
-            gone = error.filename or "lm_head.safetensors"  # safetensors gives no file name
-            raise UserError(f"{folder}: not an LM-head bundle: {gone} is missing. Run export-head.") from None
+            missing = error.filename or "lm_head.safetensors"  # safetensors gives no file name
+            raise UserError(f"{folder}: not an LM-head bundle: {missing} is missing. Run export-head.") from None
         except NotADirectoryError:
             raise UserError(f"{folder}: not an LM-head bundle: it is a file, expected a folder.") from None
         except (ValueError, SafetensorError) as error:  # broken JSON and broken UTF-8 are ValueErrors
             raise UserError(f"{folder}: damaged LM-head bundle: {error}. Run export-head again.") from None
-        version = described.get("format_version") if isinstance(described, dict) else None
+        version = bundle.get("format_version") if isinstance(bundle, dict) else None
         if version != FORMAT_VERSION:
             raise UserError(f"{folder}: bundle format {version}, expected {FORMAT_VERSION}.")
         try:
-            card = ModelCard.from_dict(described["card"])
-            head = LMHead(HeadSpec(**described["head"]), tensors)
+            card = ModelCard.from_dict(bundle["card"])
+            head = LMHead(HeadSpec(**bundle["head"]), tensors)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{folder}: damaged LM-head bundle: bundle.json: {error}. Run export-head again.") from None
         if (head.vocab_size, head.hidden_size) != (card.vocab_size, card.hidden_size):
@@ -163,15 +163,15 @@ class LMHeadBundle:
         return cls(card, head, files)
 
     def to_files(self) -> dict[str, bytes]:
-        """What `save` writes, by name, to be sent."""
+        """The files that `save` writes, by name."""
         with tempfile.TemporaryDirectory() as scratch:
             folder = self.save(Path(scratch) / "bundle")
-            found = (path for path in sorted(folder.rglob("*")) if path.is_file())
-            return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+            paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+            return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes]) -> LMHeadBundle:
-        """What `to_files` gave; raises as `load` does."""
+        """The bundle of `to_files`; raises as `load` does."""
         with tempfile.TemporaryDirectory() as folder:
             for name, content in files.items():
                 path = Path(folder) / name
@@ -192,10 +192,10 @@ class LMHeadBundle:
                 (Path(folder) / name).write_bytes(content)
             try:
                 hf = AutoTokenizer.from_pretrained(folder)
-            except Exception as error:  # transformers and tokenizers raise whatever they stumble over
-                said = (str(error).splitlines() or [type(error).__name__])[0]
+            except Exception as error:  # transformers and tokenizers raise any type
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise UserError(
-                    f"The LM-head bundle's tokenizer cannot be read: {said} Run export-head again."
+                    f"The LM-head bundle's tokenizer cannot be read: {reason} Run export-head again."
                 ) from None
             return PLMTokenizer(hf, self.card.vocab_size)
 

@@ -1,4 +1,4 @@
-"""What is said across the line. Symbols: B sequences, N rows, H hidden size, V vocabulary."""
+"""Messages across the line. Symbols: B sequences, N rows, H hidden size, V vocabulary."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """What a PLM owner says of its model: enough to tokenise, store and train, nothing of its weights."""
+    """A PLM owner's description of its model: enough to tokenise, store and train, without its weights."""
 
     name: str
     fingerprint: str
@@ -68,5 +68,5 @@ class ExtractBatch:
 
     @property
     def tokens(self) -> int:
-        """Tokens that are sent: the prefix once, and every sequence."""
+        """Tokens sent: the prefix once, and every sequence."""
         return len(self.prefix) + sum(map(len, self.token_ids))

@@ -1,4 +1,4 @@
-"""Which PLM, and whose: one's own by name, somebody else's by URL, or one that this cluster serves."""
+"""Which PLM, and whose: one's own by name, another organisation's by URL, or one served in this cluster."""
 
 from __future__ import annotations
 

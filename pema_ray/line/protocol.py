@@ -1,9 +1,9 @@
 """The line protocol: everything a data owner may ask of a PLM owner. Symbols: N rows, H hidden size.
 
-A session *is* its token ids. Whatever a PLM owner keeps of it is only a cache: a step says where it stands, so
-repeating it changes nothing, and a lost session is recovered by opening it again with all its ids. Three classes
-implement `PLMClient`: `plm_owner.engine.LocalPLM` (in this process), `plm_owner.service.replicas.Replicas` (a Serve
-handle) and `data_owner.remote.RemotePLM` (HTTPS). No caller can tell them apart.
+A session *is* its token ids; a PLM owner keeps only a cache of it. A step names its position, so repeating it changes
+nothing; reopening a lost session with all its ids recovers it. Three classes implement `PLMClient`, interchangeably:
+`plm_owner.engine.LocalPLM` (in this process), `plm_owner.service.replicas.Replicas` (a Serve handle) and
+`data_owner.remote.RemotePLM` (HTTPS).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class SessionLost(Exception):
 
 
 class Busy(Exception):
-    """The PLM owner has no room for this request now.
+    """The PLM owner has no capacity for this request now.
 
     Attributes:
-        retry_after: seconds after which it may have.
+        retry_after: seconds to wait before repeating it.
     """
 
     def __init__(self, reason: str, retry_after: float = 1.0) -> None:
@@ -58,7 +58,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a PLM owner says about itself."""
+    """A PLM owner's model and limits."""
 
     card: ModelCard
     limits: Limits
@@ -74,9 +74,9 @@ class Step:
         tokens: at least one.
         states: how many of the last tokens' representations to return, at least one.
         draft: tokens that the PLM appends greedily; their representations are returned too.
-        waits: an opening waits for a free slot as long as the PLM owner lets it; otherwise it is `Busy` after a moment,
-            so that the steps beside it do not wait with it and hold slots that others wait for. Openings in one message
-            that wait go to one replica, in their order: send those of one answer so.
+        waits: an opening waits for a free slot as long as the PLM owner allows; otherwise it is `Busy` after a moment,
+            so that the other steps of its message do not wait and hold slots meanwhile. Openings of one message that
+            wait go to one replica, in their order: send those of one answer together.
 
     Raises:
         ValueError: a number that is out of range.
@@ -137,9 +137,10 @@ class PLMClient(Protocol):
         ...
 
     async def step(self, steps: Sequence[Step]) -> list[Stepped | Exception]:
-        """Advance different sessions together; an error of a single step stands in its place.
+        """Advance different sessions together.
 
-        That is `SessionLost`, `Busy`, or a `UserError`, such as for a sequence that is too long.
+        The error of a single step stands in its place: `SessionLost`, `Busy` or `UserError`, such as for a sequence
+        that is too long.
         """
         ...
 

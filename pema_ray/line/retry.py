@@ -1,7 +1,7 @@
-"""A `PLMClient` that waits: for a quota, for room, for a service that is being started again.
+"""A `PLMClient` that waits: for quota, for capacity, for a service that restarts.
 
-Only what time mends is repeated: `Busy` after its `retry_after`, `ConnectionError` after growing pauses. All else, such
-as a key that was revoked or another PLM in the old one's place, ends the call at once.
+It repeats temporary failures alone: `Busy` after its `retry_after`, `ConnectionError` after growing pauses. Any other
+error, such as a revoked key or another PLM, ends the call at once.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from pema_ray.line.protocol import Busy, Description, PLMClient, Step, Stepped
 
 T = TypeVar("T")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds; the pause doubles with every failed connection
-_SHORTEST_PAUSE = 0.05  # seconds, whatever `retry_after` says: a PLM owner is never asked in a tight loop
+_SHORTEST_PAUSE = 0.05  # seconds, whatever `retry_after` says: never a tight loop
 
 
 class PatientPLM:
     """Repeats each call of a client until it succeeds, or has failed for too long.
 
     Args:
-        patience_seconds: how long calls may go on failing while none succeeds.
-        on_wait: told what a call waits for and how long, and "" once no call waits.
+        patience_seconds: how long calls may fail while none succeeds.
+        on_wait: gets what a call waits for and how long, and "" once no call waits.
 
     Raises (every call):
-        UserError: only a person can fix it, or `patience_seconds` are over.
+        UserError: only a person can fix it, or `patience_seconds` have passed.
     """
 
     def __init__(
         self, client: PLMClient, patience_seconds: float, on_wait: Callable[[str], None] = lambda text: None
     ) -> None:
         self.client, self.patience_seconds, self._on_wait = client, patience_seconds, on_wait
-        self._waiting, self._answered = 0, -math.inf
+        self._waiting, self._last_success = 0, -math.inf
 
     async def describe(self) -> Description:
         return await self._repeated(self.client.describe)
@@ -52,20 +52,20 @@ class PatientPLM:
         return await self._repeated(lambda: self.client.extract(batch))
 
     async def step(self, steps: Sequence[Step]) -> list[Stepped | Exception]:
-        """As `PLMClient.step`; steps whose message was lost are repeated too, and busy ones unless they do not wait."""
+        """As `PLMClient.step`; repeats steps whose message was lost, and busy ones that wait."""
         outcomes: list[Stepped | Exception] = await self._repeated(lambda: self.client.step(steps))
         started = time.monotonic()
         pauses = _Pauses()
-        while passing := {n: error for n, o in enumerate(outcomes) if (error := _passing(o, steps[n]))}:
-            await self._wait(max(passing.values(), key=lambda e: getattr(e, "retry_after", 0.0)), pauses, started)
-            again = list(passing)
-            repeated = await self._repeated(lambda again=again: self.client.step([steps[n] for n in again]))
-            for number, outcome in zip(again, repeated, strict=True):
+        while failed := {n: error for n, o in enumerate(outcomes) if (error := _temporary(o, steps[n]))}:
+            await self._wait(max(failed.values(), key=lambda e: getattr(e, "retry_after", 0.0)), pauses, started)
+            again = [steps[n] for n in failed]
+            repeated = await self._repeated(lambda again=again: self.client.step(again))
+            for number, outcome in zip(failed, repeated, strict=True):
                 outcomes[number] = outcome
         return outcomes
 
     async def close(self, sessions: Sequence[str]) -> None:
-        """Once, without waiting: sessions that stay open are forgotten by the PLM owner when they idle."""
+        """Once, without waiting: the PLM owner forgets idle sessions by itself."""
         with suppress(Busy, ConnectionError):
             await self.client.close(sessions)
 
@@ -80,13 +80,13 @@ class PatientPLM:
             except (Busy, ConnectionError) as error:
                 await self._wait(error, pauses, started)
             else:
-                refused = isinstance(answer, list) and all(isinstance(one, Exception) for one in answer)
-                self._answered = self._answered if refused else time.monotonic()
+                if not (isinstance(answer, list) and all(isinstance(outcome, Exception) for outcome in answer)):
+                    self._last_success = time.monotonic()
                 return answer
 
     async def _wait(self, error: Exception, pauses: _Pauses, started: float) -> None:
         seconds = pauses.after(error)
-        if time.monotonic() + seconds - max(started, self._answered) > self.patience_seconds:
+        if time.monotonic() + seconds - max(started, self._last_success) > self.patience_seconds:
             raise UserError(
                 f"The PLM owner did not answer for {self.patience_seconds:g} s: {_reason(error)}. "
                 "Start again when it does; what is finished is kept."
@@ -114,7 +114,7 @@ class _Pauses:
         return pause
 
 
-def _passing(outcome: Stepped | Exception, step: Step) -> Exception | None:
+def _temporary(outcome: Stepped | Exception, step: Step) -> Exception | None:
     if isinstance(outcome, ConnectionError) or (isinstance(outcome, Busy) and step.waits):
         return outcome
     return None

@@ -1,8 +1,8 @@
 """Tokenises and detokenises for stages and services alike. Knows `tokenizers`, and nothing of models or owners.
 
-Control tokens come from the tokenizer and its chat template, never from the text of a user. A copy of the tokenizer
-gives every control token a secret name; text cannot contain it, so `</s>` in a text is tokenised as any other text,
-and a chat template's own tokens are put under their secret names before the whole chat is tokenised in one piece.
+Control tokens come from the tokenizer and its chat template, never from a user's text. A copy of the tokenizer gives
+every control token a secret name that no text contains, so it tokenises `</s>` in a text as any other text. A chat
+template's own tokens get their secret names before the whole chat is tokenised in one piece.
 """
 
 from __future__ import annotations
@@ -19,21 +19,19 @@ from typing import Any
 from pema_ray.errors import UserError
 
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-_BYTE_LEVEL = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
+_UNPRINTABLE = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTE_LEVEL = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_UNPRINTABLE)}
 """Character → byte, of byte-level BPEs (Radford et al. 2019, `bytes_to_unicode`)."""
-_SOME_SCRIPTS = "a1я的あ"  # some of it is in the vocabulary of any language
+_PROBE_TEXT = "a1я的あ"  # some of it is in the vocabulary of any language
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
-
-
-_PROBE = "Zq"
-_MOST_FRAMES = 64  # that are kept: users of a service choose template arguments
-_NO_ARGUMENTS_OF_TEMPLATES = {
+_PROBE_ANSWER = "Zq"
+_MAX_FRAMES = 64  # cached: users of a service choose template arguments
+_RESERVED_ARGUMENTS = {
     "conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
     "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
     "tokenizer_kwargs", "strftime_now", "sanitize_control_tokens",
 }  # fmt: skip
-"""What transformers would take for its own, such as another `chat_template`."""
+"""Arguments of transformers' own, such as another `chat_template`."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class AnswerFrame:
 
     Attributes:
         lead: between the prompt and the answer's text: white space, mostly none.
-        end: the control token after the text, which ends the turn; None if there is none.
+        end: the control token after the text, which ends the turn; None without one.
     """
 
     lead: str
@@ -50,25 +48,25 @@ class AnswerFrame:
 
 
 class TextStream:
-    """The text of one answer, token by token; all pieces together are `PLMTokenizer.decode` of all tokens."""
+    """The text of one answer, token by token; the pieces join to `PLMTokenizer.decode` of all tokens."""
 
     def __init__(self, tokenizer: PLMTokenizer) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        """The text that is certain with this token: whole characters only."""
+        """The text that this token completes: whole characters only."""
         return self._utf8.decode(self._tokenizer.text_bytes(token))
 
     def finish(self) -> str:
-        """The rest at the end of the answer: U+FFFD for a character that never became whole."""
+        """The rest at the end of the answer: U+FFFD for an incomplete character."""
         return self._utf8.decode(b"", final=True)
 
     def fork(self) -> TextStream:
         """Another stream that begins with the same tokens."""
-        other = TextStream(self._tokenizer)
-        other._utf8.setstate(self._utf8.getstate())
-        return other
+        fork = TextStream(self._tokenizer)
+        fork._utf8.setstate(self._utf8.getstate())
+        return fork
 
 
 class PLMTokenizer:
@@ -104,12 +102,12 @@ class PLMTokenizer:
         self._frames: dict[str, AnswerFrame] = {}
 
     def _find_prefix(self) -> list[int]:
-        """What the tokenizer puts in front of a text, found by comparing two encodings."""
-        bare = self._renamed.encode(_SOME_SCRIPTS, add_special_tokens=False).ids
-        full = self._renamed.encode(_SOME_SCRIPTS, add_special_tokens=True).ids
+        """The tokens that the tokenizer puts before a text, from a comparison of two encodings."""
+        bare = self._renamed.encode(_PROBE_TEXT, add_special_tokens=False).ids
+        full = self._renamed.encode(_PROBE_TEXT, add_special_tokens=True).ids
         starts = [n for n in range(len(full)) if full[n : n + len(bare)] == bare]
         if not bare or not starts:
-            raise UserError(f"The PLM's tokenizer cannot tokenise {_SOME_SCRIPTS!r}. Export another tokenizer.")
+            raise UserError(f"The PLM's tokenizer cannot tokenise {_PROBE_TEXT!r}. Export another tokenizer.")
         return full[: starts[0]]
 
     # ── text to tokens ──────────────────────────────────────────────────────────
@@ -118,7 +116,7 @@ class PLMTokenizer:
         """Token ids `[T]` of a text. Special tokens that it mentions are text.
 
         Args:
-            special_tokens: put in front what the tokenizer does (BOS); what it appends (EOS) is never there.
+            special_tokens: begin with the tokenizer's prefix (BOS); its suffix (EOS) is always left out.
 
         Raises:
             UserError: half a character, or a token that the PLM has no embedding for.
@@ -131,10 +129,10 @@ class PLMTokenizer:
         add_generation_prompt: bool = True,
         template_arguments: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids `[T]` of a chat. Control tokens are the chat template's alone.
+        """Token ids `[T]` of a chat. Only the chat template writes control tokens.
 
         Args:
-            template_arguments: what else the template takes: `tools`, `documents`, `enable_thinking`, …
+            template_arguments: more arguments of the template: `tools`, `documents`, `enable_thinking`, …
 
         Raises:
             UserError: there is no chat template, it refuses the messages, or as `encode` does.
@@ -153,33 +151,33 @@ class PLMTokenizer:
         `encode_rendered` tokenises it; `readable` shows it to people.
 
         Args:
-            today: the date for templates that write one; None lets them look at the clock.
+            today: the date for templates that write one; None takes the clock's.
         """
         if not self.chat_template:
             raise UserError("This PLM's tokenizer has no chat template. Send a prompt in place of messages.")
         arguments = dict(template_arguments or {})
-        if ours := sorted(_NO_ARGUMENTS_OF_TEMPLATES & arguments.keys()):
-            raise UserError(f"chat_template_kwargs: '{ours[0]}' is nothing that a chat template takes. Leave it out.")
+        if reserved := sorted(_RESERVED_ARGUMENTS & arguments.keys()):
+            raise UserError(f"chat_template_kwargs: '{reserved[0]}' is no argument of a template. Leave it out.")
         try:
             template = self.hf.get_chat_template(None, tools=arguments.get("tools"))
             rendered = self.hf.apply_chat_template(
                 self._control.mark(messages),
-                chat_template=template if today is None else _on_a_day(template, today),
+                chat_template=template if today is None else _dated(template, today),
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 **self._control.mark(arguments),
             )
-        except Exception as error:  # a template is a program of the PLM owner's and can raise anything
+        except Exception as error:  # a template is a program and can raise any type
             raise UserError(f"The tokenizer's chat template refuses the messages: {error}") from None
         return self._control.name_unmarked(rendered)
 
     def answer_frame(
         self, template_arguments: Mapping[str, Any] | None = None, today: date | None = None
     ) -> AnswerFrame:
-        """What the chat template puts around an answer, found by rendering one; nothing where it refuses that."""
+        """What the chat template puts around an answer, by rendering one; an empty frame if it refuses."""
         key = json.dumps([template_arguments, today], sort_keys=True, default=str)
         if key not in self._frames:
-            if len(self._frames) >= _MOST_FRAMES:
+            if len(self._frames) >= _MAX_FRAMES:
                 self._frames.clear()
             try:
                 self._frames[key] = self._find_frame(template_arguments, today)
@@ -188,23 +186,23 @@ class PLMTokenizer:
         return self._frames[key]
 
     def _find_frame(self, template_arguments: Mapping[str, Any] | None, today: date | None) -> AnswerFrame:
-        asked = [{"role": "user", "content": "a"}]
-        answered = [*asked, {"role": "assistant", "content": _PROBE}]
-        prompt = self.render_chat(asked, True, template_arguments, today)
-        before, found, after = self.render_chat(answered, False, template_arguments, today).rpartition(_PROBE)
-        kept = prompt.rstrip(" ")
-        lead = before.removeprefix(kept)
-        if not before.startswith(kept) or lead.strip():
-            lead = prompt[len(kept) :]  # answers of the past are worded otherwise than new ones, without their thoughts
-        name = self._control.first_name(after) if found else None
+        question = [{"role": "user", "content": "a"}]
+        exchange = [*question, {"role": "assistant", "content": _PROBE_ANSWER}]
+        prompt = self.render_chat(question, True, template_arguments, today)
+        before, probe, after = self.render_chat(exchange, False, template_arguments, today).rpartition(_PROBE_ANSWER)
+        stripped = prompt.rstrip(" ")
+        lead = before.removeprefix(stripped)
+        if not before.startswith(stripped) or lead.strip():
+            lead = prompt[len(stripped) :]  # the template renders past answers differently, such as without thoughts
+        name = self._control.first_name(after) if probe else None
         return AnswerFrame(lead, None if name is None else self._renamed.token_to_id(name))
 
     def readable(self, rendered: str) -> str:
-        """What `render_chat` gave, with the control tokens as people write them."""
+        """The output of `render_chat`, with the control tokens as people write them."""
         return self._control.readable(rendered)
 
     def encode_rendered(self, rendered: str, answer: str = "") -> list[int]:
-        """Token ids `[T]` of what `render_chat` gave, or its beginning, and of an answer to it, in one piece.
+        """Token ids `[T]` of `render_chat`'s output, or its beginning, and of an answer to it, in one piece.
 
         Raises:
             UserError: as `encode`.
@@ -231,7 +229,7 @@ class PLMTokenizer:
     # ── tokens to text ──────────────────────────────────────────────────────────
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of an answer: without special tokens, with the space that its first word brings along."""
+        """The text of an answer: without special tokens, with the space before its first word."""
         return b"".join(map(self.text_bytes, ids)).decode("utf-8", "replace")
 
     def stream(self) -> TextStream:
@@ -239,11 +237,11 @@ class PLMTokenizer:
         return TextStream(self)
 
     def text_bytes(self, id: int) -> bytes:
-        """What a token adds to the UTF-8 bytes of an answer: nothing if it is a special token."""
+        """The UTF-8 bytes that a token adds to an answer: none for a special token."""
         return b"" if id in self._special_ids else self.token_bytes(id)
 
     def token_bytes(self, id: int) -> bytes:
-        """A token's own UTF-8 bytes, also of a part of a character; of a special token those of its name."""
+        """A token's own UTF-8 bytes, even of a part of a character; for a special token, those of its name."""
         if id not in self._bytes:
             self._bytes[id] = self._spell(id)
         return self._bytes[id]
@@ -254,7 +252,7 @@ class PLMTokenizer:
 
     def _spell(self, id: int) -> bytes:
         token = self._vocabulary(id)
-        if token is None:  # embedding rows beyond the vocabulary mean nothing
+        if token is None:  # an embedding row beyond the vocabulary
             return b""
         if id in self._special_ids:
             return token.encode()
@@ -271,14 +269,14 @@ class PLMTokenizer:
         return " ".join(tokens) if self._decoder is None else self._decoder.decode(tokens)
 
     def special_id(self, text: str) -> int | None:
-        """The id of a special token that is written so, which `decode` would leave out."""
+        """The id of the special token with this text; `decode` leaves it out."""
         return self._special.get(text)
 
 
 class _ControlTokens:
     """Tells the control tokens that a tokenizer or its chat template writes from those that a text mentions.
 
-    These are the special tokens, and added tokens that the chat template writes, whatever the tokenizer calls them.
+    Control tokens are the special tokens, and the added tokens that the chat template writes.
 
     Attributes:
         names: token → secret name.
@@ -309,7 +307,7 @@ class _ControlTokens:
         White space goes within the marks: templates that split at `</think>` strip what follows.
         """
         if isinstance(value, str):
-            marked = self._any_mentioned.sub(lambda found: self._open + found[0] + self._close, value)
+            marked = self._any_mentioned.sub(lambda match: self._open + match[0] + self._close, value)
             before = self._break if marked.startswith(self._tails) else ""
             return before + marked + (self._break if marked.endswith(self._heads) else "")
         if isinstance(value, Mapping):
@@ -321,31 +319,31 @@ class _ControlTokens:
         raise TypeError(f"messages hold text, numbers, lists and mappings, not {type(value).__name__}")
 
     def name_unmarked(self, rendered: str) -> str:
-        """What a template made of `mark`'s output: its own control tokens under their names, the marks gone."""
-        named = self._any_rendered.sub(lambda found: self.names[found[1]] if found[1] else found[0], rendered)
+        """A template's output for `mark`'s: with secret names for its own control tokens, without marks."""
+        named = self._any_rendered.sub(lambda match: self.names[match[1]] if match[1] else match[0], rendered)
         return self._any_mark.sub("", named)
 
     def first_name(self, named: str) -> str | None:
         """The secret name that a text begins with, white space aside."""
-        found = self._any_name.match(named.lstrip())
-        return None if found is None else found[0]
+        match = self._any_name.match(named.lstrip())
+        return None if match is None else match[0]
 
     def name_not_special(self, text: str) -> str:
         """A text with the control tokens that are not special, such as `<think>`, under their names."""
-        return self._any_not_special.sub(lambda found: self.names[found[0]], text)
+        return self._any_not_special.sub(lambda match: self.names[match[0]], text)
 
     def readable(self, named: str) -> str:
         """A text without secret names."""
-        return self._any_name.sub(lambda found: self._contents[found[0]], named)
+        return self._any_name.sub(lambda match: self._contents[match[0]], named)
 
 
-def _on_a_day(template: str, today: date) -> str:
-    """A chat template for which it is a certain day; transformers' `strftime_now` looks at the clock."""
+def _dated(template: str, today: date) -> str:
+    """A chat template with a fixed date; transformers' `strftime_now` takes the clock's."""
     if "strftime_now" not in template:
         return template
-    told = json.dumps({found[2]: today.strftime(found[2]) for found in _STRFTIME.finditer(template)})
-    said = f"({told}).get(format, '{today.isoformat()}')"
-    return f"{{%- macro strftime_now(format) -%}}{{{{ {said} }}}}{{%- endmacro %}}{template}"
+    dates = json.dumps({match[2]: today.strftime(match[2]) for match in _STRFTIME.finditer(template)})
+    expression = f"({dates}).get(format, '{today.isoformat()}')"
+    return f"{{%- macro strftime_now(format) -%}}{{{{ {expression} }}}}{{%- endmacro %}}{template}"
 
 
 _STRFTIME = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1""")
@@ -359,7 +357,7 @@ def _any_of(texts: Iterable[str]) -> str:
 def _renamed(backend: Any, names: Mapping[str, str], ids: Mapping[str, int]) -> Any:
     """A copy of a tokenizer in which control tokens have other names, in its vocabulary too.
 
-    A Unigram model, or a BPE with merges that lead there, would else find `</s>` in plain text.
+    Otherwise a Unigram model, or a BPE whose merges lead there, would find `</s>` in plain text.
     """
     from tokenizers import Tokenizer
 

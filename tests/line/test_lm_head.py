@@ -1,4 +1,4 @@
-"""The LM-head bundle: exact arithmetic, whole on disk or not at all, and plain words for what is damaged."""
+"""The LM-head bundle: exact arithmetic, atomic on disk, and clear errors for damaged files."""
 
 from __future__ import annotations
 
@@ -60,11 +60,8 @@ def test_what_was_saved_is_loaded_bit_for_bit(dtype: torch.dtype, tmp_path: Path
     saved = bundle(dtype)
     folder = saved.save(tmp_path / "deep" / "bundle")
     loaded = LMHeadBundle.load(folder)
-    assert (loaded.card, loaded.head.spec, loaded.tokenizer_files) == (
-        saved.card,
-        saved.head.spec,
-        saved.tokenizer_files,
-    )
+    assert (loaded.card, loaded.head.spec) == (saved.card, saved.head.spec)
+    assert loaded.tokenizer_files == saved.tokenizer_files
     assert set(loaded.head.state_dict()) == {"weight", "bias", "norm_weight"}
     for name, tensor in saved.head.state_dict().items():
         assert torch.equal(loaded.head.state_dict()[name], tensor) and loaded.head.dtype == dtype
@@ -90,17 +87,17 @@ def test_saving_again_replaces_the_folder(tmp_path: Path):
     assert sorted(path.name for path in folder.iterdir()) == ["bundle.json", "lm_head.safetensors", "tokenizer"]
 
 
-@pytest.mark.parametrize("gone", ["bundle.json", "lm_head.safetensors", "tokenizer"])
-def test_a_missing_part_is_named(gone: str, tmp_path: Path):
+@pytest.mark.parametrize("part", ["bundle.json", "lm_head.safetensors", "tokenizer"])
+def test_a_missing_part_is_named(part: str, tmp_path: Path):
     folder = bundle().save(tmp_path / "bundle")
-    (folder / gone).rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=f"not an LM-head bundle: .*{gone} is missing. Run export-head"):
+    (folder / part).rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"not an LM-head bundle: .*{part} is missing. Run export-head"):
         LMHeadBundle.load(folder)
 
 
 def test_a_missing_folder_and_a_file_are_no_bundles(tmp_path: Path):
     with pytest.raises(UserError, match="not an LM-head bundle"):
-        LMHeadBundle.load(tmp_path / "gone")
+        LMHeadBundle.load(tmp_path / "missing")
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="it is a file"):
         LMHeadBundle.load(tmp_path / "file")
@@ -125,14 +122,14 @@ def test_truncated_tensors_are_refused(keep: int, tmp_path: Path):
 
 def test_another_format_and_another_shape_are_refused(tmp_path: Path):
     folder = bundle().save(tmp_path / "bundle")
-    described = json.loads((folder / "bundle.json").read_text())
-    (folder / "bundle.json").write_text(json.dumps(described | {"format_version": 99}))
+    description = json.loads((folder / "bundle.json").read_text())
+    (folder / "bundle.json").write_text(json.dumps(description | {"format_version": 99}))
     with pytest.raises(UserError, match="bundle format 99, expected 1"):
         LMHeadBundle.load(folder)
-    (folder / "bundle.json").write_text(json.dumps(described | {"card": described["card"] | {"vocab_size": 12}}))
+    (folder / "bundle.json").write_text(json.dumps(description | {"card": description["card"] | {"vocab_size": 12}}))
     with pytest.raises(UserError, match=r"shape \(11, 6\), its card says \(12, 6\)"):
         LMHeadBundle.load(folder)
-    (folder / "bundle.json").write_text(json.dumps(described | {"head": described["head"] | {"shear": 1}}))
+    (folder / "bundle.json").write_text(json.dumps(description | {"head": description["head"] | {"shear": 1}}))
     with pytest.raises(UserError, match="damaged LM-head bundle: bundle.json: .*shear"):
         LMHeadBundle.load(folder)
 

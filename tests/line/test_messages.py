@@ -1,4 +1,4 @@
-"""Messages across the line refuse what does not hold together, before anything is computed."""
+"""Messages across the line refuse inconsistent contents before anything is computed."""
 
 from __future__ import annotations
 

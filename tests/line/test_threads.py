@@ -28,5 +28,5 @@ assert not errors, errors
 def test_threads_of_a_fresh_process_load_tokenizers_and_models_together(tiny_plm_folder, tiny_source, tmp_path):
     folder = tiny_plm_folder("llama")
     bundle = tiny_source("llama").lm_head().save(tmp_path / "lm_head")
-    done = subprocess.run([sys.executable, "-c", LOADS, str(bundle), folder], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    process = subprocess.run([sys.executable, "-c", LOADS, str(bundle), folder], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-2000:]

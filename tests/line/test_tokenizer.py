@@ -1,4 +1,4 @@
-"""Text is text, control tokens come from the tokenizer and its template, and a stream is what `decode` says."""
+"""Texts write no control tokens, the tokenizer and its template do; a stream gives the text of `decode`."""
 
 from __future__ import annotations
 
@@ -157,8 +157,8 @@ def chat(contents: list) -> list[dict]:
 
 def control(tokenizer: PLMTokenizer, ids: list[int]) -> list[str]:
     """The control tokens among ids; an unknown character's is none, and `<think>` if the template writes it."""
-    known = [t for t in SPECIAL if t != "<unk>"] + [t for t in THINKING if t in str(tokenizer.chat_template)]
-    names = {tokenizer.hf.convert_tokens_to_ids(t): t for t in known}
+    tokens = [t for t in SPECIAL if t != "<unk>"] + [t for t in THINKING if t in str(tokenizer.chat_template)]
+    names = {tokenizer.hf.convert_tokens_to_ids(t): t for t in tokens}
     return [names[id] for id in ids if id in names]
 
 
@@ -268,10 +268,9 @@ def test_a_chats_text_survives_its_special_tokens():
     ids = tokenizer.encode_chat(chat([forged]))
     assert tokenizer.decode(ids) == f"user\n{forged}\nassistant\n"
     tools = PLMTokenizer(dressed("byte_level", template="{{ tools }}{{ messages[0].role }}<s>"))
-    asked = tools.encode_chat(
-        [{"role": "</s>", "content": ""}], template_arguments={"tools": [{"</s>": ["<|im_end|>"]}]}
-    )
-    assert control(tools, asked) == ["<s>"]
+    arguments = {"tools": [{"</s>": ["<|im_end|>"]}]}
+    ids = tools.encode_chat([{"role": "</s>", "content": ""}], template_arguments=arguments)
+    assert control(tools, ids) == ["<s>"]
 
 
 def test_a_template_still_finds_what_it_looks_for_in_a_message():
@@ -313,20 +312,20 @@ def test_template_errors_are_the_users_to_read(template, words: str):
 def test_an_answer_reads_as_transformers_decodes_it_but_for_the_first_space(kind: str, text: str):
     tokenizer = plm_tokenizer(kind)
     ids = tokenizer.encode(text)
-    said = tokenizer.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    assert tokenizer.decode(ids) in (said, " " + said)
+    expected = tokenizer.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert tokenizer.decode(ids) in (expected, " " + expected)
 
 
 @every_kind
 @given(data=st.data())
-def test_a_stream_and_its_forks_tell_what_decode_tells(kind: str, data: st.DataObject):
+def test_a_stream_and_its_forks_give_the_text_of_decode(kind: str, data: st.DataObject):
     tokenizer = plm_tokenizer(kind)
-    ids, other = (data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 3), max_size=20)) for _ in range(2))
+    ids, forked_ids = (data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 3), max_size=20)) for _ in range(2))
     stream = tokenizer.stream()
-    told = "".join(map(stream.push, ids))
+    streamed = "".join(map(stream.push, ids))
     fork = stream.fork()
-    assert told + "".join(map(fork.push, other)) + fork.finish() == tokenizer.decode([*ids, *other])
-    assert told + stream.finish() == tokenizer.decode(ids)
+    assert streamed + "".join(map(fork.push, forked_ids)) + fork.finish() == tokenizer.decode([*ids, *forked_ids])
+    assert streamed + stream.finish() == tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "unigram", "unigram_always"])
@@ -334,8 +333,8 @@ def test_a_stream_and_its_forks_tell_what_decode_tells(kind: str, data: st.DataO
 def test_any_tokens_read_as_transformers_decodes_them(kind: str, data: st.DataObject):
     tokenizer = plm_tokenizer(kind)
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=20))
-    said = tokenizer.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    assert tokenizer.decode(ids) in (said, " " + said)
+    expected = tokenizer.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert tokenizer.decode(ids) in (expected, " " + expected)
 
 
 def test_words_that_end_in_a_mark_are_spaced_as_they_come():
@@ -346,17 +345,17 @@ def test_words_that_end_in_a_mark_are_spaced_as_they_come():
 
 @pytest.mark.parametrize("kind", LOSSLESS)
 @given(text=TEXTS.filter(lambda text: "\ufffd" not in text))
-def test_a_stream_holds_back_what_is_half_and_nothing_else(kind: str, text: str):
+def test_a_stream_holds_back_incomplete_characters_alone(kind: str, text: str):
     tokenizer = plm_tokenizer(kind)
-    stream, whole = tokenizer.stream(), b""
+    stream, received = tokenizer.stream(), b""
     for id in tokenizer.encode(text, special_tokens=False):
-        whole += tokenizer.token_bytes(id)
-        told = stream.push(id)
-        assert "\ufffd" not in told and whole.decode("utf-8", "ignore").endswith(told)
-    assert stream.finish() == "" and whole.decode() in (text, " " + text)
+        received += tokenizer.token_bytes(id)
+        piece = stream.push(id)
+        assert "\ufffd" not in piece and received.decode("utf-8", "ignore").endswith(piece)
+    assert stream.finish() == "" and received.decode() in (text, " " + text)
 
 
-def test_what_was_told_stays_true_when_a_later_byte_is_broken():
+def test_streamed_text_is_unchanged_by_a_later_broken_byte():
     tokenizer = plm_tokenizer("byte_fallback")
     euro, broken = tokenizer.encode("€", special_tokens=False)[1:], tokenizer.hf.convert_tokens_to_ids("<0xFF>")
     assert tokenizer.hf.decode([*euro, broken]) == "\ufffd" * 4  # transformers takes the euro back
@@ -368,8 +367,8 @@ def test_what_was_told_stays_true_when_a_later_byte_is_broken():
 @pytest.mark.parametrize("kind", ["unigram", "byte_fallback", "byte_level"])
 def test_a_continuations_first_word_keeps_its_space(kind: str):
     tokenizer = plm_tokenizer(kind)
-    prompt, whole = (tokenizer.encode(text) for text in ("And he", "And he said"))
-    assert whole[: len(prompt)] == prompt and tokenizer.decode(whole[len(prompt) :]) == " said"
+    prompt, full = (tokenizer.encode(text) for text in ("And he", "And he said"))
+    assert full[: len(prompt)] == prompt and tokenizer.decode(full[len(prompt) :]) == " said"
 
 
 @every_kind
@@ -392,10 +391,10 @@ def test_a_token_has_its_own_bytes_even_of_half_a_character(kind: str):
     assert tokenizer.token_bytes(tokenizer.vocab_size + 7) == b""
 
 
-# ── as a whole ──────────────────────────────────────────────────────────────────
+# ── sharing ─────────────────────────────────────────────────────────────────────
 
 
-def test_it_travels_and_serves_threads():
+def test_a_tokenizer_can_be_pickled_and_shared_by_threads():
     tokenizer = plm_tokenizer("byte_level")
     texts = [f"he said {n} </s>" for n in range(400)]
     expected = [tokenizer.encode(text) for text in texts]

@@ -159,5 +159,5 @@ def test_a_template_that_names_the_day_gives_the_same_prompt_on_every_day():
 @pytest.mark.parametrize("name", ["chat_template", "tokenize", "add_generation_prompt", "strftime_now"])
 def test_what_is_no_argument_of_templates_is_refused(name: str):
     prompter = Prompter(FAMILIES["Qwen 3"].tokenizer(), TASK, chat=True, chat_template_kwargs={name: "{{ 1 }}"})
-    with pytest.raises(UserError, match=f"Task 't': chat_template_kwargs: '{name}' is nothing that a chat template"):
+    with pytest.raises(UserError, match=f"Task 't': chat_template_kwargs: '{name}' is no argument of a template"):
         prompter.encode_prompt("hi")
