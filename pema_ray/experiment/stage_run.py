@@ -131,14 +131,18 @@ class StageRun(Generic[E]):
 
     def _settings(self, name: str) -> Any:
         section, _, setting = name.partition(".")
-        chosen = chosen_settings(getattr(self.config, section))
-        return chosen.get(setting) if setting else {k: v for k, v in chosen.items() if k not in self.incidental}
+        section_settings = chosen_settings(getattr(self.config, section))
+        return (
+            section_settings.get(setting)
+            if setting
+            else {k: v for k, v in section_settings.items() if k not in self.incidental}
+        )
 
     def recorded(self, stage: str) -> dict[str, Any]:
         """What lies in a stage's `metrics.json`, whatever its stamp; nothing if it is not there or was torn."""
         try:
-            found = json.loads(self.path(stage, "metrics.json").read_text())
-            return found if isinstance(found, dict) else {}
+            metrics = json.loads(self.path(stage, "metrics.json").read_text())
+            return metrics if isinstance(metrics, dict) else {}
         except (OSError, ValueError):
             return {}
 
@@ -148,15 +152,15 @@ class StageRun(Generic[E]):
         Raises:
             UserError: it has not been run, or not with these settings.
         """
-        found, name, command = self.recorded(stage), stage.replace("_", "-"), self.method.command(stage)
-        if not found:
+        metrics, name, command = self.recorded(stage), stage.replace("_", "-"), self.method.command(stage)
+        if not metrics:
             raise UserError(f"{self.folder}: stage '{name}' has not been run yet. Run: {command}")
-        if found.get("stamp") != self.stamp(stage):
+        if metrics.get("stamp") != self.stamp(stage):
             raise UserError(
                 f"{self.path(stage)}: stage '{name}' was run with other settings than this run's. "
                 f"Run it again: {command}"
             )
-        return found
+        return metrics
 
     def is_whole(self, stage: str) -> bool:
         """What it left is still there."""
@@ -165,10 +169,10 @@ class StageRun(Generic[E]):
     def finished(self, stage: str) -> dict[str, Any] | None:
         """Its metrics if the stage is done with these very settings."""
         try:
-            found = self.metrics(stage)
+            metrics = self.metrics(stage)
         except UserError:
             return None
-        return found if self.is_whole(stage) else None
+        return metrics if self.is_whole(stage) else None
 
     def perform(self, stage: str, work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """Do a stage unless it is done: its parents must be; its metrics (a `summary` among them) are written last.
@@ -177,16 +181,16 @@ class StageRun(Generic[E]):
             UserError: a parent is not done, or another process is doing this stage.
         """
         self._require_parents(stage)
-        if found := self._reused(stage):
-            return found
+        if metrics := self._reused(stage):
+            return metrics
         with one_process(self.path(stage)):
             bring_back(self.path(stage), self.stamp(stage))
             return self._reused(stage) or self._do(stage, work)
 
     def _reused(self, stage: str) -> dict[str, Any] | None:
-        if found := self.finished(stage):
-            console.print(f"[dim]{stage:13} finished before, reused: {found['summary']}[/]", highlight=False)
-        return found
+        if metrics := self.finished(stage):
+            console.print(f"[dim]{stage:13} finished before, reused: {metrics['summary']}[/]", highlight=False)
+        return metrics
 
     def _do(self, stage: str, work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         started, stamp = time.perf_counter(), self.stamp(stage)

@@ -78,10 +78,10 @@ def train_lora(
     if plm.is_quantized:
         raise UserError(f"LoRA: {plm.name} is quantised; updates are merged into floating-point weights only.")
     torch.manual_seed(seed)
-    chosen = LoraConfig(
+    updates = LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules="all-linear"
     )
-    wrapped: Any = get_peft_model(plm.model, chosen)
+    wrapped: Any = get_peft_model(plm.model, updates)
     trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate)
     batches = list(plan_batches(pairs, settings.max_batch_tokens))

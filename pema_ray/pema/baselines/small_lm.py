@@ -170,10 +170,10 @@ def neighbour_teacher(rows: RowsView, head: LMHead, neighbours: int, temperature
     target = torch.from_numpy(rows.target.astype(np.int64))
 
     def distribution(chosen_n: np.ndarray) -> torch.Tensor:
-        distance, found = knn.search(torch.from_numpy(rows[chosen_n]), head)
+        distance, neighbour = knn.search(torch.from_numpy(rows[chosen_n]), head)
         score = -distance / temperature
-        score[(found < 0) | (found == torch.from_numpy(chosen_n)[:, None])] = -torch.inf
-        near = torch.zeros(len(chosen_n), head.vocab_size).scatter_add_(1, target[found], score.softmax(-1))
+        score[(neighbour < 0) | (neighbour == torch.from_numpy(chosen_n)[:, None])] = -torch.inf
+        near = torch.zeros(len(chosen_n), head.vocab_size).scatter_add_(1, target[neighbour], score.softmax(-1))
         return beta * near.to(head.weight.device) + (1 - beta) * gold(chosen_n)
 
     return distribution
@@ -215,10 +215,10 @@ def train_small_lm(
     for rate in settings.learning_rates:
         torch.manual_seed(seed)
         model = make()
-        found = _train(model, memory, teacher, dev, dev_memory, settings, rate, seed)
-        loss = min(found.dev_losses, default=math.inf)
+        training = _train(model, memory, teacher, dev, dev_memory, settings, rate, seed)
+        loss = min(training.dev_losses, default=math.inf)
         if math.isfinite(loss) and (best is None or loss < best[0]):
-            best = loss, model, found
+            best = loss, model, training
     if best is None:
         raise UserError("A small language model's loss became no number at every learning rate: give lower ones.")
     return best[1], best[2]
@@ -254,11 +254,11 @@ def _train(
 
 def _learn(model: SmallLM, pairs: Sequence[EncodedPair], memory: AlignedMemory, teacher: Teacher) -> None:
     """Gradients of a batch: logits are held for some rows at a time."""
-    x_NH, chosen = model.rows(pairs), memory.rows_of(pairs)
+    x_NH, row_numbers = model.rows(pairs), memory.rows_of(pairs)
     leaf = x_NH.detach().requires_grad_()
-    for start in range(0, len(chosen), _ROWS):
+    for start in range(0, len(row_numbers), _ROWS):
         part = slice(start, start + _ROWS)
-        loss = -(teacher(chosen[part]) * model.log_probs(leaf[part])).sum() / len(chosen)
+        loss = -(teacher(row_numbers[part]) * model.log_probs(leaf[part])).sum() / len(row_numbers)
         loss.backward()
     x_NH.backward(leaf.grad)
 
@@ -269,11 +269,11 @@ def dev_loss(model: SmallLM, memory: AlignedMemory, teacher: Teacher, max_batch_
     model.eval()
     total = rows = 0
     for pairs in plan_batches(memory.pairs, max_batch_tokens):
-        x_NH, chosen = model.rows(pairs), memory.rows_of(pairs)
-        for start in range(0, len(chosen), _ROWS):
+        x_NH, row_numbers = model.rows(pairs), memory.rows_of(pairs)
+        for start in range(0, len(row_numbers), _ROWS):
             part = slice(start, start + _ROWS)
-            total -= float((teacher(chosen[part]) * model.log_probs(x_NH[part])).sum())
-        rows += len(chosen)
+            total -= float((teacher(row_numbers[part]) * model.log_probs(x_NH[part])).sum())
+        rows += len(row_numbers)
     return total / max(1, rows)
 
 
@@ -355,8 +355,8 @@ class SmallLMPredictor(Predictor):
         """`(log P_own [N, V], ones [N], log P_LM [N, V])`; each state reads the tokens that are new to it."""
         log_plm = self.head.log_probs(self.head.norm(state_NH))
         columns = zip(*(state.read() for state in decoding if isinstance(state, _State)), strict=True)
-        found = [model.log_probs(torch.cat(rows)) for model, rows in zip(self._models, columns, strict=True)]
-        log_own = found[0] if self._alpha is None else shift(log_plm, found[0], found[1], self._alpha)
+        log_probs = [model.log_probs(torch.cat(rows)) for model, rows in zip(self._models, columns, strict=True)]
+        log_own = log_probs[0] if self._alpha is None else shift(log_plm, log_probs[0], log_probs[1], self._alpha)
         return log_own, torch.ones(len(log_own), device=log_own.device), log_plm
 
     def distribution(
@@ -373,7 +373,7 @@ def target_log_probs(
     max_batch_tokens: int = 4096,
 ) -> dict[Literal["own", "plm"] | float, np.ndarray]:  # fmt: skip
     """Log-probabilities `[N]` of the targets, EOS apart: of the first model, of the PLM, and proxy-tuned by each α."""
-    found: dict[Any, list[np.ndarray]] = {key: [] for key in ("own", "plm", *alphas)}
+    by_system: dict[Any, list[np.ndarray]] = {key: [] for key in ("own", "plm", *alphas)}
     for pairs in plan_batches(memory.pairs, max_batch_tokens):
         rows = memory.rows_of(pairs)
         last = np.cumsum([len(pair.target) + 1 for pair in pairs]) - 1
@@ -388,8 +388,8 @@ def target_log_probs(
             shifted = {alpha: shift(plm, own[0], own[1], alpha) for alpha in alphas}
             for key, log_p in {"own": own[0], "plm": plm, **shifted}.items():
                 values = log_p.gather(1, target[:, None])[:, 0].cpu().numpy()
-                found[key].append(values[is_token[part]])
-    return {key: np.concatenate(values).astype(np.float64) for key, values in found.items()}
+                by_system[key].append(values[is_token[part]])
+    return {key: np.concatenate(values).astype(np.float64) for key, values in by_system.items()}
 
 
 # ── a peer, whole ───────────────────────────────────────────────────────────
@@ -439,18 +439,18 @@ def train_peer(job: SmallLMJob) -> dict[str, Any]:
     choices = job.settings.alphas if proxy else job.lambdas
 
     def nll(split: str, among: Sequence[float]) -> dict[float, float]:
-        found = target_log_probs(list(models.values()), memories[split], head, among if proxy else ())
+        log_probs = target_log_probs(list(models.values()), memories[split], head, among if proxy else ())
         if proxy:
-            return {alpha: float(-found[alpha].mean()) for alpha in among}
-        zeros = np.zeros(len(found["own"]), bool)
-        return {lam: TokenLikelihood(found["own"], found["plm"], zeros).nll(lam) for lam in among}
+            return {alpha: float(-log_probs[alpha].mean()) for alpha in among}
+        zeros = np.zeros(len(log_probs["own"]), bool)
+        return {lam: TokenLikelihood(log_probs["own"], log_probs["plm"], zeros).nll(lam) for lam in among}
 
     on_dev = nll("dev", choices)
-    chosen = min(on_dev, key=lambda value: on_dev[value])
+    best = min(on_dev, key=lambda value: on_dev[value])
     return {
         "error": "",
-        "chosen": chosen,
-        "nll": nll(job.test, [chosen])[chosen],
+        "chosen": best,
+        "nll": nll(job.test, [best])[best],
         "seconds": sum(training.seconds for training in trainings),
         "peak_bytes": peak_memory(head.weight.device),
         "trained": ", ".join(f"{training.learning_rate:g} and {training.epoch}" for training in trainings),

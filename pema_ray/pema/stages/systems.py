@@ -114,31 +114,31 @@ class ComparedSystem:
             "knn": self._knn, "lora": self._lora, "lora_shots": self._lora, "memory_decoder": self._small_lm,
             "proxy_tuning": self._small_lm,
         }  # fmt: skip
-        found = makers.get(self.name, self._pema)()
+        measured = makers.get(self.name, self._pema)()
         with atomic_file(kept) as temporary:
-            kept_with = {"stamp": stamp, "measurement": found.model_dump(mode="json")}
+            kept_with = {"stamp": stamp, "measurement": measured.model_dump(mode="json")}
             temporary.write_text(json.dumps(kept_with, indent=1) + "\n")
-        return found
+        return measured
 
     def _stamp(self) -> str:
-        chosen: CompareConfig = self.config.compare
+        settings: CompareConfig = self.config.compare
         shots = self.name in ("few_shot", "few_shot_similar", "pema_shots", "lora_shots")
         grids: dict[str, Any] = {}
         if self.name in {**VARIANTS, "knn": None}:
-            grids |= {"dev_rows": chosen.dev_rows}
+            grids |= {"dev_rows": settings.dev_rows}
         if self.name in {**VARIANTS, "memory_decoder": None}:
-            grids |= {"lambdas": chosen.lambdas}
+            grids |= {"lambdas": settings.lambdas}
         if self.name == "memory_decoder":
-            grids |= {"knn.lambdas": chosen.knn.lambdas}
+            grids |= {"knn.lambdas": settings.knn.lambdas}
         if self.name in ("few_shot", "few_shot_similar"):
             grids |= {"nll": "of prompts with examples"}  # older measurements have none
         sections: list[BaseModel] = []
-        sections += [chosen.knn] if self.name == "knn" else []
-        sections += [chosen.lora] if self.name in LORA else []
-        sections += [chosen.small_lm] if self.name in SMALL_LMS else []
+        sections += [settings.knn] if self.name == "knn" else []
+        sections += [settings.lora] if self.name in LORA else []
+        sections += [settings.small_lm] if self.name in SMALL_LMS else []
         described = [chosen_settings(section) for section in sections]
         stages = [self.run.stamp("train"), self.run.stamp("generate")]
-        few_shot = chosen.few_shot if shots else None
+        few_shot = settings.few_shot if shots else None
         whole = [COMPARE_PROTOCOL, self.name, self.seed, *stages, few_shot, grids, described]
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -231,7 +231,7 @@ class ComparedSystem:
             return fit(job)
 
     def _small_lm(self) -> Measurement:
-        config, chosen = self.config, self.config.compare
+        config, settings = self.config, self.config.compare
         folder = self.folder / "model"
         job = SmallLMJob(
             kind="memory_decoder" if self.name == "memory_decoder" else "proxy_tuning",
@@ -240,25 +240,25 @@ class ComparedSystem:
             bundle=self.run.path("export_head", "lm_head").resolve(),
             test=self._split,
             folder=folder.resolve(),
-            settings=chosen.small_lm,
-            lambdas=tuple(sorted({*chosen.lambdas, *chosen.knn.lambdas} - {1.0})),
+            settings=settings.small_lm,
+            lambdas=tuple(sorted({*settings.lambdas, *settings.knn.lambdas} - {1.0})),
             max_examples=config.train.max_train_pairs,
             seed=self.seed,
             threads=max(1, int(config.train.cpus_per_worker)),
             device=config.plm.device,
         )
-        found = self._in_a_process(train_peer, job)
+        outcome = self._in_a_process(train_peer, job)
         proxy = self.name == "proxy_tuning"
-        lam = 1.0 if proxy else found["chosen"]
+        lam = 1.0 if proxy else outcome["chosen"]
         symbol = "α" if proxy else "λ"
-        note = f"{symbol} {found['chosen']:g}, learning rate and epoch ({found['trained']}), chosen on dev"
+        note = f"{symbol} {outcome['chosen']:g}, learning rate and epoch ({outcome['trained']}), chosen on dev"
         note += "; decoded one sequence at a time"
         return self._answered(
             config.generate.model_copy(update={"lambda_max": lam, "schedule": "constant"}),
-            SmallLMSpec(folder.resolve(), found["chosen"] if proxy else None),
-            nll=found["nll"],
-            train_seconds=found["seconds"],
-            peak_bytes=found["peak_bytes"],
+            SmallLMSpec(folder.resolve(), outcome["chosen"] if proxy else None),
+            nll=outcome["nll"],
+            train_seconds=outcome["seconds"],
+            peak_bytes=outcome["peak_bytes"],
             line_bytes=self._memory_bytes(),
             note=note,
         )
@@ -278,12 +278,12 @@ class ComparedSystem:
         task: Any = ray.remote(max_calls=1, max_retries=0, **resources, **placed)(work)
         try:
             with track(f"training {self.name}", 1, "systems"):
-                found: dict[str, Any] = ray.get(task.remote(*arguments))
+                outcome: dict[str, Any] = ray.get(task.remote(*arguments))
         except (WorkerCrashedError, OutOfMemoryError) as error:
             raise UserError(f"{self.name}: its process died, for want of memory perhaps: {error}") from None
-        if found["error"]:
-            raise UserError(found["error"])
-        return found
+        if outcome["error"]:
+            raise UserError(outcome["error"])
+        return outcome
 
     def _encoded(self, split: str, limit: int | None) -> list[EncodedPair]:
         return [self._prompter.encode_pair(pair) for pair in self.run.pairs(split)[:limit]]
@@ -304,15 +304,15 @@ class ComparedSystem:
             seed=self.seed,
             end_token=self._prompter.end_token,
         )
-        found = self._in_a_process(tune_lora, job)
+        outcome = self._in_a_process(tune_lora, job)
         return self._answered(
             config.generate,
             None,
             plm=config.plm.model_copy(update={"name": str(folder), "revision": None}),
-            nll=found["nll"],
-            train_seconds=found["seconds"],
-            peak_bytes=found["peak_bytes"],
-            note=f"learning rate {found['learning_rate']:g} and epoch {found['epoch']} of "
+            nll=outcome["nll"],
+            train_seconds=outcome["seconds"],
+            peak_bytes=outcome["peak_bytes"],
+            note=f"learning rate {outcome['learning_rate']:g} and epoch {outcome['epoch']} of "
             f"{config.compare.lora.epochs}, chosen on the dev pairs",
         )
 
@@ -382,24 +382,24 @@ class ComparedSystem:
 
     def _tune_lambda(self, spec: PredictorSpec) -> float:
         """The λ with the lowest NLL on the dev memory."""
-        chosen = self.config.compare
-        likelihood = self._likelihood(spec, "dev", chosen.dev_rows)
-        return min(chosen.lambdas, key=likelihood.nll)
+        settings = self.config.compare
+        likelihood = self._likelihood(spec, "dev", settings.dev_rows)
+        return min(settings.lambdas, key=likelihood.nll)
 
     def _tune_knn(self) -> tuple[float, float]:
         """The temperature and λ with the lowest NLL on the dev memory."""
-        chosen, card = self.config.compare, self.run.bundle.card
+        settings, card = self.config.compare, self.run.bundle.card
         memory = ExternalMemory.open(self.run.path("build_memory", "train"), card)
         rows, head = memory.view(max_examples=self.config.train.max_train_pairs), self.run.bundle.head
-        knn = chosen.knn
+        knn = settings.knn
         neighbours = NearestNeighbours(rows, head, knn.neighbours, knn.temperatures[0], knn.index, knn.probes)
-        found: dict[tuple[float, float], float] = {}
+        nll: dict[tuple[float, float], float] = {}
         for temperature in knn.temperatures:
             neighbours.temperature = temperature
             predictor = Predictor(head, neighbours=neighbours)
-            likelihood = likelihood_of(self.run, "dev", predictor, chosen.dev_rows)
-            found |= {(temperature, lam): likelihood.nll(lam) for lam in knn.lambdas}
-        return min(found, key=lambda settings: found[settings])
+            likelihood = likelihood_of(self.run, "dev", predictor, settings.dev_rows)
+            nll |= {(temperature, lam): likelihood.nll(lam) for lam in knn.lambdas}
+        return min(nll, key=lambda pair: nll[pair])
 
 
 def scorer_of(run: Run) -> Scorer:
