@@ -7,7 +7,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from pema_ray.commands.pluglm import memory as commands
+from pema_ray.commands.pluglm import memory_app as commands
 from pema_ray.errors import UserError
 from pema_ray.pluglm.memory.entries import read_entries
 from pema_ray.pluglm.memory.knowledge_memory import KnowledgeMemory
