@@ -9,11 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import (
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from pema_ray.data_owner.config import GenerateConfig
 from pema_ray.data_owner.training.config import TrainConfig
@@ -38,7 +34,7 @@ class EvaluateConfig(Section):
     few_shot: int = Field(default=3, ge=0)
     """Shots of the few-shot PLM baseline; 0 leaves it out."""
     sample_pairs: int = Field(default=24, ge=1)
-    """Examples shown side by side in the report."""
+    """Examples in the report."""
 
     @field_validator("lambdas", "generate_lambdas")
     @classmethod
@@ -60,27 +56,28 @@ class CompareConfig(Section):
     """PEMA beside its peers on the same pairs, decoded as `generate` says."""
 
     systems: tuple[str, ...] = SYSTEMS[:-2]
-    """Which; leave out what takes too long (`lora` trains the whole PLM, `pema_published` trains for many epochs).
-    `pema_look_back` and `pema_local_memory` need `build_memory.prompts`."""
+    """Systems to compare; leave out what takes too long (`lora` trains the whole PLM, `pema_published` trains for many
+    epochs). `pema_look_back` and `pema_local_memory` need `build_memory.prompts`."""
     few_shot: int = Field(default=3, ge=1)
-    """Examples shown to the few-shot PLM, and in `pema_shots` and `lora_shots`: the first training pairs; in
-    `few_shot_similar` the likest."""
+    """Examples in the prompts of the few-shot systems: the first training pairs (`few_shot`, `pema_shots`,
+    `lora_shots`), or the most similar ones (`few_shot_similar`)."""
     seeds: int = Field(default=1, ge=1)
-    """Trainings of every system that is trained, with seeds that follow the run's."""
+    """Trainings of each trained system, with consecutive seeds from the run's on."""
     single_seed: tuple[str, ...] = ("pema_published", "memory_decoder", "proxy_tuning", "lora", "lora_shots")
-    """Systems that are trained once all the same, because it takes long."""
+    """Slow systems that are trained with one seed only."""
     lambdas: tuple[Share, ...] = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-    """Tried for every adapter where `generate.schedule` is constant, by NLL on the dev memory; none: `lambda_max`."""
+    """λ tried for each adapter if `generate.schedule` is constant; the best NLL on the dev memory wins. Empty: always
+    `lambda_max`."""
     dev_rows: int = Field(default=4096, ge=1)
-    """Rows of the dev memory to choose by."""
+    """Rows of the dev memory that λ is chosen by."""
     bootstrap_samples: int = Field(default=1000, ge=0)
-    """Samples of the paired bootstrap against `pema`; 0: none."""
+    """Samples of the paired bootstrap against `pema`; 0: no test."""
     knn: KnnSettings = KnnSettings()
-    """Of kNN-LM."""
+    """Settings of kNN-LM."""
     small_lm: SmallLMSettings = SmallLMSettings()
-    """Of `memory_decoder` and `proxy_tuning`."""
+    """Settings of `memory_decoder` and `proxy_tuning`."""
     lora: LoraSettings = LoraSettings()
-    """Of LoRA."""
+    """Settings of LoRA."""
 
     @field_validator("systems", "single_seed")
     @classmethod
@@ -95,7 +92,7 @@ class ExperimentConfig(Section):
     """A whole experiment; every stage reads its own section and the shared ones."""
 
     run_dir: Folder = "runs/experiment"
-    """The run folder: what stages make lies there."""
+    """The run folder, which holds the results of all stages."""
     seed: int = Field(default=0, ge=0)
     """Seed of every draw: pairs, shuffling, dropout, sampling."""
     plm: PLMConfig = PLMConfig()
@@ -110,10 +107,10 @@ class ExperimentConfig(Section):
 
     @model_validator(mode="after")
     def _has_prompts_to_look_back_at(self) -> ExperimentConfig:
-        wanted = {"train.look_back": self.train.look_back, "train.local_memory": self.train.local_memory}
-        wanted |= {name: name in self.compare.systems for name in ("pema_look_back", "pema_local_memory")}
-        for name, is_wanted in wanted.items():
-            if is_wanted and not self.build_memory.prompts:
+        settings = {"train.look_back": self.train.look_back, "train.local_memory": self.train.local_memory}
+        settings |= {name: name in self.compare.systems for name in ("pema_look_back", "pema_local_memory")}
+        for name, is_on in settings.items():
+            if is_on and not self.build_memory.prompts:
                 raise ValueError(f"{name} needs build_memory.prompts=true: rows of prompts in the memory")
         return self
 

@@ -12,14 +12,14 @@ PEMA = Method(
     example="configs/quickstart.yaml",
     stages={
         "prepare": Stage(
-            "Read the task's pairs, check every one, and keep them in the run folder.",
+            "Read the task's pairs, check them, and write them to the run folder.",
             "pema_ray.pema.stages.prepare",
             reads=("task",),
             depends_on=("task",),
             evidence=("train.parquet", "dev.parquet", "test.parquet"),
         ),
         "export_head": Stage(
-            "Get what the PLM owner shares: final norm, LM head, tokenizer. A PLM of one's own is checked.",
+            "Get what the PLM owner shares: final norm, LM head, tokenizer. Check a PLM of your own.",
             "pema_ray.pema.stages.export_head",
             reads=("plm",),
             also_reads=("ray",),
@@ -68,8 +68,8 @@ PEMA = Method(
             evidence=("report.html",),
         ),
         "compare": Stage(
-            "PEMA beside its peers on the same pairs: PLM alone, few-shot, kNN-LM, PEMA's variants, LoRA with the "
-            "weights. Trains and answers for each; what is finished is kept.",
+            "Compare PEMA with its peers on the same pairs: PLM alone, few-shot, kNN-LM, PEMA's variants, LoRA. "
+            "Trains and answers with each system; resumes.",
             "pema_ray.pema.stages.compare",
             reads=("compare", "ray"),
             also_reads=("plm", "task", "build_memory", "placement"),

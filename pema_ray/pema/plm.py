@@ -1,6 +1,6 @@
-"""Connects a stage to its PLM owner, whichever `plm:` names: this process, a Serve application, or an HTTPS service.
+"""Connects a stage to the PLM owner that `plm` names: this process, a Serve application, or an HTTPS service.
 
-The PLM owner's code is imported only where `plm.name` or `plm.serve` asks for it: a data owner needs none of it.
+Only `plm.name` and `plm.serve` import the PLM owner's code: a data owner needs none of it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def connect(config: PLMConfig, card: ModelCard | None = None, engine: Mapping[st
 
     Args:
         card: the PLM that must answer; None accepts any.
-        engine: settings of the engine (`EngineConfig`) of a PLM of one's own; others have their own settings.
+        engine: settings (`EngineConfig`) of the engine of a PLM of one's own; the others are configured by their owner.
     """
     fingerprint = config.fingerprint if card is None else card.fingerprint
     if config.url is not None:
@@ -42,7 +42,7 @@ def connector(
 
     Args:
         card: as `connect` takes it.
-        cpus: that each actor has; a PLM of one's own uses as many threads, unless `plm.threads` says otherwise.
+        cpus: of each actor; a PLM of one's own uses as many threads, unless `plm.threads` is set.
     """
     if config.is_own:
         config = config.model_copy(update={"threads": config.threads or max(1, int(cpus))})

@@ -15,7 +15,7 @@ from pema_ray.tasks import Pair, Prompter, Task, load_task
 from pema_ray.tasks.shots import SimilarShots, first_shots
 
 COMPARE_PROTOCOL = "protocol 2"
-"""Changes when other defaults or another way of measuring give other figures: stamps leave defaults out."""
+"""Change this when new defaults or measurements change the figures: stamps leave out defaults."""
 _ADAM_SCHEME = "best on dev"  # how the `adam` solver of stage 1 ends
 
 
@@ -27,7 +27,7 @@ class Run(StageRun[ExperimentConfig]):
         "overwrite", "max_rejected", "threads", "published", "max_actors", "requests_in_flight", "patience_seconds",
         "key_file", "ca_file", "timeout_seconds", "workers",
     }  # fmt: skip
-    claims_at_once = False  # what is refused leaves an adapter in place
+    claims_at_once = False  # a refused training keeps the existing adapter
 
     def others(self, stage: str) -> list[Any]:
         if stage == "prepare":
@@ -36,7 +36,7 @@ class Run(StageRun[ExperimentConfig]):
             return [COMPARE_PROTOCOL]
         if stage != "train":
             return []
-        train = self.config.train  # with windows, the number of workers decides how many steps there are
+        train = self.config.train  # with windows, the number of steps depends on the number of workers
         windows = [["workers", train.workers]] if train.shuffle == "window" else []
         return [*windows, _ADAM_SCHEME] if train.solver == "adam" else windows
 
@@ -55,7 +55,7 @@ class Run(StageRun[ExperimentConfig]):
         return super().is_whole(stage)
 
     def _memory_is_whole(self) -> bool:
-        """Every shard of every manifest is there: a user may have deleted a damaged one, to have it made again."""
+        """Whether every shard exists; a user may have deleted a damaged one, to have it rebuilt."""
         for split in self.config.build_memory.splits:
             folder = self.path("build_memory", split)
             if not all((folder / shard.name).exists() for shard in Manifest.read(folder).shards):
@@ -94,14 +94,10 @@ class Run(StageRun[ExperimentConfig]):
         """The prompts of this experiment, or the same with another number or choice of examples.
 
         Args:
-            limit: choose among the first so many training pairs.
+            limit: choose examples among this many training pairs, from the first.
         """
         task = self.config.task
-        shots, similar = task.shots if shots is None else shots, (show or task.show) == "similar"
-        extra = task.chat_template_kwargs
-        if shots and similar:
-            return Prompter(
-                self.tokenizer, self.task, SimilarShots(self.pairs("train")[:limit], shots), task.chat, extra
-            )
-        examples = first_shots(self.pairs("train")[:limit], shots) if shots else []
-        return Prompter(self.tokenizer, self.task, examples, task.chat, extra)
+        shots = task.shots if shots is None else shots
+        choose = SimilarShots if (show or task.show) == "similar" else first_shots
+        examples = choose(self.pairs("train")[:limit], shots) if shots else []
+        return Prompter(self.tokenizer, self.task, examples, task.chat, task.chat_template_kwargs)

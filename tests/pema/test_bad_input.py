@@ -114,7 +114,7 @@ def test_comparing_with_lora_is_refused_without_weights_before_anything_is_compu
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        (["generate.split=dev"], "compare measures on the test pairs"),
+        (["generate.split=dev"], "generate.split=dev: compare needs test"),
         (["plm.quantization={quant_method: bitsandbytes, load_in_8bit: true}"], "plm.quantization does not allow"),
         (["build_memory.deduplicate=true"], "memory_decoder needs a row for every token"),
     ],

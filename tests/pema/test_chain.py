@@ -131,7 +131,7 @@ def test_a_published_memory_is_trained_on_where_it_lies(experiment, ray_cluster)
             PEMA.run("train", load_config(path, ["train.published=other"]))
         published.drop("chain")
         published.publish(run / "build_memory" / "dev", "chain")
-        with pytest.raises(UserError, match="train.published=chain: is not this run's memory"):
+        with pytest.raises(UserError, match="train.published=chain: published from"):
             PEMA.run("train", load_config(path, ["train.published=chain"]))
     finally:
         published.drop("chain")

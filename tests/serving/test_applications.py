@@ -89,7 +89,7 @@ def test_an_experiment_is_served_with_a_plm_owner_only_if_the_plm_is_its_own(plm
 
 
 def test_an_experiment_without_an_adapter_is_not_served(tmp_path):
-    with pytest.raises(UserError, match="there is no trained adapter. Run the experiment's stages up to train first"):
+    with pytest.raises(UserError, match="no trained adapter. Run the experiment's stages up to train first"):
         arguments_of(load_config(None, [f"run_dir={tmp_path}"]))
     found = CliRunner().invoke(app, ["serve", f"run_dir={tmp_path}"])
     assert found.exit_code == 2

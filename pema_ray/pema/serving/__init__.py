@@ -1,1 +1,1 @@
-"""Serve applications over whichever PLM owner `plm` names, and both owners as one application."""
+"""Serve applications: the data owner over the PLM owner that `plm` names, and both owners in one."""

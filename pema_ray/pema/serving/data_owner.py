@@ -1,4 +1,4 @@
-"""The data owner's Serve application, over whichever PLM owner `plm` names; it holds no code of the PLM owner's."""
+"""The data owner's Serve application, over the PLM owner that `plm` names; it needs none of the PLM owner's code."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from pema_ray.runtime.settings import Section, validate
 
 
 class DataOwnerArgs(Section):
-    """Of a data owner's service whose PLM runs elsewhere."""
+    """Settings of a data owner's service whose PLM runs elsewhere."""
 
     plm: PLMConfig
     """The PLM owner's service: `url` with `key_file` and `ca_file`, or `serve` for an application of this cluster."""
     decoder: DecoderConfig = DecoderConfig()
     live: DataOwnerUserConfig = DataOwnerUserConfig()
-    """Adapters and their tasks at first; `user_config` of the deployment `DataOwner` changes them."""
+    """Initial adapters and tasks; `user_config` of the deployment `DataOwner` changes them."""
     data_owner: Scale = Scale()
 
 
@@ -40,18 +40,18 @@ def data_owner(args: Mapping[str, Any] | None = None) -> Application:
     Raises:
         UserError: `plm` names a PLM of one's own.
     """
-    wanted = validate(DataOwnerArgs, dict(args or {}), "args")
-    if wanted.plm.is_own:
+    settings = validate(DataOwnerArgs, dict(args or {}), "args")
+    if settings.plm.is_own:
         raise UserError(
             "args.plm: this application holds no weights: give plm.url or plm.serve. "
             "pema_ray.pema.serving.local:local serves a PLM of one's own."
         )
-    deployment = data_owner_deployment(wanted.decoder, wanted.data_owner, wanted.live)
-    return deployment.bind(partial(connect, wanted.plm), wanted.decoder.model_dump())
+    deployment = data_owner_deployment(settings.decoder, settings.data_owner, settings.live)
+    return deployment.bind(partial(connect, settings.plm), settings.decoder.model_dump())
 
 
 def data_owner_deployment(config: DecoderConfig, scale: Scale, live: DataOwnerUserConfig) -> Any:
-    """The deployment; bind it to what makes a client, the decoder's settings, and the client's arguments."""
+    """The deployment; bind it to a function that connects a client, the decoder's settings, and its arguments."""
 
     @serve.deployment(
         name="DataOwner",

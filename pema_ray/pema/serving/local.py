@@ -18,20 +18,20 @@ from pema_ray.runtime.settings import Section, validate
 
 
 class LocalArgs(Section):
-    """Of an application with both owners in one cluster."""
+    """Settings of an application with both owners in one cluster."""
 
     plm: PLMConfig = PLMConfig()
     engine: EngineConfig = EngineConfig()
     decoder: DecoderConfig = DecoderConfig()
     live: DataOwnerUserConfig = DataOwnerUserConfig()
-    """Adapters and their tasks at first; `user_config` of the deployment `DataOwner` changes them."""
+    """Initial adapters and tasks; `user_config` of the deployment `DataOwner` changes them."""
     plm_owner: Scale = Scale()
     data_owner: Scale = Scale()
 
 
 def local(args: Mapping[str, Any] | None = None) -> Application:
     """The API of the data owner over the replicas of the PLM owner."""
-    wanted = validate(LocalArgs, dict(args or {}), "args")
-    engine = plm_engine(wanted.plm, wanted.engine, wanted.plm_owner)
-    deployment = data_owner_deployment(wanted.decoder, wanted.data_owner, wanted.live)
-    return deployment.bind(Replicas, wanted.decoder.model_dump(), engine)
+    settings = validate(LocalArgs, dict(args or {}), "args")
+    engine = plm_engine(settings.plm, settings.engine, settings.plm_owner)
+    deployment = data_owner_deployment(settings.decoder, settings.data_owner, settings.live)
+    return deployment.bind(Replicas, settings.decoder.model_dump(), engine)

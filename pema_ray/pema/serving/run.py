@@ -25,27 +25,27 @@ _CPUS = 3  # Serve's proxy and the two deployments
 
 
 def serve_topology(path: Path) -> None:
-    """What `serve run <file>` does."""
+    """Run `serve run <file>`."""
     if not path.is_file():
         raise UserError(f"{path}: no such file. serve_configs/ has one for each topology.")
     code = subprocess.call([str(Path(sys.executable).with_name("serve")), "run", str(path)])
     if code not in (0, 130):
-        raise UserError(f"{path}: could not be served; Ray Serve says why above.")
+        raise UserError(f"{path}: could not be served; see Ray Serve's error above.")
 
 
 def serve_experiment(config: Path | None, overrides: Sequence[str], host: str, port: int) -> None:
     """Serve an experiment's PLM and adapter until Ctrl-C.
 
     Raises:
-        UserError: the experiment has no trained adapter, the port is taken, or the application does not come up.
+        UserError: the experiment has no trained adapter, the port is taken, or the application does not start.
     """
     experiment = load_config(config, overrides)
     args = arguments_of(experiment)
     with ray_cluster(experiment.ray, _CPUS):
         start(args, host, port)
         (name,) = args["live"]["adapters"]
-        where = f"http://{host}:{port}"
-        console.print(f"OpenAI's API: {where}/v1 (model {name}); to try it: {where}/playground. Ctrl-C ends it.")
+        url = f"http://{host}:{port}"
+        console.print(f"OpenAI's API: {url}/v1 (model {name}); playground: {url}/playground. Ctrl-C stops it.")
         try:
             while True:
                 time.sleep(1)
@@ -56,7 +56,7 @@ def serve_experiment(config: Path | None, overrides: Sequence[str], host: str, p
 
 
 def arguments_of(experiment: ExperimentConfig) -> dict[str, Any]:
-    """An experiment as `args` of its application: all of `generate` and the task goes with the adapter.
+    """An experiment as `args` of its application; `generate` and the task belong to the adapter.
 
     Raises:
         UserError: its adapter is not trained yet.
@@ -64,10 +64,10 @@ def arguments_of(experiment: ExperimentConfig) -> dict[str, Any]:
     run = Run(experiment)
     adapter = run.path("train", "adapter").resolve()
     if not adapter.is_dir():
-        raise UserError(f"{adapter}: there is no trained adapter. Run the experiment's stages up to train first.")
+        raise UserError(f"{adapter}: no trained adapter. Run the experiment's stages up to train first.")
     generate, task = experiment.generate, experiment.task
     knn = generate.knn.weight > 0
-    served: dict[str, Any] = {
+    task_args: dict[str, Any] = {
         "task": run.task.model_dump(),
         "chat": task.chat,
         "chat_template_kwargs": task.chat_template_kwargs,
@@ -76,15 +76,15 @@ def arguments_of(experiment: ExperimentConfig) -> dict[str, Any]:
         "max_examples": experiment.train.max_train_pairs,
     }
     if task.shots and task.show == "similar":
-        served |= {"similar": str(run.path("prepare", "train.parquet").resolve()), "shots": task.shots}
+        task_args |= {"similar": str(run.path("prepare", "train.parquet").resolve()), "shots": task.shots}
     elif task.shots:
-        shown = first_shots(run.pairs("train"), task.shots)
-        served["shown"] = [{"source": pair.source, "target": pair.target} for pair in shown]
+        examples = first_shots(run.pairs("train"), task.shots)
+        task_args["shown"] = [{"source": pair.source, "target": pair.target} for pair in examples]
     decoder = generate.model_dump(include=set(UnrollingConfig.model_fields))
     arguments: dict[str, Any] = {
         "plm": experiment.plm.model_dump(),
         "decoder": {**decoder, "device": experiment.plm.device},
-        "live": {"adapters": {run.task.name: str(adapter)}, "tasks": {run.task.name: served}},
+        "live": {"adapters": {run.task.name: str(adapter)}, "tasks": {run.task.name: task_args}},
     }
     if experiment.plm.is_own:
         arguments["plm_owner"] = {"cpus": generate.cpus_per_actor, "gpus": generate.gpus_per_actor}
@@ -92,7 +92,7 @@ def arguments_of(experiment: ExperimentConfig) -> dict[str, Any]:
 
 
 def application_of(args: dict[str, Any]) -> Application:
-    """Both owners for a PLM of one's own, the data owner alone for somebody else's."""
+    """Both owners for a PLM of one's own, else the data owner alone."""
     if PLMConfig(**args["plm"]).is_own:
         from pema_ray.pema.serving.local import local
 
@@ -103,7 +103,7 @@ def application_of(args: dict[str, Any]) -> Application:
 
 
 def start(args: dict[str, Any], host: str, port: int) -> None:
-    """Run the application on the Ray that is connected, and wait until it answers."""
+    """Run the application on the connected Ray cluster, and wait until it answers."""
     import socket
 
     from ray import serve
@@ -119,4 +119,4 @@ def start(args: dict[str, Any], host: str, port: int) -> None:
     try:
         serve.run(application, name="pema")
     except RuntimeError as error:
-        raise UserError(f"The application does not come up: {str(error).splitlines()[-1]}") from None
+        raise UserError(f"The application does not start: {str(error).splitlines()[-1]}") from None

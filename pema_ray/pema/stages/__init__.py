@@ -1,4 +1,1 @@
-"""The stages of a PEMA experiment, one module each.
-
-Every stage is `run(config) -> metrics`; `jobs/` and the command line are thin twins over it.
-"""
+"""The stages of a PEMA experiment, one module each. `jobs/` and the command line call its `run(config) -> metrics`."""

@@ -1,4 +1,4 @@
-"""Generation jobs of a run's pairs, and their answers as JSON Lines. Shared by generate, evaluate and compare."""
+"""Generation jobs for a run's pairs, and their answers as JSON Lines. Shared by generate, evaluate and compare."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from pema_ray.runtime.progress import track
 from pema_ray.tasks import Pair, Prompter
 from pema_ray.tasks.postprocess import tidy
 
-_ADAPTER = "adapter"  # one for each job, so any name will do
-_SPARE_SLOTS = 4  # of an engine of one's own, beyond the sequences decoded together
+_ADAPTER = "adapter"  # any name will do: a job has one adapter
+_SPARE_SLOTS = 4  # of one's own engine, beyond the sequences in one batch
 
 
 def make_job(
@@ -35,10 +35,10 @@ def make_job(
     predictor: PredictorSource | None,
     explain: bool = True,
 ) -> GenerationJob:
-    """Prompts and limits of one system. A prompt that leaves no room for an answer is refused.
+    """The requests of one system. A prompt that leaves no room for an answer is refused.
 
     Args:
-        explain: keep with every token which distribution chose it, as `to_row` needs.
+        explain: record every token's attribution, as `to_row` needs.
     """
     adapter = None if predictor is None else _ADAPTER
     builder = RequestBuilder(prompter, options, adapter, run.bundle.card.max_positions, run.config.seed)
@@ -47,7 +47,7 @@ def make_job(
 
 
 def predictor_of(run: Run, adapter: Path | None = None) -> PredictorSpec:
-    """The run's adapter, or another one, with neighbours from its training memory where `generate.knn` wants them."""
+    """The run's adapter, or another one; with neighbours from the training memory if `generate.knn` has a weight."""
     knn = run.config.generate.knn
     memory = run.path("build_memory", "train").resolve() if knn.weight > 0 else None
     adapter = (adapter or run.path("train", "adapter")).resolve()
@@ -60,15 +60,13 @@ def run_jobs(
     """All answers, by system, in the order of their jobs' keys.
 
     Args:
-        plm: another PLM that answers instead of the run's, with the same tokenizer, norm and head.
+        plm: another PLM to use instead of the run's, with the same tokenizer, norm and head.
     """
     options = config.generate
     engine = {"slots": max(options.batch_size, options.beams) + _SPARE_SLOTS, "max_tokens": None}
-    connect = (
-        connector(config.plm, run.bundle.card, options.cpus_per_actor, engine)
-        if plm is None
-        else connector(plm, None, options.cpus_per_actor, engine)
-    )
+    card = run.bundle.card if plm is None else None
+    plm = plm or config.plm
+    connect = connector(plm, card, options.cpus_per_actor, engine)
     answers: dict[str, dict[int, SystemAnswer]] = {job.system: {} for job in jobs}
     with (
         ray_cluster(config.ray, options.cpus_per_actor, options.gpus_per_actor, readers=1, placement=config.placement),
@@ -83,8 +81,8 @@ def run_jobs(
             options.cpus_per_actor,
             options.gpus_per_actor,
             config.plm.device,
-            share_sessions=not (plm or config.plm).is_own,
-            threads=(plm or config.plm).threads,
+            share_sessions=not plm.is_own,
+            threads=plm.threads,
             placement=config.placement,
         ):
             for answer in batch:
@@ -94,7 +92,7 @@ def run_jobs(
 
 
 def to_row(run: Run, pair: Pair, answer: SystemAnswer) -> dict[str, Any]:
-    """What is kept of an answer: texts, why it ended, and per token which distribution chose it."""
+    """A row of `answers.jsonl`: texts, why the answer ended, and each token's attribution."""
     generated = answer.answer
     text, changed_by = tidy(generated.text, pair.source, run.task.postprocess)
     return {
@@ -113,7 +111,7 @@ def to_row(run: Run, pair: Pair, answer: SystemAnswer) -> dict[str, Any]:
 
 
 def _token_row(run: Run, token: Token) -> dict[str, Any]:
-    text = "" if token.finish == "eos" else run.tokenizer.token_text(token.id)  # the end is no word of the answer
+    text = "" if token.finish == "eos" else run.tokenizer.token_text(token.id)
     attribution = token.attribution
     assert attribution is not None, "jobs are made with explain"
     return {

@@ -1,7 +1,4 @@
-"""`pema-ray build-memory`: the external memory of every split, by actors that hold the PLM or ask its owner.
-
-On Ray Data.
-"""
+"""`pema-ray build-memory`: every split's external memory, by Ray Data actors that hold the PLM or ask its owner."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ from pema_ray.runtime.placement import PlacementConfig, for_tasks
 from pema_ray.runtime.progress import ProgressBar, track
 from pema_ray.tasks.shots import first_shots
 
-_CLIENT_CPUS = 0.25  # of an actor that only waits for answers, encodes and writes
+_CLIENT_CPUS = 0.25  # an actor without a PLM only waits for answers, encodes and writes
 
 
 def run(config: ExperimentConfig) -> dict[str, Any]:
@@ -33,12 +30,12 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
     run = Run(config)
 
     def work() -> dict[str, Any]:
-        chosen = actor_settings(config)
+        settings = actor_settings(config)
         builds = list(plan_memories(run).values())
         client = plm_client(run)
         if all(find_plan(build) and not prepare_folder(build)[0] for build in builds):
             return measure_memory(run_builds(builds, client), 0, 1.0)
-        cpus, gpus = chosen.cpus_per_actor, chosen.gpus_per_actor
+        cpus, gpus = settings.cpus_per_actor, settings.gpus_per_actor
         with ray_cluster(config.ray, cpus, gpus, readers=1, placement=actor_placement(config)):
             missing = count_missing(builds)
             started = time.perf_counter()
@@ -50,67 +47,67 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
 
 
 def actor_settings(config: ExperimentConfig) -> BuildMemoryConfig:
-    """The build's settings, with what one actor asks of Ray.
+    """The build's settings, with the resources of one actor.
 
     Raises:
-        UserError: GPUs are asked for clients of somebody else's PLM.
+        UserError: actors without a PLM request GPUs.
     """
-    chosen = config.build_memory
+    settings = config.build_memory
     if config.plm.is_own:
-        return chosen
-    if chosen.gpus_per_actor:
+        return settings
+    if settings.gpus_per_actor:
         raise UserError(
-            f"build_memory.gpus_per_actor={chosen.gpus_per_actor:g}: {config.plm.label} computes on its owner's GPUs, "
-            "the actors here only ask it. Leave gpus_per_actor at 0."
+            f"build_memory.gpus_per_actor={settings.gpus_per_actor:g}: {config.plm.label} uses its owner's GPUs; "
+            "these actors are only its clients. Leave gpus_per_actor at 0."
         )
-    return chosen.model_copy(update={"cpus_per_actor": _CLIENT_CPUS})
+    return settings.model_copy(update={"cpus_per_actor": _CLIENT_CPUS})
 
 
 def actor_placement(config: ExperimentConfig) -> PlacementConfig:
-    """Nodes of the build's actors; clients of somebody else's PLM need no accelerator."""
+    """Nodes of the build's actors; actors without a PLM need no accelerator."""
     return config.placement if config.plm.is_own else for_tasks(config.placement)
 
 
 def plan_memories(run: Run) -> dict[str, MemoryBuild]:
-    """What each configured split's memory will be, from the prepared pairs and the run's prompts."""
-    words, chosen = wording(run), actor_settings(run.config)
-    shared_tokens = words.prompter().shared_tokens if chosen.prompts else 0
-    end_token = words.prompter().end_token if words.chat else None
+    """The memory to build of each configured split, from the prepared pairs and the run's prompts."""
+    prompts, settings = wording(run), actor_settings(run.config)
+    shared_tokens = prompts.prompter().shared_tokens if settings.prompts else 0
+    end_token = prompts.prompter().end_token if prompts.chat else None
     return {
         split: MemoryBuild(
             folder=run.path("build_memory", split),
-            examples=PreparedPairs(run.path("prepare", f"{split}.parquet"), words),
+            examples=PreparedPairs(run.path("prepare", f"{split}.parquet"), prompts),
             card=run.bundle.card,
             task=run.task.name,
             split=split,
-            config=chosen,
+            config=settings,
             shared_tokens=shared_tokens,
             end_token=end_token,
             placement=actor_placement(run.config),
         )
-        for split in chosen.splits
+        for split in settings.splits
     }
 
 
 def wording(run: Run) -> Wording:
-    """What the run's prompts are made of."""
+    """The wording of the run's prompts."""
     task, train = run.config.task, run.path("prepare", "train.parquet")
     bundle, extra = run.path("export_head", "lm_head"), task.chat_template_kwargs
     if task.shots and task.show == "similar":
         return Wording(bundle, run.task, task.chat, similar=train, shots=task.shots, chat_template_kwargs=extra)
-    shown = first_shots(read_pairs(train), task.shots) if task.shots else []
-    return Wording(bundle, run.task, task.chat, tuple(shown), chat_template_kwargs=extra)
+    shots = first_shots(read_pairs(train), task.shots) if task.shots else []
+    return Wording(bundle, run.task, task.chat, tuple(shots), chat_template_kwargs=extra)
 
 
 def plm_client(run: Run) -> Callable[[], PLMClient]:
-    """Makes the PLM's client in an actor."""
-    chosen, card = actor_settings(run.config), run.bundle.card
-    engine = {"slots": chosen.sequences, "max_tokens": None}  # passes as in a service: the same bytes from both
-    return connector(run.config.plm, card, chosen.cpus_per_actor, engine if run.config.plm.is_own else None)
+    """A function that connects an actor to the PLM."""
+    settings, card = actor_settings(run.config), run.bundle.card
+    engine = {"slots": settings.sequences, "max_tokens": None}  # pass_tokens as in a service, for the same bytes
+    return connector(run.config.plm, card, settings.cpus_per_actor, engine if run.config.plm.is_own else None)
 
 
 def count_missing(builds: list[MemoryBuild]) -> int:
-    """Plan what has no plan yet, shown as it goes, and say how many shards are to be made."""
+    """Plan the memories without a plan, with a progress bar; returns the number of missing shards."""
     unplanned = sum(build.shards for build in builds if not find_plan(build))
     with track("planning", unplanned, "shards") as bar:
         for build in builds:
@@ -119,7 +116,7 @@ def count_missing(builds: list[MemoryBuild]) -> int:
 
 
 def showing_waits(bar: ProgressBar) -> Callable[[str], None]:
-    """Puts what the build waits for behind its progress."""
+    """A function that shows on the progress bar what the build waits for."""
 
     def show(text: str) -> None:
         bar.note = text

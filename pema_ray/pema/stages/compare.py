@@ -1,4 +1,4 @@
-"""PEMA beside its peers on the same pairs: a table with seeds, intervals and significance, one row a system."""
+"""`pema-ray compare`: PEMA and its peers on the same pairs, as a table with seeds, intervals and significance."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
     run, settings = Run(config), config.compare
     if config.generate.split != "test":
         raise UserError(
-            f"compare measures on the test pairs, since all systems are tuned on dev: generate.split is "
-            f"{config.generate.split}."
+            f"generate.split={config.generate.split}: compare needs test, since all systems are tuned on dev."
         )
-    for name in settings.systems:  # refused now rather than when the others are done
+    for name in settings.systems:  # fail now, not after the other systems have finished
         check(config, name)
 
     def work() -> dict[str, Any]:

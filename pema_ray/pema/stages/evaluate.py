@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -32,7 +33,7 @@ from pema_ray.tasks import Pair
 
 
 def _plm_name(config: ExperimentConfig, shots: int) -> str:
-    """What the PLM without an adapter is called; it is "alone" where no row of the table shows it examples."""
+    """The name of the PLM without an adapter: "alone" if no row of the table shows it examples."""
     if shots:
         return f"PLM, {shots} examples shown" if shots > 1 else "PLM, 1 example shown"
     return "PLM, no examples shown" if config.task.shots else "PLM alone"
@@ -44,14 +45,15 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
 
     def work() -> dict[str, Any]:
         pairs = run.pairs(config.generate.split)
-        ExternalMemory.open(run.path("build_memory", config.generate.split), run.bundle.card)  # before hours are spent
+        ExternalMemory.open(run.path("build_memory", config.generate.split), run.bundle.card)  # fail early
         pema_rows = read_rows(run.path("generate", "answers.jsonl"))
         jobs = _other_systems(run, pairs)
         answers = run_jobs(config, run, jobs, "comparison")
         rows = {
-            system: [to_row(run, p, a) for p, a in zip(pairs, found, strict=True)] for system, found in answers.items()
+            name: [to_row(run, pair, answer) for pair, answer in zip(pairs, by_pair, strict=True)]
+            for name, by_pair in answers.items()
         }
-        write_rows(run.path("evaluate", "answers.jsonl"), [row for found in rows.values() for row in found])
+        write_rows(run.path("evaluate", "answers.jsonl"), [row for system_rows in rows.values() for row in system_rows])
         scorer = Scorer([pair.target for pair in pairs], run.task.sacrebleu_language, run.task.archaic_pattern)
         systems = _score(run, scorer, pairs, pema_rows, rows, answers)
         evaluation = Evaluation(
@@ -93,7 +95,7 @@ def _other_systems(run: Run, pairs: Sequence[Pair]) -> list[GenerationJob]:
         name = _plm_name(config, shots)
         try:
             jobs.append(make_job(run, name, pairs, run.prompter(shots), config.generate, None))
-        except UserError as error:  # a comparison that this task's texts do not allow is no reason to lose the others
+        except UserError as error:  # the texts may be too long for these prompts; the other systems still run
             console.print(f"[yellow]'{name}' is left out (evaluate.few_shot): {error}[/]")
     if config.task.shots:
         jobs.append(make_job(run, _plm_name(config, 0), pairs, run.prompter(0), config.generate, None))
@@ -107,8 +109,8 @@ def _other_systems(run: Run, pairs: Sequence[Pair]) -> list[GenerationJob]:
 def _name(options: GenerateConfig) -> str:
     beams = f", {options.beams} beams" if options.decoding == "beam" else ""
     sampled = ", sampled" if options.decoding == "sample" else ""
-    asks = f", k = {options.knn.neighbours}" if options.knn.weight else ""
-    return f"PEMA, λ {options.lambda_max:g} {options.schedule}{beams}{sampled}{asks}"
+    neighbours = f", k = {options.knn.neighbours}" if options.knn.weight else ""
+    return f"PEMA, λ {options.lambda_max:g} {options.schedule}{beams}{sampled}{neighbours}"
 
 
 def _score(
@@ -147,9 +149,9 @@ def _score(
         )
 
     systems = [scored("copy of the source", "copy", [pair.source for pair in pairs])]
-    for name, found in rows.items():
+    for name, system_rows in rows.items():
         seconds = sum(answer.seconds for answer in answers[name])
-        texts = [row["answer"] for row in found]
+        texts = [row["answer"] for row in system_rows]
         if name == _plm_name(run.config, run.config.task.shots):
             systems.append(scored(name, "plm", texts, 0.0, "constant", seconds))
         elif name.startswith("PLM"):
@@ -204,46 +206,44 @@ def _training(run: Run) -> TrainingHistory:
 
 def _lambda_curves(options: GenerateConfig, length: int = 32) -> dict[str, tuple[float, ...]]:
     kinds: tuple[ScheduleKind, ...] = get_args(ScheduleKind)
-    floor = min(options.floor, options.lambda_max)  # a constant λ ignores its floor, the other curves do not
+    floor = min(options.floor, options.lambda_max)  # a constant λ ignores its floor; the other schedules do not
     schedules = {kind: UnrollingSchedule(options.lambda_max, kind, floor) for kind in kinds}
     return {kind: tuple(s.at(t, length) for t in range(length + 1)) for kind, s in schedules.items()}
 
 
-def _examples(pema_rows: list[dict[str, Any]], alone: list[dict[str, Any]], count: int) -> tuple[Example, ...]:
-    import math
-
+def _examples(pema_rows: list[dict[str, Any]], plm_rows: list[dict[str, Any]], count: int) -> tuple[Example, ...]:
     return tuple(
         Example(
             example_id=row["example_id"],
             source=row["source"],
             reference=row["reference"],
-            plm_alone=plain["answer"],
+            plm_alone=plm_row["answer"],
             pema=row["answer"],
             tokens=tuple(
                 TokenShare(text=t["text"], lam=t["lam"], p_pema=math.exp(t["log_pema"]), p_plm=math.exp(t["log_plm"]))
                 for t in row["tokens"]
             ),
         )
-        for row, plain in list(zip(pema_rows, alone, strict=True))[:count]
+        for row, plm_row in list(zip(pema_rows, plm_rows, strict=True))[:count]
     )
 
 
 def _measure(evaluation: Evaluation) -> dict[str, Any]:
     by_kind = {kind: [s for s in evaluation.systems if s.kind == kind] for kind in ("plm", "copy", "pema")}
-    ours = next(s for s in by_kind["pema"] if s.configured)
-    plm, copied, sweep = by_kind["plm"][0], by_kind["copy"][0], evaluation.sweep
+    pema = next(s for s in by_kind["pema"] if s.configured)
+    plm, copy, sweep = by_kind["plm"][0], by_kind["copy"][0], evaluation.sweep
     nll = dict(zip(sweep.lambdas, sweep.nll, strict=True))
-    lam = ours.lambda_max or 0.0
+    configured_lam = pema.lambda_max or 0.0
     return {
         "nll": {
             "plm": sweep.plm,
             "pema": sweep.pema,
-            **{f"lambda_{each:g}": value for each, value in nll.items()},
+            **{f"lambda_{lam:g}": value for lam, value in nll.items()},
         },
         "bleu": {s.name: round(s.bleu, 2) for s in evaluation.systems},
         "chrf": {s.name: round(s.chrf, 2) for s in evaluation.systems},
         "archaic": {s.name: s.archaic_count for s in evaluation.systems},
         "bleu_signature": evaluation.bleu_signature,
-        "summary": f"NLL {sweep.plm:.3f} → {nll[lam]:.3f} nats at λ {lam:g}, "
-        f"sBLEU {plm.bleu:.1f} → {ours.bleu:.1f} (copy of the source {copied.bleu:.1f})",
+        "summary": f"NLL {sweep.plm:.3f} → {nll[configured_lam]:.3f} nats at λ {configured_lam:g}, "
+        f"sBLEU {plm.bleu:.1f} → {pema.bleu:.1f} (copy of the source {copy.bleu:.1f})",
     }

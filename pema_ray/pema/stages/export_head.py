@@ -1,4 +1,4 @@
-"""`pema-ray export-head`: what the PLM owner shares, from a PLM of one's own or from somebody else's service."""
+"""`pema-ray export-head`: what the PLM owner shares, from a PLM of one's own or from a service."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
     run = Run(config)
 
     def work() -> dict[str, Any]:
-        whole = {"max_tokens": None} if config.plm.is_own else None
+        engine = {"max_tokens": None} if config.plm.is_own else None
         try:
             cluster = ray_cluster(config.ray) if config.plm.serve else nullcontext()
-            with cluster, BlockingPLM(connect(config.plm, engine=whole)) as plm:
+            with cluster, BlockingPLM(connect(config.plm, engine=engine)) as plm:
                 bundle, longest = plm.lm_head(), plm.describe().limits.max_tokens
         except (Busy, ConnectionError) as error:
             raise UserError(f"{config.plm.label}: the PLM owner cannot be reached now: {error}") from None
-        # a service may accept shorter sequences than its PLM does: prompts and examples are checked against this
+        # A service may accept only shorter sequences than its PLM; prompts and examples are checked against its limit.
         card = replace(bundle.card, max_positions=min(bundle.card.max_positions, longest))
         bundle = replace(bundle, card=card)
         bundle.save(run.path("export_head", "lm_head"))

@@ -17,7 +17,7 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
     def work() -> dict[str, Any]:
         options = config.generate
         predictor = predictor_of(run)
-        predictor.check(run.bundle.card)  # refused here rather than in every actor
+        predictor.check(run.bundle.card)  # fail here, not in every actor
         pairs = run.pairs(options.split)
         job = make_job(run, "pema", pairs, run.prompter(), options, predictor)
         answers = run_jobs(config, run, [job], "answers")["pema"]

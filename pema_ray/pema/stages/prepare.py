@@ -1,4 +1,4 @@
-"""`pema-ray prepare`: read the task's pairs, check every one, and keep them as Parquet."""
+"""`pema-ray prepare`: read the task's pairs, check them, and write them as Parquet."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pema_ray.runtime.files import atomic_file
 from pema_ray.tasks import load_pairs
 from pema_ray.tasks.sources import RejectedLine
 
-_ROW_GROUP = 8192  # pairs: tasks read ranges of rows, and no more groups than they need
+_ROW_GROUP = 8192  # pairs; tasks read ranges of rows, by group
 
 
 def run(config: ExperimentConfig) -> dict[str, Any]:
@@ -23,23 +23,23 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
     run = Run(config)
 
     def work() -> dict[str, Any]:
-        most = config.task.max_rejected
-        rejected: list[RejectedLine] | None = [] if most else None
+        limit = config.task.max_rejected
+        rejected: list[RejectedLine] | None = [] if limit else None
         pairs = load_pairs(run.task, config.task.files, config.task.limits, config.seed, rejected)
-        if rejected and len(rejected) > most:
+        if rejected and len(rejected) > limit:
             first = rejected[0]
             raise UserError(
-                f"{first.file}: line {first.line}: {first.reason} With it, {len(rejected):,} lines are bad, "
-                f"task.max_rejected allows {most:,}."
+                f"{first.file}: line {first.line}: {first.reason} In all, {len(rejected):,} lines are bad; "
+                f"task.max_rejected allows {limit:,}."
             )
         if rejected:
             with atomic_file(run.path("prepare", "rejected.parquet")) as temporary:
                 pq.write_table(pa.Table.from_pylist([asdict(line) for line in rejected]), temporary)
-        for split, found in pairs.items():
+        for split, split_pairs in pairs.items():
             with atomic_file(run.path("prepare", f"{split}.parquet")) as temporary:
-                table = pa.Table.from_pylist([asdict(pair) for pair in found])
+                table = pa.Table.from_pylist([asdict(pair) for pair in split_pairs])
                 pq.write_table(table, temporary, row_group_size=_ROW_GROUP)
-        counts = {split: len(found) for split, found in pairs.items()}
+        counts = {split: len(split_pairs) for split, split_pairs in pairs.items()}
         return {
             "pairs": counts,
             "file_hashes": run.file_hashes,

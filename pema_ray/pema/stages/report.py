@@ -43,7 +43,7 @@ def show(evaluation: Evaluation) -> None:
             system.name, f"{system.bleu:.1f}", f"{system.chrf:.1f}", archaic, f"{system.mean_words:.1f}", style=style
         )
     console.print(table)
-    console.print("Bold: this experiment's settings; other λ are compared with them on the same pairs.", style="dim")
+    console.print("Bold: this experiment's settings. The other λ were scored on the same pairs.", style="dim")
     console.print(f"sBLEU {evaluation.bleu_signature}")
     likelihoods = ", ".join(f"λ {lam:g}: {nll:.3f}" for lam, nll in zip(sweep.lambdas, sweep.nll, strict=True))
     console.print(f"NLL per held-out token, in nats: PLM {sweep.plm:.3f}, PEMA {sweep.pema:.3f}; {likelihoods}")

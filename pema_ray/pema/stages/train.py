@@ -43,7 +43,7 @@ def _train(run: Run) -> AdapterHistory:
     if c.shuffle == "window" and c.max_train_pairs:
         raise UserError("train.max_train_pairs needs train.shuffle=global: windows are made of whole shards.")
     share = min(1.0, (c.max_train_pairs or train_memory.manifest.examples) / train_memory.manifest.examples)
-    rows = max(1, int(share * len(train_memory)))  # exact but for the length of the pairs that are left out
+    rows = max(1, int(share * len(train_memory)))  # an estimate: the excluded pairs may be longer or shorter
     workers, placement = c.min_workers or c.workers, run.config.placement
     cluster = ray_cluster(run.config.ray, c.cpus_per_worker, c.gpus_per_worker, workers, placement=placement)
     with cluster, track("training", _steps(c, rows)) as bar:
@@ -54,51 +54,47 @@ def _train(run: Run) -> AdapterHistory:
 
 
 def _while_building(run: Run) -> dict[str, Any]:
-    """Both stages at once: train takes up each shard as it is built, the dev memory being built before."""
-    c, chosen = run.config.train, actor_settings(run.config)
-    if chosen.context != "teacher_forced":
-        raise UserError("train.stream needs build_memory.context=teacher_forced: the others' rows cannot be planned.")
-    if {"train", "dev"} - set(chosen.splits):
-        raise UserError(f"train.stream needs the splits train and dev, build_memory.splits has {list(chosen.splits)}.")
+    """Both stages at once: the dev memory is built first, then train reads each train shard as it is built."""
+    c, settings = run.config.train, actor_settings(run.config)
+    if settings.context != "teacher_forced":
+        raise UserError("train.stream needs build_memory.context=teacher_forced: other contexts cannot be planned.")
+    if {"train", "dev"} - set(settings.splits):
+        raise UserError(f"train.stream needs train and dev in build_memory.splits, which is {list(settings.splits)}.")
     trained: list[AdapterHistory] = []
 
     def work() -> dict[str, Any]:
         builds = plan_memories(run)
         client = plm_client(run)
         train_folder = builds["train"].folder
-        # Actors and the worker run side by side here, beside the one CPU that Ray Data reads with.
-        cpus = chosen.actors * chosen.cpus_per_actor + c.cpus_per_worker
-        gpus = chosen.actors * chosen.gpus_per_actor + c.gpus_per_worker
+        # Actors and the worker run at the same time, beside the one CPU that Ray Data reads with.
+        cpus = settings.actors * settings.cpus_per_actor + c.cpus_per_worker
+        gpus = settings.actors * settings.gpus_per_actor + c.gpus_per_worker
         with ray_cluster(run.config.ray, cpus, gpus, readers=1, placement=run.config.placement):
             for build in builds.values():
                 find_or_make_plan(build)
-            rows, already = planned_rows(builds["train"]), len(finished_shards(train_folder))
+            rows, finished = planned_rows(builds["train"]), len(finished_shards(train_folder))
             manifests = run_builds([build for split, build in builds.items() if split != "train"], client)
             started = time.time()
             weight = planned_mean_weight(builds["train"])
             job = replace(training_job(run), streamed_rows=rows, streamed_mean_weight=weight)
             claim(job.run_dir, run.stamp("train"))
-            with (
-                track("building and training", _steps(c, rows)) as bar,
-                showing(showing_waits(bar)) as board,
-            ):
+            with track("building and training", _steps(c, rows)) as bar, showing(showing_waits(bar)) as board:
                 stream = stream_shards(builds["train"], client, board)
                 trained.append(fit(job, showing_loss(bar, c.batch_size, "prediction"), stream))
-            manifests.append(run_build(builds["train"], client))  # what an early stop has left to do
-        ended = max((train_folder / shard.name).stat().st_mtime for shard in manifests[-1].shards)  # training goes on
-        measured = measure_memory(manifests, manifests[-1].rows if not already else 0, max(1e-3, ended - started))
-        told = run.path("train", FIRST_STEP)
-        first = json.loads(told.read_text())["shards"] if told.exists() else None  # a death just after it took it along
-        return measured | {"shards_at_first_step": first, "train_shards": len(manifests[-1].shards)}
+            manifests.append(run_build(builds["train"], client))  # the shards that an early stop has left
+        built_at = max((train_folder / shard.name).stat().st_mtime for shard in manifests[-1].shards)
+        metrics = measure_memory(manifests, manifests[-1].rows if not finished else 0, max(1e-3, built_at - started))
+        record = run.path("train", FIRST_STEP)  # lost if the worker died just after its first step
+        shards = json.loads(record.read_text())["shards"] if record.exists() else None
+        return metrics | {"shards_at_first_step": shards, "train_shards": len(manifests[-1].shards)}
 
     run.perform("build_memory", work)
-    if not trained:  # another process has finished it meanwhile
-        return run.perform("train", lambda: _measure(_train(run), c.batch_size))
-    return run.perform("train", lambda: _measure(trained[0], c.batch_size))
+    # Nothing is trained if another process has finished the memory meanwhile.
+    return run.perform("train", lambda: _measure(trained[0] if trained else _train(run), c.batch_size))
 
 
 def training_job(run: Run, c: TrainConfig | None = None) -> AdapterTrainingJob:
-    """Training as the run's settings describe it, or with settings of its own."""
+    """Training with the run's settings, or with others (`c`)."""
     c, card = c or run.config.train, run.bundle.card
     adapter = AdapterConfig(
         hidden_size=card.hidden_size,
@@ -135,12 +131,12 @@ def _steps(c: TrainConfig, rows: int) -> int:
 
 
 def _published(name: str, memory: ExternalMemory) -> str:
-    """Where workers find the published copy of this run's memory."""
-    found = open_published(name)
-    if found.manifest != memory.manifest:
+    """The address of the published copy of this run's memory."""
+    published = open_published(name)
+    if published.manifest != memory.manifest:
         raise UserError(
-            f"train.published={name}: is not this run's memory {memory.folder}, but one of {found.folder} "
-            f"(plans {found.manifest.plan_hash} and {memory.manifest.plan_hash}). Publish this run's."
+            f"train.published={name}: published from {published.folder} (plan {published.manifest.plan_hash}), "
+            f"not from this run's {memory.folder} (plan {memory.manifest.plan_hash}). Publish this run's memory."
         )
     return SCHEME + name
 
