@@ -54,7 +54,7 @@ def trainer_of(config: TrimeConfig, folder: Path, place: Place | None = None, wa
     """Of the tiny model, on 83 tokens: 11 segments, so that groups of 5 leave one of a single, short segment."""
     model = tiny_model(adaptive=True)
     model.shape = model.shape.model_copy(update={"dropout": config.model.shape.dropout})
-    return TrimeTrainer(config, model, corpus(83), corpus(50, seed=1), folder, place or Place(), walk_S=walk_S)
+    return TrimeTrainer(config, model, corpus(83), corpus(50, seed=1), folder, place=place or Place(), walk_S=walk_S)
 
 
 def train(*arguments, **options):

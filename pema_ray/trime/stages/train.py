@@ -68,7 +68,7 @@ def _work(job: TrimeTrainingJob) -> dict[str, Any]:
         )
     settings = {"memory": c.train.memory, **c.train.model_dump(mode="json"), "seed": c.seed}
     name = f"trime {c.train.memory} {c.model.name}"
-    trainer = TrimeTrainer(c, model, train, dev, job.run_dir, place, walk_S=walk_S)
+    trainer = TrimeTrainer(c, model, train, dev, job.run_dir, place=place, walk_S=walk_S)
     run_in_worker(trainer, name, settings)
     if not place.leads:
         return {}

@@ -4,24 +4,48 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
+import numpy as np
 from torch import Tensor
 
-from pema_ray.training.history import Point, TrainerHistory
+from pema_ray.training.history import OnPoint, OnSaved, Point, TrainerHistory
 from pema_ray.training.schedules import learning_rate
+from pema_ray.training.strategies import Place
 from pema_ray.training.trainer import StepInputs, Trainer
+from pema_ray.trime.config import TrimeConfig, TrimeTrainConfig
+from pema_ray.trime.translation.config import MtConfig, MtTrainConfig
 
-if TYPE_CHECKING:
-    from pema_ray.trime.config import TrimeTrainConfig
-    from pema_ray.trime.translation.config import MtTrainConfig
-
-S = TypeVar("S", "TrimeTrainConfig", "MtTrainConfig")
+S = TypeVar("S", TrimeTrainConfig, MtTrainConfig)
+Config = TypeVar("Config", TrimeConfig, MtConfig)
+Split = TypeVar("Split")
 
 
-class TokenTrainer(Trainer[S, TrainerHistory]):
-    """A training whose steps count tokens. Points have `loss` and `vocabulary_loss`, nats per token: of the objective,
-    and of the vocabulary alone. The objective returns the loss and both of these, summed over tokens."""
+@dataclass
+class TokenTrainer(Trainer[S, TrainerHistory], Generic[S, Config, Split]):
+    """Trains one model by steps that count tokens. Points have `loss` and `vocabulary_loss`, nats per token: of the
+    objective, and of the vocabulary alone. The objective returns the loss and both of these, summed over tokens.
+
+    Args:
+        walk_S: BM25's order of the training segments or sentences.
+    """
+
+    config: Config
+    model: Any
+    train: Split
+    dev: Split
+    run_dir: Path
+    _: KW_ONLY
+    place: Place = field(default_factory=Place)
+    walk_S: np.ndarray | None = None
+    on_point: OnPoint = lambda kind, point: None
+    on_saved: OnSaved = lambda metrics: None
+    history: TrainerHistory = field(default_factory=TrainerHistory)
+
+    def __post_init__(self) -> None:
+        self.settings, self.seed = self.config.train, self.config.seed  # type: ignore[assignment]
 
     @abstractmethod
     def inputs(self, step: int) -> Sequence[tuple[Any, ...]]:

@@ -7,9 +7,8 @@ had never stopped, and any number of workers computes the same updates.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +18,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from pema_ray.runtime.hardware import DTYPES
 from pema_ray.training.checkpoint import save_checkpoint
-from pema_ray.training.history import OnPoint, OnSaved, Point, TrainerHistory
-from pema_ray.training.strategies import Place
+from pema_ray.training.history import Point
 from pema_ray.trime.config import TrimeConfig, TrimeTrainConfig
 from pema_ray.trime.model.memory_lm import TrainableLM
 from pema_ray.trime.objective.objective import TrimeObjective, Ways
@@ -74,26 +72,13 @@ class UpdateSchedule:
 
 
 @dataclass
-class TrimeTrainer(TokenTrainer[TrimeTrainConfig]):
-    """Trains one model.
+class TrimeTrainer(TokenTrainer[TrimeTrainConfig, TrimeConfig, Segments]):
+    """Trains a TRIME language model."""
 
-    Args:
-        walk_S: BM25's order of the training segments.
-    """
-
-    config: TrimeConfig
     model: TrainableLM
-    train: Segments
-    dev: Segments
-    run_dir: Path
-    place: Place = field(default_factory=Place)
-    on_point: OnPoint = lambda kind, point: None
-    walk_S: np.ndarray | None = None
-    on_saved: OnSaved = lambda metrics: None
-    history: TrainerHistory = field(default_factory=TrainerHistory)
 
     def __post_init__(self) -> None:
-        self.settings, self.seed = self.config.train, self.config.seed
+        super().__post_init__()
         self._schedule = UpdateSchedule(self.config, len(self.train), self.walk_S)
 
     @cached_property

@@ -59,6 +59,6 @@ def _trainer(config: TrimeConfig, prepared: Path, vocabulary: int, updates: int)
     place = Place(device=pick_device("auto" if train.gpus_per_worker else "cpu"))
     model.to(place.device)
     walk_S = np.arange(len(text)) if c.batches.order == "bm25" else None  # what is near whom changes no time
-    trainer = TrimeTrainer(c, model, text, text, prepared, place, walk_S=walk_S)
+    trainer = TrimeTrainer(c, model, text, text, prepared, place=place, walk_S=walk_S)
     trainer.strategy = trainer.make_strategy()
     return trainer

@@ -71,7 +71,7 @@ def make_trainer(job: MtTrainingJob, **more: Any) -> MtTrainer:
     train, dev = (Parallel.load(job.prepared, split) for split in ("train", "dev"))
     walk_S = np.load(job.run_dir / WALK) if c.batches.order == "bm25" else None
     eos = load_subwords(job.prepared, c.model.name).eos
-    return MtTrainer(c, model, eos, train, dev, job.run_dir, walk_S=walk_S, **more)
+    return MtTrainer(c, model, train, dev, job.run_dir, eos, walk_S=walk_S, **more)
 
 
 def _work(job: MtTrainingJob) -> dict[str, Any]:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
-from pema_ray.training.history import OnPoint, OnSaved, Point, TrainerHistory
-from pema_ray.training.strategies import Place
+from pema_ray.training.history import Point
 from pema_ray.trime.objective.memories import PADDING
 from pema_ray.trime.text.batches import share_of
 from pema_ray.trime.training.token_trainer import TokenTrainer
@@ -30,30 +28,20 @@ from pema_ray.trime.translation.objective import MtObjective, MtWays
 
 
 @dataclass
-class MtTrainer(TokenTrainer[MtTrainConfig]):
-    """Trains one model.
+class MtTrainer(TokenTrainer[MtTrainConfig, MtConfig, Parallel]):
+    """Trains a translator.
 
-    Validation is the vocabulary's loss alone on dev: other dev sentences' targets are nothing a translator has.
+    Validation is the vocabulary's loss alone on dev: a translator never has other dev sentences' targets.
 
     Args:
         eos: ends sources and targets.
-        walk_S: BM25's order of the training sentences.
     """
 
-    config: MtConfig
     model: Translator
     eos: int
-    train: Parallel
-    dev: Parallel
-    run_dir: Path
-    place: Place = field(default_factory=Place)
-    on_point: OnPoint = lambda kind, point: None
-    walk_S: np.ndarray | None = None
-    on_saved: OnSaved = lambda metrics: None
-    history: TrainerHistory = field(default_factory=TrainerHistory)
 
     def __post_init__(self) -> None:
-        self.settings, self.seed = self.config.train, self.config.seed
+        super().__post_init__()
         self._groups = groups_of(self.train, self.config.batches, self.config.seed, self.walk_S)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 

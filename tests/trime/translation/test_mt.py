@@ -219,7 +219,7 @@ def trained(folder: Path, epochs: float, **train) -> tuple[MtTrainer, dict]:
     settings = {"epochs": epochs, "validate_every": 2, "schedule": "constant", "learning_rate": 0.01, **train}
     config = MtConfig.model_validate({"batches": {"order": "random", "max_tokens": 30}, "train": settings})
     told: dict = {}
-    trainer = MtTrainer(config, tiny(dropout=0.2), EOS, pairs(16), pairs(5, 1), folder)
+    trainer = MtTrainer(config, tiny(dropout=0.2), pairs(16), pairs(5, 1), folder, EOS)
     trainer.on_point = lambda kind, point: told.update({point["step"]: point})
     trainer.run()
     return trainer, told
