@@ -92,41 +92,41 @@ def assert_whole(folder: Path, undisturbed: dict[str, bytes]) -> None:
 
 
 def workers(title: str) -> list[psutil.Process]:
-    """This test run's own Ray workers of a title (other clusters on the machine are let be)."""
-    found = []
+    """This test run's Ray workers of a title, without those of other clusters on the machine."""
+    processes = []
     for process in psutil.Process().children(recursive=True):
         try:
             if process.cmdline() and process.cmdline()[0].startswith(f"ray::{title}"):
-                found.append(process)
+                processes.append(process)
         except psutil.Error:
             continue
-    return found
+    return processes
 
 
 @contextmanager
 def killing(
     title: str, seed: int, kills: int, pause: tuple[float, float], after: Path | None = None
 ) -> Iterator[list[int]]:
-    """While the block runs, kill a worker of a title at random moments, so many times at most; once a file exists."""
-    struck: list[int] = []
+    """During the block, kills workers of a title at random moments, at most `kills` times, once `after` exists."""
+    killed_pids: list[int] = []
     over = threading.Event()
     draw = moments(seed)
 
     def strike() -> None:
-        while len(struck) < kills and not over.wait(draw.uniform(*pause)):
+        while len(killed_pids) < kills and not over.wait(draw.uniform(*pause)):
             if after is not None and not after.exists():
                 continue
-            found = [process for process in workers(title) if process.pid not in struck]
-            if found:
-                victim = draw.choice(sorted(found, key=lambda process: process.pid))
-                with suppress(psutil.Error):  # it went by itself: no kill
+            candidates = [process for process in workers(title) if process.pid not in killed_pids]
+            if candidates:
+                victim = draw.choice(sorted(candidates, key=lambda process: process.pid))
+                with suppress(psutil.Error):  # it ended by itself: no kill
                     victim.send_signal(signal.SIGKILL)
-                    struck.append(victim.pid)
+                    killed_pids.append(victim.pid)
 
     thread = threading.Thread(target=strike, daemon=True)
     thread.start()
     try:
-        yield struck
+        yield killed_pids
     finally:
         over.set()
         thread.join()
@@ -134,9 +134,9 @@ def killing(
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_data_actors_are_killed(undisturbed, tmp_path: Path, seed: int):
-    with killing("MapWorker", seed, 5, (0.2, 0.6)) as struck:
+    with killing("MapWorker", seed, 5, (0.2, 0.6)) as killed_pids:
         run_build(build(tmp_path), fake_plm(seconds=0.3))
-    assert len(struck) >= 4
+    assert len(killed_pids) >= 4
     assert_whole(tmp_path, undisturbed)
 
 
@@ -215,10 +215,20 @@ def test_nodes_are_killed(undisturbed, tmp_path: Path, kills: int):
         """
     )
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
+    process = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
     assert (tmp_path / "killed").read_text() == str(kills)
     assert_whole(tmp_path / "m", undisturbed)
+
+
+def run_program(program: str, home: Path) -> None:
+    """Runs Python code in a process of its own."""
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "HOME": str(home), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", program]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert process.returncode == 0, process.stderr[-3000:]
 
 
 def training(tiny_source, make_rows, folder: Path, **changes) -> tuple[LMHeadBundle, AdapterTrainingJob]:  # noqa: F811
@@ -256,21 +266,21 @@ def test_train_workers_are_killed(ray_cluster, tiny_source, make_rows, tmp_path:
     """One worker, float32: the adapter is bit for bit that of an undisturbed run."""
     bundle, job = training(tiny_source, make_rows, tmp_path, epochs=100 * kills)
     pause, after = ((0.2, 0.6), job.run_dir / "checkpoint.safetensors") if kills == 1 else ((3.0, 6.0), None)
-    with killing("RayTrainWorker", 5, kills, pause, after) as struck:
+    with killing("RayTrainWorker", 5, kills, pause, after) as killed_pids:
         history = fit(job)
-    assert len(struck) == kills
+    assert len(killed_pids) == kills
     expected, alone = undisturbed_training(bundle, job, tmp_path / "alone")
-    found = PemaAdapter.from_pretrained(job.run_dir / "adapter", bundle.card)
+    adapter = PemaAdapter.from_pretrained(job.run_dir / "adapter", bundle.card)
     for name, tensor in expected.state_dict().items():
-        assert torch.equal(tensor, found.state_dict()[name]), name
+        assert torch.equal(tensor, adapter.state_dict()[name]), name
     assert history.validation == alone.validation
     assert len(history.train) == history.total_steps
 
 
 @contextmanager
 def killed_once_reported(storage: Path, then: Callable[[], object]) -> Iterator[list[int]]:
-    """While the block runs, kill the train worker once Ray Train knows a checkpoint; `then` is done when it is dead."""
-    struck: list[int] = []
+    """During the block, kills the train worker once Ray Train has a checkpoint, and then calls `then`."""
+    killed_pids: list[int] = []
     over = threading.Event()
 
     def strike() -> None:
@@ -281,19 +291,19 @@ def killed_once_reported(storage: Path, then: Callable[[], object]) -> Iterator[
         victim.send_signal(signal.SIGKILL)
         victim.wait(30)
         then()
-        struck.append(victim.pid)
+        killed_pids.append(victim.pid)
 
     thread = threading.Thread(target=strike, daemon=True)
     thread.start()
     try:
-        yield struck
+        yield killed_pids
     finally:
         over.set()
         thread.join()
 
 
 def resumed_after(job: AdapterTrainingJob) -> int:
-    """The step that the last start of the training went on from."""
+    """The step that the last start of the training resumed from."""
     lines = (job.run_dir / "progress.jsonl").read_text().splitlines()
     steps = [point["step"] for point in map(json.loads, lines) if point["kind"] == "train"]
     starts = [step for before, step in zip([math.inf, *steps], steps) if step <= before]
@@ -303,42 +313,42 @@ def resumed_after(job: AdapterTrainingJob) -> int:
 def assert_undisturbed(bundle: LMHeadBundle, job: AdapterTrainingJob, history: AdapterHistory, folder: Path) -> None:
     """The adapter is bit for bit that of an undisturbed run, and so are all figures."""
     expected, alone = undisturbed_training(bundle, job, folder)
-    found = PemaAdapter.from_pretrained(job.run_dir / "adapter", bundle.card)
+    adapter = PemaAdapter.from_pretrained(job.run_dir / "adapter", bundle.card)
     for name, tensor in expected.state_dict().items():
-        assert torch.equal(tensor, found.state_dict()[name]), name
+        assert torch.equal(tensor, adapter.state_dict()[name]), name
     assert history.train == alone.train and history.validation == alone.validation
 
 
 def test_a_training_that_lost_its_checkpoint_resumes_from_a_copy(ray_cluster, tiny_source, make_rows, tmp_path):  # noqa: F811
-    """The worker dies, and the file in the run's folder goes with it."""
+    """The worker dies, and its checkpoint file is lost."""
     bundle, job = training(tiny_source, make_rows, tmp_path, epochs=150)
-    with killed_once_reported(job.run_dir, (job.run_dir / "checkpoint.safetensors").unlink) as struck:
+    with killed_once_reported(job.run_dir, (job.run_dir / "checkpoint.safetensors").unlink) as killed_pids:
         history = fit(job)
-    assert struck and resumed_after(job) > 0 and resumed_after(job) % job.config.validate_every == 0
+    assert killed_pids and resumed_after(job) > 0 and resumed_after(job) % job.config.validate_every == 0
     assert_undisturbed(bundle, job, history, tmp_path / "alone")
 
 
 @pytest.mark.slow
 def test_a_training_that_lost_its_folder_resumes_from_its_storage(ray_cluster, tiny_source, make_rows, tmp_path):  # noqa: F811
-    """The same command again, on a machine that has nothing of the first one's."""
+    """The same command again, on a machine without the first one's files."""
     storage = tmp_path / "bucket"
     changes = {"epochs": 150, "max_failures": 0, "storage_path": storage.as_uri()}
     bundle, job = training(tiny_source, make_rows, tmp_path, **changes)
     with (
-        pytest.raises(UserError, match="training was given up after its workers died 1 times"),
-        killed_once_reported(storage, lambda: None) as struck,
+        pytest.raises(UserError, match="training stopped after its workers died 1 times"),
+        killed_once_reported(storage, lambda: None) as killed_pids,
     ):
         fit(job)
     shutil.rmtree(job.run_dir)
     history = fit(job)
-    assert struck and resumed_after(job) > 0 and resumed_after(job) % job.config.validate_every == 0
+    assert killed_pids and resumed_after(job) > 0 and resumed_after(job) % job.config.validate_every == 0
     assert not (job.run_dir / "ray_train").exists()
     assert_undisturbed(bundle, job, history, tmp_path / "alone")
 
 
 @pytest.mark.slow
 def test_training_goes_on_with_fewer_workers_when_a_node_goes(tiny_source, make_rows, tmp_path: Path):  # noqa: F811
-    """Two workers on two nodes; one node dies for good, and the other ends what both began."""
+    """Two workers on two nodes; one node dies for good, and the other completes the training."""
     changes = {"dropout": 0.0, "workers": 2, "min_workers": 1, "cpus_per_worker": 1.0}
     bundle, job = training(tiny_source, make_rows, tmp_path, **changes)
     (tmp_path / "job.pickle").write_bytes(pickle.dumps(job))
@@ -348,31 +358,33 @@ def test_training_goes_on_with_fewer_workers_when_a_node_goes(tiny_source, make_
         from pathlib import Path
         from ray.cluster_utils import Cluster
         from pema_ray.data_owner.training.ray_training import fit
-        here = Path({str(tmp_path)!r})
-        job = pickle.loads((here / "job.pickle").read_bytes())
+        folder = Path({str(tmp_path)!r})
+        job = pickle.loads((folder / "job.pickle").read_bytes())
         small = {{"num_cpus": 1, "object_store_memory": 90 * 2**20}}
         cluster = Cluster(initialize_head=True, connect=True, head_node_args=small)
         node = cluster.add_node(**small)
-        taught = []
-        thread = threading.Thread(target=lambda: fit(job, lambda kind, point: taught.append(point["step"])))
+        reported = []
+        thread = threading.Thread(target=lambda: fit(job, lambda kind, point: reported.append(point["step"])))
         thread.start()
-        while not taught or taught[-1] < 200:
+        while not reported or reported[-1] < 200:
             time.sleep(0.1)
         workers = sum("RayTrainWorker" in (actor.class_name or "") and actor.state == "ALIVE"
                       for actor in ray.util.state.list_actors())
         cluster.remove_node(node, allow_graceful=False)
         thread.join()
-        (here / "told").write_text(f"{{workers}} {{len(ray.nodes())}} {{sum(n['Alive'] for n in ray.nodes())}}")
+        (folder / "nodes").write_text(f"{{workers}} {{len(ray.nodes())}} {{sum(n['Alive'] for n in ray.nodes())}}")
         os._exit(0)
         """
     )
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "told").read_text() == "2 2 1"
+    process = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert (tmp_path / "nodes").read_text() == "2 2 1"
     expected, alone = undisturbed_training(bundle, job, tmp_path / "alone")
     history = AdapterHistory.from_dict(json.loads((job.run_dir / "history.json").read_text()))
     assert len(history.train) == history.total_steps == alone.total_steps
-    found = PemaAdapter.from_pretrained(job.run_dir / "adapter", bundle.card)
+    adapter = PemaAdapter.from_pretrained(job.run_dir / "adapter", bundle.card)
     for name, tensor in expected.state_dict().items():
-        torch.testing.assert_close(tensor, found.state_dict()[name], atol=1e-4, rtol=1e-3, msg=name)
+        torch.testing.assert_close(tensor, adapter.state_dict()[name], atol=1e-4, rtol=1e-3, msg=name)

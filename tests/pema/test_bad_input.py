@@ -191,25 +191,25 @@ def test_a_memory_is_never_used_with_another_plm_nor_when_damaged(
     assert "the rank must lie between 1 and the PLM's hidden size 32" in refused(capsys, "train", path, "train.rank=33")
 
     shard = run / "build_memory" / "train" / "shard-00001.parquet"
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:])
+    contents = shard.read_bytes()
+    shard.write_bytes(contents[:2000] + bytes([contents[2000] ^ 1]) + contents[2001:])
     assert f"{shard}: damaged shard" in refused(capsys, "train", path)
     assert not (run / "train" / "adapter").exists()
     shard.unlink()  # as the message advises
     assert PEMA.run_stage("build_memory", path, []) == 0
-    assert shard.read_bytes() == whole
+    assert shard.read_bytes() == contents
 
-    other = [f"plm.name={tiny_plm_folder('llama', 1)}"]
-    assert PEMA.run_stage("export_head", path, other) == 0
-    line = refused(capsys, "build_memory", path, *other)
-    theirs, ours = (
+    overrides = [f"plm.name={tiny_plm_folder('llama', 1)}"]
+    assert PEMA.run_stage("export_head", path, overrides) == 0
+    line = refused(capsys, "build_memory", path, *overrides)
+    manifest, card = (
         Manifest.read(run / "build_memory" / "train"),
         LMHeadBundle.load(run / "export_head" / "lm_head").card,
     )
-    assert f"belongs to PLM '{theirs.plm_label}', but this run uses PLM '{ours.label}'" in line
-    assert theirs.fingerprint != ours.fingerprint
+    assert f"belongs to PLM '{manifest.plm_label}', but this run uses PLM '{card.label}'" in line
+    assert manifest.fingerprint != card.fingerprint
     with pytest.raises(FingerprintMismatch):
-        ExternalMemory.open(run / "build_memory" / "train", ours)
+        ExternalMemory.open(run / "build_memory" / "train", card)
     assert PEMA.run_stage("export_head", path, []) == 0
     line = refused(capsys, "build_memory", path, "build_memory.examples_per_shard=4")
     assert "holds a memory built from other examples or with other settings" in line
@@ -220,7 +220,7 @@ ENDS = pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signa
 
 @contextmanager
 def ended(process: subprocess.Popen[str]) -> Iterator[None]:
-    """Whatever happens, the process ends, and what it has started with it."""
+    """Kills the process and its children at the end of the block."""
     try:
         yield
     finally:
@@ -251,10 +251,10 @@ def test_ctrl_c_leaves_a_state_that_goes_on(tmp_path, experiment, number: int, c
     assert process.returncode == code
     assert "the same command goes on" in complaint
     assert not (memory / "metrics.json").exists()
-    kept = {p: p.stat().st_mtime_ns for p in memory.rglob("shard-*.parquet")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert all(p.stat().st_mtime_ns == at for p, at in kept.items())
+    mtimes = {p: p.stat().st_mtime_ns for p in memory.rglob("shard-*.parquet")}
+    rerun = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert rerun.returncode == 0, rerun.stderr[-2000:]
+    assert all(p.stat().st_mtime_ns == at for p, at in mtimes.items())
     assert "build_memory" in PEMA.stages
     assert json.loads((memory / "metrics.json").read_text())["shards"] == 35
 

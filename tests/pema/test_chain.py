@@ -54,12 +54,12 @@ def test_an_experiment_runs_from_text_to_report_and_is_reused(experiment, ray_cl
     assert {system.kind for system in evaluation.systems} == {"copy", "plm", "pema"}
     assert evaluation.sweep.plm == evaluation.sweep.nll[0]
     assert (run / "report" / "report.html").stat().st_size > 10_000
-    told = capsys.readouterr().out
-    assert "copy of the source" in told
-    assert "PLM, 2 examples shown" in " ".join(told.split())
+    output = capsys.readouterr().out
+    assert "copy of the source" in output
+    assert "PLM, 2 examples shown" in " ".join(output.split())
 
-    again = {name: PEMA.run(name, config) for name in PEMA.chain}
-    assert again == measured
+    reused = {name: PEMA.run(name, config) for name in PEMA.chain}
+    assert reused == measured
 
     adapter_file = run / "train" / "adapter" / "adapter_model.safetensors"
     with pytest.raises(UserError, match=r"50 workers ask for 50 CPU.* the Ray cluster has"):
@@ -70,18 +70,16 @@ def test_an_experiment_runs_from_text_to_report_and_is_reused(experiment, ray_cl
     (run / "train" / "metrics.json").unlink()
     published.publish(run / "build_memory" / "train", "whole")
     try:
-        found = PEMA.run("train", load_config(path, ["train.published=whole", "train.resume=false"]))
+        metrics = PEMA.run("train", load_config(path, ["train.published=whole", "train.resume=false"]))
     finally:
         published.drop("whole")
-    assert (
-        found["dev_prediction"] == measured["train"]["dev_prediction"] and found["stamp"] == measured["train"]["stamp"]
-    )
+    assert all(metrics[name] == measured["train"][name] for name in ("dev_prediction", "stamp"))
 
-    other = load_config(path, ["train.kappa=0.5"])
-    PEMA.run("build_memory", other)
+    changed = load_config(path, ["train.kappa=0.5"])
+    PEMA.run("build_memory", changed)
     with pytest.raises(Exception, match="stage 'train' was run with other settings"):
-        PEMA.run("generate", other)
-    assert PEMA.run("train", other)["stamp"] != measured["train"]["stamp"]
+        PEMA.run("generate", changed)
+    assert PEMA.run("train", changed)["stamp"] != measured["train"]["stamp"]
 
 
 @pytest.mark.slow  # what it rests on is tested in tests/data_owner/training/test_ray_training.py
@@ -124,8 +122,8 @@ def test_a_published_memory_is_trained_on_where_it_lies(experiment, ray_cluster)
     (run / "train" / "metrics.json").unlink()
     published.publish(run / "build_memory" / "train", "chain")
     try:
-        found = PEMA.run("train", load_config(path, ["train.published=chain", "train.resume=false"]))
-        assert found["dev_prediction"] == expected["dev_prediction"] and found["stamp"] == expected["stamp"]
+        metrics = PEMA.run("train", load_config(path, ["train.published=chain", "train.resume=false"]))
+        assert metrics["dev_prediction"] == expected["dev_prediction"] and metrics["stamp"] == expected["stamp"]
         (run / "train" / "metrics.json").unlink()
         with pytest.raises(UserError, match="ray://other: no memory of that name is published on this cluster"):
             PEMA.run("train", load_config(path, ["train.published=other"]))
@@ -157,9 +155,9 @@ def test_pema_is_compared_with_its_peers(experiment, ray_cluster, capsys):
         PEMA.run(name, config)
     measured = PEMA.run("compare", config)
     run = Path(config.run_dir)
-    found = Comparison.model_validate_json((run / "compare" / "comparison.json").read_bytes())
-    peers = dict(zip(config.compare.systems, found.peers, strict=True))
-    assert list(peers) == list(config.compare.systems) and found.test_pairs == 5
+    comparison = Comparison.model_validate_json((run / "compare" / "comparison.json").read_bytes())
+    peers = dict(zip(config.compare.systems, comparison.peers, strict=True))
+    assert list(peers) == list(config.compare.systems) and comparison.test_pairs == 5
     figures = set(Measurement.model_fields) - {"seed", "note"}
     means = {figure: {name: peer.mean(figure) for name, peer in peers.items()} for figure in figures}
     assert {name for name, value in means["nll"].items() if value is None} == {"copy"}
@@ -174,19 +172,19 @@ def test_pema_is_compared_with_its_peers(experiment, ray_cluster, capsys):
     assert {name for name, peer in peers.items() if len(peer.measurements) == 2} == {"pema", "pema_shots"}
     first, second = peers["pema"].measurements
     assert first.seed == config.seed and second.seed == config.seed + 1 and first.nll != second.nll
-    assert peers["pema"].significance.bleu_p is None and found.reference == peers["pema"].name
+    assert peers["pema"].significance.bleu_p is None and comparison.reference == peers["pema"].name
     assert all(0 < p.significance.bleu_p <= 1 for name, p in peers.items() if name != "pema")
-    assert all(p.significance.bleu_low <= p.significance.bleu_high for p in found.peers)
+    assert all(p.significance.bleu_low <= p.significance.bleu_high for p in comparison.peers)
     table = (run / "compare" / "table.md").read_text()
-    assert all(f"| {peer.name} |" in table for peer in found.peers) and "chosen on the dev memory" in table
-    assert len({peer.name for peer in found.peers}) == len(found.peers)
+    assert all(f"| {peer.name} |" in table for peer in comparison.peers) and "chosen on the dev memory" in table
+    assert len({peer.name for peer in comparison.peers}) == len(comparison.peers)
     assert PEMA.run("compare", config) == measured
     (run / "compare" / "metrics.json").unlink()
     (run / "compare" / "knn" / "seed-0" / "measurement.json").unlink()
     capsys.readouterr()
-    again = PEMA.run("compare", config)
-    measurements = sum(len(peer.measurements) for peer in found.peers)
-    assert again["bleu"] == measured["bleu"] and capsys.readouterr().out.count("measured before") == measurements - 1
+    reused = PEMA.run("compare", config)
+    measurements = sum(len(peer.measurements) for peer in comparison.peers)
+    assert reused["bleu"] == measured["bleu"] and capsys.readouterr().out.count("measured before") == measurements - 1
     for name, override in (
         ("pema", "compare.dev_rows=9"),
         ("pema_shots", "compare.lambdas=[0.5]"),
@@ -202,22 +200,22 @@ def test_pema_is_compared_with_its_peers(experiment, ray_cluster, capsys):
 
 @pytest.mark.slow
 def test_two_training_workers_reach_what_one_reaches(experiment, ray_cluster):
-    found = {}
+    metrics = {}
     path = experiment(train={"dropout": 0.0})
     for workers in (1, 2):
         config = load_config(path, [f"train.workers={workers}"])
         for name in ("prepare", "export_head", "build_memory", "train"):
-            found[workers] = PEMA.run(name, config)
-    assert found[2]["dev_prediction"] == pytest.approx(found[1]["dev_prediction"], abs=1e-4)
+            metrics[workers] = PEMA.run(name, config)
+    assert metrics[2]["dev_prediction"] == pytest.approx(metrics[1]["dev_prediction"], abs=1e-4)
 
 
 def free_ports(count: int) -> list[int]:
     """Ports that no other cluster on this machine listens on."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        for socket_ in sockets:
+            socket_.bind(("127.0.0.1", 0))
+        return [socket_.getsockname()[1] for socket_ in sockets]
 
 
 @pytest.fixture
@@ -262,9 +260,9 @@ def submitted(command: list[str], environment: dict[str, str]) -> subprocess.Com
     """Submit a job; the agent that runs jobs comes up some seconds after the API that takes them."""
     deadline = time.monotonic() + 120
     while True:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-        if "No available agent" not in done.stderr or time.monotonic() > deadline:
-            return done
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+        if "No available agent" not in process.stderr or time.monotonic() > deadline:
+            return process
 
 
 @pytest.mark.parametrize("stages", [3, pytest.param(len(JOBS), marks=pytest.mark.slow)])
@@ -279,8 +277,8 @@ def test_the_chain_runs_under_ray_job_submit(stages, experiment, local_cluster, 
             "--working-dir", str(working), "--",
             sys.executable, f"jobs/{job}.py", "--config", str(path), "seed=0",
         ]  # fmt: skip
-        done = submitted(submit, environment)
-        assert done.returncode == 0, f"{job}: {done.stdout[-3000:]}{done.stderr[-2000:]}"
+        process = submitted(submit, environment)
+        assert process.returncode == 0, f"{job}: {process.stdout[-3000:]}{process.stderr[-2000:]}"
     assert (tmp_path / "run" / "build_memory" / "train" / "manifest.json").exists()
     assert (tmp_path / "run" / "report" / "report.html").exists() == (stages == len(JOBS))
 

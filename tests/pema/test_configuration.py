@@ -187,7 +187,7 @@ def test_extends_changes_only_what_differs(tmp_path: Path):
 def test_extends_in_a_circle_to_nowhere_or_to_a_number_is_refused(tmp_path: Path):
     written(tmp_path, "extends: b.yaml\n", "a.yaml")
     written(tmp_path, "extends: a.yaml\n", "b.yaml")
-    with pytest.raises(UserError, match="'extends' goes round in a circle"):
+    with pytest.raises(UserError, match="'extends' refers back to itself"):
         load_config(tmp_path / "a.yaml")
     with pytest.raises(UserError, match="gone.yaml: no such file"):
         load_config(written(tmp_path, "extends: gone.yaml\n"))

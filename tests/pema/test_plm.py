@@ -17,10 +17,10 @@ from pema_ray.plm_owner import LocalPLM
 
 
 def test_a_stage_refuses_a_plm_that_is_not_the_exported_one(tiny_plm_folder):
-    mine, other = (PLMConfig(name=tiny_plm_folder("llama", seed), dtype="float32", device="cpu") for seed in (0, 1))
-    with BlockingPLM(connect(mine)) as plm, BlockingPLM(connect(other)) as theirs:
-        card, foreign = plm.describe().card, theirs.describe().card
-    actors = pickle.loads(pickle.dumps(connector(mine, card, cpus=1)))  # as Ray sends it
+    config, other = (PLMConfig(name=tiny_plm_folder("llama", seed), dtype="float32", device="cpu") for seed in (0, 1))
+    with BlockingPLM(connect(config)) as plm, BlockingPLM(connect(other)) as other_plm:
+        card, foreign = plm.describe().card, other_plm.describe().card
+    actors = pickle.loads(pickle.dumps(connector(config, card, cpus=1)))  # as Ray sends it
     with BlockingPLM(actors()) as plm:
         assert plm.describe().card == card
     with BlockingPLM(connector(other, card, cpus=1)()) as plm, pytest.raises(FingerprintMismatch) as caught:

@@ -140,7 +140,7 @@ def test_a_refused_training_keeps_the_adapter_and_one_that_begins_sets_it_aside(
 
 def test_a_finished_result_that_was_set_aside_is_reused_when_its_settings_come_back(tmp_path):
     """Of a kind of experiment that claims a stage's folder as soon as the stage begins, as TRIME's do."""
-    done: list[int] = []
+    trainings: list[int] = []
 
     class Alone(TrimeRun):
         def parents(self, stage: str) -> tuple[str, ...]:
@@ -150,7 +150,7 @@ def test_a_finished_result_that_was_set_aside_is_reused_when_its_settings_come_b
         run = Alone(TrimeConfig(run_dir=str(tmp_path), train={"updates": updates}))
 
         def work() -> dict[str, Any]:
-            done.append(updates)
+            trainings.append(updates)
             run.path("train", "model").mkdir()
             for name in run.evidence("train"):
                 run.path("train", name).touch()
@@ -160,8 +160,8 @@ def test_a_finished_result_that_was_set_aside_is_reused_when_its_settings_come_b
 
     first = finish(7)
     assert finish(8)["updates"] == 8
-    assert finish(7) == first and done == [7, 8]
-    assert finish(8)["updates"] == 8 and done == [7, 8]
+    assert finish(7) == first and trainings == [7, 8]
+    assert finish(8)["updates"] == 8 and trainings == [7, 8]
 
 
 def test_a_new_setting_with_its_default_changes_no_stamp(experiment):
@@ -182,8 +182,8 @@ def test_a_new_setting_with_its_default_changes_no_stamp(experiment):
 @pytest.mark.parametrize("setting", ["labels={pool: gpu}", "accelerator_type=H100", "strategy=SPREAD"])
 def test_where_stages_run_changes_no_stamp(setting: str, experiment):
     path = experiment()
-    here, there = (Run(load_config(path, overrides)) for overrides in ([], [f"placement.{setting}"]))
-    assert [here.stamp(stage) for stage in PEMA.chain] == [there.stamp(stage) for stage in PEMA.chain]
+    local, placed = (Run(load_config(path, overrides)) for overrides in ([], [f"placement.{setting}"]))
+    assert [local.stamp(stage) for stage in PEMA.chain] == [placed.stamp(stage) for stage in PEMA.chain]
 
 
 @pytest.mark.parametrize(
@@ -193,12 +193,12 @@ def test_where_stages_run_changes_no_stamp(setting: str, experiment):
 )  # fmt: skip
 def test_how_the_plm_computes_is_in_the_stamps_of_all_that_is_made_of_it(setting: str, experiment):
     path = experiment()
-    one, other = (Run(load_config(path, overrides)) for overrides in ([], [f"plm.{setting}"]))
-    differing = [stage for stage in PEMA.chain if one.stamp(stage) != other.stamp(stage)]
+    before, after = (Run(load_config(path, overrides)) for overrides in ([], [f"plm.{setting}"]))
+    differing = [stage for stage in PEMA.chain if before.stamp(stage) != after.stamp(stage)]
     assert differing == [stage for stage in PEMA.chain if stage != "prepare"]
 
 
 def test_the_number_of_workers_changes_no_stamp(experiment):
     path = experiment()
-    one, two = (Run(load_config(path, [f"train.workers={n}"])).stamp("train") for n in (1, 2))
-    assert one == two
+    single, two = (Run(load_config(path, [f"train.workers={n}"])).stamp("train") for n in (1, 2))
+    assert single == two

@@ -124,13 +124,13 @@ async def test_a_source_is_answered_as_the_offline_stage_answers_it(trained, tin
             assert built == replace(request, **same)
             body: dict[str, Any] = {"model": "reversed", "source": row["source"], "seed": run.config.seed}
             body["n"] = row["example_id"] + 1 if name == "sampled" else 1  # choice k has the draws of example k
-            whole = await _completion(http, body)
-            choice = whole["choices"][-1]
+            completion = await _completion(http, body)
+            choice = completion["choices"][-1]
             assert choice["text"] == row["answer"]
             assert choice["finish_reason"] == {"eos": "stop"}.get(row["finish"], row["finish"])
-            assert whole["usage"]["prompt_tokens"] == len(request.prompt)
+            assert completion["usage"]["prompt_tokens"] == len(request.prompt)
             if body["n"] == 1:
-                assert whole["usage"]["completion_tokens"] == len(row["tokens"])
+                assert completion["usage"]["completion_tokens"] == len(row["tokens"])
             raw = await _completion(http, {**body, "raw": True})
             assert raw["choices"][-1]["text"] == row["raw"]
         await service.until_idle()
@@ -161,9 +161,9 @@ def _serving(run: Run, args: dict[str, Any]) -> Service:
 
 
 async def _completion(http: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
-    found = await http.post("/v1/completions", json=body)
-    assert found.status_code == 200, found.text
-    return found.json()
+    response = await http.post("/v1/completions", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
 
 
 async def test_a_post_processed_answer_is_streamed_in_its_last_piece(trained):
@@ -171,7 +171,7 @@ async def test_a_post_processed_answer_is_streamed_in_its_last_piece(trained):
     args, source = arguments_of(run.config), run.pairs("test")[0].source
     async with _serving(run, args) as service, httpx.AsyncClient(base_url=service.url, timeout=60) as http:
         body = {"model": "reversed", "source": source}
-        whole = (await _completion(http, body))["choices"][0]
+        completion = (await _completion(http, body))["choices"][0]
         raw = (await _completion(http, {**body, "raw": True}))["choices"][0]
         streams = {}
         for is_raw in (False, True):
@@ -181,10 +181,10 @@ async def test_a_post_processed_answer_is_streamed_in_its_last_piece(trained):
             streams[is_raw] = [json.loads(event)["choices"][0] for event in events]
     texts = {is_raw: [piece["text"] for piece in pieces] for is_raw, pieces in streams.items()}
     assert len(texts[False]) == len(texts[True]) > 2
-    assert texts[False] == [""] * (len(texts[False]) - 1) + [whole["text"]] != [""] * len(texts[False])
-    assert "".join(texts[True]) == raw["text"] != whole["text"]
+    assert texts[False] == [""] * (len(texts[False]) - 1) + [completion["text"]] != [""] * len(texts[False])
+    assert "".join(texts[True]) == raw["text"] != completion["text"]
     assert len([text for text in texts[True] if text]) > 1  # without rules the text comes token by token
-    assert streams[False][-1]["finish_reason"] == streams[True][-1]["finish_reason"] == whole["finish_reason"]
+    assert streams[False][-1]["finish_reason"] == streams[True][-1]["finish_reason"] == completion["finish_reason"]
 
 
 async def test_a_requests_own_settings_override_its_tasks(trained):
@@ -196,8 +196,8 @@ async def test_a_requests_own_settings_override_its_tasks(trained):
         body = {"model": "reversed", "source": source, **own, "explain": True}
         (choice,) = (await _completion(http, body))["choices"]
         prompt = run.prompter().encode_prompt(source)
-        whole = {"model": "reversed", "prompt": prompt, "stop": ["\n", "zz"], **own}
-        (expected,) = (await _completion(http, whole))["choices"]
+        request = {"model": "reversed", "prompt": prompt, "stop": ["\n", "zz"], **own}
+        (expected,) = (await _completion(http, request))["choices"]
     assert choice["text"] == expected["text"]
     assert {token["lambda"] for token in choice["explanation"]} == {0.5}
 

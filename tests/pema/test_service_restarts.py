@@ -96,11 +96,11 @@ class Service:
 
 @pytest.fixture
 def service(tmp_path: Path, tiny_plm_folder) -> Iterator[Service]:
-    made = Service(tmp_path / "plm_owner", tiny_plm_folder("llama"))
+    plm_service = Service(tmp_path / "plm_owner", tiny_plm_folder("llama"))
     try:
-        yield made
+        yield plm_service
     finally:
-        made.kill()
+        plm_service.kill()
 
 
 def test_a_memory_and_answers_are_those_of_an_undisturbed_plm(experiment, ray_cluster, service, tmp_path):
@@ -113,21 +113,21 @@ def test_a_memory_and_answers_are_those_of_an_undisturbed_plm(experiment, ray_cl
     url = f"https://127.0.0.1:{service.port}"
     keys = [f"plm.key_file={service.folder / 'key'}", f"plm.ca_file={service.folder / 'server.crt'}"]
     plm = ["plm.name=null", "plm.dtype=auto", "plm.device=cpu", f"plm.url={url}", "plm.timeout_seconds=10", *keys]
-    theirs = load_config(path, [f"run_dir={tmp_path / 'theirs'}", *plm])
-    PEMA.run("prepare", theirs)
+    remote = load_config(path, [f"run_dir={tmp_path / 'theirs'}", *plm])
+    PEMA.run("prepare", remote)
     with pytest.raises(UserError, match="cannot be reached"):
         PEMA.run(
             "export_head", load_config(path, [f"run_dir={tmp_path / 'theirs'}", *plm, "plm.url=https://127.0.0.1:1"])
         )
     service.wait()
-    PEMA.run("export_head", theirs)
-    service.kill_under(lambda: PEMA.run("build_memory", theirs), every=3)
+    PEMA.run("export_head", remote)
+    service.kill_under(lambda: PEMA.run("build_memory", remote), every=3)
     assert service.kills == KILLS
     for split in ("train", "dev", "test"):
-        mine, other = (ExternalMemory.open(tmp_path / run / "build_memory" / split) for run in ("own", "theirs"))
-        assert [s.sha256 for s in mine.manifest.shards] == [s.sha256 for s in other.manifest.shards]
-    PEMA.run("train", theirs)
-    service.kill_under(lambda: PEMA.run("generate", theirs), every=4)
+        expected, memory = (ExternalMemory.open(tmp_path / run / "build_memory" / split) for run in ("own", "theirs"))
+        assert [s.sha256 for s in expected.manifest.shards] == [s.sha256 for s in memory.manifest.shards]
+    PEMA.run("train", remote)
+    service.kill_under(lambda: PEMA.run("generate", remote), every=4)
     assert service.kills == KILLS
     answers = [
         [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in text.splitlines()]

@@ -25,10 +25,10 @@ def test_a_data_owners_process_cannot_import_the_plm_owners_code(tmp_path: Path)
         return subprocess.run(command, env=owner.environment(), cwd=tmp_path, capture_output=True, text=True)
 
     imports = "import pema_ray.commands.main, pema_ray.pema.serving.data_owner"
-    whole = f"{imports}; from pema_ray.pema.method import PEMA; print(*PEMA.chain)"
-    done = python(whole)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.split()[0] == "prepare"
+    program = f"{imports}; from pema_ray.pema.method import PEMA; print(*PEMA.chain)"
+    process = python(program)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert process.stdout.split()[0] == "prepare"
     assert "No module named 'pema_ray.plm_owner'" in python("import pema_ray.plm_owner").stderr
 
 
@@ -38,7 +38,7 @@ def test_the_whole_chain_runs_over_tls_and_a_key_and_leaves_no_weights(
     experiment: Callable[..., Path], tiny_plm, tmp_path: Path
 ):
     config = experiment(ray={"num_cpus": 4, "object_store_mb": 80})
-    found = two_owners.run(config, tmp_path / "owners")
+    crossed = two_owners.run(config, tmp_path / "owners")
 
     run = tmp_path / "owners" / "data_owner" / "run"
     evaluation = Evaluation.model_validate_json((run / "evaluate" / "evaluation.json").read_bytes())
@@ -46,12 +46,12 @@ def test_the_whole_chain_runs_over_tls_and_a_key_and_leaves_no_weights(
     assert (run / "report" / "report.html").stat().st_size > 10_000
     memory = ExternalMemory.open(run / "build_memory" / "train")
     assert memory.manifest.fingerprint == evaluation.fingerprint
-    assert set(found["audit"]) >= {"model", "lm-head", "extract", "step", "close"}
+    assert set(crossed["audit"]) >= {"model", "lm-head", "extract", "step", "close"}
     built = sum(len(ExternalMemory.open(run / "build_memory" / split)) for split in ("train", "dev", "test"))
-    assert found["audit"]["extract"]["rows"] == built
+    assert crossed["audit"]["extract"]["rows"] == built
     bytes_a_row = memory.manifest.hidden_size * 4
-    assert built * bytes_a_row < found["audit"]["extract"]["sent_bytes"] < 1.2 * built * bytes_a_row  # tiny frames
-    assert isinstance(found["answer"]["text"], str)
+    assert built * bytes_a_row < crossed["audit"]["extract"]["sent_bytes"] < 1.2 * built * bytes_a_row  # tiny frames
+    assert isinstance(crossed["answer"]["text"], str)
     log = (tmp_path / "owners" / "plm_owner" / "audit.jsonl").read_text()
     assert all(set(json.loads(line)) <= LOGGED for line in log.splitlines())
 

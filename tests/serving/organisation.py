@@ -8,7 +8,7 @@ import sys
 
 
 def main() -> None:
-    wanted = json.loads(sys.argv[1])
+    settings = json.loads(sys.argv[1])
     import ray
     from ray import serve
 
@@ -17,16 +17,16 @@ def main() -> None:
         num_cpus=4,
         object_store_memory=100 * 2**20,
         include_dashboard=False,
-        _temp_dir=wanted["temporary"],
-        _node_ip_address=wanted["node"],
+        _temp_dir=settings["temporary"],
+        _node_ip_address=settings["node"],
         log_to_driver=False,
         logging_level="error",
         runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}},
     )
-    serve.start(http_options={"host": wanted["address"], "port": wanted["port"], **wanted.get("tls", {})})
-    module, _, builder = wanted["import_path"].partition(":")
+    serve.start(http_options={"host": settings["address"], "port": settings["port"], **settings.get("tls", {})})
+    module, _, builder = settings["import_path"].partition(":")
     build = getattr(importlib.import_module(module), builder)
-    serve.run(build(wanted["args"]), name="app")
+    serve.run(build(settings["args"]), name="app")
     print("up", flush=True)
     sys.stdin.read()
     serve.shutdown()

@@ -1,4 +1,4 @@
-"""Thousands of malformed requests: each gets a 4xx and a sentence, nobody crashes, good ones are answered as ever."""
+"""Thousands of malformed requests: each gets a 4xx and a message, and valid requests are answered as before."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ JSON = {"Content-Type": "application/json"}
 
 
 class Served:
-    """Both owners' APIs on an event loop in a thread of its own, asked without a network."""
+    """Both owners' APIs on an event loop in a thread of its own, called without a network."""
 
     def __init__(self, folder: Path, plm: str) -> None:
         self.loop = asyncio.new_event_loop()
@@ -75,10 +75,10 @@ class Served:
         return self.send(self.public, "POST", path, {"Authorization": f"Bearer {self.key}"}, content)
 
     def answer(self) -> Any:
-        asked = {"model": self.owner.card.name, "prompt": "Rewrite each", "max_tokens": 8, "temperature": 0}
-        got = self.send(self.private, "POST", "/v1/completions", JSON, msgspec.json.encode(asked))
-        assert got.status_code == 200, got.text
-        return got.json()["choices"]
+        body = {"model": self.owner.card.name, "prompt": "Rewrite each", "max_tokens": 8, "temperature": 0}
+        response = self.send(self.private, "POST", "/v1/completions", JSON, msgspec.json.encode(body))
+        assert response.status_code == 200, response.text
+        return response.json()["choices"]
 
     def live(self) -> int:
         async def sessions() -> int:
@@ -110,8 +110,8 @@ def fuzz(examples: int) -> Callable[[Any], Any]:
     )  # fmt: skip
 
 
-def told(response: httpx.Response) -> int:
-    """The status of an answer that is meant: success, or an error with a sentence; 503 with the time to come again."""
+def status_of(response: httpx.Response) -> int:
+    """The status of a valid answer: success, or an error with a message; 503 with `retry-after`."""
     status = response.status_code
     if status >= 400:
         assert status < 500 or (status == 503 and "retry-after" in response.headers), (status, response.text)
@@ -123,7 +123,7 @@ def told(response: httpx.Response) -> int:
 
 
 def undisturbed(served: Served, work: Callable[[], Any], statuses: Counter[int], requests_sent: int) -> None:
-    """What is the same after abuse as before."""
+    """Checks that the service answers after `work` as before."""
     before = served.answer()
     work()
     assert sum(statuses.values()) >= requests_sent
@@ -135,9 +135,9 @@ def undisturbed(served: Served, work: Callable[[], Any], statuses: Counter[int],
 
 
 @pytest.mark.parametrize("count", SIZES)
-@pytest.mark.parametrize("whose", ["private", "public"])
-def test_requests_that_the_description_forbids_are_4xx(served, whose, count):
-    app = getattr(served, whose)
+@pytest.mark.parametrize("api", ["private", "public"])
+def test_requests_that_the_description_forbids_are_4xx(served, api, count):
+    app = getattr(served, api)
     description = app.openapi()
     for path in description["paths"].values():  # frames are damaged below, byte by byte
         for operation in path.values():
@@ -145,7 +145,7 @@ def test_requests_that_the_description_forbids_are_4xx(served, whose, count):
             if operation.get("requestBody", {}).get("content") == {}:
                 del operation["requestBody"]
     schema = schemathesis.openapi.from_dict(description)
-    operations = [found.ok() for found in schema.get_all_operations()]
+    operations = [result.ok() for result in schema.get_all_operations()]
     mode = schemathesis.GenerationMode.NEGATIVE
     cases = []
     for operation in operations:
@@ -160,19 +160,19 @@ def test_requests_that_the_description_forbids_are_4xx(served, whose, count):
     @fuzz(count)
     @given(case=st.one_of(*posts, *posts, *cases))
     def send(case: Any) -> None:
-        whole = case.as_transport_kwargs(base_url="http://here")
-        known = ("method", "url", "headers", "params", "json", "data", "cookies")
+        arguments = case.as_transport_kwargs(base_url="http://here")
+        supported = ("method", "url", "headers", "params", "json", "data", "cookies")
         try:
-            prepared = requests.Request(**{k: v for k, v in whole.items() if k in known}).prepare()
+            prepared = requests.Request(**{k: v for k, v in arguments.items() if k in supported}).prepare()
             url, headers = httpx.URL(prepared.url), httpx.Headers(dict(prepared.headers))
         except (requests.RequestException, httpx.InvalidURL, UnicodeError, ValueError, TypeError):
             return  # no HTTP client sends this
         body = prepared.body or b""
         headers.pop("content-length", None)
-        if whose == "public" and "authorization" not in headers:
+        if api == "public" and "authorization" not in headers:
             headers["authorization"] = f"Bearer {served.key}"
         content = body.encode("utf-8", "surrogatepass") if isinstance(body, str) else body
-        statuses[told(served.send(app, prepared.method or "GET", str(url), headers, content))] += 1
+        statuses[status_of(served.send(app, prepared.method or "GET", str(url), headers, content))] += 1
 
     before = served.answer()
     send()
@@ -206,10 +206,10 @@ def test_fields_with_any_values_are_never_a_5xx(served, count):
     def send(changed: dict[str, Any], chat: bool) -> None:
         import json as json_
 
-        said = {"messages": [{"role": "user", "content": "Rewrite"}]} if chat else {"prompt": "Rewrite"}
-        content = json_.dumps({**good, **said, **changed}).encode()  # NaN and lone surrogates as Python writes them
+        prompt = {"messages": [{"role": "user", "content": "Rewrite"}]} if chat else {"prompt": "Rewrite"}
+        content = json_.dumps({**good, **prompt, **changed}).encode()  # NaN and lone surrogates as Python writes them
         path = "/v1/chat/completions" if chat else "/v1/completions"
-        statuses[told(served.send(served.private, "POST", path, JSON, content))] += 1
+        statuses[status_of(served.send(served.private, "POST", path, JSON, content))] += 1
 
     undisturbed(served, send, statuses, count)
 
@@ -224,7 +224,7 @@ number = st.integers(-3, 90) | st.sampled_from([2**31, -(2**31), 2**63 - 1, 2**6
 
 @st.composite
 def frames(draw: st.DrawFn) -> bytes:
-    """Frames that were damaged, frames whose headers lie, and what is no frame at all."""
+    """Damaged frames, frames with false headers, and bytes that are no frame."""
     kind = draw(st.sampled_from(["damaged", "lying", "noise", "pickle"]))
     if kind == "damaged":
         frame = bytearray(draw(st.sampled_from([STEPS, BATCH])))
@@ -259,13 +259,13 @@ def test_frames_of_any_kind_are_never_a_5xx(served, count):
     @fuzz(count)
     @given(frame=frames(), path=st.sampled_from(["/v1/extract", "/v1/sessions/step", "/v1/sessions/close"]))
     def send(frame: bytes, path: str) -> None:
-        statuses[told(served.frame(path, frame.replace(FINGERPRINT.encode(), served.fingerprint.encode())))] += 1
+        statuses[status_of(served.frame(path, frame.replace(FINGERPRINT.encode(), served.fingerprint.encode())))] += 1
 
     undisturbed(served, send, statuses, count)
 
 
 def test_memory_does_not_grow_with_malformed_requests(served):
-    def some() -> None:
+    def send_malformed() -> None:
         for _ in range(150):
             for path in ("/v1/extract", "/v1/sessions/step"):
                 served.frame(path, STEPS[:-1])
@@ -274,10 +274,10 @@ def test_memory_does_not_grow_with_malformed_requests(served):
             served.send(served.private, "POST", "/v1/completions", JSON, b"[" * 50_000)
             served.send(served.private, "POST", "/v1/completions", JSON, b"{" + b'"a":1,' * 9_000)
 
-    some()  # warm
+    send_malformed()  # warm
     gc.collect()
     before = psutil.Process().memory_info().rss
-    some()
+    send_malformed()
     gc.collect()
     assert psutil.Process().memory_info().rss - before < _GROWN
 
@@ -290,10 +290,10 @@ class Exploding:
 def test_a_pickle_is_refused_by_every_door(served):
     sent = pickle.dumps(Exploding())
     for path in ("/v1/extract", "/v1/sessions/step", "/v1/sessions/close"):
-        assert told(served.frame(path, sent)) == 400
+        assert status_of(served.frame(path, sent)) == 400
     for path in ("/v1/completions", "/v1/chat/completions"):
         for kind in ("application/json", "application/octet-stream", "application/python-pickle"):
-            assert told(served.send(served.private, "POST", path, {"Content-Type": kind}, sent)) == 400
+            assert status_of(served.send(served.private, "POST", path, {"Content-Type": kind}, sent)) == 400
 
 
 def test_nothing_that_crosses_the_line_or_serves_it_can_unpickle():

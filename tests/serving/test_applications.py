@@ -91,15 +91,15 @@ def test_an_experiment_is_served_with_a_plm_owner_only_if_the_plm_is_its_own(plm
 def test_an_experiment_without_an_adapter_is_not_served(tmp_path):
     with pytest.raises(UserError, match="no trained adapter. Run the experiment's stages up to train first"):
         arguments_of(load_config(None, [f"run_dir={tmp_path}"]))
-    found = CliRunner().invoke(app, ["serve", f"run_dir={tmp_path}"])
-    assert found.exit_code == 2
+    result = CliRunner().invoke(app, ["serve", f"run_dir={tmp_path}"])
+    assert result.exit_code == 2
     assert CliRunner().invoke(app, ["serve", "--topology", str(tmp_path / "gone.yaml")]).exit_code == 2
 
 
 def test_a_key_is_made_on_the_command_line(tmp_path):
     keys = tmp_path / "keys.yaml"
-    found = CliRunner().invoke(app, ["serve-key", str(keys), "them", "--rows-per-minute", "500"])
-    assert found.exit_code == 0
-    account = Access(keys).account(f"Bearer {found.stdout.strip()}")
+    result = CliRunner().invoke(app, ["serve-key", str(keys), "them", "--rows-per-minute", "500"])
+    assert result.exit_code == 0
+    account = Access(keys).account(f"Bearer {result.stdout.strip()}")
     assert (account.client.name, account.client.quota.rows_per_minute) == ("them", 500)
     assert CliRunner().invoke(app, ["serve-key", str(keys), "them", "--sessions", "-1"]).exit_code == 2

@@ -23,15 +23,15 @@ def owner_of(tmp_path, tiny_plm_folder):
 
 
 class Upload:
-    """A request whose body comes as far as `first`, and goes on when it is told to."""
+    """A request whose body pauses after `first` until `resume` is set."""
 
-    def __init__(self, http: httpx.AsyncClient, first: bytes, rest: bytes, path: str = "/v1/sessions/step") -> None:
-        self.go_on = asyncio.Event()
+    def __init__(self, http: httpx.AsyncClient, first: bytes, second: bytes, path: str = "/v1/sessions/step") -> None:
+        self.resume = asyncio.Event()
 
         async def parts() -> AsyncIterator[bytes]:
             yield first
-            await self.go_on.wait()
-            yield rest
+            await self.resume.wait()
+            yield second
 
         self.answer = asyncio.create_task(http.post(path, content=parts()))
 
@@ -42,33 +42,33 @@ async def until(holds) -> None:
             await asyncio.sleep(0.01)
 
 
-def mine(owner: Owner) -> Account:
+def account_of(owner: Owner) -> Account:
     return owner.access.account(f"Bearer {owner.key}")
 
 
-def told_to_come_again(got: httpx.Response, words: str) -> None:
-    assert got.status_code == 429, got.text
-    assert int(got.headers["Retry-After"]) >= 1
-    assert words in got.json()["error"]["message"]
+def assert_retry_later(response: httpx.Response, words: str) -> None:
+    assert response.status_code == 429, response.text
+    assert int(response.headers["Retry-After"]) >= 1
+    assert words in response.json()["error"]["message"]
 
 
 async def test_a_data_owner_has_so_many_requests_under_way_and_no_more(owner_of):
     async with owner_of(limits=RequestLimits(max_requests=2)) as owner, owner.raw() as http:
         step = owner.steps(Step("a", 0, [5]))
-        other = add_client(owner.keys, "another", Quota())
+        second_key = add_client(owner.keys, "another", Quota())
         uploads = [Upload(http, step[:5], step[5:]) for _ in range(2)]
-        await until(lambda: mine(owner).requests == 2)
-        told_to_come_again(await http.post("/v1/sessions/step", content=step), "2 requests of yours are under way")
+        await until(lambda: account_of(owner).requests == 2)
+        assert_retry_later(await http.post("/v1/sessions/step", content=step), "2 requests of yours are under way")
         assert (await http.post("/v1/sessions/close", json=["b"])).status_code == 204  # it makes room
         assert (await http.post("/v1/sessions/close", content=b" " * (2**20 + 1))).status_code == 413
-        got = await http.post("/v1/sessions/step", content=step, headers={"Authorization": f"Bearer {other}"})
-        assert got.status_code == 200  # nobody suffers from another's excess
+        response = await http.post("/v1/sessions/step", content=step, headers={"Authorization": f"Bearer {second_key}"})
+        assert response.status_code == 200  # nobody suffers from another's excess
         for upload in uploads:
-            upload.go_on.set()
+            upload.resume.set()
         assert {(await upload.answer).status_code for upload in uploads} == {200}
         assert (await http.post("/v1/sessions/step", content=step)).status_code == 200
-        await until(lambda: mine(owner).requests == 0)
-        assert mine(owner).reserved_bytes == 0
+        await until(lambda: account_of(owner).requests == 0)
+        assert account_of(owner).reserved_bytes == 0
 
 
 async def test_who_goes_away_in_the_middle_of_a_body_holds_nothing_any_more(owner_of):
@@ -76,11 +76,11 @@ async def test_who_goes_away_in_the_middle_of_a_body_holds_nothing_any_more(owne
         step = owner.steps(Step("a", 0, [5]))
         async with owner.raw() as http:
             upload = Upload(http, step[:5], step[5:])
-            await until(lambda: mine(owner).reserved_bytes == 5)
+            await until(lambda: account_of(owner).reserved_bytes == 5)
             upload.answer.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await upload.answer
-        await until(lambda: (mine(owner).requests, mine(owner).reserved_bytes) == (0, 0))
+        await until(lambda: (account_of(owner).requests, account_of(owner).reserved_bytes) == (0, 0))
         async with owner.raw() as http:
             assert (await http.post("/v1/sessions/step", content=step)).status_code == 200
         assert 499 in {entry["status"] for entry in owner.log()}
@@ -90,13 +90,13 @@ async def test_bodies_and_answers_that_are_held_together_are_bounded(owner_of):
     async with owner_of(limits=RequestLimits(max_held_mb=0.02)) as owner, owner.raw() as http:
         batch = owner.batch(*[[5] * 80] * 40, first=79)  # 13 kB, and 5 kB of answer
         upload = Upload(http, batch[:10_000], batch[10_000:], "/v1/extract")
-        await until(lambda: mine(owner).reserved_bytes == 10_000)
-        told_to_come_again(await http.post("/v1/extract", content=batch), "Your requests under way hold")
+        await until(lambda: account_of(owner).reserved_bytes == 10_000)
+        assert_retry_later(await http.post("/v1/extract", content=batch), "Your requests under way hold")
         many = owner.batch(*[[5] * 80] * 2)  # less than 1 kB, and 20 kB of answer
-        told_to_come_again(await http.post("/v1/extract", content=many), "Your requests under way hold")
-        upload.go_on.set()
+        assert_retry_later(await http.post("/v1/extract", content=many), "Your requests under way hold")
+        upload.resume.set()
         assert (await upload.answer).status_code == 200
-        await until(lambda: mine(owner).reserved_bytes == 0)
+        await until(lambda: account_of(owner).reserved_bytes == 0)
         alone = owner.batch(*[[5] * 80] * 9)  # more than all may have, by itself
         assert (await http.post("/v1/extract", content=alone)).status_code == 200
 
@@ -120,15 +120,15 @@ def test_what_is_held_is_counted_to_the_byte():
 
 async def test_the_lm_head_is_counted_and_its_frame_is_made_once(owner_of):
     async with owner_of(limits=RequestLimits(lm_heads_per_minute=3)) as owner, owner.raw() as http:
-        got = await asyncio.gather(*(http.get("/v1/lm-head") for _ in range(3)))
-        assert {answer.status_code for answer in got} == {200}
-        assert len({answer.content for answer in got}) == 1
+        answers = await asyncio.gather(*(http.get("/v1/lm-head") for _ in range(3)))
+        assert {answer.status_code for answer in answers} == {200}
+        assert len({answer.content for answer in answers}) == 1
         owner.now += 20
         refused = await http.get("/v1/lm-head")
-        told_to_come_again(refused, "3 LM heads a minute; come again in 40 s")
-        other = add_client(owner.keys, "another", Quota())
-        again = await http.get("/v1/lm-head", headers={"Authorization": f"Bearer {other}"})
-        assert again.content == got[0].content
+        assert_retry_later(refused, "3 LM heads a minute; retry in 40 s")
+        second_key = add_client(owner.keys, "another", Quota())
+        answer = await http.get("/v1/lm-head", headers={"Authorization": f"Bearer {second_key}"})
+        assert answer.content == answers[0].content
         owner.now += 41
         assert (await http.get("/v1/lm-head")).status_code == 200
         assert [method for method, _ in owner.handle.calls].count("lm_head") == 1
@@ -165,37 +165,40 @@ async def test_steps_that_another_plm_refuses_cost_neither_quota_nor_sessions(ow
         assert (await http.post("/v1/sessions/step", content=owner.steps(Step("a", 0, [5])))).status_code == 200
         await owner.replace(tiny_plm_folder("llama", 1))
         for name in "bcd":
-            got = await http.post("/v1/sessions/step", content=owner.steps(Step(name, 0, [5, 6], 2)))
-            assert got.status_code == 409, got.text
-        assert list(mine(owner).sessions) == ["a"]
+            response = await http.post("/v1/sessions/step", content=owner.steps(Step(name, 0, [5, 6], 2)))
+            assert response.status_code == 409, response.text
+        assert list(account_of(owner).sessions) == ["a"]
 
 
 async def test_disks_hashes_and_large_frames_keep_the_event_loop_from_nothing(owner_of, monkeypatch):
-    at: dict[str, set[bool]] = {}
+    on_main: dict[str, set[bool]] = {}
 
-    def watched(place, name: str) -> None:
-        whole = getattr(place, name)
+    def watch(owner, name: str) -> None:
+        original = getattr(owner, name)
 
-        def noted(*args, **named):
-            at.setdefault(name, set()).add(threading.current_thread() is threading.main_thread())
-            return whole(*args, **named)
+        def recorded(*args, **options):
+            on_main.setdefault(name, set()).add(threading.current_thread() is threading.main_thread())
+            return original(*args, **options)
 
-        monkeypatch.setattr(place, name, noted)
+        monkeypatch.setattr(owner, name, recorded)
 
     for name in ("decode_extract", "encode_rows", "decode_steps", "encode_stepped"):
-        watched(codec, name)
+        watch(codec, name)
     async with owner_of(limits=RequestLimits(max_body_mb=1)) as owner, owner.raw() as http:
-        watched(access_module, "hash_of")
-        watched(owner.access, "log")
-        watched(owner.access, "_changed_at")
+        watch(access_module, "hash_of")
+        watch(owner.access, "log")
+        watch(owner.access, "_changed_at")
         large = owner.batch(*[[5] * 80] * 230, first=10)
         assert (await http.post("/v1/extract", content=large)).status_code == 200
         steps = [Step(f"{n}", 0, [5] * 85, 85, waits=False) for n in range(8)]
         assert (await http.post("/v1/sessions/step", content=owner.steps(*steps))).status_code == 200
-        assert at["hash_of"] == at["log"] == at["_changed_at"] == {False}
-        assert at["decode_extract"] == at["encode_rows"] == {False}
-        assert at["encode_stepped"] == {True, False}  # eight answers of 11 kB in the replica, then one of 87 kB
-        assert at["decode_steps"] == {True}  # 3 kB: read sooner than a thread has begun
+        assert on_main["hash_of"] == on_main["log"] == on_main["_changed_at"] == {False}
+        assert on_main["decode_extract"] == on_main["encode_rows"] == {False}
+        assert on_main["encode_stepped"] == {
+            True,
+            False,
+        }  # eight answers of 11 kB in the replica, then one of 87 kB
+        assert on_main["decode_steps"] == {True}  # 3 kB: read sooner than a thread has begun
 
 
 async def test_the_audit_file_stays_open_until_it_is_moved_away(owner_of, tmp_path):
@@ -228,5 +231,5 @@ async def test_a_key_is_hashed_once_and_kept_nowhere(owner_of, monkeypatch):
         monkeypatch.setattr(access_module, "hash_of", lambda key: (hashed.append(key), hash_of(key))[1])
         await http.get("/v1/model")
         assert hashed == [owner.key]
-        kept = [vars(owner.access), *(vars(account) for account in owner.access._accounts.values())]
-        assert owner.key not in str(kept)
+        state = [vars(owner.access), *(vars(account) for account in owner.access._accounts.values())]
+        assert owner.key not in str(state)

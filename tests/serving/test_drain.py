@@ -43,9 +43,9 @@ async def test_a_step_that_is_under_way_is_finished_while_the_service_is_replace
                 frame = codec.encode_steps([Step(session, 0, [5, 6])], fingerprint)
                 return await http.post("/v1/sessions/step", content=frame)
 
-            def stepped(got: httpx.Response) -> bool:
-                assert got.status_code == 200, got.text
-                return isinstance(codec.decode_stepped(got.content, UserError)[0], Stepped)
+            def stepped(response: httpx.Response) -> bool:
+                assert response.status_code == 200, response.text
+                return isinstance(codec.decode_stepped(response.content, UserError)[0], Stepped)
 
             fingerprint = (await http.get("/v1/model")).json()["fingerprint"]
             assert stepped(await step("holds the only slot"))
@@ -58,11 +58,11 @@ async def test_a_step_that_is_under_way_is_finished_while_the_service_is_replace
             deploying = asyncio.create_task(asyncio.to_thread(serve.run, plm_owner(renewed), name="plm"))
             statuses: Counter[int] = Counter()
             while not (deploying.done() and waiting.done()):
-                got = await http.get("/v1/model")
-                statuses[got.status_code] += 1
-                if got.status_code != 200:
-                    assert got.status_code == 503, got.text
-                    assert int(got.headers["Retry-After"]) >= 1
+                response = await http.get("/v1/model")
+                statuses[response.status_code] += 1
+                if response.status_code != 200:
+                    assert response.status_code == 503, response.text
+                    assert int(response.headers["Retry-After"]) >= 1
                 await asyncio.sleep(0.05)
             assert stepped(await waiting)
             await deploying

@@ -38,7 +38,7 @@ def certificate(folder: Path, name: str, days: int = 1, address: str = "127.0.0.
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "pema-ray test")])
     now = datetime.datetime.now(datetime.UTC)
-    made = (
+    built = (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(subject)
@@ -51,7 +51,7 @@ def certificate(folder: Path, name: str, days: int = 1, address: str = "127.0.0.
         .sign(key, hashes.SHA256())
     )
     paths = folder / f"{name}.crt", folder / f"{name}.key"
-    paths[0].write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    paths[0].write_bytes(built.public_bytes(serialization.Encoding.PEM))
     plain = serialization.NoEncryption()
     paths[1].write_bytes(
         key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, plain)
@@ -146,12 +146,12 @@ async def test_states_and_rows_cross_the_line_as_they_are(owner_of, tiny_plm, ti
     async with owner_of() as owner:
         remote = owner.remote()
         local = tiny_client("llama", max_tokens=90)
-        described, here = await remote.describe(), await local.describe()
-        assert described.card == here.card
-        ours = RequestLimits()
-        expected = (90, ours.max_draft, ours.max_steps, ours.max_rows)
-        told = described.limits
-        assert (told.max_tokens, told.max_draft, told.max_steps, told.max_rows) == expected
+        described, expected_answer = await remote.describe(), await local.describe()
+        assert described.card == expected_answer.card
+        defaults = RequestLimits()
+        expected = (90, defaults.max_draft, defaults.max_steps, defaults.max_rows)
+        limits = described.limits
+        assert (limits.max_tokens, limits.max_draft, limits.max_steps, limits.max_rows) == expected
         bundle = await remote.lm_head()
         assert bundle.to_files() == (await local.lm_head()).to_files()
         shared = ExtractBatch([[5, 6, 7], [9] * 30], [1, 0], tuple(range(20, 40)))
@@ -162,8 +162,8 @@ async def test_states_and_rows_cross_the_line_as_they_are(owner_of, tiny_plm, ti
         assert isinstance(opened, Stepped) and isinstance(lost, SessionLost)
         torch.testing.assert_close(opened.state_NH, plain([5, 6, 7])[1:], atol=2e-4, rtol=2e-4)
         (drafted,) = await remote.step([Step("a", 3, [8], draft=2)])
-        whole = [5, 6, 7, 8, *drafted.drafted]
-        torch.testing.assert_close(drafted.state_NH, plain(whole)[3:], atol=2e-4, rtol=2e-4)
+        ids = [5, 6, 7, 8, *drafted.drafted]
+        torch.testing.assert_close(drafted.state_NH, plain(ids)[3:], atol=2e-4, rtol=2e-4)
         (long,) = await remote.step([Step("b", 0, [5] * 91)])
         assert isinstance(long, UserError) and "91 tokens is longer" in str(long)
         await remote.close(["a", "never"])
@@ -185,8 +185,8 @@ async def test_who_has_no_key_or_a_wrong_one_gets_401_and_nothing_else(owner_of,
                                  ("/v1/sessions/step", "POST"), ("/v1/sessions/close", "POST")):  # fmt: skip
                 for headers in ({"Authorization": ""}, {"Authorization": "Basic x"}, {"Authorization": "Bearer"}):
                     body = "[]" if path.endswith("close") else None
-                    got = await http.request(method, path, headers=headers, content=body)
-                    assert got.status_code == 401, (path, got.text)
+                    response = await http.request(method, path, headers=headers, content=body)
+                    assert response.status_code == 401, (path, response.text)
         assert owner.handle.calls == []  # nobody came as far as the PLM
         for file in (None, "nowhere"):
             empty = tmp_path / "empty"
@@ -203,9 +203,9 @@ async def test_another_plm_than_the_expected_one_is_refused(owner_of):
                 await call
         async with owner.raw() as http:
             for path in ("/v1/model", "/v1/lm-head"):
-                got = await http.get(path, headers={"X-PLM-Fingerprint": "0" * 16})
-                assert got.status_code == 409
-                message = got.json()["error"]["message"]
+                response = await http.get(path, headers={"X-PLM-Fingerprint": "0" * 16})
+                assert response.status_code == 409
+                message = response.json()["error"]["message"]
                 assert "expect the PLM 0000000000000000; this is tiny-llama0" in message
         assert not owner.api.state.lines
         right = owner.remote(fingerprint=(await owner.remote().describe()).card.fingerprint)
@@ -217,12 +217,12 @@ async def test_quotas_are_told_with_the_time_to_come_again(owner_of):
         remote = owner.remote()
         await remote.extract(ExtractBatch([[5] * 8], [2]))  # 6 rows, 8 tokens
         owner.now += 20
-        with pytest.raises(Busy, match="10 rows a minute; come again in 40 s") as raised:
+        with pytest.raises(Busy, match="10 rows a minute; retry in 40 s") as raised:
             await remote.extract(ExtractBatch([[5] * 8], [2]))
         assert raised.value.retry_after == 40
         async with owner.raw() as http:
-            got = await http.post("/v1/extract", content=owner.batch([5] * 11))
-            assert got.status_code == 413 and "11 rows in one request; your quota is 10 a minute" in got.text
+            response = await http.post("/v1/extract", content=owner.batch([5] * 11))
+            assert response.status_code == 413 and "11 rows in one request; your quota is 10 a minute" in response.text
         owner.now += 41
         await remote.extract(ExtractBatch([[5] * 8], [2]))
         with pytest.raises(Busy, match="40 tokens a minute"):
@@ -235,9 +235,9 @@ async def test_quotas_are_told_with_the_time_to_come_again(owner_of):
         await remote.close(["a"])
         await remote.step([Step("c", 0, [5])])
         async with owner.raw() as http:
-            got = await http.post("/v1/sessions/step", content=owner.steps(Step("d", 0, [5])))
-            assert got.status_code == 429
-            assert int(got.headers["Retry-After"]) >= 1
+            response = await http.post("/v1/sessions/step", content=owner.steps(Step("d", 0, [5])))
+            assert response.status_code == 429
+            assert int(response.headers["Retry-After"]) >= 1
         await remote.end()
 
 
@@ -257,12 +257,14 @@ async def test_requests_that_are_too_large_or_make_no_sense_are_4xx(owner_of):
             ("/v1/extract", pickle.dumps({"a": 1}), 400, "do not begin as a frame"),
             ("/v1/sessions/step", owner.steps(), 200, ""),
         ):
-            got = await http.post(path, content=content)
-            assert got.status_code == status, (words, got.text)
-            assert words in (got.json()["error"]["message"] if status != 200 else "")
+            response = await http.post(path, content=content)
+            assert response.status_code == status, (words, response.text)
+            assert words in (response.json()["error"]["message"] if status != 200 else "")
         for content in ("{}", "[1]", '[""]', "[", '["' + "x" * 201 + '"]'):
-            got = await http.post("/v1/sessions/close", content=content, headers={"Content-Type": "application/json"})
-            assert got.status_code == 400, content
+            response = await http.post(
+                "/v1/sessions/close", content=content, headers={"Content-Type": "application/json"}
+            )
+            assert response.status_code == 400, content
         assert (await http.get("/v1/nothing")).status_code == 404
         assert (await http.get("/healthz")).json() == {"ready": True}
 
@@ -271,9 +273,9 @@ async def test_an_expired_or_unknown_certificate_is_refused(owner_of, tmp_path):
     async with owner_of(days=-1) as owner:
         with pytest.raises(UserError, match="certificate is not trusted: .*expired"):
             await owner.remote().describe()
-        other, _ = certificate(tmp_path, "other")
+        foreign, _ = certificate(tmp_path, "other")
         with pytest.raises(UserError, match="certificate is not trusted"):
-            await owner.remote(ca_file=other).describe()
+            await owner.remote(ca_file=foreign).describe()
     with pytest.raises(UserError, match="ca_file=nowhere: cannot be read"):
         RemotePLM(PLMConfig(url="https://127.0.0.1:1", ca_file="nowhere"))
 
@@ -294,8 +296,8 @@ async def test_the_audit_log_says_who_did_how_much_and_nothing_of_what(owner_of)
         await remote.step([Step("secret-session", 0, [77, 78, 79], 2)])
         async with owner.raw() as http:
             await http.get("/v1/model", headers={"X-Request-Id": "mine", "Authorization": "Bearer wrong"})
-            got = await http.get("/v1/model", headers={"X-Request-Id": "x" * 65})
-            assert got.headers["X-Request-Id"].isalnum()
+            response = await http.get("/v1/model", headers={"X-Request-Id": "x" * 65})
+            assert response.headers["X-Request-Id"].isalnum()
         asked_first, first, second, third = owner.log()
         assert (asked_first["what"], asked_first["status"]) == ("model", 200)
         assert {k: first[k] for k in ("client", "what", "status", "sessions", "rows", "tokens")} == {
@@ -359,8 +361,8 @@ async def test_steps_beyond_a_quota_of_tokens_are_busy_for_a_while_and_never_too
         assert [type(answer) for answer in answers].count(Stepped) == 2
         assert all(isinstance(answer, Stepped | Busy) for answer in answers)
         owner.now += 60
-        (again,) = await plm.step([Step("s9", 0, [5, 6, 7])])
-        assert isinstance(again, Stepped)
+        (answer,) = await plm.step([Step("s9", 0, [5, 6, 7])])
+        assert isinstance(answer, Stepped)
 
 
 @pytest.mark.parametrize("limits", [{"max_rows": 20}, {"max_body_mb": 0.0117}, {"max_rows": 7}])
@@ -498,8 +500,8 @@ def test_a_broken_file_of_keys_is_refused(tmp_path, content, problem):
         Access(path)
     with pytest.raises(UserError, match="keys.yaml: cannot be read: No such file"):
         Access(tmp_path / "gone" / "keys.yaml")
-    twice = {"clients": [{"name": "a", "key_sha256": "0" * 64}, {"name": "b", "key_sha256": "0" * 64}]}
-    path.write_text(yaml.safe_dump(twice))
+    duplicates = {"clients": [{"name": "a", "key_sha256": "0" * 64}, {"name": "b", "key_sha256": "0" * 64}]}
+    path.write_text(yaml.safe_dump(duplicates))
     with pytest.raises(UserError, match="the same key_sha256"):
         Access(path)
 

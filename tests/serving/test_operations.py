@@ -31,22 +31,22 @@ DOCS = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
 
 def names() -> set[str]:
     """Every name that Prometheus can have, as Ray writes it."""
-    found = {f"ray_pema_{owner}_{name}_total" for owner, totals in TOTALS.items() for name in totals}
-    found |= {f"ray_pema_{owner}_{name}" for owner, levels in LEVELS.items() for name in levels}
-    return found | {f"ray_pema_{owner}_{name}_bucket" for owner in TOTALS for name in HISTOGRAMS}
+    metrics = {f"ray_pema_{owner}_{name}_total" for owner, totals in TOTALS.items() for name in totals}
+    metrics |= {f"ray_pema_{owner}_{name}" for owner, levels in LEVELS.items() for name in levels}
+    return metrics | {f"ray_pema_{owner}_{name}_bucket" for owner in TOTALS for name in HISTOGRAMS}
 
 
 def test_the_board_asks_for_figures_that_exist_and_leaves_no_kind_out():
     board = json.loads((SERVE_CONFIGS / "grafana.json").read_text())
-    asked = " ".join(target["expr"] for panel in board["panels"] for target in panel["targets"])
-    plain = set(re.findall(r"\bray_pema_\w+", asked)) - {
+    queried = " ".join(target["expr"] for panel in board["panels"] for target in panel["targets"])
+    plain = set(re.findall(r"\bray_pema_\w+", queried)) - {
         "ray_pema_data_owner_refused_",
         "ray_pema_plm_owner_api_refused_",
     }
     assert plain <= names()
     for kind in ("tokens_total", "live_sessions", "pass_sequences", "cached_tokens", "lambda", "accepted_total",
                  "first_token_seconds", "token_seconds", "replays_total", "refused_"):  # fmt: skip
-        assert kind in asked, kind
+        assert kind in queried, kind
     cells = [(p["gridPos"]["x"], p["gridPos"]["y"]) for p in board["panels"]]
     assert len(set(cells)) == len(cells)
 
@@ -82,16 +82,16 @@ async def test_requests_have_numbers_and_are_logged_and_counted_without_contents
     logger = logging.getLogger("pema_ray.runtime.serving.http")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    asked = {"model": owner.card.name, "prompt": "Rewrite each secret", "max_tokens": 6, "temperature": 0}
+    body = {"model": owner.card.name, "prompt": "Rewrite each secret", "max_tokens": 6, "temperature": 0}
     try:
         transport = httpx.ASGITransport(make_api(owner))
         async with httpx.AsyncClient(transport=transport, base_url="http://here") as http:
             for stream in (False, True):
-                got = await http.post(
-                    "/v1/completions", json={**asked, "stream": stream}, headers={"X-Request-Id": "7f"}
+                response = await http.post(
+                    "/v1/completions", json={**body, "stream": stream}, headers={"X-Request-Id": "7f"}
                 )
-                assert got.status_code == 200 and got.headers["x-request-id"] == "7f"
-            bad = await http.post("/v1/completions", json={**asked, "n": -1}, headers={"X-Request-Id": "x" * 65})
+                assert response.status_code == 200 and response.headers["x-request-id"] == "7f"
+            bad = await http.post("/v1/completions", json={**body, "n": -1}, headers={"X-Request-Id": "x" * 65})
             assert bad.status_code == 400 and len(bad.headers["x-request-id"]) == 32
             long = await http.post("/v1/completions", content=b"x" * (2**21 + 1), headers=JSON)
             assert long.status_code == 413
@@ -119,8 +119,8 @@ async def test_what_services_count_is_what_is_named(owner, tmp_path):
         fingerprint = (await owner.handle.replicas["r0"].describe()).card.fingerprint
         for name, sent, status in (("a", key, 200), ("b", key, 429), ("c", "wrong", 401)):
             body = codec.encode_steps([Step(name, 0, [5, 6])], fingerprint)
-            got = await http.post("/v1/sessions/step", content=body, headers={"Authorization": f"Bearer {sent}"})
-            assert got.status_code == status
+            response = await http.post("/v1/sessions/step", content=body, headers={"Authorization": f"Bearer {sent}"})
+            assert response.status_code == status
     counts = api.state.counts
     assert (counts["requests"], counts["refused_401"], counts["refused_429"], counts["refused_200"]) == (3, 1, 1, 0)
     assert {name for name in counts if not name.startswith("refused_")} <= set(TOTALS["plm_owner_api"])

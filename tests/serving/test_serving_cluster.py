@@ -32,7 +32,7 @@ from pema_ray.pema.serving.local import local
 from pema_ray.plm_owner.service.replicas import Replicas
 
 pytestmark = pytest.mark.cluster
-MOST = 30  # tokens of an answer
+MAX_TOKENS = 30  # tokens of an answer
 PROMPTS = ["Rewrite each", "Formal:", "Informal: thx", "Rewrite each Bible verse", "I would", "gimme an", "your answer"]
 BROKEN = (openai.OpenAIError, httpx.HTTPError, httpx2.HTTPError)  # what a client sees of a stream that was cut off
 
@@ -71,23 +71,23 @@ def application(ray_cluster, tiny_plm_folder, adapter):
 @pytest.fixture(scope="module")
 def expected(tiny_source, adapter) -> Callable[[str], str]:
     """What the offline decoder answers to each of PROMPTS."""
-    texts = offline_texts(tiny_source("llama"), adapter, PROMPTS, MOST, 0.7)
+    texts = offline_texts(tiny_source("llama"), adapter, PROMPTS, MAX_TOKENS, 0.7)
     return dict(zip(PROMPTS, texts, strict=True)).__getitem__
 
 
 def engines(deployment: str = "PLMEngine") -> set[int]:
     """Processes of a deployment's replicas."""
-    found = set()
+    pids = set()
     for process in psutil.process_iter(["cmdline"]):
         if " ".join(process.info["cmdline"] or []).startswith(f"ray::ServeReplica:pema:{deployment}"):
-            found.add(process.pid)
-    return found
+            pids.add(process.pid)
+    return pids
 
 
 async def ask(url: str, prompt: str, model: str = "mine", began: list[str] | None = None) -> str:
     async with openai.AsyncOpenAI(base_url=url, api_key="unused", max_retries=0, timeout=90) as client:
-        asked = {"model": model, "prompt": prompt, "max_tokens": MOST, "temperature": 0}
-        stream = await client.completions.create(**asked, stream=True)  # whose first event has come by then
+        parameters = {"model": model, "prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0}
+        stream = await client.completions.create(**parameters, stream=True)  # whose first event has come by then
         if began is not None:
             began.append(prompt)
         return "".join([piece.choices[0].text async for piece in stream])
@@ -142,16 +142,16 @@ def test_an_offline_generation_survives_five_kills_of_the_plm_owner(application,
         for n, prompt in enumerate(PROMPTS * 2)
     ]
     undisturbed = tiny_source("llama")
-    want = undisturbed._runner.run(offline_answers(undisturbed.client, bundle, predictor, requests))
+    expected_answers = undisturbed._runner.run(offline_answers(undisturbed.client, bundle, predictor, requests))
     with BlockingPLM(Replicas.of_application("pema")) as plm:
-        found, kills = plm._runner.run(_disturbed(plm.client, bundle, predictor, requests))
+        answers, kills = plm._runner.run(_disturbed(plm.client, bundle, predictor, requests))
     assert kills == 5
-    assert [answer.ids for answer in found] == [answer.ids for answer in want]
-    assert [answer.finish for answer in found] == [answer.finish for answer in want]
+    assert [answer.ids for answer in answers] == [answer.ids for answer in expected_answers]
+    assert [answer.finish for answer in answers] == [answer.finish for answer in expected_answers]
 
 
 class Counted:
-    """A PLM owner that is asked slowly, and whose answered messages are counted."""
+    """A slow PLM owner that counts its answered messages."""
 
     def __init__(self, client: PLMClient) -> None:
         self._client, self.answered = client, 0
@@ -167,7 +167,7 @@ class Counted:
 
 
 async def _disturbed(client, bundle, predictor, requests) -> tuple[list[Answer], int]:
-    """The answers while both replicas are killed up to five times, each time after the decoder has got on."""
+    """The answers while both replicas are killed up to five times, each time after some progress."""
     counted: Any = Counted(client)
     kills, answered = 0, 0
     task = asyncio.create_task(offline_answers(counted, bundle, predictor, requests))
@@ -181,21 +181,21 @@ async def _disturbed(client, bundle, predictor, requests) -> tuple[list[Answer],
 
 
 def _running() -> int:
-    """Replicas that Serve has started: it takes more and more time to replace those that die before."""
+    """The number of running replicas; Serve waits longer and longer to replace replicas that die."""
     return serve.status().applications["pema"].deployments["PLMEngine"].replica_states.get("RUNNING", 0)
 
 
 @pytest.mark.slow
 async def test_clients_that_disconnect_at_any_moment_leave_no_session(application):
-    """Sooner than sessions are forgotten by themselves: what was under way is cancelled, or closed when it is known."""
+    """Sessions end before `forget_seconds`: their steps are cancelled, or closed on arrival."""
     url, args = application
     draw = random.Random(0)
     for _ in range(6):
-        asked = [asyncio.create_task(ask(url, prompt * 4)) for prompt in PROMPTS]
-        for task in asked:
+        requests = [asyncio.create_task(ask(url, prompt * 4)) for prompt in PROMPTS]
+        for task in requests:
             await asyncio.sleep(draw.uniform(0, 0.03))
             task.cancel()
-        await asyncio.gather(*asked, return_exceptions=True)
+        await asyncio.gather(*requests, return_exceptions=True)
     await until_no_session_lives(args["engine"]["forget_seconds"] - 3)
 
 
@@ -225,11 +225,10 @@ async def test_a_killed_data_owner_is_replaced_and_leaves_no_session(application
     await asyncio.sleep(0.1)
     for pid in engines("DataOwner"):
         os.kill(pid, signal.SIGKILL)
-    done = await asyncio.wait_for(asyncio.gather(*answers, return_exceptions=True), 60)
-    for prompt, answer in zip(PROMPTS, done, strict=True):  # told so, or answered before: never wrong, never hanging
-        assert isinstance(answer, openai.OpenAIError | httpx.HTTPError | httpx2.HTTPError) or expected(
-            prompt
-        ).startswith(answer)
+    outcomes = await asyncio.wait_for(asyncio.gather(*answers, return_exceptions=True), 60)
+    for prompt, outcome in zip(PROMPTS, outcomes, strict=True):  # an error or the right answer; no call hangs
+        is_error = isinstance(outcome, openai.OpenAIError | httpx.HTTPError | httpx2.HTTPError)
+        assert is_error or expected(prompt).startswith(outcome)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
@@ -261,17 +260,17 @@ async def test_a_redeployed_application_serves_other_adapters(application, expec
 
 @pytest.mark.slow
 async def test_answers_survive_autoscaling(application, expected):
-    """1 → 3 → 1 by autoscaling, under way all the time."""
+    """Autoscaling 1 → 3 → 1 replicas under load."""
     url, args = application
     scale = {"replicas": 1, "max_replicas": 3, "sessions_per_replica": 2, "upscale_seconds": 0, "downscale_seconds": 2}
     scaled = {**args, "engine": {**args["engine"], "idle_seconds": 1}, "plm_owner": {**scale, "cpus": 0.1}}
     await asyncio.to_thread(lambda: serve.run(local(scaled), name="pema"))
-    most, until = 1, time.monotonic() + 90
-    while most < 3 and time.monotonic() < until:
+    peak, until = 1, time.monotonic() + 90
+    while peak < 3 and time.monotonic() < until:
         prompts = PROMPTS * 2
         assert await asyncio.gather(*(ask(url, prompt) for prompt in prompts)) == [expected(p) for p in prompts]
-        most = max(most, len(engines()))
-    assert most == 3
+        peak = max(peak, len(engines()))
+    assert peak == 3
     until = time.monotonic() + 90
     while len(engines()) > 1 and time.monotonic() < until:
         assert await ask(url, PROMPTS[0]) == expected(PROMPTS[0])
@@ -283,7 +282,7 @@ async def test_answers_survive_autoscaling(application, expected):
 
 @pytest.mark.slow
 def test_answers_survive_dying_nodes(tiny_plm_folder, adapter, expected, tmp_path):
-    """Two nodes hold a replica each; one dies, another comes, then the other of the two dies, under 16 answers each."""
+    """Two nodes hold a replica each; one dies, another joins, then the second dies, during 16 answers each."""
     args = {
         "plm": {"name": tiny_plm_folder("llama"), "dtype": "float32", "device": "cpu"},
         "engine": {"slots": 16, "max_tokens": 90, "forget_seconds": 8},
@@ -293,14 +292,14 @@ def test_answers_survive_dying_nodes(tiny_plm_folder, adapter, expected, tmp_pat
         "data_owner": {"cpus": 0.5, "resources": {"texts": 1}},  # on the node that stays
     }
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(16)]
-    wanted = {"args": args, "prompts": prompts, "port": free_port()}
+    settings = {"args": args, "prompts": prompts, "port": free_port()}
     folder = Path(__file__).parent
     environment = {**os.environ, "HOME": str(tmp_path), "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(folder), str(folder.parent)])
-    command = [sys.executable, str(folder / "node_deaths.py"), json.dumps(wanted)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
-    want = [expected(prompt) for prompt in prompts]
+    command = [sys.executable, str(folder / "node_deaths.py"), json.dumps(settings)]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
+    assert process.returncode == 0, process.stderr[-3000:]
+    report = json.loads(process.stdout.splitlines()[-1])
+    expected_answers = [expected(prompt) for prompt in prompts]
     for when in ("undisturbed", "one node died", "the other died too"):
-        assert told[when] == want, when
+        assert report[when] == expected_answers, when

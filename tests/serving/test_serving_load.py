@@ -79,13 +79,13 @@ async def test_64_clients_stream_without_an_error_and_memory_stays(tiny_plm_fold
             resident: list[int] = []
             until = time.monotonic() + seconds
 
-            async def one(number: int) -> None:
+            async def client_loop(number: int) -> None:
                 nonlocal answers
                 while True:
-                    got = await stream(client, model, number)
+                    answer = await stream(client, model, number)
                     answers += 1
                     if number < len(alone):
-                        assert got == alone[number]  # whatever else is in the batch
+                        assert answer == alone[number]  # whatever else is in the batch
                     if time.monotonic() > until:
                         return
 
@@ -96,7 +96,7 @@ async def test_64_clients_stream_without_an_error_and_memory_stays(tiny_plm_fold
                     await asyncio.sleep(seconds / 20)
 
             watching = asyncio.create_task(watch())
-            await asyncio.gather(*(one(number) for number in range(CLIENTS)))
+            await asyncio.gather(*(client_loop(number) for number in range(CLIENTS)))
             watching.cancel()
         record_property("answers", answers)
         record_property("resident MiB", [round(size / 2**20, 1) for size in resident])  # for docs: `--junitxml`
@@ -110,13 +110,13 @@ async def test_64_clients_stream_without_an_error_and_memory_stays(tiny_plm_fold
 async def test_above_the_limit_clients_are_told_when_to_come_again(tiny_plm_folder):
     async with Loaded(tiny_plm_folder("llama"), max_live=16) as loaded:
         async with httpx.AsyncClient(base_url=loaded.url, timeout=60, limits=httpx.Limits(max_connections=200)) as http:
-            asked = {"model": loaded.owner.card.name, "prompt": "Rewrite", "max_tokens": 60, "temperature": 0}
-            gets = [http.post("/v1/completions", json={**asked, "stream": i % 2 == 0}) for i in range(CLIENTS)]
-            got = await asyncio.gather(*gets)
-        statuses = {answer.status_code for answer in got}
+            body = {"model": loaded.owner.card.name, "prompt": "Rewrite", "max_tokens": 60, "temperature": 0}
+            requests = [http.post("/v1/completions", json={**body, "stream": i % 2 == 0}) for i in range(CLIENTS)]
+            responses = await asyncio.gather(*requests)
+        statuses = {answer.status_code for answer in responses}
         assert statuses == {200, 503}
-        assert sum(answer.status_code == 200 for answer in got) >= 16
-        for answer in got:
+        assert sum(answer.status_code == 200 for answer in responses) >= 16
+        for answer in responses:
             if answer.status_code == 503:
                 assert int(answer.headers["retry-after"]) >= 1
                 assert "answers are being generated, the limit of this service" in answer.json()["error"]["message"]
@@ -134,9 +134,9 @@ async def test_data_owners_over_their_quota_get_429_and_when_to_come_again(tiny_
     async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://here", timeout=60) as http:
         fingerprint = (await handle.replicas["r0"].describe()).card.fingerprint
 
-        async def open_(who: str, number: int) -> httpx.Response:
-            body = codec.encode_steps([Step(f"{who}{number}", 0, [5, 6, 7])], fingerprint)
-            return await http.post("/v1/sessions/step", content=body, headers={"Authorization": f"Bearer {keys[who]}"})
+        async def open_(name: str, number: int) -> httpx.Response:
+            body = codec.encode_steps([Step(f"{name}{number}", 0, [5, 6, 7])], fingerprint)
+            return await http.post("/v1/sessions/step", content=body, headers={"Authorization": f"Bearer {keys[name]}"})
 
         small, large = await asyncio.gather(
             asyncio.gather(*(open_("small", i) for i in range(CLIENTS // 2))),

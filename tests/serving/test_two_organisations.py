@@ -24,10 +24,10 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 SCRIPT = Path(__file__).with_name("organisation.py")
 OWNERS = ("plm", "data")
 TEXT = b'{"source": "a pair that only the data owner has", "target": "sixteen words of its own"}'
-MOST, ROWS = 25, 5000  # of an answer; a minute
+MAX_TOKENS, ROWS = 25, 5000  # of an answer; per minute
 
 
-class Apart:
+class Separation:
     """Two organisations on this machine: in a network namespace each, with a wire between, or at two addresses.
 
     Args:
@@ -48,8 +48,8 @@ class Apart:
     def processes(self, owner: str, pid: int) -> list[int]:
         """All of an owner's, whose first one is `pid`."""
         if self._names:
-            found = run("ip", "netns", "pids", self._names[owner])
-            return [int(pid) for pid in found.split()]
+            pids = run("ip", "netns", "pids", self._names[owner])
+            return [int(pid) for pid in pids.split()]
         if not psutil.pid_exists(pid):
             return []
         return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
@@ -67,45 +67,45 @@ def run(*command: str) -> str:
 
 
 @pytest.fixture(params=["namespaces", "addresses"])
-def apart(request) -> Iterator[Apart]:
+def apart(request) -> Iterator[Separation]:
     """A namespace for each organisation and a wire between them, where root allows; two addresses everywhere."""
     if request.param == "addresses":
-        yield Apart(None)
+        yield Separation(None)
         return
     names = {owner: f"pema-{owner}-{os.getpid()}" for owner in OWNERS}
-    made: list[str] = []
+    created: list[str] = []
     try:
         try:
             for name in names.values():
                 run("ip", "netns", "add", name)
-                made.append(name)
+                created.append(name)
         except (OSError, subprocess.CalledProcessError):
             pytest.skip("network namespaces need root and iproute2")
         run("ip", "link", "add", "pv0", "netns", names["plm"], "type", "veth", "peer", "pv1", "netns", names["data"])
-        found = Apart(names)
+        separation = Separation(names)
         for owner, device in (("plm", "pv0"), ("data", "pv1")):
             inside = ("ip", "-n", names[owner])
-            run(*inside, "addr", "add", f"{found.address[owner]}/24", "dev", device)
+            run(*inside, "addr", "add", f"{separation.address[owner]}/24", "dev", device)
             run(*inside, "link", "set", device, "up")
             run(*inside, "link", "set", "lo", "up")
-        yield found
+        yield separation
     finally:
-        for name in made:
+        for name in created:
             subprocess.run(["ip", "netns", "del", name], check=False)
 
 
 class Organisation:
     """A cluster of its own, with a home and a working folder of its own."""
 
-    def __init__(self, apart: Apart, owner: str, folder: Path, wanted: dict) -> None:
-        self.folder, self._apart, self._owner = folder, apart, owner
-        place = {"address": apart.address[owner], "node": apart.node[owner]}
-        wanted = {**wanted, **place, "temporary": str(folder / "r")}
+    def __init__(self, separation: Separation, owner: str, folder: Path, settings: dict) -> None:
+        self.folder, self._separation, self._owner = folder, separation, owner
+        place = {"address": separation.address[owner], "node": separation.node[owner]}
+        settings = {**settings, **place, "temporary": str(folder / "r")}
         environment = {
             **os.environ, "HOME": str(folder), "TMPDIR": str(folder), "RAY_AUTH_MODE": "disabled",
             "OMP_NUM_THREADS": "1",
         }  # fmt: skip
-        command = [*apart.within(owner), sys.executable, str(SCRIPT), json.dumps(wanted)]
+        command = [*separation.within(owner), sys.executable, str(SCRIPT), json.dumps(settings)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=(folder / "err").open("w"), text=True,
             cwd=folder, env=environment,
@@ -119,7 +119,7 @@ class Organisation:
         raise AssertionError((self.folder / "err").read_text()[-3000:])
 
     def processes(self) -> list[int]:
-        return self._apart.processes(self._owner, self.process.pid)
+        return self._separation.processes(self._owner, self.process.pid)
 
     def end(self) -> None:
         assert self.process.stdin is not None
@@ -136,15 +136,15 @@ class Organisation:
 
 def holders(pids: list[int], secret: bytes) -> list[int]:
     """Processes whose memory holds these bytes."""
-    found = []
+    holding = []
     for pid in pids:
         try:
             with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", 0) as memory:
                 for line in maps:
-                    where, rights, *_ = line.split()
+                    addresses, rights, *_ = line.split()
                     if not rights.startswith("rw"):
                         continue
-                    begin, end = (int(part, 16) for part in where.split("-"))
+                    begin, end = (int(part, 16) for part in addresses.split("-"))
                     try:
                         memory.seek(begin)
                         left = end - begin
@@ -154,7 +154,7 @@ def holders(pids: list[int], secret: bytes) -> list[int]:
                             if not block:
                                 break
                             if secret in tail + block:
-                                found.append(pid)
+                                holding.append(pid)
                                 left = 0
                                 break
                             left -= len(block)
@@ -163,7 +163,7 @@ def holders(pids: list[int], secret: bytes) -> list[int]:
                         continue
         except (FileNotFoundError, ProcessLookupError):
             continue
-    return sorted(set(found))
+    return sorted(set(holding))
 
 
 def files_with(folder: Path, secret: bytes) -> list[Path]:
@@ -173,36 +173,36 @@ def files_with(folder: Path, secret: bytes) -> list[Path]:
 REFUSALS = """
 import json, pickle, sys, ssl, httpx
 from pema_ray.line import ExtractBatch, codec
-url, ca, key, most, fingerprint = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5]
+url, ca, key, quota, fingerprint = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5]
 trusted = ssl.create_default_context(cafile=ca)
 def ask(name, path="/v1/extract", content=b"", verify=trusted, **headers):
     headers = {"Authorization": f"Bearer {key}", **headers}
     try:
         with httpx.Client(base_url=url, verify=verify, timeout=30) as http:
-            got = http.post(path, content=content, headers=headers)
-            told[name] = got.status_code, got.text, got.headers.get("retry-after", "")
+            response = http.post(path, content=content, headers=headers)
+            refusals[name] = response.status_code, response.text, response.headers.get("retry-after", "")
     except httpx.HTTPError as error:
-        told[name] = type(error).__name__, str(error), ""
-told = {}
+        refusals[name] = type(error).__name__, str(error), ""
+refusals = {}
 ask("wrong key", Authorization="Bearer pema-wrong")
 def frame(count, fingerprint=fingerprint):
     return codec.encode_extract(ExtractBatch([[5] * 80] * count, [0] * count), fingerprint)
 ask("wrong fingerprint", content=frame(1, "0" * 16))
 ask("a pickle", content=pickle.dumps({"a": 1}))
 ask("no certificate of its own", verify=True)
-ask("over quota", content=frame(most // 80 + 1))
-ask("nearly all", content=frame(most // 80 - 1))
-ask("over quota, in all", content=frame(most // 80 - 1))
-print(json.dumps(told))
+ask("over quota", content=frame(quota // 80 + 1))
+ask("nearly all", content=frame(quota // 80 - 1))
+ask("over quota, in all", content=frame(quota // 80 - 1))
+print(json.dumps(refusals))
 """
 
 
-def refusals(apart: Apart, url: str, folder: Path, key: str, fingerprint: str) -> dict[str, tuple]:
+def refusals(separation: Separation, url: str, folder: Path, key: str, fingerprint: str) -> dict[str, tuple]:
     """What the data owner is told for mistakes, asked from where it is."""
-    command = [*apart.within("data"), sys.executable, "-c", REFUSALS]
+    command = [*separation.within("data"), sys.executable, "-c", REFUSALS]
     command += [url, str(folder / "ca.crt"), key, str(ROWS), fingerprint]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(process.stdout)
 
 
 def test_each_organisation_keeps_its_own(apart, tiny_plm_folder, tiny_source):
@@ -259,11 +259,11 @@ def test_each_organisation_keeps_its_own(apart, tiny_plm_folder, tiny_source):
             "except openai.APIStatusError as e: print('status', e.status_code, end='')"
         )
 
-        def asked() -> str:
-            command = [*apart.within("data"), sys.executable, "-c", ask, wire, prompt, str(MOST)]
+        def ask_service() -> str:
+            command = [*apart.within("data"), sys.executable, "-c", ask, wire, prompt, str(MAX_TOKENS)]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-        assert [asked()] == offline_texts(source, folders["data"] / "adapter", [prompt], MOST, 0.7)
+        assert [ask_service()] == offline_texts(source, folders["data"] / "adapter", [prompt], MAX_TOKENS, 0.7)
 
         weights = load_file(folders["plm"] / "plm" / "model.safetensors")
         layer = next(name for name in weights if "mlp" in name)
@@ -280,13 +280,13 @@ def test_each_organisation_keeps_its_own(apart, tiny_plm_folder, tiny_source):
         assert not files_with(folders["plm"], TEXT)
         assert not holders(at["plm"], TEXT)
         assert not files_with(folders["plm"], key.encode())
-        told = refusals(apart, url, folders["data"], key, card.fingerprint)
-        assert told["wrong key"][0] == 401
-        assert told["wrong fingerprint"][0] == 409 and card.fingerprint in told["wrong fingerprint"][1]
-        assert told["over quota"][0] == 413  # more than a minute's rows in one request
-        assert told["over quota, in all"][0] == 429 and int(told["over quota, in all"][2]) >= 1
-        assert told["a pickle"][0] == 400
-        assert told["no certificate of its own"][0] == "ConnectError"  # the system's authorities do not know it
+        refused = refusals(apart, url, folders["data"], key, card.fingerprint)
+        assert refused["wrong key"][0] == 401
+        assert refused["wrong fingerprint"][0] == 409 and card.fingerprint in refused["wrong fingerprint"][1]
+        assert refused["over quota"][0] == 413  # more than a minute's rows in one request
+        assert refused["over quota, in all"][0] == 429 and int(refused["over quota, in all"][2]) >= 1
+        assert refused["a pickle"][0] == 400
+        assert refused["no certificate of its own"][0] == "ConnectError"  # the system's authorities do not know it
 
         audit = [json.loads(line) for line in (folders["plm"] / "audit.jsonl").read_text().splitlines()]
         assert {entry["client"] for entry in audit} == {"them", ""}  # nobody: of the wrong key
@@ -294,7 +294,7 @@ def test_each_organisation_keeps_its_own(apart, tiny_plm_folder, tiny_source):
 
         apart.cut(organisations["plm"])
         started = time.monotonic()
-        assert asked().startswith("status 503")
+        assert ask_service().startswith("status 503")
         assert time.monotonic() - started < 40  # `timeout_seconds` of the answer, and what a new process costs
     finally:
         for organisation in organisations.values():
