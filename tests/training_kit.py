@@ -21,10 +21,10 @@ class Killed(Exception):
 
 
 def die(trainer: Trainer, step: int, kind: str = "train") -> None:
-    """Run, and die when this point is told of."""
+    """Run, and die when this point is reported."""
 
-    def on_point(told: str, point: Mapping[str, Any]) -> None:
-        if (told, point["step"]) == (kind, step):
+    def on_point(reported_kind: str, point: Mapping[str, Any]) -> None:
+        if (reported_kind, point["step"]) == (kind, step):
             raise Killed
 
     trainer.on_point = on_point

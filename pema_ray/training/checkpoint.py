@@ -12,6 +12,7 @@ from typing import Any, Generic
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from pema_ray.errors import UserError
 from pema_ray.runtime.files import atomic_file
@@ -19,8 +20,8 @@ from pema_ray.training.history import H, Point, TrainerHistory
 
 CHECKPOINT = "checkpoint.safetensors"
 """The file's name in a run's folder; `ray_loop.run_workers` removes it when a run is not to be resumed."""
-POINTS = "points.jsonl"
-MODEL, _OPTIMIZER = "model", "optimizer"  # groups of a checkpoint
+BEST, POINTS = "best.safetensors", "points.jsonl"
+_MODEL, _OPTIMIZER = "model", "optimizer"  # groups of a checkpoint
 _REMEDY = "training then resumes from Ray Train's copy, or starts over where there is none."
 
 Tensors = dict[str, torch.Tensor]
@@ -31,22 +32,37 @@ Groups = dict[str, Tensors]
 class SavedRun(Generic[H]):
     """A run as its checkpoint holds it, after `step` steps."""
 
+    path: Path
     step: int
     model: Tensors
     optimizer: Tensors
     history: H
     state: dict[str, Any]
 
+    def load_into(self, model: nn.Module) -> None:
+        """Give the model the saved weights.
+
+        Raises:
+            UserError: it has another shape.
+        """
+        try:
+            model.load_state_dict(self.model)
+        except RuntimeError:
+            raise UserError(
+                f"{self.path}: holds a model of another shape. Start over with train.resume=false, or take another "
+                "run_dir."
+            ) from None
+
 
 class RunCheckpoint:
-    """The checkpoint in a run's folder; the points of its history are in the log beside it."""
+    """The checkpoint in a run's folder, with the log of its history's points and the best model beside it."""
 
     def __init__(self, run_dir: Path) -> None:
-        self.path, self._log = run_dir / CHECKPOINT, PointLog(run_dir / POINTS)
+        self.path, self._best, self._log = run_dir / CHECKPOINT, run_dir / BEST, PointLog(run_dir / POINTS)
         self._logged = {"train": 0, "validation": 0}
 
     def save(
-        self, step: int, model: Tensors, optimizer: Tensors, history: TrainerHistory, state: Mapping[str, Any]
+        self, step: int, model: nn.Module, optimizer: Tensors, history: TrainerHistory, state: Mapping[str, Any]
     ) -> None:
         """Write the run as it is after `step` steps.
 
@@ -59,7 +75,7 @@ class RunCheckpoint:
             self._logged[kind] = len(points)
         without_points = replace(history, train=[], validation=[]).to_dict()
         described = {"step": step, "history": without_points, "points_bytes": self._log.size, "state": state}
-        save_checkpoint(self.path, {MODEL: model, _OPTIMIZER: optimizer}, described)
+        save_checkpoint(self.path, {_MODEL: model.state_dict(), _OPTIMIZER: optimizer}, described)
 
     def load(self, kind: type[H], train_points: bool = True) -> SavedRun[H]:
         """Read what `save` wrote, on the CPU.
@@ -72,7 +88,7 @@ class RunCheckpoint:
             UserError: the checkpoint or its log is damaged, or of another version.
         """
         groups, described = load_checkpoint(self.path)
-        if MODEL not in groups or not described.keys() >= {"step", "history", "points_bytes", "state"}:
+        if _MODEL not in groups or not described.keys() >= {"step", "history", "points_bytes", "state"}:
             raise UserError(f"{self.path}: is of another version of this project. Start over with train.resume=false.")
         points: dict[str, list[Point]] = {name: [] for name in self._logged}
         for point in self._log.read(described["points_bytes"]):
@@ -82,7 +98,13 @@ class RunCheckpoint:
             points["train"] = []
         history = kind.from_dict({**described["history"], **points})
         optimizer = groups.get(_OPTIMIZER, {})
-        return SavedRun(described["step"], groups[MODEL], optimizer, history, described["state"])
+        return SavedRun(self.path, described["step"], groups[_MODEL], optimizer, history, described["state"])
+
+    def save_best(self, model: nn.Module) -> None:
+        save_checkpoint(self._best, {_MODEL: model.state_dict()})
+
+    def load_best(self, model: nn.Module) -> None:
+        model.load_state_dict(load_checkpoint(self._best)[0][_MODEL])
 
 
 def save_checkpoint(

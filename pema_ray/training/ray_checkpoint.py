@@ -1,7 +1,7 @@
-"""Checkpoints as Ray Train keeps them: workers report them, and a run that has lost its own resumes from them.
+"""Ray Train's copies of checkpoints: workers report them, and a run that has lost its own checkpoint resumes from one.
 
-The files in the run's folder are the checkpoint that counts: they change whole or not at all, and at once. Ray Train
-lags behind, since its controller learns of a report when it next polls the workers, and writes its record in place.
+The files in the run's folder are authoritative: they are replaced atomically and at once. Ray Train's copies lag
+behind, since its controller sees a report only when it next polls the workers, and it overwrites its record in place.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from pema_ray.training.strategies import Place
 
 logger = logging.getLogger(__name__)
 RAY_TRAIN = "ray_train"
-"""The folder in a run's folder where Ray Train keeps its checkpoints, unless `storage_path` says otherwise."""
+"""Ray Train's folder in a run's folder, unless `storage_path` names another place."""
 REPORT_SECONDS = 2.0
-"""Least time between two reports: the controller takes one at each poll, every 2 s, and a report waits for the last."""
+"""Minimum time between two reports: the controller takes one per poll, every 2 s, and the next report waits for it."""
 
 _STAGED = ".reported"
-_STAMP = "stamp"  # in a run's folder: whose settings made it
+_STAMP = "stamp"  # in a run's folder: hash of its settings
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Storage:
 
     @classmethod
     def of(cls, run_dir: Path, storage_path: str | None) -> Storage:
-        """In the run's folder, or under `storage_path` by a name that is this folder's and its settings' own."""
+        """In the run's folder, or under `storage_path` by a name unique to this folder and its settings."""
         folder = run_dir.resolve()
         if storage_path is None:
             return cls(str(folder), RAY_TRAIN)
@@ -56,10 +56,10 @@ class Storage:
         return cls(path, "-".join([*folder.parts[-2:], digest]))
 
     def prepare(self, resume: bool, has_checkpoint: bool) -> None:
-        """Delete what no run needs: all of it unless it is to be resumed, and checkpoints that were never registered.
+        """Delete unregistered checkpoints; without `resume`, delete everything.
 
         Args:
-            has_checkpoint: the run's own folder has one, so that a record that Ray Train cannot read may go.
+            has_checkpoint: the run's own folder has one, so that an unreadable record may be deleted too.
 
         Raises:
             UserError: the storage cannot be used, or it has the only checkpoint and Ray Train cannot read its record.
@@ -71,16 +71,16 @@ class Storage:
             folder = f"{root.rstrip('/')}/{self.name}"
             registered = self._registered(files, folder, has_checkpoint) if resume else None
             files.create_dir(folder)
-            for found in files.get_file_info(pyarrow.fs.FileSelector(folder)):
-                if found.type == pyarrow.fs.FileType.Directory and found.base_name not in (registered or ()):
-                    files.delete_dir(found.path)
-                elif found.is_file and registered is None:
-                    files.delete_file(found.path)
+            for entry in files.get_file_info(pyarrow.fs.FileSelector(folder)):
+                if entry.type == pyarrow.fs.FileType.Directory and entry.base_name not in (registered or ()):
+                    files.delete_dir(entry.path)
+                elif entry.is_file and registered is None:
+                    files.delete_file(entry.path)
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path}: cannot be used as train.storage_path: {error}") from None
 
     def _registered(self, files: Any, folder: str, has_checkpoint: bool) -> set[str] | None:
-        """Names of the checkpoints in Ray Train's record; none where there is no record that is of use."""
+        """Names of the checkpoints in Ray Train's record; None without a usable record."""
         import pyarrow.fs
         from ray.train import Result
         from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
@@ -89,23 +89,23 @@ class Storage:
         if files.get_file_info(record).type == pyarrow.fs.FileType.NotFound:
             return None
         try:
-            found = Result.from_path(folder, storage_filesystem=files).best_checkpoints or []
+            checkpoints = Result.from_path(folder, storage_filesystem=files).best_checkpoints or []
         except OSError:
             raise
         except Exception as error:  # torn, or of another version of Ray
             if has_checkpoint:
                 logger.warning("%s: Ray Train's record cannot be read; the run's own checkpoint is used", record)
                 return None
-            last = str(error).strip().splitlines() or [type(error).__name__]
+            lines = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(
-                f"{record}: cannot be read: {last[-1]} Use the version of Ray that wrote it, or start over with "
+                f"{record}: cannot be read: {lines[-1]} Use the version of Ray that wrote it, or start over with "
                 "train.resume=false."
             ) from None
-        return {Path(checkpoint.path).name for checkpoint, _ in found}
+        return {Path(checkpoint.path).name for checkpoint, _ in checkpoints}
 
 
 def restore_checkpoint(run_dir: Path) -> None:
-    """Put Ray Train's last checkpoint into the run's folder if that has none; every worker calls it before its work."""
+    """Copy Ray Train's last checkpoint into the run's folder if that has none; every worker calls this first."""
     import ray.train
 
     checkpoint = ray.train.get_checkpoint()
@@ -122,7 +122,7 @@ def restore_checkpoint(run_dir: Path) -> None:
 
 @contextmanager
 def reporting_checkpoints(run_dir: Path, place: Place, names: Sequence[str]) -> Iterator[OnSaved]:
-    """Where every worker reports the checkpoints of a training that it runs in the block.
+    """An `on_saved`: reports the checkpoints of a training that runs in the block; all workers report equally often.
 
     A checkpoint that follows another within `REPORT_SECONDS` is reported with the next one; the last is reported at
     the end of the block.
@@ -133,53 +133,40 @@ def reporting_checkpoints(run_dir: Path, place: Place, names: Sequence[str]) -> 
     Raises:
         UserError: the disk is full.
     """
-    reports = _Reports(run_dir, place, names)
-    yield reports.saved
-    reports.finish()
+    unreported: dict[str, Any] | None = None  # metrics of the latest checkpoint
+    reported_at = -math.inf
+
+    def on_saved(metrics: Mapping[str, Any]) -> None:
+        nonlocal unreported, reported_at
+        unreported = dict(metrics)
+        is_due = torch.tensor(int(time.monotonic() - reported_at >= REPORT_SECONDS), device=place.device)
+        if place.broadcast(is_due):  # by the leading worker's clock
+            _report(run_dir, place, names, unreported)
+            unreported, reported_at = None, time.monotonic()
+
+    yield on_saved
+    if unreported is not None:
+        _report(run_dir, place, names, unreported)
 
 
-class _Reports:
-    """Reports of one worker; all workers report equally often."""
+def _report(run_dir: Path, place: Place, names: Sequence[str], metrics: dict[str, Any]) -> None:
+    import ray.train
 
-    def __init__(self, run_dir: Path, place: Place, names: Sequence[str]) -> None:
-        self._run_dir, self._place, self._names = run_dir, place, names
-        self._latest: dict[str, Any] | None = None  # metrics of a checkpoint that is not reported yet
-        self._reported_at = -math.inf
-
-    def saved(self, metrics: Mapping[str, Any]) -> None:
-        self._latest = dict(metrics)
-        if self._is_due():
-            self._report(self._latest)
-
-    def finish(self) -> None:
-        if self._latest is not None:
-            self._report(self._latest)
-
-    def _is_due(self) -> bool:
-        """By the leading worker's clock, for all."""
-        waited = time.monotonic() - self._reported_at
-        due = torch.tensor(int(waited >= REPORT_SECONDS), device=self._place.device)
-        return bool(self._place.broadcast(due))
-
-    def _report(self, metrics: dict[str, Any]) -> None:
-        import ray.train
-
-        checkpoint = None
-        if self._place.leads:
-            checkpoint = ray.train.Checkpoint.from_directory(str(_stage(self._run_dir, self._names)))
-        try:
-            ray.train.report(metrics, checkpoint)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise  # a bucket may answer again: Ray Train starts the workers again
-            raise UserError(f"{self._run_dir}: Ray Train cannot keep a checkpoint: {error.strerror}.") from None
-        self._latest, self._reported_at = None, time.monotonic()
-        if self._place.leads:
-            shutil.rmtree(self._run_dir / _STAGED, ignore_errors=True)
+    checkpoint = None
+    if place.leads:
+        checkpoint = ray.train.Checkpoint.from_directory(str(_stage(run_dir, names)))
+    try:
+        ray.train.report(metrics, checkpoint)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise  # a bucket may recover: Ray Train restarts the workers
+        raise UserError(f"{run_dir}: Ray Train cannot keep a checkpoint: {error.strerror}.") from None
+    if place.leads:
+        shutil.rmtree(run_dir / _STAGED, ignore_errors=True)
 
 
 def _stage(run_dir: Path, names: Sequence[str]) -> Path:
-    """A folder of nothing but a checkpoint's files, which Ray Train copies: links, where the disk has them."""
+    """A folder of a checkpoint's files alone, for Ray Train to copy: hard links where the disk supports them."""
     folder = run_dir / _STAGED
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -200,7 +187,7 @@ def _link(source: str | Path, target: str | Path) -> None:
 
 
 def _copy_all(folder: Path, run_dir: Path) -> None:
-    """Copy a checkpoint's files, `CHECKPOINT` last: once it is there, all of them are."""
+    """Copy a checkpoint's files, `CHECKPOINT` last: its presence means that all are there."""
     for source in sorted(folder.iterdir(), key=lambda path: path.name == CHECKPOINT):
         target = run_dir / source.name
         if source.is_dir():

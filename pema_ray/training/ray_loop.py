@@ -1,8 +1,8 @@
-"""Runs training processes under Ray Train: restarts, refusals, the same failure again, curves. Knows no model.
+"""Runs training processes under Ray Train: restarts, users' errors, repeated failures, curves. Knows no model.
 
-A run's folder is seen by all workers. In it: `progress.jsonl` (points as they happen), `refusal.txt` (a worker's words
-to the user), `failure-<rank>.json` (what it failed with last), `ray_train/` (Ray Train's copies of checkpoints, unless
-`storage_path` says otherwise), and the trackers' own.
+All workers see the run's folder. It holds `progress.jsonl` (points as they happen), `refusal.txt` (a worker's message
+to the user), `failure-<rank>.json` (its last failure), `ray_train/` (Ray Train's copies of checkpoints, unless
+`storage_path` names another place), and the trackers' files.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import itertools
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,18 +34,18 @@ Settings = TypeVar("Settings")
 _PROGRESS = "progress.jsonl"
 _REFUSAL = "refusal.txt"
 _FAILURE = "failure"
-_SAME_FAILURES = 2  # after the first, before it is believed
+_REPEATED_FAILURES = 2  # after the first: then the program is at fault
 _KEPT_CHECKPOINTS = 2  # by Ray Train
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What workers leave when all of them have ended well."""
+    """The result of workers that all ended well."""
 
     returned: dict[str, Any]
-    """By rank 0's work."""
+    """What `work` returned on rank 0."""
     metrics: Mapping[str, Any]
-    """Of the last checkpoint that was reported to Ray Train; empty where none was."""
+    """Of the last checkpoint reported to Ray Train; empty without one."""
 
 
 def run_workers(
@@ -56,23 +57,23 @@ def run_workers(
     datasets: Mapping[str, Any] | None = None,
     placement: PlacementConfig = ANYWHERE,
 ) -> Outcome:
-    """Do `work(settings)` in every worker, and again in all of them when one dies.
+    """Run `work(settings)` in every worker; when one dies, restart all.
 
-    `work` goes on from `run_dir / CHECKPOINT` whenever that file is there: what the user wants (`config.resume`) has
-    been seen to before it starts, and a file that was lost is put back from what was reported to Ray Train. It asks
-    `worker_place` where it is, and runs its trainer by `run_in_worker`.
+    `work` resumes from `run_dir / CHECKPOINT` whenever that file exists: `config.resume` has been applied before it
+    starts, and a lost file is restored from Ray Train's copy. It gets its place from `worker_place`, and runs its
+    trainer with `run_in_worker`.
 
     Args:
-        work: a function of a module, so that workers find it; what it returns can be said in JSON. A `UserError` in
-            it reaches the caller in its own words, and no worker is started again for it.
+        work: a module-level function, so that workers can import it; it returns JSON values. A `UserError` in it
+            reaches the caller unchanged, and no worker is restarted for it.
         settings: all that `work` needs, with paths that every worker can read.
-        on_point: is called here with every point of the leading worker.
+        on_point: called in this process with every point of the leading worker.
         datasets: Ray Data sets by name; workers read their part with `ray.train.get_dataset_shard(name)`.
-        placement: on which nodes the workers run.
+        placement: nodes of the workers.
 
     Raises:
-        UserError: what a worker refused; or that workers died, or failed in the same way, too often; or that
-            `config.storage_path` cannot be used.
+        UserError: of a worker; or workers died, or failed in the same way, too often; or `config.storage_path`
+            cannot be used.
     """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -106,20 +107,20 @@ def run_workers(
     refusal = run_dir / _REFUSAL
     for record in (refusal, *run_dir.glob(f"{_FAILURE}-*.json")):
         record.unlink(missing_ok=True)
-    if not c.resume:  # once, here: a worker that dies goes on from the checkpoint all the same
+    if not c.resume:  # once, here: restarted workers still resume from the checkpoint
         (run_dir / CHECKPOINT).unlink(missing_ok=True)
     storage = Storage.of(run_dir, c.storage_path)
     storage.prepare(c.resume, (run_dir / CHECKPOINT).exists())
     with _following(run_dir / _PROGRESS, on_point):
         try:
-            result = _apart(lambda: _past_deaths_at_start(run, c.max_failures))
+            result = _run_in_thread(lambda: _retry_deaths_at_start(run, c.max_failures))
         except TrainingFailedError as error:
             if refusal.exists():
                 raise UserError(refusal.read_text()) from None
-            last = str(error).strip().splitlines() or ["unknown"]
+            lines = str(error).strip().splitlines() or ["unknown"]
             raise UserError(
-                f"{run_dir}: training was given up after its workers died {c.max_failures + 1} times; the last "
-                f"word was: {last[-1].strip()} What was learned is kept: the same command goes on from there."
+                f"{run_dir}: training stopped after its workers died {c.max_failures + 1} times; the last error was: "
+                f"{lines[-1].strip()} The checkpoint is kept: the same command resumes from it."
             ) from error
     outcome = result.return_value  # what `_worker` returned on rank 0
     if outcome["error"]:
@@ -128,7 +129,7 @@ def run_workers(
 
 
 def worker_place(config: TrainingConfig) -> Place:
-    """Where this worker stands; bounds its threads by the CPUs it asked for."""
+    """This worker's place; also limits its threads to `config.cpus_per_worker`."""
     import ray.train
     import ray.train.torch
 
@@ -138,7 +139,7 @@ def worker_place(config: TrainingConfig) -> Place:
 
 
 def is_first_on_its_node() -> bool:
-    """Whether this worker does what is needed once a node, such as checking files."""
+    """Whether this worker does what is needed once per node, such as checking files."""
     import ray.train
 
     return ray.train.get_context().get_local_rank() == 0
@@ -147,13 +148,13 @@ def is_first_on_its_node() -> bool:
 def run_in_worker(trainer: Trainer[Any, H], name: str, settings: Mapping[str, Any]) -> H:
     """Run a trainer in this worker.
 
-    The leading worker's points go where the trainer sent them before, then to `run_workers`'s `on_point` and to the
-    trackers; checkpoints are reported to Ray Train.
+    The leading worker's points go to the trainer's own `on_point`, then to `run_workers`'s and to the trackers;
+    checkpoints are reported to Ray Train.
 
     Args:
         name, settings: of the run, as trackers show it.
     """
-    t, own = trainer, trainer.on_point
+    t, trainers_on_point = trainer, trainer.on_point
 
     with (
         reporting(t.run_dir, t.place, t.settings, name, settings) as report,
@@ -161,7 +162,7 @@ def run_in_worker(trainer: Trainer[Any, H], name: str, settings: Mapping[str, An
     ):
 
         def on_point(kind: str, point: Mapping[str, Any]) -> None:
-            own(kind, point)
+            trainers_on_point(kind, point)
             report(kind, point)
 
         t.on_point = on_point
@@ -176,7 +177,7 @@ def reporting(
 
     Args:
         name: of the run, as trackers show it.
-        settings: the run's, to be found again by.
+        settings: the run's, for search and comparison.
 
     Raises:
         UserError: a tracker's package is not installed.
@@ -205,8 +206,8 @@ def showing_loss(bar: ProgressBar, rows: int = 0, loss: str = "loss") -> OnPoint
     """An `on_point` that moves a bar of steps.
 
     Args:
-        rows: of a step; 0: the bar's rate is that of steps.
-        loss: the figure of a point that is shown beside it.
+        rows: of a step; 0: the bar's rate counts steps.
+        loss: the key of the figure that is shown beside it.
     """
 
     def show(kind: str, point: Mapping[str, Any]) -> None:
@@ -216,16 +217,16 @@ def showing_loss(bar: ProgressBar, rows: int = 0, loss: str = "loss") -> OnPoint
     return show
 
 
-def _past_deaths_at_start(run: Callable[[], Any], most: int) -> Any:
-    """`run()`, begun anew, at most `most` times (-1: any number), when a worker dies before its first step.
+def _retry_deaths_at_start(run: Callable[[], Any], retries: int) -> Any:
+    """`run()`, retried up to `retries` times (-1: any number) when a worker dies before its first step.
 
-    Ray Train starts workers again that die at work, but takes one that dies while the group is being set up for a
-    fault of its own.
+    Ray Train restarts workers that die later, but takes a death during the group's set-up for an error of its
+    controller.
     """
     from ray.exceptions import RayActorError
     from ray.train import ControllerError
 
-    for _ in itertools.count() if most < 0 else range(most):
+    for _ in itertools.count() if retries < 0 else range(retries):
         try:
             return run()
         except ControllerError as error:
@@ -234,30 +235,25 @@ def _past_deaths_at_start(run: Callable[[], Any], most: int) -> Any:
     return run()
 
 
-def _apart(work: Callable[[], Any]) -> Any:
-    """Do `work` in a thread: in the main one, Ray Train takes over Ctrl-C, keeps it, and ends the process with 0."""
-    outcome: list[Any] = []
-    failure: list[BaseException] = []
+def _run_in_thread(work: Callable[[], Any]) -> Any:
+    """Run `work` in a thread: in the main one, Ray Train takes over Ctrl-C and ends the process with exit code 0."""
+    future: Future[Any] = Future()
 
     def run() -> None:
         try:
-            outcome.append(work())
-        except BaseException as error:  # raised again where it is waited for
-            failure.append(error)
+            future.set_result(work())
+        except BaseException as error:  # raised by `future.result`
+            future.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]
-    return outcome[0]
+    threading.Thread(target=run, daemon=True).start()
+    return future.result()
 
 
 def _worker(job: dict[str, Any]) -> dict[str, Any]:
-    """What every worker does; refusals come back as words.
+    """Run the work in one worker; users' errors are returned as text.
 
-    A worker that is refused among others must not leave them waiting for it: it writes down why and fails, Ray Train
-    ends and restarts the group, and all of them find the refusal.
+    Other workers must not wait for one with a user's error: it writes the message to a file and fails, Ray Train
+    restarts the group, and all workers return that message.
     """
     import ray.train
 
@@ -274,32 +270,32 @@ def _worker(job: dict[str, Any]) -> dict[str, Any]:
             raise
         return {"error": str(error), "result": {}}
     except Exception as error:
-        if said := _said_before(run_dir, error):
-            _write(refusal, said)
+        if message := _repeated_failure(run_dir, error):
+            _write(refusal, message)
         raise
 
 
-def _said_before(run_dir: Path, error: Exception) -> str:
-    """What to tell the user when this worker failed in these words at this very step twice before: it would for ever.
+def _repeated_failure(run_dir: Path, error: Exception) -> str:
+    """A message to the user if this worker has failed with the same error at the same step twice before, else "".
 
-    Failures of files and connections may pass, however often they come in the same words.
+    Errors of files and connections may be temporary, however often they repeat.
     """
     import ray.train
     import torch
 
     step = _last_step(run_dir / _PROGRESS)
-    words = f"{type(error).__name__}: {error}"
+    described = f"{type(error).__name__}: {error}"
     record = run_dir / f"{_FAILURE}-{ray.train.get_context().get_world_rank()}.json"
-    before = json.loads(record.read_text()) if record.exists() else {}
-    again = before.get("again", 0) + 1 if (before.get("step"), before.get("error")) == (step, words) else 0
-    _write(record, json.dumps({"step": step, "error": words, "again": again}))
-    if again < _SAME_FAILURES or isinstance(error, OSError | torch.distributed.DistError):
+    previous = json.loads(record.read_text()) if record.exists() else {}
+    again = previous.get("again", 0) + 1 if (previous.get("step"), previous.get("error")) == (step, described) else 0
+    _write(record, json.dumps({"step": step, "error": described, "again": again}))
+    if again < _REPEATED_FAILURES or isinstance(error, OSError | torch.distributed.DistError):
         return ""
-    return f"{run_dir}: a training worker fails the same way every time, after step {step}: {words}"
+    return f"{run_dir}: a training worker fails the same way every time, after step {step}: {described}"
 
 
 def _last_step(progress: Path) -> int:
-    """The last step that the leading worker told of."""
+    """The last step that the leading worker reported."""
     lines = progress.read_text().split("\n") if progress.exists() else []
     return next((json.loads(line)["step"] for line in reversed(lines[:-1]) if line), 0)
 

@@ -18,14 +18,14 @@ def learning_rate(
     last: float = 0.0,
     power: float = 1.0,
 ) -> float:
-    """The rate of step `step` (from 0): a straight line up to `peak` at first, then down as the schedule says.
+    """The rate of step `step` (from 0): linear warm-up to `peak`, then the schedule's decay.
 
-    With W warm-up steps and the share s = (step - W) / (total_steps - W) of what comes after them, at most 1:
+    With W warm-up steps and s = (step - W) / (total_steps - W), at most 1:
 
     - warm-up, step < W: peak · (step + 1) / W
     - `constant`: peak
     - `cosine`: last + (peak - last) · (1 + cos πs) / 2
-    - `inverse_sqrt`: peak · √(max(W, 1) / (step + 1)), as fairseq's; it knows no end
+    - `inverse_sqrt`: peak · √(max(W, 1) / (step + 1)), as fairseq's, whatever `total_steps`
     - `polynomial`: last + (peak - last) · (1 - s)^power, as BERT's with power 1
     """
     if step < warm_up_steps:

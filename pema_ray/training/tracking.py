@@ -1,8 +1,7 @@
 """Where training curves go: one small protocol; TensorBoard by default, MLflow and Weights & Biases by name.
 
-The other two keep what they are given in the run's folder, unless their own environment variables name a server
-(`MLFLOW_TRACKING_URI`; `WANDB_API_KEY` and `WANDB_MODE`). A training that is taken up again goes on in the run that
-it began.
+The other two write into the run's folder, unless their own environment variables name a server
+(`MLFLOW_TRACKING_URI`; `WANDB_API_KEY` and `WANDB_MODE`). A resumed training continues its tracker's run.
 """
 
 from __future__ import annotations
@@ -28,17 +27,17 @@ class Tracker(Protocol):
 
 
 class TensorBoardTracker:
-    """Event files in `tensorboard/`; what a run that died had logged past its checkpoint is not shown twice."""
+    """Event files in `tensorboard/`; points that a resumed run logs again replace the earlier ones."""
 
     def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._make: Any = SummaryWriter
+        self._make_writer: Any = SummaryWriter
         self._folder, self._writer = str(folder / "tensorboard"), None
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         if self._writer is None:
-            self._writer = self._make(self._folder, purge_step=step)
+            self._writer = self._make_writer(self._folder, purge_step=step)
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
 
@@ -60,11 +59,11 @@ class MLflowTracker:
             allow_mlflow_folders()
             mlflow.set_tracking_uri((folder / "mlruns").resolve().as_uri())
         mlflow.set_experiment(PROJECT)
-        known = folder / "mlflow_run_id"
-        run = mlflow.start_run(run_id=known.read_text() if known.exists() else None, run_name=name)
-        if not known.exists():
+        run_id = folder / "mlflow_run_id"
+        run = mlflow.start_run(run_id=run_id.read_text() if run_id.exists() else None, run_name=name)
+        if not run_id.exists():
             mlflow.log_params(dict(settings))
-            known.write_text(run.info.run_id)
+            run_id.write_text(run.info.run_id)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         self._mlflow.log_metrics(dict(scalars), step=step)
@@ -81,20 +80,19 @@ class WandbTracker:
             import wandb
         except ImportError:
             raise UserError(_MISSING.format(kind="wandb", package="wandb")) from None
-        known, mode = folder / "wandb_run_id", wandb_mode()
-        again = mode == "online" and known.exists()  # offline, every start leaves a log of its own
-        quiet = wandb.Settings(silent=True, console="off")
+        run_id, mode = folder / "wandb_run_id", wandb_mode()
+        resumes = mode == "online" and run_id.exists()  # offline, every start writes its own log
         self._run: Any = wandb.init(
             project=PROJECT,
             name=name,
             dir=str(folder),
             mode=cast(Any, mode),
             config=dict(settings),
-            id=known.read_text() if again else None,
-            resume="allow" if again else None,
-            settings=quiet,
+            id=run_id.read_text() if resumes else None,
+            resume="allow" if resumes else None,
+            settings=wandb.Settings(silent=True, console="off"),
         )
-        known.write_text(self._run.id)
+        run_id.write_text(self._run.id)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         self._run.log(dict(scalars), step=step)
@@ -103,8 +101,8 @@ class WandbTracker:
         self._run.finish()
 
 
-class _Forgiving:
-    """A tracker whose server may fail: the first failure is told, and training goes on without it."""
+class _FailSafe:
+    """A tracker whose server may fail: the first failure is logged, and training continues without it."""
 
     def __init__(self, tracker: Tracker, kind: str) -> None:
         self._tracker, self._kind, self._failed = tracker, kind, False
@@ -115,14 +113,14 @@ class _Forgiving:
     def close(self) -> None:
         self._try(self._tracker.close)
 
-    def _try(self, work: Callable[[], None]) -> None:
+    def _try(self, call: Callable[[], None]) -> None:
         if self._failed:
             return
         try:
-            work()
+            call()
         except Exception as error:  # whatever a server's client may raise
             self._failed = True
-            logger.warning("train.trackers: %s gave up, training goes on: %s", self._kind, error)
+            logger.warning("train.trackers: %s failed, training continues without it: %s", self._kind, error)
 
 
 _KINDS: dict[str, type[TensorBoardTracker] | type[MLflowTracker] | type[WandbTracker]] = {
@@ -139,9 +137,9 @@ def make_trackers(names: Sequence[str], folder: Path, name: str, settings: Mappi
         names: of `tensorboard`, `mlflow`, `wandb`.
         folder: where they keep files.
         name: of the run, as they show it.
-        settings: the run's, to be found again by.
+        settings: the run's, for search and comparison.
 
     Raises:
         UserError: a tracker's package is not installed.
     """
-    return [_Forgiving(_KINDS[kind](folder, name, settings), kind) for kind in names]
+    return [_FailSafe(_KINDS[kind](folder, name, settings), kind) for kind in names]

@@ -20,28 +20,17 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from pema_ray.errors import UserError
 from pema_ray.runtime.hardware import peak_memory
-from pema_ray.training.checkpoint import (
-    CHECKPOINT,
-    MODEL,
-    POINTS,
-    RunCheckpoint,
-    Tensors,
-    load_checkpoint,
-    save_checkpoint,
-)
+from pema_ray.training.checkpoint import BEST, CHECKPOINT, POINTS, RunCheckpoint
 from pema_ray.training.config import TrainingConfig
-from pema_ray.training.history import OnPoint, OnSaved, Point, TrainerHistory
+from pema_ray.training.history import H, OnPoint, OnSaved, Point
 from pema_ray.training.strategies import Place, Strategy, make_strategy
 
 logger = logging.getLogger(__name__)
-BEST = "best.safetensors"
 RESUMED_FROM = (POINTS, BEST, CHECKPOINT)
 S = TypeVar("S", bound=TrainingConfig)
-H = TypeVar("H", bound=TrainerHistory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +88,7 @@ class Trainer(ABC, Generic[S, H]):
         """Steps between two validations; one more follows the last step."""
 
     @abstractmethod
-    def make_optimizer(self, named: Sequence[tuple[str, nn.Parameter]]) -> Optimizer:
+    def make_optimizer(self, named: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         """The optimiser of the parameters that require a gradient."""
 
     @abstractmethod
@@ -160,7 +149,7 @@ class Trainer(ABC, Generic[S, H]):
     def keep(self) -> None:
         """Save the model as the best so far; every process calls this."""
         if self.place.leads:
-            save_checkpoint(self.run_dir / BEST, {MODEL: self.model.state_dict()})
+            self._checkpoint.save_best(self.model)
 
     def best_figures(self) -> Point:
         """Figures of the best model, for reports to Ray Train."""
@@ -168,7 +157,7 @@ class Trainer(ABC, Generic[S, H]):
 
     def take_best(self) -> None:
         """Load the best model when training ends."""
-        self.model.load_state_dict(load_checkpoint(self.run_dir / BEST)[0][MODEL])
+        self._checkpoint.load_best(self.model)
 
     def precision(self) -> AbstractContextManager[Any]:
         """Context of a step's forward and backward passes."""
@@ -211,8 +200,7 @@ class Trainer(ABC, Generic[S, H]):
     def _step(self, batches: Iterator[StepInputs]) -> None:
         """Take one step, then validate and save where these are due."""
         started = time.perf_counter()
-        inputs = next(batches, None)
-        if inputs is None:
+        if (inputs := next(batches, None)) is None:
             raise UserError(f"{self.run_dir}: there are batches for {self.steps_taken} of {self.steps} steps only.")
         point = self.learn(self.steps_taken, inputs)
         self.history.seconds += time.perf_counter() - started
@@ -227,10 +215,7 @@ class Trainer(ABC, Generic[S, H]):
             self._save()
 
     def learn(self, step: int, inputs: StepInputs) -> Point:
-        """Take one step of the optimiser.
-
-        Returns:
-            Its losses, over all processes.
+        """Take one step of the optimiser; returns its figures over all processes.
 
         Raises:
             UserError: a loss is not finite; no parameter has changed.
@@ -243,8 +228,7 @@ class Trainer(ABC, Generic[S, H]):
                 outputs = self.strategy.learn(part, last=number == len(inputs.parts) - 1)
             sums = sums + torch.cat([output.double().reshape(-1) for output in outputs])
         rate = self.learning_rate(step)
-        figures = self.point(self.place.all_reduce(sums), inputs.count)
-        point = {"step": step + 1, **figures, "learning_rate": rate}
+        point = {"step": step + 1, **self.point(self.place.all_reduce(sums), inputs.count), "learning_rate": rate}
         if not math.isfinite(point["loss"]):
             raise UserError(f"The loss became infinite or no number at step {step + 1}: lower train.learning_rate.")
         self.strategy.step(rate, self.settings.clip)
@@ -253,8 +237,7 @@ class Trainer(ABC, Generic[S, H]):
     @torch.no_grad()
     def _validate(self) -> None:
         self.objective.eval()
-        figures = self.validation()
-        if figures is None:
+        if (figures := self.validation()) is None:
             return
         point = {"step": self.steps_taken, **figures}
         if self.history.add_validation(point, self.score(point), self.patience):
@@ -295,29 +278,20 @@ class Trainer(ABC, Generic[S, H]):
         self._measure_memory()
         optimizer = self.strategy.optimizer_state()  # every process must ask
         if self.place.leads:
-            self._checkpoint.save(self.steps_taken, self.model.state_dict(), optimizer, self.history, self.state())
+            self._checkpoint.save(self.steps_taken, self.model, optimizer, self.history, self.state())
         validated = self.history.validation[-1] | self.best_figures() if self.history.validation else {}
         self.on_saved({**validated, **self.state(), "step": self.steps_taken})
         self.after_save()
 
     def _restore(self) -> None:
         saved = self._checkpoint.load(type(self.history), train_points=self.place.leads)
-        self._load_model(saved.model)
+        saved.load_into(self.model)
         self.history, self.steps_taken = saved.history, saved.step
         self.load_state(saved.state)
         self.strategy = self.make_strategy()
         self.strategy.load_optimizer_state(saved.optimizer)
-        self._load_model(saved.model)  # DeepSpeed has done an idle step, which changes BatchNorm's statistics
+        saved.load_into(self.model)  # DeepSpeed has done an idle step, which changes BatchNorm's statistics
         logger.info("training resumes at step %d", saved.step)
-
-    def _load_model(self, weights: Tensors) -> None:
-        try:
-            self.model.load_state_dict(weights)
-        except RuntimeError:
-            raise UserError(
-                f"{self._checkpoint.path}: holds a model of another shape. Start over with train.resume=false, or take "
-                "another run_dir."
-            ) from None
 
 
 def mix_seed(seed: int, *numbers: int) -> int:

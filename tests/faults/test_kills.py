@@ -65,7 +65,7 @@ _round = 0
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """With `--soak`, every test runs so many times."""
+    """With `--soak N`, every test runs N times."""
     if rounds := metafunc.config.getoption("--soak"):
         metafunc.parametrize("soak_round", range(rounds), indirect=True)
 
@@ -104,15 +104,24 @@ def workers(title: str) -> list[psutil.Process]:
 
 
 @contextmanager
-def killing(
-    title: str, seed: int, kills: int, pause: tuple[float, float], after: Path | None = None
-) -> Iterator[list[int]]:
-    """During the block, kills workers of a title at random moments, at most `kills` times, once `after` exists."""
+def striking(strike: Callable[[list[int], threading.Event], None]) -> Iterator[list[int]]:
+    """During the block, runs `strike(killed_pids, over)` in a thread; `over` ends it."""
     killed_pids: list[int] = []
     over = threading.Event()
+    thread = threading.Thread(target=strike, args=(killed_pids, over), daemon=True)
+    thread.start()
+    try:
+        yield killed_pids
+    finally:
+        over.set()
+        thread.join()
+
+
+def killing(title: str, seed: int, kills: int, pause: tuple[float, float], after: Path | None = None):
+    """During the block, kills workers of a title at random moments, at most `kills` times, once `after` exists."""
     draw = moments(seed)
 
-    def strike() -> None:
+    def strike(killed_pids: list[int], over: threading.Event) -> None:
         while len(killed_pids) < kills and not over.wait(draw.uniform(*pause)):
             if after is not None and not after.exists():
                 continue
@@ -123,13 +132,7 @@ def killing(
                     victim.send_signal(signal.SIGKILL)
                     killed_pids.append(victim.pid)
 
-    thread = threading.Thread(target=strike, daemon=True)
-    thread.start()
-    try:
-        yield killed_pids
-    finally:
-        over.set()
-        thread.join()
+    return striking(strike)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -214,11 +217,7 @@ def test_nodes_are_killed(undisturbed, tmp_path: Path, kills: int):
         os._exit(0)  # killed nodes leave exit handlers behind that fail
         """
     )
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=400
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
+    run_program(program, tmp_path)
     assert (tmp_path / "killed").read_text() == str(kills)
     assert_whole(tmp_path / "m", undisturbed)
 
@@ -255,7 +254,7 @@ def training(tiny_source, make_rows, folder: Path, **changes) -> tuple[LMHeadBun
 def undisturbed_training(
     bundle: LMHeadBundle, job: AdapterTrainingJob, folder: Path
 ) -> tuple[PemaAdapter, AdapterHistory]:
-    """The same training in one process that nobody kills."""
+    """The same training in one process without kills."""
     rows = (ExternalMemory.open(path).view() for path in (job.train_memory, job.dev_memory))
     torch.set_num_threads(1)
     return train(AdapterTrainer(job.adapter, job.config, bundle.head, *rows, folder))
@@ -277,13 +276,10 @@ def test_train_workers_are_killed(ray_cluster, tiny_source, make_rows, tmp_path:
     assert len(history.train) == history.total_steps
 
 
-@contextmanager
-def killed_once_reported(storage: Path, then: Callable[[], object]) -> Iterator[list[int]]:
+def killed_once_reported(storage: Path, then: Callable[[], object]):
     """During the block, kills the train worker once Ray Train has a checkpoint, and then calls `then`."""
-    killed_pids: list[int] = []
-    over = threading.Event()
 
-    def strike() -> None:
+    def strike(killed_pids: list[int], over: threading.Event) -> None:
         while not any(storage.glob("*/checkpoint_manager_snapshot.json")):
             if over.wait(0.05):
                 return
@@ -293,13 +289,7 @@ def killed_once_reported(storage: Path, then: Callable[[], object]) -> Iterator[
         then()
         killed_pids.append(victim.pid)
 
-    thread = threading.Thread(target=strike, daemon=True)
-    thread.start()
-    try:
-        yield killed_pids
-    finally:
-        over.set()
-        thread.join()
+    return striking(strike)
 
 
 def resumed_after(job: AdapterTrainingJob) -> int:
@@ -376,11 +366,7 @@ def test_training_goes_on_with_fewer_workers_when_a_node_goes(tiny_source, make_
         os._exit(0)
         """
     )
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=400
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
+    run_program(program, tmp_path)
     assert (tmp_path / "nodes").read_text() == "2 2 1"
     expected, alone = undisturbed_training(bundle, job, tmp_path / "alone")
     history = AdapterHistory.from_dict(json.loads((job.run_dir / "history.json").read_text()))

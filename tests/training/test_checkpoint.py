@@ -26,11 +26,11 @@ def same(one: dict, two: dict) -> bool:
     )
 
 
-def test_groups_and_words_come_back(tmp_path: Path):
+def test_groups_and_described_values_come_back(tmp_path: Path):
     described = {"step": 4, "history": {"train": [{"loss": 0.1}], "best": float("inf")}, "name": "ä"}
     save_checkpoint(tmp_path / "a" / "checkpoint.safetensors", GROUPS, described)
-    groups, told = load_checkpoint(tmp_path / "a" / "checkpoint.safetensors")
-    assert same(groups, GROUPS) and told == described
+    groups, loaded = load_checkpoint(tmp_path / "a" / "checkpoint.safetensors")
+    assert same(groups, GROUPS) and loaded == described
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["checkpoint.safetensors"]
 
 
@@ -51,7 +51,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, kept: int):
         load_checkpoint(path)
 
 
-def test_words_that_are_no_json_are_damage(tmp_path: Path):
+def test_values_that_are_no_json_are_damage(tmp_path: Path):
     path = tmp_path / "checkpoint.safetensors"
     save_checkpoint(path, GROUPS, {"step": "four"})
     path.write_bytes(path.read_bytes().replace(b'\\"four\\"', b'\\"four  '))
@@ -72,9 +72,9 @@ def test_a_write_that_fails_leaves_the_last_checkpoint(tmp_path: Path, monkeypat
     monkeypatch.setattr("pema_ray.training.checkpoint.save_file", full)
     with pytest.raises(UserError, match="checkpoint.safetensors: cannot be written: No space left on device"):
         save_checkpoint(path, GROUPS, {"step": 8})
-    groups, told = load_checkpoint(path)
-    assert same(groups, GROUPS) and told == {"step": 4}
-    assert [found.name for found in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+    groups, described = load_checkpoint(path)
+    assert same(groups, GROUPS) and described == {"step": 4}
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.safetensors"]
 
 
 def test_points_come_back_as_far_as_a_checkpoint_counts_them(tmp_path: Path):
@@ -87,7 +87,7 @@ def test_points_come_back_as_far_as_a_checkpoint_counts_them(tmp_path: Path):
     assert [point["loss"] for point in PointLog(tmp_path / "points.jsonl").read(size)] == [0.5, float("inf"), 0.2]
 
 
-def test_missing_points_are_told(tmp_path: Path):
+def test_missing_points_are_an_error(tmp_path: Path):
     log = PointLog(tmp_path / "points.jsonl")
     size = log.append([{"step": 1}, {"step": 2}])
     (tmp_path / "points.jsonl").write_bytes(b'{"step": 1}\n')

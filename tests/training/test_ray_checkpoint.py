@@ -151,7 +151,7 @@ def test_a_restore_that_is_broken_off_leaves_no_checkpoint(reported: Path, tmp_p
 
 
 def test_checkpoints_are_reported_at_most_every_two_seconds_and_the_last_one_always(tmp_path: Path, monkeypatch):
-    """What a report has is the checkpoint's files alone; an epoch's end 0.5 s after another waits for the next."""
+    """A report holds the checkpoint's files alone; an epoch's end 0.5 s after another is reported with the next."""
     clock, reports = [100.0], []
 
     def report(metrics: dict, checkpoint) -> None:
@@ -190,15 +190,15 @@ def make_work() -> Callable[[dict], dict]:
     def work(settings: dict) -> dict:
         ray_checkpoint.REPORT_SECONDS = settings["seconds"]
         place, folder = worker_place(CONFIG), Path(settings["folder"])
-        found = int((folder / CHECKPOINT).read_text()) if (folder / CHECKPOINT).exists() else 0
+        resumed_step = int((folder / CHECKPOINT).read_text()) if (folder / CHECKPOINT).exists() else 0
         with reporting_checkpoints(folder, place, (CHECKPOINT,)) as on_saved:
-            for step in range(found + 1, settings["steps"] + 1):
+            for step in range(resumed_step + 1, settings["steps"] + 1):
                 torch.distributed.barrier()
                 if place.leads:
                     (folder / CHECKPOINT).unlink(missing_ok=True)
                     (folder / CHECKPOINT).write_text(str(step))
                 on_saved({"step": step, "loss": 1.0 / step, "rank": place.rank})
-        return {"found": found}
+        return {"resumed_step": resumed_step}
 
     return work
 
@@ -211,7 +211,7 @@ def test_two_workers_report_every_checkpoint_and_one_resumes_from_the_last(ray_c
     config = CONFIG.model_copy(update={"workers": 2, "storage_path": elsewhere.as_uri()})
     settings = {"folder": str(run_dir), "seconds": 0.0, "steps": 3}
     outcome = run_workers(make_work(), settings, run_dir, config)
-    assert outcome.returned == {"found": 0}
+    assert outcome.returned == {"resumed_step": 0}
     assert outcome.metrics == {"step": 3, "loss": 1 / 3, "rank": 0}
     (kept,) = elsewhere.iterdir()
     assert json.loads((kept / RECORD).read_text())["current_report_index"] == 3
@@ -222,5 +222,5 @@ def test_two_workers_report_every_checkpoint_and_one_resumes_from_the_last(ray_c
     (run_dir / CHECKPOINT).unlink()
     alone = config.model_copy(update={"workers": 1})
     outcome = run_workers(make_work(), settings | {"steps": 6, "seconds": 60.0}, run_dir, alone)
-    assert outcome.returned == {"found": 3} and outcome.metrics["step"] == 6
+    assert outcome.returned == {"resumed_step": 3} and outcome.metrics["step"] == 6
     assert json.loads((kept / RECORD).read_text())["current_report_index"] == 5  # 4, and 6 at the end

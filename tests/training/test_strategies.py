@@ -22,7 +22,7 @@ ALONE = Place()
 
 
 class Contrast(nn.Module):
-    """Rows tell their partners from all others of the batch, those of other processes included."""
+    """Contrastive loss of rows and their partners against the whole batch, over all processes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def adamw(named: Named) -> torch.optim.Optimizer:
 
 
 class Counting(torch.optim.Optimizer):
-    """Counts steps as Python numbers, by parameter and by group, and moves by what it counted."""
+    """Counts steps as Python numbers, by parameter and by group, and divides its updates by them."""
 
     def __init__(self, named: Named) -> None:
         super().__init__(groups(named), {"lr": 1.0})
@@ -74,9 +74,9 @@ class Counting(torch.optim.Optimizer):
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             for p in (p for p in group["params"] if p.grad is not None):
-                held = self.state[p]
-                held["seen"] = held.get("seen", 0.5) + 1
-                p.sub_(p.grad, alpha=group["lr"] / (held["seen"] * group["step"]))
+                state = self.state[p]
+                state["seen"] = state.get("seen", 0.5) + 1
+                p.sub_(p.grad, alpha=group["lr"] / (state["seen"] * group["step"]))
 
 
 def lamb(named: Named) -> torch.optim.Optimizer:
@@ -93,8 +93,8 @@ def batch(step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor, int
     x = torch.randn(ROWS, 8, generator=draw)
     y = x.roll(1, 1) + 0.3 * torch.randn(ROWS, 8, generator=draw)
     each = ROWS // world
-    mine = slice(rank * each, (rank + 1) * each)
-    return x[mine], y[mine], rank * each
+    own_rows = slice(rank * each, (rank + 1) * each)
+    return x[own_rows], y[own_rows], rank * each
 
 
 def strategy_of(kind: str, place: Place, module: nn.Module, optimizer: str, zero_stage: int = 1) -> Strategy:
@@ -116,14 +116,14 @@ def train(
 ) -> list[float]:
     """Steps `first` … `last` from the checkpoint, if there is one, and a new one; the losses of this process."""
     module = Contrast()
-    held: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
     if checkpoint.exists():
         saved, described = load_checkpoint(checkpoint)
         module.load_state_dict(saved["model"])
         assert described == {"step": first}
-        held = saved["optimizer"]
+        state = saved["optimizer"]
     strategy = strategy_of(kind, place, module, optimizer, zero_stage)
-    strategy.load_optimizer_state(held)
+    strategy.load_optimizer_state(state)
     losses = []
     for step in range(first, last):
         loss, right = strategy.learn(batch(step, place.rank, place.world), last=True)
@@ -156,28 +156,32 @@ def test_a_resumed_optimizer_goes_on_bit_for_bit(optimizer: str, tmp_path: Path)
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
-def test_the_state_has_every_entry_of_every_parameter_that_moved(tmp_path: Path):
-    wanted = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "nesterov": {"momentum_buffer"}, "counting": {"seen:number"}}
-    moved = {name for name, p in Contrast().named_parameters() if p.requires_grad and not name.startswith("unused")}
-    for optimizer, entries in wanted.items():
+def test_the_state_has_every_entry_of_every_updated_parameter(tmp_path: Path):
+    expected = {
+        "adamw": {"step", "exp_avg", "exp_avg_sq"},
+        "nesterov": {"momentum_buffer"},
+        "counting": {"seen:number"},
+    }
+    updated = {name for name, p in Contrast().named_parameters() if p.requires_grad and not name.startswith("unused")}
+    for optimizer, entries in expected.items():
         train("ddp", optimizer, tmp_path / optimizer, 0, 1)
-        found = load_checkpoint(tmp_path / optimizer)[0]["optimizer"]
+        state = load_checkpoint(tmp_path / optimizer)[0]["optimizer"]
         by_group = {"group:0.step:number", "group:1.step:number"} if optimizer == "counting" else set()
-        assert set(found) == {f"{name}.{entry}" for name in moved for entry in entries} | by_group
+        assert set(state) == {f"{name}.{entry}" for name in updated for entry in entries} | by_group
 
 
 def test_groups_keep_their_weight_decay_when_a_state_is_loaded(tmp_path: Path):
-    made: list[torch.optim.Optimizer] = []
+    optimizers: list[torch.optim.Optimizer] = []
 
-    def watched(named: Named) -> torch.optim.Optimizer:
-        made.append(adamw(named))
-        return made[-1]
+    def recorded_adamw(named: Named) -> torch.optim.Optimizer:
+        optimizers.append(adamw(named))
+        return optimizers[-1]
 
     train("ddp", "adamw", tmp_path / "one", 0, 1)
-    strategy = make_strategy("ddp", Place(), Contrast(), watched)
+    strategy = make_strategy("ddp", Place(), Contrast(), recorded_adamw)
     strategy.load_optimizer_state(load_checkpoint(tmp_path / "one")[0]["optimizer"])
-    assert [group["weight_decay"] for group in made[0].param_groups] == [0.1, 0.0]
-    assert [group["lr"] for group in made[0].param_groups] == [1.0, 1.0]
+    assert [group["weight_decay"] for group in optimizers[0].param_groups] == [0.1, 0.0]
+    assert [group["lr"] for group in optimizers[0].param_groups] == [1.0, 1.0]
 
 
 def test_the_state_of_another_model_is_refused():

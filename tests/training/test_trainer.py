@@ -1,4 +1,4 @@
-"""The one loop: what it tells, when it validates, saves and stops, and that it goes on where it was."""
+"""The training loop: what it reports, when it validates, saves and stops, and that it resumes exactly."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TARGET = torch.tensor([1.0, -2.0, 3.0])
 
 
 class Distance(nn.Module):
-    """The squared distance to the target, of what dropout leaves of the weights; each part counts half."""
+    """Squared distance of the weights, after dropout, to the target; each of two parts has half the weight."""
 
     def __init__(self, model: nn.Linear) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Distance(nn.Module):
 
 @dataclass
 class Learner(Trainer[TrainingConfig, TrainerHistory]):
-    """Ten steps of two parts; the dev loss is the real distance, or what `dev_losses` says."""
+    """Ten steps of two parts; the dev loss is the real distance, or comes from `dev_losses`."""
 
     run_dir: Path
     factors: dict[int, float] = field(default_factory=dict)
@@ -91,13 +91,13 @@ def weights(learner: Learner) -> Tensor:
 
 
 def test_it_validates_and_saves_when_it_says_and_ends_with_its_best(tmp_path: Path) -> None:
-    told: list[tuple[str, int]] = []
+    points: list[tuple[str, int]] = []
     saved: list[int] = []
     learner = Learner(tmp_path, dev_losses=[9, 5, 7, 3, 4], on_saved=lambda metrics: saved.append(metrics["step"]))
-    learner.on_point = lambda kind, point: told.append((kind, point["step"]))
+    learner.on_point = lambda kind, point: points.append((kind, point["step"]))
     history = learner.run()
-    assert [step for kind, step in told if kind == "train"] == list(range(1, 11))
-    assert [step for kind, step in told if kind == "validation"] == [0, 3, 6, 9, 10]
+    assert [step for kind, step in points if kind == "train"] == list(range(1, 11))
+    assert [step for kind, step in points if kind == "validation"] == [0, 3, 6, 9, 10]
     assert saved == [4, 8, 10]
     assert (history.best_step, history.best_loss, history.stale) == (9, 3, 1)
     assert [point["learning_rate"] for point in history.train] == [0.5 / step for step in range(1, 11)]
@@ -108,15 +108,15 @@ def test_it_validates_and_saves_when_it_says_and_ends_with_its_best(tmp_path: Pa
 
 @pytest.mark.parametrize(("step", "kind"), [(1, "train"), (4, "train"), (5, "train"), (9, "validation"), (10, "train")])
 def test_a_run_that_died_goes_on_bit_for_bit(tmp_path: Path, step: int, kind: str) -> None:
-    whole = Learner(tmp_path / "whole")
-    expected = whole.run()
+    undisturbed = Learner(tmp_path / "undisturbed")
+    expected = undisturbed.run()
     die(Learner(tmp_path / "died"), step, kind)
     torch.manual_seed(99)  # whatever the new process's random state is
-    again = Learner(tmp_path / "died")
-    found = again.run()
-    assert torch.equal(weights(again), weights(whole))
-    assert (found.train, found.validation) == (expected.train, expected.validation)
-    assert (found.best_step, found.best_loss) == (expected.best_step, expected.best_loss)
+    resumed = Learner(tmp_path / "died")
+    history = resumed.run()
+    assert torch.equal(weights(resumed), weights(undisturbed))
+    assert (history.train, history.validation) == (expected.train, expected.validation)
+    assert (history.best_step, history.best_loss) == (expected.best_step, expected.best_loss)
 
 
 def test_only_the_leading_process_keeps_training_points(tmp_path: Path) -> None:
@@ -128,14 +128,14 @@ def test_only_the_leading_process_keeps_training_points(tmp_path: Path) -> None:
     assert [point["step"] for point in history.validation] == [0, 3, 6, 9, 10]
 
 
-def test_it_stops_when_patience_is_over_and_lets_its_batches_go(tmp_path: Path) -> None:
+def test_it_stops_when_patience_is_over_and_closes_its_batches(tmp_path: Path) -> None:
     learner = Learner(tmp_path, dev_losses=[4, 3, 3, 3.5], patience=2)
     history = learner.run()
     assert history.stopped_early and len(history.train) == 9 and history.best_step == 3
     assert learner.closed and load_checkpoint(tmp_path / CHECKPOINT)[1]["step"] == 9
 
 
-def test_too_few_batches_are_said(tmp_path: Path) -> None:
+def test_too_few_batches_are_an_error(tmp_path: Path) -> None:
     learner = Learner(tmp_path)
     batches = learner.batches
     learner.batches = lambda first: (inputs for _, inputs in zip(range(4), batches(first)))  # type: ignore[assignment]
@@ -158,13 +158,13 @@ def test_a_loss_that_is_no_number_moves_nothing(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_shape_is_named(tmp_path: Path) -> None:
     die(Learner(tmp_path), 5)
-    other = Learner(tmp_path)
-    other.model = nn.Linear(4, 1, bias=False)
+    learner = Learner(tmp_path)
+    learner.model = nn.Linear(4, 1, bias=False)
     with pytest.raises(UserError, match=r"checkpoint\.safetensors: holds a model of another shape.*resume=false"):
-        other.run()
+        learner.run()
 
 
-def test_a_checkpoint_of_another_version_is_refused_in_words(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path) -> None:
     for groups in ({"adapter": {"A": TARGET}}, {"model": {"weight": TARGET[None]}}):
         save_checkpoint(tmp_path / CHECKPOINT, groups, {"step": 3, "history": {}})
         with pytest.raises(UserError, match=r"another version of this project\. Start over with train\.resume=false"):
@@ -174,7 +174,7 @@ def test_a_checkpoint_of_another_version_is_refused_in_words(tmp_path: Path) -> 
 def test_a_finished_run_takes_no_step(tmp_path: Path) -> None:
     first = Learner(tmp_path)
     first.run()
-    told: list[str] = []
-    again = Learner(tmp_path, on_point=lambda kind, point: told.append(kind))
+    kinds: list[str] = []
+    again = Learner(tmp_path, on_point=lambda kind, point: kinds.append(kind))
     again.run()
-    assert not told and torch.equal(weights(again), weights(first))
+    assert not kinds and torch.equal(weights(again), weights(first))
