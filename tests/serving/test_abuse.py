@@ -298,9 +298,10 @@ def test_a_pickle_is_refused_by_every_door(served):
 
 def test_nothing_that_crosses_the_line_or_serves_it_can_unpickle():
     """No module that reads foreign bytes imports a format that runs code when it is read."""
-    rooms = [PACKAGE / "line", PACKAGE / "plm_owner", PACKAGE / "data_owner" / "serving", PACKAGE / "serving"]
+    services = ("data_owner/service", "pema/serving", "runtime/serving", "pluglm/service", "trime/service")
+    rooms = [PACKAGE / room for room in ("line", "plm_owner", *services)]
+    assert all(room.is_dir() for room in rooms)
     files = [file for room in rooms for file in room.rglob("*.py")] + [PACKAGE / "data_owner" / "remote.py"]
-    assert len(files) > 20
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
