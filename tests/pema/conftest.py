@@ -13,7 +13,7 @@ WORDS = ("the", "house", "is", "old", "and", "garden", "large", "people", "ye", 
 
 
 def write_pairs(path: Path, count: int, seed: int) -> Path:
-    """Pairs whose target is the source, reversed: nothing to be learned, everything to be run."""
+    """Pairs whose target is the reversed source: enough to run all stages, nothing to learn."""
     import random
 
     draw = random.Random(seed)

@@ -1,4 +1,4 @@
-"""A user's mistakes: exit code 2, one line that says what, where and what to do, nothing half-written."""
+"""A user's mistakes: exit code 2, one line that says what, where and what to do, no partial results."""
 
 from __future__ import annotations
 

@@ -193,7 +193,7 @@ def test_pema_is_compared_with_its_peers(experiment, ray_cluster, capsys):
         ("lora", "compare.lora.rank=3"),
     ):
         changed = ComparedSystem(Run(load_config(path, [override])), name, config.seed)
-        assert changed._stamp() != ComparedSystem(Run(config), name, config.seed)._stamp()  # measured anew, not reused
+        assert changed._stamp() != ComparedSystem(Run(config), name, config.seed)._stamp()  # measured again, not reused
     with pytest.raises(UserError, match=r"'lorra' is no system. Did you mean 'lora'\?"):
         load_config(path, ["compare.systems=[plm, lorra]"])
 
@@ -257,7 +257,7 @@ def local_cluster():
 
 
 def submitted(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Submit a job; the agent that runs jobs comes up some seconds after the API that takes them."""
+    """Submit a job; the agent that runs jobs starts some seconds after the API that accepts them."""
     deadline = time.monotonic() + 120
     while True:
         process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)

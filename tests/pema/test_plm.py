@@ -1,4 +1,4 @@
-"""A stage is connected with the PLM that `plm` names, and with the very one whose head was exported or with none."""
+"""A stage connects to the PLM that `plm` names, and only if it is the one whose head was exported."""
 
 from __future__ import annotations
 

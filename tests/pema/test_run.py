@@ -96,13 +96,13 @@ def test_a_checkpoint_is_taken_up_under_the_settings_that_wrote_it_and_never_del
     assert names_in(folder) == {"stamp"}
     assert names_in(tmp_path / "train.before-1") == {"stamp", "checkpoint.safetensors", "metrics.json"}
     (folder / "checkpoint.safetensors").write_text("another")
-    claim(folder, "pema one")  # what was set aside comes back
+    claim(folder, "pema one")  # the set-aside folder comes back
     assert (folder / "checkpoint.safetensors").read_text() == "one"
     assert names_in(tmp_path) == {"train", "train.before-2"}
     claim(folder, "pema nothing made yet")
     claim(folder, "pema one")
     assert names_in(tmp_path) == {"train", "train.before-2"} and names_in(folder) >= {"checkpoint.safetensors"}
-    (folder / "stamp").unlink()  # nobody knows whose it is now
+    (folder / "stamp").unlink()  # its owner is unknown now
     claim(folder, "pema another")
     assert (folder / "checkpoint.safetensors").read_text() == "another"
     assert (tmp_path / "train.before-3" / "checkpoint.safetensors").read_text() == "one"

@@ -1,4 +1,4 @@
-"""The PLM owner's service is killed and started again, time after time, under a build and under a generation."""
+"""The PLM owner's service is killed and restarted repeatedly during a build and during a generation."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Service:
         return sum(entry["what"] in ("extract", "step") and entry["status"] == 200 for entry in entries)
 
     def kill_under(self, work: Callable[[], object], every: int) -> None:
-        """Do the work, and kill the service after so many answers more, until it has died `KILLS` times."""
+        """Do the work; kill the service after every `every` answers, `KILLS` times in all."""
 
         def killing() -> None:
             next_at = self.answered + every

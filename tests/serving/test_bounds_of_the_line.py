@@ -1,4 +1,4 @@
-"""What one data owner may hold at a PLM owner's public service is bounded, and its event loop waits for nobody."""
+"""A data owner's use of a PLM owner's public service is bounded, and nothing blocks the service's event loop."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ async def test_a_data_owner_has_so_many_requests_under_way_and_no_more(owner_of)
         assert (await http.post("/v1/sessions/close", json=["b"])).status_code == 204  # it makes room
         assert (await http.post("/v1/sessions/close", content=b" " * (2**20 + 1))).status_code == 413
         response = await http.post("/v1/sessions/step", content=step, headers={"Authorization": f"Bearer {second_key}"})
-        assert response.status_code == 200  # nobody suffers from another's excess
+        assert response.status_code == 200  # one owner's excess does not affect another
         for upload in uploads:
             upload.resume.set()
         assert {(await upload.answer).status_code for upload in uploads} == {200}

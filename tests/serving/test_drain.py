@@ -1,4 +1,4 @@
-"""The PLM owner's public service is replaced under way: what has begun is finished, what comes is served or told."""
+"""The PLM owner's public service is redeployed under load: running steps finish, new requests get an answer or 503."""
 
 from __future__ import annotations
 

@@ -187,7 +187,7 @@ async def test_who_has_no_key_or_a_wrong_one_gets_401_and_nothing_else(owner_of,
                     body = "[]" if path.endswith("close") else None
                     response = await http.request(method, path, headers=headers, content=body)
                     assert response.status_code == 401, (path, response.text)
-        assert owner.handle.calls == []  # nobody came as far as the PLM
+        assert owner.handle.calls == []  # no request reached the PLM
         for file in (None, "nowhere"):
             empty = tmp_path / "empty"
             empty.write_text("\n")
@@ -461,8 +461,8 @@ async def test_keys_that_change_count_from_the_next_request_on(owner_of):
         headers = {"Authorization": f"Bearer {renewed}"}
         async with owner.raw() as http:
             quota = (await http.get("/v1/model", headers=headers)).json()["quota"]
-            assert quota == {"rows_per_minute": 7, "sessions": 5}  # what was not said anew stays
-            owner.keys.write_text("[")  # broken: who was known stays known
+            assert quota == {"rows_per_minute": 7, "sessions": 5}  # unchanged quotas stay
+            owner.keys.write_text("[")  # broken: the known keys stay valid
             assert (await http.get("/v1/model", headers=headers)).json()["quota"] == quota
 
 

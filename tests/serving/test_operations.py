@@ -1,4 +1,4 @@
-"""What operators look at: figures by the names that the board asks for, logs as JSON, requests by their numbers."""
+"""What operators use: the figures that the board queries, logs as JSON, request ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`serve run` and `serve deploy` themselves, with the files of serve_configs/, as the docs say; asked over HTTP."""
+"""`serve run` and `serve deploy` with the files of serve_configs/, as the docs say, tested over HTTP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Both owners under Ray Serve: replicas die, the application is deployed anew, and no answer changes."""
+"""Both owners under Ray Serve: replicas die, the application is redeployed, and no answer changes."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def engines(deployment: str = "PLMEngine") -> set[int]:
 async def ask(url: str, prompt: str, model: str = "mine", began: list[str] | None = None) -> str:
     async with openai.AsyncOpenAI(base_url=url, api_key="unused", max_retries=0, timeout=90) as client:
         parameters = {"model": model, "prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0}
-        stream = await client.completions.create(**parameters, stream=True)  # whose first event has come by then
+        stream = await client.completions.create(**parameters, stream=True)  # returns after the first event
         if began is not None:
             began.append(prompt)
         return "".join([piece.choices[0].text async for piece in stream])
@@ -248,7 +248,7 @@ async def test_a_redeployed_application_serves_other_adapters(application, expec
     renamed = {**args, "live": {"adapters": {"renamed": str(adapter)}}}
     began: list[str] = []
     answers = asyncio.gather(*(ask(url, prompt, began=began) for prompt in PROMPTS))
-    while len(began) < len(PROMPTS):  # who has not begun is told that there is no such model any more
+    while len(began) < len(PROMPTS):  # later requests would not find the model any more
         await asyncio.sleep(0.005)
     await asyncio.get_running_loop().run_in_executor(None, lambda: serve.run(local(renamed), name="pema"))
     assert await answers == [expected(prompt) for prompt in PROMPTS]  # the old replica finishes what it has begun

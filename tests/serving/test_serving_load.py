@@ -1,4 +1,4 @@
-"""64 clients stream at once: below the limit without an error, above it 503 or 429 and when to come again; no leaks."""
+"""64 clients stream at once: no error below the limit, 503 or 429 with `retry-after` above it, no leaks."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ async def test_data_owners_over_their_quota_get_429_and_when_to_come_again(tiny_
             asyncio.gather(*(open_("small", i) for i in range(CLIENTS // 2))),
             asyncio.gather(*(open_("large", i) for i in range(CLIENTS // 2))),
         )
-        assert {answer.status_code for answer in large} == {200}  # nobody suffers from another's excess
+        assert {answer.status_code for answer in large} == {200}  # one owner's excess does not affect another
         assert sorted(answer.status_code for answer in small) == [200] * 8 + [429] * (CLIENTS // 2 - 8)
         for answer in small:
             if answer.status_code == 429:

@@ -27,7 +27,7 @@ TEXT = b'{"source": "a pair that only the data owner has", "target": "sixteen wo
 MAX_TOKENS, ROWS = 25, 5000  # of an answer; per minute
 
 
-class Separation:
+class Network:
     """Two organisations on this machine: in a network namespace each, with a wire between, or at two addresses.
 
     Args:
@@ -42,11 +42,11 @@ class Separation:
         self.node = self.address if names else dict.fromkeys(OWNERS, "127.0.0.1")
 
     def within(self, owner: str) -> list[str]:
-        """What a command begins with that is to run at an owner's."""
+        """The prefix of a command that runs in an owner's network."""
         return ["ip", "netns", "exec", self._names[owner]] if self._names else []
 
     def processes(self, owner: str, pid: int) -> list[int]:
-        """All of an owner's, whose first one is `pid`."""
+        """All processes of an owner; `pid` is the first."""
         if self._names:
             pids = run("ip", "netns", "pids", self._names[owner])
             return [int(pid) for pid in pids.split()]
@@ -55,7 +55,7 @@ class Separation:
         return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
 
     def cut(self, organisation: Organisation) -> None:
-        """Let the line be dead."""
+        """Cut the line."""
         if self._names:
             run("ip", "-n", self._names["plm"], "link", "set", "pv0", "down")
         else:
@@ -67,10 +67,10 @@ def run(*command: str) -> str:
 
 
 @pytest.fixture(params=["namespaces", "addresses"])
-def apart(request) -> Iterator[Separation]:
+def network(request) -> Iterator[Network]:
     """A namespace for each organisation and a wire between them, where root allows; two addresses everywhere."""
     if request.param == "addresses":
-        yield Separation(None)
+        yield Network(None)
         return
     names = {owner: f"pema-{owner}-{os.getpid()}" for owner in OWNERS}
     created: list[str] = []
@@ -82,13 +82,13 @@ def apart(request) -> Iterator[Separation]:
         except (OSError, subprocess.CalledProcessError):
             pytest.skip("network namespaces need root and iproute2")
         run("ip", "link", "add", "pv0", "netns", names["plm"], "type", "veth", "peer", "pv1", "netns", names["data"])
-        separation = Separation(names)
+        network = Network(names)
         for owner, device in (("plm", "pv0"), ("data", "pv1")):
             inside = ("ip", "-n", names[owner])
-            run(*inside, "addr", "add", f"{separation.address[owner]}/24", "dev", device)
+            run(*inside, "addr", "add", f"{network.address[owner]}/24", "dev", device)
             run(*inside, "link", "set", device, "up")
             run(*inside, "link", "set", "lo", "up")
-        yield separation
+        yield network
     finally:
         for name in created:
             subprocess.run(["ip", "netns", "del", name], check=False)
@@ -97,15 +97,15 @@ def apart(request) -> Iterator[Separation]:
 class Organisation:
     """A cluster of its own, with a home and a working folder of its own."""
 
-    def __init__(self, separation: Separation, owner: str, folder: Path, settings: dict) -> None:
-        self.folder, self._separation, self._owner = folder, separation, owner
-        place = {"address": separation.address[owner], "node": separation.node[owner]}
+    def __init__(self, network: Network, owner: str, folder: Path, settings: dict) -> None:
+        self.folder, self._network, self._owner = folder, network, owner
+        place = {"address": network.address[owner], "node": network.node[owner]}
         settings = {**settings, **place, "temporary": str(folder / "r")}
         environment = {
             **os.environ, "HOME": str(folder), "TMPDIR": str(folder), "RAY_AUTH_MODE": "disabled",
             "OMP_NUM_THREADS": "1",
         }  # fmt: skip
-        command = [*separation.within(owner), sys.executable, str(SCRIPT), json.dumps(settings)]
+        command = [*network.within(owner), sys.executable, str(SCRIPT), json.dumps(settings)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=(folder / "err").open("w"), text=True,
             cwd=folder, env=environment,
@@ -119,7 +119,7 @@ class Organisation:
         raise AssertionError((self.folder / "err").read_text()[-3000:])
 
     def processes(self) -> list[int]:
-        return self._separation.processes(self._owner, self.process.pid)
+        return self._network.processes(self._owner, self.process.pid)
 
     def end(self) -> None:
         assert self.process.stdin is not None
@@ -197,15 +197,15 @@ print(json.dumps(refusals))
 """
 
 
-def refusals(separation: Separation, url: str, folder: Path, key: str, fingerprint: str) -> dict[str, tuple]:
-    """What the data owner is told for mistakes, asked from where it is."""
-    command = [*separation.within("data"), sys.executable, "-c", REFUSALS]
+def refusals(network: Network, url: str, folder: Path, key: str, fingerprint: str) -> dict[str, tuple]:
+    """The PLM owner's answers to the data owner's faulty requests, from the data owner's network."""
+    command = [*network.within("data"), sys.executable, "-c", REFUSALS]
     command += [url, str(folder / "ca.crt"), key, str(ROWS), fingerprint]
     process = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(process.stdout)
 
 
-def test_each_organisation_keeps_its_own(apart, tiny_plm_folder, tiny_source):
+def test_each_organisation_keeps_its_own(network, tiny_plm_folder, tiny_source):
     base = Path(tempfile.mkdtemp(prefix="po", dir="/tmp"))
     folders = {owner: base / owner for owner in OWNERS}
     for folder in folders.values():
@@ -214,16 +214,16 @@ def test_each_organisation_keeps_its_own(apart, tiny_plm_folder, tiny_source):
     card = source.describe().card
     save_adapter(card, folders["data"] / "adapter")
     shutil.copytree(tiny_plm_folder("llama"), folders["plm"] / "plm")
-    crt, private = certificate(folders["plm"], "server", address=apart.address["plm"])
+    crt, private = certificate(folders["plm"], "server", address=network.address["plm"])
     shutil.copy(crt, folders["data"] / "ca.crt")
     key = add_client(folders["plm"] / "keys.yaml", "them", Quota(rows_per_minute=ROWS))
     (folders["data"] / "key").write_text(key)
     (folders["data"] / "train.jsonl").write_bytes(TEXT)
-    url = f"https://{apart.address['plm']}:8443"
+    url = f"https://{network.address['plm']}:8443"
     organisations: dict[str, Organisation] = {}
     try:
         organisations["plm"] = Organisation(
-            apart, "plm", folders["plm"],
+            network, "plm", folders["plm"],
             {
                 "import_path": "pema_ray.plm_owner.service.application:plm_owner", "port": 8443,
                 "tls": {"ssl_certfile": crt, "ssl_keyfile": private},
@@ -236,7 +236,7 @@ def test_each_organisation_keeps_its_own(apart, tiny_plm_folder, tiny_source):
         )  # fmt: skip
         organisations["plm"].wait()
         organisations["data"] = Organisation(
-            apart, "data", folders["data"],
+            network, "data", folders["data"],
             {
                 "import_path": "pema_ray.pema.serving.data_owner:data_owner", "port": 8001,
                 "args": {
@@ -250,7 +250,7 @@ def test_each_organisation_keeps_its_own(apart, tiny_plm_folder, tiny_source):
         )  # fmt: skip
         organisations["data"].wait()
 
-        wire = f"http://{apart.address['data']}:8001/v1"
+        wire = f"http://{network.address['data']}:8001/v1"
         prompt = "Rewrite each Bible verse"
         ask = (
             "import openai, sys; c = openai.OpenAI(base_url=sys.argv[1], api_key='x', max_retries=0, timeout=60)\n"
@@ -260,7 +260,7 @@ def test_each_organisation_keeps_its_own(apart, tiny_plm_folder, tiny_source):
         )
 
         def ask_service() -> str:
-            command = [*apart.within("data"), sys.executable, "-c", ask, wire, prompt, str(MAX_TOKENS)]
+            command = [*network.within("data"), sys.executable, "-c", ask, wire, prompt, str(MAX_TOKENS)]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
         assert [ask_service()] == offline_texts(source, folders["data"] / "adapter", [prompt], MAX_TOKENS, 0.7)
@@ -280,7 +280,7 @@ def test_each_organisation_keeps_its_own(apart, tiny_plm_folder, tiny_source):
         assert not files_with(folders["plm"], TEXT)
         assert not holders(at["plm"], TEXT)
         assert not files_with(folders["plm"], key.encode())
-        refused = refusals(apart, url, folders["data"], key, card.fingerprint)
+        refused = refusals(network, url, folders["data"], key, card.fingerprint)
         assert refused["wrong key"][0] == 401
         assert refused["wrong fingerprint"][0] == 409 and card.fingerprint in refused["wrong fingerprint"][1]
         assert refused["over quota"][0] == 413  # more than a minute's rows in one request
@@ -292,7 +292,7 @@ def test_each_organisation_keeps_its_own(apart, tiny_plm_folder, tiny_source):
         assert {entry["client"] for entry in audit} == {"them", ""}  # nobody: of the wrong key
         assert {"model", "lm-head", "step"} <= {entry["what"] for entry in audit}
 
-        apart.cut(organisations["plm"])
+        network.cut(organisations["plm"])
         started = time.monotonic()
         assert ask_service().startswith("status 503")
         assert time.monotonic() - started < 40  # `timeout_seconds` of the answer, and what a new process costs
