@@ -1,8 +1,8 @@
-"""A local memory over the prompt and the text so far: what followed at places like this one. Knows torch alone.
+"""A local memory over the prompt and the text so far: what followed at similar positions. Knows torch alone.
 
-TRIME's local memory (Zhong, Lei and Chen, EMNLP 2022, equation 2) on the data owner's side: keys are made of the
-representations that the PLM owner has sent, values are the tokens that followed them, and the maps that make queries
-and keys are trained. One normaliser for all, in which the adapter's distribution stands as one entry more:
+TRIME's local memory (Zhong, Lei and Chen, EMNLP 2022, equation 2) on the data owner's side: trained maps make queries
+and keys from received representations; values are the tokens that followed them. One softmax covers all entries and
+the adapter's distribution:
 
     P(w) = a_0 P_PEMA(w) + Σ_{j<t, y_j=w} a_j,    a = softmax(s_0(x_t), q_t · k_1 / √D, …, q_t · k_{t-1} / √D)
 
@@ -16,16 +16,16 @@ import math
 import torch
 from torch import nn
 
-_NEVER = -1e4  # a finite logarithm of nothing: minus infinity has no gradient
-_AT_FIRST = 6.0  # s_0 before training: the memory has about a twentieth of the mass at some dozens of positions
+_NEVER = -1e4  # a finite log 0, as minus infinity has no gradient
+_AT_FIRST = 6.0  # s_0 before training: the memory has about 5 % of the mass at some dozens of positions
 
 
 class LocalMemory(nn.Module):
-    """Queries, keys and what the adapter itself weighs.
+    """Queries, keys and the adapter's own score.
 
     Args:
         width: D of queries and keys.
-        dropout: while training, of the representations that they are made of.
+        dropout: on the input, while training.
     """
 
     def __init__(self, hidden_size: int, width: int, dropout: float = 0.0) -> None:
@@ -38,30 +38,26 @@ class LocalMemory(nn.Module):
         nn.init.constant_(self.rest.bias, _AT_FIRST)
 
     def forward(self, x_BTH: torch.Tensor, follows_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(log a_0, log Σ a_j over earlier places that were followed by the same token)`, `[B, T]` each.
+        """`(log a_0, log Σ a_j over earlier positions followed by the same token)`, `[B, T]` each.
 
         Args:
-            follows_BT: the token after each position. Sequences are padded on their right.
+            follows_BT: the token after each position. Sequences are padded on the right.
         """
         normed = self.drop(self.norm(x_BTH))
         past = torch.ones(x_BTH.shape[1], x_BTH.shape[1], dtype=torch.bool, device=x_BTH.device).tril(-1)
         log_a = self._log_shares(normed, self.key(normed), past)
-        alike = (follows_BT[:, :, None] == follows_BT[:, None, :]) & past
-        return log_a[..., 0], log_a[..., 1:].masked_fill(~alike, _NEVER).logsumexp(-1)
+        same_token = (follows_BT[:, :, None] == follows_BT[:, None, :]) & past
+        return log_a[..., 0], log_a[..., 1:].masked_fill(~same_token, _NEVER).logsumexp(-1)
 
-    def _log_shares(self, normed_BTH: torch.Tensor, key_BSD: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        """`log a [B, T, 1 + S]` of the adapter and of S places, of which some may be seen."""
+    def _log_shares(self, normed_BTH: torch.Tensor, key_BSD: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """`log a [B, T, 1 + S]` of the adapter and of S positions, masked by `visible`."""
         score = (self.query(normed_BTH) @ key_BSD.transpose(1, 2)) * self.scale
-        score = score.masked_fill(~seen, _NEVER)
+        score = score.masked_fill(~visible, _NEVER)
         return torch.cat([self.rest(normed_BTH), score], -1).log_softmax(-1)
-
-    def begin(self, x_TH: torch.Tensor, follows_T: torch.Tensor) -> LocalMemoryCache:
-        """The cache of one sequence after its first T ≥ 0 positions, each followed by a token."""
-        return LocalMemoryCache(self, x_TH, follows_T)
 
 
 class LocalMemoryCache:
-    """Keys and values of one sequence while it is decoded; `step`, then `follow`, as `LookBackCache` has them."""
+    """Keys and values of one sequence while it is decoded; used as `LookBackCache`."""
 
     def __init__(self, memory: LocalMemory, x_TH: torch.Tensor, follows_T: torch.Tensor) -> None:
         self._memory = memory
@@ -69,19 +65,19 @@ class LocalMemoryCache:
         self._newest: torch.Tensor | None = None
 
     def step(self, x_1H: torch.Tensor) -> None:
-        """Take in the newest position."""
+        """Set the newest position."""
         self._newest = self._memory.norm(x_1H)
 
     def mix(self, log_pema_1V: torch.Tensor) -> torch.Tensor:
-        """The adapter's log-probabilities and the memory's, at the newest position, `[1, V]`."""
+        """The mixture of the adapter's log-probabilities and the memory's at the newest position, `[1, V]`."""
         assert self._newest is not None, "step comes first"
-        seen = torch.ones(1, len(self._key_TD), dtype=torch.bool, device=self._newest.device)
-        log_a = self._memory._log_shares(self._newest[None], self._key_TD[None], seen)[0]
-        found = torch.zeros_like(log_pema_1V).scatter_add_(1, self._value_T[None], log_a[:, 1:].exp())
-        return torch.logaddexp(log_pema_1V + log_a[:, :1], found.log())
+        visible = torch.ones(1, len(self._key_TD), dtype=torch.bool, device=self._newest.device)
+        log_a = self._memory._log_shares(self._newest[None], self._key_TD[None], visible)[0]
+        probability = torch.zeros_like(log_pema_1V).scatter_add_(1, self._value_T[None], log_a[:, 1:].exp())
+        return torch.logaddexp(log_pema_1V + log_a[:, :1], probability.log())
 
     def follow(self, token: int) -> None:
-        """The newest position was followed by this token."""
+        """Name the token that followed the newest position."""
         if self._newest is None:
             return
         self._key_TD = torch.cat([self._key_TD, self._memory.key(self._newest)])
@@ -95,27 +91,28 @@ def log_mixture(
     memory: LocalMemory,
     target_N: torch.Tensor,
     example_N: torch.Tensor,
-    wanted_N: torch.Tensor,
+    selected_N: torch.Tensor,
 ) -> torch.Tensor:
-    """The same over whole sequences: log-probabilities `[n, V]` of the n rows wanted, whose `log_pema_NV` is given.
+    """`LocalMemoryCache.mix` over whole sequences: log-probabilities `[n, V]` of the n selected rows.
 
     Args:
-        target_N: `[N]`, the token after each row; example_N: `[N]`, its sequence; rows of one lie together, in order.
+        log_pema_NV: of the selected rows alone, `[n, V]`.
+        target_N: `[N]`, the token after each row; example_N: `[N]`, its sequence; rows are grouped by it, in order.
     """
-    normed, found, row = memory.norm(x_NH), torch.zeros_like(log_pema_NV), 0
-    rest = torch.empty(len(log_pema_NV), 1, device=log_pema_NV.device)
+    normed, probability, row = memory.norm(x_NH), torch.zeros_like(log_pema_NV), 0
+    log_adapter = torch.empty(len(log_pema_NV), 1, device=log_pema_NV.device)
     for start, end in _borders(example_N):
-        mine = wanted_N[start:end]
-        count = int(mine.sum())
+        selected = selected_N[start:end]
+        count = int(selected.sum())
         if not count:
             continue
         past = torch.ones(end - start, end - start, dtype=torch.bool, device=x_NH.device).tril(-1)
-        log_a = memory._log_shares(normed[None, start:end], memory.key(normed[None, start:end]), past)[0][mine]
-        rest[row : row + count] = log_a[:, :1]
+        log_a = memory._log_shares(normed[None, start:end], memory.key(normed[None, start:end]), past)[0][selected]
+        log_adapter[row : row + count] = log_a[:, :1]
         values = target_N[start:end].expand(count, -1)
-        found[row : row + count].scatter_add_(1, values, log_a[:, 1:].exp() * past[mine])
+        probability[row : row + count].scatter_add_(1, values, log_a[:, 1:].exp() * past[selected])
         row += count
-    return torch.logaddexp(log_pema_NV + rest, found.log())
+    return torch.logaddexp(log_pema_NV + log_adapter, probability.log())
 
 
 def _borders(example_N: torch.Tensor) -> list[tuple[int, int]]:

@@ -25,10 +25,10 @@ class Branch:
 
     Attributes:
         ids: prompt and answer so far.
-        sent: tokens that the PLM owner holds and that stand.
-        draft_tokens: sent along with the next step, or drafted by the PLM owner.
-        state_NH: representations that have arrived: of the newest token and the draft's.
-        decoding: of an adapter that looks back, once the prompt's representations have arrived.
+        sent: leading ids that the PLM owner's session holds.
+        draft_tokens: sent with the next step, or drafted by the PLM owner.
+        state_NH: received representations of the newest token and of the draft.
+        decoding: state of an adapter that looks back; None until the prompt's representations arrive.
     """
 
     ids: list[int]
@@ -54,7 +54,7 @@ class Branch:
 
         Args:
             prompt_from: request the prompt's representations too, from this position on.
-            waits: for a slot, if this opens a session.
+            waits: whether to wait for a slot if this opens a session.
         """
         tokens = [*self.ids[self.sent :], *self.draft_tokens]
         states = 1 + len(self.draft_tokens)
@@ -70,19 +70,19 @@ class Branch:
         self.state_NH, self.replays = stepped.state_NH, 0
 
     def reopen(self) -> str:
-        """Start a new session with all ids, without their states; returns the name of the lost one."""
-        lost, self.session = self.session, _session_name()
+        """Switch to a new session, which will receive all ids; returns the name of the lost one."""
+        lost_session, self.session = self.session, _session_name()
         self.sent, self.draft_tokens, self.draft, self.state_NH = 0, [], Draft(), None
-        return lost
+        return lost_session
 
     def take_over(self, ended: Branch) -> None:
-        """Continue in the session of a hypothesis that ends, from where the two part."""
+        """Reuse the session of an ended hypothesis, from the first token that differs."""
         self.session = ended.session
         pairs = zip(self.ids, ended.ids[: ended.sent], strict=False)
         self.sent = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(self.ids) - 1, ended.sent))
 
     def append(self, token: Token) -> None:
-        """The answer continues; this token's representation is yet to come."""
+        """Add a token whose representation has not arrived."""
         self.ids.append(token.id)
         self.tokens.append(token)
         self.log_prob += token.log_prob
@@ -90,9 +90,9 @@ class Branch:
             self.decoding.follow(token.id)
 
     def fork(self) -> Branch:
-        """A second hypothesis that begins alike, in a session of its own."""
-        other = copy.copy(self)
-        other.ids, other.tokens, other.text = list(self.ids), list(self.tokens), self.text.fork()
-        other.decoding = None if self.decoding is None else self.decoding.fork()
-        other.session, other.sent, other.draft_tokens = _session_name(), 0, []
-        return other
+        """A copy in a session of its own."""
+        fork = copy.copy(self)
+        fork.ids, fork.tokens, fork.text = list(self.ids), list(self.tokens), self.text.fork()
+        fork.decoding = None if self.decoding is None else self.decoding.fork()
+        fork.session, fork.sent, fork.draft_tokens = _session_name(), 0, []
+        return fork

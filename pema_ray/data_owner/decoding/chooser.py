@@ -23,13 +23,13 @@ from pema_ray.data_owner.decoding.unrolling import mix
 from pema_ray.line import LMHead
 from pema_ray.runtime.metrics import Metrics, NoMetrics
 
-_MOST_ROWS = 128  # of one product with the LM head
+_MAX_ROWS = 128  # of one product with the LM head
 
 
 class _Distributions:
     """Of N rows: the mixture, and its two parts where they were needed.
 
-    What a greedy answer needs of every row comes to the host in one copy: a device is waited for once a step.
+    One copy per step brings what greedy answers need of every row to the host.
 
     Attributes:
         lam: λ of every row.
@@ -54,7 +54,7 @@ class _Distributions:
         """Of a token in the mixture, or in one of its parts."""
         part = self.log_p_NV if part is None else part
         if token == self.best[row]:
-            place = next(n for n, known in enumerate(self._parts) if known is part)
+            place = next(n for n, candidate in enumerate(self._parts) if candidate is part)
             return self._best_log_probs[place][row]
         return float(part[row, token])
 
@@ -80,29 +80,29 @@ class Chooser:
 
     @torch.inference_mode()
     def choose(self, batch: Sequence[Generation]) -> list[list[Token] | Exception]:
-        """The next tokens of every answer; an answer's own error stands in its place.
+        """The next tokens of every answer, or the error that ends it.
 
-        A greedy or sampled answer gets as many tokens as its draft had accepted, and one more. Beam search gives its
-        tokens when it is over. Branches are ready for their next step afterwards.
+        A greedy or sampled answer gets its accepted draft tokens and one more. Beam search returns its tokens when it
+        is over. Branches are ready for their next step afterwards.
         """
-        chosen: list[list[Token] | Exception] = []
+        results: list[list[Token] | Exception] = []
         part: list[Generation] = []
         rows = 0
         for generation in batch:
             count = sum(len(_states(branch)) for branch in generation.branches)
-            if part and rows + count > _MOST_ROWS:
-                chosen += self._choose_together(part)
+            if part and rows + count > _MAX_ROWS:
+                results += self._choose_together(part)
                 part, rows = [], 0
             part.append(generation)
             rows += count
-        chosen += self._choose_together(part)
+        results += self._choose_together(part)
         self._draft(
-            [g for g, c in zip(batch, chosen, strict=True) if isinstance(c, list) and c and c[-1].finish is None]
+            [g for g, c in zip(batch, results, strict=True) if isinstance(c, list) and c and c[-1].finish is None]
         )
-        return chosen
+        return results
 
-    def _take_in_prompts(self, batch: Sequence[Generation]) -> None:
-        """Adapters that look back read the prompts of answers that begin."""
+    def _begin_decoding(self, batch: Sequence[Generation]) -> None:
+        """Read the prompts of new answers into the decoding states of adapters that look back."""
         for generation in batch:
             if generation.prompt_from is None:
                 continue
@@ -117,25 +117,25 @@ class Chooser:
 
     def _choose_together(self, batch: Sequence[Generation]) -> list[list[Token] | Exception]:
         try:
-            self._take_in_prompts(batch)
+            self._begin_decoding(batch)
             rows = [(g, branch, i) for g in batch for branch in g.branches for i in range(len(_states(branch)))]
             state_NH = torch.cat([_states(branch) for g in batch for branch in g.branches])
-            found = self._distributions(rows, state_NH.to(self.head.weight.device))
-        except Exception as error:  # of one predictor: answers that do not use it continue
-            return [error] if len(batch) == 1 else [self._choose_together([one])[0] for one in batch]
-        chosen: list[list[Token] | Exception] = []
+            distributions = self._distributions(rows, state_NH.to(self.head.weight.device))
+        except Exception as error:  # of one predictor: answers of the others continue
+            return [error] if len(batch) == 1 else [self._choose_together([generation])[0] for generation in batch]
+        results: list[list[Token] | Exception] = []
         begin = 0
         for generation in batch:
             branches = generation.branches
             try:
-                follow = self._follow if generation.beams is None else self._grow_beams
-                chosen.append(follow(generation, found, begin))
-            except Exception as error:  # this answer's own fault
-                chosen.append(error)
+                advance = self._advance_single if generation.beams is None else self._advance_beams
+                results.append(advance(generation, distributions, begin))
+            except Exception as error:  # ends this answer alone
+                results.append(error)
             begin += sum(len(_states(branch)) for branch in branches)
             for branch in [*branches, *generation.branches]:
                 branch.state_NH = None
-        return chosen
+        return results
 
     def _distributions(self, rows: Sequence[tuple[Generation, Branch, int]], state_NH: torch.Tensor) -> _Distributions:
         schedule = [
@@ -143,22 +143,22 @@ class Chooser:
             for g, branch, i in rows
         ]
         explain = [g.request.explain for g, _, _ in rows]
-        wanted = [own or lam > 0 for own, lam in zip(explain, schedule, strict=True)]
-        # A predicted λ is known on the device alone: the PLM's part is computed whatever it is.
+        needs_own = [explains or lam > 0 for explains, lam in zip(explain, schedule, strict=True)]
+        # The PLM's part is always computed for a predicted λ, whose value stays on the device.
         needs_plm = [
-            own or lam < 1 or (g.predictor is not None and g.predictor.predicts_lambda)
-            for own, lam, (g, _, _) in zip(explain, schedule, rows, strict=True)
+            explains or lam < 1 or (g.predictor is not None and g.predictor.predicts_lambda)
+            for explains, lam, (g, _, _) in zip(explain, schedule, rows, strict=True)
         ]
         schedule_N = torch.tensor(schedule, device=state_NH.device)
         predictors = {g.predictor for g, _, _ in rows}
         log_plm_NV = None
-        if len(predictors) == 1 and None not in predictors and all(wanted) and all(needs_plm):
+        if len(predictors) == 1 and None not in predictors and all(needs_own) and all(needs_plm):
             (predictor,) = predictors
             assert predictor is not None
             log_own_NV, share_N, log_plm_NV = predictor.both(state_NH, [branch.decoding for _, branch, _ in rows])
             lam_N = schedule_N * share_N
         else:
-            log_own_NV, lam_N = self._own(rows, state_NH, schedule_N, wanted)
+            log_own_NV, lam_N = self._own_log_probs(rows, state_NH, schedule_N, needs_own)
             if log_own_NV is None or any(needs_plm):
                 log_plm_NV = self.head.log_probs(self.head.norm(state_NH))
         if log_own_NV is None or log_plm_NV is None:
@@ -168,79 +168,85 @@ class Chooser:
             log_p_NV = mix(log_own_NV, log_plm_NV, lam_N)
         return _Distributions(log_p_NV, log_own_NV, log_plm_NV, lam_N)
 
-    def _own(
+    def _own_log_probs(
         self,
         rows: Sequence[tuple[Generation, Branch, int]],
         state_NH: torch.Tensor,
         schedule_N: torch.Tensor,
-        wanted: Sequence[bool],
+        needs_own: Sequence[bool],
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """`(log P_own [N, V] or None where nobody needs it, λ [N])`; zeros in rows that do not need it."""
+        """`(log P_own [N, V], λ [N])`; zeros in rows that do not need it, None if none does."""
         groups: dict[Predictor, list[int]] = {}
-        for row, ((generation, _, _), is_wanted) in enumerate(zip(rows, wanted, strict=True)):
-            if is_wanted and generation.predictor is not None:
+        for row, ((generation, _, _), is_needed) in enumerate(zip(rows, needs_own, strict=True)):
+            if is_needed and generation.predictor is not None:
                 groups.setdefault(generation.predictor, []).append(row)
         if not groups:
             return None, schedule_N
         log_own_NV, lam_N = None, schedule_N.clone()
-        for predictor, chosen in groups.items():
-            decoding = [rows[row][1].decoding for row in chosen]
-            if len(chosen) == len(rows):
+        for predictor, group in groups.items():
+            decoding = [rows[row][1].decoding for row in group]
+            if len(group) == len(rows):
                 log_own_NV, share_N = predictor.distribution(state_NH, decoding)
                 return log_own_NV, lam_N * share_N
             if log_own_NV is None:
                 log_own_NV = torch.zeros(len(rows), self.head.vocab_size, device=state_NH.device)
-            place = torch.tensor(chosen, device=state_NH.device)
-            log_own_NV[place], share_N = predictor.distribution(state_NH[place], decoding)
-            lam_N[place] *= share_N
+            index = torch.tensor(group, device=state_NH.device)
+            log_own_NV[index], share_N = predictor.distribution(state_NH[index], decoding)
+            lam_N[index] *= share_N
         return log_own_NV, lam_N
 
     # ── tokens ──────────────────────────────────────────────────────────────
 
-    def _follow(self, generation: Generation, found: _Distributions, begin: int) -> list[Token]:
-        """Tokens of a greedy or sampled answer, as long as its draft is right."""
+    def _advance_single(self, generation: Generation, distributions: _Distributions, begin: int) -> list[Token]:
+        """Tokens of a greedy or sampled answer: the accepted part of its draft, and one more."""
         request, (branch,) = generation.request, generation.branches
         tokens: list[Token] = []
         draft = branch.draft_tokens
         for row in range(begin, begin + len(_states(branch))):
             if request.sampling.kind == "greedy":
-                chosen = found.best[row]
+                token = distributions.best[row]
             else:
-                chosen = draw(found.log_p_NV[row], request.sampling, generation.rng)
-            tokens.append(self._token(generation, found, row, chosen, branch.text, branch.position))
+                token = draw(distributions.log_p_NV[row], request.sampling, generation.rng)
+            tokens.append(self._token(generation, distributions, row, token, branch.text, branch.position))
             branch.append(tokens[-1])
             if generation.predictor is not None:
-                self.metrics.observe("lambda", found.lam[row])
+                self.metrics.observe("lambda", distributions.lam[row])
             if generation.lookup is not None:
-                generation.lookup.follow(chosen)
+                generation.lookup.follow(token)
             place = row - begin
-            if tokens[-1].finish is not None or place >= len(draft) or draft[place] != chosen:
+            if tokens[-1].finish is not None or place >= len(draft) or draft[place] != token:
                 break
         accepted = len(tokens) - 1
         self.counts.update({"tokens": len(tokens), "drafted": len(draft), "accepted": accepted})
         branch.sent += accepted
-        if tokens[-1].finish is None or accepted == len(draft):  # else nobody knows how far it was right
+        if tokens[-1].finish is None or accepted == len(draft):  # else the rest of the draft was never verified
             self.draft_length.record_acceptance(branch.draft.kind, len(draft), accepted)
         branch.draft, branch.draft_tokens = Draft(), []
         return tokens
 
-    def _grow_beams(self, generation: Generation, found: _Distributions, begin: int) -> list[Token]:
+    def _advance_beams(self, generation: Generation, distributions: _Distributions, begin: int) -> list[Token]:
         """All tokens of the best hypothesis when the search is over; nothing before."""
         search, branches = generation.beams, generation.branches
         assert search is not None
         position = branches[0].position
 
         def make_token(number: int, token: int, text: AnswerText) -> Token:
-            return self._token(generation, found, begin + number, token, text, position)
+            return self._token(generation, distributions, begin + number, token, text, position)
 
-        log_p_KV = found.log_p_NV[begin : begin + len(branches)]
+        log_p_KV = distributions.log_p_NV[begin : begin + len(branches)]
         generation.branches, ended = search.advance(branches, log_p_KV, make_token)
         generation.ended += [branch.session for branch in ended]
         self.counts["tokens"] += len(generation.branches)
         return [] if generation.branches else search.finished[0][1]
 
     def _token(
-        self, generation: Generation, found: _Distributions, row: int, token: int, text: AnswerText, position: int
+        self,
+        generation: Generation,
+        distributions: _Distributions,
+        row: int,
+        token: int,
+        text: AnswerText,
+        position: int,
     ) -> Token:
         request = generation.request
         ends = token in self._eos or token in request.eos
@@ -254,9 +260,9 @@ class Chooser:
             finish = "length"
         if finish is not None:
             piece += text.finish()
-        attribution = _attribution(generation, found, row, token) if request.explain else None
-        top = top_tokens(found.log_p_NV[row], request.top)
-        return Token(token, piece, found.log_prob(row, token), finish, top, attribution)
+        attribution = _attribution(generation, distributions, row, token) if request.explain else None
+        top = top_tokens(distributions.log_p_NV[row], request.top)
+        return Token(token, piece, distributions.log_prob(row, token), finish, top, attribution)
 
     # ── drafts ──────────────────────────────────────────────────────────────
 
@@ -280,17 +286,16 @@ class Chooser:
                 branch.draft, branch.draft_tokens = draft, list(draft.tokens)
 
 
-def _attribution(generation: Generation, found: _Distributions, row: int, token: int) -> Attribution:
-    assert found.log_plm_NV is not None, "both distributions are computed for answers that explain"
-    plm_V, top = found.log_plm_NV[row], generation.request.top
-    alone = generation.predictor is None or found.log_own_NV is None
-    own_V = plm_V if alone else found.log_own_NV[row]  # type: ignore[index]
-    tops = top_tokens(own_V, top), top_tokens(plm_V, top)
-    own = found.log_plm_NV if alone else found.log_own_NV
-    probabilities = found.log_prob(row, token, own), found.log_prob(row, token, found.log_plm_NV)
-    return Attribution(found.lam[row], *probabilities, *tops)
+def _attribution(generation: Generation, distributions: _Distributions, row: int, token: int) -> Attribution:
+    log_own_NV, log_plm_NV = distributions.log_own_NV, distributions.log_plm_NV
+    assert log_plm_NV is not None, "both distributions are computed for answers that explain"
+    if generation.predictor is None or log_own_NV is None:
+        log_own_NV = log_plm_NV
+    own, plm = (distributions.log_prob(row, token, part) for part in (log_own_NV, log_plm_NV))
+    top_own, top_plm = (top_tokens(part[row], generation.request.top) for part in (log_own_NV, log_plm_NV))
+    return Attribution(distributions.lam[row], own, plm, top_own, top_plm)
 
 
 def _states(branch: Branch) -> torch.Tensor:
-    assert branch.state_NH is not None, "a branch is chosen for once its representations have arrived"
+    assert branch.state_NH is not None, "its representations have arrived"
     return branch.state_NH

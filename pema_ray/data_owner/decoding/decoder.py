@@ -1,8 +1,9 @@
 """The decoder: generates many answers together by Gradual Unrolling, over any `PLMClient`.
 
-Every branch waits for representations from the PLM owner, or for its next token. Whatever has arrived is chosen for
-together (`chooser.py`) and continues in one message. A lost session is opened again with all its ids; the answer stays
-the same. Stages, evaluation, the API and the playground all call this class. Knows no Ray and no HTTP.
+Every branch waits for representations from the PLM owner, or for its next token. Tokens of all branches whose
+representations have arrived are chosen together (`chooser.py`), and one message sends them. A lost session is opened
+again with all its ids; the answer stays the same. Stages, evaluation, the API and the playground all call this class.
+Knows no Ray and no HTTP.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ from pema_ray.runtime.metrics import Metrics
 logger = logging.getLogger(__name__)
 _REPLAYS = 20  # of one branch without a new token before its answer is aborted
 _SHORTEST_PAUSE = 0.05  # seconds between two attempts at a busy PLM owner, which may ask for longer ones
-_CONCURRENT_OPENINGS = 16  # those that wait for a slot must not take up the line of those that have one
-_CLOSING_SECONDS = 2.0  # to close sessions in, when the decoder stops
-_ADMITTED_SHARE = 8  # in lockstep: room for an eighth of all sequences is filled at once
-_PATIENCE = 1.5  # round trips, as long as they were lately
+_CONCURRENT_OPENINGS = 16  # openings that wait for slots must not block the steps of open sessions
+_CLOSING_SECONDS = 2.0  # to close sessions when the decoder stops
+_ADMITTED_SHARE = 8  # in lockstep, requests are admitted once an eighth of all sequences is free
+_PATIENCE = 1.5  # mean round trips to wait for steps under way
 
 _Pairs = Sequence[tuple[Generation, Branch]]
 
@@ -51,14 +52,14 @@ class Decoder:
         max_sequences: answers at a time; beam search counts every beam.
         lockstep: choose only when no step is under way, and send all branches in one message. Answers then do not
             depend on timing, to the last bit unless they draft or wait for slots that others hold, and requests wait
-            for room; the offline stages decode so. A service does not: it answers whatever has arrived, and rejects
-            requests beyond `max_sequences`.
+            for room; offline stages decode this way. A service chooses for what has arrived, and rejects requests
+            beyond `max_sequences`.
         threads: CPU threads of torch for choosing tokens; 0 takes torch's default.
-        max_sessions: that the PLM owner holds; beam searches together never need more: they would wait for each other.
+        max_sessions: limit of the PLM owner. Beam searches together stay within it, else they would block each other.
 
     Attributes:
-        predictors, memories: by adapter name; the memory of a name is where its drafts come from. May be replaced at
-            any time: answers that have begun keep theirs.
+        predictors, memories: by adapter name; drafts come from the memory of that name. May be replaced at any time:
+            answers that have begun keep theirs.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class Decoder:
         self._closings: set[asyncio.Task[None]] = set()
         self._loop = asyncio.create_task(self._serve(), name="decoder")
 
-    # ── what neighbours call ────────────────────────────────────────────────
+    # ── public ──────────────────────────────────────────────────────────────
 
     @property
     def live(self) -> int:
@@ -106,16 +107,16 @@ class Decoder:
         self._chooser.metrics = metrics
 
     def allow_plm_drafts(self, longest: int) -> None:
-        """Let the PLM owner draft up to so many tokens at a time, where round trips are long."""
+        """Let the PLM owner draft up to `longest` tokens at a time, where round trips are long."""
         self._chooser.longest_plm_draft = longest
 
     def check_health(self) -> None:
-        """Raises when the loop that generates answers has ended."""
+        """Raise when the loop that generates answers has ended."""
         if self._loop.done():
             raise RuntimeError("the decoder has stopped")
 
     async def stop(self) -> None:
-        """End; answers that are being generated are aborted, and their sessions closed."""
+        """Abort all answers, close their sessions and end."""
         self._loop.cancel()
         for generation in self._live:
             self._close([branch.session for branch in generation.branches])
@@ -128,7 +129,7 @@ class Decoder:
         await asyncio.gather(self._loop, *self._tasks, return_exceptions=True)
         for generation in [*self._live, *self._waiting]:
             generation.out.put_nowait(GenerationAborted("the data owner's service ends"))
-        await asyncio.wrap_future(self._thread.submit(int))  # what is being chosen comes to its end
+        await asyncio.wrap_future(self._thread.submit(int))  # the thread finishes what it is choosing
 
     async def generate(self, requests: Sequence[GenerationRequest], timeout: float = 900.0) -> list[Answer]:
         """All answers, in the order of their requests.
@@ -137,7 +138,7 @@ class Decoder:
             timeout: seconds without progress after which an answer is given up.
 
         Raises:
-            as `answer`; the first error ends the others.
+            as `answer`; the first error ends all answers.
         """
 
         async def one(request: GenerationRequest) -> Answer:
@@ -172,7 +173,7 @@ class Decoder:
             self._waiting.append(generation)
             self._wake.set()
         else:
-            beams = sum(other.width for other in [*self._live, generation] if other.beams is not None)
+            beams = sum(g.width for g in [*self._live, generation] if g.beams is not None)
             crowded = generation.beams is not None and beams > self._max_sessions
             if crowded or self._sequences + generation.width > self._max_sequences:
                 raise Busy(f"{self._sequences} answers are being generated, the limit of this service; retry later")
@@ -180,28 +181,28 @@ class Decoder:
             generation.start()
             self._send_alone(generation, generation.branches)
         try:
-            before, metric = time.monotonic(), "first_token_seconds"
+            started, metric = time.monotonic(), "first_token_seconds"
             while True:
-                got = await self._next(generation, timeout)
+                token = await self._next(generation, timeout)
                 now = time.monotonic()
-                self._chooser.metrics.observe(metric, now - before)
-                before, metric = now, "token_seconds"
-                yield got
-                if got.finish is not None:
+                self._chooser.metrics.observe(metric, now - started)
+                started, metric = now, "token_seconds"
+                yield token
+                if token.finish is not None:
                     return
         finally:
             self._end(generation)
 
     async def _next(self, generation: Generation, timeout: float) -> Token:
-        left = None if self._lockstep else max(generation.deadline - time.monotonic(), 0.001)
+        seconds = None if self._lockstep else max(generation.deadline - time.monotonic(), 0.001)
         try:
-            async with asyncio.timeout(left):
-                got = await generation.out.get()
+            async with asyncio.timeout(seconds):
+                token = await generation.out.get()
         except TimeoutError:
             raise GenerationAborted(f"the answer was not finished within {timeout:g} seconds") from None
-        if isinstance(got, Exception):
-            raise got
-        return got
+        if isinstance(token, Exception):
+            raise token
+        return token
 
     # ── beginning and ending ────────────────────────────────────────────────
 
@@ -213,8 +214,8 @@ class Decoder:
         if not request.prompt:
             raise UserError("A prompt needs at least one token.")
         if request.adapter is not None and request.adapter not in self.predictors:
-            known = ", ".join(self.predictors) or "none"
-            raise UserError(f"There is no adapter '{request.adapter}'; loaded are: {known}.")
+            names = ", ".join(self.predictors) or "none"
+            raise UserError(f"There is no adapter '{request.adapter}'; loaded are: {names}.")
         predictor = None if request.adapter is None else self.predictors[request.adapter]
         beams = BeamSearch(request.sampling) if request.sampling.kind == "beam" else None
         if beams is not None and beams.width > self._max_sessions:
@@ -227,7 +228,7 @@ class Decoder:
         return Generation(request, predictor, [branch], lookup, memory, rng, timeout, beams)
 
     def _end(self, generation: Generation) -> None:
-        generation.gone = True
+        generation.closed = True
         self._live.discard(generation)
         with suppress(ValueError):
             self._waiting.remove(generation)
@@ -237,7 +238,7 @@ class Decoder:
         self._wake.set()
 
     def _admit(self) -> list[tuple[Generation, Branch]]:
-        """In lockstep: requests that wait, some at a time, because a pass for one prompt costs as much as for many."""
+        """In lockstep: admit waiting requests, several at a time, as one pass for many prompts costs little more."""
         admitted: list[tuple[Generation, Branch]] = []
         room = self._max_sequences - self._sequences
         if self._live and room < min(len(self._waiting), self._max_sequences // _ADMITTED_SHARE):
@@ -251,19 +252,20 @@ class Decoder:
 
     # ── round trips ─────────────────────────────────────────────────────────
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work, context=Context())  # the request that began it may end before it
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+    def _spawn(self, work: Coroutine[Any, Any, None], *groups: set[asyncio.Task[None]]) -> None:
+        """Run in the background, as a member of these groups until it is done."""
+        task = asyncio.create_task(work, context=Context())  # it may outlive the request that started it
+        for group in (self._tasks, *groups):
+            group.add(task)
+            task.add_done_callback(group.discard)
 
-    def _send(self, pairs: _Pairs) -> asyncio.Task[None]:
+    def _send(self, pairs: _Pairs, *groups: set[asyncio.Task[None]]) -> None:
         for generation, _ in pairs:
-            generation.waiting += 1
-        return self._spawn(self._round_trip(pairs))
+            generation.in_flight += 1
+        self._spawn(self._round_trip(pairs), *groups)
 
-    def _send_apart(self, pairs: _Pairs) -> None:
-        """Beams that fork need new sessions: only their own answer waits until there are slots."""
+    def _send_forks_apart(self, pairs: _Pairs) -> None:
+        """Send forked beams in messages of their own: they may wait for slots, and no other answer should."""
         if continuing := [(generation, branch) for generation, branch in pairs if branch.sent]:
             self._send(continuing)
         forks: dict[Generation, list[Branch]] = {}
@@ -274,10 +276,8 @@ class Decoder:
             self._send_alone(generation, branches)
 
     def _send_alone(self, generation: Generation, branches: Sequence[Branch]) -> None:
-        """A round trip that ends with its answer."""
-        trip = self._send([(generation, branch) for branch in branches])
-        generation.trips.add(trip)
-        trip.add_done_callback(generation.trips.discard)
+        """A round trip that is cancelled when its answer ends."""
+        self._send([(generation, branch) for branch in branches], generation.trips)
 
     async def _round_trip(self, pairs: _Pairs) -> None:
         if any(branch.sent for _, branch in pairs):
@@ -312,7 +312,7 @@ class Decoder:
             return await self._client.step([self._next_step(generation, branch) for generation, branch in pairs])
         except (Busy, OSError) as error:
             return [Busy(str(error), getattr(error, "retry_after", 0.2))] * len(pairs)
-        except Exception as error:  # of the line as a whole, not of any answer
+        except Exception as error:  # of the whole line
             if self._lockstep:
                 return [error] * len(pairs)
             logger.error("the PLM owner rejects this service: %s", error)
@@ -324,19 +324,19 @@ class Decoder:
         return branch.next_step(generation.prompt_from, waits)
 
     def _receive(self, generation: Generation, branch: Branch, outcome: Stepped | Exception) -> None:
-        generation.waiting -= 1
-        if generation.gone:
-            self._close([branch.session])  # it may just have been opened again
+        generation.in_flight -= 1
+        if generation.closed:
+            self._close([branch.session])  # this step may have reopened it
         elif isinstance(outcome, Stepped):
             self.counts["received_rows"] += len(outcome.state_NH)
             branch.receive(outcome)
             if all(b.sent for b in generation.branches):
                 generation.unopened = None
-            if not generation.waiting and all(b.state_NH is not None for b in generation.branches):
+            if not generation.in_flight and all(b.state_NH is not None for b in generation.branches):
                 self._arrived.append(generation)
         elif isinstance(outcome, SessionLost):
             self._replay(generation, branch)
-        elif isinstance(outcome, Busy | OSError):  # a step may be repeated: the session stays as it is
+        elif isinstance(outcome, Busy | OSError):  # the session is unchanged: repeat the step
             self.counts["busy"] += 1
             if not branch.sent:
                 generation.unopened = outcome
@@ -344,7 +344,7 @@ class Decoder:
                 self._retry(generation, [branch], getattr(outcome, "retry_after", 0.2), str(outcome))
         else:
             generation.out.put_nowait(outcome)
-        if generation.beams is not None and generation.unopened is not None and not generation.waiting:
+        if generation.beams is not None and generation.unopened is not None and not generation.in_flight:
             self._release(generation, generation.unopened)
 
     def _replay(self, generation: Generation, branch: Branch) -> None:
@@ -359,11 +359,10 @@ class Decoder:
             self._retry(generation, [branch], 0.05 * 2 ** (branch.replays - 1), str(generation.unopened))
 
     def _release(self, generation: Generation, reason: Exception) -> None:
-        """A beam search without slots for all its beams gives up those it has, and waits for all: two would block each
-        other for ever."""
-        if generation.gone:
+        """Free the slots of a beam search that lacks some, and wait for all: two such searches would deadlock."""
+        if generation.closed:
             return
-        # those not known to be open too: the answer to an opening may have been lost on its way
+        # also sessions that seem unopened: the answer to their opening may have been lost
         self._close([branch.reopen() for branch in generation.branches])
         self._retry(generation, generation.branches, getattr(reason, "retry_after", 0.2), str(reason))
 
@@ -376,25 +375,20 @@ class Decoder:
             try:
                 await asyncio.sleep(max(pause, _SHORTEST_PAUSE))
             finally:
-                generation.waiting -= len(branches)
-            if not generation.gone:
+                generation.in_flight -= len(branches)
+            if not generation.closed:
                 self._send_alone(generation, branches)
 
-        generation.waiting += len(branches)
-        trip = self._spawn(later())
-        generation.trips.add(trip)
-        trip.add_done_callback(generation.trips.discard)
+        generation.in_flight += len(branches)
+        self._spawn(later(), generation.trips)
 
     def _close(self, sessions: Sequence[str]) -> None:
-        if not sessions:
-            return
-        task = self._spawn(self._forget(sessions))
-        self._closings.add(task)
-        task.add_done_callback(self._closings.discard)
+        async def close() -> None:
+            with suppress(Exception):  # the PLM owner drops idle sessions anyway
+                await self._client.close(sessions)
 
-    async def _forget(self, sessions: Sequence[str]) -> None:
-        with suppress(Exception):  # a PLM owner that is gone forgets by itself
-            await self._client.close(sessions)
+        if sessions:
+            self._spawn(close(), self._closings)
 
     # ── the loop ────────────────────────────────────────────────────────────
 
@@ -403,57 +397,55 @@ class Decoder:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            await (self._all_arrived() if self._lockstep else self._gather())
-            batch = [generation for generation in self._arrived if not generation.gone]
+            await (self._await_all() if self._lockstep else self._await_steps())
+            batch = [generation for generation in self._arrived if not generation.closed]
             self._arrived = []
             continuing: list[tuple[Generation, Branch]] = []
             if batch:
                 try:
-                    chosen = await loop.run_in_executor(self._thread, self._chooser.choose, batch)
+                    results = await loop.run_in_executor(self._thread, self._chooser.choose, batch)
                 except Exception as error:
-                    chosen = [error] * len(batch)
-                for generation, tokens in zip(batch, chosen, strict=True):
+                    results = [error] * len(batch)
+                for generation, tokens in zip(batch, results, strict=True):
                     continuing += self._deliver(generation, tokens)
             if self._lockstep:
                 continuing += self._admit()
             if not self._lockstep:
-                self._send_apart(continuing)
+                self._send_forks_apart(continuing)
             elif continuing:
                 self._send(continuing)
 
     def _deliver(self, generation: Generation, tokens: list[Token] | Exception) -> _Pairs:
-        """Hand out an answer's tokens; the branches that continue."""
+        """Hand out an answer's tokens; returns the branches that continue."""
         if isinstance(tokens, Exception):
             generation.out.put_nowait(tokens)
             return []
-        if self._lockstep:  # whoever makes progress is not late, however many wait with it
+        if self._lockstep:  # the timeout counts from the last progress
             generation.start()
         for token in tokens:
             generation.out.put_nowait(token)
-        if generation.gone or (tokens and tokens[-1].finish is not None):
-            self._live.discard(generation)  # its room is free before its reader has read it
+        if generation.closed or (tokens and tokens[-1].finish is not None):
+            self._live.discard(generation)  # frees its room before the caller has read the last token
             generation.ended += [branch.session for branch in generation.branches]
             generation.branches = []
         self._close(generation.ended)
         generation.ended = []
         return [(generation, branch) for branch in generation.branches]
 
-    async def _all_arrived(self) -> None:
-        """Wait until no branch is under way, but for answers that wait for a slot: others may hold it for long."""
-        while any(generation.waiting and generation.unopened is None for generation in self._live):
+    async def _await_all(self) -> None:
+        """Wait until no branch is under way, except those of answers that wait for a slot."""
+        while any(generation.in_flight and generation.unopened is None for generation in self._live):
             await self._wake.wait()
             self._wake.clear()
 
-    async def _gather(self) -> None:
-        """Wait for steps under way, but not for openings: one message for all costs the PLM little more than one.
-
-        Two halves that took turns would each wait for the other's forward pass.
-        """
+    async def _await_steps(self) -> None:
+        """Wait for steps under way, but not for openings: one message for all costs the PLM little more than one, and
+        two alternating halves would each wait for the other's forward pass."""
         if not self._arrived:
             return
         end = time.perf_counter() + _PATIENCE * self._trip_seconds
-        while self._in_flight and (left := end - time.perf_counter()) > 0:
+        while self._in_flight and (seconds := end - time.perf_counter()) > 0:
             with suppress(TimeoutError):
-                async with asyncio.timeout(left):
+                async with asyncio.timeout(seconds):
                     await self._wake.wait()
             self._wake.clear()

@@ -1,5 +1,5 @@
 """Draft tokens, so that one round trip verifies several. Drafts never change an answer: every token is still chosen
-from the mixture, and a draft only says which states to request beforehand.
+from the mixture; a draft only selects the states to request in advance.
 
 Candidates come from the text itself and from the external memory; `draft_length.py` decides how much of which to use.
 Knows no sessions and no Ray.
@@ -16,7 +16,7 @@ from pema_ray.memory import ExternalMemory
 
 LONGEST_MATCH = 4
 _SHORTEST_MATCH = 2
-_LONGEST_GAP = 6  # tokens that an answer leaves out of what it follows
+_LONGEST_GAP = 6  # tokens of the followed passage that an answer may skip
 _PRIME = 0x9E3779B97F4A7C15
 
 
@@ -33,58 +33,58 @@ class DraftCandidate:
 
 
 class PromptLookup:
-    """Drafts from the text itself (prompt, source and answer): what followed where its last tokens stood before, and
-    what comes next in the passage that the answer has been following, with a word changed or left out here and there.
-    """
+    """Drafts from the text itself (prompt, source and answer): what followed an earlier occurrence of its last tokens,
+    and what comes next in the passage that the answer follows, possibly with words changed or skipped."""
 
     def __init__(self, ids: Sequence[int]) -> None:
         self.ids = list(ids)
-        self._after: dict[tuple[int, ...], int] = {}
-        self._known = 0
-        self._at: int | None = None
-        self._run = 0
+        self._next_of: dict[tuple[int, ...], int] = {}  # run of tokens -> index of what followed it last
+        self._indexed = 0
+        self._next: int | None = None  # index of the token expected next in the followed passage
+        self._run_length = 0  # tokens that matched the passage in a row
         self._index()
 
     def follow(self, token: int) -> None:
-        """The text goes on."""
+        """Append a token of the answer."""
         self.ids.append(token)
-        matched = self._lookup(LONGEST_MATCH, _SHORTEST_MATCH)
-        if self._at is not None and self._at < len(self.ids) - 1 and self.ids[self._at] == token:
-            self._at, self._run = self._at + 1, self._run + 1
+        matched = self._lookup()
+        if self._next is not None and self._next < len(self.ids) - 1 and self.ids[self._next] == token:
+            self._next, self._run_length = self._next + 1, self._run_length + 1
         elif matched is not None:
-            self._at, self._run = matched[1], matched[0]
-        elif self._at is not None:
-            ahead = self.ids[self._at + 1 : self._at + 1 + _LONGEST_GAP]
-            self._at += 2 + ahead.index(token) if token in ahead else 1  # something left out, or put otherwise
-            self._run = 0
-        elif (found := self._after.get((token,))) is not None:
-            self._at, self._run = found, 0
+            self._next, self._run_length = matched[1], matched[0]
+        elif self._next is not None:
+            upcoming = self.ids[self._next + 1 : self._next + 1 + _LONGEST_GAP]
+            self._next += 2 + upcoming.index(token) if token in upcoming else 1  # words skipped, or one changed
+            self._run_length = 0
+        elif (place := self._next_of.get((token,))) is not None:
+            self._next, self._run_length = place, 0
         self._index()
 
-    def candidates(self, room: int) -> list[DraftCandidate]:
-        """Candidates of at most `room` tokens, one of each kind."""
-        found = []
-        if matched := self._lookup(LONGEST_MATCH, _SHORTEST_MATCH):
-            found.append(DraftCandidate(f"text {matched[0]}", self.ids[matched[1] : matched[1] + room]))
-        if self._at is not None and (matched is None or matched[1] != self._at):
-            found.append(DraftCandidate(f"along {min(self._run, LONGEST_MATCH)}", self.ids[self._at : self._at + room]))
-        return [candidate for candidate in found if candidate.tokens]
+    def candidates(self, limit: int) -> list[DraftCandidate]:
+        """Candidates of at most `limit` tokens, one of each kind."""
+        candidates = []
+        if matched := self._lookup():
+            candidates.append(DraftCandidate(f"text {matched[0]}", self.ids[matched[1] : matched[1] + limit]))
+        if self._next is not None and (matched is None or matched[1] != self._next):
+            kind = f"along {min(self._run_length, LONGEST_MATCH)}"
+            candidates.append(DraftCandidate(kind, self.ids[self._next : self._next + limit]))
+        return [candidate for candidate in candidates if candidate.tokens]
 
-    def _lookup(self, longest: int, shortest: int) -> tuple[int, int] | None:
-        """How many of the last tokens stood together before, and the place after them; the longest match counts."""
-        for n in range(longest, shortest - 1, -1):
-            at = self._after.get(tuple(self.ids[-n:]))
-            if at is not None and at < len(self.ids):
-                return n, at
+    def _lookup(self) -> tuple[int, int] | None:
+        """`(length, index after it)` of the longest earlier occurrence of the last tokens."""
+        for n in range(LONGEST_MATCH, _SHORTEST_MATCH - 1, -1):
+            place = self._next_of.get(tuple(self.ids[-n:]))
+            if place is not None and place < len(self.ids):
+                return n, place
         return None
 
     def _index(self) -> None:
-        """Remember where each run of tokens was followed by something; the newest place counts."""
-        for end in range(max(1, self._known), len(self.ids)):
+        """Index each run of tokens by what followed its newest occurrence."""
+        for end in range(max(1, self._indexed), len(self.ids)):
             for n in range(1, LONGEST_MATCH + 1):
                 if end >= n:
-                    self._after[tuple(self.ids[end - n : end])] = end
-        self._known = len(self.ids)
+                    self._next_of[tuple(self.ids[end - n : end])] = end
+        self._indexed = len(self.ids)
 
 
 class MemoryLookup:
@@ -94,7 +94,7 @@ class MemoryLookup:
 
     Args:
         token_T: targets, example after example.
-        begins_T: whether a new example, or a gap within one, begins here.
+        begins_T: whether a new example begins here, or the tokens before are missing.
     """
 
     def __init__(self, token_T: np.ndarray, begins_T: np.ndarray) -> None:
@@ -110,8 +110,11 @@ class MemoryLookup:
         targets, begins = [], []
         example, position = -1, -1
         for rows in memory.shards():
-            before = np.concatenate([[example], rows.example_id[:-1]]), np.concatenate([[position], rows.position[:-1]])
-            begins.append((rows.example_id != before[0]) | (rows.position != before[1] + 1))
+            previous = (
+                np.concatenate([[example], rows.example_id[:-1]]),
+                np.concatenate([[position], rows.position[:-1]]),
+            )
+            begins.append((rows.example_id != previous[0]) | (rows.position != previous[1] + 1))
             targets.append(rows.target)
             if len(rows):
                 example, position = int(rows.example_id[-1]), int(rows.position[-1])
@@ -122,45 +125,45 @@ class MemoryLookup:
     def __len__(self) -> int:
         return len(self._token)
 
-    def candidates(self, answer: Sequence[int], room: int) -> list[DraftCandidate]:
-        """The candidate after the longest known run of the answer's last tokens."""
+    def candidates(self, answer: Sequence[int], limit: int) -> list[DraftCandidate]:
+        """The candidate after the longest run of the answer's last tokens that the memory has."""
         for n in range(min(LONGEST_MATCH, len(answer)), 0, -1):
             hashes, place = self._tables[n - 1]
-            wanted = _hash(np.asarray(answer[-n:], np.int64)[None])[0]
-            at = int(np.searchsorted(hashes, wanted))
-            if at < len(hashes) and hashes[at] == wanted:
-                begin = int(place[at])
-                end = min(begin + room, int(self._ends[self._piece[begin]]))
+            hashed = _hash(np.asarray(answer[-n:], np.int64)[None])[0]
+            index = int(np.searchsorted(hashes, hashed))
+            if index < len(hashes) and hashes[index] == hashed:
+                begin = int(place[index])
+                end = min(begin + limit, int(self._ends[self._piece[begin]]))
                 return [DraftCandidate(f"memory {n}", self._token[begin:end].tolist())]
         return []
 
     def _table(self, n: int, piece_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Hashes of all runs of n tokens, ordered, and the place of the token that follows each most often."""
+        """Sorted hashes of all runs of n tokens, and the index of the token that follows each most often."""
         windows = len(self._token) - n
         if windows < 1:
             return np.zeros(0, np.uint64), np.zeros(0, np.int32)
-        start = np.flatnonzero(piece_T[:windows] == piece_T[n:])  # with what follows, all of one example
+        start = np.flatnonzero(piece_T[:windows] == piece_T[n:])  # the run and the next token lie in one example
         run = np.stack([self._token[start + i] for i in range(n)], 1)
         hashed, follows = _hash(run), self._token[start + n]
         order = np.lexsort((follows, hashed))
         hashed, follows, place = hashed[order], follows[order], (start + n)[order]
-        new = np.ones(len(hashed), bool)
-        new[1:] = (hashed[1:] != hashed[:-1]) | (follows[1:] != follows[:-1])
-        first = np.flatnonzero(new)
+        is_first = np.ones(len(hashed), bool)
+        is_first[1:] = (hashed[1:] != hashed[:-1]) | (follows[1:] != follows[:-1])
+        first = np.flatnonzero(is_first)
         count = np.diff(np.append(first, len(hashed)))
         hashed, place = hashed[first], place[first]
-        best = np.lexsort((-count, hashed))  # of each run, the commonest first
+        best = np.lexsort((-count, hashed))  # the commonest of each run first
         hashed, place = hashed[best], place[best]
-        kept = np.ones(len(hashed), bool)
-        kept[1:] = hashed[1:] != hashed[:-1]
-        return hashed[kept], place[kept].astype(np.int32)
+        is_best = np.ones(len(hashed), bool)
+        is_best[1:] = hashed[1:] != hashed[:-1]
+        return hashed[is_best], place[is_best].astype(np.int32)
 
 
 def _hash(run_Nn: np.ndarray) -> np.ndarray:
-    """64 bits a run; a collision only makes a candidate worse."""
-    found = np.zeros(len(run_Nn), np.uint64)
+    """64 bits per run; a collision only makes a candidate worse."""
+    hashes = np.zeros(len(run_Nn), np.uint64)
     with np.errstate(over="ignore"):
         for column in run_Nn.T:
-            found = (found ^ (column.astype(np.uint64) + np.uint64(1))) * np.uint64(_PRIME)
-            found ^= found >> np.uint64(29)
-    return found
+            hashes = (hashes ^ (column.astype(np.uint64) + np.uint64(1))) * np.uint64(_PRIME)
+            hashes ^= hashes >> np.uint64(29)
+    return hashes

@@ -1,4 +1,4 @@
-"""An answer that is being generated: its request, its branches, and the queue that its tokens leave by."""
+"""An answer that is being generated: its request, its branches, and the queue of its tokens."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ class Generation:
     """One answer.
 
     Attributes:
-        predictor: the data owner's distribution; None answers with the PLM alone. It stays until the answer is done.
-        branches: hypotheses that still grow.
-        lookup, memory: where draft tokens come from.
+        predictor: the data owner's distribution; None answers with the PLM alone.
+        branches: unfinished hypotheses.
+        lookup, memory: sources of draft tokens.
         rng: this answer's random draws.
         timeout: seconds for the answer; in lockstep, for one step of it.
         deadline: on `time.monotonic`.
-        waiting: branches whose step is under way.
-        unopened: why one of its branches has no session, which the PLM owner could not open yet, or lost; other answers
-            go on without this one.
-        ended: sessions that are no longer needed.
-        trips: round trips that serve this answer alone.
+        in_flight: branches whose step is under way.
+        unopened: why a branch has no session: the PLM owner could not open it yet, or lost it. Other answers do not
+            wait for this one.
+        ended: sessions to close.
+        trips: round trips for this answer alone.
+        closed: whether it is finished, or its caller has gone.
     """
 
     request: GenerationRequest
@@ -43,28 +44,28 @@ class Generation:
     timeout: float
     beams: BeamSearch | None = None
     deadline: float = math.inf
-    waiting: int = 0
+    in_flight: int = 0
     unopened: Exception | None = None
     ended: list[str] = field(default_factory=list)
     out: asyncio.Queue[Token | Exception] = field(default_factory=asyncio.Queue)
     trips: set[asyncio.Task[None]] = field(default_factory=set)
-    gone: bool = False
+    closed: bool = False
 
     def start(self) -> None:
-        """Its first step is about to be sent."""
+        """Start the time limit."""
         self.deadline = time.monotonic() + self.timeout
 
     @property
     def prompt_from(self) -> int | None:
-        """The first position of the prompt whose representation is needed, if any before the last."""
+        """The first prompt position whose representation is needed; None: the last alone."""
         return self.predictor.prompt_from if self.predictor is not None and self.predictor.looks_back else None
 
     @property
     def holds_slots(self) -> bool:
-        """Whether the PLM owner holds a session of it."""
+        """Whether the PLM owner holds a session for it."""
         return any(branch.sent for branch in self.branches)
 
     @property
     def width(self) -> int:
-        """Sessions that it takes."""
+        """Sessions that it needs."""
         return self.request.sampling.beams if self.beams is not None else 1

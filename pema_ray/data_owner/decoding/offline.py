@@ -19,9 +19,8 @@ from pema_ray.line.retry import PatientPLM
 from pema_ray.runtime.hardware import compute_elsewhere, compute_thread, pick_device
 from pema_ray.runtime.placement import ANYWHERE, PlacementConfig, ray_options
 
-_BATCHES_PER_TASK = 8  # answers that finish make room for the next ones: long tasks keep the batch full
-
-_PATIENCE_SECONDS = 600.0  # of a task, for a PLM owner that is away when it begins
+_BATCHES_PER_TASK = 8  # long tasks keep the batch full: new answers replace finished ones
+_PATIENCE_SECONDS = 600.0  # that a starting task waits for its PLM owner
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class GenerationJob:
 
     Attributes:
         keys: one for each request; they name the answers.
-        predictor: what the requests' adapter is, by whichever name; None with the PLM alone.
+        predictor: used for every adapter name in the requests; None answers with the PLM alone.
     """
 
     system: str
@@ -44,8 +43,8 @@ class SystemAnswer:
     """One answer, with the system and key it belongs to.
 
     Attributes:
-        seconds: of its task, divided by the task's answers; loading a predictor does not count.
-        received_rows: representations that came for its task, divided likewise.
+        seconds: of its task, divided by the task's answers; without loading the predictor.
+        received_rows: representations received for its task, divided likewise.
     """
 
     system: str
@@ -74,8 +73,8 @@ def generate(
         connect: makes a client of the PLM owner in an actor; must be picklable.
         batch_size: sequences that an actor decodes together; every beam is one.
         device: where each actor keeps the LM head and the adapters.
-        threads: CPU threads of an actor, which a PLM in its process shares with the decoder; by default its CPUs.
-        share_sessions: the actors' clients ask one PLM owner, whose limit of sessions is for all of them.
+        threads: CPU threads of an actor, shared by the decoder and a PLM in its process; by default its CPUs.
+        share_sessions: whether all actors share the session limit of one PLM owner.
         placement: on which nodes the actors run.
 
     Raises:
@@ -89,39 +88,31 @@ def generate(
     context.print_on_execution_start = False
     sharing = actors if share_sessions else 1
     tasks = [task for job in jobs for task in _split(job, batch_size)]
-    # Requests travel once, through the object store; Ray Data's rows are only their numbers.
-    held = ray.put(tasks)
+    # Requests travel once, through the object store; Ray Data's rows are task numbers.
+    tasks_ref = ray.put(tasks)
     numbers = ray.data.from_items([{"number": n} for n in range(len(tasks))], override_num_blocks=len(tasks))
-    done = numbers.map_batches(
+    results = numbers.map_batches(
         _Actor,
-        fn_constructor_args=(
-            connect,
-            bundle,
-            held,
-            batch_size,
-            device,
-            threads or cpus_per_actor,
-            sharing,
-        ),
+        fn_constructor_args=(connect, bundle, tasks_ref, batch_size, device, threads or cpus_per_actor, sharing),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(actors, len(tasks)), max_tasks_in_flight_per_actor=2),
         num_cpus=cpus_per_actor,
         num_gpus=gpus_per_actor or None,
         **ray_options(placement),
     )
-    for row in done.iter_rows():
+    for row in results.iter_rows():
         if row["error"]:
             raise UserError(row["error"])
         yield pickle.loads(row["answers"])  # made by our own actors, inside this cluster
 
 
 def _split(job: GenerationJob, batch_size: int) -> Iterator[GenerationJob]:
-    """A job in tasks of prompts of similar length, the longest first: at a task's end no long answer goes on alone."""
+    """Tasks of prompts of similar length, the longest first, so that no long answer ends a task alone."""
     size = batch_size * _BATCHES_PER_TASK
     order = sorted(range(len(job.requests)), key=lambda i: (-len(job.requests[i].prompt), job.keys[i]))
     for start in range(0, len(order), size):
-        chosen = order[start : start + size]
-        keys, requests = [job.keys[i] for i in chosen], [job.requests[i] for i in chosen]
+        indices = order[start : start + size]
+        keys, requests = [job.keys[i] for i in indices], [job.requests[i] for i in indices]
         yield GenerationJob(job.system, keys, requests, job.predictor)
 
 
@@ -149,7 +140,7 @@ class _Actor:
             loaded = LMHeadBundle.load(bundle)
             self.client, self.card = connect(), loaded.card
             self.tokenizer, self.head = loaded.tokenizer(), loaded.head.to(pick_device(device))
-        except UserError as error:  # returned with the first task: Ray would bury its one line in a traceback
+        except UserError as error:  # returned with the first task, as Ray would wrap it in a traceback
             self._refusal = str(error)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
@@ -159,8 +150,8 @@ class _Actor:
         if not error:
             try:
                 answers = self._runner.run(self._answer(self._tasks[number]))
-            except (UserError, GenerationAborted) as refused:
-                error = str(refused)
+            except (UserError, GenerationAborted) as refusal:
+                error = str(refusal)
         return {"answers": [pickle.dumps(answers)], "error": [error]}
 
     async def _answer(self, job: GenerationJob) -> list[SystemAnswer]:

@@ -31,7 +31,7 @@ class Predictor:
     """Predicts the next token from received representations.
 
     Args:
-        weight: w, of the neighbours beside an adapter; alone they count whole.
+        weight: w of neighbours beside an adapter; alone, they have weight 1.
     """
 
     def __init__(
@@ -96,10 +96,8 @@ class Predictor:
         share = torch.ones(len(state_NH), device=state_NH.device)
         log_own: torch.Tensor | None = None
         if self.adapter is not None:
-            log_own, share = (
-                self._adapted(self.adapter, state_NH, decoding),
-                self.adapter.predicted_lambda(state_NH, self.head),
-            )
+            log_own = self._adapted(self.adapter, state_NH, decoding)
+            share = self.adapter.predicted_lambda(state_NH, self.head)
         if self.neighbours is None:
             assert log_own is not None, "a predictor has an adapter, neighbours, or both"
             return log_own, share
@@ -118,8 +116,8 @@ class Predictor:
             return adapter.log_probs(state_NH, self.head, alone=True)
         x_NH = adapter.enter(state_NH, self.head)
         states = [state for state in decoding if state is not None]
-        seen_NH = torch.cat([state.step(x_NH[row : row + 1]) for row, state in enumerate(states)])
-        log_p_NV = self.head.log_probs(adapter.leave(adapter.predict(seen_NH), self.head))
+        attended_NH = torch.cat([state.step(x_NH[row : row + 1]) for row, state in enumerate(states)])
+        log_p_NV = self.head.log_probs(adapter.leave(adapter.predict(attended_NH), self.head))
         return torch.cat([state.mix(log_p_NV[row : row + 1]) for row, state in enumerate(states)])
 
     def log_probs(
@@ -128,7 +126,7 @@ class Predictor:
         """float32 `log(s P_own + (1 - s) P_LM) [N, V]` of stored rows, as a likelihood needs it.
 
         Args:
-            sequences: as `PemaAdapter.log_probs` takes them; log P is then that of the rows wanted alone.
+            sequences: as `PemaAdapter.log_probs` takes them; log P is then that of the selected rows alone.
         """
         if self.adapter is None:
             assert self.neighbours is not None
@@ -142,18 +140,18 @@ class Predictor:
 
 
 class PredictorSource(Protocol):
-    """Says where a predictor's parts lie; hashable, so that an actor loads each once."""
+    """Loads a predictor; hashable, so that an actor loads each once."""
 
     def load(self, card: ModelCard, head: LMHead) -> Predictor: ...
 
 
 @dataclass(frozen=True)
 class PredictorSpec:
-    """Where a predictor's parts lie: an adapter's folder, a memory's folder, or both.
+    """The folders of a predictor: an adapter's, a memory's, or both.
 
     Attributes:
-        knn: how the memory is searched; its weight counts beside an adapter, and 0 leaves the memory out.
-        max_examples: of the memory, the first so many only.
+        knn: how the memory is searched; beside an adapter, weight 0 leaves the memory out.
+        max_examples: use only the memory's first examples, up to this number.
     """
 
     adapter: Path | None = None
@@ -166,7 +164,7 @@ class PredictorSpec:
             raise UserError("A predictor needs an adapter, a memory, or both.")
 
     def check(self, card: ModelCard) -> None:
-        """Refuse what `load` would refuse, without reading a memory's rows or building an index."""
+        """Raise what `load` would raise, without reading a memory's rows or building an index."""
         if self.adapter is not None:
             PemaAdapter.from_pretrained(self.adapter, card)
         if self._has_neighbours:

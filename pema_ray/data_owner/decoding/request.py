@@ -1,4 +1,4 @@
-"""What a decoder is asked for and what it answers: generation requests, tokens, and which distribution chose them."""
+"""The decoder's requests and answers: sampling parameters, tokens, and which distribution chose them."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class GenerationRequest:
         length: steps over which a falling λ reaches its floor.
         stop: strings that end an answer and are not part of it; white space before the first word never does.
         eos: tokens that end the answer beside the PLM's own, such as the end of a chat's turn.
-        top: return so many most probable tokens with every token.
+        top: number of most probable tokens to return with every token.
         explain: return an `Attribution` with every token.
-        draft: most draft tokens of one step; 0 drafts none. Drafts never change an answer.
+        draft: maximum draft tokens per step; 0 drafts none. Drafts never change an answer.
         stream: with the seed, names the random draws of this answer, so that they do not depend on other requests.
     """
 
@@ -86,9 +86,9 @@ class Token:
     """One token of an answer.
 
     Attributes:
-        text: newly certain text, which is not always this token's own.
+        text: text that has become certain, not always this token's own.
         log_prob: under the mixture.
-        finish: why the answer ends here, on its last token alone.
+        finish: why the answer ends; on its last token only.
         top: most probable tokens and their log-probabilities.
     """
 
@@ -105,7 +105,7 @@ class Answer:
     """A finished answer.
 
     Attributes:
-        tokens: all that was generated, EOS included.
+        tokens: all generated tokens, EOS included.
         text: without EOS and stop string.
     """
 

@@ -1,4 +1,4 @@
-"""From the source texts of a task to generation requests: the same prompts and limits in stages and in the service."""
+"""Builds generation requests from a task's source texts, with the same prompts and limits in stages and services."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class RequestBuilder:
 
         Args:
             example_id: names the random draws, and the pair that `task.show: similar` must not show.
-            reference: the right answer, for `generate.length=reference` alone.
+            reference: the reference answer, used by `generate.length=reference` only.
             changes: fields of the request to replace.
 
         Raises:
@@ -55,7 +55,7 @@ class RequestBuilder:
                 f"allows {self.max_tokens} in all. Shorten the source, or show fewer examples (task.shots)."
             )
         length = {"prompt": len(prompt), "source": source_tokens}.get(str(options.length), options.length)
-        if options.length == "reference":  # an oracle: it knows how long the answer should be
+        if options.length == "reference":  # an oracle
             length = len(prompt) + len(tokenizer.encode(reference or "", special_tokens=False))
         limit = min(options.max_new_tokens, int(options.max_new_ratio * source_tokens) + _EXTRA_TOKENS, room)
         fields: dict[str, Any] = {
@@ -87,5 +87,5 @@ class RequestBuilder:
         return (*self.prompter.task.stop, *self.options.stop)
 
     def postprocess(self, text: str, source: str) -> tuple[str, list[str]]:
-        """The answer after the task's rules, and the rules that changed it."""
+        """The answer after the task's rules, and the names of the rules that changed it."""
         return tidy(text, source, self.prompter.task.postprocess)

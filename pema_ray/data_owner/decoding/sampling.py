@@ -13,7 +13,7 @@ def draw(log_p_V: torch.Tensor, sampling: SamplingParams, generator: torch.Gener
     scaled = (log_p_V / sampling.temperature).softmax(-1)
     if sampling.top_p < 1:
         ordered, place = scaled.sort(descending=True)
-        ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0  # the first token past the mass stays
+        ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0  # keeps the token that crosses top_p
         scaled = torch.zeros_like(scaled).scatter(-1, place, ordered)
     return int(torch.multinomial(scaled.cpu(), 1, generator=generator))
 

@@ -1,4 +1,4 @@
-"""What an adapter that looks back keeps of one sequence while it is decoded. T positions, H hidden, V vocabulary."""
+"""The decoding state of one sequence, for an adapter that looks back. T positions, H hidden, V vocabulary."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from pema_ray.data_owner.adapter.local_memory import LocalMemoryCache
+from pema_ray.data_owner.adapter.look_back import LookBackCache
 from pema_ray.data_owner.adapter.pema import PemaAdapter
 from pema_ray.line import LMHead
 
@@ -22,12 +24,13 @@ class DecodingState:
     def __init__(self, adapter: PemaAdapter, head: LMHead, x_TH: torch.Tensor, tokens: Sequence[int]) -> None:
         self._head = head
         follows = torch.tensor(list(tokens[1:]), dtype=torch.long, device=x_TH.device)
-        past = x_TH[:-1]  # the newest position comes by `step`
-        self._look_back = adapter.look_back.begin(past, follows, head.weight) if adapter.look_back else None
-        self._local_memory = adapter.local_memory.begin(past, follows) if adapter.local_memory else None
+        past = x_TH[:-1]  # `step` takes the newest position
+        look_back, local_memory = adapter.look_back, adapter.local_memory
+        self._look_back = LookBackCache(look_back, past, follows, head.weight) if look_back else None
+        self._local_memory = LocalMemoryCache(local_memory, past, follows) if local_memory else None
 
     def step(self, x_1H: torch.Tensor) -> torch.Tensor:
-        """The newest position after a look at those before it, `[1, H]`."""
+        """The newest position after attention to those before it, `[1, H]`."""
         if self._local_memory is not None:
             self._local_memory.step(x_1H)
         return x_1H if self._look_back is None else self._look_back.step(x_1H)
@@ -37,14 +40,14 @@ class DecodingState:
         return log_pema_1V if self._local_memory is None else self._local_memory.mix(log_pema_1V)
 
     def follow(self, token: int) -> None:
-        """The newest position was followed by this token."""
+        """Name the token that followed the newest position."""
         if self._look_back is not None:
             self._look_back.follow(token, self._head.weight)
         if self._local_memory is not None:
             self._local_memory.follow(token)
 
     def fork(self) -> DecodingState:
-        """A second sequence that begins alike; caches share the past, which nobody writes to."""
-        other = copy.copy(self)
-        other._look_back, other._local_memory = copy.copy(self._look_back), copy.copy(self._local_memory)
-        return other
+        """A copy for a second sequence; both share the tensors of the past, which are never modified."""
+        fork = copy.copy(self)
+        fork._look_back, fork._local_memory = copy.copy(self._look_back), copy.copy(self._local_memory)
+        return fork

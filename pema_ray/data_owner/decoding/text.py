@@ -7,22 +7,22 @@ from collections.abc import Sequence
 
 from pema_ray.line.tokenizer import PLMTokenizer
 
-_BEFORE_WORDS = "\n "  # at the start of an answer these neither stop nor count
+_BEFORE_WORDS = "\n "  # at the start of an answer, stop strings do not match these
 
 
 class AnswerText:
-    """Detokenises one answer. It keeps no text but what may still become a stop string, so a token costs O(1).
+    """Detokenises one answer. It keeps only text that may still become a stop string, so a token costs O(1).
 
     Args:
-        stop: strings that end the answer; they are not part of it. They count from its first word on, so that an answer
-            may begin with a newline. A special token is seen although its text is hidden.
+        stop: strings that end the answer and are not part of it. They match from its first word on, so that an answer
+            may begin with a newline. A special token matches although its text is hidden.
     """
 
     def __init__(self, tokenizer: PLMTokenizer, stop: Sequence[str] = ()) -> None:
         self._stream = tokenizer.stream()
         self._stop_ids = {i for s in stop if (i := tokenizer.special_id(s)) is not None}
         self._stop = tuple(stop)
-        self._held, self._in_words = "", False
+        self._pending, self._in_words = "", False
         self.stopped = False
 
     def push(self, token: int) -> str:
@@ -34,26 +34,26 @@ class AnswerText:
         return self._take(self._stream.push(token), last=False)
 
     def finish(self) -> str:
-        """The text that was held back, at the end of the answer."""
+        """The remaining text, at the end of the answer."""
         return "" if self.stopped else self._take(self._stream.finish(), last=True)
 
     def fork(self) -> AnswerText:
-        """Another answer that begins with the same tokens."""
-        other = copy.copy(self)
-        other._stream = self._stream.fork()
-        return other
+        """A copy for another answer that begins with the same tokens."""
+        fork = copy.copy(self)
+        fork._stream = self._stream.fork()
+        return fork
 
     def _take(self, new: str, last: bool) -> str:
-        text = self._held + new
+        text = self._pending + new
         words = text if self._in_words else text.lstrip(_BEFORE_WORDS)
         self._in_words = bool(words) or self._in_words
         begin = len(text) - len(words)
-        found = [at for s in self._stop if (at := text.find(s, begin)) >= 0]
-        if found:
-            self.stopped, end = True, min(found)
+        stops = [at for s in self._stop if (at := text.find(s, begin)) >= 0]
+        if stops:
+            self.stopped, end = True, min(stops)
         else:
             end = len(text) if last else len(text) - self._may_stop(words)
-        self._held = text[end:]
+        self._pending = text[end:]
         return text[:end]
 
     def _may_stop(self, words: str) -> int:

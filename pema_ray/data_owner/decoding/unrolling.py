@@ -1,8 +1,8 @@
 """Gradual Unrolling (paper section 3.4): `P = λ_t P_PEMA + (1 - λ_t) P_LM`. B sequences, V vocabulary, t step.
 
 λ_0 = λ_max; a falling schedule then goes to the floor m over a length L:
-quadratic `m + (1 - m)(λ_max (1 - t/L))²` (the published one), linear `m + (1 - m) λ_max (1 - t/L)`, neither ever
-above λ_max (with a high floor, the published formula would rise at first).
+quadratic `m + (1 - m)(λ_max (1 - t/L))²` (the published one), linear `m + (1 - m) λ_max (1 - t/L)`, both capped at
+λ_max (with a high floor, the published formula would rise at first).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Looking back: causal, nothing before it is trained, and the same step by step as in one pass."""
+"""Look-back: causal, the identity before training, and the same step by step as in one pass."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pema_ray.data_owner.adapter.look_back import LookBack
+from pema_ray.data_owner.adapter.look_back import LookBack, LookBackCache
 from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.training.batch_samplers import SequenceShuffle, sequences_in_order
 from pema_ray.data_owner.training.config import TrainConfig
@@ -18,14 +18,14 @@ from pema_ray.errors import UserError
 from pema_ray.memory import MemoryRows
 from pema_ray.memory.codec import encode
 from pema_ray.pema.config import ExperimentConfig
-from tests.data_owner.training.test_training import assert_one_curve, close, run_in_processes
+from tests.data_owner.training.test_training import assert_close, assert_one_curve, run_in_processes
 from tests.training_kit import die, train
 
 H, V, WIDTH = 16, 40, 8
 
 
 def stirred(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """The module with every parameter moved: nothing is left at a zero that would hide a fault."""
+    """The module with every parameter changed: no parameter stays at a zero that would hide a fault."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -52,63 +52,63 @@ def sequence() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     )
 
 
-def test_it_is_nothing_before_it_is_trained(sequence):
+def test_it_is_the_identity_before_training(sequence):
     x, follows, embedding = sequence
     assert torch.equal(LookBack(H, 3, WIDTH)(x, follows, embedding), x)
 
 
 @pytest.mark.parametrize("at", range(7))
-def test_nothing_is_seen_of_what_comes_later(look_back, sequence, at: int):
-    """Not even the token that follows the position itself: it is what is to be predicted."""
+def test_it_is_causal(look_back, sequence, at: int):
+    """A position does not see the token that follows it, which is to be predicted."""
     x, follows, embedding = sequence
-    before = look_back(x, follows, embedding)
-    other_x, other_follows = x.clone(), follows.clone()
-    other_x[:, at + 1 :] += 1
-    other_follows[:, at:] = (other_follows[:, at:] + 1) % V
-    after = look_back(other_x, other_follows, embedding)
-    torch.testing.assert_close(after[:, : at + 1], before[:, : at + 1])
+    output = look_back(x, follows, embedding)
+    changed_x, changed_follows = x.clone(), follows.clone()
+    changed_x[:, at + 1 :] += 1
+    changed_follows[:, at:] = (changed_follows[:, at:] + 1) % V
+    changed_output = look_back(changed_x, changed_follows, embedding)
+    torch.testing.assert_close(changed_output[:, : at + 1], output[:, : at + 1])
     if at < 6:
-        assert not torch.allclose(after[:, at + 1], before[:, at + 1])
+        assert not torch.allclose(changed_output[:, at + 1], output[:, at + 1])
 
 
-def test_tokens_and_states_that_came_before_are_seen(look_back, sequence):
+def test_earlier_tokens_and_states_matter(look_back, sequence):
     x, follows, embedding = sequence
-    before = look_back(x, follows, embedding)
-    other = follows.clone()
-    other[:, 1] = (other[:, 1] + 1) % V
-    assert not torch.allclose(look_back(x, other, embedding)[:, 4], before[:, 4])
+    output = look_back(x, follows, embedding)
+    changed = follows.clone()
+    changed[:, 1] = (changed[:, 1] + 1) % V
+    assert not torch.allclose(look_back(x, changed, embedding)[:, 4], output[:, 4])
     moved = x.clone()
     moved[:, 1] += 1
-    assert not torch.allclose(look_back(moved, follows, embedding)[:, 4], before[:, 4])
+    assert not torch.allclose(look_back(moved, follows, embedding)[:, 4], output[:, 4])
 
 
-@pytest.mark.parametrize("known", [0, 1, 4, 6])
+@pytest.mark.parametrize("prompt_length", [0, 1, 4, 6])
 @torch.inference_mode()
-def test_steps_give_what_one_pass_gives(look_back, sequence, known: int):
-    """After a prompt of any length, which may be none."""
+def test_steps_give_what_one_pass_gives(look_back, sequence, prompt_length: int):
+    """After a prompt of any length, even 0."""
     x, follows, embedding = sequence
     expected = look_back(x, follows, embedding)
     for i in range(3):
-        cache = look_back.begin(x[i, :known], follows[i, :known], embedding)
-        for t in range(known, 7):
+        cache = LookBackCache(look_back, x[i, :prompt_length], follows[i, :prompt_length], embedding)
+        for t in range(prompt_length, 7):
             torch.testing.assert_close(cache.step(x[i, t : t + 1])[0], expected[i, t])
             cache.follow(int(follows[i, t]), embedding)
 
 
 @torch.inference_mode()
 def test_a_position_that_did_not_step_is_not_remembered(look_back, sequence):
-    """λ is 0 there: nobody asks, so nothing follows."""
+    """λ is 0 there: without `step`, `follow` does nothing."""
     x, follows, embedding = sequence
-    asked, passed = (look_back.begin(x[0, :3], follows[0, :3], embedding) for _ in range(2))
+    stepped, passed = (LookBackCache(look_back, x[0, :3], follows[0, :3], embedding) for _ in range(2))
     passed.follow(int(follows[0, 3]), embedding)
-    assert torch.equal(passed.step(x[0, 5:6]), asked.step(x[0, 5:6]))
+    assert torch.equal(passed.step(x[0, 5:6]), stepped.step(x[0, 5:6]))
 
 
 # ── in an adapter ───────────────────────────────────────────────────────────
 
 
 def copies(count: int, seed: int, hidden: int = H) -> MemoryRows:
-    """Sequences whose targets repeat their prompts' tokens; a state tells its place alone, no token."""
+    """Sequences whose targets repeat their prompts' tokens; a state depends on its position alone, not on a token."""
     draw = np.random.default_rng(seed)
     places = np.random.default_rng(0).normal(size=(12, hidden)).astype(np.float32)
     keys, targets, examples, positions = [], [], [], []
@@ -124,30 +124,43 @@ def copies(count: int, seed: int, hidden: int = H) -> MemoryRows:
     return MemoryRows(encode(np.array(keys, np.float32), "float32"), *as_int)
 
 
-def make_trainer(head, folder: Path, look_back: int) -> AdapterTrainer:
+def copying_trainer(head, folder: Path, settings: dict, **adapter_settings) -> AdapterTrainer:
     config = TrainConfig(
-        rank=6, batch_size=128, epochs=12, validate_every=20, learning_rate=1e-2, look_back=look_back,
-        look_back_width=32, solver="none", residual=True,
+        rank=6, batch_size=128, epochs=12, validate_every=20, learning_rate=1e-2, solver="none", residual=True,
+        **settings,
     )  # fmt: skip
-    adapter = AdapterConfig(H, 6, "tiny", "a" * 16, residual=True, look_back_layers=look_back, look_back_width=32)
+    adapter = AdapterConfig(H, 6, "tiny", "a" * 16, residual=True, **adapter_settings)
     train, dev = copies(400, 1), copies(60, 2)
-    if not look_back:
+    if not adapter.looks_back:
         train, dev = train.of_targets, dev.of_targets
     return AdapterTrainer(adapter, config, head, train, dev, folder, seed=5)
 
 
-def test_it_learns_what_no_single_state_tells(make_head, tmp_path: Path):
+def make_trainer(head, folder: Path, look_back: int) -> AdapterTrainer:
+    settings = {"look_back": look_back, "look_back_width": 32}
+    return copying_trainer(head, folder, settings, look_back_layers=look_back, look_back_width=32)
+
+
+def with_batches_of_40(trainer: AdapterTrainer, **changes) -> AdapterTrainer:
+    """Batches of 40 sequences, two epochs."""
+    rows = round(40 * trainer.sampler.rows / 400)
+    del trainer.sampler  # recomputed from the new settings
+    trainer.settings = trainer.settings.model_copy(update={"epochs": 2, "batch_size": rows, **changes})
+    return trainer
+
+
+def test_it_learns_to_copy(make_head, tmp_path: Path):
     blind = make_trainer(make_head(), tmp_path / "blind", 0).run()
     adapter, seeing = train(make_trainer(make_head(), tmp_path / "seeing", 1))
-    assert blind.best_loss > 3.0  # 37 tokens, each as likely as another: 3.6 nats
+    assert blind.best_loss > 3.0  # 37 equally likely tokens: 3.6 nats
     assert seeing.best_loss < 0.5 * blind.best_loss
-    again = PemaAdapter.from_pretrained(adapter.save_pretrained(tmp_path / "adapter"))
-    assert again.config.looks_back and "looks back through 1 × 32" in (tmp_path / "adapter/README.md").read_text()
+    loaded = PemaAdapter.from_pretrained(adapter.save_pretrained(tmp_path / "adapter"))
+    assert loaded.config.looks_back and "looks back through 1 × 32" in (tmp_path / "adapter/README.md").read_text()
     for name, tensor in adapter.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor), name
+        assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
-def test_training_goes_on_as_if_it_had_never_stopped(make_head, tmp_path: Path):
+def test_a_resumed_training_equals_an_undisturbed_one(make_head, tmp_path: Path):
     undisturbed, _ = train(make_trainer(make_head(), tmp_path / "one", 1))
     die(make_trainer(make_head(), tmp_path / "two", 1), 47)
     resumed, _ = train(make_trainer(make_head(), tmp_path / "two", 1))
@@ -157,24 +170,24 @@ def test_training_goes_on_as_if_it_had_never_stopped(make_head, tmp_path: Path):
 
 def test_batches_are_whole_sequences_and_processes_share_them():
     rows = copies(50, 3)
-    whole = SequenceShuffle(rows, 36, seed=1)
+    single = SequenceShuffle(rows, 36, seed=1)
     parts = [SequenceShuffle(rows, 36, seed=1, rank=rank, world=2) for rank in range(2)]
-    assert whole.rows == int((rows.position >= 0).sum())
-    seen: list[int] = []
+    assert single.rows == int((rows.position >= 0).sum())
+    examples: list[int] = []
     shares: list[float] = []
-    for one, *others in zip(whole.batches(3), *(part.batches(3) for part in parts), strict=True):
-        assert sorted(np.concatenate([b.example for b in others])) == sorted(one.example)
-        assert sum(b.share.sum() for b in others) == pytest.approx(2 * one.share.sum())
-        shares += one.share[one.wanted].tolist()
-        for example in np.unique(one.example):
-            assert (one.example == example).sum() == (rows.example_id == example).sum()
-        assert one.wanted.sum() * 2 == len(one.target)
-        seen += np.unique(one.example).tolist()
-    assert len(seen) == len(set(seen)) >= 40
-    assert shares == pytest.approx([shares[0]] * len(shares))  # in a batch of few rows a row counts no more
-    assert sum(shares) / whole.steps_per_epoch == pytest.approx(1, rel=0.1)
-    once = np.concatenate([block.target for part in parts for block in part.once()])
-    assert sorted(once) == sorted(rows.target[rows.position >= 0])
+    for batch, *parts_of_batch in zip(single.batches(3), *(part.batches(3) for part in parts), strict=True):
+        assert sorted(np.concatenate([b.example for b in parts_of_batch])) == sorted(batch.example)
+        assert sum(b.share.sum() for b in parts_of_batch) == pytest.approx(2 * batch.share.sum())
+        shares += batch.share[batch.is_target].tolist()
+        for example in np.unique(batch.example):
+            assert (batch.example == example).sum() == (rows.example_id == example).sum()
+        assert batch.is_target.sum() * 2 == len(batch.target)
+        examples += np.unique(batch.example).tolist()
+    assert len(examples) == len(set(examples)) >= 40
+    assert shares == pytest.approx([shares[0]] * len(shares))  # a row counts no more in a batch of few rows
+    assert sum(shares) / single.steps_per_epoch == pytest.approx(1, rel=0.1)
+    blocks = np.concatenate([block.target for part in parts for block in part.row_blocks()])
+    assert sorted(blocks) == sorted(rows.target[rows.position >= 0])
 
 
 def test_a_batch_is_split_between_sequences():
@@ -185,11 +198,11 @@ def test_a_batch_is_split_between_sequences():
     assert sum(len(np.unique(part.example)) for part in parts) == len(np.unique(batch.example))
 
 
-def test_sequences_in_order_end_where_enough_is_predicted():
+def test_sequences_in_order_end_after_enough_targets():
     rows = copies(30, 6)
-    found = list(sequences_in_order(rows, 20))
-    wanted = sum(int(batch.wanted.sum()) for batch in found)
-    assert 20 <= wanted < 26
+    batches = list(sequences_in_order(rows, 20))
+    targets = sum(int(batch.is_target.sum()) for batch in batches)
+    assert 20 <= targets < 26
     every = list(sequences_in_order(rows))
     assert np.array_equal(np.concatenate([batch.target for batch in every]), rows.target)
 
@@ -239,26 +252,19 @@ def test_settings_that_give_it_no_sequences_are_refused(section: dict, message: 
 
 
 def test_parts_of_a_batch_add_up_to_it(make_head, tmp_path: Path):
-    found = []
+    states = []
     for accumulate in (1, 3):
         trainer = make_trainer(make_head(), tmp_path / str(accumulate), 1)
         trainer.settings = trainer.settings.model_copy(update={"accumulate": accumulate, "epochs": 2})
-        found.append(train(trainer)[0].state_dict())
-    for name, tensor in found[0].items():
-        torch.testing.assert_close(found[1][name], tensor, atol=1e-5, rtol=1e-4)
+        states.append(train(trainer)[0].state_dict())
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("settings", [{}, {"strategy": "deepspeed", "accumulate": 2}], ids=str)
 def test_processes_share_whole_sequences(make_head, tmp_path: Path, settings: dict):
-    def trainer(folder: str, **changes) -> AdapterTrainer:
-        made = make_trainer(make_head(), tmp_path / folder, 1)
-        rows_of_40 = round(40 * made.feed.rows / 400)
-        del made.feed  # made again, of whole forties
-        update = {"epochs": 2, "batch_size": rows_of_40, **changes}
-        made.settings = made.settings.model_copy(update=update)
-        return made
-
-    one, history = train(trainer("one"))
-    many, shared = run_in_processes(trainer("many", **settings), 2, tmp_path / "meeting")
-    assert_one_curve(history, shared)
-    close(one, many, 1e-4)
+    single, history = train(with_batches_of_40(make_trainer(make_head(), tmp_path / "one", 1)))
+    trainer = with_batches_of_40(make_trainer(make_head(), tmp_path / "many", 1), **settings)
+    many, many_history = run_in_processes(trainer, 2, tmp_path / "meeting")
+    assert_one_curve(history, many_history)
+    assert_close(single, many, 1e-4)

@@ -1,4 +1,4 @@
-"""What the decoder's tests share: adapters, requests, PLM owners with faults, and distributions made by hand."""
+"""Shared by the decoder's tests: adapters, requests, PLM owners with faults, and distributions computed by hand."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def head_of(plm: LoadedPLM) -> LMHead:
     return export_lm_head(plm).head
 
 
-def make_adapter(plm: LoadedPLM, seed: int = 0, **more: Any) -> PemaAdapter:
-    """A random adapter whose opinions are as firm as the PLM's and quite other; its λ, if predicted, varies."""
+def make_adapter(plm: LoadedPLM, seed: int = 0, **settings: Any) -> PemaAdapter:
+    """A random adapter as confident as the PLM but with other predictions; its λ, if predicted, varies."""
     card = export_lm_head(plm).card
     torch.manual_seed(seed)
-    adapter = PemaAdapter(AdapterConfig(card.hidden_size, 8, card.name, card.fingerprint, **more))
+    adapter = PemaAdapter(AdapterConfig(card.hidden_size, 8, card.name, card.fingerprint, **settings))
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -57,23 +57,23 @@ def make_adapter(plm: LoadedPLM, seed: int = 0, **more: Any) -> PemaAdapter:
 
 
 def requests(lam: float = 0.5, **changes: Any) -> list[GenerationRequest]:
-    """One for each prompt, named by its place."""
-    made = [GenerationRequest(p, STEPS, UnrollingSchedule(lam), "mine", stream=n) for n, p in enumerate(PROMPTS)]
-    return [replace(request, **changes) for request in made]
+    """One for each prompt; its index is its stream."""
+    plain = [GenerationRequest(p, STEPS, UnrollingSchedule(lam), "mine", stream=n) for n, p in enumerate(PROMPTS)]
+    return [replace(request, **changes) for request in plain]
 
 
 def various(**changes: Any) -> list[GenerationRequest]:
-    """A schedule, a length and a limit of its own for every prompt."""
+    """Requests that differ in schedule, length and limit."""
     schedules = [
         UnrollingSchedule(0.9, "quadratic"),
         UnrollingSchedule(0.6, "linear", 0.1),
         UnrollingSchedule(0.4),
         UnrollingSchedule(0.9, "quadratic", 0.25),
     ]
-    own = zip(requests(**changes), schedules, (5, 9, 1, 3), (7, 14, 11, 1), strict=True)
+    settings = zip(requests(**changes), schedules, (5, 9, 1, 3), (7, 14, 11, 1), strict=True)
     return [
         replace(request, schedule=schedule, length=length, max_new_tokens=steps)
-        for request, schedule, length, steps in own
+        for request, schedule, length, steps in settings
     ]
 
 
@@ -103,14 +103,14 @@ async def decoding(
 
 async def answers(
     client: PLMClient,
-    wanted: Sequence[GenerationRequest],
+    requested: Sequence[GenerationRequest],
     predictors: Mapping[str, Predictor] | PemaAdapter | None = None,
     eos: Sequence[int] | None = None,
     **settings: Any,
 ) -> list[Answer]:
-    """Answers of a decoder of their own."""
+    """Answers of a new decoder."""
     async with decoding(client, predictors, eos, **settings) as decoder:
-        return await decoder.generate(wanted)
+        return await decoder.generate(requested)
 
 
 def ids_of(answered: Sequence[Answer]) -> list[list[int]]:
@@ -118,14 +118,14 @@ def ids_of(answered: Sequence[Answer]) -> list[list[int]]:
 
 
 def attributions(tokens: Answer | Sequence[Token]) -> list[Attribution]:
-    """Of every token, all of which must have one."""
-    found = [token.attribution for token in (tokens.tokens if isinstance(tokens, Answer) else tokens)]
-    assert None not in found
-    return [attribution for attribution in found if attribution is not None]
+    """Of every token; each must have one."""
+    of_tokens = [token.attribution for token in (tokens.tokens if isinstance(tokens, Answer) else tokens)]
+    assert None not in of_tokens
+    return [attribution for attribution in of_tokens if attribution is not None]
 
 
 class Forgetful:
-    """A PLM owner that loses every session it steps in every n-th message."""
+    """A PLM owner that loses all sessions of every n-th message."""
 
     def __init__(self, client: PLMClient, every: int) -> None:
         self._client, self._every, self._messages, self.lost = client, every, 0, 0
@@ -136,9 +136,9 @@ class Forgetful:
     async def step(self, steps: Sequence[Step]) -> list[Stepped | Exception]:
         self._messages += 1
         if self._messages % self._every == 0:
-            known = [step.session for step in steps if step.position]
-            self.lost += len(known)
-            await self._client.close(known)
+            open_sessions = [step.session for step in steps if step.position]
+            self.lost += len(open_sessions)
+            await self._client.close(open_sessions)
         return await self._client.step(steps)
 
 
@@ -170,22 +170,22 @@ class World:
     async def tokens(self, request: GenerationRequest, timeout: float = 60.0) -> list[Token]:
         return [token async for token in self.decoder.answer(request, timeout)]
 
-    async def all(self, wanted: Sequence[GenerationRequest]) -> list[list[int]]:
-        return ids_of([Answer(tokens) for tokens in await asyncio.gather(*map(self.tokens, wanted))])
+    async def all(self, requested: Sequence[GenerationRequest]) -> list[list[int]]:
+        return ids_of([Answer(tokens) for tokens in await asyncio.gather(*map(self.tokens, requested))])
 
     async def live_sessions(self) -> int:
-        """After as long as it may take to close them."""
-        held = 0
+        """Waits until all are closed, at most two seconds."""
+        count = 0
         for _ in range(100):
             states = [await replica.state() for replica in self.handle.replicas.values()]
-            held = sum(state["live_sessions"] for state in states)
-            if not held:
+            count = sum(state["live_sessions"] for state in states)
+            if not count:
                 break
             await asyncio.sleep(0.02)
-        return held
+        return count
 
     def kill(self, name: str) -> None:
-        """A replica dies, and another takes its place."""
+        """Kill a replica and add another."""
         self.handle.kill(name)
         self.handle.add()
 
@@ -214,9 +214,9 @@ def mixture(plm: LoadedPLM, adapter: PemaAdapter, ids: Sequence[int], lam: float
     return mix(*distributions(plm, adapter, ids), torch.tensor([lam]))[0]
 
 
-def own_generate(plm: LoadedPLM, eos: int = 1, **options: Any) -> list[list[int]]:
-    """What transformers' `generate` answers to each prompt, up to and with EOS; one by one, because padding on the left
-    changes the states of state-space layers."""
+def transformers_answers(plm: LoadedPLM, eos: int = 1, **options: Any) -> list[list[int]]:
+    """The answers of transformers' `generate`, up to and including EOS; one by one, because padding on the left changes
+    the states of state-space layers."""
     settings = {"do_sample": False, "max_new_tokens": STEPS, "eos_token_id": eos, "pad_token_id": 2, **options}
     rows = [plm.model.generate(torch.tensor([p]), **settings)[0, len(p) :].tolist() for p in PROMPTS]
     return [row[: row.index(eos) + 1] if eos in row else row for row in rows]

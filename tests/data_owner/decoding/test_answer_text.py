@@ -1,4 +1,4 @@
-"""Text that is streamed is the text that would have been given whole, and never shows part of a stop string."""
+"""Streamed text equals the complete text and never shows part of a stop string."""
 
 from __future__ import annotations
 
@@ -48,33 +48,33 @@ def pushed(text: AnswerText, tokens: Sequence[int]) -> list[str]:
 
 @given(text=st.text(alphabet="abé日🙂 \n", max_size=30), stops=STOPS)
 def test_pieces_make_the_whole_up_to_the_first_stop(by_bytes, text: str, stops: list[str]):
-    stream, told = AnswerText(by_bytes, stops), ""
+    stream, shown = AnswerText(by_bytes, stops), ""
     for token in bytes_of(text):
-        told += stream.push(token)
-        assert not any(stop in told for stop in stops)
-        assert "\ufffd" not in told
+        shown += stream.push(token)
+        assert not any(stop in shown for stop in stops)
+        assert "\ufffd" not in shown
         if stream.stopped:
             break
-    told += stream.finish()
+    shown += stream.finish()
     ends = [at for stop in stops if (at := text.find(stop)) >= 0]
     assert stream.stopped == bool(ends)
-    assert told in [text[:at] for at in ends] if ends else told == text  # that of the stop that was complete first
+    assert shown in [text[:at] for at in ends] if ends else shown == text  # the first complete stop ends it
 
 
 @given(tokens=st.lists(st.integers(0, 258), max_size=40), seed=st.integers(0, 2**16))
 def test_streamed_text_is_the_whole_text_of_any_tokens(by_bytes, tokens: list[int], seed: int):
-    """Broken UTF-8 and special tokens among them; and of a fork too, wherever it leaves."""
+    """Including broken UTF-8 and special tokens, and for a fork at any position."""
     stream, at = AnswerText(by_bytes), seed % (len(tokens) + 1)
-    told = "".join(pushed(stream, tokens[:at]))
-    fork, forked = stream.fork(), told
-    for one in (stream, fork):
-        whole = told + "".join(pushed(one, tokens[at:])) + one.finish()
-        assert whole == by_bytes.decode(tokens)
-    assert forked == told
+    streamed = "".join(pushed(stream, tokens[:at]))
+    fork, forked = stream.fork(), streamed
+    for text in (stream, fork):
+        complete = streamed + "".join(pushed(text, tokens[at:])) + text.finish()
+        assert complete == by_bytes.decode(tokens)
+    assert forked == streamed
 
 
-async def test_an_answer_of_single_bytes_streams_what_it_says_whole(tiny_client, tiny_plm, by_bytes):
-    """Byte fallback: a character comes in four tokens; offline and served alike."""
+async def test_an_answer_of_single_bytes_streams_whole_characters(tiny_client, tiny_plm, by_bytes):
+    """Byte fallback: a character takes four tokens, offline and served."""
     from pema_ray.data_owner.decoding import Answer, Decoder
 
     client, spoken = tiny_client("llama"), [*bytes_of("a🙂é"), 1, *bytes_of("日")[:2], END]
@@ -89,7 +89,7 @@ async def test_an_answer_of_single_bytes_streams_what_it_says_whole(tiny_client,
         assert Answer(tokens).text == by_bytes.decode(spoken[:-1])
 
 
-def test_text_is_told_as_soon_as_it_cannot_change(by_bytes):
+def test_text_is_emitted_as_soon_as_it_cannot_change(by_bytes):
     stream = AnswerText(by_bytes, ["END"])
     assert pushed(stream, bytes_of("abE")) == ["a", "b", ""]
     assert pushed(stream, bytes_of("xé")) == ["Ex", "", "é"]
@@ -105,29 +105,29 @@ def test_a_stop_string_may_begin_within_another_that_does_not_come(by_bytes):
     assert stream.stopped and stream.finish() == ""
 
 
-def test_a_special_token_that_is_a_stop_string_is_seen(by_bytes):
+def test_a_special_token_works_as_a_stop_string(by_bytes):
     stream = AnswerText(by_bytes, ["<end>", "abcd"])
     assert pushed(stream, bytes_of("abc")) == ["", "", ""]
     assert not stream.stopped
     assert (stream.push(END), stream.stopped, stream.finish()) == ("abc", True, "")
     hidden = AnswerText(by_bytes, ["abcd"])
-    assert (hidden.push(END), hidden.stopped) == ("", False)  # elsewhere it is no text at all
+    assert (hidden.push(END), hidden.stopped) == ("", False)  # otherwise it has no text
 
 
 # ── in answers ──────────────────────────────────────────────────────────────
 
 
 class Scripted(Predictor):
-    """Says the given tokens, whatever the PLM's states are."""
+    """Predicts the given tokens, whatever the PLM's states are."""
 
     def __init__(self, head: LMHead, tokens: Sequence[int]) -> None:
         self.head, self.adapter, self.neighbours = head, None, None
-        self._rest = list(tokens)
+        self._tokens = list(tokens)
 
     def distribution(self, state_NH, decoding):
         log_p_NV = torch.full((len(state_NH), self.head.vocab_size), -30.0)
         for row in range(len(state_NH)):
-            log_p_NV[row, self._rest.pop(0)] = 0.0
+            log_p_NV[row, self._tokens.pop(0)] = 0.0
         return log_p_NV, torch.ones(len(state_NH))
 
 
@@ -148,7 +148,7 @@ async def test_an_answer_that_begins_with_a_newline_is_not_empty(tiny_client, lo
 
 
 @pytest.mark.parametrize("lockstep", [True, False], ids=["offline", "served"])
-async def test_eos_has_no_text_and_a_special_token_that_stops_is_seen(tiny_client, lockstep: bool):
+async def test_eos_has_no_text_and_a_special_token_can_stop_an_answer(tiny_client, lockstep: bool):
     client = tiny_client("llama")
     tokenizer = (await client.lm_head()).tokenizer()
     a, pad, eos = tokenizer.encode("a", special_tokens=False)[0], tokenizer.special_id("<pad>"), 1
@@ -163,10 +163,10 @@ async def test_eos_has_no_text_and_a_special_token_that_stops_is_seen(tiny_clien
 async def test_text_that_is_held_back_comes_with_the_last_token(tiny_client, tiny_plm):
     client, adapter = tiny_client("llama"), make_adapter(tiny_plm("llama"))
     free = await answers(client, requests(), adapter, eos=[])
-    wanted = [replace(r, stop=(f.text[-2:] + "never",)) for r, f in zip(requests(), free, strict=True)]
+    requested = [replace(r, stop=(f.text[-2:] + "never",)) for r, f in zip(requests(), free, strict=True)]
     for lockstep in (True, False):
-        found = await answers(client, wanted, adapter, eos=[], lockstep=lockstep)
-        assert [(a.text, a.finish) for a in found] == [(f.text, "length") for f in free]
+        answered = await answers(client, requested, adapter, eos=[], lockstep=lockstep)
+        assert [(a.text, a.finish) for a in answered] == [(f.text, "length") for f in free]
 
 
 # ── cost ────────────────────────────────────────────────────────────────────
@@ -179,20 +179,20 @@ def _operations(tokenizer: PLMTokenizer, tokens: Sequence[int]) -> tuple[int, in
     def count(frame, event: str, argument) -> None:
         calls[0] += event in ("call", "c_call")
 
-    before = sys.getprofile()
+    profiler = sys.getprofile()
     sys.setprofile(count)
     try:
         pushed(text, tokens)
     finally:
-        sys.setprofile(before)
+        sys.setprofile(profiler)
     return calls[0], sum(len(value) for value in vars(text).values() if hasattr(value, "__len__"))
 
 
 @pytest.mark.parametrize("spoken", ["ab 🙂\n", "\n "], ids=["words", "white space alone"])
-def test_a_text_costs_as_much_for_each_token_however_long_it_is(by_bytes, spoken: str):
+def test_the_cost_of_a_token_does_not_grow_with_the_text(by_bytes, spoken: str):
     tokens = bytes_of(spoken) * (4000 // len(bytes_of(spoken)))
     _operations(by_bytes, tokens[:10])  # spells every token once
-    few, kept_of_few = _operations(by_bytes, tokens[: len(tokens) // 4])
-    many, kept_of_many = _operations(by_bytes, tokens)
+    few, few_kept = _operations(by_bytes, tokens[: len(tokens) // 4])
+    many, many_kept = _operations(by_bytes, tokens)
     assert many <= 4.1 * few
-    assert kept_of_many <= kept_of_few + 8  # what is kept does not grow, so no operation can
+    assert many_kept <= few_kept + 8  # the state does not grow, so no operation can become slower

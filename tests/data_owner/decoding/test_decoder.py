@@ -1,4 +1,4 @@
-"""The decoder answers as the PLM at λ = 0, as the adapter at λ = 1, and alike whatever it decodes beside."""
+"""The decoder answers as the PLM at λ = 0, as the adapter at λ = 1, and independently of its other answers."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from decoding_kit import (
     ids_of,
     make_adapter,
     mixture,
-    own_generate,
     requests,
+    transformers_answers,
     various,
 )
 
@@ -38,15 +38,15 @@ THREE = pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])
 async def test_lambda_0_is_the_plms_own_greedy_answer(tiny_client, tiny_plm, architecture: str):
     plm = tiny_plm(architecture)
     client, adapter = tiny_client(architecture), make_adapter(plm)
-    expected = own_generate(plm)
+    expected = transformers_answers(plm)
     longest = max(expected, key=len)
-    eos = longest[len(longest) // 2]  # a token that does come
-    ending = own_generate(plm, eos)
-    for wanted in (requests(0.0), requests(0.9, adapter=None)):
-        assert ids_of(await answers(client, wanted, adapter)) == expected
-        found = await answers(client, wanted, adapter, eos=[eos])
-        assert ids_of(found) == ending != expected
-        assert "eos" in [answer.finish for answer in found]
+    eos = longest[len(longest) // 2]  # a token that occurs
+    ending = transformers_answers(plm, eos)
+    for requested in (requests(0.0), requests(0.9, adapter=None)):
+        assert ids_of(await answers(client, requested, adapter)) == expected
+        answered = await answers(client, requested, adapter, eos=[eos])
+        assert ids_of(answered) == ending != expected
+        assert "eos" in [answer.finish for answer in answered]
 
 
 async def test_received_representations_are_counted(tiny_client, tiny_plm):
@@ -63,20 +63,20 @@ async def test_received_representations_are_counted(tiny_client, tiny_plm):
 async def test_lambda_1_is_the_adapters_greedy_answer(tiny_client, tiny_plm, name: str):
     plm = tiny_plm(name)
     adapter = make_adapter(plm)
-    found = await answers(tiny_client(name), requests(1.0), adapter)
-    for prompt, answer in zip(PROMPTS, found, strict=True):
+    answered = await answers(tiny_client(name), requests(1.0), adapter)
+    for prompt, answer in zip(PROMPTS, answered, strict=True):
         ids = list(prompt)
         while len(ids) < len(prompt) + STEPS and ids[-1] != 1:
             ids.append(int(distributions(plm, adapter, ids)[0].argmax()))
         assert answer.ids == ids[len(prompt) :]
-    assert ids_of(found) != own_generate(plm)
+    assert ids_of(answered) != transformers_answers(plm)
 
 
 @THREE
 async def test_an_answer_in_between_is_greedy_on_the_mixture(tiny_client, tiny_plm, name: str):
-    plm, wanted = tiny_plm(name), various()
+    plm, requested = tiny_plm(name), various()
     adapter = make_adapter(plm)
-    for request, answer in zip(wanted, await answers(tiny_client(name), wanted, adapter), strict=True):
+    for request, answer in zip(requested, await answers(tiny_client(name), requested, adapter), strict=True):
         ids = list(request.prompt)
         for step, token in enumerate(answer.tokens):
             log_p = mixture(plm, adapter, ids, request.schedule.at(step, request.length))
@@ -91,11 +91,13 @@ async def test_an_answer_in_between_is_greedy_on_the_mixture(tiny_client, tiny_p
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLE, BEAM], ids=lambda s: s.kind)
 @THREE
-async def test_a_request_is_answered_alone_as_in_company(tiny_client, tiny_plm, name: str, sampling: SamplingParams):
-    client, adapter, wanted = tiny_client(name), make_adapter(tiny_plm(name)), various(sampling=sampling)
-    together = await answers(client, wanted, adapter)
+async def test_a_request_has_the_same_answer_alone_and_in_a_batch(
+    tiny_client, tiny_plm, name: str, sampling: SamplingParams
+):
+    client, adapter, requested = tiny_client(name), make_adapter(tiny_plm(name)), various(sampling=sampling)
+    together = await answers(client, requested, adapter)
     assert len({len(answer.ids) for answer in together}) > 2
-    for request, answer in zip(wanted, together, strict=True):
+    for request, answer in zip(requested, together, strict=True):
         (alone,) = await answers(client, [request], adapter)
         assert (alone.ids, alone.text, alone.finish) == (answer.ids, answer.text, answer.finish)
         assert alone.log_prob == pytest.approx(answer.log_prob, abs=1e-3)
@@ -108,18 +110,18 @@ def mixed_requests() -> list[GenerationRequest]:
 
 
 async def test_lockstep_gives_the_same_bits_every_time(tiny_client, tiny_plm):
-    adapter, wanted = make_adapter(tiny_plm("llama")), mixed_requests()
-    one, two = [await answers(tiny_client("llama"), wanted, adapter, max_sequences=7) for _ in range(2)]
-    assert [answer.tokens for answer in one] == [answer.tokens for answer in two]  # log-probabilities among them
+    adapter, requested = make_adapter(tiny_plm("llama")), mixed_requests()
+    first, second = [await answers(tiny_client("llama"), requested, adapter, max_sequences=7) for _ in range(2)]
+    assert [answer.tokens for answer in first] == [answer.tokens for answer in second]  # log-probabilities among them
 
 
 async def test_the_batch_size_changes_no_answer_in_lockstep(tiny_client, tiny_plm):
     client, adapter = tiny_client("llama"), make_adapter(tiny_plm("llama"))
-    wanted = [*mixed_requests(), *requests(0.4, draft=4)]
-    expected = await answers(client, wanted, adapter, max_sequences=24)
+    requested = [*mixed_requests(), *requests(0.4, draft=4)]
+    expected = await answers(client, requested, adapter, max_sequences=24)
     for size in (1, 5):  # beam search takes more than one, and is decoded all the same
-        found = await answers(client, wanted, adapter, max_sequences=size)
-        assert [(a.ids, a.text, a.finish) for a in found] == [(a.ids, a.text, a.finish) for a in expected]
+        answered = await answers(client, requested, adapter, max_sequences=size)
+        assert [(a.ids, a.text, a.finish) for a in answered] == [(a.ids, a.text, a.finish) for a in expected]
 
 
 async def test_no_more_sequences_than_allowed_are_decoded_together(tiny_client, tiny_plm):
@@ -131,8 +133,8 @@ async def test_no_more_sequences_than_allowed_are_decoded_together(tiny_client, 
         return await step(steps)
 
     client.step = counting
-    wanted = [*requests(), *requests(sampling=BEAM), *requests()]
-    await answers(client, wanted, make_adapter(tiny_plm("llama")), max_sequences=5)
+    requested = [*requests(), *requests(sampling=BEAM), *requests()]
+    await answers(client, requested, make_adapter(tiny_plm("llama")), max_sequences=5)
     assert max(sent) == 5
 
 
@@ -151,36 +153,32 @@ async def test_no_session_stays_open(tiny_client, tiny_plm):
 
 
 async def test_an_answer_ends_at_max_new_tokens(tiny_client, tiny_plm):
-    wanted = [replace(r, max_new_tokens=n) for r, n in zip(requests(), (1, 4, 9, 14), strict=True)]
+    requested = [replace(r, max_new_tokens=n) for r, n in zip(requests(), (1, 4, 9, 14), strict=True)]
     client = tiny_client("llama")
-    found = await answers(client, wanted, make_adapter(tiny_plm("llama")), eos=[])
-    assert [len(answer.ids) for answer in found] == [1, 4, 9, 14]
-    assert {answer.finish for answer in found} == {"length"}
+    answered = await answers(client, requested, make_adapter(tiny_plm("llama")), eos=[])
+    assert [len(answer.ids) for answer in answered] == [1, 4, 9, 14]
+    assert {answer.finish for answer in answered} == {"length"}
     tokenizer = (await client.lm_head()).tokenizer()
-    assert [answer.text for answer in found] == [tokenizer.decode(answer.ids) for answer in found]
+    assert [answer.text for answer in answered] == [tokenizer.decode(answer.ids) for answer in answered]
 
 
 @pytest.mark.parametrize("lockstep", [True, False])
 @pytest.mark.parametrize("kind", ["greedy", "beam"])
 async def test_any_eos_id_ends_an_answer_and_is_not_in_its_text(tiny_client, tiny_plm, kind: str, lockstep: bool):
-    client, adapter, wanted = (
-        tiny_client("llama"),
-        make_adapter(tiny_plm("llama")),
-        requests(
-            sampling=SamplingParams(kind, beams=1)  # type: ignore[arg-type]
-        ),
-    )
+    client, adapter = tiny_client("llama"), make_adapter(tiny_plm("llama"))
+    requested = requests(sampling=SamplingParams(kind, beams=1))  # type: ignore[arg-type]
     tokenizer = (await client.lm_head()).tokenizer()
-    free = await answers(client, wanted, adapter, eos=[])
+    free = await answers(client, requested, adapter, eos=[])
     eos = [free[0].ids[3], free[1].ids[5]]
-    assert all(tokenizer.text_bytes(token) for token in eos)  # which have a text: it would be seen
-    for answer, before in zip(await answers(client, wanted, adapter, eos, lockstep=lockstep), free, strict=True):
-        ends = [at for at, token in enumerate(before.ids) if token in eos]
+    assert all(tokenizer.text_bytes(token) for token in eos)  # they have a text, which would show
+    ended = await answers(client, requested, adapter, eos, lockstep=lockstep)
+    for answer, plain in zip(ended, free, strict=True):
+        ends = [at for at, token in enumerate(plain.ids) if token in eos]
         if ends:
-            assert answer.finish == "eos" and answer.ids == before.ids[: ends[0] + 1]
+            assert answer.finish == "eos" and answer.ids == plain.ids[: ends[0] + 1]
             assert answer.text == tokenizer.decode(answer.ids[:-1])
         else:
-            assert (answer.finish, answer.ids) == ("length", before.ids)
+            assert (answer.finish, answer.ids) == ("length", plain.ids)
 
 
 @pytest.mark.parametrize("lockstep", [True, False])
@@ -190,7 +188,7 @@ async def test_a_stop_string_ends_an_answer_and_is_cut_from_its_text(tiny_client
     request = requests(sampling=SamplingParams(kind, beams=1))[0]  # type: ignore[arg-type]
     (free,) = await answers(client, [request], adapter, eos=[])
     begin = len(free.text) - len(free.text.lstrip("\n "))
-    stop = free.text[begin + 4 : begin + 7]  # crosses tokens, wherever their seams are
+    stop = free.text[begin + 4 : begin + 7]  # spans several tokens
     stopping = replace(request, stop=("never there", stop))
     (answer,) = await answers(client, [stopping], adapter, eos=[], lockstep=lockstep)
     assert answer.finish == "stop" and answer.text == free.text[: free.text.index(stop, begin)]
@@ -219,17 +217,17 @@ async def test_an_adapter_that_is_replaced_does_not_change_answers_that_have_beg
     request = requests()[0]
     (expected,) = await answers(client, [request], adapter)
     async with decoding(client, adapter, lockstep=False) as decoder:
-        got = []
+        ids = []
         async for token in decoder.answer(request):
-            got.append(token.id)
+            ids.append(token.id)
             decoder.predictors = {}
-        assert got == expected.ids
+        assert ids == expected.ids
         with pytest.raises(UserError, match="loaded are: none"):
             await decoder.generate([request])
 
 
 async def test_one_predictor_that_fails_ends_its_own_answers_alone(tiny_client, tiny_plm):
-    """Its error stands in their place; answers in the same batch get the tokens they would have had."""
+    """Its answers end with its error; the others of the batch get the same tokens as without it."""
     client, adapter = tiny_client("llama"), make_adapter(tiny_plm("llama"))
     expected = await answers(client, requests(), adapter)
     for method in ("distribution", "begin"):
@@ -240,20 +238,20 @@ async def test_one_predictor_that_fails_ends_its_own_answers_alone(tiny_client, 
             setattr(broken, method, lambda *_: 1 / 0)
             decoder.predictors = {**decoder.predictors, "broken": broken}
             failing = decoder.generate(requests(adapter="broken"))
-            found, error = await asyncio.gather(decoder.generate(requests()), failing, return_exceptions=True)
+            answered, error = await asyncio.gather(decoder.generate(requests()), failing, return_exceptions=True)
         assert isinstance(error, ZeroDivisionError)
-        assert not isinstance(found, BaseException) and ids_of(found) == ids_of(expected)
+        assert not isinstance(answered, BaseException) and ids_of(answered) == ids_of(expected)
 
 
-async def test_lambda_above_zero_after_zero_is_not_confused(tiny_client, tiny_plm):
-    """A schedule that ends at λ = 0 leaves the rest to the PLM, beside answers that go on mixing."""
+async def test_a_schedule_that_reaches_zero_leaves_the_rest_to_the_plm(tiny_client, tiny_plm):
+    """While other answers of the batch continue to mix."""
     plm = tiny_plm("llama")
     adapter = make_adapter(plm)
     falling = replace(requests()[0], schedule=UnrollingSchedule(0.9, "linear"), length=3, explain=True)
-    found, _ = await answers(tiny_client("llama"), [falling, requests(1.0)[1]], adapter)
-    assert [a.lam for a in attributions(found)][:4] == pytest.approx([0.9, 0.6, 0.3, 0.0])
-    ids = [*falling.prompt, *found.ids[:3]]
-    for token in found.ids[3:]:
+    answer, _ = await answers(tiny_client("llama"), [falling, requests(1.0)[1]], adapter)
+    assert [a.lam for a in attributions(answer)][:4] == pytest.approx([0.9, 0.6, 0.3, 0.0])
+    ids = [*falling.prompt, *answer.ids[:3]]
+    for token in answer.ids[3:]:
         assert token == int(distributions(plm, adapter, ids)[1].argmax())
         ids.append(token)
-    assert torch.tensor([a.log_pema for a in attributions(found)]).isfinite().all()
+    assert torch.tensor([a.log_pema for a in attributions(answer)]).isfinite().all()

@@ -1,4 +1,4 @@
-"""Answers stay the same, or end with a reason, whatever goes wrong between the decoder and the PLM owner."""
+"""Answers stay the same, or end with a reason, whatever fails between the decoder and the PLM owner."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def world_of(tiny_plm_folder, tiny_plm):
 
 @pytest.fixture
 async def expected_of(tiny_client, tiny_plm):
-    async def expected(wanted: list[GenerationRequest]) -> list[list[int]]:
-        return ids_of(await answers(tiny_client("llama"), wanted, make_adapter(tiny_plm("llama"))))
+    async def expected(requested: list[GenerationRequest]) -> list[list[int]]:
+        return ids_of(await answers(tiny_client("llama"), requested, make_adapter(tiny_plm("llama"))))
 
     return expected
 
 
 def many(sampling: SamplingParams = GREEDY) -> list[GenerationRequest]:
     """Twelve requests, some of the PLM alone, some with drafts."""
-    wanted = [*various(draft=4), *requests(0.7), *various(adapter=None)]
-    return [replace(request, sampling=sampling, stream=n) for n, request in enumerate(wanted)]
+    requested = [*various(draft=4), *requests(0.7), *various(adapter=None)]
+    return [replace(request, sampling=sampling, stream=n) for n, request in enumerate(requested)]
 
 
 # ── sessions and replicas that are lost ─────────────────────────────────────
@@ -59,34 +59,34 @@ def many(sampling: SamplingParams = GREEDY) -> list[GenerationRequest]:
 @pytest.mark.parametrize("lockstep", [True, False])
 async def test_a_lost_session_is_opened_again_with_the_same_answer(tiny_client, tiny_plm, sampling, lockstep: bool):
     client, adapter = tiny_client("llama"), make_adapter(tiny_plm("llama"))
-    wanted = requests(sampling=sampling)
-    undisturbed = await answers(client, wanted, adapter)
+    requested = requests(sampling=sampling)
+    undisturbed = await answers(client, requested, adapter)
     for every in (1, 3):
         forgetful = Forgetful(client, every)
         async with decoding(forgetful, adapter, lockstep=lockstep) as decoder:  # type: ignore[arg-type]
-            assert ids_of(await decoder.generate(wanted)) == ids_of(undisturbed)
+            assert ids_of(await decoder.generate(requested)) == ids_of(undisturbed)
             assert decoder.counts["replays"] == forgetful.lost > 0
     engine = await client.engine()
     assert await _comes_true(lambda: engine.batcher.live_sessions == 0)
 
 
 async def test_a_replica_that_dies_at_any_step_changes_no_answer(world_of, expected_of):
-    wanted = replace(requests()[0], max_new_tokens=8)
-    (expected,) = await expected_of([wanted])
+    requested = replace(requests()[0], max_new_tokens=8)
+    (expected,) = await expected_of([requested])
     at, steps = 0, 1
     while steps > at:
         async with world_of(replicas=2) as world:
             steps = 0
 
-            def before(method: str, world=world, at=at) -> None:
+            def before_call(method: str, world=world, at=at) -> None:
                 nonlocal steps
                 steps += method == "step"
                 if method == "step" and steps == at + 1:
                     for name in set(world.line._owner_replica.values()) or {"r0"}:
                         world.kill(name)
 
-            world.handle.before = before
-            assert await world.all([wanted]) == [expected]
+            world.handle.before = before_call
+            assert await world.all([requested]) == [expected]
             assert await world.live_sessions() == 0
         at += 1
     assert at > 5
@@ -94,32 +94,32 @@ async def test_a_replica_that_dies_at_any_step_changes_no_answer(world_of, expec
 
 @KINDS
 async def test_replicas_that_come_and_go_under_many_answers_change_none(world_of, expected_of, sampling):
-    wanted = many(sampling) * 2
-    expected, draw = await expected_of(wanted), random.Random(1)
-    async with world_of(replicas=2, slots=72) as world:  # a beam that waits for a slot holds up the others
+    requested = many(sampling) * 2
+    expected, draw = await expected_of(requested), random.Random(1)
+    async with world_of(replicas=2, slots=72) as world:  # a beam that waits for a slot delays the others
         calls = 0
 
-        def before(method: str) -> None:
+        def before_call(method: str) -> None:
             nonlocal calls
             calls += method == "step"
             if method == "step" and draw.random() < 0.1 and calls < 120:
                 world.kill(draw.choice(sorted(world.handle.replicas)))
 
-        world.handle.before = before
-        assert await world.all(wanted) == expected
+        world.handle.before = before_call
+        assert await world.all(requested) == expected
         assert world.decoder.counts["replays"] + world.decoder.counts["busy"] > 0
         assert await world.live_sessions() == 0
         assert world.decoder.live == 0
 
 
 async def test_more_answers_than_slots_all_come_to_an_end(world_of, expected_of):
-    wanted = many() * 2
-    async with world_of(slots=3, idle_seconds=0.05) as world:  # so few that sessions lose their slots all the time
-        assert await world.all(wanted) == await expected_of(wanted)
+    requested = many() * 2
+    async with world_of(slots=3, idle_seconds=0.05) as world:  # so few that sessions often lose their slots
+        assert await world.all(requested) == await expected_of(requested)
         assert await world.live_sessions() == 0
 
 
-NEVER = {"idle_seconds": 3600, "timeout_seconds": 3600}  # no session is taken a slot away, and no wait is cut short
+NEVER = {"idle_seconds": 3600, "timeout_seconds": 3600}  # no session loses its slot, no wait times out
 
 
 @pytest.mark.parametrize("over", ["engine", "handle"])
@@ -129,7 +129,7 @@ NEVER = {"idle_seconds": 3600, "timeout_seconds": 3600}  # no session is taken a
 async def test_data_owners_that_want_all_slots_do_not_block_each_other(
     tiny_client, world_of, tiny_plm, expected_of, over: str, sampling, lockstep: bool
 ):
-    wanted = many() if sampling is GREEDY else requests(sampling=sampling, max_new_tokens=8)
+    requested = many() if sampling is GREEDY else requests(sampling=sampling, max_new_tokens=8)
     settings = {"max_sequences": 4 if lockstep else 30, "lockstep": lockstep}
     async with asyncio.timeout(120), AsyncExitStack() as stack:
         if over == "engine":
@@ -139,12 +139,12 @@ async def test_data_owners_that_want_all_slots_do_not_block_each_other(
             clients = [Replicas(world.handle, name) for name in "abc"]
         adapter = make_adapter(tiny_plm("llama"))
         decoders = [await stack.enter_async_context(decoding(c, adapter, **settings)) for c in clients]
-        found = await asyncio.gather(*(decoder.generate(wanted) for decoder in decoders))
+        answered = await asyncio.gather(*(decoder.generate(requested) for decoder in decoders))
         assert sum(decoder.counts["busy"] for decoder in decoders) > 0
         assert sum(decoder.counts["replays"] for decoder in decoders) == 0
         for client in clients if over == "handle" else []:
             await client.end()
-    assert list(map(ids_of, found)) == [await expected_of(wanted)] * 3
+    assert list(map(ids_of, answered)) == [await expected_of(requested)] * 3
 
 
 async def test_a_beam_search_that_waits_for_slots_waits_alone(world_of, expected_of):
@@ -159,15 +159,15 @@ async def test_a_beam_search_that_waits_for_slots_waits_alone(world_of, expected
             ends.append(name)
             return ids
 
-        answers_ = [asyncio.create_task(end_of(request, "greedy")) for request in greedy]
+        tasks = [asyncio.create_task(end_of(request, "greedy")) for request in greedy]
         while (await world.handle.replicas["r0"].state())["live_sessions"] < 3:
             await asyncio.sleep(0)
-        *found, beams = await asyncio.gather(*answers_, end_of(searched, "beams"))
+        *greedy_ids, beam_ids = await asyncio.gather(*tasks, end_of(searched, "beams"))
         assert world.decoder.counts["busy"] == 0
         assert await world.live_sessions() == 0
     assert ends[0] == "greedy"
-    assert found == await expected_of(greedy)
-    assert [beams] == await expected_of([searched])
+    assert greedy_ids == await expected_of(greedy)
+    assert [beam_ids] == await expected_of([searched])
 
 
 async def test_beam_searches_among_more_greedy_answers_than_may_open_at_once_all_end(tiny_client, tiny_plm):
@@ -176,8 +176,8 @@ async def test_beam_searches_among_more_greedy_answers_than_may_open_at_once_all
     greedy = [replace(request, max_new_tokens=4) for request in requests()] * 5
     async with asyncio.timeout(60), AsyncExitStack() as stack:
         decoders = [await stack.enter_async_context(decoding(client, adapter, lockstep=False)) for _ in range(2)]
-        found = await asyncio.gather(*(decoder.generate([beams, beams, *greedy]) for decoder in decoders))
-    assert ids_of(found[0]) == ids_of(found[1])
+        answered = await asyncio.gather(*(decoder.generate([beams, beams, *greedy]) for decoder in decoders))
+    assert ids_of(answered[0]) == ids_of(answered[1])
 
 
 async def test_a_beam_search_opens_no_more_sessions_than_it_has_beams(tiny_client, tiny_plm, expected_of):
@@ -189,10 +189,10 @@ async def test_a_beam_search_opens_no_more_sessions_than_it_has_beams(tiny_clien
         return await step(steps)
 
     client.step = watched
-    (wanted,) = requests(sampling=BEAM)[:1]
-    found = await answers(client, [wanted], make_adapter(tiny_plm("llama")))
+    (requested,) = requests(sampling=BEAM)[:1]
+    answered = await answers(client, [requested], make_adapter(tiny_plm("llama")))
     assert len(opened) == 3
-    assert ids_of(found) == await expected_of([wanted])
+    assert ids_of(answered) == await expected_of([requested])
 
 
 @pytest.mark.parametrize("lockstep", [True, False])
@@ -219,14 +219,14 @@ async def test_a_session_that_is_lost_every_time_ends_its_answer(tiny_client, ti
     step = client.step
 
     async def losing(steps):
-        done = await step(steps)
-        return [SessionLost() if s.tokens[:2] == [0, 200] else d for s, d in zip(steps, done, strict=True)]
+        outcomes = await step(steps)
+        return [SessionLost() if s.tokens[:2] == [0, 200] else o for s, o in zip(steps, outcomes, strict=True)]
 
     client.step = losing
     async with decoding(client, make_adapter(tiny_plm("llama")), lockstep=False) as decoder:
-        found = await asyncio.gather(*(decoder.generate([r]) for r in requests()), return_exceptions=True)
-    assert [isinstance(one, GenerationAborted) for one in found] == [prompt[1] == 200 for prompt in PROMPTS]
-    assert "loses this session every time" in str(found[1])
+        results = await asyncio.gather(*(decoder.generate([r]) for r in requests()), return_exceptions=True)
+    assert [isinstance(result, GenerationAborted) for result in results] == [prompt[1] == 200 for prompt in PROMPTS]
+    assert "loses this session every time" in str(results[1])
 
 
 # ── PLM owners that are busy, gone or others ────────────────────────────────
@@ -234,19 +234,19 @@ async def test_a_session_that_is_lost_every_time_ends_its_answer(tiny_client, ti
 
 @pytest.mark.parametrize("lockstep", [True, False])
 async def test_a_busy_plm_owner_is_asked_again_and_keeps_the_sessions(world_of, expected_of, lockstep: bool):
-    wanted = many()
+    requested = many()
     async with world_of(slots=16) as world:
         calls = 0
 
-        def before(method: str) -> None:
+        def before_call(method: str) -> None:
             nonlocal calls
             calls += method == "step"
             if method == "step" and calls % 3 == 0:
                 raise Busy("the quota is used up", 0.01)
 
-        world.handle.before = before
+        world.handle.before = before_call
         async with decoding(world.line, world.decoder.predictors, lockstep=lockstep) as decoder:
-            assert ids_of(await decoder.generate(wanted)) == await expected_of(wanted)
+            assert ids_of(await decoder.generate(requested)) == await expected_of(requested)
             assert decoder.counts["busy"] > 5
             assert decoder.counts["replays"] == 0
 
@@ -264,12 +264,12 @@ async def test_a_line_that_breaks_is_tried_again(tiny_client, tiny_plm, expected
         return await step(steps)
 
     client.step = breaking
-    found = await answers(client, requests(), make_adapter(tiny_plm("llama")), lockstep=lockstep)
-    assert ids_of(found) == await expected_of(requests())
+    results = await answers(client, requests(), make_adapter(tiny_plm("llama")), lockstep=lockstep)
+    assert ids_of(results) == await expected_of(requests())
 
 
 @pytest.mark.parametrize("lockstep", [True, False])
-async def test_a_plm_owner_that_is_gone_is_told_in_bounded_time(world_of, lockstep: bool):
+async def test_an_absent_plm_owner_is_reported_in_bounded_time(world_of, lockstep: bool):
     async with world_of() as world, decoding(world.line, world.decoder.predictors, lockstep=lockstep) as decoder:
         world.handle.kill("r0")
         with pytest.raises(GenerationAborted, match=r"not finished within 0.5 seconds|did not answer in time"):
@@ -278,7 +278,7 @@ async def test_a_plm_owner_that_is_gone_is_told_in_bounded_time(world_of, lockst
 
 
 async def test_the_time_of_an_answer_begins_with_its_first_step(tiny_client, tiny_plm, expected_of):
-    """In lockstep, requests wait for room as long as it takes; what they wait counts to no answer's time."""
+    """In lockstep, the time that requests wait for room does not count."""
     client, busy = tiny_client("llama"), {}
     step = client.step
 
@@ -289,15 +289,15 @@ async def test_the_time_of_an_answer_begins_with_its_first_step(tiny_client, tin
         return [Busy("a moment", 0.01)] * len(steps) if busy[name] == 2 else await step(steps)
 
     client.step = slow
-    wanted = [replace(request, max_new_tokens=6) for request in requests() * 2]
+    requested = [replace(request, max_new_tokens=6) for request in requests() * 2]
     async with decoding(client, make_adapter(tiny_plm("llama")), max_sequences=1) as decoder:
-        assert ids_of(await decoder.generate(wanted, timeout=0.9)) == await expected_of(wanted)
+        assert ids_of(await decoder.generate(requested, timeout=0.9)) == await expected_of(requested)
     assert sum(busy.values()) * 0.03 > 1.2  # seconds, of all
 
 
 @pytest.mark.parametrize("lockstep", [True, False])
 async def test_another_plm_in_its_place_ends_all_answers(tiny_client, tiny_plm, lockstep: bool):
-    """Stages are told which; callers of a service are not."""
+    """Stages get its name; callers of a service do not."""
     client, calls = tiny_client("llama"), 0
     step = client.step
 
@@ -310,8 +310,8 @@ async def test_another_plm_in_its_place_ends_all_answers(tiny_client, tiny_plm, 
 
     client.step = replaced
     async with decoding(client, make_adapter(tiny_plm("llama")), lockstep=lockstep) as decoder:
-        found = await asyncio.gather(*(decoder.generate([r]) for r in requests()), return_exceptions=True)
-        assert {type(one) for one in found} == {FingerprintMismatch if lockstep else GenerationAborted}
+        results = await asyncio.gather(*(decoder.generate([r]) for r in requests()), return_exceptions=True)
+        assert {type(result) for result in results} == {FingerprintMismatch if lockstep else GenerationAborted}
         assert decoder.live == 0
 
 
@@ -332,29 +332,30 @@ async def test_a_caller_that_leaves_frees_its_sessions(world_of):
 
 
 async def test_a_caller_that_leaves_makes_room_in_lockstep(tiny_client, tiny_plm, expected_of):
-    adapter, wanted = make_adapter(tiny_plm("llama")), requests()
+    adapter, requested = make_adapter(tiny_plm("llama")), requests()
     async with decoding(tiny_client("llama"), adapter, max_sequences=1) as decoder:
-        leaving = decoder.answer(wanted[0])
+        leaving = decoder.answer(requested[0])
         await anext(leaving)
-        waiting = asyncio.create_task(decoder.generate(wanted[1:3]))
-        given_up = asyncio.create_task(decoder.generate(wanted[3:]))
+        waiting = asyncio.create_task(decoder.generate(requested[1:3]))
+        cancelled = asyncio.create_task(decoder.generate(requested[3:]))
         await asyncio.sleep(0)
-        given_up.cancel()
+        cancelled.cancel()
         await leaving.aclose()
-        assert ids_of(await waiting) == (await expected_of(wanted))[1:3]
+        assert ids_of(await waiting) == (await expected_of(requested))[1:3]
         assert decoder.live == 0
 
 
-async def test_more_answers_than_may_live_are_sent_away(world_of):
+async def test_answers_beyond_the_limit_are_rejected(world_of):
     async with world_of(max_sequences=5) as world:
-        wanted = [*requests(), replace(requests()[0], sampling=BEAM), requests()[1], requests()[2]]
-        found = await asyncio.gather(*map(world.tokens, wanted), return_exceptions=True)
-        assert [isinstance(one, Busy) for one in found] == [False] * 4 + [True, False, True]  # three beams have no room
+        requested = [*requests(), replace(requests()[0], sampling=BEAM), requests()[1], requests()[2]]
+        results = await asyncio.gather(*map(world.tokens, requested), return_exceptions=True)
+        busy = [isinstance(result, Busy) for result in results]
+        assert busy == [False] * 4 + [True, False, True]  # three beams have no room
         assert await world.live_sessions() == 0
 
 
 async def test_a_decoder_that_stops_aborts_its_answers_and_closes_their_sessions(world_of):
-    async def rest_of(answer) -> list:
+    async def remaining_tokens(answer) -> list:
         return [token async for token in answer]
 
     async with world_of() as world:
@@ -365,14 +366,14 @@ async def test_a_decoder_that_stops_aborts_its_answers_and_closes_their_sessions
         assert await world.live_sessions() == 0
         for answer in running:
             with pytest.raises(GenerationAborted, match="the data owner's service ends"):
-                await rest_of(answer)
+                await remaining_tokens(answer)
         with pytest.raises(RuntimeError, match="has stopped"):
             world.decoder.check_health()
 
 
 @pytest.mark.parametrize("lockstep", [True, False])
-async def test_one_answer_that_fails_fails_alone(tiny_client, tiny_plm, expected_of, monkeypatch, lockstep: bool):
-    """Its text cannot be shown, its prompt is too long, or its adapter is unknown."""
+async def test_an_answer_that_fails_ends_no_other(tiny_client, tiny_plm, expected_of, monkeypatch, lockstep: bool):
+    """Its text fails to decode, its prompt is too long, or its adapter is unknown."""
     push = AnswerText.push
 
     def breaking(text: AnswerText, token: int) -> str:
@@ -382,10 +383,10 @@ async def test_one_answer_that_fails_fails_alone(tiny_client, tiny_plm, expected
     good = requests()
     bad = [replace(good[0], stop=("break",)), replace(good[1], prompt=[5] * 97), replace(good[2], adapter="yours")]
     async with decoding(tiny_client("llama"), make_adapter(tiny_plm("llama")), lockstep=lockstep) as decoder:
-        wanted = [*bad, *good]
-        found = await asyncio.gather(*(decoder.generate([r]) for r in wanted), return_exceptions=True)
-        assert [type(one) for one in found[:3]] == [ZeroDivisionError, UserError, UserError]
-        assert [one[0].ids for one in found[3:]] == await expected_of(good)  # type: ignore[index]
+        requested = [*bad, *good]
+        results = await asyncio.gather(*(decoder.generate([r]) for r in requested), return_exceptions=True)
+        assert [type(result) for result in results[:3]] == [ZeroDivisionError, UserError, UserError]
+        assert [result[0].ids for result in results[3:]] == await expected_of(good)  # type: ignore[index]
         assert decoder.live == 0
 
 
@@ -428,9 +429,9 @@ async def test_an_error_of_the_line_in_one_steps_place_is_retried(tiny_client):
             outcomes = await self._client.step(steps)
             return [ConnectionError("the wire was cut"), *outcomes[1:]] if self.messages == 3 else outcomes
 
-    wanted = [GenerationRequest(prompt, 6, UnrollingSchedule(0.0)) for prompt in PROMPTS]
+    requested = [GenerationRequest(prompt, 6, UnrollingSchedule(0.0)) for prompt in PROMPTS]
     breaking = Breaking(tiny_client("llama"))
-    assert ids_of(await answers(breaking, wanted, eos=[])) == ids_of(
-        await answers(tiny_client("llama"), wanted, eos=[])
+    assert ids_of(await answers(breaking, requested, eos=[])) == ids_of(
+        await answers(tiny_client("llama"), requested, eos=[])
     )
     assert breaking.messages > 3

@@ -10,8 +10,8 @@ from pema_ray.data_owner.decoding.drafts import DraftCandidate
 
 def _trips(controller: DraftLengthController, trip: float, token: float, drafted: float, count: int = 60) -> None:
     for i in range(count):
-        tokens, own = 1 + i % 5, (0, 0, 3, 5)[i % 4]
-        controller.record_latency(trip + token * tokens + drafted * own, tokens, own)
+        tokens, drafted_tokens = 1 + i % 5, (0, 0, 3, 5)[i % 4]
+        controller.record_latency(trip + token * tokens + drafted * drafted_tokens, tokens, drafted_tokens)
 
 
 def test_seconds_of_a_round_trip_are_learned():
@@ -48,11 +48,11 @@ def test_of_two_candidates_the_one_that_is_accepted_more_often_is_taken():
 
 
 def test_the_plm_drafts_where_round_trips_are_long_and_not_where_they_are_short():
-    for trip, asked in ((0.2, True), (0.001, False)):
+    for trip, expected in ((0.2, True), (0.001, False)):
         controller = DraftLengthController()
         _trips(controller, trip, 0.001, 0.02)
         (draft,) = controller.choose([([], 8, 8)])
-        assert (draft.by_plm > 0) == asked
+        assert (draft.by_plm > 0) == expected
         assert draft == Draft() or draft.kind == BY_PLM
         assert controller.choose([([], 8, 0)]) == [Draft()]
     for _ in range(40):

@@ -76,7 +76,7 @@ def by_one_decoder(tiny_plm, job: GenerationJob) -> dict[int, list[int]]:
 def by_an_actor(
     connect: Callable, bundle: Path, *jobs: GenerationJob, batch_size: int = 2
 ) -> list[tuple[list[SystemAnswer], str]]:
-    """What one actor gives for each job in turn: answers, or a refusal."""
+    """One actor's answers, or its error, for each job in turn."""
     actor = _Actor(connect, bundle, list(jobs), batch_size, device="cpu")
     rows = [actor({"number": [number]}) for number in range(len(jobs))]
     return [(pickle.loads(row["answers"][0]), row["error"][0]) for row in rows]
@@ -88,10 +88,10 @@ def by_an_actor(
 @pytest.mark.parametrize("size", [1, 2, 5, 9])
 def test_tasks_hold_every_request_with_its_key_and_prompts_of_similar_length(size: int, monkeypatch):
     monkeypatch.setattr("pema_ray.data_owner.decoding.offline._BATCHES_PER_TASK", 1)
-    whole, tasks = job(None), list(_split(job(None), size))
+    undivided, tasks = job(None), list(_split(job(None), size))
     assert [len(task.keys) for task in tasks][:-1] == [size] * (len(tasks) - 1)
     pairs = {key: request for task in tasks for key, request in zip(task.keys, task.requests, strict=True)}
-    assert pairs == dict(zip(whole.keys, whole.requests, strict=True))
+    assert pairs == dict(zip(undivided.keys, undivided.requests, strict=True))
     lengths = [len(request.prompt) for task in tasks for request in task.requests]
     assert lengths == sorted(lengths, reverse=True)
 
@@ -100,13 +100,13 @@ def test_tasks_hold_every_request_with_its_key_and_prompts_of_similar_length(siz
     "sampling", [GREEDY, SamplingParams("sample", temperature=1.5, seed=4), BEAM], ids=lambda s: s.kind
 )
 def test_answers_depend_on_neither_tasks_nor_batches(tiny_plm, bundle, adapter, connect, sampling, monkeypatch):
-    wanted = job(adapter, sampling)
-    expected = by_one_decoder(tiny_plm, wanted)
+    requested = job(adapter, sampling)
+    expected = by_one_decoder(tiny_plm, requested)
     for size in (1, 2, 5):
         monkeypatch.setattr("pema_ray.data_owner.decoding.offline._BATCHES_PER_TASK", 3 - size // 2)
-        done = by_an_actor(connect, bundle, *_split(wanted, size), batch_size=size)
-        assert [error for _, error in done if error] == []
-        assert {answer.key: answer.answer.ids for answers, _ in done for answer in answers} == expected
+        results = by_an_actor(connect, bundle, *_split(requested, size), batch_size=size)
+        assert [error for _, error in results if error] == []
+        assert {answer.key: answer.answer.ids for answers, _ in results for answer in answers} == expected
 
 
 def test_an_actor_turns_every_refusal_into_a_line(bundle, adapter, connect, tmp_path: Path):
@@ -119,11 +119,11 @@ def test_an_actor_turns_every_refusal_into_a_line(bundle, adapter, connect, tmp_
     card = LMHeadBundle.load(bundle).card
     long = job(adapter, keys=[1], requests=[replace(job(adapter).requests[0], prompt=[5] * 97)])
     foreign = PemaAdapter(AdapterConfig(card.hidden_size, 8, "huge", "b" * 16)).save_pretrained(tmp_path / "foreign")
-    done = by_an_actor(connect, bundle, job(tmp_path / "nothing"), long, job(foreign), job(adapter))
-    missing, too_long, mismatch, none = (error for _, error in done)
+    results = by_an_actor(connect, bundle, job(tmp_path / "nothing"), long, job(foreign), job(adapter))
+    missing, too_long, mismatch, none = (error for _, error in results)
     assert "not an adapter" in missing and "longer than" in too_long
     assert mismatch == str(FingerprintMismatch(f"The adapter {foreign}", f"huge ({'b' * 16})", card.label))
-    assert none == "" and len(done[-1][0]) == len(KEYS)  # and it continues
+    assert none == "" and len(results[-1][0]) == len(KEYS)  # and it continues
 
 
 def test_a_plm_owner_that_stays_busy_is_a_line_too(bundle, adapter, connect, monkeypatch):
@@ -148,17 +148,17 @@ def test_a_plm_owner_that_stays_busy_is_a_line_too(bundle, adapter, connect, mon
 @pytest.mark.cluster
 def test_answers_over_ray_are_those_of_one_decoder(ray_cluster, tiny_plm, bundle, adapter, connect):
     pema, plain = job(adapter), job(None, system="plm")
-    done: dict[str, dict[int, SystemAnswer]] = {"pema": {}, "plm": {}}
+    answers_of: dict[str, dict[int, SystemAnswer]] = {"pema": {}, "plm": {}}
     for answers in generate([pema, plain], connect, bundle, batch_size=2, actors=2, cpus_per_actor=0.5, device="cpu"):
         for answer in answers:
-            assert answer.key not in done[answer.system] and answer.seconds > 0
-            done[answer.system][answer.key] = answer
+            assert answer.key not in answers_of[answer.system] and answer.seconds > 0
+            answers_of[answer.system][answer.key] = answer
     for work in (pema, plain):
-        found = done[work.system]
-        assert {key: answer.answer.ids for key, answer in found.items()} == by_one_decoder(tiny_plm, work)
-        first = [attributions(answer.answer)[0].lam for answer in found.values()]
-        assert first == pytest.approx([0.9 if work.predictor else 0.0] * len(KEYS))
-    assert [done["pema"][key].answer.ids for key in KEYS] != [done["plm"][key].answer.ids for key in KEYS]
+        answered = answers_of[work.system]
+        assert {key: answer.answer.ids for key, answer in answered.items()} == by_one_decoder(tiny_plm, work)
+        first_lambdas = [attributions(answer.answer)[0].lam for answer in answered.values()]
+        assert first_lambdas == pytest.approx([0.9 if work.predictor else 0.0] * len(KEYS))
+    assert [answers_of["pema"][key].answer.ids for key in KEYS] != [answers_of["plm"][key].answer.ids for key in KEYS]
 
 
 @pytest.mark.cluster

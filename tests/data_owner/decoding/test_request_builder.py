@@ -42,10 +42,10 @@ def test_the_plm_alone_has_lambda_0(prompter):
 def test_the_answer_is_limited_by_each_of_three(prompter):
     prompt = len(prompter.encode_prompt(SOURCE))
     source = len(prompter.tokenizer.encode(SOURCE, special_tokens=False))
-    most = {"max_new_tokens": 1000, "max_new_ratio": 1.5}
-    assert builder(prompter, **most).build(SOURCE).max_new_tokens == int(1.5 * source) + 16
+    limits = {"max_new_tokens": 1000, "max_new_ratio": 1.5}
+    assert builder(prompter, **limits).build(SOURCE).max_new_tokens == int(1.5 * source) + 16
     assert builder(prompter, max_new_tokens=9).build(SOURCE).max_new_tokens == 9
-    assert builder(prompter, prompt + 4, **most).build(SOURCE).max_new_tokens == 4
+    assert builder(prompter, prompt + 4, **limits).build(SOURCE).max_new_tokens == 4
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(prompter):

@@ -1,4 +1,4 @@
-"""Samples follow the mixture, and each is named by its seed and stream, whatever it is drawn beside."""
+"""Samples follow the mixture, and each depends on its seed and stream alone."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ async def test_a_seed_and_a_stream_name_a_sample(tiny_client, tiny_plm):
     client, adapter = tiny_client("llama"), make_adapter(tiny_plm("llama"))
 
     async def drawn(seed: int, streams: list[int]) -> list[tuple[int, ...]]:
-        wanted = [replace(requests()[0], sampling=hot(seed), stream=stream) for stream in streams]
-        return [tuple(ids) for ids in ids_of(await answers(client, wanted, adapter))]
+        requested = [replace(requests()[0], sampling=hot(seed), stream=stream) for stream in streams]
+        return [tuple(ids) for ids in ids_of(await answers(client, requested, adapter))]
 
     first = await drawn(3, [0, 1, 2])
     assert len(set(first)) == 3
@@ -35,12 +35,12 @@ async def test_a_seed_and_a_stream_name_a_sample(tiny_client, tiny_plm):
 async def test_draws_depend_on_no_batch_no_draft_and_no_timing(tiny_client, tiny_plm, lockstep: bool, draft: int):
     client, adapter = tiny_client("llama"), make_adapter(tiny_plm("llama"))
     sampling = SamplingParams("sample", temperature=0.4, top_p=0.9, seed=7)
-    wanted = requests(0.6, sampling=sampling, max_new_tokens=25)
-    alone = [(await answers(client, [request], adapter))[0].ids for request in wanted]
-    company = [replace(r, draft=draft) for r in [*requests(), *wanted, *requests(sampling=hot(1))]]
+    requested = requests(0.6, sampling=sampling, max_new_tokens=25)
+    alone = [(await answers(client, [request], adapter))[0].ids for request in requested]
+    company = [replace(r, draft=draft) for r in [*requests(), *requested, *requests(sampling=hot(1))]]
     for size in (2, 16) if lockstep else (16,):
-        found = ids_of(await answers(client, company, adapter, lockstep=lockstep, max_sequences=size))
-        assert found[4:8] == alone
+        answered = ids_of(await answers(client, company, adapter, lockstep=lockstep, max_sequences=size))
+        assert answered[4:8] == alone
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.5, 0.6), (0.8, 0.9)])
@@ -53,13 +53,15 @@ async def test_samples_follow_the_mixture(tiny_client, tiny_plm, temperature: fl
     kept = int((ordered.cumsum(0) < top_p).sum()) + 1 if top_p < 1 else len(p)  # the smallest set that holds top_p
     expected = torch.zeros_like(p)
     expected[place[:kept]] = ordered[:kept] / ordered[:kept].sum()
-    one = GenerationRequest(PROMPTS[0], 1, UnrollingSchedule(lam), "mine")
-    wanted = [replace(one, sampling=SamplingParams("sample", temperature, top_p), stream=n) for n in range(draws)]
-    found = await answers(tiny_client("gpt2"), wanted, adapter, max_sequences=32)
-    seen = torch.bincount(torch.tensor([a.ids[0] for a in found]), minlength=len(p)) / draws
-    assert not seen[expected == 0].any()
+    request = GenerationRequest(PROMPTS[0], 1, UnrollingSchedule(lam), "mine")
+    requested = [
+        replace(request, sampling=SamplingParams("sample", temperature, top_p), stream=n) for n in range(draws)
+    ]
+    answered = await answers(tiny_client("gpt2"), requested, adapter, max_sequences=32)
+    frequency = torch.bincount(torch.tensor([a.ids[0] for a in answered]), minlength=len(p)) / draws
+    assert not frequency[expected == 0].any()
     bound = 0.5 * math.sqrt(kept / draws) + math.sqrt(math.log(1 / delta) / (2 * draws))
-    assert float((seen - expected).abs().sum()) / 2 < bound
+    assert float((frequency - expected).abs().sum()) / 2 < bound
 
 
 async def test_a_narrow_nucleus_and_a_low_temperature_are_greedy(tiny_client, tiny_plm):
@@ -67,6 +69,6 @@ async def test_a_narrow_nucleus_and_a_low_temperature_are_greedy(tiny_client, ti
     client, adapter = tiny_client("llama"), make_adapter(tiny_plm("llama"))
     greedy = await answers(client, requests(), adapter)
     for sampling in (SamplingParams("sample", top_p=1e-6), SamplingParams("sample", temperature=1e-3, top_p=0.5)):
-        found = await answers(client, requests(sampling=sampling), adapter)
-        assert ids_of(found) == ids_of(greedy)
-        assert [a.log_prob for a in found] == pytest.approx([a.log_prob for a in greedy])
+        answered = await answers(client, requests(sampling=sampling), adapter)
+        assert ids_of(answered) == ids_of(greedy)
+        assert [a.log_prob for a in answered] == pytest.approx([a.log_prob for a in greedy])

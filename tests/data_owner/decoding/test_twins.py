@@ -1,4 +1,4 @@
-"""Twins: every decoding mode gives the same answers in this process, over a Serve handle and over HTTPS."""
+"""Every decoding mode gives the same answers in this process, over a Serve handle and over HTTPS."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from pema_ray.plm_owner.service.deployment import PLMEngine
 from pema_ray.plm_owner.service.replicas import Replicas
 
 ROUNDING = 5e-5
-"""Of a probability. Replicas compose passes as messages arrive, so that float32 states differ in their last bits (seen:
-1.05e-5); another λ, token or distribution differs by far more than this."""
+"""Of a probability. Replicas compose passes as messages arrive, so that float32 states differ in their last bits
+(observed: 1.05e-5); another λ, token or distribution differs far more."""
 
 
 def predictors_of(plm: LoadedPLM) -> dict[str, Predictor]:
@@ -86,25 +86,25 @@ async def test_every_mode_gives_the_same_over_every_line(
 ):
     """Tokens, texts and finish reasons are equal; in lockstep, so are λ and probabilities up to rounding."""
     pytest.importorskip("faiss")
-    plm, wanted = tiny_plm(architecture), every_mode()
+    plm, requests = tiny_plm(architecture), every_mode()
     predictors = predictors_of(plm)
     settings = {"name": tiny_plm_folder(architecture), "dtype": "float32", "device": "cpu", "threads": 1}
     handle = DirectHandle(lambda: PLMEngine(settings, {"slots": 48}), replicas=2)
 
-    async def told(client: PLMClient, lockstep: bool = True) -> list[Answer]:
-        return await answers(client, wanted, predictors, lockstep=lockstep, max_sequences=48)
+    async def answers_over(client: PLMClient, lockstep: bool = True) -> list[Answer]:
+        return await answers(client, requests, predictors, lockstep=lockstep, max_sequences=48)
 
-    local = await told(tiny_client(architecture, slots=48))
+    local = await answers_over(tiny_client(architecture, slots=48))
     async with over_https(handle, tmp_path) as remote:
-        others = [await told(Replicas(handle)), await told(remote)]
-        served = await told(remote, lockstep=False)
+        in_lockstep = [await answers_over(Replicas(handle)), await answers_over(remote)]
+        served = await answers_over(remote, lockstep=False)
     for replica in handle.replicas.values():
         await replica.plm.end()
-    for other in (*others, served):
-        assert [(a.ids, a.finish, a.text) for a in other] == [(a.ids, a.finish, a.text) for a in local]
-    for other in others:
-        for here, there in zip(map(attributions, local), map(attributions, other), strict=True):
-            assert [a.lam for a in there] == pytest.approx([a.lam for a in here], abs=ROUNDING)
+    for answered in (*in_lockstep, served):
+        assert [(a.ids, a.finish, a.text) for a in answered] == [(a.ids, a.finish, a.text) for a in local]
+    for answered in in_lockstep:
+        for expected_tokens, tokens in zip(map(attributions, local), map(attributions, answered), strict=True):
+            assert [a.lam for a in tokens] == pytest.approx([a.lam for a in expected_tokens], abs=ROUNDING)
             for field in ("log_pema", "log_plm"):
-                expected = [math.exp(getattr(a, field)) for a in here]
-                assert [math.exp(getattr(a, field)) for a in there] == pytest.approx(expected, abs=ROUNDING)
+                expected = [math.exp(getattr(a, field)) for a in expected_tokens]
+                assert [math.exp(getattr(a, field)) for a in tokens] == pytest.approx(expected, abs=ROUNDING)
