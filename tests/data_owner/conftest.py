@@ -1,4 +1,4 @@
-"""A small LM head with everything a head can have, and rows whose targets depend on their keys."""
+"""A small LM head with every optional part, and rows whose targets depend on their keys."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make_head() -> Callable[..., LMHead]:
 
 @pytest.fixture(scope="session")
 def make_rows() -> Callable[..., MemoryRows]:
-    """Makes rows `key [N, H]` whose target is one of eight tokens, told by the key's first three signs."""
+    """Makes rows `key [N, H]` whose target is one of eight tokens, given by the key's first three signs."""
 
     def make(count: int, seed: int, hidden: int = H) -> MemoryRows:
         key = np.random.default_rng(seed).normal(size=(count, hidden)).astype(np.float32)

@@ -1,1 +1,1 @@
-"""What adapts the PLM's next-token distribution: PEMA's maps, look-back, local memory, kNN-LM, predicted λ."""
+"""Adapts the PLM's next-token distribution: PEMA's maps, look-back, local memory, kNN-LM, predicted λ."""

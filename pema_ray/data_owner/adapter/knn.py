@@ -1,8 +1,7 @@
 """kNN-LM over the external memory: what followed the nearest contexts (Khandelwal et al., ICLR 2020, eqs. 2 and 3).
 
-A peer of the adapter on the same rows, without training, or mixed with it: it predicts from the memory itself, which
-must then be at hand wherever answers are made. N rows asked about, M rows in memory, H hidden, K neighbours,
-V vocabulary.
+It needs no training and works alone or mixed with an adapter, but every process that generates answers must hold the
+memory. N query rows, M rows in memory, H hidden, K neighbours, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pema_ray.errors import UserError
 from pema_ray.line import LMHead
 from pema_ray.memory.search.nearest import require_faiss
 
-_ROWS_PER_LIST = 64  # of an inverted file's training sample, as faiss advises at least 39
+_ROWS_PER_LIST = 64  # of an inverted file's training sample; faiss advises at least 39
 
 
 class NearestNeighbours:
@@ -31,7 +30,7 @@ class NearestNeighbours:
         neighbours: K.
         temperature: T, in squared distance.
         index: `flat` compares with every row, `inverted` with the rows of the nearest lists alone.
-        probes: lists that `inverted` looks into.
+        probes: lists that `inverted` searches.
 
     Raises:
         UserError: faiss is not installed, or the memory has fewer than K rows.
@@ -49,7 +48,7 @@ class NearestNeighbours:
         faiss = require_faiss()
         count = len(rows.target)
         if neighbours > count:
-            raise UserError(f"kNN-LM: {neighbours} neighbours asked of a memory of {count} rows.")
+            raise UserError(f"kNN-LM: {neighbours} neighbours requested, but the memory has {count} rows.")
         self.neighbours, self.temperature = neighbours, temperature
         self._target = torch.from_numpy(rows.target.astype(np.int64))
         weight = np.ones(count, np.float32) if rows.weight is None else rows.weight.astype(np.float32)
@@ -69,18 +68,18 @@ class NearestNeighbours:
         return len(self._target)
 
     def search(self, state_NH: torch.Tensor, head: LMHead) -> tuple[torch.Tensor, torch.Tensor]:
-        """Squared distances `[N, K]`, nearest first, and the rows they lead to `[N, K]` (-1 where a list ran out)."""
+        """Squared distances `[N, K]`, nearest first, and their rows `[N, K]` (-1 if the lists have fewer than K)."""
         distance, row = self._index.search(_normed(state_NH.float().cpu().numpy(), head), self.neighbours)
         return torch.from_numpy(distance), torch.from_numpy(row)
 
     def log_probs(self, state_NH: torch.Tensor, head: LMHead) -> torch.Tensor:
-        """float32 log P_kNN `[N, V]`: minus infinity for tokens that follow none of the neighbours."""
+        """float32 log P_kNN `[N, V]`; minus infinity for tokens that follow no neighbour."""
         distance, row = self.search(state_NH, head)
         score = self._log_weight[row] - distance / self.temperature
         score[row < 0] = -torch.inf
         share = score.softmax(-1)
-        found = torch.zeros(len(row), head.vocab_size).scatter_add_(1, self._target[row], share)
-        return found.log().to(head.weight.device)
+        probability = torch.zeros(len(row), head.vocab_size).scatter_add_(1, self._target[row], share)
+        return probability.log().to(head.weight.device)
 
 
 @torch.no_grad()

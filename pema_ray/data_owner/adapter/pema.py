@@ -1,11 +1,10 @@
 """The PEMA adapter: `h_rct = B_rct A x`, `h_pd = B_pd A x` (paper section 3.3). N rows, H hidden, R rank, V vocabulary.
 
-x is the representation where the adapter acts (`space`: before or after the PLM's final norm). `B_rct` gives x back
-(reconstruction), `B_pd` makes of it what the LM head turns into the next token's distribution (prediction).
+x is the representation where the adapter acts (`space`: before or after the PLM's final norm). `B_rct` reconstructs x;
+`B_pd` predicts the LM head's input for the next token.
 
-Three things that published PEMA does not: with `look_back_layers` it looks back over the sequence before its maps
-(`look_back`), with `local_memory_width` it asks what followed at places like this one (`local_memory`), and with
-`predicts_lambda` it says itself how far to trust it (`predicted_lambda`).
+Three extensions of published PEMA: attention over the sequence before the maps (`look_back_layers`, in `look_back`),
+a local memory (`local_memory_width`, in `local_memory`), and a predicted λ (`predicts_lambda`, in `predicted_lambda`).
 
 On disk a folder: `adapter_config.json`, `adapter_model.safetensors`, `README.md`.
 """
@@ -36,14 +35,14 @@ CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "REA
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """What an adapter is and which PLM it belongs to."""
+    """An adapter's shape and its PLM."""
 
     hidden_size: int
     rank: int
     plm_name: str
     fingerprint: str
     space: Literal["pre_norm", "post_norm"] = "post_norm"
-    """Whether `x` is the representation itself or what the PLM's final norm makes of it."""
+    """Whether `x` is the representation before or after the PLM's final norm."""
     residual: bool = False
     """`h_pd = x + B_pd A x`: a low-rank correction instead of a low-rank map."""
     dropout: float = 0.0
@@ -55,7 +54,7 @@ class AdapterConfig:
     local_memory_width: int = 0
     predicts_lambda: bool = False
     prompt_from: int = 0
-    """The first token of a prompt that it looks back at."""
+    """The first prompt position that it attends to."""
     scale: float = 1.0
     """s of `h = s B A x`; the published code trains with 1/r."""
 
@@ -96,15 +95,15 @@ class PemaAdapter(nn.Module):
         if config.local_memory_width:
             self.local_memory = LocalMemory(config.hidden_size, config.local_memory_width, config.look_back_dropout)
         self.gate: nn.Linear | None = None
-        if config.predicts_lambda:  # set by `fit_gate` when all else is trained: until then λ is one
+        if config.predicts_lambda:  # λ is one until `fit_gate` sets it, after training
             self.gate = nn.Linear(config.hidden_size, 1).requires_grad_(False)
             nn.init.zeros_(self.gate.weight)
             nn.init.constant_(self.gate.bias, 20.0)
 
     def start_from_reconstruction(self, A: torch.Tensor, B_rct: torch.Tensor) -> None:
-        """Take stage 1's solution and let prediction start from it, so that PEMA starts as the PLM.
+        """Start prediction from stage 1's solution, so that PEMA starts as the PLM.
 
-        With `residual`, x itself is already carried over: `B_pd` starts at zero.
+        With `residual`, x is added anyway, and `B_pd` starts at zero.
 
         Args:
             A, B_rct: with `B_rct A x` near x.
@@ -115,12 +114,12 @@ class PemaAdapter(nn.Module):
             self.B_pd.copy_(torch.zeros_like(B_rct) if self.config.residual else self.B_rct)
 
     def enter(self, state_NH: torch.Tensor, head: LMHead) -> torch.Tensor:
-        """From stored representations to this adapter's input space, `[N, H]` float32."""
+        """Map stored representations to this adapter's space, `[N, H]` float32."""
         x = state_NH.float()
         return head.norm(x) if self.config.space == "post_norm" else x
 
     def leave(self, h_NH: torch.Tensor, head: LMHead) -> torch.Tensor:
-        """From this adapter's space to what the LM head multiplies, `[N, H]`."""
+        """Map from this adapter's space to the LM head's input, `[N, H]`."""
         return h_NH if self.config.space == "post_norm" else head.norm(h_NH)
 
     def project(self, x_NH: torch.Tensor, drop: bool = False) -> torch.Tensor:
@@ -134,11 +133,11 @@ class PemaAdapter(nn.Module):
         return x_NH + h if self.config.residual else h
 
     def look(self, x_NH: torch.Tensor, target_N: torch.Tensor, example_N: torch.Tensor, head: LMHead) -> torch.Tensor:
-        """Each row after a look at the rows before it in its sequence, `[N, H]`; itself in an adapter that does not.
+        """Each row after attention to the earlier rows of its sequence, `[N, H]`; unchanged without look-back.
 
         Args:
             target_N: `[N]` int64, the token that follows each row.
-            example_N: `[N]` int64, which sequence a row belongs to; rows of one lie together and in order.
+            example_N: `[N]` int64, the sequence of each row; rows are grouped by it, in order.
         """
         if self.look_back is None:
             return x_NH
@@ -148,17 +147,17 @@ class PemaAdapter(nn.Module):
     def recall(
         self, x_NH: torch.Tensor, target_N: torch.Tensor, example_N: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the local memory leaves to the maps, and what it gives to each row's target: logarithms, `[N]` each.
+        """Logarithms of the maps' share and of the local memory's probability of each row's target, `[N]` each.
 
-        Arguments as in `look`; only for an adapter that has a local memory.
+        Arguments as in `look`; only for an adapter with a local memory.
         """
-        assert self.local_memory is not None, "an adapter without a local memory has nothing to recall"
+        assert self.local_memory is not None, "the adapter has a local memory"
         x_BTH, target_BT, real_BT = _by_sequence(x_NH, target_N, example_N)
-        rest_BT, found_BT = self.local_memory(x_BTH, target_BT)
-        return rest_BT[real_BT], found_BT[real_BT]
+        log_adapter_BT, log_memory_BT = self.local_memory(x_BTH, target_BT)
+        return log_adapter_BT[real_BT], log_memory_BT[real_BT]
 
     def trust(self, log_pema_NV: torch.Tensor, state_NH: torch.Tensor, head: LMHead) -> torch.Tensor:
-        """`log(g P_PEMA + (1 - g) P_LM)` where λ is predicted; else `log P_PEMA` as it is."""
+        """`log(g P_PEMA + (1 - g) P_LM)` if λ is predicted; else `log P_PEMA`."""
         if self.gate is None:
             return log_pema_NV
         score = self.gate(self.enter(state_NH, head))
@@ -166,7 +165,7 @@ class PemaAdapter(nn.Module):
         return torch.logaddexp(log_pema_NV + F.logsigmoid(score), log_plm + F.logsigmoid(-score))
 
     def predicted_lambda(self, state_NH: torch.Tensor, head: LMHead) -> torch.Tensor:
-        """`g`, float32 `[N]`: the share of P_PEMA in what `trust` gives; ones where λ is not predicted."""
+        """`g` of `trust`, float32 `[N]`; ones if λ is not predicted."""
         if self.gate is None:
             return torch.ones(len(state_NH), device=state_NH.device)
         return self.gate(self.enter(state_NH, head))[:, 0].sigmoid()
@@ -181,8 +180,8 @@ class PemaAdapter(nn.Module):
         """float32 log P_PEMA `[N, V]` of representations as the PLM owner sends them (equation 4).
 
         Args:
-            sequences: for an adapter that looks back, `(target_N, example_N, wanted_N)`: the first two as `look` takes
-                them; log P is that of the rows wanted (bool) alone.
+            sequences: for an adapter that looks back, `(target_N, example_N, selected_N)`: the first two as `look`
+                takes them; log P is that of the selected rows (bool) alone.
             alone: without `trust`.
 
         Raises:
@@ -194,12 +193,12 @@ class PemaAdapter(nn.Module):
                 raise ValueError("this adapter looks back: its rows need their sequences")
             log_p = head.log_probs(self.leave(self.predict(x), head))
             return log_p if alone else self.trust(log_p, state_NH, head)
-        target_N, example_N, wanted_N = sequences
-        seen = self.look(x, target_N, example_N, head)[wanted_N]
-        log_p = head.log_probs(self.leave(self.predict(seen), head))
+        target_N, example_N, selected_N = sequences
+        attended = self.look(x, target_N, example_N, head)[selected_N]
+        log_p = head.log_probs(self.leave(self.predict(attended), head))
         if self.local_memory is not None:
-            log_p = log_mixture(x, log_p, self.local_memory, target_N, example_N, wanted_N)
-        return log_p if alone else self.trust(log_p, state_NH[wanted_N], head)
+            log_p = log_mixture(x, log_p, self.local_memory, target_N, example_N, selected_N)
+        return log_p if alone else self.trust(log_p, state_NH[selected_N], head)
 
     # ── on disk ─────────────────────────────────────────────────────────────
 
@@ -218,7 +217,7 @@ class PemaAdapter(nn.Module):
         return folder
 
     def model_card(self, figures: str = "") -> str:
-        """The adapter's README: what it is, whose PLM it needs, how it is loaded."""
+        """The adapter's README: its settings, the PLM it needs, how to load it."""
         c = self.config
         looks = f", looks back through {c.look_back_layers} × {c.look_back_width}" if c.look_back_layers else ""
         looks += f", local memory of width {c.local_memory_width}" if c.local_memory_width else ""
@@ -254,9 +253,9 @@ class PemaAdapter(nn.Module):
             raise UserError(f"{folder}: damaged adapter: {error}.") from None
         if not isinstance(described, dict) or described.get("format") != "pema":
             raise UserError(f"{folder}: {CONFIG} does not describe a PEMA adapter.")
-        known = {field.name for field in fields(AdapterConfig)}
+        names = {field.name for field in fields(AdapterConfig)}
         try:
-            config = AdapterConfig(**{name: value for name, value in described.items() if name in known})
+            config = AdapterConfig(**{name: value for name, value in described.items() if name in names})
         except TypeError as error:
             raise UserError(f"{folder}: damaged adapter: {CONFIG}: {error}.") from None
         if card is not None and config.fingerprint != card.fingerprint:
@@ -278,7 +277,7 @@ class PemaAdapter(nn.Module):
 
         Args:
             prediction: the stage-2 or stage-3 state dict.
-            reconstruction: the stage-1 state dict, for `B_rct`; it is not needed to generate.
+            reconstruction: the stage-1 state dict, for `B_rct`; not needed to generate.
 
         Raises:
             UserError: a file is not such a checkpoint, or belongs to another hidden size.
@@ -297,22 +296,22 @@ class PemaAdapter(nn.Module):
 def _by_sequence(
     x_NH: torch.Tensor, target_N: torch.Tensor, example_N: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows as padded sequences: `x [B, T, H]`, targets `[B, T]`, and which places are real `[B, T]`."""
+    """Rows as padded sequences: `x [B, T, H]`, targets `[B, T]`, and a mask of the real positions `[B, T]`."""
     lengths = torch.unique_consecutive(example_N, return_counts=True)[1]
-    pieces = lengths.tolist()
-    x_BTH, target_BT = (pad_sequence(list(all_of.split(pieces)), batch_first=True) for all_of in (x_NH, target_N))
+    counts = lengths.tolist()
+    x_BTH, target_BT = (pad_sequence(list(rows_N.split(counts)), batch_first=True) for rows_N in (x_NH, target_N))
     return x_BTH, target_BT, torch.arange(target_BT.shape[1], device=lengths.device) < lengths[:, None]
 
 
 def _read_published(path: Path, card: ModelCard) -> tuple[torch.Tensor, torch.Tensor]:
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint.") from None
     except Exception as error:  # torch.load has no error of its own for a foreign file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a PyTorch state dict: {reason}") from None
-    named = found.items() if isinstance(found, dict) else ()
+    named = loaded.items() if isinstance(loaded, dict) else ()
     tensors = {str(name).rsplit(".", 1)[-1]: value for name, value in named if isinstance(value, torch.Tensor)}
     if not {"lora_A", "lora_B"} <= tensors.keys():
         raise UserError(f"{path}: not a published PEMA checkpoint: it holds {', '.join(sorted(tensors)) or 'nothing'}.")

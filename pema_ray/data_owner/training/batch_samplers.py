@@ -1,14 +1,13 @@
 """Which rows make up which batch, for every training process. Knows no Ray. N rows, H hidden.
 
-A batch follows from (seed, epoch, place in the epoch) alone, so that a run which resumes at a step sees what it
-would have seen.
+A batch depends on (seed, epoch, index in the epoch) alone, so that a resumed run sees the same batches.
 
-- `GlobalShuffle`: every epoch is a permutation of all rows; they must be at hand one by one (in RAM, or in the
-  object store). The batch of n processes is the batch of one, dealt out: some get a row more than others.
+- `GlobalShuffle`: every epoch permutes all rows, which lie in RAM or in the object store. n processes split the batch
+  of one; some get a row more than others.
 - `StreamShuffle`: the first epoch takes shards as a build produces them.
-- `SequenceShuffle`: the same with whole sequences, prompts included, for adapters that look back.
-- `WindowShuffle`: a process reads whole shards, in an order drawn anew every epoch, and shuffles the rows of a few of
-  them together: for memories that fit no process.
+- `SequenceShuffle`: permutes whole sequences, prompts included, for adapters that look back.
+- `WindowShuffle`: a process reads whole shards, in a new order every epoch, and shuffles the rows of a few of them
+  together: for memories that fit no process.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from pema_ray.errors import UserError
 from pema_ray.memory.codec import Keys
 from pema_ray.runtime.hardware import compute_elsewhere
 
-CHUNK = 8192  # rows handled at once where no gradient is kept
-_SEQUENCE_ROWS = 2048  # of whole sequences handled at once where no gradient is kept: they are padded to the longest
+CHUNK = 8192  # rows per block where no gradient is kept
+_SEQUENCE_ROWS = 2048  # the same for whole sequences, which are padded to the longest
 
 
 class Representations(Protocol):
@@ -38,7 +37,7 @@ class Representations(Protocol):
 
 @runtime_checkable
 class Rows(Protocol):
-    """What training reads: `key [N, H]`, `target [N]`, and `weight [N]` where rows do not all count once."""
+    """What training reads: `key [N, H]`, `target [N]`, and `weight [N]` unless every row counts once."""
 
     @property
     def key(self) -> Representations: ...
@@ -49,10 +48,10 @@ class Rows(Protocol):
 
 
 class SequenceRows(Rows, Protocol):
-    """Rows that lie together and in order, sequence by sequence.
+    """Rows grouped by sequence and in order.
 
     Attributes:
-        example_id: `[N]`, the sequence; position: `[N]`, its place there, negative in the prompt.
+        example_id: `[N]`, the sequence; position: `[N]`, the position in it, negative in the prompt.
     """
 
     @property
@@ -84,7 +83,7 @@ class Batch:
         key: `[n, H]`, still encoded; target: `[n]` int64.
         share: `[n]` float32, each row's share of the loss: weight / (rows of the process's batch · the memory's mean
             weight). Over processes and an epoch, the mean of Σ share · loss is the memory's weighted mean.
-        example: `[n]` int64, the sequence of each row, where whole ones are wanted; rows of a prompt have share 0.
+        example: `[n]` int64, the sequence of each row, if the batch has whole sequences; prompt rows have share 0.
     """
 
     key: Keys
@@ -93,12 +92,12 @@ class Batch:
     example: np.ndarray | None = None
 
     @property
-    def wanted(self) -> np.ndarray:
-        """`[n]`: which rows' targets are to be predicted."""
+    def is_target(self) -> np.ndarray:
+        """`[n]`: whether a row's target is predicted."""
         return self.share > 0
 
     def split(self, parts: int) -> list[Batch]:
-        """The batch in so many parts, or as many as it has rows (sequences)."""
+        """The batch in `parts` parts, or fewer if it has fewer rows (sequences)."""
         if self.example is None:
             borders = np.arange(len(self.target) + 1)
         else:
@@ -118,119 +117,120 @@ class BatchSampler(Protocol):
     Attributes:
         rows: of all processes together.
         batch_size: of all processes together.
-        pieces: rows, or sequences, that each process has of every batch at least.
+        max_parts: into how many parts every process can split each batch.
     """
 
     rows: int
     batch_size: int
-    pieces: int
+    max_parts: int
     steps_per_epoch: int
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """This process's parts of the epoch's batches, from number `first` on."""
         ...
 
-    def once(self) -> Iterator[Rows]:
+    def row_blocks(self) -> Iterator[Rows]:
         """This process's part of all rows, in blocks, each row once (over all processes)."""
         ...
 
 
 class GlobalShuffle:
-    """Batches of a permutation of all rows; what is left over at its end differs from epoch to epoch."""
+    """Batches of a permutation of all rows; the remainder at its end differs from epoch to epoch."""
 
     def __init__(self, rows: Rows, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
         self._rows, self._seed, self._rank, self._world = rows, seed, rank, world
         self._mean_weight = _mean_weight(rows.weight)
         self.rows = len(rows.target)
-        self.batch_size = _shared_out(self.rows, batch_size, world)
-        self.pieces = self.batch_size // world
+        self.batch_size = _global_batch_size(self.rows, batch_size, world)
+        self.max_parts = self.batch_size // world
         self.steps_per_epoch = max(1, self.rows // self.batch_size)
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         order = np.random.default_rng([self._seed, epoch]).permutation(self.rows)
         for step in range(first, self.steps_per_epoch):
-            everyones = order[step * self.batch_size : (step + 1) * self.batch_size]
-            mine = np.sort(everyones[self._rank :: self._world])  # sorted: memory is read in order
-            yield _batch(self._rows, mine, len(everyones) / self._world, self._mean_weight)
+            global_batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            index = np.sort(global_batch[self._rank :: self._world])  # sorted: memory is read in order
+            yield _batch(self._rows, index, len(global_batch) / self._world, self._mean_weight)
 
-    def once(self) -> Iterator[Rows]:
+    def row_blocks(self) -> Iterator[Rows]:
         for start in range(self._rank * CHUNK, self.rows, self._world * CHUNK):
             yield _Block(self._rows, slice(start, min(self.rows, start + CHUNK)))
 
 
 class SequenceShuffle:
-    """Batches of a permutation of all sequences: as many as have about `batch_size` rows of targets."""
+    """Batches of a permutation of all sequences, with about `batch_size` rows of targets each."""
 
     def __init__(self, rows: SequenceRows, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
         self._rows, self._seed, self._rank, self._world = rows, seed, rank, world
         self._example = rows.example_id
         self._starts = _starts(self._example)
         self._ends = np.append(self._starts[1:], len(rows.target))
-        self._wanted = rows.position >= 0
-        self.rows = int(self._wanted.sum())
+        self._is_target = rows.position >= 0
+        self.rows = int(self._is_target.sum())
         sequences = len(self._starts)
-        each = self.rows / sequences
-        self._sequences = _shared_out(sequences, max(1, round(batch_size / each)), world, "sequences")
-        self.pieces = self._sequences // world
-        self._batch_rows = self._sequences * each  # on average
+        rows_per_sequence = self.rows / sequences
+        batch_sequences = max(1, round(batch_size / rows_per_sequence))
+        self._sequences = _global_batch_size(sequences, batch_sequences, world, "sequences")
+        self.max_parts = self._sequences // world
+        self._batch_rows = self._sequences * rows_per_sequence  # on average
         self.batch_size = round(self._batch_rows)
         self.steps_per_epoch = max(1, sequences // self._sequences)
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         order = np.random.default_rng([self._seed, epoch]).permutation(len(self._starts))
         for step in range(first, self.steps_per_epoch):
-            everyones = order[step * self._sequences : (step + 1) * self._sequences]
-            yield self._batch(np.sort(everyones[self._rank :: self._world]), self._world / self._batch_rows)
+            global_batch = order[step * self._sequences : (step + 1) * self._sequences]
+            yield self._batch(np.sort(global_batch[self._rank :: self._world]), self._world / self._batch_rows)
 
     def _batch(self, sequences: np.ndarray, share: float) -> Batch:
         index = np.concatenate([np.arange(int(self._starts[n]), int(self._ends[n])) for n in sequences])
         return Batch(
             self._rows.key.take(index),
             self._rows.target[index].astype(np.int64),
-            np.where(self._wanted[index], share, 0).astype(np.float32),
+            np.where(self._is_target[index], share, 0).astype(np.float32),
             self._example[index],
         )
 
-    def once(self) -> Iterator[Rows]:
+    def row_blocks(self) -> Iterator[Rows]:
         """Rows of targets: what stage 1 reconstructs."""
-        index = np.flatnonzero(self._wanted)
+        index = np.flatnonzero(self._is_target)
         for start in range(self._rank * CHUNK, len(index), self._world * CHUNK):
             yield _Block(self._rows, index[start : start + CHUNK])
 
-    def in_order(self, most: int) -> Iterator[Batch]:
-        """Whole sequences, in their order, until they hold `most` rows of targets; shares are equal."""
-        held: list[int] = []
-        waiting = found = 0
+    def in_order(self, max_rows: int) -> Iterator[Batch]:
+        """Whole sequences in order, until they hold `max_rows` rows of targets; shares are equal."""
+        sequences: list[int] = []
+        pending_rows = target_rows = 0
         for n in range(len(self._starts)):
-            held.append(n)
-            waiting += self._ends[n] - self._starts[n]
-            found += int(self._wanted[self._starts[n] : self._ends[n]].sum())
-            if waiting >= _SEQUENCE_ROWS or found >= most or n + 1 == len(self._starts):
-                rows = sum(int(self._wanted[self._starts[m] : self._ends[m]].sum()) for m in held)
-                yield self._batch(np.array(held), 1 / rows)
-                held, waiting = [], 0
-            if found >= most:
+            sequences.append(n)
+            pending_rows += self._ends[n] - self._starts[n]
+            target_rows += int(self._is_target[self._starts[n] : self._ends[n]].sum())
+            if pending_rows >= _SEQUENCE_ROWS or target_rows >= max_rows or n + 1 == len(self._starts):
+                rows = sum(int(self._is_target[self._starts[m] : self._ends[m]].sum()) for m in sequences)
+                yield self._batch(np.array(sequences), 1 / rows)
+                sequences, pending_rows = [], 0
+            if target_rows >= max_rows:
                 return
 
 
-def in_order(rows: Rows, most: int | None = None, size: int = CHUNK) -> Iterator[Batch]:
-    """The first `most` rows, in their order, `size` at a time; a batch counts as its number of rows."""
-    total = len(rows.target) if most is None else min(most, len(rows.target))
+def in_order(rows: Rows, max_rows: int | None = None, size: int = CHUNK) -> Iterator[Batch]:
+    """The first `max_rows` rows in order, `size` at a time; shares are relative to each batch's number of rows."""
+    total = len(rows.target) if max_rows is None else min(max_rows, len(rows.target))
     mean_weight = _mean_weight(None if rows.weight is None else rows.weight[:total])
     for start in range(0, total, size):
         part = np.arange(start, min(total, start + size))
         yield _batch(rows, part, len(part), mean_weight)
 
 
-def sequences_in_order(rows: SequenceRows, most: int | None = None) -> Iterator[Batch]:
-    """The same with whole sequences, until they hold `most` rows of targets."""
-    return SequenceShuffle(rows, 1, 0).in_order(len(rows.target) if most is None else most)
+def sequences_in_order(rows: SequenceRows, max_rows: int | None = None) -> Iterator[Batch]:
+    """Whole sequences in order, until they hold `max_rows` rows of targets."""
+    return SequenceShuffle(rows, 1, 0).in_order(len(rows.target) if max_rows is None else max_rows)
 
 
 class WindowShuffle:
-    """Batches of a window of shards at a time; the next window is read while this one is trained on.
+    """Batches of one window of shards after another; the next window is read while this one is trained on.
 
-    Rows left over at a window's end, fewer than a batch, sit this epoch out.
+    The remainder of a window, less than a batch, is skipped in this epoch.
     """
 
     def __init__(
@@ -243,9 +243,9 @@ class WindowShuffle:
                 "each worker whole ones. Use fewer workers, smaller shards, or train.shuffle=global."
             )
         self.rows = sum(shards.counts)
-        self.batch_size = _shared_out(self.rows, batch_size, world) // world * world
-        self.pieces = self.batch_size // world
-        # Whoever has the fewest batches in any epoch sets the number of steps: processes step together.
+        self.batch_size = _global_batch_size(self.rows, batch_size, world) // world * world
+        self.max_parts = self.batch_size // world
+        # Processes step together: the one with the fewest batches in any epoch limits the steps.
         self.steps_per_epoch = min(
             sum(self._steps(window) for window in self._windows(epoch, rank))
             for epoch in range(epochs)
@@ -258,7 +258,7 @@ class WindowShuffle:
             )
 
     def _windows(self, epoch: int, rank: int) -> list[list[int]]:
-        """Those that hold a batch at least, in the epoch's order."""
+        """Windows that hold at least a batch, in the epoch's order."""
         order = np.random.default_rng([self._seed, epoch]).permutation(len(self._shards.counts))[rank :: self._world]
         windows = [order[at : at + self._window].tolist() for at in range(0, len(order), self._window)]
         return [window for window in windows if self._steps(window)]
@@ -268,23 +268,23 @@ class WindowShuffle:
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         windows, size = self._windows(epoch, self._rank), self.batch_size // self._world
-        done = 0  # steps of the windows before
+        steps_before = 0  # steps of the windows before
         with ThreadPoolExecutor(1, initializer=compute_elsewhere) as reader:
-            coming: Future[Rows] | None = None
+            next_rows: Future[Rows] | None = None
             for number, window in enumerate(windows):
-                steps = min(self._steps(window), self.steps_per_epoch - done)
-                begin, done = max(0, first - done), done + steps
+                steps = min(self._steps(window), self.steps_per_epoch - steps_before)
+                begin, steps_before = max(0, first - steps_before), steps_before + steps
                 if begin >= steps:
                     continue
-                rows = coming.result() if coming else self._shards.read(window)
-                more = number + 1 < len(windows) and done < self.steps_per_epoch
-                coming = reader.submit(self._shards.read, windows[number + 1]) if more else None
+                rows = next_rows.result() if next_rows else self._shards.read(window)
+                has_next = number + 1 < len(windows) and steps_before < self.steps_per_epoch
+                next_rows = reader.submit(self._shards.read, windows[number + 1]) if has_next else None
                 order = np.random.default_rng([self._seed, epoch, self._rank, number]).permutation(len(rows.target))
                 for step in range(begin, steps):
-                    mine = np.sort(order[step * size : (step + 1) * size])
-                    yield _batch(rows, mine, size, self._shards.mean_weight)
+                    index = np.sort(order[step * size : (step + 1) * size])
+                    yield _batch(rows, index, size, self._shards.mean_weight)
 
-    def once(self) -> Iterator[Rows]:
+    def row_blocks(self) -> Iterator[Rows]:
         for shard in range(self._rank, len(self._shards.counts), self._world):
             rows = self._shards.read([shard])
             for start in range(0, len(rows.target), CHUNK):
@@ -292,9 +292,9 @@ class WindowShuffle:
 
 
 class StreamShuffle:
-    """A first epoch of shards as they are produced, mixed within each; later epochs shuffle all rows.
+    """The first epoch takes shards as they are produced and shuffles within each; later epochs shuffle all rows.
 
-    Made for one process. The order of shards is the plan's, so the epoch is the same however often it is begun.
+    For one process. Shards come in the plan's order, so a restarted epoch is the same.
 
     Args:
         rows: of the finished memory.
@@ -314,60 +314,60 @@ class StreamShuffle:
     ) -> None:
         self._arrivals, self._finished, self._seed, self._mean_weight = arrivals, finished, seed, mean_weight
         self._stream: Iterator[Rows] | None = None
-        self._later: GlobalShuffle | None = None
-        self.rows, self.batch_size = rows, _shared_out(rows, batch_size, 1)
-        self.pieces = self.batch_size
+        self._all_rows: GlobalShuffle | None = None
+        self.rows, self.batch_size = rows, _global_batch_size(rows, batch_size, 1)
+        self.max_parts = self.batch_size
         self.steps_per_epoch = max(1, rows // self.batch_size)
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         if epoch:
-            self._later = self._later or GlobalShuffle(self._finished(), self.batch_size, self._seed)
-            yield from self._later.batches(epoch, first)
+            self._all_rows = self._all_rows or GlobalShuffle(self._finished(), self.batch_size, self._seed)
+            yield from self._all_rows.batches(epoch, first)
             return
-        step, waiting = 0, _Waiting()
-        for number, rows in enumerate(self._begin()):
-            waiting.add(rows, np.random.default_rng([self._seed, number]).permutation(len(rows.target)))
-            while len(waiting) >= self.batch_size and step < self.steps_per_epoch:
-                batch = waiting.take(self.batch_size, self._mean_weight)
+        step, buffer = 0, _RowBuffer()
+        for number, rows in enumerate(self._restart()):
+            buffer.add(rows, np.random.default_rng([self._seed, number]).permutation(len(rows.target)))
+            while len(buffer) >= self.batch_size and step < self.steps_per_epoch:
+                batch = buffer.take(self.batch_size, self._mean_weight)
                 if step >= first:
                     yield batch
                 step += 1
 
-    def once(self) -> Iterator[Rows]:
-        """The first shard alone: stage 1 cannot wait for the others."""
-        stream = self._begin()
-        head = next(stream)
-        self._stream = chain([head], stream)
-        for start in range(0, len(head.target), CHUNK):
-            yield _Block(head, slice(start, start + CHUNK))
+    def row_blocks(self) -> Iterator[Rows]:
+        """The first shard alone, as stage 1 cannot wait for the others."""
+        stream = self._restart()
+        first_shard = next(stream)
+        self._stream = chain([first_shard], stream)
+        for start in range(0, len(first_shard.target), CHUNK):
+            yield _Block(first_shard, slice(start, start + CHUNK))
 
-    def _begin(self) -> Iterator[Rows]:
-        """The stream from its start, whose first shard `once` may have looked at already."""
+    def _restart(self) -> Iterator[Rows]:
+        """The stream from its first shard, which `row_blocks` may have read already."""
         stream, self._stream = self._stream or self._arrivals(), None
         return iter(stream)
 
 
-class _Waiting:
-    """Rows that have arrived and are in no batch yet."""
+class _RowBuffer:
+    """Rows that have arrived but are in no batch yet."""
 
     def __init__(self) -> None:
-        self._held: list[tuple[Rows, np.ndarray]] = []
+        self._blocks: list[tuple[Rows, np.ndarray]] = []
 
     def __len__(self) -> int:
-        return sum(len(order) for _, order in self._held)
+        return sum(len(order) for _, order in self._blocks)
 
     def add(self, rows: Rows, order: np.ndarray) -> None:
-        self._held.append((rows, order))
+        self._blocks.append((rows, order))
 
     def take(self, count: int, mean_weight: float) -> Batch:
         parts: list[Batch] = []
-        left = count
-        while left:
-            rows, order = self._held[0]
-            mine, rest = np.sort(order[:left]), order[left:]
-            self._held[:1] = [(rows, rest)] if len(rest) else []
-            left -= len(mine)
-            parts.append(_batch(rows, mine, count, mean_weight))
+        missing = count
+        while missing:
+            rows, order = self._blocks[0]
+            index, rest = np.sort(order[:missing]), order[missing:]
+            self._blocks[:1] = [(rows, rest)] if len(rest) else []
+            missing -= len(index)
+            parts.append(_batch(rows, index, count, mean_weight))
         target, share = (np.concatenate([getattr(part, name) for part in parts]) for name in ("target", "share"))
         return Batch(Keys.concatenate([part.key for part in parts]), target, share)
 
@@ -380,11 +380,11 @@ class _Block:
         self.weight = None if rows.weight is None else rows.weight[part]
 
 
-def _batch(rows: Rows, mine: np.ndarray, size: float, mean_weight: float) -> Batch:
-    """The rows `mine`, of batches of `size` rows a process."""
-    weight = np.ones(len(mine)) if rows.weight is None else rows.weight[mine]
+def _batch(rows: Rows, index: np.ndarray, size: float, mean_weight: float) -> Batch:
+    """The rows of this index, in batches of `size` rows per process."""
+    weight = np.ones(len(index)) if rows.weight is None else rows.weight[index]
     share = (weight / (size * mean_weight)).astype(np.float32)
-    return Batch(rows.key.take(mine), rows.target[mine].astype(np.int64), share)
+    return Batch(rows.key.take(index), rows.target[index].astype(np.int64), share)
 
 
 def _mean_weight(weight_N: np.ndarray | None) -> float:
@@ -396,12 +396,12 @@ def _starts(example_N: np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.diff(example_N, prepend=example_N[0] - 1))
 
 
-def _shared_out(rows: int, batch_size: int, world: int, what: str = "rows") -> int:
-    """The batch of all processes, whatever their number: a memory smaller than one is a single batch."""
+def _global_batch_size(rows: int, batch_size: int, world: int, unit: str = "rows") -> int:
+    """Rows of all processes' batch, at most the memory's."""
     size = min(batch_size, rows)
     if size < world:
         raise UserError(
-            f"train.workers={world}: {rows} {what} in batches of {batch_size} give a worker nothing to do. "
+            f"train.workers={world}: {rows} {unit} in batches of {batch_size} give a worker nothing to do. "
             "Use fewer workers or a larger train.batch_size."
         )
     return size

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from pema_ray.training.config import TrainingConfig
 
@@ -27,13 +24,12 @@ class TrainConfig(TrainingConfig):
     look_back_width: int = Field(default=256, ge=4, multiple_of=4)
     """Width of the look-back blocks."""
     look_back_dropout: float = Field(default=0.2, ge=0, lt=1)
-    """Dropout in the look-back blocks and in the local memory's maps; small memories are learned by heart without
-    it."""
+    """Dropout in the look-back blocks and in the local memory's maps; without it, small memories overfit."""
     local_memory: int = Field(default=0, ge=0)
     """Width of trained query and key maps over the prompt and the text so far (`build_memory.prompts`), whose tokens
     are mixed in; 0: none."""
     predict_lambda: bool = False
-    """Fit, on the dev memory, how far each token's state says that the adapter is to be trusted."""
+    """Predict each token's λ from its state; fitted on the dev memory."""
     solver: Literal["closed_form", "adam", "none"] = "closed_form"
     """Stage 1, reconstruction: exact, by gradient, or skipped (random A, zero B)."""
     kappa: float = Field(default=0.2, ge=0, le=1)
@@ -41,21 +37,21 @@ class TrainConfig(TrainingConfig):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """On the adapter's input (published: 0.2)."""
     learning_rate: float = Field(default=1e-3, gt=0)
-    """Adam's learning rate, at its highest."""
+    """Peak learning rate of Adam."""
     final_learning_rate: float | None = None
-    """Where the learning rate's cosine ends; none keeps it constant, as published."""
+    """Final rate of the cosine schedule; none keeps the rate constant, as published."""
     batch_size: int = Field(default=2048, ge=1)
     """Rows per step, over all workers."""
     shuffle: Literal["global", "window"] = "global"
     """`global`: a worker holds all rows and every epoch permutes them. `window`: it holds a few shards at a time."""
     window_shards: int = Field(default=8, ge=1)
-    """Shards whose rows are shuffled together, of `shuffle: window`; a worker holds twice as many."""
+    """Shards whose rows `shuffle: window` shuffles together; a worker holds twice as many."""
     epochs: int = Field(default=2, ge=1)
     """Passes of prediction over the memory."""
     reconstruction_batch_size: int = Field(default=20480, ge=1)
     """Rows of a step of the `adam` solver."""
     reconstruction_epochs: int = Field(default=10, ge=1)
-    """Epochs of the `adam` solver, at most: it stops as stage 3 does, by the error on the dev memory."""
+    """Maximum epochs of the `adam` solver, which stops early as stage 3 does, by the error on the dev memory."""
     scale_by_rank: bool = False
     """`h = B A x / r`, as published: changes what a learning rate means."""
     fresh_maps: bool = False
@@ -63,7 +59,7 @@ class TrainConfig(TrainingConfig):
     validate_every: int = Field(default=100, ge=1)
     """Optimisation steps between two validations on the dev memory."""
     validation_rows: int = Field(default=4096, ge=1)
-    """The first so many rows of the dev memory."""
+    """Rows of the dev memory to validate on, from its start."""
     patience: int = Field(default=5, ge=1)
     """Validations without a better dev loss before training stops."""
     stream: bool = False
@@ -72,12 +68,12 @@ class TrainConfig(TrainingConfig):
     published: str | None = None
     """Name under which the training memory was published (`pema-ray memory publish`): workers read it from there."""
     max_train_pairs: int | None = Field(default=None, ge=1)
-    """Train on the first so many pairs of the memory only."""
+    """Train on the memory's first pairs only, up to this number."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the LM head; the adapter is float32."""
 
     @model_validator(mode="after")
-    def _streams_to_one(self) -> TrainConfig:
+    def _check_stream(self) -> TrainConfig:
         for name, value, needed in (
             ("workers", self.workers, 1),
             ("shuffle", self.shuffle, "global"),
@@ -86,11 +82,11 @@ class TrainConfig(TrainingConfig):
             ("max_train_pairs", self.max_train_pairs, None),
         ):
             if self.stream and value != needed:
-                raise ValueError(f"stream does not go with this '{name}': leave it at its default")
+                raise ValueError(f"stream cannot be combined with this '{name}': leave it at its default")
         return self
 
     @model_validator(mode="after")
-    def _looks_back_at_sequences(self) -> TrainConfig:
+    def _check_sequences(self) -> TrainConfig:
         if self.reads_sequences and (self.stream or self.shuffle == "window" or self.solver == "adam"):
             raise ValueError(
                 "look_back and local_memory learn from whole sequences at hand: they need shuffle global, a solver "

@@ -1,7 +1,7 @@
 """Brings batches to the training device ahead of the step that needs them. Knows no Ray and no model. N rows, H hidden.
 
-A thread of its own gathers the rows of the next batches, still encoded: fewer bytes than float32. For a GPU it copies
-them from pinned memory on a stream of its own. The training thread decodes them on the device.
+A thread gathers the rows of the next batches, still encoded, as that takes fewer bytes than float32. For a GPU it
+copies them from pinned memory on its own stream. The training thread decodes them on the device.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from pema_ray.runtime.hardware import compute_elsewhere
 Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 """What `JointObjective.forward` takes: representations `[N, H]` float32, targets, shares, and sequences or none."""
 
-_AHEAD = 2  # batches that are on the device or on their way there while one is trained on
+_PREFETCH = 2  # batches that are prepared while one is trained on
 
 
-def load(batches: Iterator[Sequence[Batch]], device: torch.device, ahead: int = _AHEAD) -> Iterator[list[Part]]:
+def load(batches: Iterator[Sequence[Batch]], device: torch.device, prefetch: int = _PREFETCH) -> Iterator[list[Part]]:
     """The same batches, each in its parts, as tensors on the device.
 
     Args:
-        batches: is advanced in another thread; an error there is raised here, when its batch is due.
-        ahead: batches that are prepared while one is in use.
+        batches: read in another thread; an error there is raised when its batch is due.
+        prefetch: batches that are prepared while one is in use.
     """
-    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+    copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def next_batch() -> list[_Copied] | None:
         parts = next(batches, None)
-        return None if parts is None else [_copy(part, device, copies) for part in parts]
+        return None if parts is None else [_copy(part, device, copy_stream) for part in parts]
 
     reader = ThreadPoolExecutor(1, "loader", initializer=compute_elsewhere)
     try:
-        waiting = deque(reader.submit(next_batch) for _ in range(ahead))
+        waiting = deque(reader.submit(next_batch) for _ in range(prefetch))
         while (copied := waiting.popleft().result()) is not None:
             waiting.append(reader.submit(next_batch))
             yield [part.tensors() for part in copied]
@@ -47,16 +47,16 @@ def load(batches: Iterator[Sequence[Batch]], device: torch.device, ahead: int = 
 
 
 def load_parts(batches: Iterator[Batch], device: torch.device) -> Iterator[tuple[Batch, Part]]:
-    """The same for whole batches, each beside its tensors."""
-    taken: deque[Batch] = deque()
+    """Whole batches, each with its tensors."""
+    pending: deque[Batch] = deque()
 
-    def remembered() -> Iterator[list[Batch]]:
+    def recorded() -> Iterator[list[Batch]]:
         for batch in batches:
-            taken.append(batch)
+            pending.append(batch)
             yield [batch]
 
-    for (part,) in load(remembered(), device):
-        yield taken.popleft(), part
+    for (part,) in load(recorded(), device):
+        yield pending.popleft(), part
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class _Copied:
             stream.wait_event(self.event)
             for tensor in (self.data, self.scale, self.target, self.share, self.example):
                 if tensor is not None:
-                    tensor.record_stream(stream)  # its memory is not given away before this stream has used it
+                    tensor.record_stream(stream)  # its memory is not reused before this stream has read it
         return decode(self.data, self.scale, self.dtype), self.target, self.share, self.example
 
 

@@ -1,6 +1,6 @@
 """The losses (paper section 3.3): `L = κ L_rct + (1 - κ) L_pd`. N rows, H hidden, V vocabulary.
 
-The logits `[N, V]` are never held whole: cross-entropy runs over the head in chunks.
+Cross-entropy runs over chunks of rows, so that the logits `[N, V]` never exist at once.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ _CHUNK = 512  # rows whose logits are held at once
 
 
 class _FrozenHeadCrossEntropy(torch.autograd.Function):
-    """The cross-entropy of every row under a head that is not trained, and its gradient, in one sweep over chunks.
+    """The cross-entropy of every row under a frozen head, and its gradient, in one pass over chunks.
 
-    Because the head is frozen, the gradient `(softmax - onehot) W` needs nothing that the forward pass has not
-    already got in hand: each chunk's logits are turned into their own gradient in place and dropped. Two matrix
-    products a row and `[chunk, V]` of memory. (torch's `linear_cross_entropy` was 3.4 times slower on the CPU at
-    2,048 rows and V = 49,152: see docs/log.md.)
+    The forward pass already has all that the gradient `(softmax - onehot) W` needs: each chunk's logits become their
+    gradient in place. Two matrix products per row and `[chunk, V]` of memory. (torch's `linear_cross_entropy` was 3.4
+    times slower on the CPU at 2,048 rows and V = 49,152: see docs/log.md.)
     """
 
     @staticmethod
@@ -94,13 +93,13 @@ class JointObjective(nn.Module):
 
         Args:
             share_N: each row's share of the losses; 1/N by default.
-            example_N: the sequence of each row, for adapters that look back; rows of share 0 are only looked at.
+            example_N: the sequence of each row, for adapters that look back; rows of share 0 are context only.
         """
         x, down, loss_N, share_N = self.row_losses(state_NH, target_N, share_N, example_N)
         prediction = loss_N.mean() if share_N is None else loss_N @ share_N
         if self.kappa == 0 and self.training:
             return prediction, prediction.new_zeros(()), prediction.detach()
-        if self.adapter.look_back is not None:  # what is reconstructed is what the PLM owner sent
+        if self.adapter.look_back is not None:  # reconstruct what the PLM owner sent, not the attended rows
             down = self.adapter.project(x, drop=self.training)
         reconstruction = _squared_error(F.linear(down, self.adapter.B_rct), x, share_N)
         loss = self.kappa * reconstruction + (1 - self.kappa) * prediction
@@ -114,30 +113,30 @@ class JointObjective(nn.Module):
         example_N: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """`(x, A x, -log P_PEMA of the target, share)` of the rows that have a share; arguments as in `forward`."""
-        adapter, recalled = self.adapter, None
-        x = seen = adapter.enter(state_NH, self.head)
+        adapter, shares = self.adapter, None
+        x = attended = adapter.enter(state_NH, self.head)
         if adapter.config.looks_back:
             if example_N is None or share_N is None:
                 raise ValueError("this adapter looks back: its rows need their sequences and shares")
-            wanted = share_N > 0
-            seen = adapter.look(x, target_N, example_N, self.head)[wanted]
+            is_target = share_N > 0
+            attended = adapter.look(x, target_N, example_N, self.head)[is_target]
             if adapter.local_memory is not None:
-                recalled = [part[wanted] for part in adapter.recall(x, target_N, example_N)]
-            x, target_N, share_N = x[wanted], target_N[wanted], share_N[wanted]
-        down = adapter.project(seen, drop=self.training)
+                shares = [part[is_target] for part in adapter.recall(x, target_N, example_N)]
+            x, target_N, share_N = x[is_target], target_N[is_target], share_N[is_target]
+        down = adapter.project(attended, drop=self.training)
         h_pd = F.linear(down, adapter.B_pd)
-        h_pd = seen + h_pd if adapter.config.residual else h_pd
+        h_pd = attended + h_pd if adapter.config.residual else h_pd
         loss_N = head_cross_entropy(self.head, adapter.leave(h_pd, self.head), target_N)
-        if recalled is not None:
-            rest_N, found_N = recalled
-            loss_N = -torch.logaddexp(rest_N - loss_N, found_N)
+        if shares is not None:
+            log_adapter_N, log_memory_N = shares
+            loss_N = -torch.logaddexp(log_adapter_N - loss_N, log_memory_N)
         return x, down, loss_N, share_N
 
 
-def _squared_error(found_NH: torch.Tensor, x_NH: torch.Tensor, share_N: torch.Tensor | None) -> torch.Tensor:
+def _squared_error(predicted_NH: torch.Tensor, x_NH: torch.Tensor, share_N: torch.Tensor | None) -> torch.Tensor:
     if share_N is None:
-        return F.mse_loss(found_NH, x_NH)
-    return (found_NH - x_NH).square().mean(-1) @ share_N
+        return F.mse_loss(predicted_NH, x_NH)
+    return (predicted_NH - x_NH).square().mean(-1) @ share_N
 
 
 class ReconstructionObjective(nn.Module):

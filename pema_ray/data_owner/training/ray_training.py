@@ -24,7 +24,7 @@ from pema_ray.runtime.placement import ANYWHERE, PlacementConfig
 from pema_ray.training.history import OnPoint
 from pema_ray.training.ray_loop import is_first_on_its_node, run_in_worker, run_workers, worker_place
 
-FIRST_STEP = "first_step.json"  # of a streamed training: how much of the memory was there
+FIRST_STEP = "first_step.json"  # of a streamed training: the number of shards built by then
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class AdapterTrainingJob:
     config: TrainConfig
     seed: int = 0
     streamed_rows: int | None = None
-    """Rows that `train_memory` will have, when it is being built while the job runs."""
+    """Rows that `train_memory` will have, if it is built while the job runs."""
     streamed_mean_weight: float = 1.0
-    """How often each of them occurs, on average."""
+    """Their mean weight."""
     placement: PlacementConfig = ANYWHERE
-    """On which nodes workers run."""
+    """Nodes for the workers."""
 
 
 def fit(job: AdapterTrainingJob, on_point: OnPoint = lambda kind, point: None, stream: Any = None) -> AdapterHistory:
@@ -53,29 +53,22 @@ def fit(job: AdapterTrainingJob, on_point: OnPoint = lambda kind, point: None, s
         stream: a data set that builds the training memory as it is read (`memory.build.stream_shards`).
 
     Raises:
-        UserError: what a worker refused, in its own words.
+        UserError: as a worker raised it.
     """
-    outcome = run_workers(
-        _train,
-        job,
-        job.run_dir,
-        job.config,
-        on_point,
-        {} if stream is None else {"train": stream},
-        job.placement,
-    )
+    streams = {} if stream is None else {"train": stream}
+    outcome = run_workers(_train, job, job.run_dir, job.config, on_point, streams, job.placement)
     return AdapterHistory.from_dict(outcome.returned)
 
 
 def _train(job: AdapterTrainingJob) -> dict[str, Any]:
-    """What every worker does; the leading one leaves the adapter and its history."""
+    """Train in a worker; the leading one writes the adapter and its history."""
     place = worker_place(job.config)
     bundle = LMHeadBundle.load(job.bundle)
-    verify = is_first_on_its_node()  # its refusal ends all workers before the first step
+    verify = is_first_on_its_node()  # its error ends all workers before the first step
     train = _training_rows(job, bundle.card, verify)
     looks_back = job.adapter.looks_back
-    most = None if looks_back else job.config.validation_rows
-    dev = ExternalMemory.open(job.dev_memory, bundle.card).view(max_rows=most, prompts=looks_back, verify=verify)
+    max_rows = None if looks_back else job.config.validation_rows
+    dev = ExternalMemory.open(job.dev_memory, bundle.card).view(max_rows=max_rows, prompts=looks_back, verify=verify)
     head = bundle.head.to(pick_dtype(job.config.dtype, place.device))
     name = f"{job.adapter.task or 'adapter'} r={job.adapter.rank}"
     settings = {**job.config.model_dump(mode="json"), "plm": job.adapter.plm_name, "seed": job.seed}
@@ -89,7 +82,7 @@ def _train(job: AdapterTrainingJob) -> dict[str, Any]:
     history = run_in_worker(trainer, name, settings)
     if place.leads:
         (job.run_dir / "history.json").write_text(json.dumps(history.to_dict()))
-        trainer.model.save_pretrained(job.run_dir / "adapter", trainer.model.model_card(_figures(history)))
+        trainer.model.save_pretrained(job.run_dir / "adapter", trainer.model.model_card(_summary(history)))
     return history.to_dict()
 
 
@@ -103,7 +96,7 @@ def _training_rows(job: AdapterTrainingJob, card: ModelCard, verify: bool) -> An
 
 
 def _streamed(job: AdapterTrainingJob, rows: int) -> StreamShuffle:
-    """Shards as their receipts come in; the rows are read from the files that were just written."""
+    """Shards as they are built, read from the files that were just written."""
     folder = Path(job.train_memory)
 
     def arrivals() -> Iterator[MemoryRows]:
@@ -123,7 +116,7 @@ def _streamed(job: AdapterTrainingJob, rows: int) -> StreamShuffle:
     return StreamShuffle(rows, job.streamed_mean_weight, arrivals, finished, job.config.batch_size, job.seed)
 
 
-def _figures(history: AdapterHistory) -> str:
+def _summary(history: AdapterHistory) -> str:
     first, best = history.validation[0], min(history.validation, key=lambda point: point["prediction"])
     return (
         f"Trained on {history.rows:,} rows. Held-out loss on the dev memory, nats per token: "

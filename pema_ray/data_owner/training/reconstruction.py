@@ -13,22 +13,22 @@ import torch
 
 
 class SecondMoment:
-    """Accumulates `M = Σ x xᵀ [H, H]` in float64, on the rows' device; two add up to that of both their rows."""
+    """Accumulates `M = Σ x xᵀ [H, H]` in float64, on the rows' device; `+=` merges two."""
 
     def __init__(self, hidden_size: int, device: torch.device | str = "cpu") -> None:
         self.M = torch.zeros(hidden_size, hidden_size, dtype=torch.float64, device=device)
         self.rows = 0
 
     def add(self, x_NH: torch.Tensor, weight_N: torch.Tensor | None = None) -> None:
-        """Count rows in, each as often as its weight says."""
+        """Add rows, each as often as its weight says."""
         x = x_NH.float()
         times = x if weight_N is None else x * weight_N[:, None]
         self.M += (x.T @ times).double()
         self.rows += len(x) if weight_N is None else int(weight_N.sum())
 
-    def __iadd__(self, other: SecondMoment) -> SecondMoment:
-        self.M += other.M
-        self.rows += other.rows
+    def __iadd__(self, moment: SecondMoment) -> SecondMoment:
+        self.M += moment.M
+        self.rows += moment.rows
         return self
 
 

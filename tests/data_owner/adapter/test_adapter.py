@@ -1,4 +1,4 @@
-"""An adapter computes equation 4 in either space, and its folder is loaded only whole and for its own PLM."""
+"""An adapter computes equation 4 in either space, and its folder loads only if complete and for its own PLM."""
 
 from __future__ import annotations
 
@@ -41,11 +41,8 @@ def test_a_fresh_adapter_has_three_maps_of_which_two_are_trained(card):
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("space", ["pre_norm", "post_norm"])
 def test_log_probs_are_equation_4_with_the_norm_on_its_side(card, make_head, space: str, residual: bool):
-    head, adapter, f = (
-        make_head(scale=0.5, softcap=4.0),
-        adapter_for(card, space=space, residual=residual),
-        torch.randn(7, H),
-    )
+    head, adapter = make_head(scale=0.5, softcap=4.0), adapter_for(card, space=space, residual=residual)
+    f = torch.randn(7, H)
     x = head.norm(f) if space == "post_norm" else f
     h = x @ adapter.A.T @ adapter.B_pd.T + (x if residual else 0)
     expected = head.logits(h if space == "post_norm" else head.norm(h)).softmax(-1)
@@ -70,12 +67,12 @@ def test_prediction_starts_from_reconstruction(card, residual: bool):
     torch.testing.assert_close(adapter.predict(f), f if residual else f @ Q @ Q.T)
 
 
-def test_dropout_is_drawn_only_when_asked_for(card):
+def test_dropout_is_drawn_only_on_request(card):
     adapter, f = adapter_for(card, dropout=0.5), torch.randn(6, H)
     torch.manual_seed(1)
-    kept = torch.nn.functional.dropout(f, 0.5)
+    dropped = torch.nn.functional.dropout(f, 0.5)
     torch.manual_seed(1)
-    assert torch.equal(adapter.train().project(f, drop=True), kept @ adapter.A.T)
+    assert torch.equal(adapter.train().project(f, drop=True), dropped @ adapter.A.T)
     assert torch.equal(adapter.project(f), f @ adapter.A.T)
 
 
@@ -110,10 +107,10 @@ def test_what_was_saved_is_loaded_bit_for_bit(card, tmp_path: Path):
 
 def test_the_adapter_of_another_plm_is_refused_and_both_are_named(card, tmp_path: Path):
     folder = adapter_for(card).save_pretrained(tmp_path)
-    other = ModelCard("huge", "b" * 16, H, 40, 96, (1,))
+    other_card = ModelCard("huge", "b" * 16, H, 40, 96, (1,))
     with pytest.raises(FingerprintMismatch) as caught:
-        PemaAdapter.from_pretrained(folder, other)
-    assert card.label in str(caught.value) and other.label in str(caught.value)
+        PemaAdapter.from_pretrained(folder, other_card)
+    assert card.label in str(caught.value) and other_card.label in str(caught.value)
     assert PemaAdapter.from_pretrained(folder).config.plm_name == "tiny"
 
 
@@ -177,7 +174,7 @@ def test_weights_that_do_not_fit_their_configuration_are_refused(card, tmp_path:
 
 
 def published(path: Path, prefix: str = "", rank: int = R, hidden: int = H) -> tuple[Path, torch.Tensor, torch.Tensor]:
-    """A checkpoint as the published code leaves it: its LoRA layer's maps beside an unused linear layer."""
+    """A checkpoint as the published code writes it: its LoRA layer's maps beside an unused linear layer."""
     draw = torch.Generator().manual_seed(rank)
     A, B = torch.randn(rank, hidden, generator=draw), torch.randn(hidden, rank, generator=draw)
     state = {"weight": torch.randn(hidden, hidden), "bias": torch.randn(hidden), "lora_A": A, "lora_B": B}
@@ -203,9 +200,9 @@ def test_a_published_reconstruction_gives_b_rct_and_survives_saving(card, make_h
     torch.save({"lora_A": torch.randn(R, H), "lora_B": draw}, tmp_path / "reconstruction.pt")
     loaded = PemaAdapter.from_published(prediction, card, tmp_path / "reconstruction.pt")
     torch.testing.assert_close(loaded.B_rct, draw / R)
-    again = PemaAdapter.from_pretrained(loaded.save_pretrained(tmp_path / "adapter"), card)
+    reloaded = PemaAdapter.from_pretrained(loaded.save_pretrained(tmp_path / "adapter"), card)
     f = torch.randn(3, H)
-    assert torch.equal(again.log_probs(f, make_head()), loaded.log_probs(f, make_head()))
+    assert torch.equal(reloaded.log_probs(f, make_head()), loaded.log_probs(f, make_head()))
 
 
 @pytest.mark.parametrize(

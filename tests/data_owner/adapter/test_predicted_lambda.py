@@ -1,4 +1,4 @@
-"""λ predicted from the state: fitted to held-out rows, never worse there than the best constant."""
+"""λ predicted from the state: fitted to held-out rows, where it is never worse than the best constant."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from pema_ray.errors import UserError
 H, N = 16, 2000
 
 
-def rows(told: bool, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The adapter is right where the state's first number is positive, the PLM elsewhere, if the state tells at all."""
+def rows(informative: bool, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """If informative, the adapter is right where the state's first number is positive, and the PLM elsewhere."""
     draw = torch.Generator().manual_seed(seed)
     x = 50 * torch.randn(N, H, generator=draw)
-    right = x[:, 0] > 0 if told else torch.rand(N, generator=draw) > 0.3
+    right = x[:, 0] > 0 if informative else torch.rand(N, generator=draw) > 0.3
     good, bad = torch.tensor(0.8).log(), torch.tensor(0.02).log()
     return x, torch.where(right, good, bad), torch.where(right, bad, good)
 
 
-def test_a_state_that_tells_is_listened_to():
+def test_an_informative_state_is_used():
     gate = torch.nn.Linear(H, 1)
     constant, predicted = fit_gate(gate, [tuple(part[a:b] for part in rows(True)) for a, b in ((0, 700), (700, N))])
     assert constant == pytest.approx(-math.log(0.41), abs=0.01)  # half and half
@@ -33,7 +33,7 @@ def test_a_state_that_tells_is_listened_to():
     assert (lam[pema > plm] > 0.5).float().mean() > 0.95
 
 
-def test_a_state_that_tells_nothing_leaves_a_constant():
+def test_an_uninformative_state_gives_a_constant():
     gate = torch.nn.Linear(H, 1)
     constant, predicted = fit_gate(gate, [rows(False)])
     assert constant - 0.01 < predicted <= constant

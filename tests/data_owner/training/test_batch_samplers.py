@@ -1,4 +1,4 @@
-"""Batches: every row is seen, by one process alone, in an order that follows from seed and epoch."""
+"""Batches: every row occurs, in one process alone, in an order that depends on seed and epoch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pema_ray.memory import MemoryRows
 
 
 class Shards:
-    """Rows cut into shards that remember who was read."""
+    """Rows in shards that record which were read."""
 
     def __init__(self, rows: MemoryRows, counts: list[int]) -> None:
         ends = np.cumsum(counts)
         self._parts = [rows.take(slice(end - count, end)) for end, count in zip(ends, counts)]
-        self.asked: list[list[int]] = []
+        self.requested: list[list[int]] = []
 
     @property
     def counts(self) -> list[int]:
@@ -33,17 +33,17 @@ class Shards:
         return float(np.concatenate(weights).mean())
 
     def read(self, shards) -> MemoryRows:
-        self.asked.append(list(shards))
+        self.requested.append(list(shards))
         return MemoryRows.concatenate([self._parts[shard] for shard in shards])
 
 
 def marked(make_rows, count: int) -> MemoryRows:
-    """Rows that can be told apart: the target of row i is i."""
+    """Distinguishable rows: the target of row i is i."""
     return replace(make_rows(count, 0), target=np.arange(count, dtype=np.int32))
 
 
-def targets(feed, epoch: int, first: int = 0) -> list[list[int]]:
-    return [batch.target.tolist() for batch in feed.batches(epoch, first)]
+def targets(sampler, epoch: int, first: int = 0) -> list[list[int]]:
+    return [batch.target.tolist() for batch in sampler.batches(epoch, first)]
 
 
 @given(st.integers(20, 200), st.integers(1, 40), st.integers(1, 4), st.integers(0, 3))
@@ -51,60 +51,60 @@ def test_processes_share_out_the_batches_of_one(make_rows, count: int, size: int
     if size < world:
         return
     rows = marked(make_rows, count)
-    feeds = [GlobalShuffle(rows, size, 7, rank, world) for rank in range(world)]
-    one = GlobalShuffle(rows, size, 7)
-    assert feeds[0].batch_size == min(size, count)  # so that an epoch has as many steps, whatever the number of workers
-    shared = [sorted(chain(*parts)) for parts in zip(*(targets(feed, epoch) for feed in feeds), strict=True)]
-    assert shared == [sorted(batch) for batch in targets(one, epoch)]
-    assert len(shared) == one.steps_per_epoch == feeds[0].steps_per_epoch
+    shuffles = [GlobalShuffle(rows, size, 7, rank, world) for rank in range(world)]
+    single = GlobalShuffle(rows, size, 7)
+    assert shuffles[0].batch_size == min(size, count)  # an epoch has equally many steps with any number of workers
+    shared = [sorted(chain(*parts)) for parts in zip(*(targets(sampler, epoch) for sampler in shuffles), strict=True)]
+    assert shared == [sorted(batch) for batch in targets(single, epoch)]
+    assert len(shared) == single.steps_per_epoch == shuffles[0].steps_per_epoch
 
 
 @given(st.lists(st.integers(1, 30), min_size=4, max_size=12), st.integers(1, 5), st.integers(1, 3), st.integers(2, 12))
-def test_windows_show_a_row_at_most_once_and_all_but_what_is_left_over(
+def test_windows_contain_a_row_at_most_once_and_all_but_the_remainder(
     make_rows, counts: list[int], window: int, world: int, size: int
 ):
     size = size * world
     rows = marked(make_rows, sum(counts))
     try:
-        feeds = [WindowShuffle(Shards(rows, counts), window, size, 2, 7, rank, world) for rank in range(world)]
+        samplers = [WindowShuffle(Shards(rows, counts), window, size, 2, 7, rank, world) for rank in range(world)]
     except UserError as refused:  # too few rows for a batch
         assert "holds less than a worker's part" in str(refused) or "nothing to do" in str(refused)  # noqa: PT017
         return
     for epoch in range(2):
-        seen = [targets(feed, epoch) for feed in feeds]
-        assert {len(batches) for batches in seen} == {feeds[0].steps_per_epoch}
-        flat = [row for batches in seen for batch in batches for row in batch]
-        assert len(flat) == len(set(flat)) == feeds[0].steps_per_epoch * feeds[0].batch_size
+        batches_by_process = [targets(sampler, epoch) for sampler in samplers]
+        assert {len(batches) for batches in batches_by_process} == {samplers[0].steps_per_epoch}
+        flat = [row for batches in batches_by_process for batch in batches for row in batch]
+        assert len(flat) == len(set(flat)) == samplers[0].steps_per_epoch * samplers[0].batch_size
     if world == 1:
         windows = -(-len(counts) // window)
-        assert len(flat) > sum(counts) - (windows + 1) * size - (feeds[0].steps_per_epoch == 0) * sum(counts)
+        assert len(flat) > sum(counts) - (windows + 1) * size - (samplers[0].steps_per_epoch == 0) * sum(counts)
 
 
 @pytest.mark.parametrize("kind", ["global", "window"])
-def test_an_epoch_can_be_taken_up_at_any_batch(make_rows, kind: str):
+def test_an_epoch_can_resume_at_any_batch(make_rows, kind: str):
     rows = marked(make_rows, 200)
     for first in (0, 1, 5, 11, 12):
         shards = Shards(rows, [23, 40, 17, 60, 60])
-        feed = GlobalShuffle(rows, 16, 7) if kind == "global" else WindowShuffle(shards, 2, 16, 3, 7)
-        assert targets(feed, 1, first) == targets(feed, 1)[first:]
+        sampler = GlobalShuffle(rows, 16, 7) if kind == "global" else WindowShuffle(shards, 2, 16, 3, 7)
+        assert targets(sampler, 1, first) == targets(sampler, 1)[first:]
 
 
 def test_a_window_that_is_over_is_not_read_to_resume(make_rows):
     shards = Shards(marked(make_rows, 200), [50, 50, 50, 50])
-    feed = WindowShuffle(shards, 1, 10, 1, 7)
-    list(feed.batches(0))
-    order = shards.asked.copy()
-    shards.asked.clear()
-    list(feed.batches(0, 12))
-    assert len(order) == 4 and shards.asked == order[2:]
+    sampler = WindowShuffle(shards, 1, 10, 1, 7)
+    list(sampler.batches(0))
+    order = shards.requested.copy()
+    shards.requested.clear()
+    list(sampler.batches(0, 12))
+    assert len(order) == 4 and shards.requested == order[2:]
 
 
 def test_epochs_differ_and_rows_of_a_window_are_mixed(make_rows):
     shards = Shards(marked(make_rows, 400), [50] * 8)
-    feed = WindowShuffle(shards, 4, 40, 2, 7)
-    first, second = targets(feed, 0), targets(feed, 1)
-    assert {tuple(sorted(batch)) for batch in first}.isdisjoint({tuple(sorted(batch)) for batch in second})
-    assert all(len({row // 50 for row in batch}) > 2 for batch in first)
+    sampler = WindowShuffle(shards, 4, 40, 2, 7)
+    first_epoch, second_epoch = targets(sampler, 0), targets(sampler, 1)
+    assert {tuple(sorted(batch)) for batch in first_epoch}.isdisjoint({tuple(sorted(batch)) for batch in second_epoch})
+    assert all(len({row // 50 for row in batch}) > 2 for batch in first_epoch)
 
 
 def test_once_gives_every_row_to_one_process(make_rows):
@@ -114,20 +114,20 @@ def test_once_gives_every_row_to_one_process(make_rows):
         lambda rank: GlobalShuffle(rows, 64, 7, rank, 3),
         lambda rank: WindowShuffle(Shards(rows, counts), 1, 64, 1, 7, rank, 3),
     ):
-        seen = [block.target for rank in range(3) for block in make(rank).once()]
-        assert max(map(len, seen)) <= 8192
-        assert sorted(np.concatenate(seen).tolist()) == list(range(20_000))
+        blocks = [block.target for rank in range(3) for block in make(rank).row_blocks()]
+        assert max(map(len, blocks)) <= 8192
+        assert sorted(np.concatenate(blocks).tolist()) == list(range(20_000))
 
 
 @pytest.mark.parametrize("kind", ["global", "window", "stream", "in order"])
 @pytest.mark.parametrize("heavy", [1, 20_000])
 def test_every_row_counts_as_often_as_it_occurs(make_rows, kind: str, heavy: int):
-    """Over an epoch, a row's shares are to those of others as its weight is to theirs, whatever batch it lies in."""
+    """Over an epoch, a row's shares are proportional to its weight, whatever batch it lies in."""
     weight = np.random.default_rng(0).integers(1, 9, 240).astype(np.int32)
     weight[[3, 50, 51, 120, 239]] *= heavy
     rows = replace(marked(make_rows, 240), weight=weight)
     shards = Shards(rows, [60] * 4)
-    feeds = {
+    samplers = {
         "global": lambda rank: GlobalShuffle(rows, 30, 7, rank, 3),
         "window": lambda rank: WindowShuffle(shards, 1, 20, 1, 7, rank, 2),
         "stream": lambda _: StreamShuffle(
@@ -137,7 +137,7 @@ def test_every_row_counts_as_often_as_it_occurs(make_rows, kind: str, heavy: int
     world = {"global": 3, "window": 2}.get(kind, 1)
     share = np.zeros(240)
     for rank in range(world):
-        batches = list(in_order(rows, size=80) if kind == "in order" else feeds[kind](rank).batches(0))
+        batches = list(in_order(rows, size=80) if kind == "in order" else samplers[kind](rank).batches(0))
         for batch in batches:
             share[batch.target] += batch.share / (len(batches) * world)
     assert share == pytest.approx(weight / weight.sum(), rel=1e-5)
@@ -149,7 +149,7 @@ def test_rows_of_equal_weight_share_equally(make_rows):
         assert all(batch.share == pytest.approx(np.full(10, 0.1)) for batch in plain.batches(0))
 
 
-def test_what_cannot_be_shared_out_is_refused(make_rows):
+def test_batches_too_small_for_the_workers_are_refused(make_rows):
     rows = marked(make_rows, 60)
     with pytest.raises(UserError, match="train.workers=3: 60 rows in batches of 2 give a worker nothing to do"):
         GlobalShuffle(rows, 2, 7, 0, 3)

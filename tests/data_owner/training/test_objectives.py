@@ -34,22 +34,23 @@ def objective(make_head, kappa: float, dropout: float = 0.0, **changes) -> Joint
 @pytest.mark.parametrize("options", HEADS, ids=str)
 def test_head_cross_entropy_is_cross_entropy_of_the_logits_in_value_and_gradient(make_head, options: dict):
     head, (x, y) = make_head(**options), batch()
-    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    loss, expected = head_cross_entropy(head, ours, y), F.cross_entropy(head.logits(theirs), y, reduction="none")
+    x_of_loss, x_of_reference = x.clone().requires_grad_(), x.clone().requires_grad_()
+    loss = head_cross_entropy(head, x_of_loss, y)
+    expected = F.cross_entropy(head.logits(x_of_reference), y, reduction="none")
     weight = torch.rand(len(y))
     (loss @ weight).backward()
     (expected @ weight).backward()
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(x_of_loss.grad, x_of_reference.grad, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("options", HEADS[1::3], ids=str)
 def test_chunks_of_rows_do_not_show(make_head, options: dict):
     head, (x, y) = make_head(**options), batch(2500)
-    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    head_cross_entropy(head, ours, y).mean().backward()
-    F.cross_entropy(head.logits(theirs), y).backward()
-    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-5)
+    x_of_loss, x_of_reference = x.clone().requires_grad_(), x.clone().requires_grad_()
+    head_cross_entropy(head, x_of_loss, y).mean().backward()
+    F.cross_entropy(head.logits(x_of_reference), y).backward()
+    torch.testing.assert_close(x_of_loss.grad, x_of_reference.grad, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -113,12 +114,12 @@ def test_dropout_is_on_in_training_off_in_evaluation_and_on_again_afterwards(mak
 def test_a_rows_share_counts_as_its_repetition_would(make_head, kappa: float):
     weighted, repeated = objective(make_head, kappa), objective(make_head, kappa)
     (x, y), times = batch(12), torch.tensor([1, 3, 1, 2, 1, 1, 5, 1, 1, 1, 2, 1])
-    mine = weighted(x, y, times / times.sum())
-    theirs = repeated(x.repeat_interleave(times, 0), y.repeat_interleave(times))
-    for one, other in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
-    mine[0].backward()
-    theirs[0].backward()
+    weighted_losses = weighted(x, y, times / times.sum())
+    repeated_losses = repeated(x.repeat_interleave(times, 0), y.repeat_interleave(times))
+    for loss, expected in zip(weighted_losses, repeated_losses, strict=True):
+        torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-5)
+    weighted_losses[0].backward()
+    repeated_losses[0].backward()
     for name, parameter in weighted.adapter.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(parameter.grad, repeated.adapter.get_parameter(name).grad, atol=1e-6, rtol=1e-5)

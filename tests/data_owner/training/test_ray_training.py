@@ -1,4 +1,4 @@
-"""Training on Ray leaves an adapter, its history and its curves, and refuses in the worker's own words."""
+"""Training on Ray writes an adapter, its history and its curves, and raises the worker's own errors."""
 
 from __future__ import annotations
 
@@ -79,12 +79,12 @@ def make_job(tiny_source, make_rows, tmp_path: Path) -> Callable[..., AdapterTra
 
 @pytest.mark.cluster
 def test_two_workers_leave_the_adapter_of_one_its_history_and_its_curves(ray_cluster, make_job, tmp_path: Path):
-    job, told = make_job(config=CONFIG.model_copy(update={"workers": 2})), []
-    history = fit(job, lambda kind, point: told.append((kind, point)))
+    job, points = make_job(config=CONFIG.model_copy(update={"workers": 2})), []
+    history = fit(job, lambda kind, point: points.append((kind, point)))
     assert history.total_steps == len(history.train) == 8
     assert history.best_loss < history.validation[0]["prediction"]
-    assert [point for kind, point in told if kind == "train"] == history.train
-    assert [point for kind, point in told if kind == "validation"] == history.validation
+    assert [point for kind, point in points if kind == "train"] == history.train
+    assert [point for kind, point in points if kind == "validation"] == history.validation
     assert AdapterHistory.from_dict(json.loads((job.run_dir / "history.json").read_text())) == history
     assert list((job.run_dir / "tensorboard").glob("events.out.tfevents.*"))
     reported = Result.from_path(str(job.run_dir / "ray_train"))
@@ -98,15 +98,15 @@ def test_two_workers_leave_the_adapter_of_one_its_history_and_its_curves(ray_clu
     adapter = PemaAdapter.from_pretrained(job.run_dir / "adapter", bundle.card)
     assert f"{history.best_loss:.3f} at step {history.best_step}" in (job.run_dir / "adapter/README.md").read_text()
     rows = (ExternalMemory.open(path).load() for path in (job.train_memory, job.dev_memory))
-    here, alone = train(AdapterTrainer(job.adapter, job.config, bundle.head, *rows, tmp_path / "here"))
-    for ours, theirs in zip(adapter.parameters(), here.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    losses = [[point["prediction"] for point in run.validation] for run in (history, alone)]
+    local, local_history = train(AdapterTrainer(job.adapter, job.config, bundle.head, *rows, tmp_path / "here"))
+    for parameter, expected in zip(adapter.parameters(), local.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, atol=1e-5, rtol=1e-5)
+    losses = [[point["prediction"] for point in run.validation] for run in (history, local_history)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def slow_factory(folder: str, seconds: float) -> Callable:
-    """Makes the tiny PLM, which takes its time over every batch; a closure, so that it travels by value."""
+    """Makes the tiny PLM with a delay for every batch; a closure, so that it travels by value."""
 
     def make():
         import asyncio
@@ -147,14 +147,14 @@ def test_training_begins_before_a_tenth_of_the_memory_is_built(
     assert (manifest.rows, len(manifest.shards)) == (780, 60)
     memory = ExternalMemory.open(build.folder, card)
     arrivals = lambda: (memory.read([number]) for number in range(60))  # noqa: E731
-    feed = StreamShuffle(780, 1.0, arrivals, memory.view, 20, job.seed)
+    sampler = StreamShuffle(780, 1.0, arrivals, memory.view, 20, job.seed)
     dev = ExternalMemory.open(job.dev_memory).view(max_rows=config.validation_rows)
     head = LMHeadBundle.load(job.bundle).head
-    here, alone = train(AdapterTrainer(job.adapter, config, head, feed, dev, tmp_path / "here"))
-    found = PemaAdapter.from_pretrained(job.run_dir / "adapter")
-    for ours, theirs in zip(found.parameters(), here.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
-    assert [p["step"] for p in history.train] == [p["step"] for p in alone.train]
+    local, local_history = train(AdapterTrainer(job.adapter, config, head, sampler, dev, tmp_path / "here"))
+    streamed = PemaAdapter.from_pretrained(job.run_dir / "adapter")
+    for parameter, expected in zip(streamed.parameters(), local.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, atol=1e-6, rtol=1e-6)
+    assert [p["step"] for p in history.train] == [p["step"] for p in local_history.train]
 
 
 @pytest.mark.cluster
@@ -167,13 +167,13 @@ def test_a_memory_of_another_plm_is_refused_and_both_are_named(ray_cluster, make
 
 
 def work(job: AdapterTrainingJob) -> str:
-    """The words in which a lone worker refuses."""
+    """The error message of a single worker."""
     return _worker({"work": _train, "settings": job, "run_dir": job.run_dir})["error"]
 
 
 def test_a_damaged_shard_is_refused_by_name(make_job, monkeypatch):
-    alone = types.SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1, get_local_rank=lambda: 0)
-    monkeypatch.setattr("ray.train.get_context", lambda: alone)
+    context = types.SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1, get_local_rank=lambda: 0)
+    monkeypatch.setattr("ray.train.get_context", lambda: context)
     monkeypatch.setattr("ray.train.get_checkpoint", lambda: None)
     monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))
     job = make_job()

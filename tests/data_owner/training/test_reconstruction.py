@@ -1,4 +1,4 @@
-"""The closed form of stage 1 is the best rank-R map there is, and says how good that is."""
+"""The closed form of stage 1 is the best rank-R map, and its reported error is exact."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ N, H = 300, 12
 
 
 def rows(seed: int = 0, count: int = N) -> torch.Tensor:
-    """Rows that lean to some directions and are not centred, as context representations are."""
+    """Anisotropic rows that are not centred, as context representations are."""
     draw = torch.Generator().manual_seed(seed)
     return torch.randn(count, H, generator=draw) * torch.linspace(3, 0.2, H) @ torch.randn(H, H, generator=draw) + 1
 
@@ -48,10 +48,10 @@ def test_full_rank_reconstructs_every_row():
 
 
 def test_adam_comes_as_near_to_the_optimum_as_its_epochs_allow():
-    """The gap to the smallest error there is: the float64 eigenvalues that rank R leaves out."""
+    """The gap to the smallest possible error: the sum of the float64 eigenvalues beyond rank R."""
     x, rank = rows(), 4
-    left_out = torch.linalg.eigvalsh(x.double().T @ x.double())[:-rank]
-    optimum = float(left_out.sum()) / x.numel()
+    omitted = torch.linalg.eigvalsh(x.double().T @ x.double())[:-rank]
+    optimum = float(omitted.sum()) / x.numel()
     assert solve(moment_of(x), rank)[2] == pytest.approx(optimum, rel=1e-5)
     torch.manual_seed(0)
     objective = ReconstructionObjective(torch.randn(rank, H) * 0.2, torch.zeros(H, rank), dropout=0.0)
@@ -63,9 +63,9 @@ def test_adam_comes_as_near_to_the_optimum_as_its_epochs_allow():
             objective(batch).backward()
             optimizer.step()
         if epoch in (10, 100, 400):
-            found = reconstruction_error(objective.A.detach(), objective.B.detach(), [x])
-            assert float(objective(x).detach()) == pytest.approx(found, rel=1e-5)
-            gaps.append(found / optimum - 1)
+            error = reconstruction_error(objective.A.detach(), objective.B.detach(), [x])
+            assert float(objective(x).detach()) == pytest.approx(error, rel=1e-5)
+            gaps.append(error / optimum - 1)
     assert gaps[0] > 0.02 and 1e-3 > gaps[1] > gaps[2] > -1e-5, gaps
 
 
@@ -73,11 +73,11 @@ def test_the_moments_of_two_parts_add_up_to_that_of_the_whole():
     x = rows()
     parts = moment_of(x[:70])
     parts += moment_of(x[70:])
-    whole = moment_of(x)
-    assert parts.rows == whole.rows == N
-    torch.testing.assert_close(parts.M, whole.M, rtol=1e-6, atol=1e-3)
-    torch.testing.assert_close(whole.M, x.double().T @ x.double(), rtol=1e-5, atol=1e-2)
-    assert solve(parts, 3)[2] == pytest.approx(solve(whole, 3)[2], rel=1e-5)
+    total = moment_of(x)
+    assert parts.rows == total.rows == N
+    torch.testing.assert_close(parts.M, total.M, rtol=1e-6, atol=1e-3)
+    torch.testing.assert_close(total.M, x.double().T @ x.double(), rtol=1e-5, atol=1e-2)
+    assert solve(parts, 3)[2] == pytest.approx(solve(total, 3)[2], rel=1e-5)
 
 
 def test_half_precision_rows_are_summed_in_float32_or_better():

@@ -1,4 +1,4 @@
-"""Training starts as the PLM, learns, keeps its best, and goes on after a death as if nothing had happened."""
+"""Training starts as the PLM, learns, keeps its best, and resumes bit for bit after it is killed."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def parameters(adapter: PemaAdapter) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in adapter.state_dict().items()}
 
 
-def assert_same(one: tuple[PemaAdapter, AdapterHistory], two: tuple[PemaAdapter, AdapterHistory]) -> None:
+def assert_same(result: tuple[PemaAdapter, AdapterHistory], expected: tuple[PemaAdapter, AdapterHistory]) -> None:
     """Bit for bit the same adapter, and the same losses at the same steps."""
-    for (name, a), b in zip(parameters(one[0]).items(), parameters(two[0]).values(), strict=True):
+    for (name, a), b in zip(parameters(result[0]).items(), parameters(expected[0]).values(), strict=True):
         assert torch.equal(a, b), name
     measured = {"seconds": 0.0, "reconstruction_seconds": 0.0, "peak_bytes": 0}  # of the run, not of its result
-    assert replace(one[1], **measured) == replace(two[1], **measured)
+    assert replace(result[1], **measured) == replace(expected[1], **measured)
 
 
 # ── learning ────────────────────────────────────────────────────────────────
@@ -92,12 +92,12 @@ def test_a_residual_adapter_of_any_rank_starts_as_the_plm(make_trainer):
 
 
 def test_adam_approaches_the_closed_form_from_above(make_trainer):
-    """Of stage 1 alone: the figure that both write down is the error on the dev rows."""
+    """Stage 1 alone: both report the error on the dev rows."""
     exact = make_trainer("exact", epochs=1, dropout=0.0).run().reconstruction_error
-    few = make_trainer("few", epochs=1, dropout=0.0, solver="adam", reconstruction_epochs=2).run()
-    many = make_trainer("many", epochs=1, dropout=0.0, solver="adam", reconstruction_epochs=60).run()
-    assert exact <= many.reconstruction_error * 1.05
-    assert many.reconstruction_error < 0.7 * few.reconstruction_error
+    few_epochs = make_trainer("few", epochs=1, dropout=0.0, solver="adam", reconstruction_epochs=2).run()
+    many_epochs = make_trainer("many", epochs=1, dropout=0.0, solver="adam", reconstruction_epochs=60).run()
+    assert exact <= many_epochs.reconstruction_error * 1.05
+    assert many_epochs.reconstruction_error < 0.7 * few_epochs.reconstruction_error
 
 
 @pytest.mark.parametrize("solver", ["closed_form", "adam"])
@@ -105,12 +105,12 @@ def test_a_scale_changes_how_maps_are_written_and_not_what_they_reconstruct(make
     settings = {"epochs": 1, "dropout": 0.0, "solver": solver, "reconstruction_epochs": 60}
     plain = train(make_trainer("plain", **settings))
     scaled = train(make_trainer("scaled", scale_by_rank=True, **settings))
-    near = 1e-4 if solver == "closed_form" else 1.0  # Adam's steps are of another size: it is not as far
-    assert scaled[1].reconstruction_error == pytest.approx(plain[1].reconstruction_error, rel=near)
+    tolerance = 1e-4 if solver == "closed_form" else 1.0  # Adam's steps differ in size, so it has not converged as far
+    assert scaled[1].reconstruction_error == pytest.approx(plain[1].reconstruction_error, rel=tolerance)
     assert scaled[0].config.scale == 1 / R
     x = torch.from_numpy(make_trainer().dev.key[:])
-    again = scaled[0].project(x) @ scaled[0].B_rct.T  # A has moved on in stage 3, but not far
-    assert (again - x).square().mean() < 1.5 * scaled[1].reconstruction_error
+    reconstructed = scaled[0].project(x) @ scaled[0].B_rct.T  # A has moved on in stage 3, but not far
+    assert (reconstructed - x).square().mean() < 1.5 * scaled[1].reconstruction_error
 
 
 def test_the_published_recipe_starts_stage_3_from_new_maps(make_trainer):
@@ -121,10 +121,11 @@ def test_the_published_recipe_starts_stage_3_from_new_maps(make_trainer):
     adapter, history = train(trainer)
     torch.testing.assert_close(adapter.A, drawn.A)
     assert float(adapter.B_pd.abs().max()) < 1e-6
-    kept, taken_over = train(make_trainer("taken over", learning_rate=1e-12, **{**published, "fresh_maps": False}))
-    assert history.reconstruction_error == taken_over.reconstruction_error
-    assert torch.equal(adapter.B_rct, kept.B_rct)  # stage 1's, in both
-    torch.testing.assert_close(kept.B_pd, kept.B_rct)
+    trainer = make_trainer("taken over", learning_rate=1e-12, **{**published, "fresh_maps": False})
+    continued, its_history = train(trainer)
+    assert history.reconstruction_error == its_history.reconstruction_error
+    assert torch.equal(adapter.B_rct, continued.B_rct)  # stage 1's, in both
+    torch.testing.assert_close(continued.B_pd, continued.B_rct)
 
 
 def test_validations_are_no_part_of_the_time_of_training(make_trainer, monkeypatch):
@@ -149,7 +150,7 @@ def test_peak_memory_is_that_of_the_whole_training_when_it_was_resumed(make_trai
     assert 1 < make_trainer(epochs=1).run().peak_bytes <= first.peak_bytes
 
 
-def test_adam_stops_when_the_dev_rows_say_so_and_keeps_its_best(make_trainer, monkeypatch):
+def test_adam_stops_by_the_dev_error_and_keeps_its_best(make_trainer, monkeypatch):
     errors: list[float] = []
     plain = AdapterTrainer._dev_reconstruction_error
     monkeypatch.setattr(AdapterTrainer, "_dev_reconstruction_error", lambda *a: errors.append(plain(*a)) or errors[-1])
@@ -161,14 +162,14 @@ def test_adam_stops_when_the_dev_rows_say_so_and_keeps_its_best(make_trainer, mo
 
 
 def test_the_best_validation_is_what_is_returned_and_its_figures_are_true(make_trainer):
-    trainer = make_trainer(rows=64, epochs=150, patience=100, rank=H, dropout=0.0)  # so few rows are learned by heart
+    trainer = make_trainer(rows=64, epochs=150, patience=100, rank=H, dropout=0.0)  # so few rows that it overfits
     adapter, history = train(trainer)
     best = min(history.validation, key=lambda point: point["prediction"])
     assert (history.best_step, history.best_loss) == (best["step"], best["prediction"])
     assert best["step"] != history.validation[-1]["step"]
     key, target = torch.from_numpy(trainer.dev.key[:]), torch.from_numpy(trainer.dev.target).long()
-    again = F.nll_loss(adapter.log_probs(key, trainer.head), target)
-    assert abs(again.item() - best["prediction"]) < 1e-5
+    loss = F.nll_loss(adapter.log_probs(key, trainer.head), target)
+    assert abs(loss.item() - best["prediction"]) < 1e-5
     assert not adapter.training
 
 
@@ -176,24 +177,24 @@ def test_training_stops_after_patience_validations_without_a_better_one(make_tra
     trainer = make_trainer(learning_rate=2.0, patience=2, epochs=40)
     history = trainer.run()
     assert history.stopped_early
-    after = [point for point in history.validation if point["step"] > history.best_step]
-    assert len(after) == 2 and history.train[-1]["step"] == after[-1]["step"] < history.total_steps
-    assert min(point["prediction"] for point in after) >= history.best_loss
+    later = [point for point in history.validation if point["step"] > history.best_step]
+    assert len(later) == 2 and history.train[-1]["step"] == later[-1]["step"] < history.total_steps
+    assert min(point["prediction"] for point in later) >= history.best_loss
 
 
 def test_validation_sees_so_many_rows_and_no_dropout(make_trainer):
     trainer = make_trainer(validation_rows=100, dropout=0.5, epochs=1)
     adapter, history = train(trainer)
     key, target = torch.from_numpy(trainer.dev.key[:100]), torch.from_numpy(trainer.dev.target[:100]).long()
-    again = F.nll_loss(adapter.log_probs(key, trainer.head), target)
-    assert abs(again.item() - history.best_loss) < 1e-5
+    loss = F.nll_loss(adapter.log_probs(key, trainer.head), target)
+    assert abs(loss.item() - history.best_loss) < 1e-5
 
 
 def test_one_seed_gives_one_adapter(make_trainer):
     for solver in ("closed_form", "none"):
-        one = train(make_trainer(f"{solver}-1", solver=solver, epochs=1))
-        torch.rand(3)  # whatever else draws random numbers in between
-        assert_same(one, train(make_trainer(f"{solver}-2", solver=solver, epochs=1)))
+        expected = train(make_trainer(f"{solver}-1", solver=solver, epochs=1))
+        torch.rand(3)  # other random draws in between
+        assert_same(expected, train(make_trainer(f"{solver}-2", solver=solver, epochs=1)))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_by_name(make_trainer):
@@ -207,20 +208,20 @@ def test_a_loss_that_is_not_finite_ends_the_run_by_name(make_trainer):
 
 
 class Recorded:
-    """Rows that remember which of them were asked for."""
+    """Rows that record which of them were requested."""
 
     def __init__(self, rows):
-        self.key, self.target, self.weight, self.asked = self, rows.target, None, []
+        self.key, self.target, self.weight, self.requested = self, rows.target, None, []
         self._key = rows.key
 
     def __getitem__(self, index):
         if isinstance(index, np.ndarray):
-            self.asked.append(index)
+            self.requested.append(index)
         return self._key[index]
 
     def take(self, index):
         if isinstance(index, np.ndarray):
-            self.asked.append(index)
+            self.requested.append(index)
         return self._key.take(index)
 
 
@@ -228,27 +229,27 @@ def test_every_epoch_sees_every_row_once_in_an_order_of_its_own(make_trainer):
     trainer = make_trainer(epochs=2)
     trainer.train = Recorded(trainer.train)
     trainer.run()
-    first, second = trainer.train.asked[:10], trainer.train.asked[10:]
-    for epoch in (first, second):
+    first_epoch, second_epoch = trainer.train.requested[:10], trainer.train.requested[10:]
+    for epoch in (first_epoch, second_epoch):
         assert sorted(np.concatenate(epoch)) == list(range(640))
-    assert {tuple(batch) for batch in first}.isdisjoint({tuple(batch) for batch in second})
-    assert first[0].tolist() != list(range(64))
+    assert {tuple(batch) for batch in first_epoch}.isdisjoint({tuple(batch) for batch in second_epoch})
+    assert first_epoch[0].tolist() != list(range(64))
 
 
-def test_the_rows_an_epoch_leaves_over_are_fewer_than_a_batch_and_others_every_time(make_trainer):
+def test_the_remainder_of_an_epoch_is_less_than_a_batch_and_changes_every_epoch(make_trainer):
     trainer = make_trainer(rows=650, epochs=3)
     trainer.train = Recorded(trainer.train)
     trainer.run()
     assert trainer.steps == 30
-    seen = [set(np.concatenate(trainer.train.asked[10 * e : 10 * e + 10])) for e in range(3)]
-    left = [set(range(650)) - epoch for epoch in seen]
-    assert [len(rows) for rows in left] == [10, 10, 10] and len(set.union(*left)) > 10
+    epochs = [set(np.concatenate(trainer.train.requested[10 * e : 10 * e + 10])) for e in range(3)]
+    remainders = [set(range(650)) - epoch for epoch in epochs]
+    assert [len(rows) for rows in remainders] == [10, 10, 10] and len(set.union(*remainders)) > 10
 
 
 def test_fewer_rows_than_a_batch_are_one_batch(make_trainer):
     trainer = make_trainer(rows=20, epochs=3)
     history = trainer.run()
-    assert (trainer.feed.batch_size, history.total_steps, len(history.train)) == (20, 3, 3)
+    assert (trainer.sampler.batch_size, history.total_steps, len(history.train)) == (20, 3, 3)
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(make_trainer):
@@ -278,11 +279,11 @@ def test_the_learning_rate_is_constant_or_falls_as_half_a_cosine(make_trainer):
 
 
 def test_the_leader_reports_every_point_as_it_happens(make_trainer):
-    trainer, seen = make_trainer(epochs=1), []
-    trainer.on_point = lambda kind, point: seen.append((kind, point))
+    trainer, points = make_trainer(epochs=1), []
+    trainer.on_point = lambda kind, point: points.append((kind, point))
     history = trainer.run()
-    assert [point for kind, point in seen if kind == "train"] == history.train
-    assert [point for kind, point in seen if kind == "validation"] == history.validation
+    assert [point for kind, point in points if kind == "train"] == history.train
+    assert [point for kind, point in points if kind == "validation"] == history.validation
     assert [point["step"] for point in history.validation] == [0, 5, 10]
     assert AdapterHistory.from_dict(history.to_dict()) == history
 
@@ -301,47 +302,49 @@ def test_a_run_that_was_killed_and_started_again_equals_an_undisturbed_one(make_
     assert_same(train(make_trainer("dying", final_learning_rate=1e-3)), undisturbed)
 
 
-def test_a_run_killed_twice_repeats_only_what_came_after_its_checkpoint(make_trainer):
+def test_a_run_killed_twice_repeats_only_the_steps_after_its_checkpoint(make_trainer):
     undisturbed, steps = train(make_trainer("undisturbed")), []
     for death in (8, 23):
         die(make_trainer("dying"), death)
-    last = make_trainer("dying")
-    last.on_point = lambda kind, point: steps.append(point["step"]) if kind == "train" else None
-    assert_same(train(last), undisturbed)
+    resumed = make_trainer("dying")
+    resumed.on_point = lambda kind, point: steps.append(point["step"]) if kind == "train" else None
+    assert_same(train(resumed), undisturbed)
     assert steps == list(range(21, 31))
 
 
 def test_a_finished_run_is_not_trained_again(make_trainer):
-    done, steps = train(make_trainer()), []
-    again = make_trainer()
-    again.on_point = lambda kind, point: steps.append(point["step"])
-    assert_same(train(again), done)
+    expected, steps = train(make_trainer()), []
+    repeated = make_trainer()
+    repeated.on_point = lambda kind, point: steps.append(point["step"])
+    assert_same(train(repeated), expected)
     assert steps == []
 
 
 # ── parts of a batch, norms, warm-up, windows ──────────────────────────────
 
 
-def close(one: PemaAdapter, two: PemaAdapter, atol: float = 1e-5) -> None:
-    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+def assert_close(adapter: PemaAdapter, expected: PemaAdapter, atol: float = 1e-5) -> None:
+    for a, b in zip(adapter.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=atol, rtol=1e-5)
 
 
 def test_a_batch_in_parts_gives_the_gradient_of_the_whole(make_trainer):
-    whole, history = train(make_trainer("whole", dropout=0.0))
-    parts, divided = train(make_trainer("parts", dropout=0.0, accumulate=5))  # 64 rows are no multiple of five
-    close(whole, parts)
-    assert [p["loss"] for p in divided.train] == pytest.approx([p["loss"] for p in history.train], rel=1e-5)
+    undivided, history = train(make_trainer("whole", dropout=0.0))
+    divided, divided_history = train(
+        make_trainer("parts", dropout=0.0, accumulate=5)
+    )  # 64 rows are no multiple of five
+    assert_close(undivided, divided)
+    assert [p["loss"] for p in divided_history.train] == pytest.approx([p["loss"] for p in history.train], rel=1e-5)
 
 
 def test_a_gradient_is_clipped_to_its_largest_norm(make_trainer, monkeypatch):
     norms: list[tuple[float, float]] = []
     clip = torch.nn.utils.clip_grad_norm_
 
-    def watched(parameters, most):
-        before = clip(parameters, most)
-        norms.append((float(before), float(torch.stack([p.grad.norm() for p in parameters]).norm())))
-        return before
+    def watched(parameters, max_norm):
+        norm = clip(parameters, max_norm)
+        norms.append((float(norm), float(torch.stack([p.grad.norm() for p in parameters]).norm())))
+        return norm
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched)
     make_trainer(epochs=1, clip=0.05).run()
@@ -431,13 +434,13 @@ def run_in_processes(trainer: AdapterTrainer, world: int, meeting: Path) -> tupl
     return adapter, AdapterHistory.from_dict(torch.load(f"{meeting}.history"))
 
 
-def assert_one_curve(one: AdapterHistory, two: AdapterHistory) -> None:
+def assert_one_curve(history: AdapterHistory, expected: AdapterHistory) -> None:
     for kind in ("train", "validation"):
-        mine, theirs = getattr(one, kind), getattr(two, kind)
-        assert [p["step"] for p in mine] == [p["step"] for p in theirs]
+        points, expected_points = getattr(history, kind), getattr(expected, kind)
+        assert [p["step"] for p in points] == [p["step"] for p in expected_points]
         for name in ("loss", "prediction", "reconstruction"):
-            ours = [p[name] for p in mine]
-            assert ours == pytest.approx([p[name] for p in theirs], abs=1e-4, rel=1e-4)
+            values = [p[name] for p in points]
+            assert values == pytest.approx([p[name] for p in expected_points], abs=1e-4, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -450,44 +453,42 @@ def assert_one_curve(one: AdapterHistory, two: AdapterHistory) -> None:
     ids=str,
 )
 def test_processes_train_as_one_would(make_trainer, tmp_path: Path, world: int, settings: dict):
-    alike = {"dropout": 0.0, "epochs": 2, "warm_up_steps": 3} | {k: v for k, v in settings.items() if k == "clip"}
-    one, history = train(make_trainer("one", **alike))
-    many, shared = run_in_processes(make_trainer("many", **alike | settings), world, tmp_path / "meeting")
-    assert_one_curve(history, shared)
-    close(one, many, 1e-4)
+    common = {"dropout": 0.0, "epochs": 2, "warm_up_steps": 3} | {k: v for k, v in settings.items() if k == "clip"}
+    single, history = train(make_trainer("one", **common))
+    many, many_history = run_in_processes(make_trainer("many", **common | settings), world, tmp_path / "meeting")
+    assert_one_curve(history, many_history)
+    assert_close(single, many, 1e-4)
 
 
 def test_the_closed_form_of_many_processes_is_that_of_one(make_trainer, tmp_path: Path):
-    quiet = {"epochs": 1, "learning_rate": 1e-12, "validate_every": 100}
-    one, alone = train(make_trainer("one", rows=20_000, batch_size=20_000, **quiet))
-    many, shared = run_in_processes(
-        make_trainer("many", rows=20_000, batch_size=20_000, **quiet), 3, tmp_path / "meeting"
-    )
-    torch.testing.assert_close(one.B_rct @ one.A, many.B_rct @ many.A, atol=1e-5, rtol=1e-5)
-    assert shared.reconstruction_error == pytest.approx(alone.reconstruction_error, rel=1e-5)
+
+    settings = {"rows": 20_000, "batch_size": 20_000, "epochs": 1, "learning_rate": 1e-12, "validate_every": 100}
+    single, single_history = train(make_trainer("one", **settings))
+    many, many_history = run_in_processes(make_trainer("many", **settings), 3, tmp_path / "meeting")
+    torch.testing.assert_close(single.B_rct @ single.A, many.B_rct @ many.A, atol=1e-5, rtol=1e-5)
+    assert many_history.reconstruction_error == pytest.approx(single_history.reconstruction_error, rel=1e-5)
 
 
-def test_processes_take_up_what_others_left(make_trainer, tmp_path: Path):
-    """Two processes go on from a checkpoint of one, and one from theirs."""
+def test_two_processes_resume_from_the_checkpoint_of_one(make_trainer, tmp_path: Path):
     settings = {"dropout": 0.0, "epochs": 2}
-    one, history = train(make_trainer("one", **settings))
+    single, history = train(make_trainer("one", **settings))
     die(make_trainer("dying", **settings), 8)
-    two, shared = run_in_processes(make_trainer("dying", **settings), 2, tmp_path / "meeting")
-    assert_one_curve(history, shared)
-    close(one, two, 1e-4)
+    resumed, resumed_history = run_in_processes(make_trainer("dying", **settings), 2, tmp_path / "meeting")
+    assert_one_curve(history, resumed_history)
+    assert_close(single, resumed, 1e-4)
 
 
 @pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_deepspeed_trains_as_one_process_would_and_resumes(make_trainer, tmp_path: Path, stage: int):
-    alike = {"dropout": 0.0, "epochs": 2, "clip": 0.1}
-    one, history = train(make_trainer("one", **alike))
-    die(make_trainer("many", **alike), 8)
-    settings = alike | {"strategy": "deepspeed", "zero_stage": stage, "accumulate": 2}
-    many, shared = run_in_processes(make_trainer("many", **settings), 2, tmp_path / "meeting")
-    assert_one_curve(history, shared)
-    close(one, many, 1e-4)
-    again, _ = train(make_trainer("many", **alike))  # what it left is everyone's checkpoint
-    close(again, many, 0.0)
+    common = {"dropout": 0.0, "epochs": 2, "clip": 0.1}
+    single, history = train(make_trainer("one", **common))
+    die(make_trainer("many", **common), 8)
+    settings = common | {"strategy": "deepspeed", "zero_stage": stage, "accumulate": 2}
+    many, many_history = run_in_processes(make_trainer("many", **settings), 2, tmp_path / "meeting")
+    assert_one_curve(history, many_history)
+    assert_close(single, many, 1e-4)
+    resumed, _ = train(make_trainer("many", **common))  # any strategy can load the checkpoint
+    assert_close(resumed, many, 0.0)
 
 
 def test_a_checkpoint_of_another_shape_is_named(make_trainer):
