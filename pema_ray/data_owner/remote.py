@@ -1,7 +1,7 @@
 """A PLM owner of another organisation, over HTTPS: a `PLMClient` whose frames carry a key and a fingerprint.
 
-Only a person can fix a `UserError` (key, certificate, a sequence that is too long); `Busy` passes by itself (quota, no
-slot, a service that restarts); `ConnectionError` is a dead line. N rows, H hidden.
+A user must fix a `UserError` (key, certificate, a sequence that is too long); `Busy` is temporary (quota, no slot, a
+service that restarts); `ConnectionError` is a dead line. N rows, H hidden.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _UNLIMITED = 2**31 - 1
 _Count = Annotated[int, msgspec.Meta(ge=1, lt=2**40)]
 
 
-class _OwnersLimits(msgspec.Struct):
+class _RequestLimits(msgspec.Struct):
     max_steps: _Count
     max_rows: _Count
     max_draft: Annotated[int, msgspec.Meta(ge=0)]
@@ -58,12 +58,12 @@ class _Model(msgspec.Struct):
     eos_token_ids: tuple[int, ...]
     max_session_tokens: _Count
     max_sessions: _Count
-    limits: _OwnersLimits
+    limits: _RequestLimits
     quota: _Quota = _Quota()
 
 
 class RemotePLM:
-    """The service of a PLM owner elsewhere.
+    """A client of another organisation's PLM owner.
 
     Args:
         config: `url`, `key_file`, `ca_file` and `timeout_seconds` of `plm`.
@@ -137,9 +137,9 @@ class RemotePLM:
         return bundle
 
     async def extract(self, batch: ExtractBatch) -> torch.Tensor:
-        """Representations `[N, H]`; a batch that exceeds the PLM owner's limits goes in several requests, in turn.
+        """Representations `[N, H]`; a batch beyond the PLM owner's limits is split into requests, sent in turn.
 
-        After the first of them this waits for the quota itself: to repeat them all would use it up again.
+        After the first of them this waits for the quota itself, as repeating all of them would use it up again.
         """
         limits = (await self.describe()).limits
         rows: list[torch.Tensor] = []
@@ -185,7 +185,7 @@ class RemotePLM:
         if len(outcomes) != len(steps):
             raise UserError(f"{self.config.url}: answered {len(outcomes)} of {len(steps)} steps.")
         for step, outcome in zip(steps, outcomes, strict=True):
-            if isinstance(outcome, Stepped) and not _answers(outcome, step, card):
+            if isinstance(outcome, Stepped) and not _matches(outcome, step, card):
                 raise UserError(f"{self.config.url}: sent {list(outcome.state_NH.shape)} for a step of {step.session}.")
         return outcomes
 
@@ -212,24 +212,24 @@ class RemotePLM:
         except httpx.UnsupportedProtocol as error:
             raise UserError(f"{self.config.label}: {error}") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            said = str(error).upper()
-            if "CERTIFICATE" in said:
+            text = str(error).upper()
+            if "CERTIFICATE" in text:
                 raise UserError(f"{self.config.url}: its certificate is not trusted: {error}") from None
-            if any(sign in said for sign in _NO_TLS):
+            if any(sign in text for sign in _NO_TLS):
                 raise UserError(f"{self.config.url}: no TLS is spoken there: {error}. Check plm.url.") from None
             raise ConnectionError(f"{self.config.url}: {type(error).__name__}: {error}") from None
         if response.is_success:
             return response
         message = codec.as_error(response.content)
-        if response.status_code in _BUSY or not _is_of_the_line(response):
+        if response.status_code in _BUSY or not _is_from_api(response):
             raise Busy(message, _seconds(response.headers.get("Retry-After")))
         if response.status_code == 409 and self._fingerprint is not None:
             raise FingerprintMismatch(self.config.label, _answering_plm(response.content), self._fingerprint)
         raise UserError(f"{self.config.url}{path}: {response.status_code}: {message}")
 
 
-def _is_of_the_line(response: httpx.Response) -> bool:
-    """Whether the PLM owner's API answered; Serve's proxy answers for an application that is away or restarts."""
+def _is_from_api(response: httpx.Response) -> bool:
+    """Whether the PLM owner's API answered, not Serve's proxy for an application that is away or restarts."""
     if response.status_code not in (404, 500):
         return True
     with suppress(msgspec.MsgspecError, KeyError, TypeError):
@@ -237,13 +237,13 @@ def _is_of_the_line(response: httpx.Response) -> bool:
     return False
 
 
-def _answers(outcome: Stepped, step: Step, card: ModelCard) -> bool:
+def _matches(outcome: Stepped, step: Step, card: ModelCard) -> bool:
     expected = (step.states + step.draft, card.hidden_size)
     return outcome.state_NH.shape == expected and len(outcome.drafted) == step.draft
 
 
 def _messages(steps: Sequence[Step], max_steps: int, max_rows: int, max_tokens: int) -> Iterator[list[Step]]:
-    """The steps in their order, in messages that the PLM owner accepts."""
+    """The steps in order, in messages that the PLM owner accepts."""
     message: list[Step] = []
     rows = tokens = 0
     for step in steps:
@@ -258,22 +258,22 @@ def _messages(steps: Sequence[Step], max_steps: int, max_rows: int, max_tokens: 
 
 
 def _requests(batch: ExtractBatch, max_rows: int, max_tokens: int, max_bytes: int) -> Iterator[ExtractBatch]:
-    """The batch in its order, in requests within the limits, each with its prefix; longer ones stay whole."""
-    most_tokens = max_tokens - len(batch.prefix)
+    """The batch in order, in requests within the limits, each with its prefix; a sequence above them goes alone."""
+    token_limit = max_tokens - len(batch.prefix)
     empty = _HEADER_BYTES + _TOKEN_BYTES * len(batch.prefix)
     sequences: list[list[int]] = []
     starts: list[int] = []
     rows, tokens, size = 0, 0, empty
-    for whole, begin in zip(batch.token_ids, batch.first, strict=True):
-        for first in range(begin, len(whole), max_rows):
-            ids = whole[: first + max_rows]  # states do not depend on what follows
-            new_rows, new_size = len(ids) - first, _TOKEN_BYTES * len(ids) + _SEQUENCE_BYTES
-            full = rows + new_rows > max_rows or tokens + len(ids) > most_tokens or size + new_size > max_bytes
+    for sequence, begin in zip(batch.token_ids, batch.first, strict=True):
+        for start in range(begin, len(sequence), max_rows):
+            ids = sequence[: start + max_rows]  # states do not depend on later tokens
+            new_rows, new_size = len(ids) - start, _TOKEN_BYTES * len(ids) + _SEQUENCE_BYTES
+            full = rows + new_rows > max_rows or tokens + len(ids) > token_limit or size + new_size > max_bytes
             if sequences and full:
                 yield ExtractBatch(sequences, starts, batch.prefix)
                 sequences, starts, rows, tokens, size = [], [], 0, 0, empty
             sequences.append(ids)
-            starts.append(first)
+            starts.append(start)
             rows, tokens, size = rows + new_rows, tokens + len(ids), size + new_size
     yield ExtractBatch(sequences, starts, batch.prefix)
 
@@ -303,7 +303,7 @@ def _trusted(ca_file: str | None) -> ssl.SSLContext | bool:
 
 
 def _answering_plm(content: bytes) -> str:
-    """Which PLM there is, as an answer of status 409 says."""
+    """The PLM that a response of status 409 names."""
     with suppress(msgspec.MsgspecError, KeyError, TypeError):
         return str(msgspec.json.decode(content)["error"]["found"])
     return "another one"

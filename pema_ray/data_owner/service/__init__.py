@@ -1,6 +1,5 @@
 """The data owner's service: OpenAI's API and a playground over the one decoder.
 
-`protocol.py` has the requests, `forms.py` makes generation requests of them and answers of tokens, `api.py` is the
-application, `service.py` loads adapters and tasks. Knows the line, not
-the PLM.
+`protocol.py` has the requests, `forms.py` turns them into generation requests and tokens into answers, `api.py` is the
+application, `service.py` loads adapters and tasks. Knows the line, not the PLM.
 """

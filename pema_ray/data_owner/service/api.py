@@ -1,6 +1,6 @@
-"""The API that users call: OpenAI's completions and chat, and this project's own parameters, over the decoder.
+"""The users' API over the decoder: OpenAI's completions and chat, with this project's own parameters.
 
-Models are adapters by name, and the PLM alone under its own name.
+Models are the adapters, by name, and the PLM alone under its own name.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 
 from pema_ray.data_owner.config import ScheduleKind
 from pema_ray.data_owner.decoding import GenerationAborted, GenerationRequest, Token
-from pema_ray.data_owner.service.forms import Chat, Completion, Form, Service, adapter_named, model_names
+from pema_ray.data_owner.service.forms import Chat, Completion, Form, adapter_named, model_names
 from pema_ray.data_owner.service.protocol import ChatRequest, CompletionRequest
+from pema_ray.data_owner.service.service import DataOwner
 from pema_ray.errors import UserError
 from pema_ray.line import Busy
 from pema_ray.runtime.serving.http import Admission, error_body, handle_errors
 
 _PLAYGROUND = Path(__file__).with_name("playground.html")
-_MAX_BYTES = 2 * 2**20  # of a request
+_MAX_BYTES = 2 * 2**20  # per request
 
 
-def make_api(service: Service) -> FastAPI:
-    """The application; `service` may still be starting when it is made."""
+def make_api(service: DataOwner) -> FastAPI:
+    """The application; `service` may still be starting."""
     api = FastAPI(title="pema-ray", description="A data owner's service: PEMA by Gradual Unrolling.", docs_url="/docs")
     _handle_errors(api)
     api.add_middleware(Admission, max_bytes=_MAX_BYTES, count=lambda name: _count(service, name))
@@ -40,7 +41,7 @@ def make_api(service: Service) -> FastAPI:
 
     @api.get("/v1/models/{name:path}")
     async def model(name: str) -> Any:
-        """One of them."""
+        """One model."""
         adapter_named(service, name)
         return _model(service, name)
 
@@ -56,12 +57,12 @@ def make_api(service: Service) -> FastAPI:
 
     @api.get("/playground", response_class=HTMLResponse)
     async def playground() -> str:
-        """A page to try adapters on: tokens as they come, coloured by the distribution that chose them."""
+        """A page to try adapters: streamed tokens, coloured by the distribution that chose them."""
         return _PLAYGROUND.read_text(encoding="utf-8")
 
     @api.get("/playground/models")
     async def playground_models() -> dict[str, Any]:
-        """Adapters that take a source alone, and their default λ."""
+        """Adapters that accept a source text, and their default λ."""
         schedules = {name: builder.schedule for name, builder in service.builders.items()}
         default = next(iter(schedules.values()), service.schedule)
         return {
@@ -79,28 +80,19 @@ def make_api(service: Service) -> FastAPI:
     return api
 
 
-async def _tokenized(service: Service, kind: type[Form], body: Any) -> Form:
-    """The request with its prompts as tokens; streams continue meanwhile."""
+async def _tokenized(service: DataOwner, kind: type[Form], body: Any) -> Form:
+    """The tokenized request; runs in a thread, so that streams continue meanwhile."""
     return await asyncio.get_running_loop().run_in_executor(service.tokenizing, kind, service, body)
 
 
-async def _answer(service: Service, form: Form) -> Any:
+async def _answer(service: DataOwner, form: Form) -> Any:
     if form.body.stream:
         stream = _streamed(service, form)
-        first = await anext(stream)  # errors before the first token get a status of their own
+        first = await anext(stream)  # an error before the first token sets the response's status
         return StreamingResponse(_prepended(first, stream), media_type="text/event-stream")
 
-    async def one(request: GenerationRequest) -> list[Token]:
-        async with aclosing(service.decoder.answer(request, service.timeout_seconds)) as answer:
-            return [token async for token in answer]
-
-    tasks = [asyncio.create_task(one(request)) for request in form.requests]
-    try:
-        answers = await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-    choices = [form.whole(index, tokens) for index, tokens in enumerate(answers)]
+    answers = [a.tokens for a in await service.decoder.generate(form.requests, service.timeout_seconds)]
+    choices = [form.full_choice(index, tokens) for index, tokens in enumerate(answers)]
     return JSONResponse({**form.head(chunk=False), "choices": choices, "usage": form.usage(answers)})
 
 
@@ -113,8 +105,8 @@ async def _prepended(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]
         await rest.aclose()  # type: ignore[attr-defined]
 
 
-async def _streamed(service: Service, form: Form) -> AsyncIterator[str]:
-    """Server-sent events; a client that disconnects ends all its answers."""
+async def _streamed(service: DataOwner, form: Form) -> AsyncIterator[str]:
+    """Server-sent events; ends all answers when the client disconnects."""
     queue: asyncio.Queue[tuple[int, Token | Exception]] = asyncio.Queue()
 
     async def follow(index: int, request: GenerationRequest) -> None:
@@ -127,23 +119,23 @@ async def _streamed(service: Service, form: Form) -> AsyncIterator[str]:
 
     tasks = [asyncio.create_task(follow(index, request)) for index, request in enumerate(form.requests)]
     answers: list[list[Token]] = [[] for _ in tasks]
-    texts, left, began = [""] * len(tasks), len(tasks), False
+    texts, unfinished, started = [""] * len(tasks), len(tasks), False
     try:
-        while left:
+        while unfinished:
             index, token = await queue.get()
             if isinstance(token, Exception):
-                if not began:
+                if not started:
                     raise token
                 yield _event(error_body(_message(token), "server_error"))
                 return
-            began = True
+            started = True
             first = not answers[index]
             answers[index].append(token)
             text = token.text if form.streams_text else form.text(answers[index]) if token.finish else ""
-            piece = form.piece(index, token, text, first, texts[index])
+            piece = form.chunk_choice(index, token, text, first, texts[index])
             texts[index] += text
             yield _event({**form.head(chunk=True), "choices": [piece]})
-            left -= token.finish is not None
+            unfinished -= token.finish is not None
         if form.body.reports_usage:
             yield _event({**form.head(chunk=True), "choices": [], "usage": form.usage(answers)})
         yield "data: [DONE]\n\n"
@@ -153,7 +145,7 @@ async def _streamed(service: Service, form: Form) -> AsyncIterator[str]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _count(service: Service, name: str) -> None:
+def _count(service: DataOwner, name: str) -> None:
     if service.ready:
         service.decoder.counts[name] += 1
 
@@ -162,7 +154,7 @@ def _event(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
-def _model(service: Service, name: str) -> dict[str, Any]:
+def _model(service: DataOwner, name: str) -> dict[str, Any]:
     owner = "plm-owner" if name == service.card.name else "data-owner"
     return {"id": name, "object": "model", "created": service.started, "owned_by": owner}
 
@@ -179,5 +171,5 @@ def _handle_errors(api: FastAPI) -> None:
     @api.exception_handler(GenerationAborted)
     @api.exception_handler(Busy)
     async def busy(_: Request, error: Exception) -> JSONResponse:
-        after = str(max(1, round(getattr(error, "retry_after", 1.0))))
-        return JSONResponse(error_body(_message(error), "server_error"), 503, headers={"Retry-After": after})
+        seconds = str(max(1, round(getattr(error, "retry_after", 1.0))))
+        return JSONResponse(error_body(_message(error), "server_error"), 503, headers={"Retry-After": seconds})

@@ -1,4 +1,4 @@
-"""How the API's two kinds of request become generation requests, and how tokens become OpenAI's answers."""
+"""Turns the API's two kinds of request into generation requests, and tokens into OpenAI's answers."""
 
 from __future__ import annotations
 
@@ -6,54 +6,29 @@ import random
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from pema_ray.data_owner.decoding import Attribution, Decoder, GenerationRequest, Token
+from pema_ray.data_owner.decoding import Attribution, GenerationRequest, Token
 from pema_ray.data_owner.decoding.request_builder import RequestBuilder
 from pema_ray.data_owner.decoding.unrolling import UnrollingSchedule
 from pema_ray.data_owner.service.protocol import ChatRequest, CompletionRequest
+from pema_ray.data_owner.service.service import DataOwner
 from pema_ray.errors import nearest
-from pema_ray.line import ModelCard
-from pema_ray.line.tokenizer import PLMTokenizer
 
-_MAX_ANSWERS = 64  # to one request
+_MAX_ANSWERS = 64  # per request
 _EXPLAINED_ALTERNATIVES = 5  # most probable tokens of each distribution
 
 
-class Service(Protocol):
-    """What the API needs of the deployment that it belongs to."""
-
-    decoder: Decoder
-    card: ModelCard
-    tokenizer: PLMTokenizer
-    schedule: UnrollingSchedule
-    max_tokens: int
-    """Of a prompt and its answer together."""
-    timeout_seconds: float
-    draft: int
-    started: int
-    tokenizing: ThreadPoolExecutor
-    """Of one thread: tokenizers are not thread-safe."""
-    builders: Mapping[str, RequestBuilder]
-    """By adapter: how its task words a source."""
-    rejected: str | None
-    """Why the last change of adapters was rejected, if it was."""
-
-    @property
-    def ready(self) -> bool: ...
-
-
 class Form:
-    """One request, tokenised, with the wording of its answer."""
+    """One tokenised request, and the format of its answer."""
 
     object: str
     prefix: str
 
-    def __init__(self, service: Service, body: CompletionRequest | ChatRequest) -> None:
+    def __init__(self, service: DataOwner, body: CompletionRequest | ChatRequest) -> None:
         self.service, self.body = service, body
         self.prompts: list[list[int]] = []
         self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
@@ -67,18 +42,9 @@ class Form:
         raise NotImplementedError
 
     @property
-    def max_tokens(self) -> int | None:
-        raise NotImplementedError
-
-    @property
     def eos(self) -> tuple[int, ...]:
-        """Tokens that end an answer beside the PLM's own."""
+        """Tokens that end an answer, besides the PLM's own."""
         return ()
-
-    @property
-    def top(self) -> int | None:
-        """Most probable tokens requested with each; None: no log-probabilities at all."""
-        raise NotImplementedError
 
     def _requests(self) -> list[GenerationRequest]:
         """`n` answers to every prompt."""
@@ -89,7 +55,7 @@ class Form:
         sampling = body.sampling(random.getrandbits(62))
         requests: list[GenerationRequest] = []
         for prompt in prompts:
-            limit = self._answer_limit(prompt)
+            limit = self._answer_limit(prompt, body.answer_limit)
             requests += [
                 GenerationRequest(
                     prompt=prompt,
@@ -101,14 +67,14 @@ class Form:
                     stop=body.stops,
                     eos=self.eos,
                     stream=len(requests) + k,
-                    **self._common(),
+                    **self._shared_fields(),
                 )
                 for k in range(body.n)
             ]
         return requests
 
-    def _common(self) -> dict[str, Any]:
-        body, top = self.body, self.top or 0
+    def _shared_fields(self) -> dict[str, Any]:
+        body, top = self.body, self.body.top or 0
         return {
             "top": max(top, _EXPLAINED_ALTERNATIVES) if body.explain else top,
             "explain": body.explain,
@@ -120,14 +86,13 @@ class Form:
         """λ: the request's, else the adapter's task's, else the service's."""
         return self.body.unrolling(self.service.schedule if self.builder is None else self.builder.schedule)
 
-    def _answer_limit(self, prompt: Sequence[int]) -> int:
+    def _answer_limit(self, prompt: Sequence[int], limit: int | None) -> int:
+        """The limit if given and possible, else all that the prompt leaves."""
         if not prompt:
             raise HTTPException(400, "The prompt is empty.")
         room = self.service.max_tokens - len(prompt)
-        return self._checked_limit(prompt, room if self.max_tokens is None else self.max_tokens)
-
-    def _checked_limit(self, prompt: Sequence[int], limit: int) -> int:
-        if limit < 1 or limit > self.service.max_tokens - len(prompt):
+        limit = room if limit is None else limit
+        if not 1 <= limit <= room:
             raise HTTPException(
                 400,
                 f"The prompt has {len(prompt)} tokens and {max(limit, 0)} more are requested; prompt and answer "
@@ -139,18 +104,18 @@ class Form:
 
     @property
     def streams_text(self) -> bool:
-        """Whether text can be sent as it comes; else the last piece has all of it."""
+        """Whether text can be streamed; else the last piece has all of it."""
         return True
 
     def text(self, tokens: Sequence[Token]) -> str:
         """The text of a whole answer."""
         return "".join(token.text for token in tokens)
 
-    def whole(self, index: int, tokens: list[Token]) -> dict[str, Any]:
+    def full_choice(self, index: int, tokens: list[Token]) -> dict[str, Any]:
         """The choice of a finished answer."""
         raise NotImplementedError
 
-    def piece(self, index: int, token: Token, text: str, first: bool, before: str) -> dict[str, Any]:
+    def chunk_choice(self, index: int, token: Token, text: str, first: bool, text_before: str) -> dict[str, Any]:
         """The choice of one token in a stream."""
         raise NotImplementedError
 
@@ -166,7 +131,7 @@ class Form:
         return self.service.tokenizer.token_text(token)
 
     def _explanation(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        """`explain`: one entry a token, beside OpenAI's own fields."""
+        """`explain`: one entry per token, beside OpenAI's own fields."""
         if not self.body.explain:
             return {}
         return {"explanation": [self._explained(token, token.attribution) for token in tokens if token.attribution]}
@@ -194,13 +159,13 @@ class Completion(Form):
 
     def _prompts(self) -> list[list[int]]:
         tokenizer = self.service.tokenizer
-        return [tokenizer.encode(p) if isinstance(p, str) else self._checked(p) for p in self.body.prompts]
+        return [tokenizer.encode(p) if isinstance(p, str) else self._check_ids(p) for p in self.body.prompts]
 
-    def _checked(self, ids: Sequence[int]) -> list[int]:
+    def _check_ids(self, ids: Sequence[int]) -> list[int]:
         card = self.service.card
         wrong = next((i for i in ids if not 0 <= i < card.vocab_size), None)
         if wrong is not None:
-            raise HTTPException(400, f"{wrong} is no token of {card.name}, which has {card.vocab_size}.")
+            raise HTTPException(400, f"{wrong} is no token id of {card.name}, which has {card.vocab_size} tokens.")
         return list(ids)
 
     def _requests(self) -> list[GenerationRequest]:
@@ -215,18 +180,10 @@ class Completion(Form):
             changes["max_new_tokens"] = body.max_tokens
         if body.length is not None:
             changes["length"] = body.length
-        request = builder.build(source, **changes, **self._common())
+        request = builder.build(source, **changes, **self._shared_fields())
         self.prompts = [list(request.prompt)]
-        self._checked_limit(request.prompt, request.max_new_tokens)
+        self._answer_limit(request.prompt, request.max_new_tokens)
         return [replace(request, stream=k) for k in range(body.n)]
-
-    @property
-    def max_tokens(self) -> int | None:
-        return self.body.max_tokens
-
-    @property
-    def top(self) -> int | None:
-        return self.body.logprobs
 
     @property
     def streams_text(self) -> bool:
@@ -240,24 +197,24 @@ class Completion(Form):
         text, builder = super().text(tokens), self._builder_of_source
         return text if builder is None else builder.postprocess(text, self.body.source or "")[0]
 
-    def whole(self, index: int, tokens: list[Token]) -> dict[str, Any]:
-        return self._choice(index, self.text(tokens), tokens, tokens[-1].finish, "")
+    def full_choice(self, index: int, tokens: list[Token]) -> dict[str, Any]:
+        return self._choice(index, self.text(tokens), tokens)
 
-    def piece(self, index: int, token: Token, text: str, first: bool, before: str) -> dict[str, Any]:
-        return self._choice(index, text, [token], token.finish, before)
+    def chunk_choice(self, index: int, token: Token, text: str, first: bool, text_before: str) -> dict[str, Any]:
+        return self._choice(index, text, [token], text_before)
 
-    def _choice(self, index: int, text: str, tokens: list[Token], finish: str | None, before: str) -> dict[str, Any]:
-        choice = {"index": index, "text": text, "finish_reason": _reason(finish), "logprobs": None}
-        if self.top is not None:
+    def _choice(self, index: int, text: str, tokens: list[Token], text_before: str = "") -> dict[str, Any]:
+        choice = {"index": index, "text": text, "finish_reason": _reason(tokens[-1].finish), "logprobs": None}
+        if self.body.top is not None:
             texts = [self.token_text(token.id) for token in tokens]
             choice["logprobs"] = {
                 "tokens": texts,
                 "token_logprobs": [token.log_prob for token in tokens],
                 "top_logprobs": [
-                    {self.token_text(i): p for i, p in reversed(token.top[: self.top])}
-                    for token in tokens  # of two tokens with equal text the likelier stays
+                    {self.token_text(i): p for i, p in reversed(token.top[: self.body.top])}
+                    for token in tokens  # of two tokens with equal text, the likelier one is kept
                 ],
-                "text_offset": [len(before) + sum(map(len, texts[:i])) for i in range(len(texts))],
+                "text_offset": [len(text_before) + sum(map(len, texts[:i])) for i in range(len(texts))],
             }
         return choice | self._explanation(tokens)
 
@@ -283,39 +240,31 @@ class Chat(Form):
         end = self.service.tokenizer.answer_frame(self._template_arguments).end
         return () if end is None else (end,)
 
-    @property
-    def max_tokens(self) -> int | None:
-        return self.body.most_tokens
-
-    @property
-    def top(self) -> int | None:
-        return (self.body.top_logprobs or 0) if self.body.logprobs else None
-
-    def whole(self, index: int, tokens: list[Token]) -> dict[str, Any]:
+    def full_choice(self, index: int, tokens: list[Token]) -> dict[str, Any]:
         message = {"role": "assistant", "content": self.text(tokens), "refusal": None}
         choice = {"index": index, "message": message, "finish_reason": _reason(tokens[-1].finish)}
         return choice | {"logprobs": self._logprobs(tokens)} | self._explanation(tokens)
 
-    def piece(self, index: int, token: Token, text: str, first: bool, before: str) -> dict[str, Any]:
+    def chunk_choice(self, index: int, token: Token, text: str, first: bool, text_before: str) -> dict[str, Any]:
         delta = ({"role": "assistant"} if first else {}) | {"content": text}
         choice = {"index": index, "delta": delta, "finish_reason": _reason(token.finish)}
         return choice | {"logprobs": self._logprobs([token])} | self._explanation([token])
 
     def _logprobs(self, tokens: list[Token]) -> dict[str, Any] | None:
-        if self.top is None:
+        if self.body.top is None:
             return None
-        content = [
-            self._one(token.id, token.log_prob) | {"top_logprobs": [self._one(i, p) for i, p in token.top[: self.top]]}
-            for token in tokens
-        ]
+        content = []
+        for token in tokens:
+            top = [self._logprob(i, p) for i, p in token.top[: self.body.top]]
+            content.append(self._logprob(token.id, token.log_prob) | {"top_logprobs": top})
         return {"content": content, "refusal": None}
 
-    def _one(self, token: int, log_prob: float) -> dict[str, Any]:
+    def _logprob(self, token: int, log_prob: float) -> dict[str, Any]:
         own_bytes = list(self.service.tokenizer.token_bytes(token))
         return {"token": self.token_text(token), "logprob": log_prob, "bytes": own_bytes}
 
 
-def adapter_named(service: Service, name: str) -> str | None:
+def adapter_named(service: DataOwner, name: str) -> str | None:
     """The adapter of a model's name; None for the PLM alone.
 
     Raises:
@@ -325,12 +274,12 @@ def adapter_named(service: Service, name: str) -> str | None:
         return name
     if name == service.card.name:
         return None
-    known = model_names(service)
-    raise HTTPException(404, f"There is no model '{name}'; there are {', '.join(known)}.{nearest(name, known)}")
+    names = model_names(service)
+    raise HTTPException(404, f"There is no model '{name}'; there are {', '.join(names)}.{nearest(name, names)}")
 
 
-def model_names(service: Service) -> list[str]:
-    """Adapters, and the PLM alone."""
+def model_names(service: DataOwner) -> list[str]:
+    """The adapters, and the PLM alone."""
     return [*service.decoder.predictors, service.card.name]
 
 

@@ -1,4 +1,4 @@
-"""OpenAI's requests, as far as they are supported. Unsupported parameters are rejected by name, never ignored."""
+"""The supported part of OpenAI's requests. Unsupported parameters are rejected by name, never ignored."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pema_ray.data_owner.config import ScheduleKind
 from pema_ray.data_owner.decoding import SamplingParams
 from pema_ray.data_owner.decoding.unrolling import UnrollingSchedule
 
-_MOST_ANSWERS = 16
-_AS_GOOD_AS_GREEDY = 1e-3  # a temperature; below it probabilities overflow
+_MAX_N = 16
+_GREEDY_BELOW = 1e-3  # temperature; lower ones overflow
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-def _of_whole_characters(text: str) -> str:
+def _reject_surrogates(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -25,8 +25,8 @@ def _of_whole_characters(text: str) -> str:
     return text
 
 
-# Texts that are not tokenised: the tokenizer checks the others.
-Text = Annotated[str, AfterValidator(_of_whole_characters)]
+# For texts that are not tokenised; the tokenizer checks the others.
+Text = Annotated[str, AfterValidator(_reject_surrogates)]
 
 
 class _Unrolled(BaseModel):
@@ -35,7 +35,7 @@ class _Unrolled(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: Text
-    n: int = Field(default=1, ge=1, le=_MOST_ANSWERS)
+    n: int = Field(default=1, ge=1, le=_MAX_N)
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: dict[str, bool] | None = None
@@ -50,10 +50,10 @@ class _Unrolled(BaseModel):
     """Weight of the adapter at the first token."""
     schedule: ScheduleKind | None = None
     length: int | None = Field(default=None, ge=1, le=1_000_000)
-    """Tokens over which a falling λ reaches its floor; the longest answer by default."""
+    """Tokens over which a falling λ reaches its floor; by default the maximum length of the answer."""
     floor: Finite | None = Field(default=None, ge=0, le=1)
     explain: bool = False
-    """Return λ, both probabilities and both most probable tokens with every token."""
+    """Return λ, both probabilities and the most probable tokens of both distributions with every token."""
     draft: int | None = Field(default=None, ge=0, le=16)
     """Longest draft; answers are the same with any length."""
     raw: bool = False
@@ -72,11 +72,11 @@ class _Unrolled(BaseModel):
     @field_validator("stop")
     @classmethod
     def _at_most_four(cls, stop: str | list[str] | None) -> str | list[str] | None:
-        each = [stop] if isinstance(stop, str) else stop or []
-        if len(each) > 4 or any(not s or len(s) > 500 for s in each):
+        stops = [stop] if isinstance(stop, str) else stop or []
+        if len(stops) > 4 or any(not s or len(s) > 500 for s in stops):
             raise ValueError("at most four stop strings, of 1 to 500 characters each")
-        for text in each:
-            _of_whole_characters(text)
+        for text in stops:
+            _reject_surrogates(text)
         return stop
 
     @property
@@ -88,20 +88,20 @@ class _Unrolled(BaseModel):
         return bool((self.stream_options or {}).get("include_usage"))
 
     def sampling(self, default_seed: int, default: SamplingParams | None = None) -> SamplingParams:
-        """Greedy at temperature 0, as OpenAI has it.
+        """Greedy at temperature 0, as in OpenAI's API.
 
         Args:
-            default: of an adapter's task, where the request names neither temperature nor top_p.
+            default: of an adapter's task; used if the request names neither temperature nor top_p.
         """
         seed = self.seed if self.seed is not None else default_seed
         if default is not None and not {"temperature", "top_p"} & self.model_fields_set:
             return replace(default, seed=seed)
-        if self.temperature < _AS_GOOD_AS_GREEDY:
+        if self.temperature < _GREEDY_BELOW:
             return SamplingParams("greedy", seed=seed)
         return SamplingParams("sample", self.temperature, self.top_p, seed=seed)
 
     def unrolling(self, default: UnrollingSchedule) -> UnrollingSchedule:
-        """This request's λ; what it leaves out is the default's.
+        """This request's λ, completed by the default's fields.
 
         Raises:
             UserError: a floor above λ_max.
@@ -121,7 +121,7 @@ class CompletionRequest(_Unrolled):
     best_of: Literal[1, None] = None
     suffix: None = None
     source: str | None = Field(default=None, min_length=1, max_length=1_000_000)
-    """Instead of a prompt: the source text, which the adapter's task words as in training."""
+    """Instead of a prompt: the source text, from which the adapter's task makes the prompt as in training."""
 
     @property
     def prompts(self) -> Sequence[str | list[int]]:
@@ -132,11 +132,21 @@ class CompletionRequest(_Unrolled):
             return [self.prompt]  # type: ignore[list-item]
         return self.prompt  # type: ignore[return-value]
 
+    @property
+    def answer_limit(self) -> int | None:
+        """Maximum tokens of an answer."""
+        return self.max_tokens
+
+    @property
+    def top(self) -> int | None:
+        """Number of most probable tokens requested with each token; None: no log-probabilities."""
+        return self.logprobs
+
     @field_validator("prompt")
     @classmethod
-    def _some(cls, prompt: Any) -> Any:
+    def _not_empty(cls, prompt: Any) -> Any:
         if prompt == "":
-            return prompt  # where a source is given
+            return prompt  # a source is given instead
         if not prompt or (isinstance(prompt, list) and len(prompt) > 64 and not isinstance(prompt[0], int)):
             raise ValueError("1 to 64 prompts, none of them empty")
         return prompt
@@ -175,7 +185,7 @@ class ChatRequest(_Unrolled):
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     response_format: dict[Literal["type"], Literal["text"]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    """What the chat template takes beside the messages; by default the adapter's task's."""
+    """Further arguments of the chat template; by default those of the adapter's task."""
 
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> ChatRequest:
@@ -184,5 +194,11 @@ class ChatRequest(_Unrolled):
         return self
 
     @property
-    def most_tokens(self) -> int | None:
+    def answer_limit(self) -> int | None:
+        """Maximum tokens of an answer."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def top(self) -> int | None:
+        """As in `CompletionRequest`."""
+        return (self.top_logprobs or 0) if self.logprobs else None

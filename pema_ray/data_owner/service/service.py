@@ -1,4 +1,4 @@
-"""The data owner's deployment: adapters, the decoder and the API, over whichever client of a PLM owner it is given."""
+"""The data owner's deployment: adapters, the decoder and the API, over any client of a PLM owner."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from pema_ray.tasks import Pair, Prompter, Task
 from pema_ray.tasks.shots import SimilarShots
 
 logger = logging.getLogger(__name__)
-_START_SECONDS = 600.0  # that a service waits for its PLM owner before it gives up
+_START_SECONDS = 600.0  # to wait for the PLM owner
 
 
 class DecoderConfig(UnrollingConfig):
-    """How a data owner's service answers, where neither the request nor the adapter's task says."""
+    """Defaults of a data owner's service; requests and adapters' tasks override them."""
 
     timeout_seconds: float = Field(default=300.0, gt=0)
     """For a whole answer."""
@@ -46,7 +46,7 @@ class DecoderConfig(UnrollingConfig):
     max_live: int = Field(default=256, ge=1)
     """Answers at a time (beam search counts every beam); more are rejected with status 503."""
     device: str = "auto"
-    """Where the LM head and the adapters are."""
+    """Device of the LM head and the adapters."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The LM head's."""
     threads: int = Field(default=0, ge=0)
@@ -54,20 +54,20 @@ class DecoderConfig(UnrollingConfig):
 
 
 class ShownPair(Section):
-    """A pair that every prompt shows."""
+    """An example that every prompt shows."""
 
     source: str
     target: str
 
 
 class ServedTask(Section):
-    """What an adapter was trained and tuned with: a request may then give its source alone."""
+    """The task that an adapter was trained for: requests may then send a source instead of a prompt."""
 
     task: Task
     chat: bool = False
     """Render prompts through the tokenizer's chat template."""
     chat_template_kwargs: dict[str, Any] = {}
-    """What the template takes beside the messages; also of chats with this adapter that give none."""
+    """Further arguments of the chat template; also the default for chats with this adapter."""
     shown: tuple[ShownPair, ...] = ()
     """Pairs that every prompt shows."""
     similar: str | None = None
@@ -79,19 +79,18 @@ class ServedTask(Section):
     memory: str | None = None
     """The memory that `generate.knn` searches."""
     max_examples: int | None = None
-    """Its first so many examples only."""
+    """Use the memory's first examples only, up to this number."""
 
     def prompter(self, tokenizer: PLMTokenizer) -> Prompter:
-        """Words the task's prompts, exactly as the offline stages do."""
+        """Makes the task's prompts, exactly as the offline stages do."""
+        shots: SimilarShots | list[Pair] = [Pair(-1, pair.source, pair.target) for pair in self.shown]
         if self.similar is not None:
             shots = SimilarShots(list(read_pairs(Path(self.similar))), self.shots)
-            return Prompter(tokenizer, self.task, shots, self.chat, self.chat_template_kwargs)
-        shown = [Pair(-1, pair.source, pair.target) for pair in self.shown]
-        return Prompter(tokenizer, self.task, shown, self.chat, self.chat_template_kwargs)
+        return Prompter(tokenizer, self.task, shots, self.chat, self.chat_template_kwargs)
 
 
 class DataOwnerUserConfig(Section):
-    """What may be changed while answers are being generated: Serve's `user_config`."""
+    """Settings that can change while answers are being generated: Serve's `user_config`."""
 
     adapters: dict[str, str] = {}
     """Name -> folder of an adapter."""
@@ -123,6 +122,8 @@ class DataOwner:
         decoder: settings, as `DecoderConfig` takes them.
 
     Attributes:
+        builders: by adapter name, for adapters that have a task.
+        max_tokens: of a prompt and its answer together.
         rejected: why the last change of adapters was rejected, if it was.
         tokenizing: a pool of one thread, because tokenizers are not thread-safe.
     """
@@ -130,7 +131,7 @@ class DataOwner:
     def __init__(self, connect: Callable[[], PLMClient], decoder: Mapping[str, Any] | None = None) -> None:
         self.config: DecoderConfig = validate(DecoderConfig, dict(decoder or {}), "decoder")
         self._connect = connect
-        self._live = DataOwnerUserConfig()
+        self._user_config = DataOwnerUserConfig()
         self._sampling: asyncio.Task[None] | None = None
         self._starting: asyncio.Task[None] | None = None
         self._loading = asyncio.Lock()
@@ -151,12 +152,12 @@ class DataOwner:
         return self._starting is not None and self._starting.done() and self._starting.exception() is None
 
     def check_health(self) -> None:
-        """Raises when the decoder has failed."""
+        """Raise when the decoder has failed."""
         if self.ready:
             self.decoder.check_health()
 
     async def start(self) -> None:
-        """Fetch the LM head and begin; adapters that were named before are loaded."""
+        """Fetch the LM head, load the configured adapters and start the decoder."""
         if self._starting is None or (self._starting.done() and self._starting.exception() is not None):
             self._starting = asyncio.create_task(self._start())
         await asyncio.shield(self._starting)
@@ -177,43 +178,44 @@ class DataOwner:
         )
         if c.draft_by_plm:
             self.decoder.allow_plm_drafts(min(c.draft, described.limits.max_draft))
-        self._use(await asyncio.to_thread(self._load, self._live))
+        self._use(await asyncio.to_thread(self._load, self._user_config))
 
     def use_metrics(self, metrics: RayMetrics) -> None:
         """Report figures from now on."""
         self.decoder.use_metrics(metrics)
-        levels = lambda: {"live_answers": float(self.decoder.live)}  # noqa: E731
-        self._sampling = asyncio.create_task(metrics.keep_sampling(lambda: (self.decoder.counts, levels())))
+        figures = lambda: (self.decoder.counts, {"live_answers": float(self.decoder.live)})  # noqa: E731
+        self._sampling = asyncio.create_task(metrics.keep_sampling(figures))
 
-    async def change(self, live: Mapping[str, Any]) -> None:
-        """Take other adapters; answers that are being generated keep the ones they began with.
+    async def change(self, user_config: Mapping[str, Any]) -> None:
+        """Replace the adapters; answers that are being generated keep theirs.
 
         Raises:
             UserError: an adapter is missing, damaged or another PLM's; then nothing changes.
         """
-        requested = validate(DataOwnerUserConfig, dict(live), "user_config")
+        requested = validate(DataOwnerUserConfig, dict(user_config), "user_config")
         async with self._loading:
             if self.ready:
                 self._use(await asyncio.to_thread(self._load, requested))
-            self._live = requested
+            self._user_config = requested
 
     def _use(self, loaded: _Loaded) -> None:
         self.decoder.predictors, self.decoder.memories = loaded.predictors, loaded.memories
         self.builders = loaded.builders
 
-    def _load(self, live: DataOwnerUserConfig) -> _Loaded:
+    def _load(self, user_config: DataOwnerUserConfig) -> _Loaded:
         loaded = _Loaded()
         for section in ("tasks", "memories"):
-            for name in getattr(live, section):
-                if name not in live.adapters:
-                    raise UserError(f"{section}.{name}: no adapter has this name.{nearest(name, list(live.adapters))}")
-        for name, folder in live.adapters.items():
+            for name in getattr(user_config, section):
+                if name not in user_config.adapters:
+                    hint = nearest(name, list(user_config.adapters))
+                    raise UserError(f"{section}.{name}: no adapter has this name.{hint}")
+        for name, folder in user_config.adapters.items():
             if name == self.card.name:
                 raise UserError(f"adapters.{name}: this is the PLM's own name; choose another.")
-            loaded.predictors[name] = self._predictor(folder, live.tasks.get(name))
-        for name, folder in live.memories.items():
+            loaded.predictors[name] = self._predictor(folder, user_config.tasks.get(name))
+        for name, folder in user_config.memories.items():
             loaded.memories[name] = MemoryLookup.of(ExternalMemory.open(folder, self.card))
-        for name, task in live.tasks.items():
+        for name, task in user_config.tasks.items():
             prompter = task.prompter(self.tokenizer)
             loaded.builders[name] = RequestBuilder(prompter, task.generate, name, self.max_tokens)
         return loaded

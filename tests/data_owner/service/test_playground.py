@@ -1,4 +1,4 @@
-"""The playground in a real browser: tokens stream, are coloured by who decided, and explain themselves."""
+"""The playground in a real browser: tokens stream, are coloured by attribution, and show explanations."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ async def page(anyio_backend):
         await browser.close()
 
 
-async def test_tokens_stream_and_explain_themselves(service, page):
-    told: list[str] = []
-    page.on("console", lambda message: told.append(message.text))
-    page.on("pageerror", lambda error: told.append(str(error)))
+async def test_tokens_stream_with_explanations(service, page):
+    messages: list[str] = []
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
     await page.goto(f"{service.url}/playground")
     await page.wait_for_function("document.getElementById('model').options.length === 1")
     assert await page.input_value("#lambda") == "0.7"
@@ -47,10 +47,10 @@ async def test_tokens_stream_and_explain_themselves(service, page):
     await page.select_option("#schedule", "linear")
     await page.click("#go")
     await page.wait_for_function("document.getElementById('stop').disabled && document.querySelector('#pema .token')")
-    asked = {"model": "modern", "prompt": "", "max_tokens": 20, "temperature": 0}
-    mine = {"source": "each verse", "lambda_max": 0.7, "schedule": "linear"}
-    answer = await service.client.completions.create(**asked, extra_body=mine)
-    alone = await service.client.completions.create(**asked, extra_body={"source": "each verse", "lambda_max": 0})
+    request = {"model": "modern", "prompt": "", "max_tokens": 20, "temperature": 0}
+    extra_body = {"source": "each verse", "lambda_max": 0.7, "schedule": "linear"}
+    answer = await service.client.completions.create(**request, extra_body=extra_body)
+    alone = await service.client.completions.create(**request, extra_body={"source": "each verse", "lambda_max": 0})
     assert await page.text_content("#pema") == answer.choices[0].text
     assert await page.text_content("#plm") == alone.choices[0].text
     tokens = await page.query_selector_all("#pema .token")
@@ -66,7 +66,7 @@ async def test_tokens_stream_and_explain_themselves(service, page):
     assert await page.locator("#detail tr").count() == 6
     if picture := os.environ.get("PEMA_RAY_SCREENSHOT"):
         await page.screenshot(path=picture)
-    assert told == []
+    assert messages == []
 
 
 async def test_errors_are_shown_and_a_stopped_answer_frees_its_slot(service, page):
@@ -84,9 +84,11 @@ async def test_errors_are_shown_and_a_stopped_answer_frees_its_slot(service, pag
     assert await page.text_content("#error") == ""
 
 
-async def test_what_a_user_types_is_never_markup(service, page):
+async def test_a_users_text_is_never_markup(service, page):
     await page.goto(f"{service.url}/playground")
     await page.wait_for_function("document.getElementById('model').options.length === 1")
-    told = "{lambda: 1, logprob_pema: -1, logprob_plm: -1, decided_by: 'pema', top_pema: [], top_plm: []}"
-    await page.evaluate(f"document.getElementById('pema').append(tokenOf('<img src=x onerror=alert(1)>', {told}))")
+    explanation = "{lambda: 1, logprob_pema: -1, logprob_plm: -1, decided_by: 'pema', top_pema: [], top_plm: []}"
+    await page.evaluate(
+        f"document.getElementById('pema').append(tokenOf('<img src=x onerror=alert(1)>', {explanation}))"
+    )
     assert await page.locator("#pema img").count() == 0
