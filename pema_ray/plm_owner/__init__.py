@@ -1,6 +1,6 @@
 """The PLM owner's room: loads a PLM, exports its LM head, extracts context representations, decodes sessions.
 
-Never sees an adapter, a memory or a gold target beyond the tokens it is sent. Imports `line`, not `data_owner`.
+It receives token ids alone: no adapter, memory or gold target. Imports `line`, not `data_owner`.
 """
 
 from pema_ray.plm_owner.engine import EngineConfig, LocalPLM

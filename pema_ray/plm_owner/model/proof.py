@@ -1,4 +1,4 @@
-"""Proves that a loaded PLM computes what its LM-head bundle promises, before anything is built on it.
+"""Proves that a loaded PLM agrees with its LM-head bundle, before anything is built on it.
 
 B sequences, T positions, H hidden, V vocabulary.
 """
@@ -25,12 +25,12 @@ _TEXT = (
 )
 _LONG, _SHORT = 48, 16  # tokens of the two sequences; the long one crosses the sliding windows of small models
 _STEPS = 3  # of one token each, as decoding runs them
-_NO_CACHE = (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError)
+UNSUPPORTED = (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError)
 # Relative to the logits' spread, beyond what rounding explains (`_rounding`).
 _LOGITS_TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 # Mean distance of states, relative to their size. In 16 bits a mixture of experts may route a token differently.
 _STATES_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
-_DEVIATIONS = 6  # standard deviations: of some millions of logits, none lies further out by chance
+_DEVIATIONS = 6  # standard deviations: among millions of logits, none deviates more by chance
 _ROWS = 8192
 _QUANTIZED_TOLERANCE = 0.1  # methods round activations too, some by what else is in the batch
 
@@ -48,12 +48,12 @@ def prove(plm: LoadedPLM, lm_head: LMHead) -> None:
     long, short = _probes(plm)
     try:
         state_BTH, logits_BTV = capture_state_and_logits(plm, input_ids=long[None], use_cache=False)
-    except RuntimeError as error:  # of kernels, for attention or quantised weights, that do not fit device or sizes
+    except RuntimeError as error:  # kernels of attention or quantised weights that do not fit device or sizes
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{plm.name}: {type(plm.model).__name__} cannot compute as it was loaded: {reason}") from error
     long_TH, logits_TV = state_BTH[0].float().cpu(), logits_BTV[0].float().cpu()
     short_TH = capture_state(plm, input_ids=short[None], use_cache=False)[0].float().cpu()
-    if not all(bool(torch.isfinite(found).all()) for found in (long_TH, short_TH, logits_TV)):
+    if not all(bool(torch.isfinite(output).all()) for output in (long_TH, short_TH, logits_TV)):
         raise UserError(f"{plm.name}: {_first_overflow(plm, long)} is not finite. {_advice(plm)}")
     _check_logits(plm, lm_head, long_TH, logits_TV)
     _check_batch(plm, long, short, [long_TH, short_TH])
@@ -66,9 +66,9 @@ def prove(plm: LoadedPLM, lm_head: LMHead) -> None:
 def _check_weights(plm: LoadedPLM) -> None:
     for name, parameter in plm.model.named_parameters():
         if parameter.dtype in _STATES_TOLERANCE and parameter.device.type != "meta":
-            low, high = torch.aminmax(parameter.detach())  # one read of the memory; NaN comes through both
+            low, high = torch.aminmax(parameter.detach())  # one read of the memory; both propagate NaN
             if not (torch.isfinite(low) and torch.isfinite(high)):
-                damaged = bool(torch.isnan(low))  # no conversion of a number gives NaN
+                damaged = bool(torch.isnan(low))  # conversions do not produce NaN
                 raise UserError(f"{plm.name}: the weight {name} is not finite. {_DAMAGED if damaged else _advice(plm)}")
 
 
@@ -86,7 +86,7 @@ def _advice(plm: LoadedPLM) -> str:
 
 
 def _check_token_ids(plm: LoadedPLM, lm_head: LMHead) -> None:
-    """Every token has an embedding; spare embeddings are usual (padding to a round number)."""
+    """Check that every token has an embedding; spare ones are usual (padding to a round number)."""
     rows = plm.model.get_input_embeddings().weight.shape[0]
     beyond = {f"'{token}'": number for token, number in plm.tokenizer.get_vocab().items() if number >= rows}
     beyond |= {f"EOS {n}": n for n in plm.eos_token_ids if n >= rows and n not in beyond.values()}
@@ -98,7 +98,7 @@ def _check_token_ids(plm: LoadedPLM, lm_head: LMHead) -> None:
             f"{named}{more} cannot be read.\nUse the model's own tokenizer, or call "
             "model.resize_token_embeddings(len(tokenizer)), train the new rows, and save both."
         )
-    if lm_head.vocab_size > rows:  # the PLM might draft a token that it cannot read
+    if lm_head.vocab_size > rows:  # the PLM might draft a token without an embedding
         raise UserError(
             f"{plm.name}: the LM head has {lm_head.vocab_size} rows, the model only {rows} embeddings: it could write "
             "tokens that it cannot read. Use a checkpoint whose LM head and embeddings agree."
@@ -121,12 +121,12 @@ def _first_overflow(plm: LoadedPLM, ids_T: torch.Tensor) -> str:
     overflown: list[str] = []
 
     def watch(name: str):
-        def see(_module: Any, _inputs: Any, output: Any) -> None:
+        def check(_module: Any, _inputs: Any, output: Any) -> None:
             value = output[0] if isinstance(output, tuple) else output
             if isinstance(value, torch.Tensor) and not torch.isfinite(value).all():
                 overflown.append(name)
 
-        return see
+        return check
 
     hooks = [module.register_forward_hook(watch(name)) for name, module in plm.model.named_modules()]
     try:
@@ -138,10 +138,10 @@ def _first_overflow(plm: LoadedPLM, ids_T: torch.Tensor) -> str:
 
 
 def _check_logits(plm: LoadedPLM, lm_head: LMHead, state_TH: torch.Tensor, expected_TV: torch.Tensor) -> None:
-    """The logits of a pass against those of the bundle, from the same pass's states."""
+    """Compare the logits of a pass with those of the bundle, from the same pass's states."""
     normed_TH = lm_head.norm(state_TH.to(lm_head.dtype))
-    found_TV = lm_head.logits(normed_TH)
-    excess_TV = (found_TV - expected_TV).abs() - _rounding(lm_head, normed_TH, expected_TV)
+    logits_TV = lm_head.logits(normed_TH)
+    excess_TV = (logits_TV - expected_TV).abs() - _rounding(lm_head, normed_TH, expected_TV)
     gap = float(excess_TV.max() / expected_TV.std().clamp_min(1e-6))
     if gap > _LOGITS_TOLERANCE[lm_head.dtype]:
         raise UserError(
@@ -151,7 +151,7 @@ def _check_logits(plm: LoadedPLM, lm_head: LMHead, state_TH: torch.Tensor, expec
 
 
 def _rounding(lm_head: LMHead, normed_TH: torch.Tensor, logits_TV: torch.Tensor) -> torch.Tensor:
-    """How far two right computations of the logits `[T, V]` may lie apart.
+    """How far two correct computations of the logits `[T, V]` may differ.
 
     Both round the logits. Before that, one may round the normed state once, the other twice (many norms round before
     they multiply by their weight): about one unit of each of the H terms of a product, independent of each other.
@@ -165,38 +165,30 @@ def _rounding(lm_head: LMHead, normed_TH: torch.Tensor, logits_TV: torch.Tensor)
 
 
 def _check_batch(plm: LoadedPLM, long: torch.Tensor, short: torch.Tensor, expected: list[torch.Tensor]) -> None:
-    """Both sequences in one pass, the short one padded on its right, as extraction runs them."""
+    """Compare both sequences in one pass, the short one padded on its right as in extraction, with each alone."""
     padded_BT = torch.zeros(2, len(long), dtype=torch.long, device=plm.device)
     padded_BT[0], padded_BT[1, : len(short)] = long, short
     state_BTH = capture_state(plm, input_ids=padded_BT, use_cache=False).float().cpu()
-    for found_TH, expected_TH in zip(state_BTH, expected, strict=True):
-        distance = _distance(found_TH[: len(expected_TH)], expected_TH)
+    for state_TH, expected_TH in zip(state_BTH, expected, strict=True):
+        distance = _distance(state_TH[: len(expected_TH)], expected_TH)
         if not distance <= _states_tolerance(plm):
             raise UserError(_differs(plm, "in a padded batch than alone", distance))
 
 
 def _check_cache(plm: LoadedPLM, ids: torch.Tensor, expected_TH: torch.Tensor) -> None:
-    """A prompt and steps of one token; some models continue rightly only what they read token by token.
+    """Compare a prompt and steps of one token with one pass; some models continue correctly only token by token.
 
-    A model that raises does not use transformers' cache in this way; whether it can decode is the engine's to say.
+    A model that raises does not use transformers' cache in this way; the engine checks whether it can decode.
     """
     steps = min(_STEPS, len(ids) - 1)
     distance = 0.0
     for prompt in (len(ids) - steps, 1):
         try:
-            found_TH = _with_cache(plm, ids, prompt)
-        except (
-            TypeError,
-            ValueError,
-            RuntimeError,
-            KeyError,
-            IndexError,
-            AttributeError,
-            NotImplementedError,
-        ) as error:
+            state_TH = _with_cache(plm, ids, prompt)
+        except UNSUPPORTED as error:
             logger.info("%s: %s is not proved with a cache: %s", plm.name, type(plm.model).__name__, error)
             return
-        distance = _distance(found_TH[-steps:], expected_TH[-steps:])
+        distance = _distance(state_TH[-steps:], expected_TH[-steps:])
         if distance <= _states_tolerance(plm):
             return
     raise UserError(_differs(plm, "with a cache than without", distance))
@@ -218,8 +210,8 @@ def _states_tolerance(plm: LoadedPLM) -> float:
     return _QUANTIZED_TOLERANCE if plm.is_quantized else _STATES_TOLERANCE[plm.model.dtype]
 
 
-def _distance(found_TH: torch.Tensor, expected_TH: torch.Tensor) -> float:
-    distance_T = (found_TH - expected_TH).abs().mean(-1) / expected_TH.abs().mean(-1).clamp_min(1e-6)
+def _distance(state_TH: torch.Tensor, expected_TH: torch.Tensor) -> float:
+    distance_T = (state_TH - expected_TH).abs().mean(-1) / expected_TH.abs().mean(-1).clamp_min(1e-6)
     return float(distance_T.mean())
 
 

@@ -1,4 +1,4 @@
-"""Quantised PLMs: transformers' own configs from settings, and what of a loaded model is quantised."""
+"""Quantised PLMs: transformers' configs from settings, and which weights of a loaded model are quantised."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pema_ray.errors import UserError, nearest
 from pema_ray.runtime.hardware import DTYPES
 
 _BITSANDBYTES = "bitsandbytes"
-_BITS = ("load_in_4bit", "load_in_8bit")  # of bitsandbytes; transformers takes them for it, whatever the method
+_BITS = ("load_in_4bit", "load_in_8bit")  # with these, transformers takes bitsandbytes, whatever the method
 
 
 def quantization_config(settings: Mapping[str, Any]) -> Any:
@@ -46,32 +46,32 @@ def quantization_config(settings: Mapping[str, Any]) -> Any:
 
 
 def _refuse_unknown(settings: Mapping[str, Any]) -> None:
-    """transformers ignores unknown keys of bitsandbytes; those of other methods may be theirs to read."""
+    """transformers ignores unknown keys of bitsandbytes; other methods may read theirs."""
     from transformers import BitsAndBytesConfig
 
-    known = ["quant_method", *list(inspect.signature(BitsAndBytesConfig.__init__).parameters)[1:]]
+    keys = ["quant_method", *list(inspect.signature(BitsAndBytesConfig.__init__).parameters)[1:]]
     for name in settings:
-        if name not in known:
-            raise UserError(f"plm.quantization: unknown key '{name}' of {_BITSANDBYTES}.{nearest(name, known)}")
+        if name not in keys:
+            raise UserError(f"plm.quantization: unknown key '{name}' of {_BITSANDBYTES}.{nearest(name, keys)}")
 
 
 def stores_quantized(readable: str, **source: Any) -> bool:
     """Whether a model's folder or hub repository holds quantised weights, as its `config.json` says.
 
     Args:
-        source: the `revision` of a hub repository, where it is not the newest.
+        source: the `revision` of a hub repository, unless the newest.
     """
     from transformers import PreTrainedConfig
 
     try:
-        described, _ = PreTrainedConfig.get_config_dict(readable, **source)
-    except (OSError, ValueError):  # no config.json, as in the folder of an adapter: loading it decides
+        config, _ = PreTrainedConfig.get_config_dict(readable, **source)
+    except (OSError, ValueError):  # no config.json, as in an adapter's folder: loading decides
         return False
-    return any("quantization_config" in part for part in (described, described.get("text_config") or {}))
+    return any("quantization_config" in part for part in (config, config.get("text_config") or {}))
 
 
 def applies_to_quantized(config: Any) -> bool:
-    """Whether transformers takes settings of this config for a checkpoint that is quantised already, as of GPTQ's."""
+    """Whether transformers applies this config to a checkpoint that is quantised already, as for GPTQ."""
     from transformers.quantizers.auto import LOADING_ATTRIBUTES_CONFIG_TYPES
 
     return isinstance(config, LOADING_ATTRIBUTES_CONFIG_TYPES)

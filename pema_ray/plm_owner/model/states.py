@@ -11,7 +11,7 @@ from torch import nn
 from pema_ray.errors import UserError
 from pema_ray.plm_owner.model.load import LoadedPLM
 
-# Where transformers' decoders keep the norm after their last layer, innermost decoder first.
+# Names of the norm after the last layer in transformers' decoders.
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "ln_out", "embedding_norm")
 
 
@@ -19,7 +19,7 @@ def find_final_norm(plm: LoadedPLM) -> nn.Module | None:
     """The norm between the last layer and the LM head; None for a model that has none (OPT-350m).
 
     Raises:
-        UserError: no place where such a norm is kept is known for this architecture.
+        UserError: this architecture keeps its norm under an unknown name.
     """
     decoder = _innermost_decoder(plm.decoder)
     for name in _FINAL_NORMS:
@@ -29,7 +29,7 @@ def find_final_norm(plm: LoadedPLM) -> nn.Module | None:
 
 
 def _innermost_decoder(module: nn.Module) -> nn.Module:
-    """OPT wraps its decoder once more, multimodal models keep theirs under `language_model`."""
+    """The decoder inside wrappers: OPT has one more, multimodal models keep theirs under `language_model`."""
     for name in ("decoder", "language_model"):
         inner = getattr(module, name, None)
         if isinstance(inner, nn.Module) and not isinstance(inner, nn.ModuleList):

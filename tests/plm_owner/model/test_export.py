@@ -1,4 +1,4 @@
-"""What the PLM owner shares is the model's own norm and head, proved against its logits, under a fingerprint."""
+"""The exported bundle has the model's own norm and head, proved against its logits, and a fingerprint."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -17,27 +18,21 @@ from pema_ray.errors import UserError
 from pema_ray.line import LMHeadBundle
 from pema_ray.line.plm_config import PLMConfig
 from pema_ray.plm_owner import LoadedPLM, load_plm
+from pema_ray.plm_owner.engine.checks import plain_states
 from pema_ray.plm_owner.model.export import export_lm_head
-from pema_ray.plm_owner.model.states import capture_state
 
 NORMS = {"opt": "layer_norm", "opt_without_final_norm": "identity", "gpt2": "layer_norm", "cohere": "layer_norm"}
 
 
 @pytest.fixture(scope="module")
 def bundle(tiny_plm) -> Callable[[str], LMHeadBundle]:
-    """What the PLM owner shares of a tiny model."""
+    """The bundle of a tiny model."""
     return cache(lambda architecture: export_lm_head(tiny_plm(architecture)))
-
-
-def state_of(plm: LoadedPLM, ids: list[int]) -> torch.Tensor:
-    """Context representations `[T, H]` of a sequence."""
-    with torch.inference_mode():
-        return capture_state(plm, input_ids=torch.tensor([ids]), use_cache=False)[0]
 
 
 def test_head_of_norm_of_state_equals_the_models_logits(architecture: str, tiny_plm, bundle):
     ids = torch.randint(3, 300, (20,), generator=torch.Generator().manual_seed(1)).tolist()
-    state, head = state_of(tiny_plm(architecture), ids), bundle(architecture).head
+    state, head = plain_states(tiny_plm(architecture), ids), bundle(architecture).head
     with torch.inference_mode():
         expected = tiny_plm(architecture).model(torch.tensor([ids])).logits[0].float()
     assert expected.std() > 0.05  # the weights are large enough to notice a wrong norm or scale
@@ -49,7 +44,7 @@ def test_the_norm_matters_to_the_logits(architecture: str, tiny_plm, bundle):
     head = bundle(architecture).head
     assert head.spec.norm == NORMS.get(architecture, "rms_norm")
     if head.spec.norm != "identity":
-        state = state_of(tiny_plm(architecture), [5, 6, 7, 8])
+        state = plain_states(tiny_plm(architecture), [5, 6, 7, 8])
         assert (head.logits(state) - head.logits(head.norm(state))).abs().max() > 1e-2
 
 
@@ -85,11 +80,9 @@ def test_fingerprints_differ_between_all_architectures(bundle, architectures):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma"])
 def test_the_same_checkpoint_has_one_fingerprint_in_float32_and_bfloat16(name: str, tiny_plm_folder, bundle):
-    again = load_plm(PLMConfig(name=tiny_plm_folder(name), dtype="float32", device="cpu", threads=1))
-    bf16 = load_plm(PLMConfig(name=tiny_plm_folder(name), dtype="bfloat16", device="cpu", threads=1))
-    expected = bundle(name).card.fingerprint
-    assert export_lm_head(again).card.fingerprint == expected
-    assert export_lm_head(bf16).card.fingerprint == expected
+    for dtype in ("float32", "bfloat16"):
+        plm = _load(tiny_plm_folder(name), dtype)
+        assert export_lm_head(plm).card.fingerprint == bundle(name).card.fingerprint
 
 
 def test_another_folder_name_is_the_same_plm(tiny_plm_folder, bundle, tmp_path: Path):
@@ -99,8 +92,8 @@ def test_another_folder_name_is_the_same_plm(tiny_plm_folder, bundle, tmp_path: 
     assert card.fingerprint == bundle("llama").card.fingerprint
 
 
-def _load(folder: Path) -> LoadedPLM:
-    return load_plm(PLMConfig(name=str(folder), dtype="float32", device="cpu", threads=1))
+def _load(folder: str | Path, dtype: Literal["float32", "bfloat16"] = "float32") -> LoadedPLM:
+    return load_plm(PLMConfig(name=str(folder), dtype=dtype, device="cpu", threads=1))
 
 
 @pytest.mark.parametrize("weight", ["lm_head.weight", "model.norm.weight"])
@@ -137,10 +130,10 @@ def test_another_computation_over_the_same_weights_is_another_plm(
 def test_another_tokenizer_is_another_plm(tiny_plm_folder, bundle, tmp_path: Path):
     shutil.copytree(tiny_plm_folder("llama"), tmp_path / "swapped")
     path = tmp_path / "swapped" / "tokenizer.json"
-    described = json.loads(path.read_text())
-    vocabulary = described["model"]["vocab"]
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    path.write_text(json.dumps(described))
+    path.write_text(json.dumps(tokenizer))
     assert export_lm_head(_load(tmp_path / "swapped")).card.fingerprint != bundle("llama").card.fingerprint
 
 
@@ -161,8 +154,8 @@ def test_a_model_whose_logits_the_head_cannot_express_is_refused_by_name(tiny_pl
 
 @pytest.mark.parametrize("wrong", ["everywhere", "at one token"])
 def test_a_model_in_bfloat16_is_proved_beyond_its_rounding(tiny_plm_folder, monkeypatch, wrong: str):
-    """Large logits may be two of bfloat16's steps off; what is wrong at a single token is found all the same."""
-    plm = load_plm(PLMConfig(name=tiny_plm_folder("llama"), dtype="bfloat16", device="cpu", threads=1))
+    """Large logits may be two of bfloat16's steps off; an error at a single token is found nevertheless."""
+    plm = _load(tiny_plm_folder("llama"), "bfloat16")
     with torch.no_grad():
         plm.model.get_output_embeddings().weight.mul_(64)
     assert export_lm_head(plm).head.dtype == torch.bfloat16
@@ -183,7 +176,7 @@ def test_a_model_in_bfloat16_is_proved_beyond_its_rounding(tiny_plm_folder, monk
 
 def test_states_that_change_a_little_from_pass_to_pass_are_no_fault_of_the_head(tiny_plm_folder):
     """Logits are compared with the states of their own pass: kernels may round differently in the next."""
-    plm = load_plm(PLMConfig(name=tiny_plm_folder("llama"), dtype="float32", device="cpu", threads=1))
+    plm = _load(tiny_plm_folder("llama"))
     noise = torch.Generator().manual_seed(0)
     plm.model.get_input_embeddings().register_forward_hook(
         lambda _module, _ids, out: out + 1e-4 * out.std() * torch.randn(out.shape, generator=noise)
@@ -216,9 +209,8 @@ def test_the_bundles_tokenizer_is_the_plms(bundle, tokenizer):
 def test_a_reloaded_bundle_predicts_what_the_model_predicts(architecture: str, tiny_plm, bundle, tmp_path: Path):
     exported = bundle(architecture)
     loaded = LMHeadBundle.load(exported.save(tmp_path / "bundle"))
-    state = state_of(tiny_plm(architecture), [4, 9, 33, 2, 17])
+    state = plain_states(tiny_plm(architecture), [4, 9, 33, 2, 17])
     assert loaded.card == exported.card
     assert loaded.head.spec == exported.head.spec
     assert loaded.tokenizer_files == exported.tokenizer_files
-    found, expected = (head.log_probs(head.norm(state)) for head in (loaded.head, exported.head))
-    assert torch.equal(found, expected)
+    assert torch.equal(*(head.log_probs(head.norm(state)) for head in (loaded.head, exported.head)))

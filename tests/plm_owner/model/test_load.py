@@ -1,4 +1,4 @@
-"""A PLM is found by package, folder or file, and what cannot be loaded is refused by name."""
+"""A PLM loads from a package, folder, file or hub; one that cannot be loaded is refused by name."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -51,9 +52,9 @@ def test_folders_gguf_files_and_hub_names_are_told_apart(tmp_path: Path):
 
 def test_missing_folders_and_files_are_refused_by_name(tmp_path: Path):
     with pytest.raises(UserError, match="no such GGUF file"):
-        locate(str(tmp_path / "gone.gguf"))
+        locate(str(tmp_path / "missing.gguf"))
     with pytest.raises(UserError, match="no such model folder"):
-        locate(str(tmp_path / "gone"))
+        locate(str(tmp_path / "missing"))
     (tmp_path / "a-file").write_text("")
     with pytest.raises(UserError, match="no such model folder"):
         locate(str(tmp_path / "a-file"))
@@ -61,14 +62,14 @@ def test_missing_folders_and_files_are_refused_by_name(tmp_path: Path):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path: Path) -> Iterator[Callable[[int, str], list[str]]]:
-    """A hub that gives every request one answer, and an empty local cache; the requests for models it has seen."""
+    """A hub that gives every request one answer, and an empty local cache; returns the requests for models."""
     from huggingface_hub import constants
 
     answer, requests = [404, ""], []
 
     class Hub(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            if "/opt-125m" in self.path or "/tiny" in self.path:  # huggingface_hub has requests of its own
+            if "/opt-125m" in self.path or "/tiny" in self.path:  # huggingface_hub sends more
                 requests.append(self.path)
             self.send_response(answer[0])
             self.send_header("X-Error-Code", answer[1])
@@ -192,12 +193,12 @@ def test_a_folder_without_a_model_is_refused_in_one_line(tmp_path: Path):
 @pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}], ids=str)
 def test_a_model_spread_by_accelerate_gives_the_states_of_one_that_is_not(device_map, tiny_plm_folder):
     name, options = tiny_plm_folder("llama"), {"dtype": "float32", "device": "cpu"}
-    whole = load_plm(PLMConfig(name=name, **options))
+    single = load_plm(PLMConfig(name=name, **options))
     spread = load_plm(PLMConfig(name=name, device_map=device_map, **options))
-    assert export_lm_head(spread).card == export_lm_head(whole).card
+    assert export_lm_head(spread).card == export_lm_head(single).card
     assert spread.device.type == "cpu"
     with torch.inference_mode():
-        state, expected = (capture_state(plm, input_ids=torch.tensor([[5, 6, 7, 8]])) for plm in (spread, whole))
+        state, expected = (capture_state(plm, input_ids=torch.tensor([[5, 6, 7, 8]])) for plm in (spread, single))
     torch.testing.assert_close(state, expected)
 
 
@@ -284,8 +285,6 @@ def test_a_loaded_plm_is_frozen_and_knows_its_sizes(tiny_plm, tiny_plm_folder):
 
 
 def test_the_tokenizers_eos_comes_before_the_models_own(tiny_plm):
-    from dataclasses import replace
-
     plm = replace(tiny_plm("qwen2"))
     before = plm.model.generation_config.eos_token_id
     try:
@@ -306,7 +305,7 @@ def test_dtype_and_device_are_as_configured(tiny_plm_folder):
 
 
 def test_plms_may_be_loaded_in_several_threads_at_once(tiny_plm_folder):
-    """transformers patches torch while it loads; two loads at once once left every later model broken."""
+    """transformers patches torch while it loads; concurrent loads used to break every later model."""
     config = PLMConfig(name=tiny_plm_folder("qwen2"), dtype="float32", device="cpu", threads=1)
     with ThreadPoolExecutor(4) as pool:
         loaded = list(pool.map(load_plm, [config] * 12))

@@ -22,7 +22,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @pytest.fixture
 def fresh(tiny_plm_folder) -> Callable[..., LoadedPLM]:
-    """A tiny model of one's own to spoil."""
+    """A tiny model that the test may change."""
     return lambda architecture, dtype="float32": load_plm(
         PLMConfig(name=tiny_plm_folder(architecture), dtype=dtype, device="cpu", threads=1)
     )
@@ -67,13 +67,13 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(value: float, dtype: str
 
 
 @pytest.mark.parametrize("weight", ["model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"])
-def test_norm_head_and_embeddings_are_looked_at(weight: str, fresh):
+def test_norm_head_and_embeddings_are_checked(weight: str, fresh):
     plm = fresh("llama")
     plm.model.get_parameter(weight).view(-1)[-1] = float("nan")
     assert f"the weight {weight} is not finite" in refusal(plm)
 
 
-def test_what_overflows_in_float16_is_named_and_passes_in_bfloat16(fresh):
+def test_a_module_that_overflows_in_float16_is_named_and_passes_in_bfloat16(fresh):
     for dtype in ("float16", "bfloat16"):
         plm = fresh("llama", dtype)
         for name in ("up_proj", "gate_proj"):
@@ -117,7 +117,7 @@ def test_spare_embeddings_are_no_fault(name: str, fresh, tokenizer):
 
 
 def test_a_head_with_more_rows_than_embeddings_is_refused(fresh, tokenizer):
-    """The PLM drafts tokens greedily: it must be able to read whatever it can write."""
+    """The PLM drafts tokens greedily: it must embed all tokens that it can write."""
     plm, size = fresh("llama"), len(tokenizer)
     weight = torch.cat([plm.model.lm_head.weight, torch.zeros(8, 32)])
     plm.model.lm_head.weight = nn.Parameter(weight, requires_grad=False)
@@ -127,21 +127,21 @@ def test_a_head_with_more_rows_than_embeddings_is_refused(fresh, tokenizer):
 # ── states ──────────────────────────────────────────────────────────────────────
 
 
-def spoil(plm: LoadedPLM, change: Callable[[torch.Tensor, dict], torch.Tensor]) -> None:
-    """Change the states that leave the last layer; `change` also sees what the decoder was called with."""
-    called: dict = {}
-    plm.decoder.register_forward_pre_hook(lambda _, __, inputs: called.update(inputs), with_kwargs=True)
-    plm.decoder.layers[-1].register_forward_hook(lambda _, __, state: change(state, called))
+def change_states(plm: LoadedPLM, change: Callable[[torch.Tensor, dict], torch.Tensor]) -> None:
+    """Change the states of the last layer; `change` also gets the decoder's arguments."""
+    arguments: dict = {}
+    plm.decoder.register_forward_pre_hook(lambda _, __, inputs: arguments.update(inputs), with_kwargs=True)
+    plm.decoder.layers[-1].register_forward_hook(lambda _, __, state: change(state, arguments))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sequences_that_mix_in_a_batch_are_refused(dtype: str, fresh):
     plm = fresh("llama", dtype)
-    spoil(plm, lambda state_BTH, _: state_BTH + 0.5 * state_BTH.flip(0) * (len(state_BTH) > 1))
+    change_states(plm, lambda state_BTH, _: state_BTH + 0.5 * state_BTH.flip(0) * (len(state_BTH) > 1))
     assert "LlamaForCausalLM gives other states in a padded batch than alone" in refusal(plm)
 
 
-def test_padding_that_is_looked_at_is_refused(fresh):
+def test_attention_to_padding_is_refused(fresh):
     """A model that attends to later positions gives a padded sequence other states."""
     plm = fresh("llama")
     for layer in plm.decoder.layers:
@@ -152,7 +152,7 @@ def test_padding_that_is_looked_at_is_refused(fresh):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_cache_that_gives_other_states_is_refused(dtype: str, fresh):
     plm = fresh("llama", dtype)
-    spoil(plm, lambda state, inputs: state * 1.5 if inputs.get("past_key_values") is not None else state)
+    change_states(plm, lambda state, inputs: state * 1.5 if inputs.get("past_key_values") is not None else state)
     assert "LlamaForCausalLM gives other states with a cache than without" in refusal(plm)
 
 
@@ -180,7 +180,7 @@ def test_a_model_that_continues_only_token_by_token_passes(fresh):
         cache.longest = max(getattr(cache, "longest", 0), length)
         return state_BTH * 2 if length == 1 < cache.longest else state_BTH
 
-    spoil(plm, forgets_long_prompts)
+    change_states(plm, forgets_long_prompts)
     assert export_lm_head(plm).card.hidden_size == 32
 
 

@@ -106,7 +106,7 @@ def test_only_plain_tensors_in_a_float_format_count_as_floating_point():
 
 
 def test_codes_in_buffers_tell_two_quantised_plms_apart(tiny_plm):
-    """Some methods keep what stands for a weight in buffers, which are no parameters."""
+    """Some methods keep quantised weights in buffers, not in parameters."""
     plm, cards = tiny_plm("llama"), []
     for code in (1, 2):
         model = deepcopy(plm.model)
@@ -140,14 +140,14 @@ def wide_plm_folder(tokenizer, tmp_path_factory) -> str:
 @pytest.mark.parametrize("quantization", [FOUR_BITS, EIGHT_BITS], ids=["4 bits", "8 bits"])
 def test_a_plm_quantised_by_bitsandbytes_is_proved_batched_and_saved(quantization, device, wide_plm_folder, tmp_path):
     pytest.importorskip("bitsandbytes")
-    whole = export_lm_head(load(wide_plm_folder, device=device))
+    full = export_lm_head(load(wide_plm_folder, device=device))
     plm = load(wide_plm_folder, device=device, quantization=quantization)
     assert plm.is_quantized and plm.device.type == device
     plm.model.save_pretrained(tmp_path)
     plm.tokenizer.save_pretrained(tmp_path)
     bundle = export_lm_head(plm)
-    assert bundle.card.fingerprint != whole.card.fingerprint
-    torch.testing.assert_close(bundle.head.weight, whole.head.weight)
+    assert bundle.card.fingerprint != full.card.fingerprint
+    torch.testing.assert_close(bundle.head.weight, full.head.weight)
     assert isinstance(make_caches(plm, 4, 90), SlotCaches)
     again = load(tmp_path, device=device)
     assert again.is_quantized and again.device.type == device

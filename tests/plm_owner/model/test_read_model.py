@@ -1,4 +1,4 @@
-"""A checkpoint that does not fill the whole model is refused by the names of its tensors; nothing stays random."""
+"""A checkpoint that does not fill the whole model is refused, naming its tensors; no weight stays random."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def load(folder: Path) -> LoadedPLM:
 
 
 def refusal(folder: Path, capfd: pytest.CaptureFixture[str]) -> str:
-    """Why loading is refused, in at most two lines, with nothing else on the terminal."""
+    """The reason of a refusal, in at most two lines, with nothing else on the terminal."""
     capfd.readouterr()
     with pytest.raises(UserError) as caught:
         load(folder)
-    shown = capfd.readouterr()
-    assert (shown.out, shown.err) == ("", "")
+    terminal = capfd.readouterr()
+    assert (terminal.out, terminal.err) == ("", "")
     assert str(caught.value).startswith(f"plm.name={folder}: ")
     assert str(caught.value).count("\n") <= 1
     return str(caught.value)
