@@ -1,7 +1,7 @@
 """Continuous batching: requests of many callers, one forward pass at a time.
 
-`slots.py` holds the key-value caches, `extraction.py` computes representations of whole batches, `batcher.py` decides
-what the next pass computes, `engine.py` runs passes in a thread of its own and answers callers on the event loop,
+`slots.py` holds the key-value caches, `extraction.py` computes representations of whole batches, `batcher.py` chooses
+what the next pass computes, `engine.py` runs passes in its own thread and answers callers on the event loop,
 `local.py` is the `PLMClient` over it.
 """
 

@@ -1,7 +1,7 @@
 """Decides what the next forward pass computes: steps of all sessions that wait for a token, or one bulk pass.
 
 Knows no threads and no event loop: its owner submits jobs and calls `run` until all are done. Passes over short pieces
-serve every session that waits for a token; between two of them lies exactly one bulk pass, a piece of a prompt or of an
+serve every session that waits for a token. Between two of them runs exactly one bulk pass: a piece of a prompt or of an
 extraction, of at most `pass_tokens` positions. Owners share the bulk passes fairly, and so do one owner's prompts and
 extractions. N states, H hidden.
 """
@@ -25,8 +25,8 @@ from pema_ray.plm_owner.model.load import LoadedPLM
 
 Job = StepJob | ExtractJob
 _PASS_TOKENS_CPU, _PASS_TOKENS_GPU = 512, 4096
-_SLOT_MOMENT = 0.25  # seconds in which a slot becomes free if its session is just being closed
-_SHORT = 16  # tokens; longer pieces are prefill and are bulk
+_SLOT_GRACE = 0.25  # seconds in which a session that is being closed frees its slot
+_SHORT = 16  # tokens; longer pieces are prefill, in bulk passes
 
 
 class Batcher:
@@ -34,7 +34,7 @@ class Batcher:
 
     Args:
         head: for drafts.
-        clock: seconds that only grow.
+        clock: monotonic seconds.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Batcher:
         self._waiting: deque[StepJob] = deque()
         self._active: list[StepJob] = []
         self._extractions: list[ExtractJob] = []
-        self._owners, self._kinds, self._bulk_is_next = FairQueue(), FairQueue(), False
+        self._owners, self._flows, self._bulk_is_next = FairQueue(), FairQueue(), False
         self.passes: list[tuple[int, int]] = []
         """Sequences and tokens of every forward pass of the last `run`."""
 
@@ -60,28 +60,28 @@ class Batcher:
         """Queue a step; `run` works on it. Sessions and caches of different owners never meet.
 
         Args:
-            deadline: on the clock; a step that has not begun by then is `Busy`.
+            deadline: by the clock; a step that has not begun by then is `Busy`.
         """
-        moment = deadline if step.waits else min(deadline, self._clock() + _SLOT_MOMENT)
-        job = StepJob(owner, step, deadline, moment)
+        slot_deadline = deadline if step.waits else min(deadline, self._clock() + _SLOT_GRACE)
+        job = StepJob(owner, step, deadline, slot_deadline)
         self._waiting.append(job)
         return job
 
     def submit_extraction(self, owner: str, batch: ExtractBatch, deadline: float = float("inf")) -> ExtractJob:
-        """Queue an extraction; one owner's are computed in their order."""
+        """Queue an extraction; those of one owner run in order."""
         job = ExtractJob(owner, batch, deadline, tokens=batch.tokens)
         self._extractions.append(job)
         return job
 
     def close(self, owner: str, session: str) -> None:
-        """Forget a session and drop its step that is under way. An unknown one is not opened, once."""
+        """Forget a session and drop its step. The next opening of an unknown one is refused: it was overtaken."""
         jobs = [job for job in [*self._waiting, *self._active] if job.key == (owner, session)]
         for job in jobs:
             job.cancelled = True
-        self._sessions.close((owner, session), bool(jobs))
+        self._sessions.close((owner, session), refuse_next=not jobs)
 
     def forget_abandoned(self) -> None:
-        """Close sessions whose owner takes no more steps: an owner that died could not close them."""
+        """Close sessions without steps for `forget_seconds`: an owner that died could not close them."""
         self._sessions.forget(self.config.forget_seconds)
 
     # ── levels ──────────────────────────────────────────────────────────────
@@ -97,7 +97,7 @@ class Batcher:
         return len(self._sessions)
 
     def sessions_heard_of(self, seconds: float) -> int:
-        """Sessions that took a step in the last so many seconds, or wait for one."""
+        """Sessions that took a step in the last `seconds`, or wait for one."""
         oldest = self._clock() - seconds
         return sum(slot.used >= oldest or slot.job is not None for slot in self._sessions.slots())
 
@@ -108,7 +108,7 @@ class Batcher:
 
     @property
     def waiting_tokens(self) -> int:
-        """Tokens of prompts and extractions that are not computed yet."""
+        """Tokens of prompts and extractions still to compute."""
         queued = sum(len(job.step.tokens) for job in list(self._waiting))
         active = sum(len(job.remaining) for job in list(self._active))
         return queued + active + sum(job.tokens for job in list(self._extractions))
@@ -122,14 +122,14 @@ class Batcher:
 
     @torch.inference_mode()
     def run(self) -> list[Job]:
-        """Serve all that wait for a token, or run the bulk pass that is due; returns the jobs that are done by it."""
+        """Serve all sessions that wait for a token, or run the next bulk pass; returns the finished jobs."""
         done: list[Job] = [*self._drop_cancelled(), *self._begin(), *self._refuse_extractions()]
         self.passes = []
         short = [job for job in self._active if len(job.remaining) <= _SHORT]
         long = [job for job in self._active if len(job.remaining) > _SHORT]
         bulk = bool(long or self._extractions)
         if short and not (bulk and self._bulk_is_next):
-            for group in _alike(short):
+            for group in _similar_lengths(short):
                 done += self._pass(group, _SHORT)
             self._bulk_is_next = bulk
         elif bulk:
@@ -139,36 +139,34 @@ class Batcher:
         self._extractions = [job for job in self._extractions if job.result is None]
         return done
 
-    def _bulk(self, long: Sequence[StepJob]) -> Sequence[Job]:
-        """One piece of a prompt or of an extraction, of the owner whose turn it is."""
+    def _bulk(self, long: Sequence[StepJob]) -> list[Job]:
+        """Compute a piece of a prompt or extraction, of the owner whose turn it is; returns the finished jobs."""
         flows: dict[tuple[str, str], list[Job]] = {}
         for job in long:
             flows.setdefault((job.owner, "prefill"), []).append(job)
         for job in self._extractions:
             flows.setdefault((job.owner, "extract"), []).append(job)
         owner = self._owners.choose(dict.fromkeys(owner for owner, _ in flows))
-        chosen = self._kinds.choose(flow for flow in flows if flow[0] == owner)
-        jobs = flows[chosen]
-        if isinstance(jobs[0], ExtractJob):
-            extractions = [job for job in jobs if isinstance(job, ExtractJob)]
+        flow = self._flows.choose(flow for flow in flows if flow[0] == owner)
+        extractions = [job for job in flows[flow] if isinstance(job, ExtractJob)]
+        if extractions:
             self.passes.append(self._extraction.advance(extractions))
-            done: list[Job] = [job for job in extractions if job.result is not None]
         else:
-            done = [*self._prefill([job for job in jobs if isinstance(job, StepJob)])]
+            self._prefill([job for job in flows[flow] if isinstance(job, StepJob)])
         positions = sum(positions for _, positions in self.passes)
         self._owners.charge(owner, positions)
-        self._kinds.charge(chosen, positions)
-        return done
+        self._flows.charge(flow, positions)
+        return [job for job in flows[flow] if job.result is not None]
 
-    def _prefill(self, jobs: Sequence[StepJob]) -> list[StepJob]:
-        """The oldest prompt's next piece, and those of others as far as they fit beside it."""
+    def _prefill(self, jobs: Sequence[StepJob]) -> None:
+        """Compute the oldest prompt's next piece, and those of similar prompts that fit into the pass."""
         width = min(len(jobs[0].remaining), self.pass_tokens)
         group = [jobs[0]]
         for job in jobs[1:]:
-            alike = width / 2 <= len(job.remaining) <= width
-            if alike and (len(group) + 1) * width <= self.pass_tokens:
+            is_similar = width / 2 <= len(job.remaining) <= width
+            if is_similar and (len(group) + 1) * width <= self.pass_tokens:
                 group.append(job)
-        return self._pass(group, width)
+        self._pass(group, width)
 
     def _pass(self, jobs: Sequence[StepJob], width: int) -> list[StepJob]:
         feeds, pieces = [], []
@@ -189,7 +187,7 @@ class Batcher:
         slot.ids += piece
         slot.used = self._clock()
         job.remaining = job.remaining[len(piece) :]
-        requested = step.states - len(job.remaining)  # of this piece's states, the last so many
+        requested = step.states - len(job.remaining)  # the last states of this piece
         if job.drafted:
             job.states.append(state_nH)
         elif requested > 0:
@@ -215,17 +213,17 @@ class Batcher:
         for job in steps:
             if job.slot is not None:
                 job.slot.job = None
-                if job.step.position == 0:  # its caller will never know of this session; a retry of it opens it anew
-                    self._sessions.close(job.key, True)
+                if job.step.position == 0:  # its caller will never learn of the session; a retry opens it anew
+                    self._sessions.close(job.key)
         self._waiting = deque(job for job in self._waiting if not job.cancelled)
         self._active = [job for job in self._active if not job.cancelled]
         self._extractions = [job for job in self._extractions if not job.cancelled]
         return [*steps, *extractions]
 
     def _begin(self) -> list[Job]:
-        """Begin waiting steps in their order; those that need a slot, or wait for their own session, stay."""
+        """Begin waiting steps in order, but for those that wait for a slot or their session; returns the refused."""
         refused: list[Job] = []
-        staying: deque[StepJob] = deque()
+        still_waiting: deque[StepJob] = deque()
         waiting_sessions: set[tuple[str, str]] = set()
         full = False
         self._sessions.begin_scan()
@@ -238,15 +236,15 @@ class Batcher:
                     if self._sessions.was_closed(job.key):
                         raise SessionLost(job.step.session)
                     self._check(job.step)
-                    prefilling = (other for other in self._active if len(other.remaining) > _SHORT)
+                    prefilling = (active for active in self._active if len(active.remaining) > _SHORT)
                     began, full = self._sessions.open(job, prefilling, full)
                 else:
                     self._check(job.step)
                     self._sessions.continue_(job, slot)
                     began = True
                 if not began and self._clock() > (job.slot_deadline if full else job.deadline):
-                    held = f"{self.config.slots} sessions are being decoded"
-                    raise Busy(f"no slot became free in time: {held}.", 1.0 if job.step.waits else 0.0)
+                    reason = f"no slot became free in time: {self.config.slots} sessions are being decoded."
+                    raise Busy(reason, 1.0 if job.step.waits else 0.0)
             except (SessionLost, UserError, Busy) as error:
                 job.result = error
                 refused.append(job)
@@ -255,12 +253,12 @@ class Batcher:
                 self._active.append(job)
             else:
                 waiting_sessions.add(job.key)
-                staying.append(job)
-        self._waiting = staying
+                still_waiting.append(job)
+        self._waiting = still_waiting
         return refused
 
     def _refuse_extractions(self) -> list[Job]:
-        """Those that are invalid or have waited for too long."""
+        """Refuse extractions that are invalid or have waited too long; returns them."""
         refused: list[Job] = []
         for job in self._extractions:
             try:
@@ -287,20 +285,20 @@ class Batcher:
             )
 
     def _check_tokens(self, sequences: Sequence[Sequence[int]]) -> None:
-        """A token that the model does not embed would end the engine, and with it everybody's sessions."""
+        """A token without an embedding would end the engine, and with it all sessions."""
         for ids in sequences:
             if ids and (min(ids) < 0 or max(ids) >= self._vocabulary):
                 wrong = next(token for token in ids if not 0 <= token < self._vocabulary)
                 raise UserError(f"{wrong} is no token of {self._plm.name}, which has {self._vocabulary}.")
 
 
-def _alike(jobs: Sequence[StepJob]) -> list[list[StepJob]]:
-    """Groups whose rows are padded to at most twice their tokens; mostly one."""
+def _similar_lengths(jobs: Sequence[StepJob]) -> list[list[StepJob]]:
+    """Groups whose rows are padded to at most twice their tokens; usually one."""
     groups: list[list[StepJob]] = []
     for job in sorted(jobs, key=lambda job: -len(job.remaining)):
         if groups:
             group = groups[-1]
-            tokens = sum(len(other.remaining) for other in group) + len(job.remaining)
+            tokens = sum(len(member.remaining) for member in group) + len(job.remaining)
             if (len(group) + 1) * len(group[0].remaining) <= 2 * tokens:
                 group.append(job)
                 continue

@@ -1,4 +1,4 @@
-"""Start-up checks: a way to compute states is used only if it gives those of plain forward passes. B, T, H as usual."""
+"""Start-up checks: the engine computes states only in ways that agree with plain forward passes. B, T, H as usual."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from pema_ray.plm_owner.model.load import LoadedPLM
+from pema_ray.plm_owner.model.proof import UNSUPPORTED
 from pema_ray.plm_owner.model.states import capture_state
-
-_REFUSALS = (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError)
 
 
 def attempt(check: Callable[[], bool]) -> str | None:
-    """Why a check does not pass, None if it does; a model that raises does not support what was tried."""
+    """Why a check fails, None if it passes; a model that raises does not support this way."""
     try:
         return None if check() else "the states differ"
-    except _REFUSALS as error:
+    except UNSUPPORTED as error:
         return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -31,7 +30,7 @@ def holds_plain_rows(plm: LoadedPLM) -> bool:
 
 
 def _depends_on_other_sequences(plm: LoadedPLM) -> bool:
-    """Whether a state depends on the longest sequence of its pass, once that is beyond a window (GPT-Neo, Doge).
+    """Whether a state depends on the longest sequence of its pass, if that exceeds a window (GPT-Neo, Doge).
 
     Probes are shorter than such windows, so they cannot show it.
     """
@@ -50,13 +49,13 @@ def plain_states(plm: LoadedPLM, ids: Sequence[int]) -> torch.Tensor:
     return capture_state(plm, input_ids=torch.tensor([ids], device=plm.device), use_cache=False)[0]
 
 
-def same_states(plm: LoadedPLM, found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether states `[N, H]` differ by no more than rounding does, on average and at every position.
+def same_states(plm: LoadedPLM, states: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether states `[N, H]` differ only by rounding, on average and at every position.
 
     Layers with quantised weights may round activations to fewer bits than the states have.
     """
     is_exact = expected.dtype == torch.float32 and not plm.is_quantized
     average, worst = (1e-3, 1e-3) if is_exact else (0.1, 0.5)
-    expected = expected.float().to(found.device)
-    gap_N = (found.float() - expected).abs().mean(-1) / expected.abs().mean().clamp_min(1e-6)
+    expected = expected.float().to(states.device)
+    gap_N = (states.float() - expected).abs().mean(-1) / expected.abs().mean().clamp_min(1e-6)
     return bool(gap_N.mean() <= average) and bool(gap_N.max() <= worst)  # NaN is neither

@@ -1,4 +1,4 @@
-"""The engine of a PLM owner: requests come in on the event loop, passes run in the compute thread, answers go back.
+"""The engine of a PLM owner: takes and answers requests on the event loop, runs passes in the compute thread.
 
 The event loop never waits for torch. Between two passes the batcher admits new requests and drops cancelled ones, so a
 client that disconnects frees its slot within one pass. N rows, H hidden.
@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from pema_ray.plm_owner.engine.sessions import StepJob
 from pema_ray.runtime.hardware import compute_thread
 from pema_ray.runtime.metrics import Metrics, NoMetrics
 
-_SLOT_WAIT = 0.02  # seconds; a slot becomes free by a request, or because a session has been idle for long enough
+_SLOT_POLL = 0.02  # seconds; a slot becomes free by a request, or once its session has idled long enough
 
 
 class Engine:
@@ -54,13 +55,13 @@ class Engine:
         return self
 
     async def stop(self) -> None:
-        """End; steps that are under way are answered `SessionLost`."""
+        """End; answers running steps with `SessionLost`."""
         if self._loop is not None:
             self._loop.cancel()
             with suppress(asyncio.CancelledError, Exception):
                 await self._loop
         self._answer_all(SessionLost())
-        await asyncio.wrap_future(self._thread.submit(int))  # the pass that is running comes to its end
+        await asyncio.wrap_future(self._thread.submit(int))  # the end of the running pass
 
     async def step(self, owner: str, steps: Sequence[Step], timeout: float = 60.0) -> list[Stepped | Exception]:
         """Take steps of different sessions of one data owner; errors stand in their places, as `PLMClient.step` says.
@@ -93,7 +94,8 @@ class Engine:
         return answer
 
     async def _answers(self, submit: Callable[[], Sequence[Job]], count: int) -> list[Any]:
-        self._raise_if_failed()
+        if self.failure is not None:
+            raise Busy(f"the engine has failed: {self.failure}")
         jobs: list[Job] = []
         futures = [asyncio.get_running_loop().create_future() for _ in range(count)]
 
@@ -104,28 +106,20 @@ class Engine:
         self._change(begin)
         try:
             return list(await asyncio.gather(*futures))
-        except asyncio.CancelledError:  # the caller has gone away
+        except asyncio.CancelledError:  # the caller has disconnected
             self._change(lambda: _cancel(jobs))
             raise
 
     async def close(self, owner: str, sessions: Sequence[str]) -> None:
         """Forget sessions."""
         batcher = self.batcher
-
-        def forget() -> None:
-            for session in sessions:
-                batcher.close(owner, session)
-
-        self._change(forget)
+        for session in sessions:
+            self._change(partial(batcher.close, owner, session))
 
     @property
     def healthy(self) -> bool:
-        """Whether passes can still be run."""
+        """Whether passes can still run."""
         return self.failure is None
-
-    def _raise_if_failed(self) -> None:
-        if self.failure is not None:
-            raise Busy(f"the engine has failed: {self.failure}")
 
     def _change(self, change: Callable[[], None]) -> None:
         self._changes.append(change)
@@ -151,7 +145,7 @@ class Engine:
                 for job in done:
                     self._answer(job)
                 if not done and not self.batcher.passes:  # all wait for a slot
-                    await self._next_change(_SLOT_WAIT)
+                    await self._next_change(_SLOT_POLL)
         except asyncio.CancelledError:
             raise
         except Exception as error:
@@ -160,9 +154,9 @@ class Engine:
             raise
 
     async def _next_change(self, seconds: float) -> None:
-        """Wait for a request, at most so long."""
+        """Wait for a request, at most for `seconds`."""
         if not self._changes:
-            with suppress(TimeoutError):  # `wait_for` of Python 3.11 may lose that this is cancelled
+            with suppress(TimeoutError):  # `wait_for` of Python 3.11 may lose a cancellation
                 async with asyncio.timeout(seconds):
                     await self._wake.wait()
 
@@ -170,14 +164,14 @@ class Engine:
         kind = "steps" if isinstance(job, StepJob) else "extractions"
         self.counts[kind if not isinstance(job.result, Exception) else f"{kind}_not_taken"] += 1
         future = self._futures.pop(job)
-        # its caller will never know of the session that a cancelled step has just opened
+        # its caller will never learn of the session that a cancelled step has just opened
         if future.cancelled() and isinstance(job, StepJob) and job.step.position == 0:
             self.batcher.close(*job.key)
         if not future.done():
             future.set_result(job.result)
 
     def _answer_all(self, answer: Exception) -> None:
-        """No request may wait for ever, nor those that came during the last pass."""
+        """Answer every request, including those that arrived during the last pass."""
         changes, self._changes = self._changes, []
         for change in changes:
             change()

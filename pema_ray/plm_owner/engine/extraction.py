@@ -1,10 +1,9 @@
 """Representations of whole batches, without sessions, one piece of a batch at a time.
 
-How a batch is cut into pieces depends on the batch and the token budget alone, and sequences of different requests
-never share a forward pass. So its representations are the same bytes whatever else the engine computes, and a memory
-that is built twice is byte-identical. A PLM owner with many small requests may give that up: with `share_passes`,
-pieces of one data owner's requests fill a pass together. B sequences, T positions, N rows, H hidden, h key-value heads,
-D head size.
+The pieces of a batch depend on the batch and the token budget alone, and different requests never share a forward pass.
+So representations are the same bytes whatever else the engine computes, and a memory built twice is byte-identical. A
+PLM owner with many small requests may give that up: with `share_passes`, one data owner's requests share passes.
+B sequences, T positions, N rows, H hidden, h key-value heads, D head size.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ from pema_ray.plm_owner.model.load import LoadedPLM
 from pema_ray.plm_owner.model.states import capture_state
 
 _SHORTEST_PREFIX = 8  # tokens; a shorter one is computed with every sequence
-_KEPT_PREFIXES = 8  # owners whose last prefix is kept
-_ROWS_OF_PREFIX = 64  # a pass attends to at most so many times its budget of prefix positions
+_MAX_PREFIXES = 8  # owners whose last prefix is cached
+_ROWS_OF_PREFIX = 64  # a pass attends to at most this × its budget of prefix positions
 
 
 @dataclass(eq=False)
@@ -40,7 +39,7 @@ class ExtractJob:
     """One extraction on its way through the batcher.
 
     Attributes:
-        result: its representations `[N, H]`, or why there are none; none until then.
+        result: its representations `[N, H]`, or an error; none until then.
     """
 
     owner: str
@@ -51,13 +50,13 @@ class ExtractJob:
     checked: bool = False
     begun: bool = False
     tokens: int = 0
-    """Not yet computed."""
+    """Still to compute."""
     _prefix: _Prefix | None = None
     _pieces: list[list[int]] = field(default_factory=list)
     _rows: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def computed(self, i: int) -> Sequence[int]:
-        """What a pass computes for a sequence: with the prefix, unless its keys and values are reused."""
+        """The tokens of a sequence in a pass: with the prefix, unless its keys and values are reused."""
         ids = self.batch.token_ids[i]
         return ids if self._prefix is not None else [*self.batch.prefix, *ids]
 
@@ -69,8 +68,8 @@ class ExtractJob:
 class Extraction:
     """Computes extractions piece by piece.
 
-    At start it tries whether sequences may be padded to one batch, and whether a prefix's keys and values may be
-    reused; what does not give the states of plain forward passes is not done.
+    At start it checks against plain forward passes whether sequences may be padded to one batch, and whether a prefix's
+    keys and values may be reused.
 
     Args:
         budget: positions of a piece, padding included; a longer sequence is a piece of its own.
@@ -104,10 +103,10 @@ class Extraction:
         """Compute the first job's next piece, or a piece of its prefix.
 
         Args:
-            jobs: of one data owner; where passes are shared, those after the first fill the pass with pieces of theirs.
+            jobs: of one data owner; if passes are shared, the later ones fill the pass.
 
         Returns:
-            How many sequences and positions that were.
+            The numbers of sequences and positions.
         """
         job = jobs[0]
         if not job.begun:
@@ -123,31 +122,31 @@ class Extraction:
         if self._share_passes and self.batches:
             self._fill(pieces, jobs[1:])
         positions = self._run(pieces)
-        for taken, piece in pieces:
-            taken.tokens -= sum(len(taken.batch.token_ids[i]) for i in piece)
-            if not taken._pieces:
-                taken.result = torch.cat([taken._rows[i] for i in range(len(taken.batch.token_ids))])
-                taken._rows, taken._prefix = {}, None
+        for job, piece in pieces:
+            job.tokens -= sum(len(job.batch.token_ids[i]) for i in piece)
+            if not job._pieces:
+                job.result = torch.cat([job._rows[i] for i in range(len(job.batch.token_ids))])
+                job._rows, job._prefix = {}, None
         return sum(len(piece) for _, piece in pieces), positions
 
     def _fill(self, pieces: list[tuple[ExtractJob, list[int]]], jobs: Sequence[ExtractJob]) -> None:
-        """Add pieces of other jobs that have the same prefix, as far as the budget goes."""
-        job, piece = pieces[0]
-        count, width = len(piece), max(job.length(i) for i in piece)
-        most = self._most(job)
-        for other in jobs:
-            if count == most or (count + 1) * width > self.budget:
+        """Add pieces of other jobs with the same prefix, within the budget."""
+        first, piece = pieces[0]
+        count, width = len(piece), max(first.length(i) for i in piece)
+        limit = self._max_sequences(first)
+        for job in jobs:
+            if count == limit or (count + 1) * width > self.budget:
                 return
-            if other.batch.prefix != job.batch.prefix:
+            if job.batch.prefix != first.batch.prefix:
                 continue
-            if not other.begun:
-                self._begin(other)
-            if other._prefix is not job._prefix:
+            if not job.begun:
+                self._begin(job)
+            if job._prefix is not first._prefix:
                 continue
-            piece = other._pieces[-1]  # the one with most room
-            wider = max(width, *(other.length(i) for i in piece))
-            if count + len(piece) <= most and (count + len(piece)) * wider <= self.budget:
-                pieces.append((other, other._pieces.pop()))
+            piece = job._pieces[-1]  # the smallest
+            wider = max(width, *(job.length(i) for i in piece))
+            if count + len(piece) <= limit and (count + len(piece)) * wider <= self.budget:
+                pieces.append((job, job._pieces.pop()))
                 count, width = count + len(piece), wider
 
     def _begin(self, job: ExtractJob) -> None:
@@ -156,20 +155,20 @@ class Extraction:
         if self.reuses_prefixes and len(prefix) >= _SHORTEST_PREFIX:
             job._prefix = self._prefix_of(job.owner, prefix)
         lengths = [job.length(i) for i in range(len(job.batch.token_ids))]
-        job._pieces = cut(lengths, self.budget, self._most(job) if self.batches else 1)
+        job._pieces = cut(lengths, self.budget, self._max_sequences(job) if self.batches else 1)
 
-    def _most(self, job: ExtractJob) -> int:
-        """Sequences of a pass."""
+    def _max_sequences(self, job: ExtractJob) -> int:
+        """Of a pass."""
         return self.budget if job._prefix is None else max(1, _ROWS_OF_PREFIX * self.budget // len(job._prefix.ids))
 
     def _prefix_of(self, owner: str, ids: tuple[int, ...]) -> _Prefix:
-        kept = self._prefixes.get(owner)
-        if kept is None or kept.ids != ids:  # one owner's prefix is never looked up for another
-            kept = self._prefixes[owner] = _Prefix(ids, DynamicCache(config=self._plm.model.config))
+        prefix = self._prefixes.get(owner)
+        if prefix is None or prefix.ids != ids:  # owners never share a prefix
+            prefix = self._prefixes[owner] = _Prefix(ids, DynamicCache(config=self._plm.model.config))
         self._prefixes.move_to_end(owner)
-        if len(self._prefixes) > _KEPT_PREFIXES:
+        if len(self._prefixes) > _MAX_PREFIXES:
             self._prefixes.popitem(last=False)
-        return kept
+        return prefix
 
     def _run(self, pieces: Sequence[tuple[ExtractJob, list[int]]]) -> int:
         prefix = pieces[0][0]._prefix
@@ -194,7 +193,7 @@ class Extraction:
 class _SharedPrefixLayer(DynamicLayer):
     """The keys and values `[1, h, T, D]` of a prefix before those of B sequences, which are not kept.
 
-    So the copies of the prefix live for one layer at a time.
+    Copies of the prefix thus live for one layer at a time.
     """
 
     _layer_type = None
@@ -204,7 +203,7 @@ class _SharedPrefixLayer(DynamicLayer):
         self._prefix, self._rows, self.is_sliding = prefix, rows, prefix.is_sliding
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any):
-        keys, values = (held.expand(self._rows, -1, -1, -1) for held in (self._prefix.keys, self._prefix.values))
+        keys, values = (cached.expand(self._rows, -1, -1, -1) for cached in (self._prefix.keys, self._prefix.values))
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
     def get_seq_length(self) -> int:
@@ -217,15 +216,15 @@ class _SharedPrefixLayer(DynamicLayer):
         return self._prefix.get_max_length()
 
 
-def cut(lengths: Sequence[int], budget: int, most: int) -> list[list[int]]:
-    """Sequences by falling length, in pieces of at most `budget` positions, padding included, and `most` sequences.
+def cut(lengths: Sequence[int], budget: int, limit: int) -> list[list[int]]:
+    """Sequences by falling length, in pieces of at most `budget` positions, padding included, and `limit` sequences.
 
-    A sequence that is longer than the budget is a piece of its own.
+    A sequence longer than the budget is a piece of its own.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     pieces, begin = [], 0
     while begin < len(order):
-        end = begin + max(1, min(most, budget // lengths[order[begin]]))
+        end = begin + max(1, min(limit, budget // lengths[order[begin]]))
         pieces.append(order[begin:end])
         begin = end
     return pieces

@@ -1,4 +1,4 @@
-"""Start-time fair queueing (Goyal, Vin, Cheng 1996): who gets the next pass, so that all who wait get equal shares."""
+"""Start-time fair queueing (Goyal, Vin, Cheng 1996): gives all waiting flows equal shares of passes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ K = TypeVar("K", bound=Hashable)
 class FairQueue:
     """Shares passes among flows by the positions that were computed for each.
 
-    A flow that waits is served before any other gets more than one pass ahead of it, however much the others have
-    waiting; one that has been idle has no claim to passes of the past.
+    No flow gets more than one pass ahead of a waiting one, however much it has queued. A flow that has been idle has no
+    claim to past passes.
     """
 
     def __init__(self) -> None:
@@ -20,14 +20,14 @@ class FairQueue:
         self._finish: dict[Hashable, int] = {}
 
     def choose(self, waiting: Iterable[K]) -> K:
-        """The flow that is served next; the first of those that are equal."""
-        chosen = min(waiting, key=self._start)
-        self._virtual = self._start(chosen)
-        self._finish = {flow: finish for flow, finish in self._finish.items() if finish > self._virtual}
-        return chosen
+        """The flow to serve next; the first of equals."""
+        flow = min(waiting, key=self._start)
+        self._virtual = self._start(flow)
+        self._finish = {key: finish for key, finish in self._finish.items() if finish > self._virtual}
+        return flow
 
     def charge(self, flow: Hashable, positions: int) -> None:
-        """Count what was computed for the flow that was chosen."""
+        """Count the positions computed for the chosen flow."""
         self._finish[flow] = self._start(flow) + positions
 
     def _start(self, flow: Hashable) -> int:

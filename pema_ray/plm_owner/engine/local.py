@@ -25,7 +25,7 @@ class LocalPLM:
 
     Args:
         plm: how to load it, or a loaded one.
-        fingerprint: of the PLM that is expected; none accepts any.
+        fingerprint: of the expected PLM; none accepts any.
         owner: whose sessions these are.
 
     Raises (every call):
@@ -63,7 +63,7 @@ class LocalPLM:
 
     @property
     def healthy(self) -> bool:
-        """Whether nothing has failed so far."""
+        """Whether nothing has failed."""
         starting = self._starting
         if starting is None or not starting.done():
             return True
@@ -76,21 +76,20 @@ class LocalPLM:
         return Batcher(loaded, self._bundle.head, self.config)
 
     def check(self, fingerprint: str | None) -> None:
-        """Refuse a request that is meant for another PLM than the loaded one; none accepts any.
+        """Check which PLM a request expects; none accepts any.
 
         Raises:
-            FingerprintMismatch: it is.
+            FingerprintMismatch: another than the loaded one.
         """
         card = self._bundle.card
         if fingerprint is not None and fingerprint != card.fingerprint:
-            what = self._plm.label if isinstance(self._plm, PLMConfig) else "The loaded PLM"
-            raise FingerprintMismatch(what, card.label, fingerprint)
+            label = self._plm.label if isinstance(self._plm, PLMConfig) else "The loaded PLM"
+            raise FingerprintMismatch(label, card.label, fingerprint)
 
     async def describe(self) -> Description:
         engine = await self.engine()
-        return Description(
-            self._bundle.card, Limits(max_tokens=engine.batcher.max_tokens, max_sessions=self.config.slots)
-        )
+        limits = Limits(max_tokens=engine.batcher.max_tokens, max_sessions=self.config.slots)
+        return Description(self._bundle.card, limits)
 
     async def lm_head(self) -> LMHeadBundle:
         await self.engine()
@@ -126,7 +125,7 @@ class LocalPLM:
 
 @contextmanager
 def _failures_of(engine: Engine) -> Iterator[None]:
-    """Raise the cause if the engine has failed: here no replica takes its place, so repeating does not help."""
+    """Raise the cause if the engine has failed: no replica replaces it, so repeating does not help."""
     try:
         yield
     except Busy:

@@ -1,7 +1,7 @@
-"""Which session holds which slot: who opens, continues, shares a prompt's beginning, and loses its slot.
+"""Which session holds which slot: opens and continues sessions, shares common prefixes, evicts idle sessions.
 
-A session's slot keeps its tokens' keys and values after it has ended, until another session needs the slot: a prompt
-that begins as another of the same owner did copies that cache. N states, H hidden.
+A slot keeps its keys and values after its session has ended, until another session needs it: a prompt that begins like
+another of the same owner copies that cache. N states, H hidden.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from pema_ray.line import SessionLost, Step, Stepped
 from pema_ray.plm_owner.engine.slots import Caches
 
-_WORTH_COPYING = 8  # tokens that two prompts begin with alike
+_WORTH_COPYING = 8  # tokens of a common prefix
 _WORTH_WAITING = 64  # tokens that another session is computing now
-_CLOSED_BEFORE = 1024  # sessions remembered that were closed before they were opened: messages overtake each other
+_MAX_CLOSED_BEFORE = 1024  # remembered sessions that were closed before they were opened: messages overtake each other
 
 
 @dataclass(eq=False)
@@ -26,7 +26,7 @@ class Slot:
     number: int
     owner: str = ""
     ids: list[int] = field(default_factory=list)
-    """Tokens whose keys and values lie in the cache, also when no session uses them any more."""
+    """Tokens whose keys and values are in the cache, even after the session has ended."""
     session: str | None = None
     job: StepJob | None = None
     used: float = 0.0
@@ -39,7 +39,7 @@ class StepJob:
     Attributes:
         deadline: an opening or a step that has not begun by then is `Busy`.
         slot_deadline: the same, while there is no slot for it.
-        result: what it gave, or why it could not be done; none until then.
+        result: its outcome, an error included; none until then.
     """
 
     owner: str
@@ -50,7 +50,7 @@ class StepJob:
     cancelled: bool = False
     slot: Slot | None = None
     remaining: list[int] = field(default_factory=list)
-    """Tokens that are not computed yet."""
+    """Tokens still to compute."""
     states: list[torch.Tensor] = field(default_factory=list)
     drafted: list[int] = field(default_factory=list)
 
@@ -61,7 +61,7 @@ class StepJob:
 
 
 class Sessions:
-    """The slots and who holds them."""
+    """The slots and the sessions that hold them."""
 
     def __init__(self, caches: Caches, slots: int, idle_seconds: float, clock: Callable[[], float]) -> None:
         self._caches, self._idle_seconds, self._clock = caches, idle_seconds, clock
@@ -74,72 +74,73 @@ class Sessions:
         return len(self._by_key)
 
     def slots(self) -> list[Slot]:
-        """Those that sessions hold."""
+        """The slots that sessions hold."""
         return list(self._by_key.values())
 
     def find(self, key: tuple[str, str]) -> Slot | None:
         """The session's slot."""
         return self._by_key.get(key)
 
-    def close(self, key: tuple[str, str], known: bool) -> None:
-        """Free the session's slot; one that is not `known` by a step either is not opened, once."""
+    def close(self, key: tuple[str, str], refuse_next: bool = False) -> None:
+        """Free the session's slot; with `refuse_next`, the next opening of one without a slot is refused."""
         slot = self._by_key.pop(key, None)
         if slot is not None:
             slot.session = None
-        elif not known:
+        elif refuse_next:
             self._closed_before[key] = None
-            if len(self._closed_before) > _CLOSED_BEFORE:
+            if len(self._closed_before) > _MAX_CLOSED_BEFORE:
                 del self._closed_before[next(iter(self._closed_before))]
 
     def forget(self, seconds: float) -> None:
-        """Close sessions that have taken no step for so long: an owner that died could not close them."""
+        """Close sessions that have taken no step for `seconds`."""
         oldest = self._clock() - seconds
         for key, slot in list(self._by_key.items()):
             if slot.job is None and slot.used <= oldest:
-                self.close(key, True)
+                self.close(key)
 
     def continue_(self, job: StepJob, slot: Slot | None) -> None:
         """Rewind the session to the step's position and continue with its tokens.
 
         Raises:
-            SessionLost: it holds fewer tokens, or nothing at all.
+            SessionLost: it holds fewer tokens, or no slot.
         """
         step = job.step
         if slot is None or step.position > len(slot.ids):
             raise SessionLost(step.session)
-        whole = [*slot.ids[: step.position], *step.tokens]
-        computed = min(_alike_until(slot.ids, whole), len(whole) - step.states)  # a repeated step wants its states only
-        self._begin(job, slot, whole, computed)
+        ids = [*slot.ids[: step.position], *step.tokens]
+        # a repeated step recomputes only its states
+        cached = min(_common_prefix(slot.ids, ids), len(ids) - step.states)
+        self._begin(job, slot, ids, cached)
 
     def was_closed(self, key: tuple[str, str]) -> bool:
-        """Whether the session was closed before this opening of it; asked once."""
+        """Whether the session was closed before this opening; true once."""
         return self._closed_before.pop(key, self) is None
 
     def begin_scan(self) -> None:
-        """To be called before the waiting openings are tried in their order: none takes a slot of one before it."""
+        """Call before trying the waiting openings in order: none takes the slot of an earlier one."""
         self._promised = 0
 
     def open(self, job: StepJob, prefilling: Iterable[StepJob], full: bool) -> tuple[bool, bool]:
-        """Give the session a slot, if one is free and no better cache is just being computed.
+        """Give the session a slot, if one is free and no better cache is being computed.
 
         Args:
-            full: no slot was free for a session that waits longer.
+            full: no slot was free for an earlier session.
 
         Returns:
-            Whether it has one, and whether there is none for anybody.
+            Whether it has one, and whether no slot is free for any session.
         """
         unused = sum(slot.session is None for slot in self._slots)
         if full or (self._promised and unused <= self._promised):
             return False, True
         ids, step = list(job.step.tokens), job.step
-        longest = len(ids) - step.states
+        limit = len(ids) - step.states
         source, shared = None, 0
         for slot in self._slots:
-            if slot.owner == job.owner and (alike := min(_alike_until(slot.ids, ids), longest)) > shared:
-                source, shared = slot, alike
+            if slot.owner == job.owner and (common := min(_common_prefix(slot.ids, ids), limit)) > shared:
+                source, shared = slot, common
         if shared < _WORTH_COPYING:
             source, shared = None, 0
-        if _will_share(job.owner, ids, longest, prefilling) >= shared + _WORTH_WAITING:
+        if _will_share(job.owner, ids, limit, prefilling) >= shared + _WORTH_WAITING:
             self._promised += 1
             return False, False
         target = source if source is not None and source.session is None else self._free_slot()
@@ -160,23 +161,23 @@ class Sessions:
             if oldest is None or self._clock() - oldest.used < self._idle_seconds:
                 return None
             assert oldest.session is not None
-            self.close((oldest.owner, oldest.session), True)
+            self.close((oldest.owner, oldest.session))
             return oldest
         empty = next((slot for slot in unused if not slot.ids), None)
         return empty or min(unused, key=lambda slot: slot.used)
 
-    def _begin(self, job: StepJob, slot: Slot, whole: Sequence[int], computed: int) -> None:
-        slot.ids, slot.job, slot.used = list(whole[:computed]), job, self._clock()
-        job.slot, job.remaining = slot, list(whole[computed:])
+    def _begin(self, job: StepJob, slot: Slot, ids: Sequence[int], cached: int) -> None:
+        slot.ids, slot.job, slot.used = list(ids[:cached]), job, self._clock()
+        job.slot, job.remaining = slot, list(ids[cached:])
 
 
 def _will_share(owner: str, ids: Sequence[int], limit: int, prefilling: Iterable[StepJob]) -> int:
-    """Leading tokens that a prompt of the same owner, being prefilled now, will have left in its cache."""
-    others = [(job.slot, job.remaining) for job in prefilling if job.owner == owner]
-    return max((min(_alike_until([*slot.ids, *rest], ids), limit) for slot, rest in others if slot), default=0)
+    """Length of the common prefix with a prompt of the same owner that is being prefilled now."""
+    slots = [(job.slot, job.remaining) for job in prefilling if job.owner == owner]
+    return max((min(_common_prefix([*slot.ids, *rest], ids), limit) for slot, rest in slots if slot), default=0)
 
 
-def _alike_until(a: Sequence[int], b: Sequence[int]) -> int:
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many leading tokens are the same."""
     end = min(len(a), len(b))
     if a[:end] == b[:end]:

@@ -1,8 +1,8 @@
-"""Key-value caches of many sequences that live side by side: one forward pass takes any of them, wherever they stand.
+"""Key-value caches of many sequences: one forward pass takes any of them, at any position.
 
-A slot holds one sequence. Its keys and values lie in positions `0 … length-1` of a row of its own, so a sequence joins,
-goes on, is cut short or leaves without anything being computed or moved for the others. S slots, h key-value heads,
-T positions, D head size, B rows of a pass, n new tokens, H hidden.
+A slot holds one sequence. Its keys and values lie in positions `0 … length-1` of its own row, so a sequence can join,
+continue, be cut or leave without computing or moving anything for the others. S slots, h key-value heads, T positions,
+D head size, B rows of a pass, n new tokens, H hidden.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from pema_ray.plm_owner.engine.checks import attempt, holds_plain_rows, plain_st
 from pema_ray.plm_owner.model.load import LoadedPLM
 from pema_ray.plm_owner.model.states import capture_state
 
-_FIRST_POSITIONS = 128  # of a slot, before it has to grow
+_FIRST_POSITIONS = 128  # of a slot, before it grows
 _GROWTH = 1.5
-_LONGEST_SINGLY = 16  # tokens; to compute the whole sequence again is faster than more passes of one token
-_IDLE_SHARE = 0.25  # of a pass may be rows that nobody asked for, where that spares copying the caches
+_LONGEST_SINGLY = 16  # tokens; recomputing the whole sequence is faster than more passes of one token
+_IDLE_SHARE = 0.25  # of a pass may be unused rows, if that avoids copying the caches
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class SlotTokens:
     """Tokens to run on in one slot.
 
     Attributes:
-        start: positions before these tokens; what the slot holds behind them is forgotten.
+        start: positions before these tokens; the slot forgets any later ones.
     """
 
     slot: int
@@ -53,25 +53,23 @@ class Caches(Protocol):
         ...
 
 
-def make_caches(plm: LoadedPLM, slots: int, most: int) -> Caches:
-    """Caches for this PLM, of `most` positions a slot.
+def make_caches(plm: LoadedPLM, slots: int, max_positions: int) -> Caches:
+    """Caches for this PLM, of `max_positions` a slot.
 
     Sequences are batched if the types of the cache's layers allow it and a start-up check passes; otherwise they run
     singly, in pieces or token by token.
 
     Raises:
-        UserError: the PLM gives other states with a cache than without, in every way that was tried.
+        UserError: the PLM gives other states with a cache than without, in every way tried.
     """
-    ways: list[Callable[[int], Caches]] = [
-        lambda count: SeparateCaches(plm, count),
-        lambda count: SeparateCaches(plm, count, one_token=True),
-    ]
-    attention = getattr(plm.model.config.get_text_config(), "_attn_implementation", None)
-    takes_masks = attention in (None, "eager", "sdpa")  # flash and flex kernels take none of four dimensions
+    ways: list[Callable[[int], Caches]] = [partial(SeparateCaches, plm), partial(SeparateCaches, plm, one_token=True)]
+    config = plm.model.config.get_text_config()
+    # flash and flex kernels take no masks of four dimensions
+    takes_masks = getattr(config, "_attn_implementation", None) in (None, "eager", "sdpa")
     if takes_masks and holds_plain_rows(plm) and "position_ids" in inspect.signature(plm.decoder.forward).parameters:
-        one_kind = getattr(plm.model.config.get_text_config(), "layer_types", None) is None
-        for by_kind in (not one_kind, one_kind):
-            ways.insert(int(by_kind == one_kind), partial(SlotCaches, plm, most=most, by_kind=by_kind))
+        several_kinds = getattr(config, "layer_types", None) is not None
+        batched = partial(SlotCaches, plm, max_positions=max_positions)
+        ways = [partial(batched, by_kind=several_kinds), partial(batched, by_kind=not several_kinds), *ways]
     reason: str | None = None
     for way in ways:
         if (reason := attempt(lambda way=way: _same_as_plain(plm, way(4)))) is None:
@@ -84,7 +82,7 @@ def make_caches(plm: LoadedPLM, slots: int, most: int) -> Caches:
 
 @torch.inference_mode()
 def _same_as_plain(plm: LoadedPLM, caches: Caches) -> bool:
-    """Two sequences of unequal length, in pieces, one of them rewound and continued, against plain passes."""
+    """Compare two sequences, in pieces, one of them rewound and continued, with plain passes."""
     length = min(48, plm.max_positions)
     long, short = random_ids(plm, length, 0), random_ids(plm, max(2, length // 3), 1)
     half = length // 2
@@ -92,10 +90,8 @@ def _same_as_plain(plm: LoadedPLM, caches: Caches) -> bool:
     caches.run([SlotTokens(2, len(short) - 1, long[:1])])
     second = caches.run([SlotTokens(2, len(short) - 1, short[-1:]), SlotTokens(0, half, long[half:-1])])
     third = caches.run([SlotTokens(0, length - 1, long[-1:])])
-    found = [torch.cat([first[0], second[1], third[0]]), torch.cat([first[1][:-1], second[0]])]
-    return all(
-        same_states(plm, states, plain_states(plm, ids)) for states, ids in zip(found, (long, short), strict=True)
-    )
+    long_TH, short_TH = torch.cat([first[0], second[1], third[0]]), torch.cat([first[1][:-1], second[0]])
+    return all(same_states(plm, states, plain_states(plm, ids)) for states, ids in ((long_TH, long), (short_TH, short)))
 
 
 # ── batched ────────────────────────────────────────────────────────────────
@@ -103,28 +99,28 @@ def _same_as_plain(plm: LoadedPLM, caches: Caches) -> bool:
 
 @dataclass
 class _Pass:
-    """Where the rows of the pass that is running lie; shared by all layers."""
+    """The rows and positions of the running pass; shared by all layers."""
 
     rows: slice | torch.Tensor
     row_B1: torch.Tensor
     position_Bn: torch.Tensor
     total: int
     capacity: int
-    _elsewhere: dict[torch.device, _Pass] = field(default_factory=dict)
+    _copies: dict[torch.device, _Pass] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> _Pass:
-        """The same for layers on another device; each device gets its copy once a pass."""
+        """The same on a layer's device; each device gets one copy per pass."""
         if device == self.row_B1.device:
             return self
-        if device not in self._elsewhere:
+        if device not in self._copies:
             rows = self.rows if isinstance(self.rows, slice) else self.rows.to(device)
             row_B1, position_Bn = self.row_B1.to(device), self.position_Bn.to(device)
-            self._elsewhere[device] = _Pass(rows, row_B1, position_Bn, self.total, self.capacity)
-        return self._elsewhere[device]
+            self._copies[device] = _Pass(rows, row_B1, position_Bn, self.total, self.capacity)
+        return self._copies[device]
 
 
 class _SlotLayer(DynamicLayer):
-    """One layer's keys and values, `[S, h, T, D]` each; a pass sees the rows it asks for."""
+    """One layer's keys and values, `[S, h, T, D]` each; a pass gets only its rows."""
 
     _layer_type = None
 
@@ -133,27 +129,27 @@ class _SlotLayer(DynamicLayer):
         self._slots, self._current = slots, current
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any):
-        here = self._current[0].on(key_states.device)
+        current = self._current[0].on(key_states.device)
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        self.keys = self._written(self.keys, key_states, here)
-        self.values = self._written(self.values, value_states, here)
-        return self.keys[here.rows, :, : here.total], self.values[here.rows, :, : here.total]
+        self.keys = self._written(self.keys, key_states, current)
+        self.values = self._written(self.values, value_states, current)
+        return self.keys[current.rows, :, : current.total], self.values[current.rows, :, : current.total]
 
-    def _written(self, held: torch.Tensor | None, new_BhnD: torch.Tensor, here: _Pass) -> torch.Tensor:
-        if held is None or held.shape[2] < here.capacity:
+    def _written(self, cache_ShTD: torch.Tensor | None, new_BhnD: torch.Tensor, current: _Pass) -> torch.Tensor:
+        if cache_ShTD is None or cache_ShTD.shape[2] < current.capacity:
             _, heads, _, size = new_BhnD.shape
-            grown = new_BhnD.new_zeros(self._slots, heads, here.capacity, size)  # masked positions must never be NaN
-            if held is not None:
-                grown[:, :, : held.shape[2]] = held
-            held = grown
-        held[here.row_B1, :, here.position_Bn] = new_BhnD.transpose(1, 2)
-        return held
+            grown = new_BhnD.new_zeros(self._slots, heads, current.capacity, size)  # masked positions must never be NaN
+            if cache_ShTD is not None:
+                grown[:, :, : cache_ShTD.shape[2]] = cache_ShTD
+            cache_ShTD = grown
+        cache_ShTD[current.row_B1, :, current.position_Bn] = new_BhnD.transpose(1, 2)
+        return cache_ShTD
 
     def copy(self, source: int, target: int, length: int) -> None:
-        for held in (self.keys, self.values):
-            if held is not None:
-                held[target, :, :length] = held[source, :, :length]
+        for cache_ShTD in (self.keys, self.values):
+            if cache_ShTD is not None:
+                cache_ShTD[target, :, :length] = cache_ShTD[source, :, :length]
 
     def get_seq_length(self) -> int:
         return self._current[0].total - self._current[0].position_Bn.shape[1]
@@ -163,12 +159,12 @@ class SlotCaches:
     """Caches of S slots, in tensors that all slots share; they grow to the longest sequence.
 
     Args:
-        most: positions of the longest sequence; a pass's own padding comes on top.
-        by_kind: hand the model one mask for each kind of layer, as models with several kinds take them.
+        max_positions: of the longest sequence, without a pass's own padding.
+        by_kind: give the model one mask for each kind of layer, as models with several kinds need.
     """
 
-    def __init__(self, plm: LoadedPLM, slots: int, most: int, by_kind: bool) -> None:
-        self._plm, self._slots, self._most, self._by_kind = plm, slots, most, by_kind
+    def __init__(self, plm: LoadedPLM, slots: int, max_positions: int, by_kind: bool) -> None:
+        self._plm, self._slots, self._max_positions, self._by_kind = plm, slots, max_positions, by_kind
         self._current: list[_Pass] = []
         self._length = [0] * slots
         self._cache: Any = DynamicCache(config=plm.model.config)
@@ -177,36 +173,27 @@ class SlotCaches:
         self._kinds: dict[str, int | None] = dict(zip(getattr(text, "layer_types", None) or [], windows, strict=False))
         self._window = windows[0]
         self._cache.layers = [_SlotLayer(slots, self._current) for _ in windows]
-        self._capacity = min(_FIRST_POSITIONS, most)
+        self._capacity = min(_FIRST_POSITIONS, max_positions)
         self._additive = text._attn_implementation == "eager"
-
-    @property
-    def positions(self) -> int:
-        """How many positions each slot has room for at present."""
-        return self._capacity
 
     @torch.inference_mode()
     def run(self, feeds: Sequence[SlotTokens]) -> list[torch.Tensor]:
-        order = sorted(range(len(feeds)), key=lambda i: feeds[i].slot)
-        chosen = [feeds[i] for i in order]
+        slots = self._slots_of_pass(feeds)
+        row_of = {slot: row for row, slot in enumerate(slots)}
         width = max(len(feed.tokens) for feed in feeds)
-        rows, held = self._rows(chosen)
+        ids = torch.zeros(len(slots), width, dtype=torch.long)
+        start = torch.tensor([self._length[slot] for slot in slots])  # unused rows write behind their own sequence
+        for feed in feeds:
+            ids[row_of[feed.slot], : len(feed.tokens)] = torch.tensor(list(feed.tokens))
+            start[row_of[feed.slot]] = feed.start
         device = self._plm.device
-        ids = torch.zeros(held, width, dtype=torch.long)
-        start = torch.zeros(held, dtype=torch.long)
-        place = [feed.slot - rows.start if isinstance(rows, slice) else row for row, feed in enumerate(chosen)]
-        for row, feed in zip(place, chosen, strict=True):
-            ids[row, : len(feed.tokens)] = torch.tensor(list(feed.tokens))
-            start[row] = feed.start
-        if isinstance(rows, slice):
-            for row in set(range(held)) - set(place):
-                start[row] = self._length[rows.start + row]  # who rides along writes where nothing is held
         position = (start[:, None] + torch.arange(width)).to(device)
         total = int(start.max()) + width
         if total > self._capacity:
-            self._capacity = max(total, min(int(total * _GROWTH), self._most))
-        slots = torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows
-        self._current[:] = [_Pass(rows, slots[:, None], position, total, self._capacity)]
+            self._capacity = max(total, min(int(total * _GROWTH), self._max_positions))
+        slot_B = torch.tensor(list(slots), device=device)
+        rows = slice(slots.start, slots.stop) if isinstance(slots, range) else slot_B
+        self._current[:] = [_Pass(rows, slot_B[:, None], position, total, self._capacity)]
         states = capture_state(
             self._plm,
             input_ids=ids.to(device),
@@ -215,33 +202,29 @@ class SlotCaches:
             past_key_values=self._cache,
             use_cache=True,
         )
-        for feed in chosen:
+        for feed in feeds:
             self._length[feed.slot] = feed.start + len(feed.tokens)
-        found: list[torch.Tensor] = [states] * len(feeds)
-        for i, row, feed in zip(order, place, chosen, strict=True):
-            found[i] = states[row, : len(feed.tokens)]
-        return found
+        return [states[row_of[feed.slot], : len(feed.tokens)] for feed in feeds]
 
     def copy(self, source: int, target: int, length: int) -> None:
         for layer in self._cache.layers:
             layer.copy(source, target, length)
         self._length[target] = length
 
-    def _rows(self, feeds: Sequence[SlotTokens]) -> tuple[slice | torch.Tensor, int]:
-        """A stretch of slots where most of it is asked for (a view), else just these (a copy)."""
-        slots = [feed.slot for feed in feeds]
-        held = slots[-1] + 1 - slots[0]
+    def _slots_of_pass(self, feeds: Sequence[SlotTokens]) -> range | list[int]:
+        """A range of slots if most of it is used (a view of the caches), else just these slots (a copy)."""
+        slots = sorted(feed.slot for feed in feeds)
+        span = range(slots[0], slots[-1] + 1)
         longest = max(feed.start for feed in feeds)
-        if held - len(slots) <= _IDLE_SHARE * held and max(self._length[slots[0] : slots[-1] + 1]) <= longest + 1:
-            return slice(slots[0], slots[-1] + 1), held
-        return torch.tensor(slots, device=self._plm.device), len(slots)
+        is_dense = len(span) - len(slots) <= _IDLE_SHARE * len(span)
+        return span if is_dense and max(self._length[slot] for slot in span) <= longest + 1 else slots
 
     def _mask(self, position_Bn: torch.Tensor, total: int) -> Any:
-        """Which positions each new token looks at: those before it in its own slot, and itself."""
+        """The positions that each new token attends to: those before it in its own slot, and itself."""
         key_T = torch.arange(total, device=position_Bn.device)
         query = position_Bn[:, None, :, None]
 
-        def of(window: int | None) -> torch.Tensor:
+        def mask(window: int | None) -> torch.Tensor:
             seen = key_T <= query
             if window is not None:
                 seen &= key_T > query - window
@@ -251,17 +234,17 @@ class SlotCaches:
             return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
         if self._by_kind:
-            return {kind: of(window) for kind, window in self._kinds.items()}
-        return of(self._window)
+            return {kind: mask(window) for kind, window in self._kinds.items()}
+        return mask(self._window)
 
 
 # ── singly ──────────────────────────────────────────────────────────────────
 
 
 class SeparateCaches:
-    """A cache of transformers' own for every slot, run singly: for models whose caches hold more than plain rows.
+    """One of transformers' own caches for every slot, run singly: for models whose caches hold more than plain rows.
 
-    Such a cache cannot be rewound: what was before is computed again.
+    Such a cache cannot be rewound: the sequence is recomputed.
 
     Args:
         one_token: continue with one token a pass, for models whose kernels cannot continue with more.
@@ -271,27 +254,27 @@ class SeparateCaches:
         self._plm, self._one_token = plm, one_token
         takes_params = "cache_params" in inspect.signature(plm.decoder.forward).parameters
         self._argument = "cache_params" if takes_params else "past_key_values"  # Mamba's name for its cache
-        self._held: list[tuple[list[int], DynamicCache | None]] = [([], None)] * slots
+        self._sequences: list[tuple[list[int], DynamicCache | None]] = [([], None)] * slots
 
     @torch.inference_mode()
     def run(self, feeds: Sequence[SlotTokens]) -> list[torch.Tensor]:
         return [self._one(feed) for feed in feeds]
 
     def _one(self, feed: SlotTokens) -> torch.Tensor:
-        held, cache = self._held[feed.slot]
-        tokens, again = list(feed.tokens), 0
+        cached, cache = self._sequences[feed.slot]
+        tokens, recomputed = list(feed.tokens), 0
         long = self._one_token and len(tokens) > _LONGEST_SINGLY
-        if cache is None or len(held) != feed.start or long:
-            tokens, again = [*held[: feed.start], *tokens], feed.start
-            held, cache = [], DynamicCache(config=self._plm.model.config)
-        width = 1 if self._one_token and held else len(tokens)
+        if cache is None or len(cached) != feed.start or long:
+            tokens, recomputed = [*cached[: feed.start], *tokens], feed.start
+            cached, cache = [], DynamicCache(config=self._plm.model.config)
+        width = 1 if self._one_token and cached else len(tokens)
         states = [self._forward(tokens[i : i + width], cache) for i in range(0, len(tokens), width)]
-        self._held[feed.slot] = [*held, *tokens], cache
-        return torch.cat(states)[again:]
+        self._sequences[feed.slot] = [*cached, *tokens], cache
+        return torch.cat(states)[recomputed:]
 
     def _forward(self, ids: Sequence[int], cache: DynamicCache) -> torch.Tensor:
         input_ids = torch.tensor([ids], device=self._plm.device)
         return capture_state(self._plm, input_ids=input_ids, use_cache=True, **{self._argument: cache})[0]
 
     def copy(self, source: int, target: int, length: int) -> None:
-        self._held[target] = self._held[source][0][:length], None
+        self._sequences[target] = self._sequences[source][0][:length], None

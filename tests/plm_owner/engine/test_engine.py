@@ -1,10 +1,11 @@
-"""The event loop never waits for torch, who goes away leaves the engine, and a failed engine leaves nobody waiting."""
+"""The event loop never waits for torch, a client that disconnects frees its slot, a failed engine answers all."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -14,16 +15,26 @@ from pema_ray.plm_owner.model.export import export_lm_head
 
 
 @pytest.fixture
-async def engine(tiny_plm, anyio_backend):
+def start_engine(tiny_plm):
     plm = tiny_plm("llama")
-    settings = EngineConfig(slots=2, pass_tokens=16)
-    engine = await Engine(lambda: Batcher(plm, export_lm_head(plm).head, settings)).start()
+    return lambda **settings: Engine(lambda: Batcher(plm, export_lm_head(plm).head, EngineConfig(**settings))).start()
+
+
+@pytest.fixture
+async def engine(start_engine, anyio_backend):
+    engine = await start_engine(slots=2, pass_tokens=16)
     yield engine
     await engine.stop()
 
 
-def slowly(engine: Engine, seconds: float) -> None:
-    """Let every pass take so long."""
+async def until(holds: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not holds():
+            await asyncio.sleep(0.01)
+
+
+def slow_down(engine: Engine, seconds: float) -> None:
+    """Delay every pass."""
     run = engine.batcher.run
 
     def slow():
@@ -34,7 +45,7 @@ def slowly(engine: Engine, seconds: float) -> None:
 
 
 async def test_the_event_loop_goes_on_during_a_pass(engine):
-    slowly(engine, 0.3)
+    slow_down(engine, 0.3)
     step = asyncio.create_task(engine.step("me", [Step("a", 0, [5])]))
     longest, before = 0.0, time.perf_counter()
     while not step.done():
@@ -45,8 +56,8 @@ async def test_the_event_loop_goes_on_during_a_pass(engine):
     assert longest < 0.25
 
 
-async def test_who_goes_away_during_the_last_pass_of_a_prompt_leaves_no_session(engine):
-    """The pass is under way when its caller goes: what it opens is closed again."""
+async def test_a_client_that_disconnects_during_the_last_pass_of_a_prompt_leaves_no_session(engine):
+    """The pass is running when its caller disconnects: the session that it opens is closed again."""
     run, opened = engine.batcher.run, threading.Event()
 
     def slow():
@@ -61,28 +72,21 @@ async def test_who_goes_away_during_the_last_pass_of_a_prompt_leaves_no_session(
     assert engine.batcher.live_sessions == 1
     step.cancel()
     await asyncio.gather(step, return_exceptions=True)
-    for _ in range(100):
-        if not engine.batcher.live_sessions:
-            break
-        await asyncio.sleep(0.02)
-    assert engine.batcher.live_sessions == 0
+    await until(lambda: not engine.batcher.live_sessions)
 
 
-async def test_who_goes_away_during_a_prompt_leaves_no_session(engine):
-    slowly(engine, 0.02)
+async def test_a_client_that_disconnects_during_a_prompt_leaves_no_session(engine):
+    slow_down(engine, 0.02)
     step = asyncio.create_task(engine.step("me", [Step("a", 0, [5] * 90), Step("b", 0, [6] * 90)]))
     await asyncio.sleep(0.05)
     step.cancel()
     with pytest.raises(asyncio.CancelledError):
         await step
-    for _ in range(50):
-        if not engine.batcher.busy:
-            break
-        await asyncio.sleep(0.02)
+    await until(lambda: not engine.batcher.busy)
     assert engine.batcher.live_sessions == 0
 
 
-async def test_a_failed_engine_tells_all_who_wait_and_all_who_come(engine):
+async def test_a_failed_engine_answers_present_and_later_requests(engine):
     def fail():
         time.sleep(0.1)
         raise MemoryError("no room")
@@ -101,11 +105,9 @@ async def test_a_failed_engine_tells_all_who_wait_and_all_who_come(engine):
 
 
 async def test_an_extraction_whose_caller_goes_away_frees_its_place(engine):
-    slowly(engine, 0.02)
+    slow_down(engine, 0.02)
     long = asyncio.create_task(engine.extract("me", ExtractBatch([[5] * 90] * 50, [0] * 50)))
-    async with asyncio.timeout(20):
-        while not engine.counts["passes"]:
-            await asyncio.sleep(0.01)
+    await until(lambda: engine.counts["passes"])
     long.cancel()
     rows = await engine.extract("me", ExtractBatch([[5, 6]], [0]))
     assert rows.shape[0] == 2
@@ -114,11 +116,10 @@ async def test_an_extraction_whose_caller_goes_away_frees_its_place(engine):
     assert engine.batcher.waiting_tokens == 0
 
 
-async def test_an_extraction_of_a_failed_or_stopped_engine_is_busy(tiny_plm, monkeypatch):
-    plm = tiny_plm("llama")
+async def test_an_extraction_of_a_failed_or_stopped_engine_is_busy(start_engine, monkeypatch):
     for fails in (True, False):
-        engine = await Engine(lambda: Batcher(plm, export_lm_head(plm).head, EngineConfig())).start()
-        slowly(engine, 0.1)
+        engine = await start_engine()
+        slow_down(engine, 0.1)
         if fails:
             monkeypatch.setattr(engine.batcher._extraction, "advance", lambda job: 1 // 0)
         waiting = asyncio.create_task(engine.extract("me", ExtractBatch([[5] * 90] * 50, [0] * 50)))
@@ -130,20 +131,18 @@ async def test_an_extraction_of_a_failed_or_stopped_engine_is_busy(tiny_plm, mon
         await engine.stop()
 
 
-async def test_an_engine_that_is_stopped_loses_its_sessions(tiny_plm):
-    plm = tiny_plm("llama")
-    engine = await Engine(lambda: Batcher(plm, export_lm_head(plm).head, EngineConfig())).start()
-    slowly(engine, 0.2)
+async def test_an_engine_that_is_stopped_loses_its_sessions(start_engine):
+    engine = await start_engine()
+    slow_down(engine, 0.2)
     waiting = asyncio.create_task(engine.step("me", [Step("a", 0, [5])]))
     await asyncio.sleep(0.05)
     await engine.stop()
     assert isinstance((await waiting)[0], SessionLost)
 
 
-async def test_an_engine_that_is_stopped_just_as_it_is_woken_ends(tiny_plm):
-    plm = tiny_plm("llama")
+async def test_an_engine_that_is_stopped_just_as_it_is_woken_ends(start_engine):
     for turns in range(4):  # of the event loop between the two
-        engine = await Engine(lambda: Batcher(plm, export_lm_head(plm).head, EngineConfig())).start()
+        engine = await start_engine()
         await engine.step("me", [Step("a", 0, [5])])
         await asyncio.sleep(0.01)  # it waits for work by now
         await engine.close("me", ["a"])
@@ -153,15 +152,9 @@ async def test_an_engine_that_is_stopped_just_as_it_is_woken_ends(tiny_plm):
         assert ended
 
 
-async def test_an_idle_engine_forgets_abandoned_sessions_by_itself(tiny_plm):
-    plm = tiny_plm("llama")
-    settings = EngineConfig(slots=2, forget_seconds=0.2)
-    engine = await Engine(lambda: Batcher(plm, export_lm_head(plm).head, settings)).start()
+async def test_an_idle_engine_forgets_abandoned_sessions_by_itself(start_engine):
+    engine = await start_engine(slots=2, forget_seconds=0.2)
     await engine.step("me", [Step("a", 0, [5])])
     assert engine.batcher.live_sessions == 1
-    for _ in range(200):
-        if not engine.batcher.live_sessions:
-            break
-        await asyncio.sleep(0.01)
-    assert engine.batcher.live_sessions == 0
+    await until(lambda: not engine.batcher.live_sessions)
     await engine.stop()

@@ -6,55 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+from batcher_kit import CLOSE, finish, positions_until
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pema_ray.errors import UserError
 from pema_ray.line import Busy, ExtractBatch, Step, Stepped
-from pema_ray.plm_owner.engine import Batcher, EngineConfig
+from pema_ray.plm_owner.engine.checks import plain_states
 from pema_ray.plm_owner.engine.extraction import Extraction, ExtractJob, _SharedPrefixLayer, cut
-from pema_ray.plm_owner.model.export import export_lm_head
-from pema_ray.plm_owner.model.states import capture_state
 
-CLOSE: dict[str, Any] = {"atol": 2e-4, "rtol": 2e-4}
 PREFIX = tuple(range(10, 34))
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def batcher_of(tiny_plm, clock):
-    def make(architecture: str = "llama", **settings) -> Batcher:
-        plm = tiny_plm(architecture)
-        return Batcher(plm, export_lm_head(plm).head, EngineConfig(**settings), clock)
-
-    return make
-
-
-def finish(batcher: Batcher, *jobs) -> list[Any]:
-    for _ in range(500):
-        if all(job.result is not None for job in jobs):
-            return [job.result for job in jobs]
-        batcher.run()
-    raise AssertionError("the jobs are never done")
-
-
-def plain(plm, ids) -> torch.Tensor:
-    with torch.inference_mode():
-        return capture_state(plm, input_ids=torch.tensor([list(ids)]), use_cache=False)[0]
-
-
-def fed(plm, calls: list[int]):
+def counted_positions(plm, calls: list[int]):
     """Counts the positions of every pass."""
     return plm.model.get_input_embeddings().register_forward_pre_hook(
         lambda _module, args: calls.append(args[0].numel())
@@ -62,14 +26,14 @@ def fed(plm, calls: list[int]):
 
 
 @given(
-    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=40), budget=st.integers(1, 100), most=st.integers(1, 9)
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=40), budget=st.integers(1, 100), limit=st.integers(1, 9)
 )
-def test_pieces_hold_every_sequence_once_and_keep_to_the_budget(lengths, budget, most):
-    pieces = cut(lengths, budget, most)
+def test_pieces_hold_every_sequence_once_and_keep_to_the_budget(lengths, budget, limit):
+    pieces = cut(lengths, budget, limit)
     assert sorted(i for piece in pieces for i in piece) == list(range(len(lengths)))
     for piece in pieces:
         longest = max(lengths[i] for i in piece)
-        assert len(piece) == 1 or (len(piece) * longest <= budget and len(piece) <= most)
+        assert len(piece) == 1 or (len(piece) * longest <= budget and len(piece) <= limit)
 
 
 def test_rows_come_back_in_the_order_of_the_request(batcher_of, tiny_plm):
@@ -77,16 +41,16 @@ def test_rows_come_back_in_the_order_of_the_request(batcher_of, tiny_plm):
     first = [len(ids) // 2 for ids in sequences]
     batcher = batcher_of(pass_tokens=64)
     (rows,) = finish(batcher, batcher.submit_extraction("me", ExtractBatch(sequences, first)))
-    expected = torch.cat([plain(tiny_plm("llama"), ids)[f:] for ids, f in zip(sequences, first, strict=True)])
+    expected = torch.cat([plain_states(tiny_plm("llama"), ids)[f:] for ids, f in zip(sequences, first, strict=True)])
     torch.testing.assert_close(rows, expected, **CLOSE)
 
 
 def test_the_bytes_do_not_depend_on_what_else_is_running(batcher_of):
     batch = ExtractBatch([list(range(3, 3 + n)) for n in (9, 1, 30, 4, 4, 17)], [0] * 6, PREFIX)
-    other = ExtractBatch([[7] * n for n in (5, 9, 30)], [0] * 3, PREFIX)
+    earlier = ExtractBatch([[7] * n for n in (5, 9, 30)], [0] * 3, PREFIX)
     alone, busy = batcher_of(pass_tokens=48), batcher_of(pass_tokens=48)
     (expected,) = finish(alone, alone.submit_extraction("me", batch))
-    before = busy.submit_extraction("me", other)
+    before = busy.submit_extraction("me", earlier)
     jobs = [busy.submit_extraction(owner, batch) for owner in ("me", "you", "me")]
     steps = [busy.submit("you", Step(f"s{i}", 0, range(3, 40 + i))) for i in range(3)]
     finish(busy, before, *jobs, *steps)
@@ -96,11 +60,11 @@ def test_the_bytes_do_not_depend_on_what_else_is_running(batcher_of):
 
 def test_a_prefix_is_computed_once_for_all_requests_of_an_owner(batcher_of, tiny_plm):
     batcher, calls = batcher_of(pass_tokens=20), []
-    with fed(tiny_plm("llama"), calls):
+    with counted_positions(tiny_plm("llama"), calls):
         for ending in (40, 50, 60):
             batch = ExtractBatch([[ending], [ending + 1]], [0, 0], PREFIX)
             (rows,) = finish(batcher, batcher.submit_extraction("me", batch))
-            expected = [plain(tiny_plm("llama"), [*PREFIX, token])[-1:] for token in (ending, ending + 1)]
+            expected = [plain_states(tiny_plm("llama"), [*PREFIX, token])[-1:] for token in (ending, ending + 1)]
             torch.testing.assert_close(rows, torch.cat(expected), **CLOSE)
             del calls[-2:]  # of the plain passes
     assert calls == [20, 4, 2, 2, 2]  # in pieces of the budget, then never again
@@ -108,7 +72,7 @@ def test_a_prefix_is_computed_once_for_all_requests_of_an_owner(batcher_of, tiny
 
 def test_a_prefix_is_never_shared_between_owners_and_forgotten_when_it_changes(batcher_of, tiny_plm):
     batcher, calls = batcher_of(), []
-    with fed(tiny_plm("llama"), calls):
+    with counted_positions(tiny_plm("llama"), calls):
         for owner, prefix in (("me", PREFIX), ("you", PREFIX), ("me", PREFIX[1:]), ("me", PREFIX), ("you", PREFIX)):
             finish(batcher, batcher.submit_extraction(owner, ExtractBatch([[5]], [0], prefix)))
     assert calls == [24, 1, 24, 1, 23, 1, 24, 1, 1]
@@ -131,18 +95,11 @@ def test_many_extractions_of_one_owner_delay_another_by_one_pass(batcher_of):
     batcher.run()
     for position in range(1, 5):
         step = batcher.submit("you", Step("s", position, [7]))
-        tokens = 0
-        while step.result is None:
-            batcher.run()
-            tokens += sum(count for _, count in batcher.passes)
-        assert tokens <= 60 + 1
+        assert positions_until(batcher, step) <= 60 + 1
     prompt = batcher.submit("you", Step("p", 0, range(3, 93)))
     small = batcher.submit_extraction("you", ExtractBatch([[5] * 30] * 2, [0] * 2))
-    tokens = 0
-    while prompt.result is None or small.result is None:
-        batcher.run()
-        tokens += sum(count for _, count in batcher.passes)
-    assert tokens <= 2 * (90 + 60) + 60  # as much for the other owner as for this one, and one pass
+    # as much for the other owner as for this one, and one pass
+    assert positions_until(batcher, prompt, small) <= 2 * (90 + 60) + 60
     assert large[1].result is None
 
 
@@ -150,11 +107,7 @@ def test_an_owner_with_prompts_and_extractions_starves_neither(batcher_of):
     batcher = batcher_of(pass_tokens=20, slots=16)
     extraction = batcher.submit_extraction("me", ExtractBatch([[5] * 20] * 6, [0] * 6))
     prompts = [batcher.submit("me", Step(f"s{i}", 0, [i + 3] * 80)) for i in range(12)]
-    tokens = 0
-    while extraction.result is None:
-        batcher.run()
-        tokens += sum(count for _, count in batcher.passes)
-    assert tokens <= 2 * 120 + 20
+    assert positions_until(batcher, extraction) <= 2 * 120 + 20
     assert sum(prompt.result is None for prompt in prompts) > 8
 
 
@@ -164,11 +117,7 @@ def test_an_owner_with_prompts_and_extractions_gets_one_owners_share(batcher_of)
     for number in range(12):
         batcher.submit("me", Step(f"s{number}", 0, [number + 3] * 80))
     extraction = batcher.submit_extraction("you", ExtractBatch([[5] * 20] * 6, [0] * 6))
-    tokens = 0
-    while extraction.result is None:
-        batcher.run()
-        tokens += sum(count for _, count in batcher.passes)
-    assert tokens <= 2 * 120 + 20
+    assert positions_until(batcher, extraction) <= 2 * 120 + 20
 
 
 def test_an_extraction_that_waits_too_long_is_busy_and_one_that_has_begun_is_finished(batcher_of, clock):
@@ -223,7 +172,7 @@ def test_a_prefix_whose_cache_gives_other_states_is_computed_with_every_sequence
     job = ExtractJob("me", ExtractBatch([[5, 6], [7]], [0, 0], PREFIX), 0.0)
     while job.result is None:
         extraction.advance([job])
-    expected = torch.cat([plain(plm, [*PREFIX, *ids])[len(PREFIX) :] for ids in ([5, 6], [7])])
+    expected = torch.cat([plain_states(plm, [*PREFIX, *ids])[len(PREFIX) :] for ids in ([5, 6], [7])])
     torch.testing.assert_close(job.result, expected, **CLOSE)
 
 
@@ -239,12 +188,12 @@ def test_sequences_that_disturb_each_other_in_a_batch_run_singly(tiny_plm):
         job = ExtractJob("me", ExtractBatch([[5, 6], [7]], [0, 0], PREFIX), 0.0)
         while job.result is None:
             extraction.advance([job])
-    expected = torch.cat([plain(plm, [*PREFIX, *ids])[len(PREFIX) :] for ids in ([5, 6], [7])])
+    expected = torch.cat([plain_states(plm, [*PREFIX, *ids])[len(PREFIX) :] for ids in ([5, 6], [7])])
     torch.testing.assert_close(job.result, expected, **CLOSE)
 
 
 def test_small_extractions_of_one_owner_fill_a_pass_where_passes_may_be_shared(batcher_of, tiny_plm):
-    prefixes = [PREFIX, (), PREFIX, (), PREFIX, (4, 5, 6)]
+    plm, prefixes = tiny_plm("llama"), [PREFIX, (), PREFIX, (), PREFIX, (4, 5, 6)]
     batches = [
         ExtractBatch([list(range(5 + n, 9 + 3 * n)), [7, 8, n]], [1, 0], prefix) for n, prefix in enumerate(prefixes)
     ]
@@ -252,15 +201,15 @@ def test_small_extractions_of_one_owner_fill_a_pass_where_passes_may_be_shared(b
     for share in (False, True):
         batcher = batcher_of(pass_tokens=96, share_passes=share)
         jobs = [batcher.submit_extraction("me", batch) for batch in batches]
-        other = batcher.submit_extraction("another", batches[0])
+        jobs.append(batcher.submit_extraction("another", batches[0]))
         passes[share] = 0
         while batcher.busy:
             batcher.run()
             passes[share] += len(batcher.passes)
             assert all(positions <= 96 for _, positions in batcher.passes)
-        for job, batch in zip([*jobs, other], [*batches, batches[0]], strict=True):
-            whole = [plain(tiny_plm("llama"), [*batch.prefix, *ids])[len(batch.prefix) :] for ids in batch.token_ids]
-            expected = torch.cat([states[first:] for states, first in zip(whole, batch.first, strict=True)])
+        for job, batch in zip(jobs, [*batches, batches[0]], strict=True):
+            states = [plain_states(plm, [*batch.prefix, *ids])[len(batch.prefix) :] for ids in batch.token_ids]
+            expected = torch.cat([rows[first:] for rows, first in zip(states, batch.first, strict=True)])
             torch.testing.assert_close(job.result, expected, **CLOSE)
         assert batcher.waiting_tokens == 0
     # each owner's prefix once; then a pass for each batch, or for each prefix: three of one owner, one of the other

@@ -1,4 +1,4 @@
-"""Flows that wait get equal shares, however much the others have waiting and whenever they come."""
+"""Waiting flows get equal shares, whatever others have queued and whenever they arrive."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def test_a_flow_that_was_idle_neither_waits_long_nor_makes_others_wait(before, s
     for _ in range(before):
         assert queue.choose(["long served"]) == "long served"
         queue.charge("long served", size)
-    chosen = []
+    served = []
     for _ in range(6):
-        chosen.append(queue.choose(["long served", "new"]))
-        queue.charge(chosen[-1], size)
-    assert chosen[:2].count("new") >= 1
-    assert chosen.count("new") in (3, 4)
+        served.append(queue.choose(["long served", "new"]))
+        queue.charge(served[-1], size)
+    assert served[:2].count("new") >= 1
+    assert served.count("new") in (3, 4)
 
 
 def test_flows_of_the_past_take_no_memory():

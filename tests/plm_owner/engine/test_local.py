@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import pytest
 import torch
+from batcher_kit import CLOSE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,13 +16,12 @@ from pema_ray.line.plm_config import PLMConfig
 from pema_ray.plm_owner import LoadedPLM, LocalPLM
 from pema_ray.plm_owner.model.states import find_final_norm
 
-CLOSE: dict[str, Any] = {"atol": 2e-4, "rtol": 2e-4}
 TOKENS = st.lists(st.integers(3, 299), min_size=1, max_size=14)
 
 
 def states_alone(plm: LoadedPLM, ids: list[int]) -> torch.Tensor:
-    """What enters the final norm when one sequence is run through the whole model by itself, without a cache."""
-    seen: list[torch.Tensor] = []
+    """The input of the final norm when the whole model runs one sequence alone, without a cache."""
+    captured: list[torch.Tensor] = []
     norm = find_final_norm(plm)
     with torch.inference_mode():
         if norm is None:
@@ -30,14 +29,14 @@ def states_alone(plm: LoadedPLM, ids: list[int]) -> torch.Tensor:
             state = out.hidden_states[-1][0]
             project = plm.model.model.decoder.project_out
             return project(state) if state.shape[-1] != project.out_features else state
-        with norm.register_forward_pre_hook(lambda _module, args: seen.append(args[0])):
+        with norm.register_forward_pre_hook(lambda _module, args: captured.append(args[0])):
             plm.model(torch.tensor([ids]), use_cache=False)
-    return seen[0][0]
+    return captured[0][0]
 
 
 def expected_rows(plm: LoadedPLM, batch: ExtractBatch) -> torch.Tensor:
-    whole = [states_alone(plm, [*batch.prefix, *ids])[len(batch.prefix) :] for ids in batch.token_ids]
-    return torch.cat([states[first:] for states, first in zip(whole, batch.first, strict=True)])
+    states = [states_alone(plm, [*batch.prefix, *ids])[len(batch.prefix) :] for ids in batch.token_ids]
+    return torch.cat([rows[first:] for rows, first in zip(states, batch.first, strict=True)])
 
 
 @settings(max_examples=5)
@@ -47,7 +46,7 @@ def test_extracted_states_are_those_of_each_sequence_alone(architecture: str, ti
     first = [data.draw(st.integers(0, len(ids) - 1)) for ids in sequences]
     prefix = tuple(data.draw(st.lists(st.integers(3, 299), max_size=20)))
     batch, source, plm = ExtractBatch(sequences, first, prefix), tiny_source(architecture), tiny_plm(architecture)
-    for _ in range(2):  # the second time from the kept prefix
+    for _ in range(2):  # the second time from the cached prefix
         rows = source.extract(batch)
         assert rows.shape == (batch.rows, source.describe().card.hidden_size)
         torch.testing.assert_close(rows, expected_rows(plm, batch), **CLOSE)
@@ -134,7 +133,7 @@ async def test_a_plm_that_cannot_be_loaded_is_named_at_every_call(tmp_path):
     await client.end()
 
 
-async def test_an_ended_client_answers_nobody(tiny_client):
+async def test_an_ended_client_refuses_calls(tiny_client):
     client = tiny_client("llama")
     waiting = asyncio.create_task(client.step([Step("a", 0, [5])]))
     await client.describe()
@@ -144,8 +143,8 @@ async def test_an_ended_client_answers_nobody(tiny_client):
         await client.describe()
 
 
-async def test_a_failed_engine_is_told_with_its_cause(tiny_client):
-    """Here nothing takes its place, so it must not look as if repeating helped."""
+async def test_a_failed_engine_raises_its_cause(tiny_client):
+    """No replica replaces it, so the error must not be `Busy`."""
     client = tiny_client("llama")
     engine = await client.engine()
 
@@ -164,7 +163,7 @@ async def test_representations_have_the_type_that_is_set(tiny_client):
     exact, short = tiny_client("llama"), tiny_client("llama", wire_dtype="bfloat16")
     batch, step = ExtractBatch([[5, 6, 7]], [0]), Step("a", 0, [5, 6], 2)
     assert torch.equal(await short.extract(batch), (await exact.extract(batch)).bfloat16())
-    (ours,), (theirs,) = await short.step([step]), await exact.step([step])
-    assert torch.equal(ours.state_NH, theirs.state_NH.bfloat16())
+    (rounded,), (expected,) = await short.step([step]), await exact.step([step])
+    assert torch.equal(rounded.state_NH, expected.state_NH.bfloat16())
     for client in (exact, short):
         await client.close(["a"])

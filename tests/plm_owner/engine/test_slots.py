@@ -1,11 +1,12 @@
-"""Caches are used only if a start-up check shows that they give the states of plain forward passes."""
+"""The engine uses caches only if a start-up check shows the states of plain forward passes."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
+from batcher_kit import CLOSE
 from tiny_models import random_model
 
 from pema_ray.errors import UserError
@@ -14,9 +15,8 @@ from pema_ray.plm_owner.engine.checks import plain_states
 from pema_ray.plm_owner.engine.extraction import Extraction
 from pema_ray.plm_owner.engine.slots import SeparateCaches, SlotCaches, SlotTokens, _Pass, _SlotLayer, make_caches
 
-CLOSE: dict[str, Any] = {"atol": 2e-4, "rtol": 2e-4}
 BATCHED = {"opt", "opt_without_final_norm", "gpt2", "llama", "qwen2", "qwen3", "gemma", "gemma2", "cohere", "granite"}
-OTHERS = ("qwen3_5", "falcon_h1", "lfm2")  # beside those that all rooms test
+OTHERS = ("qwen3_5", "falcon_h1", "lfm2")  # not in `architecture`
 
 
 @pytest.fixture
@@ -49,11 +49,11 @@ def test_other_models_with_linear_attention_run_singly(random_plm, name):
     caches, ids = make_caches(plm, 3, 90), list(range(10, 70))
     assert isinstance(caches, SeparateCaches)
     expected = plain_states(plm, ids)
-    first, other = caches.run([SlotTokens(0, 0, ids[:20]), SlotTokens(1, 0, ids[:3])])
+    first, short = caches.run([SlotTokens(0, 0, ids[:20]), SlotTokens(1, 0, ids[:3])])
     second = caches.run([SlotTokens(0, 20, ids[20:50])])[0]
     (rewound,) = caches.run([SlotTokens(0, 40, [*ids[40:50], *ids[50:]])])
     torch.testing.assert_close(torch.cat([first, second[:20], rewound]), expected, **CLOSE)
-    torch.testing.assert_close(other, expected[:3], **CLOSE)
+    torch.testing.assert_close(short, expected[:3], **CLOSE)
     caches.copy(0, 2, 30)
     torch.testing.assert_close(caches.run([SlotTokens(2, 30, ids[30:])])[0], expected[30:], **CLOSE)
 
@@ -67,10 +67,11 @@ def test_a_model_whose_cache_gives_other_states_is_refused_by_name(random_plm):
 def test_a_broken_batched_cache_is_found_and_sequences_run_singly(tiny_plm, monkeypatch):
     written = _SlotLayer._written
 
-    def broken(self, held, new_BhnD, here):
+    def broken(self, cache_ShTD, new_BhnD, current):
         """Writes pieces that continue a sequence one position too far."""
-        position = here.position_Bn + (here.position_Bn[:, :1] > 0)
-        return written(self, held, new_BhnD, _Pass(here.rows, here.row_B1, position, here.total, here.capacity + 1))
+        position = current.position_Bn + (current.position_Bn[:, :1] > 0)
+        shifted = replace(current, position_Bn=position, capacity=current.capacity + 1)
+        return written(self, cache_ShTD, new_BhnD, shifted)
 
     monkeypatch.setattr(_SlotLayer, "_written", broken)
     assert isinstance(make_caches(tiny_plm("llama"), 2, 90), SeparateCaches)
@@ -92,7 +93,7 @@ def test_a_model_with_no_cache_that_works_is_refused_by_name(tiny_plm, monkeypat
 
 
 def test_tokens_that_follow_one_by_one_are_few(tiny_plm, monkeypatch):
-    """Where a kernel continues with one token a pass, a long piece is computed again with what is before it."""
+    """Where a kernel continues with one token per pass, a long piece is recomputed with the tokens before it."""
     plm, lengths = tiny_plm("jamba"), []
     caches, ids = make_caches(plm, 2, 90), list(range(10, 90))
     assert isinstance(caches, SeparateCaches) and caches._one_token
@@ -110,21 +111,21 @@ def test_every_layer_indexes_its_cache_on_its_own_device(monkeypatch):
     """Layers of one model may lie on several devices; `meta` stands for the second one."""
     written, indexed = _SlotLayer._written, []
 
-    def noted(self, held, new_BhnD, here):
-        indexed.append({index.device.type for index in (here.rows, here.row_B1, here.position_Bn)})
-        return written(self, held, new_BhnD, here)
+    def noted(self, cache_ShTD, new_BhnD, current):
+        indexed.append({index.device.type for index in (current.rows, current.row_B1, current.position_Bn)})
+        return written(self, cache_ShTD, new_BhnD, current)
 
     monkeypatch.setattr(_SlotLayer, "_written", noted)
     rows = torch.tensor([0, 2])
-    current = [_Pass(rows, rows[:, None], torch.arange(3).expand(2, 3), 3, 16)]
+    shared = [_Pass(rows, rows[:, None], torch.arange(3).expand(2, 3), 3, 16)]
     for device in ("cpu", "meta", "meta"):
-        layer, new = _SlotLayer(4, current), torch.zeros(2, 2, 3, 8, device=device)
+        layer, new = _SlotLayer(4, shared), torch.zeros(2, 2, 3, 8, device=device)
         keys, values = layer.update(new, new)
         assert keys.device.type == values.device.type == device
         assert keys.shape == values.shape == (2, 2, 3, 8)
         layer.copy(0, 1, 3)
     assert indexed == [{"cpu"}] * 2 + [{"meta"}] * 4
-    assert len(current[0]._elsewhere) == 1  # one copy for all layers of a device
+    assert len(shared[0]._copies) == 1  # one copy for all layers of a device
 
 
 @pytest.mark.gpu
@@ -137,14 +138,13 @@ def test_a_model_over_several_devices_gives_the_states_of_one(tiny_plm_folder):
         "model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": "cpu",
         "model.norm": "cpu", "lm_head": "cpu",
     }  # fmt: skip
-    whole = LoadedPLM("whole", AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval(), None)
+    single = LoadedPLM("single", AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval(), None)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", device_map=spread).eval()
     caches = make_caches(LoadedPLM("spread", model, None), 6, 90)
     assert isinstance(caches, SlotCaches)
     sequences = [list(range(10 + i, 40 + 3 * i)) for i in range(3)]
-    caches.run(
-        [SlotTokens(2 * i, 0, ids[:-4]) for i, ids in enumerate(sequences)]
-    )  # every second slot: rows are copied
+    # every second slot: rows are copied
+    caches.run([SlotTokens(2 * i, 0, ids[:-4]) for i, ids in enumerate(sequences)])
     states = caches.run([SlotTokens(2 * i, len(ids) - 4, ids[-4:]) for i, ids in enumerate(sequences)])
     for ids, state in zip(sequences, states, strict=True):
-        torch.testing.assert_close(state.cpu(), plain_states(whole, ids)[-4:], **CLOSE)
+        torch.testing.assert_close(state.cpu(), plain_states(single, ids)[-4:], **CLOSE)

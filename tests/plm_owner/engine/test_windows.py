@@ -22,8 +22,8 @@ def test_a_short_session_beside_one_beyond_the_local_window_keeps_its_states():
     long, short = random_ids(plm, 150, 0), random_ids(plm, 20, 1)
     caches.run([SlotTokens(0, 0, long[:-1]), SlotTokens(1, 0, short[:-1])])
     with torch.inference_mode():
-        found = caches.run([SlotTokens(0, 149, long[-1:]), SlotTokens(1, 19, short[-1:])])
-        for states, ids in zip(found, (long, short), strict=True):
+        outputs = caches.run([SlotTokens(0, 149, long[-1:]), SlotTokens(1, 19, short[-1:])])
+        for states, ids in zip(outputs, (long, short), strict=True):
             assert same_states(plm, states, plain_states(plm, ids)[-1:])
 
 
