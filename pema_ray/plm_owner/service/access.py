@@ -1,7 +1,7 @@
-"""Who may use a PLM owner's public service, and how much: keys, quotas, and a log of who did what, without contents.
+"""Access to a PLM owner's public service: keys, quotas, and an audit log without contents.
 
-A key is a random string that is shown once; only its SHA-256 is kept. Quotas are counted over a sliding minute. Files
-are read and written, and keys hashed, in a thread of their own: the event loop waits for no disk.
+A key is a random string, shown once; the file of keys holds only its SHA-256. Quotas count over a sliding minute. A
+thread of its own reads and writes files and hashes keys: the event loop waits for no disk.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MINUTE = 60.0
 
 
 class Quota(Section):
-    """What one data owner may use; none is without limit."""
+    """What one data owner may use; none: unlimited."""
 
     rows_per_minute: int | None = Field(default=None, ge=0)
     """Representations sent down the line, by extraction and by steps."""
@@ -44,7 +44,7 @@ class Quota(Section):
 
 
 class Client(Section):
-    """A data owner that is known."""
+    """A data owner with a key."""
 
     name: str = Field(min_length=1, max_length=100)
     key_sha256: str
@@ -74,21 +74,21 @@ class Clients(Section):
 
 
 def new_key() -> tuple[str, str]:
-    """A fresh key, and the hash that is kept of it."""
+    """A fresh key, and its hash."""
     key = _PREFIX + secrets.token_urlsafe(32)
     return key, hash_of(key)
 
 
 def hash_of(key: str) -> str:
-    """SHA-256: enough for 256 random bits, which nobody can guess one by one."""
+    """SHA-256: enough for 256 random bits, which no search finds."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 class Refused(Exception):
-    """A request that is not served: its HTTP status and the words for the caller.
+    """A refused request: its HTTP status and the message for the caller.
 
     Attributes:
-        retry_after: seconds after which the same request may be served; none: never.
+        retry_after: seconds after which the same request may succeed; none: never.
     """
 
     def __init__(self, status: int, message: str, retry_after: float | None = None) -> None:
@@ -97,11 +97,11 @@ class Refused(Exception):
 
 
 class Account:
-    """What one data owner has used of its quota in the last minute, and the memory of its requests under way.
+    """What one data owner has used of its quota in the last minute, and the memory of its running requests.
 
     Attributes:
-        sessions: open ones, and when they took their last step.
-        requests: under way.
+        sessions: the open ones, with the time of their last step.
+        requests: the number of running ones.
         reserved_bytes: of their bodies and answers.
     """
 
@@ -113,10 +113,10 @@ class Account:
         self.requests = self.reserved_bytes = 0
 
     def spend(self, rows: int, tokens: int, opens: set[str]) -> float:
-        """Count a request before it is done, and return when; a refused one is not counted.
+        """Count a request before it runs, and return the time; a refused one does not count.
 
         Raises:
-            Refused: 413 what would never fit, 429 what does not fit now.
+            Refused: 413 if it can never fit, 429 if it does not fit now.
         """
         quota, now = self.client.quota, self._clock()
         amounts = {"rows": (rows, quota.rows_per_minute), "tokens": (tokens, quota.tokens_per_minute)}
@@ -129,10 +129,10 @@ class Account:
         return now
 
     def refund(self, spent_at: float, rows: int, tokens: int) -> None:
-        """Give back what `spend` counted, at the time that it returned, for work that the PLM did not do."""
+        """Refund what `spend` counted at the time that it returned, for work that the PLM did not do."""
         for name, amount in (("rows", rows), ("tokens", tokens)):
             for place in reversed(range(len(used := self._used[name]))):
-                if used[place][0] == spent_at:  # older entries have expired, and count no more
+                if used[place][0] == spent_at:  # older entries have expired
                     used[place] = spent_at, used[place][1] - amount
                     self._sums[name] -= amount
                     break
@@ -155,8 +155,8 @@ class Account:
             if amount > limit:
                 raise Refused(413, f"{amount} {name} in one request; your quota is {limit} a minute.")
             if self._sums.get(name, 0) + amount > limit:
-                wait = self._until(name, amount, limit, now)
-                raise Refused(429, f"Your quota is {limit} {name} a minute; come again in {wait:.0f} s.", wait)
+                wait = self._seconds_until(name, amount, limit, now)
+                raise Refused(429, f"Your quota is {limit} {name} a minute; retry in {wait:.0f} s.", wait)
 
     def _count(self, amounts: Mapping[str, tuple[int, int | None]], now: float) -> None:
         for name, (amount, _) in amounts.items():
@@ -164,7 +164,7 @@ class Account:
             self._sums[name] = self._sums.get(name, 0) + amount
 
     def forget_idle(self, seconds: float) -> None:
-        """Stop counting sessions that took no step for so long."""
+        """Stop counting sessions without steps for `seconds`."""
         oldest = self._clock() - seconds
         self.sessions = {name: at for name, at in self.sessions.items() if at >= oldest}
 
@@ -173,25 +173,25 @@ class Account:
         while used and used[0][0] <= now - _MINUTE:
             self._sums[name] -= used.popleft()[1]
 
-    def _until(self, name: str, amount: int, limit: int, now: float) -> float:
-        """Seconds until so much is free again."""
+    def _seconds_until(self, name: str, amount: int, limit: int, now: float) -> float:
+        """Seconds until `amount` is free again."""
         over = self._sums[name] + amount - limit
-        for at, used in self._used[name]:
-            over -= used
+        for at, spent in self._used[name]:
+            over -= spent
             if over <= 0:
                 return max(1.0, at + _MINUTE - now)
         return _MINUTE
 
 
 class Reservation:
-    """The memory of one request, from its first byte until its answer has been sent: a context manager.
+    """The memory of one request, from its first byte until its answer is sent: a context manager.
 
     Args:
-        max_requests: of the account, under way at the same time.
-        max_bytes: of all of them; one request alone may always be as large as single requests may.
+        max_requests: of the account, running at the same time.
+        max_bytes: of all of them; a request that runs alone is always allowed.
 
     Raises:
-        Refused: 429, on entering; the data owner has as many under way.
+        Refused: 429, on entering; the data owner has `max_requests` running.
     """
 
     def __init__(self, account: Account, max_requests: float, max_bytes: float) -> None:
@@ -200,7 +200,7 @@ class Reservation:
 
     def __enter__(self) -> Reservation:
         if self._account.requests >= self._max_requests:
-            raise Refused(429, f"{self._max_requests} requests of yours are under way; come again after one.", 1.0)
+            raise Refused(429, f"{self._max_requests} requests of yours are under way; retry after one.", 1.0)
         self._account.requests += 1
         return self
 
@@ -209,24 +209,24 @@ class Reservation:
         self._account.reserved_bytes -= self._bytes
 
     def add(self, size: int) -> None:
-        """Reserve more bytes: of the body as they arrive, of the answer before it is made.
+        """Reserve more bytes: of the body on arrival, of the answer before it is made.
 
         Raises:
-            Refused: 429, too much with the data owner's other requests.
+            Refused: 429, too many with the data owner's other requests.
         """
         others = self._account.reserved_bytes - self._bytes
         if others and others + self._bytes + size > self._max_bytes:
-            raise Refused(429, f"Your requests under way hold {others / 2**20:.0f} MiB; come again after one.", 1.0)
+            raise Refused(429, f"Your requests under way hold {others / 2**20:.0f} MiB; retry after one.", 1.0)
         self._account.reserved_bytes += size
         self._bytes += size
 
 
 class Access:
-    """All data owners that are known.
+    """All data owners with a key.
 
     Args:
         keys: the YAML file of keys (`Clients`).
-        audit: a file that gets one JSON line a request; none keeps no log.
+        audit: a file that gets one JSON line per request; none keeps no log.
     """
 
     def __init__(self, keys: Path, audit: Path | None = None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -238,26 +238,26 @@ class Access:
         self.reload()
 
     async def admit(self, authorization: str | None) -> Account:
-        """`account`, without a wait for the disk."""
+        """`account`, without waiting for the disk."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self.account, authorization)
 
     async def note(self, **entry: Any) -> None:
-        """`log`, without a wait for the disk; it is done even if nobody waits for it any more."""
+        """`log`, without waiting for the disk; a cancelled caller does not stop it."""
         loop = asyncio.get_running_loop()
         await asyncio.shield(loop.run_in_executor(self._thread, lambda: self.log(**entry)))
 
     def reload(self) -> None:
-        """Read the file of keys again; who stays keeps what it has used. A changed file is read at the next request.
+        """Read the file of keys again; remaining data owners keep their usage. The next request reads a changed file.
 
         Raises:
-            UserError: the file is missing or broken; then nothing changes.
+            UserError: the file is missing or broken; nothing changes.
         """
         self._read_at = self._changed_at()
         clients = _read(self._keys)
         accounts = {}
         for client in clients:
-            before = next((a for a in self._accounts.values() if a.client.name == client.name), None)
-            account = before or Account(client, self._clock)
+            existing = (a for a in self._accounts.values() if a.client.name == client.name)
+            account = next(existing, None) or Account(client, self._clock)
             account.client = client
             accounts[client.key_sha256] = account
         self._accounts = accounts
@@ -266,19 +266,19 @@ class Access:
         """Whose request this is.
 
         Raises:
-            Refused: 401 no key, or one that is not known.
+            Refused: 401, no key or an unknown one.
         """
         if self._changed_at() != self._read_at:
             try:
                 self.reload()
-            except UserError as error:  # whoever was known stays known until the file is whole again
+            except UserError as error:  # known keys stay valid until the file is readable again
                 logger.error("%s", error)
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key:
             raise Refused(401, "A key is needed: Authorization: Bearer pema-…")
-        account, hashed = None, hash_of(key.strip())
-        for known, candidate in self._accounts.items():  # all of them, so that the time reveals nothing
-            if secrets.compare_digest(known, hashed):
+        account, key_sha256 = None, hash_of(key.strip())
+        for candidate_sha256, candidate in self._accounts.items():  # all of them, so that the time reveals nothing
+            if secrets.compare_digest(candidate_sha256, key_sha256):
                 account = candidate
         if account is None:
             raise Refused(401, "This key is not known here.")
@@ -286,10 +286,10 @@ class Access:
 
     def _changed_at(self) -> tuple[int, int] | None:
         try:
-            found = self._keys.stat()
+            status = self._keys.stat()
         except OSError:
             return None
-        return found.st_mtime_ns, found.st_size
+        return status.st_mtime_ns, status.st_size
 
     def log(self, **entry: Any) -> None:
         """One line of the audit log: who, what, how much, how long; never a token, a state or a key."""
@@ -297,15 +297,15 @@ class Access:
             return
         line = json.dumps({"time": round(time.time(), 3), **entry})
         try:
-            file = self._opened(self._audit)
+            file = self._open_audit(self._audit)
             file.write(line + "\n")
             file.flush()
-        except OSError as error:  # a full disk must not end the service, but it must be heard of
+        except OSError as error:  # a full disk must be reported, but not end the service
             logger.error("%s: the audit log cannot be written: %s; lost: %s", self._audit, error.strerror, line)
             self._close_audit()
 
-    def _opened(self, audit: Path) -> TextIO:
-        """The audit file, which stays open until somebody moves it away."""
+    def _open_audit(self, audit: Path) -> TextIO:
+        """The audit file, which stays open until it is moved away."""
         if self._audit_file is not None:
             try:
                 moved = not os.path.samestat(os.stat(audit), os.fstat(self._audit_file.fileno()))
@@ -320,28 +320,27 @@ class Access:
     def _close_audit(self) -> None:
         file, self._audit_file = self._audit_file, None
         if file is not None:
-            with suppress(OSError):  # it tries again what could not be written
+            with suppress(OSError):  # closing retries failed writes
                 file.close()
 
 
 def add_client(keys: Path, name: str, quota: Quota) -> str:
-    """Add a data owner to the file of keys, or give a known one a new key; returns the key, which is kept nowhere.
+    """Add a data owner to the file of keys, or give an existing one a new key; returns the key, which is not stored.
 
     Args:
-        quota: of a known data owner, only what is given changes.
+        quota: for an existing data owner, only given limits change.
 
     Raises:
         UserError: the file is broken, or cannot be written.
     """
-    known = _read(keys) if keys.exists() else ()
-    before = next((client.quota for client in known if client.name == name), Quota())
-    quota = before.model_copy(update=quota.model_dump(exclude_none=True))
-    key, hashed = new_key()
-    client = Client(name=name, key_sha256=hashed, quota=quota)
-    kept = [other for other in known if other.name != name]
-    whole = Clients(clients=(*kept, client)).model_dump(exclude_none=True)
-    whole["clients"] = list(whole["clients"])
-    _write_private(keys, yaml.safe_dump(whole, sort_keys=False))
+    clients = _read(keys) if keys.exists() else ()
+    previous = next((client.quota for client in clients if client.name == name), Quota())
+    quota = previous.model_copy(update=quota.model_dump(exclude_none=True))
+    key, key_sha256 = new_key()
+    unchanged = [client for client in clients if client.name != name]
+    updated = Clients(clients=(*unchanged, Client(name=name, key_sha256=key_sha256, quota=quota)))
+    content = updated.model_dump(mode="json", exclude_none=True)
+    _write_private(keys, yaml.safe_dump(content, sort_keys=False))
     return key
 
 

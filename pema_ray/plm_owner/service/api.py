@@ -1,8 +1,8 @@
-"""The PLM owner's public API: everything a data owner of another organisation may ask, and nothing else.
+"""The PLM owner's public API: all that a data owner of another organisation can request.
 
-Bodies of extraction and sessions are frames of the line (`line.codec`), answers too; errors are JSON sentences. Every
-request but the health check and this description needs a key, and is logged without its contents; extraction, steps and
-LM heads are counted against their owner's quota, and what its requests hold at the same time is bounded.
+Bodies and answers of extraction and sessions are frames of the line (`line.codec`); errors are JSON sentences. Every
+request but the health check and this description needs a key, and is logged without its contents. Extraction, steps and
+LM heads count against their owner's quota; the memory of its concurrent requests is limited.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=LONGEST_NAME)]
 _Sessions = Annotated[list[_Name], msgspec.Meta(max_length=4096)]
 _UNTIL_SENT = "pema_ray.until_sent"
 _STATE_BYTES = 4  # of a number of a representation, at most
-_MOST_LINES = 4  # of one data owner: the PLM before an update, the one after it, and room
+_MAX_LINES = 4  # of one data owner: the PLMs before and after an update, and spare ones
 
 
 class RequestLimits(Section):
-    """Of single requests, whoever sends them, and of what one data owner may have under way."""
+    """Limits of single requests, and of one data owner's running requests."""
 
     max_body_mb: float = Field(default=16, gt=0)
     max_steps: int = Field(default=256, ge=1)
@@ -62,28 +62,28 @@ class RequestLimits(Section):
     """Representations of one answer."""
     max_draft: int = Field(default=32, ge=0)
     session_seconds: float = Field(default=600, gt=0)
-    """A session that is not heard of for so long counts no more."""
+    """A session without steps for so long no longer counts."""
     max_requests: int = Field(default=128, ge=1)
-    """Of one data owner, under way at the same time."""
+    """Of one data owner, running at the same time."""
     max_held_mb: float = Field(default=512, gt=0)
-    """Bodies and answers of one data owner's requests that are under way."""
+    """Bodies and answers of one data owner's running requests."""
     lm_heads_per_minute: int = Field(default=10, ge=1)
     """To one data owner; an LM head may be hundreds of megabytes."""
 
 
 @dataclass
 class _Request:
-    """One request of a data owner that is known."""
+    """One request of an admitted data owner."""
 
     request: Request
     account: Account
     reservation: Reservation
     used: dict[str, int] = field(default_factory=dict)
-    """What is counted and logged of it."""
+    """Its counted and logged amounts."""
 
 
 class _UntilSent:
-    """ASGI middleware: what a request holds is let go when its answer has been sent, or its caller has gone away."""
+    """ASGI middleware: frees a request's resources when its answer is sent or its caller disconnects."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
@@ -95,7 +95,7 @@ class _UntilSent:
 
 
 class _Endpoints:
-    """What each endpoint does for a data owner that is known, and what all of them share.
+    """What each endpoint does for an admitted data owner, and what all endpoints share.
 
     Args:
         replicas: the engine's replicas, for a data owner's name and a PLM's fingerprint.
@@ -107,7 +107,7 @@ class _Endpoints:
         self.counts: Counter[str] = Counter()
         self._heads: dict[str, asyncio.Task[bytes]] = {}
 
-    # ── of all endpoints ────────────────────────────────────────────────────
+    # ── shared ──────────────────────────────────────────────────────────────
 
     async def perform(
         self,
@@ -117,11 +117,11 @@ class _Endpoints:
         work: Callable[[_Request], Awaitable[Response]],
         makes_room: bool = False,
     ) -> Response:
-        """One request: who asks, whether it may, and what it took. What makes room is never refused for want of it."""
-        started, given = time.perf_counter(), request.headers.get("x-request-id", "")
+        """Admit, perform, count and log one request; one that `makes_room` is never refused for lack of it."""
+        started = time.perf_counter()
         response: Response | None = None
-        number = request_id(given)
-        name, used, status = "", {}, 499  # of a caller that has gone away before the answer
+        number = request_id(request.headers.get("x-request-id", ""))
+        name, used, status = "", {}, 499  # of a caller that disconnects before the answer
         limits = self._limits
         try:
             account = await self._access.admit(authorization)
@@ -149,10 +149,10 @@ class _Endpoints:
         return response
 
     async def _line_of(self, account: Account, fingerprint: str | None) -> Replicas:
-        """The data owner's line to one PLM; one without a fingerprint is to whichever PLM is there now.
+        """The data owner's line to one PLM; without a fingerprint, to the present one.
 
         Raises:
-            FingerprintMismatch: another PLM is.
+            FingerprintMismatch: another PLM is present.
         """
         name = account.client.name
         line = self.lines.get(name, {}).get(fingerprint or "")
@@ -162,22 +162,22 @@ class _Endpoints:
             if fingerprint is not None:
                 of_owner = self.lines.setdefault(name, {})
                 line = of_owner.setdefault(fingerprint, line)
-                if len(of_owner) > _MOST_LINES:
+                if len(of_owner) > _MAX_LINES:
                     del of_owner[next(iter(of_owner))]
         return line
 
     async def _head_of(self, line: Replicas) -> bytes:
-        """The LM head's frame, made once for all who request it."""
+        """The LM head's frame, made once for all requests."""
         fingerprint = (await line.describe()).card.fingerprint
-        known = self._heads.get(fingerprint)
-        if known is None or (known.done() and (known.cancelled() or known.exception() is not None)):
-            self._heads.clear()  # of a PLM that was here before
-            # in a context of its own: others wait for it when the request that came first has ended
+        task = self._heads.get(fingerprint)
+        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
+            self._heads.clear()  # of an earlier PLM
+            # in a context of its own: it outlives the request that came first
             self._heads[fingerprint] = asyncio.create_task(line.lm_head_bytes(), context=Context())
         return await asyncio.shield(self._heads[fingerprint])
 
     async def _body_of(self, call: _Request, mb: float) -> bytes:
-        """The body, never more of it than is allowed."""
+        """The body, never more than `mb` of it."""
         limit, parts, size = int(mb * 2**20), [], 0
         async for part in call.request.stream():
             size += len(part)
@@ -188,22 +188,18 @@ class _Endpoints:
             call.used["received_bytes"] = size
         return b"".join(parts)
 
-    # ── of each ─────────────────────────────────────────────────────────────
+    # ── endpoints ───────────────────────────────────────────────────────────
 
     async def model(self, call: _Request, fingerprint: str | None) -> Response:
         quota = call.account.client.quota.model_dump(exclude_none=True)
-        described = await (await self._line_of(call.account, fingerprint)).describe()
-        limit = described.limits
-        longest = {"max_session_tokens": limit.max_tokens, "max_sessions": limit.max_sessions}
-        more = {"limits": self._limits.model_dump(), "quota": quota}
-        return JSONResponse({**described.card.to_dict(), **longest, **more})
+        plm = await (await self._line_of(call.account, fingerprint)).describe()
+        engine = {"max_session_tokens": plm.limits.max_tokens, "max_sessions": plm.limits.max_sessions}
+        return JSONResponse({**plm.card.to_dict(), **engine, "limits": self._limits.model_dump(), "quota": quota})
 
     async def lm_head(self, call: _Request, fingerprint: str | None) -> Response:
         call.account.spend_head(self._limits.lm_heads_per_minute)
-        frame = await self._head_of(
-            await self._line_of(call.account, fingerprint)
-        )  # one for all: nobody holds it alone
-        return Response(frame, media_type=codec.MEDIA_TYPE)
+        line = await self._line_of(call.account, fingerprint)
+        return Response(await self._head_of(line), media_type=codec.MEDIA_TYPE)  # shared, so nothing is reserved
 
     async def extract(self, call: _Request) -> Response:
         limits = self._limits
@@ -240,13 +236,13 @@ class _Endpoints:
         try:
             outcomes = await line.step(steps)
         except Exception as error:
-            _give_back(call.account, spent_at, steps, [error] * len(steps))
+            _refund_failed(call.account, spent_at, steps, [error] * len(steps))
             raise
-        _give_back(call.account, spent_at, steps, outcomes)
+        _refund_failed(call.account, spent_at, steps, outcomes)
         return Response(await run_in_executor(size, codec.encode_stepped, outcomes), media_type=codec.MEDIA_TYPE)
 
     async def close(self, call: _Request) -> Response:
-        names_mb = min(self._limits.max_body_mb, 1.0)  # of a list of names, which is never refused for want of room
+        names_mb = min(self._limits.max_body_mb, 1.0)  # of a list of names, which is never refused for lack of room
         try:
             sessions = msgspec.json.decode(await self._body_of(call, names_mb), type=_Sessions)
         except msgspec.MsgspecError as error:
@@ -260,7 +256,7 @@ class _Endpoints:
 
 
 def make_api(access: Access, limits: RequestLimits, replicas: Callable[[str, str | None], Replicas]) -> FastAPI:
-    """The application; arguments as `_Endpoints` has them."""
+    """The application; arguments as in `_Endpoints`."""
     api = FastAPI(title="pema-ray PLM owner", description=__doc__ or "", version="1", docs_url="/docs")
     api.add_middleware(_UntilSent)
     endpoints = _Endpoints(access, limits, replicas)
@@ -289,7 +285,7 @@ def make_api(access: Access, limits: RequestLimits, replicas: Callable[[str, str
 
     @api.post("/v1/sessions/close", status_code=204, response_model=None, openapi_extra=_NAMES_BODY)
     async def close(request: Request, authorization: Authorization = None) -> Any:
-        """Forget sessions; those that are gone already are no error."""
+        """Forget sessions; unknown ones are no error."""
         return await perform(request, authorization, "close", endpoints.close, makes_room=True)
 
     @api.get("/healthz")
@@ -313,17 +309,17 @@ def _cost(steps: Sequence[Step]) -> tuple[int, int]:
     return sum(s.states + s.draft for s in steps), sum(len(s.tokens) for s in steps)
 
 
-def _give_back(account: Account, spent_at: float, steps: Sequence[Step], outcomes: Sequence[object]) -> None:
-    """Refund steps that were not taken, and count sessions that were not opened, or are lost, no more."""
-    undone = [(s, outcome) for s, outcome in zip(steps, outcomes, strict=True) if isinstance(outcome, Exception)]
-    account.refund(spent_at, *_cost([step for step, _ in undone]))
-    for step, outcome in undone:
+def _refund_failed(account: Account, spent_at: float, steps: Sequence[Step], outcomes: Sequence[object]) -> None:
+    """Refund failed steps, and stop counting sessions that were not opened or are lost."""
+    failed = [(s, outcome) for s, outcome in zip(steps, outcomes, strict=True) if isinstance(outcome, Exception)]
+    account.refund(spent_at, *_cost([step for step, _ in failed]))
+    for step, outcome in failed:
         if step.position == 0 or isinstance(outcome, SessionLost):
             account.sessions.pop(step.session, None)
 
 
 def _refusal(error: Exception) -> JSONResponse | None:
-    """The answer to a request that is refused; none if the fault is ours."""
+    """The answer to a refused request; none if the fault is the server's."""
     if isinstance(error, Refused):
         return _error(error.status, str(error), error.retry_after)
     if isinstance(error, codec.BadFrame):

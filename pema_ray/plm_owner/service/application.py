@@ -26,14 +26,14 @@ from pema_ray.runtime.settings import Section, validate
 
 
 class PLMOwnerArgs(Section):
-    """Of the PLM owner's public service."""
+    """Arguments of the PLM owner's public service."""
 
     plm: PLMConfig = PLMConfig()
     engine: EngineConfig = EngineConfig()
     keys: str
     """The file of keys, as `pema-ray serve-key` makes it."""
     audit: str | None = None
-    """A file that gets one line a request."""
+    """A file that gets one line per request."""
     limits: RequestLimits = RequestLimits()
     plm_owner: Scale = Scale()
     api_cpus: float = 1
@@ -58,7 +58,7 @@ def plm_engine(plm: PLMConfig, engine: EngineConfig, scale: Scale) -> Applicatio
             )
         }
     router: Any = "pema_ray.plm_owner.service.router:SessionAffinityRouter"
-    deployed: Any = serve.deployment(  # its types do not describe the call form
+    deployment: Any = serve.deployment(  # its types do not describe the call form
         name="PLMEngine",
         max_ongoing_requests=UNLIMITED,
         ray_actor_options=scale.actor,
@@ -68,19 +68,19 @@ def plm_engine(plm: PLMConfig, engine: EngineConfig, scale: Scale) -> Applicatio
         user_config={},  # so that `reconfigure` is called, and a replica is ready when its PLM is loaded
         **options,
     )(PLMEngine)
-    return deployed.bind(plm.model_copy(update={"threads": threads}).model_dump(), engine.model_dump())
+    return deployment.bind(plm.model_copy(update={"threads": threads}).model_dump(), engine.model_dump())
 
 
 def plm_owner(args: Mapping[str, Any] | None = None) -> Application:
     """The PLM owner's public service, for data owners of other organisations."""
-    wanted = validate(PLMOwnerArgs, dict(args or {}), "args")
-    engine = plm_engine(wanted.plm, wanted.engine, wanted.plm_owner)
+    settings = validate(PLMOwnerArgs, dict(args or {}), "args")
+    engine = plm_engine(settings.plm, settings.engine, settings.plm_owner)
 
     @serve.deployment(
         name="PLMOwnerAPI",
         num_replicas=1,  # one place that counts quotas
         max_ongoing_requests=UNLIMITED,
-        ray_actor_options={"num_cpus": wanted.api_cpus},
+        ray_actor_options={"num_cpus": settings.api_cpus},
         user_config={},  # so that `reconfigure` is called
         graceful_shutdown_timeout_s=30,
     )
@@ -101,4 +101,4 @@ def plm_owner(args: Mapping[str, Any] | None = None) -> Application:
                 metrics = RayMetrics("plm_owner_api")
                 self._sampling = asyncio.create_task(metrics.keep_sampling(lambda: (state.counts, {})))
 
-    return PLMOwnerAPI.bind(engine, wanted.keys, wanted.audit, wanted.limits.model_dump())
+    return PLMOwnerAPI.bind(engine, settings.keys, settings.audit, settings.limits.model_dump())

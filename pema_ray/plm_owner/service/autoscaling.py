@@ -1,4 +1,4 @@
-"""Autoscaling of PLM replicas by what they report: Serve cannot count what lies between two steps of a session."""
+"""Autoscaling of PLM replicas by their reports: Serve cannot count sessions between two steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class ByLoad:
     """As many replicas as the live sessions need, at `target_ongoing_requests` each, or the waiting tokens, if more.
 
     Args:
-        tokens_per_replica: of prompts and extractions, waiting.
+        tokens_per_replica: waiting tokens of prompts and extractions.
     """
 
     def __init__(self, tokens_per_replica: int) -> None:

@@ -1,7 +1,7 @@
 """A replica of the PLM owner under Ray Serve: frames of the line over a `LocalPLM`.
 
-Its callers are trusted: inside one cluster the data owner's deployment, across organisations `api.py`, which has
-checked keys and quotas before.
+It trusts its callers: inside one cluster the data owner's deployment, across organisations `api.py`, which checks keys
+and quotas.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class PLMEngine:
     """The deployment's class; `application.plm_owner` deploys it.
 
     Args:
-        plm, engine: settings, as `PLMConfig` and `EngineConfig` take them.
+        plm, engine: settings of `PLMConfig` and `EngineConfig`.
 
     Raises (every call with a fingerprint):
-        FingerprintMismatch: the loaded PLM is another one.
+        FingerprintMismatch: another PLM is loaded.
     """
 
     def __init__(self, plm: dict[str, Any] | None = None, engine: dict[str, Any] | None = None) -> None:
@@ -44,7 +44,7 @@ class PLMEngine:
         return await self.plm.describe()
 
     async def lm_head(self, fingerprint: str) -> bytes:
-        """The LM-head bundle's files, as a frame that is made once."""
+        """The LM-head bundle's files, as a frame made once."""
         bundle = await self.plm.lm_head()
         self.plm.check(fingerprint)
         if self._head_frame is None:
@@ -52,7 +52,7 @@ class PLMEngine:
         return await asyncio.shield(self._head_frame)
 
     async def step(self, owner: str, body: bytes) -> tuple[str, bytes]:
-        """Steps of sessions, frame in and frame out; with it the name of the replica that holds them now.
+        """Steps of sessions, frame in and frame out, and the name of the replica that now holds them.
 
         Raises:
             BadFrame: the bytes are no steps.
@@ -64,7 +64,7 @@ class PLMEngine:
             outcomes = await engine.step(owner, steps, self.config.timeout_seconds)
             size = sum(outcome.state_NH.nbytes for outcome in outcomes if isinstance(outcome, Stepped))
             return self.replica, await run_in_executor(size, self._encoded, outcomes)
-        except asyncio.CancelledError:  # the caller has gone away, and will never know which sessions were opened here
+        except asyncio.CancelledError:  # the caller will never learn which sessions were opened here
             await engine.close(owner, [step.session for step in steps if not step.position])
             raise
 
@@ -76,8 +76,8 @@ class PLMEngine:
 
         Raises:
             BadFrame: the bytes are no batch.
-            UserError: a sequence is too long, or holds a token that the PLM does not know.
-            Busy: the batch had to wait for too long.
+            UserError: a sequence is too long, or holds a token that the PLM does not embed.
+            Busy: the batch waited too long.
         """
         engine = await self.plm.engine()
         batch, fingerprint = await run_in_executor(len(body), codec.decode_extract, body)
@@ -90,7 +90,7 @@ class PLMEngine:
         await (await self.plm.engine()).close(owner, sessions)
 
     async def state(self) -> dict[str, Any]:
-        """How busy this replica is."""
+        """The load of this replica."""
         return {"replica": self.replica, **self._levels(await self.plm.engine())}
 
     async def check_health(self) -> None:
@@ -103,14 +103,14 @@ class PLMEngine:
             raise RuntimeError("the engine has failed")
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Live sessions and waiting tokens, for autoscaling: Serve cannot count what lies between two steps."""
+        """Live sessions and waiting tokens, for autoscaling."""
         if (batcher := self.plm.batcher) is None:
             return {"live_sessions": 0.0, "waiting_tokens": 0.0}
         sessions = batcher.sessions_heard_of(self.config.idle_seconds) + batcher.waiting
         return {"live_sessions": float(sessions), "waiting_tokens": float(batcher.waiting_tokens)}
 
     async def reconfigure(self, _: Any) -> None:
-        """Called by Ray Serve before the replica is used: it loads the PLM, or raises why it cannot."""
+        """Called by Ray Serve before the first request: loads the PLM, or raises why it cannot."""
         engine = await self.plm.engine()
         if self._sampling is None:
             engine.metrics = metrics = RayMetrics("plm_owner")

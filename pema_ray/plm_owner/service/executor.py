@@ -1,4 +1,4 @@
-"""Large frames are encoded and decoded in a thread, so that the event loop stays free for other requests."""
+"""Encodes and decodes large frames in a thread, so that the event loop stays free for other requests."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
-_SMALL = 2**16  # bytes; less is done sooner than a thread has begun
+_SMALL = 2**16  # bytes; less takes less time than starting a thread
 
 
 async def run_in_executor(size: int, work: Callable[..., T], *args: object) -> T:
-    """`work(*args)`, in a thread if it concerns more than a few bytes.
+    """`work(*args)`, in a thread if it is large.
 
     Args:
-        size: bytes that are read or made, roughly.
+        size: bytes read or made, roughly.
     """
     return work(*args) if size <= _SMALL else await asyncio.to_thread(work, *args)

@@ -1,8 +1,8 @@
 """The replicas of a PLM owner in one cluster, called through a Serve handle: a `PLMClient` with session affinity.
 
-Requests and answers are the same frames as between organisations. A replica that dies takes its sessions with it: their
-steps are `Busy`, then `SessionLost` at another replica, and the data owner opens them again with all their ids. A step
-whose caller goes away is cancelled; sessions that it has opened all the same are closed.
+Requests and answers are the same frames as between organisations. A dead replica loses its sessions: their steps are
+`Busy`, then `SessionLost` at another replica, and the data owner reopens them with all their ids. A step whose caller
+disconnects is cancelled; sessions that it opened nevertheless are closed.
 """
 
 from __future__ import annotations
@@ -15,18 +15,21 @@ from contextvars import Context
 from typing import Any
 
 import torch
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, RayServeException
 
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import Busy, Description, ExtractBatch, LMHeadBundle, SessionLost, Step, Stepped, codec
 from pema_ray.plm_owner.service.executor import run_in_executor
 
 _TOKEN_BYTES = 4
-_MOST_SESSIONS = 100_000
+_MAX_SESSIONS = 100_000
 _DEPLOYMENT = "PLMEngine"
 
 
 class Replicas:
-    """A PLM owner that is a deployment of `PLMEngine`.
+    """A client of a `PLMEngine` deployment.
 
     Args:
         handle: of the deployment.
@@ -40,10 +43,10 @@ class Replicas:
     ) -> None:
         self._handle, self._owner, self._fingerprint, self._label = handle, owner, fingerprint, label
         self._owner_replica: dict[str, str] = {}
-        self._described: Description | None = None
-        self._flying: Counter[str] = Counter()
+        self._description: Description | None = None
+        self._in_flight: Counter[str] = Counter()
         self._closed: set[str] = set()
-        """Sessions to close as soon as it is known which replica holds them."""
+        """Sessions to close once it is known which replica holds them."""
         self._answering: set[asyncio.Task[list[Stepped | Exception]]] = set()
 
     @classmethod
@@ -53,9 +56,6 @@ class Replicas:
         Raises:
             UserError: no such application runs, or it has no PLM owner.
         """
-        from ray import serve
-        from ray.serve.exceptions import RayServeException
-
         label = f"plm.serve={name}"
         try:
             running = serve.status().applications
@@ -70,12 +70,12 @@ class Replicas:
         return cls(serve.get_deployment_handle(_DEPLOYMENT, app_name=name), owner, fingerprint, label)
 
     async def describe(self) -> Description:
-        if self._described is None:
-            described: Description = await self._call(self._handle.describe)
-            if self._fingerprint not in (None, described.card.fingerprint):
-                raise FingerprintMismatch(self._label, described.card.label, str(self._fingerprint))
-            self._fingerprint, self._described = described.card.fingerprint, described
-        return self._described
+        if self._description is None:
+            description: Description = await self._call(self._handle.describe)
+            if self._fingerprint not in (None, description.card.fingerprint):
+                raise FingerprintMismatch(self._label, description.card.label, str(self._fingerprint))
+            self._fingerprint, self._description = description.card.fingerprint, description
+        return self._description
 
     async def _pinned(self) -> str:
         """The fingerprint that every frame carries."""
@@ -99,18 +99,15 @@ class Replicas:
         return await self._call(self._handle.extract, self._owner, body)
 
     async def end(self) -> None:
-        """Wait until it is known which sessions cancelled calls have opened, and those are closed."""
+        """Wait until the sessions that cancelled calls have opened are closed."""
         await asyncio.gather(*self._answering, return_exceptions=True)
 
     async def _call(self, method: Any, *args: Any) -> Any:
         """Call any replica.
 
         Raises:
-            UserError: what the replica refused, in its own words; Busy: it died, or there is none.
+            UserError: the replica refused; Busy: it died, or there is none.
         """
-        from ray.exceptions import RayError
-        from ray.serve.exceptions import RayServeException
-
         response = method.remote(*args)
         try:
             return await response
@@ -118,27 +115,27 @@ class Replicas:
             response.cancel()
             raise
         except (UserError, Busy) as error:
-            raise self._own(error) from None
+            raise self._relabelled(error) from None
         except (RayError, RayServeException) as error:
             raise Busy(f"no replica of the PLM answers ({type(error).__name__})") from None
 
     async def step(self, steps: Sequence[Step]) -> list[Stepped | Exception]:
-        """As `PLMClient.step` says; while replicas of two PLMs run, `FingerprintMismatch` stands in single places."""
+        """As `PLMClient.step`; while replicas of two PLMs run, `FingerprintMismatch` may stand in single places."""
         fingerprint = await self._pinned()
         groups: dict[str, list[int]] = {}
         for number, step in enumerate(steps):
             replica = self._owner_replica.get(step.session)
-            # A session without a replica is opened by itself, so that Serve spreads openings over replicas. Those that
-            # wait for slots stay together: they are of one answer, between whose openings no other's may stand in line.
+            # Serve spreads openings over replicas, so each goes alone. Those that wait for slots stay together: no
+            # other's opening may queue between those of one answer.
             groups.setdefault(replica or ("?" if step.waits else f"?{step.session}"), []).append(number)
         outcomes: list[Stepped | Exception] = [SessionLost()] * len(steps)
 
-        async def one(replica: str, numbers: list[int]) -> None:
+        async def step_at(replica: str, numbers: list[int]) -> None:
             group = [steps[number] for number in numbers]
             for number, outcome in zip(numbers, await self._at(replica, group, fingerprint), strict=True):
                 outcomes[number] = outcome
 
-        await asyncio.gather(*(one(replica, numbers) for replica, numbers in groups.items()))
+        await asyncio.gather(*(step_at(replica, numbers) for replica, numbers in groups.items()))
         mismatches = [outcome for outcome in outcomes if isinstance(outcome, FingerprintMismatch)]
         if mismatches and len(mismatches) == len(outcomes):
             raise mismatches[0]
@@ -148,12 +145,12 @@ class Replicas:
         handle = self._handle if replica.startswith("?") else self._handle.options(session_id=f"{replica}/")
         size = _TOKEN_BYTES * sum(len(step.tokens) for step in steps)
         body = await run_in_executor(size, codec.encode_steps, steps, fingerprint)
-        self._flying.update(step.session for step in steps)
-        # A task and a context of its own, which receives the answer even if the caller goes away: only the answer says
-        # which replica holds the sessions. In the context of an ended request, Serve would cancel later calls as well.
-        apart = Context()
-        response = apart.run(handle.step.remote, self._owner, body)
-        answering = asyncio.create_task(self._answered(response, steps), context=apart)
+        self._in_flight.update(step.session for step in steps)
+        # A task of its own receives the answer even if the caller disconnects: only the answer says which replica holds
+        # the sessions. Its own context: in that of an ended request, Serve would cancel later calls as well.
+        context = Context()
+        response = context.run(handle.step.remote, self._owner, body)
+        answering = asyncio.create_task(self._receive(response, steps), context=context)
         self._answering.add(answering)
         answering.add_done_callback(self._answering.discard)
         try:
@@ -164,10 +161,7 @@ class Replicas:
                 response.cancel()
             raise
 
-    async def _answered(self, response: Any, steps: Sequence[Step]) -> list[Stepped | Exception]:
-        from ray.exceptions import RayError
-        from ray.serve.exceptions import BackPressureError, RayServeException
-
+    async def _receive(self, response: Any, steps: Sequence[Step]) -> list[Stepped | Exception]:
         names = [step.session for step in steps]
         replica: str | None = None
         outcomes: list[Stepped | Exception]
@@ -177,54 +171,48 @@ class Replicas:
         except (BackPressureError, Busy) as error:
             outcomes = [Busy(str(error), getattr(error, "retry_after", 1.0))] * len(steps)
         except UserError as error:
-            outcomes = [self._own(error)] * len(steps)
-        except (RayError, RayServeException) as error:  # the replica died, or is being replaced: ask another
+            outcomes = [self._relabelled(error)] * len(steps)
+        except (RayError, RayServeException) as error:  # the replica died or is being replaced: try another
             for name in names:
                 self._owner_replica.pop(name, None)
             outcomes = [Busy(f"no replica of the PLM answers ({type(error).__name__})", 0.1)] * len(steps)
         finally:
-            self._flying.subtract(names)
-            self._flying += Counter()  # drops zero counts
+            self._in_flight.subtract(names)
+            self._in_flight += Counter()  # drops zero counts
             closed = self._closed.intersection(names)
             self._closed -= closed
         if replica is not None:
             for name, outcome in zip(names, outcomes, strict=True):
                 if isinstance(outcome, Stepped):
                     self._owner_replica[name] = replica
-                    if len(self._owner_replica) > _MOST_SESSIONS:  # sessions that nobody closed
+                    if len(self._owner_replica) > _MAX_SESSIONS:  # sessions that were never closed
                         del self._owner_replica[next(iter(self._owner_replica))]
                 else:
                     self._owner_replica.pop(name, None)
-        if closed and replica is None:  # an answer that was on its way when the call was cancelled is lost
+        if closed and replica is None:  # the answer of the cancelled call is lost
             await self._close_everywhere(sorted(closed))
-        elif closed:  # until now nobody knew which replica would hold them
+        elif closed:  # their replica is known now
             await self.close(sorted(closed))
         return outcomes
 
     async def close(self, sessions: Sequence[str]) -> None:
-        from ray.exceptions import RayError
-        from ray.serve.exceptions import RayServeException
-
         groups: dict[str, list[str]] = {}
         for session in sessions:
             if replica := self._owner_replica.pop(session, None):
                 groups.setdefault(replica, []).append(session)
-            elif self._flying[session]:
+            elif self._in_flight[session]:
                 self._closed.add(session)
         for replica, names in groups.items():
-            with suppress(RayError, RayServeException):  # with its replica a session is forgotten too
+            with suppress(RayError, RayServeException):  # a dead replica has lost its sessions
                 await Context().run(self._handle.options(session_id=f"{replica}/").close.remote, self._owner, names)
 
     async def _close_everywhere(self, sessions: list[str]) -> None:
-        from ray.exceptions import RayError
-        from ray.serve.exceptions import RayServeException
-
         with suppress(RayError, RayServeException):
             response = Context().run(self._handle.broadcast, "close", self._owner, sessions)
             await response.results_async(return_exceptions=True)
 
-    def _own(self, error: Exception) -> Exception:
-        """The error as the replica raised it, without Ray's traceback and without its own name for its PLM."""
+    def _relabelled(self, error: Exception) -> Exception:
+        """The replica's error, without Ray's traceback, with this label for the PLM owner."""
         cause = getattr(error, "cause", error)
         if isinstance(cause, FingerprintMismatch):
             return FingerprintMismatch(self._label, cause.found, cause.expected)

@@ -34,9 +34,9 @@ async def live(handle: DirectHandle) -> int:
     return sum([(await replica.state())["live_sessions"] for replica in handle.replicas.values()])
 
 
-async def becomes(handle: DirectHandle, sessions: int) -> None:
+async def wait_for_sessions(handle: DirectHandle, count: int) -> None:
     async with asyncio.timeout(20):
-        while await live(handle) != sessions:
+        while await live(handle) != count:
             await asyncio.sleep(0.01)
 
 
@@ -52,7 +52,7 @@ async def test_an_opening_that_is_cancelled_leaves_no_session(handle, when, clos
             while not await live(handle):
                 await asyncio.sleep(0)
     else:
-        await becomes(handle, 2)
+        await wait_for_sessions(handle, 2)
         async with asyncio.timeout(20):
             while any(replica.plm.batcher.busy for replica in handle.replicas.values()):
                 await asyncio.sleep(0.005)
@@ -67,13 +67,13 @@ async def test_an_opening_that_is_cancelled_leaves_no_session(handle, when, clos
     async with asyncio.timeout(20):
         while line._answering:
             await asyncio.sleep(0.01)
-    await becomes(handle, 0)
+    await wait_for_sessions(handle, 0)
     assert not line._closed
-    assert not line._flying
+    assert not line._in_flight
 
 
 async def test_a_session_whose_step_is_cancelled_lives_until_it_is_closed(handle):
-    """Saying the step again goes on where it stands: its home is known."""
+    """Repeating the step continues the session: its replica is known."""
     line = Replicas(handle)
     await line.step([Step("a", 0, [5, 6])])
     step = asyncio.create_task(line.step([Step("a", 2, [7])]))
@@ -84,7 +84,7 @@ async def test_a_session_whose_step_is_cancelled_lives_until_it_is_closed(handle
     (again,) = await line.step([Step("a", 2, [7])])
     assert isinstance(again, Stepped)
     await line.close(["a"])
-    await becomes(handle, 0)
+    await wait_for_sessions(handle, 0)
 
 
 async def test_a_cancelled_extraction_ends_between_two_passes(handle):
@@ -104,16 +104,16 @@ async def test_a_cancelled_extraction_ends_between_two_passes(handle):
 
 
 async def test_an_answer_that_is_lost_on_its_way_leaves_no_session(handle):
-    """The replica has opened the session and answered; who cancelled the call never hears where."""
+    """The replica has opened the session and answered; the cancelled caller never learns where."""
     line, handle.wire_seconds, handle.loses_answers = Replicas(handle), 0.3, True
     opening = asyncio.create_task(line.step([Step("a", 0, [5, 6])]))
-    await becomes(handle, 1)
+    await wait_for_sessions(handle, 1)
     await asyncio.sleep(0.1)
     opening.cancel()
     with pytest.raises(asyncio.CancelledError):
         await opening
     assert await live(handle) == 1
-    await becomes(handle, 0)
+    await wait_for_sessions(handle, 0)
     assert not line._closed
 
 
@@ -124,13 +124,13 @@ async def test_replicas_answer_as_a_plm_in_this_process_does(handle, tiny_client
     batch = ExtractBatch([[5, 6, 7], [8] * 40], [1, 0], tuple(range(10, 30)))
     assert torch.equal(await line.extract(batch), await local.extract(batch))
     steps = [Step("a", 0, [5, 6, 7], 2, draft=2), Step("lost", 4, [1]), Step("long", 0, [5] * 91), Step("b", 0, [999])]
-    ours, theirs = await line.step(steps), await local.step(steps)
-    assert isinstance(ours[0], Stepped) and isinstance(theirs[0], Stepped)
-    assert torch.equal(ours[0].state_NH, theirs[0].state_NH) and ours[0].drafted == theirs[0].drafted
-    assert isinstance(ours[1], SessionLost) and isinstance(theirs[1], SessionLost)
+    outcomes, expected = await line.step(steps), await local.step(steps)
+    assert isinstance(outcomes[0], Stepped) and isinstance(expected[0], Stepped)
+    assert torch.equal(outcomes[0].state_NH, expected[0].state_NH) and outcomes[0].drafted == expected[0].drafted
+    assert isinstance(outcomes[1], SessionLost) and isinstance(expected[1], SessionLost)
     for number, words in ((2, "91 tokens is longer"), (3, "999 is no token")):
-        assert words in str(ours[number]) == str(theirs[number])
-        assert isinstance(ours[number], UserError) and isinstance(theirs[number], UserError)
+        assert words in str(outcomes[number]) == str(expected[number])
+        assert isinstance(outcomes[number], UserError) and isinstance(expected[number], UserError)
     for client in (line, local):
         with pytest.raises(UserError, match="91 tokens is longer"):
             await client.extract(ExtractBatch([[5] * 91], [0]))
@@ -142,7 +142,7 @@ async def test_replicas_answer_as_a_plm_in_this_process_does(handle, tiny_client
 
 
 async def test_a_replica_of_another_checkpoint_refuses_the_steps_of_an_answer(handle, tiny_plm_folder):
-    """It has taken the place of the one that began the answer; its states mean nothing under the old LM head."""
+    """It replaces the one that began the answer; the old LM head does not fit its states."""
     line = Replicas(handle)
     card = (await line.describe()).card
     (opened,) = await line.step([Step("a", 0, [5, 6], draft=2)])
@@ -154,7 +154,7 @@ async def test_a_replica_of_another_checkpoint_refuses_the_steps_of_an_answer(ha
         handle.add()
     with pytest.raises(FingerprintMismatch, match=rf"^The PLM owner .* 'tiny-llama\d+ \(.* '{card.fingerprint}'"):
         await line.step([Step("a", 4, [7])])
-    for _ in range(2):  # nor is it opened again, nor anything else of it taken
+    for _ in range(2):  # in every other call too
         with pytest.raises(FingerprintMismatch):
             await line.step([Step("a", 0, [5, 6, 7])])
         with pytest.raises(FingerprintMismatch):
@@ -162,7 +162,7 @@ async def test_a_replica_of_another_checkpoint_refuses_the_steps_of_an_answer(ha
         with pytest.raises(FingerprintMismatch):
             await line.lm_head()
     assert await live(handle) == 0
-    assert isinstance((await Replicas(handle).step([Step("b", 0, [5])]))[0], Stepped)  # one that knows the new one
+    assert isinstance((await Replicas(handle).step([Step("b", 0, [5])]))[0], Stepped)  # a client of the new PLM
 
 
 async def test_while_replicas_are_replaced_sessions_of_the_old_ones_continue(handle, tiny_plm_folder):
