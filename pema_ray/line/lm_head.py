@@ -107,7 +107,7 @@ class LMHeadBundle:
     tokenizer_files: Mapping[str, bytes]
 
     def save(self, folder: str | Path) -> Path:
-        """Write the bundle as a folder, whole or not at all."""
+        """Write the bundle as a folder, atomically."""
         folder = Path(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))

@@ -256,7 +256,7 @@ class PLMTokenizer:
             return b""
         if id in self._special_ids:
             return token.encode()
-        # Decoders treat the first and the last token of a text differently, so the token stands between two others.
+        # Decoders treat the first and last token of a text differently, so this puts the token between two others.
         tail = self._join(["a", "a"])[1:]
         text = self._join(["a", token, "a"]).removesuffix(tail)[1:]
         if "\ufffd" not in text:
@@ -303,7 +303,7 @@ class _ControlTokens:
     def mark(self, value: Any) -> Any:
         """A template's input with marks around the control tokens that it mentions.
 
-        A mark also stands where a string ends or begins with a part of a control token, which a template could join.
+        A string that ends or begins with a part of a control token also gets a mark, since a template could join parts.
         White space goes within the marks: templates that split at `</think>` strip what follows.
         """
         if isinstance(value, str):

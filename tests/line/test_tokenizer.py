@@ -110,7 +110,7 @@ KINDS = {
     "end_of_word": end_of_word,
 }
 FLAGS = {"stripping": {"lstrip": True, "rstrip": True, "normalized": True}}
-"""Of the control tokens of a kind: Phi-3's take the white space around them."""
+"""Flags of a kind's control tokens: Phi-3's take the white space around them."""
 LOSSLESS = ("byte_level", "byte_fallback")
 
 
