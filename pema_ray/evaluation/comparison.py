@@ -1,4 +1,4 @@
-"""PEMA beside its peers, typed, tested for significance, and as one Markdown table. Knows no model and no Ray."""
+"""The comparison of PEMA with its peers: figures, significance, and a Markdown table. Knows no model and no Ray."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Measurement(Result):
 
     seed: int
     nll: float | None = None
-    """Nats per target token, EOS apart; none for what has no likelihood."""
+    """Nats per target token, without EOS; None for a system without a likelihood."""
     bleu: float
     chrf: float
     archaic_share: float | None = None
@@ -25,11 +25,11 @@ class Measurement(Result):
     peak_bytes: int | None = None
     """Most memory held by the process that trained."""
     seconds_per_token: float | None = None
-    """Of answers, with as many decoded together as `generate.batch_size`."""
+    """Of answers, in batches of `generate.batch_size`."""
     line_bytes: int | None = None
-    """Representations that the PLM owner sends: for training and tuning, and for the answers."""
+    """Representations that the PLM owner sends, for training, tuning and answers."""
     note: str = ""
-    """What was chosen on the dev pairs."""
+    """The settings chosen on the dev pairs."""
 
 
 class Significance(Result):
@@ -39,7 +39,7 @@ class Significance(Result):
     bleu_high: float
     """95 % interval of the system's own sBLEU."""
     bleu_p: float | None = None
-    """Of no difference from the reference system; none for that one itself."""
+    """Of no difference from the reference system; None for that system itself."""
     chrf_p: float | None = None
 
 
@@ -48,18 +48,18 @@ class Peer(Result):
 
     name: str
     given: str
-    """What must be given to it, beside prompts."""
+    """What it needs beside prompts."""
     measurements: tuple[Measurement, ...] = Field(min_length=1)
     significance: Significance | None = None
-    """Of the first seed."""
+    """Of the first seed's answers."""
 
     def mean(self, figure: str) -> float | None:
-        """Of a figure over the seeds."""
+        """Mean of a figure over the seeds; None if it was never measured."""
         values = self._values(figure)
         return mean(values) if values else None
 
     def deviation(self, figure: str) -> float | None:
-        """Standard deviation of a figure over the seeds; none for a single one."""
+        """Standard deviation of a figure over the seeds; None for a single one."""
         values = self._values(figure)
         return stdev(values) if len(values) > 1 else None
 
@@ -104,19 +104,19 @@ def significance(
     ]
     metrics = {"BLEU": scorer.bleu, "chrF": scorer.chrf}
     test = PairedTest(systems, metrics, [scorer.references], test_type="bs", n_samples=samples)
-    _, scores = test()  # columns in the order of the metrics, under names of sacreBLEU's own
-    columns: Any = scores.values()
-    _, bleu_scores, chrf_scores = columns
+    _, columns = test()  # in the order of the metrics; sacreBLEU chooses their names
+    values: Any = columns.values()
+    _, bleu_scores, chrf_scores = values
     figures: Any = zip((name for name, _ in systems), bleu_scores, chrf_scores, strict=True)
-    found: dict[str, Significance] = {}
+    by_system: dict[str, Significance] = {}
     baseline = bleu_scores[0], chrf_scores[0]
-    for name, *scored in figures:
+    for name, *scores in figures:
         # Where no draw differs, sacreBLEU gives its smallest p: no difference exceeds none.
-        equal = [one.score == other.score for one, other in zip(scored, baseline, strict=True)]
-        p = [1.0 if same and one.p_value else one.p_value for one, same in zip(scored, equal, strict=True)]
-        bleu, half = scored[0], scored[0].ci or 0.0
-        found[name] = Significance(bleu_low=bleu.mean - half, bleu_high=bleu.mean + half, bleu_p=p[0], chrf_p=p[1])
-    return found
+        pairs = zip(scores, baseline, strict=True)
+        p = [1.0 if score.score == other.score and score.p_value else score.p_value for score, other in pairs]
+        bleu, half = scores[0], scores[0].ci or 0.0
+        by_system[name] = Significance(bleu_low=bleu.mean - half, bleu_high=bleu.mean + half, bleu_p=p[0], chrf_p=p[1])
+    return by_system
 
 
 _HEADER = (

@@ -23,8 +23,8 @@ class TokenLikelihood:
 
     def nll(self, lam: float, eos: bool = False) -> float:
         """Mean NLL of the mixture at a constant λ, over text rows or over EOS rows."""
-        chosen = self.is_eos == eos
-        pema, plm = self.log_pema[chosen], self.log_plm[chosen]
+        selected = self.is_eos == eos
+        pema, plm = self.log_pema[selected], self.log_plm[selected]
         with np.errstate(divide="ignore"):
             mixed = np.logaddexp(pema + np.log(lam), plm + np.log1p(-lam))
         return float(-mixed.mean())
@@ -37,32 +37,32 @@ class Representations(Protocol):
 
 
 class Block(Protocol):
-    """Some rows of a memory: `key [n, H]`, `target [n]`, and which of them are asked about."""
+    """Some rows of a memory: `key [n, H]`, `target [n]`, and which of them (`is_target`) are measured."""
 
     @property
     def key(self) -> Representations: ...
     @property
     def target(self) -> np.ndarray: ...
     @property
-    def wanted(self) -> np.ndarray: ...
+    def is_target(self) -> np.ndarray: ...
 
 
 @torch.inference_mode()
 def token_likelihood(
     blocks: Iterable[Block], eos: Sequence[int], head: LMHead, pema_log_probs: Callable[[Any], torch.Tensor]
 ) -> TokenLikelihood:
-    """Both likelihoods of every row that is asked about.
+    """Both likelihoods of every target row.
 
     Args:
-        pema_log_probs: a block → log P_PEMA of its wanted rows `[n, V]`.
+        pema_log_probs: a block → log P_PEMA of its target rows `[n, V]`.
     """
     log_pema, log_plm, targets = [], [], []
     for block in blocks:
-        device, wanted = head.weight.device, block.wanted
-        target = torch.from_numpy(block.target[wanted].astype(np.int64)).to(device)[:, None]
+        device, mask = head.weight.device, block.is_target
+        target = torch.from_numpy(block.target[mask].astype(np.int64)).to(device)[:, None]
         log_pema.append(pema_log_probs(block).gather(1, target)[:, 0].cpu().numpy())
-        state = torch.from_numpy(np.ascontiguousarray(block.key[wanted])).to(device).float()
+        state = torch.from_numpy(np.ascontiguousarray(block.key[mask])).to(device).float()
         log_plm.append(head.log_probs(head.norm(state)).gather(1, target)[:, 0].cpu().numpy())
-        targets.append(block.target[wanted])
-    pema, plm = (np.concatenate(some).astype(np.float64) for some in (log_pema, log_plm))
+        targets.append(block.target[mask])
+    pema, plm = (np.concatenate(parts).astype(np.float64) for parts in (log_pema, log_plm))
     return TokenLikelihood(pema, plm, np.isin(np.concatenate(targets), eos))

@@ -1,8 +1,8 @@
 """Line plots as SVG text, for a page that follows the reader's light or dark mode.
 
 Knows the evaluation's figures and SVG; no plotting library, no HTML page. Colours are CSS variables
-(`--plm`, `--pema`, `--ink`, `--muted`, `--line`, `--card`) that the page defines. Everything that is
-named on a plot is named in its legend, so that labels never lie on data.
+(`--plm`, `--pema`, `--ink`, `--muted`, `--line`, `--card`) that the page defines. All names stand in the legend,
+so that no label covers data.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Spot:
-    """One point worth pointing at."""
+    """A marked point."""
 
     name: str
     point: Point
@@ -58,7 +58,7 @@ class Level:
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers (1, 2, 2.5 or 5 times a power of ten apart) that cover [low, high] from inside."""
+    """Round numbers within [low, high], with steps of 1, 2, 2.5 or 5 times a power of ten; `about` so many."""
     if not high > low:
         return [low]
     rough = (high - low) / about
@@ -80,12 +80,12 @@ def line_plot(
     y_range: Point | None = None,
     percent: bool = False,
 ) -> str:
-    """An SVG element with axes, ticks, legend and a tooltip on every point; values that are not finite are left out."""
-    series = [_finite(one) for one in series]
-    series = [one for one in series if one.points]
+    """An SVG element with axes, ticks, legend and a tooltip on every point; skips values that are not finite."""
+    series = [_finite(curve) for curve in series]
+    series = [curve for curve in series if curve.points]
     spots = [spot for spot in spots if _is_finite(spot.point)]
     levels = [level for level in levels if math.isfinite(level.value)]
-    points = [point for one in series for point in one.points] + [spot.point for spot in spots]
+    points = [point for curve in series for point in curve.points] + [spot.point for spot in spots]
     if not points:
         return (
             f'<svg class="plot" viewBox="0 0 480 60" role="img" aria-label="{escape(title)}">'
@@ -93,8 +93,8 @@ def line_plot(
         )
     legend, top = _legend(series, spots, levels)
     top += 26
-    x_low, x_high = x_range or _span([x for x, _ in points] + [one.value for one in levels if one.axis == "x"], 0.02)
-    y_low, y_high = y_range or _span([y for _, y in points] + [one.value for one in levels if one.axis == "y"], 0.08)
+    x_low, x_high = x_range or _span([x for x, _ in points] + [v.value for v in levels if v.axis == "x"], 0.02)
+    y_low, y_high = y_range or _span([y for _, y in points] + [v.value for v in levels if v.axis == "y"], 0.08)
     bottom, right = top + _PLOT_HEIGHT, _WIDTH - _RIGHT
 
     def place(point: Point) -> Point:
@@ -116,8 +116,8 @@ def line_plot(
     parts.append(f'<text x="{right}" y="{bottom + 38:.1f}" text-anchor="end">{escape(x_label)}</text>')
     for level in levels:
         parts.append(_level(level, place, (x_low, y_low), (x_high, y_high)))
-    for one in series:
-        parts.append(_curve(one, place, percent))
+    for curve in series:
+        parts.append(_curve(curve, place, percent))
     for spot in spots:
         x, y = place(spot.point)
         ring = (
@@ -159,25 +159,23 @@ def sweep_plot(sweep: LambdaSweep) -> str:
 
 
 def bleu_plot(systems: Sequence[SystemScore]) -> str:
-    """sBLEU against λ_max, with the systems that have no λ as levels."""
+    """sBLEU against λ_max; systems without λ are levels."""
     colours = {"copy": (MUTED, "4 4"), "few_shot": (PLM, "8 3")}
-    levels = [
-        Level(f"{one.name} {one.bleu:.1f}", one.bleu, "y", *colours[one.kind]) for one in systems if one.kind in colours
-    ]
-    series, spots = _over_lambda([(one, one.bleu) for one in systems], "{:.1f}")
+    levels = [Level(f"{s.name} {s.bleu:.1f}", s.bleu, "y", *colours[s.kind]) for s in systems if s.kind in colours]
+    series, spots = _over_lambda([(system, system.bleu) for system in systems], "{:.1f}")
     return line_plot("sBLEU against λ_max", "λ_max", "sBLEU", series, spots=spots, levels=levels, x_range=(-0.04, 1.04))
 
 
 def archaic_plot(evaluation: Evaluation) -> str:
-    """Share of archaic outputs against λ_max, with the sources' and the references' shares as levels."""
-    given = (
+    """Share of archaic outputs against λ_max; the shares of sources and references are levels."""
+    shares = (
         ("source", evaluation.source_archaic_share, "4 4"),
         ("reference", evaluation.reference_archaic_share, "1 4"),
     )
-    levels = [Level(f"{name} {share:.1%}", share, dash=dash) for name, share, dash in given if share is not None]
-    measured = [(one, one.archaic_share) for one in evaluation.systems if one.archaic_share is not None]
-    series, spots = _over_lambda(measured, "{:.1%}")
-    highest = max([share for _, share in measured] + [level.value for level in levels], default=1.0)
+    levels = [Level(f"{name} {share:.1%}", share, dash=dash) for name, share, dash in shares if share is not None]
+    measurements = [(s, s.archaic_share) for s in evaluation.systems if s.archaic_share is not None]
+    series, spots = _over_lambda(measurements, "{:.1%}")
+    highest = max([share for _, share in measurements] + [level.value for level in levels], default=1.0)
     return line_plot(
         "Archaic share against λ_max", "λ_max", "outputs that match the archaic pattern", series, spots=spots,
         levels=levels, x_range=(-0.04, 1.04), y_range=(-0.02 * highest, 1.08 * highest) if highest else (0.0, 1.0),
@@ -196,11 +194,11 @@ def schedule_plot(curves: dict[str, tuple[float, ...]]) -> str:
 
 def _over_lambda(measured: Sequence[tuple[SystemScore, float]], form: str) -> tuple[list[Series], list[Spot]]:
     """One curve per schedule; at λ = 0 every schedule is the PLM alone, so every curve starts there."""
-    alone = [(one.name, value) for one, value in measured if one.kind == "plm"][:1]
+    alone = [(system.name, value) for system, value in measured if system.kind == "plm"][:1]
     schedules: dict[str, list[Point]] = {}
-    for one, value in measured:
-        if one.kind == "pema" and one.lambda_max is not None:
-            schedules.setdefault(one.schedule or "PEMA", []).append((one.lambda_max, value))
+    for system, value in measured:
+        if system.kind == "pema" and system.lambda_max is not None:
+            schedules.setdefault(system.schedule or "PEMA", []).append((system.lambda_max, value))
     series = [
         Series(
             f"PEMA, {name}",
@@ -231,9 +229,9 @@ def _span(values: Sequence[float], margin: float) -> Point:
     return low - pad, high + pad
 
 
-def _label(value: float, among: Sequence[float]) -> str:
-    """`value` with as many decimals as the ticks `among` need to differ."""
-    decimals = next((n for n in range(6) if all(abs(round(one, n) - one) < 1e-9 for one in among)), 6)
+def _label(value: float, ticks: Sequence[float]) -> str:
+    """`value` with the fewest decimals that show all `ticks` exactly."""
+    decimals = next((n for n in range(6) if all(abs(round(tick, n) - tick) < 1e-9 for tick in ticks)), 6)
     return f"{value:,.{decimals}f}"
 
 
@@ -256,18 +254,18 @@ def _curve(series: Series, place, percent: bool) -> str:
     if len(placed) <= _MOST_TIPS:
         dot = "dot" if len(placed) <= _MOST_DOTS else "dot quiet"
         for (x, y), (x_value, y_value) in zip(placed, series.points, strict=True):
-            shown = f"{y_value:.1%}" if percent else f"{y_value:.4g}"
-            tip = f"<title>{escape(series.name)}: {shown} at {x_value:g}</title>"
+            figure = f"{y_value:.1%}" if percent else f"{y_value:.4g}"
+            tip = f"<title>{escape(series.name)}: {figure} at {x_value:g}</title>"
             parts.append(f'<circle class="{dot}" cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{series.colour}">{tip}</circle>')
     return "".join(parts)
 
 
 def _legend(series: Sequence[Series], spots: Sequence[Spot], levels: Sequence[Level]) -> tuple[str, float]:
-    """The legend's SVG and its height; entries go on in a new row where a row is full."""
+    """The legend's SVG and its height; a full row continues in the next."""
     entries: list[tuple[str, str]] = []
-    for one in (*series, *levels):
-        stroke = f'stroke="{one.colour}" stroke-width="2" stroke-dasharray="{one.dash or "none"}"'
-        entries.append((one.name, f'<line x1="0" x2="22" y1="-4" y2="-4" {stroke}/>'))
+    for item in (*series, *levels):
+        stroke = f'stroke="{item.colour}" stroke-width="2" stroke-dasharray="{item.dash or "none"}"'
+        entries.append((item.name, f'<line x1="0" x2="22" y1="-4" y2="-4" {stroke}/>'))
     for spot in spots:
         ring = f'fill="none" stroke="{spot.colour}" stroke-width="2"' if spot.hollow else f'fill="{spot.colour}"'
         entries.append((spot.name, f'<circle cx="17" cy="-4" r="4.5" {ring}/>'))

@@ -1,7 +1,7 @@
-"""The report: one HTML file that shows an `Evaluation`, and needs nothing else to be looked at.
+"""The report: one self-contained HTML file that shows an `Evaluation`.
 
 Knows the evaluation's figures, the plots and a template; no model, no Ray. The file makes no request
-(its own content policy forbids them), all text in it is escaped, and it appears whole or not at all.
+(its own content policy forbids them), and all text in it is escaped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _OPEN_EXAMPLES = 8
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One number of the headline row: its label, the owner whose colour it takes, and whether it is the best."""
+    """One number of the headline row: its label, the owner that sets its colour, and whether it is the best."""
 
     label: str
     value: str
@@ -34,7 +34,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A few figures that belong together, and a sentence on what they are."""
+    """A group of figures, and a note that explains them."""
 
     title: str
     figures: tuple[Figure, ...]
@@ -49,7 +49,7 @@ class Plot:
 
 
 def write_report(evaluation: Evaluation, path: Path) -> Path:
-    """Write the report to `path` (parent folders are made), whole or not at all; returns `path`."""
+    """Write the report to `path` (parent folders are made), atomically; returns `path`."""
     page = render_report(evaluation)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
@@ -69,8 +69,8 @@ def render_report(evaluation: Evaluation) -> str:
         cards=headline(evaluation),
         verdict=verdict(systems),
         best=best_values(systems),
-        has_archaic=any(one.archaic_share is not None for one in systems),
-        most_bleu=max((one.bleu for one in systems), default=0) or 1,
+        has_archaic=any(system.archaic_share is not None for system in systems),
+        most_bleu=max((system.bleu for system in systems), default=0) or 1,
         owners={"plm": "plm", "few_shot": "plm", "pema": "pema", "copy": "none"},
         plots=draw_plots(evaluation),
         open_examples=_OPEN_EXAMPLES,
@@ -78,22 +78,22 @@ def render_report(evaluation: Evaluation) -> str:
 
 
 def chosen_system(systems: Sequence[SystemScore], kind: str) -> SystemScore | None:
-    """The experiment's own settings of a kind, else the highest sBLEU; none if the kind was not scored."""
-    ranked = (one for one in systems if one.kind == kind)
-    return max(ranked, key=lambda one: (one.configured, one.bleu), default=None)
+    """The configured system of a kind, else the one with the highest sBLEU; None if the kind was not scored."""
+    systems_of_kind = (system for system in systems if system.kind == kind)
+    return max(systems_of_kind, key=lambda system: (system.configured, system.bleu), default=None)
 
 
 def best_values(systems: Sequence[SystemScore]) -> dict[str, float | None]:
     """The best value of each scored column: highest sBLEU and chrF, lowest archaic share."""
     return {
-        "bleu": max((one.bleu for one in systems), default=None),
-        "chrf": max((one.chrf for one in systems), default=None),
-        "archaic": min((one.archaic_share for one in systems if one.archaic_share is not None), default=None),
+        "bleu": max((system.bleu for system in systems), default=None),
+        "chrf": max((system.chrf for system in systems), default=None),
+        "archaic": min((system.archaic_share for system in systems if system.archaic_share is not None), default=None),
     }
 
 
 def verdict(systems: Sequence[SystemScore]) -> str:
-    """What the sBLEU figures say, in plain words, whoever wins."""
+    """The sBLEU figures in a sentence."""
     pema = chosen_system(systems, "pema")
     if pema is None:
         return "No system with PEMA was scored."
@@ -101,14 +101,14 @@ def verdict(systems: Sequence[SystemScore]) -> str:
     compared = [f"{_against(pema.bleu, rival.bleu)} {_in_a_sentence(rival)}" for rival in rivals]
     sentence = f"{pema.name} scores {pema.bleu:.1f} sBLEU"
     sentence += f": {_enumerate(compared)}." if compared else "."
-    best = max((one for one in systems if one.kind == "pema"), key=lambda one: one.bleu)
+    best = max((system for system in systems if system.kind == "pema"), key=lambda system: system.bleu)
     if best.bleu > pema.bleu:
-        sentence += f" {best.name} scores {best.bleu:.1f}, found by comparing on the same {best.examples:,} examples."
+        sentence += f" {best.name} scores {best.bleu:.1f}, chosen on the same {best.examples:,} examples."
     return sentence
 
 
 def headline(evaluation: Evaluation) -> list[Card]:
-    """NLL, sBLEU and archaic share; only what was measured."""
+    """NLL, sBLEU and archaic share, as far as they were measured."""
     systems, sweep = evaluation.systems, evaluation.sweep
     note = f"Nats per target token over {sweep.rows:,} rows, PEMA at λ = 1. Lower is better."
     measured_nll = zip(sweep.nll, sweep.lambdas, strict=True)
@@ -124,10 +124,10 @@ def headline(evaluation: Evaluation) -> list[Card]:
     plm, pema, copy = (chosen_system(systems, kind) for kind in ("plm", "pema", "copy"))
     alone = plm.name if plm else "PLM alone"
     scored = ((alone, "plm", plm), ("PEMA", "pema", pema), ("copy of source", "none", copy))
-    present = [(label, owner, one) for label, owner, one in scored if one is not None]
+    present = [(label, owner, score) for label, owner, score in scored if score is not None]
     if present:
-        top = max(one.bleu for _, _, one in present)
-        figures = tuple(Figure(label, f"{one.bleu:.1f}", owner, one.bleu == top) for label, owner, one in present)
+        top = max(score.bleu for _, _, score in present)
+        figures = tuple(Figure(label, f"{score.bleu:.1f}", owner, score.bleu == top) for label, owner, score in present)
         cards.append(Card("sBLEU", figures, f"On {present[0][2].examples:,} test examples. Higher is better."))
 
     shares = (
@@ -147,7 +147,7 @@ def headline(evaluation: Evaluation) -> list[Card]:
 
 
 def draw_plots(evaluation: Evaluation) -> list[Plot]:
-    """The plots for which there are figures."""
+    """The plots that have figures."""
     training, sweep = evaluation.training, evaluation.sweep
     trained = f"Rank {training.rank}, {training.space.replace('_', '-')} space, κ = {training.kappa:g}, "
     trained += f"{seconds(training.seconds)}."
@@ -159,13 +159,13 @@ def draw_plots(evaluation: Evaluation) -> list[Plot]:
         ("NLL against λ", plots.sweep_plot(sweep), ends),
         ("sBLEU against λ_max", plots.bleu_plot(evaluation.systems), "Dots are measured; lines only join them."),
     ]
-    if any(one.archaic_share is not None for one in evaluation.systems):
+    if any(system.archaic_share is not None for system in evaluation.systems):
         note = "The share of outputs that still match the archaic pattern; the references are the aim."
         drawn.append(("Archaic share against λ_max", plots.archaic_plot(evaluation), note))
     if evaluation.lambda_curves:
         note = "λ = 1 lets PEMA alone decide, λ = 0 the PLM alone."
         drawn.append(("λ over positions", plots.schedule_plot(evaluation.lambda_curves), note))
-    return [Plot(title, Markup(svg), note) for title, svg, note in drawn]  # plots escape their own text
+    return [Plot(title, Markup(svg), note) for title, svg, note in drawn]  # `plots` escapes its text
 
 
 def percent(share: float) -> str:
@@ -174,11 +174,11 @@ def percent(share: float) -> str:
 
 
 def seconds(duration: float) -> str:
-    """A duration for people: `4.2 s`, `2 min 35 s`, `1 h 04 min`."""
+    """A readable duration: `4.2 s`, `2 min 35 s`, `1 h 04 min`."""
     if duration < 59.95:
         return f"{duration:.1f} s"
-    minutes, rest = divmod(round(duration), 60)
-    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+    minutes, remainder = divmod(round(duration), 60)
+    return f"{minutes} min {remainder:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def visible(text: str) -> str:
@@ -192,19 +192,19 @@ def mean_share(tokens: Sequence[TokenShare]) -> str:
 
 
 def was_postprocessed(example: Example) -> bool:
-    """Whether the scored answer is no longer the text of the decoded tokens."""
+    """Whether the scored answer differs from the text of the decoded tokens."""
     return example.pema.strip() not in "".join(token.text for token in example.tokens)
 
 
 def _in_a_sentence(system: SystemScore) -> str:
     if system.kind == "copy":
         return "copying the source"
-    name, _, shown = system.name.partition(", ")
-    return f"the {name} with {shown}" if shown else f"the {name}"
+    name, _, detail = system.name.partition(", ")
+    return f"the {name} with {detail}" if detail else f"the {name}"
 
 
-def _against(ours: float, theirs: float) -> str:
-    difference = round(ours, 1) - round(theirs, 1)
+def _against(score: float, rival: float) -> str:
+    difference = round(score, 1) - round(rival, 1)
     if abs(difference) < 0.05:
         return "level with"
     return f"{abs(difference):.1f} {'above' if difference > 0 else 'below'}"

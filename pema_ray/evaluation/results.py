@@ -1,4 +1,4 @@
-"""What an evaluation found, typed: the contract between the stage that measures and the report that shows.
+"""The results of an evaluation, typed: the contract between the stage `evaluate` and the report.
 
 Knows pydantic and nothing else: no model, no Ray, no plot. Everything is JSON (`model_dump_json`,
 `model_validate_json`), so a report can be drawn again without measuring again. λ is `lam` in code.
@@ -14,12 +14,12 @@ from pema_ray.runtime.settings import Section
 
 
 class Result(Section):
-    # A diverged run has NaN losses; JSON has no NaN, so they travel as strings and come back as floats.
+    # A diverged run has NaN losses. JSON has no NaN: they are written as strings and read as floats.
     model_config = ConfigDict(ser_json_inf_nan="strings")
 
 
 class TokenShare(Result):
-    """One token of an answer, and what each owner's distribution thought of it."""
+    """One token of an answer, and its probability under each owner's distribution."""
 
     text: str
     lam: float = Field(ge=0, le=1)
@@ -35,7 +35,7 @@ class TokenShare(Result):
 
 
 class Example(Result):
-    """One test pair with the PLM's own answer and PEMA's, the latter token by token."""
+    """One test pair with the PLM's answer and PEMA's, the latter token by token."""
 
     example_id: int
     source: str
@@ -53,7 +53,7 @@ class SystemScore(Result):
     name: str
     kind: Literal["plm", "few_shot", "copy", "pema"]
     configured: bool = False
-    """The experiment's own `generate` settings; other λ are compared with it on the same pairs."""
+    """Whether it has the experiment's own `generate` settings."""
     lambda_max: float | None = None
     schedule: str | None = None
     bleu: float
@@ -67,7 +67,7 @@ class SystemScore(Result):
 
 
 class LambdaSweep(Result):
-    """NLL of the mixture at each constant λ, in nats per target token, teacher-forced, EOS apart."""
+    """NLL of the mixture at each constant λ, in nats per target token, teacher-forced; EOS is counted separately."""
 
     lambdas: tuple[float, ...]
     nll: tuple[float, ...]
@@ -108,7 +108,7 @@ class TrainingHistory(Result):
 
 
 class StageFigures(Result):
-    """One stage of the experiment: how long it took and what it made, in a line."""
+    """One stage of the experiment: its duration and its summary."""
 
     stage: str
     seconds: float

@@ -1,4 +1,4 @@
-"""Scores of answers against references: sacreBLEU, chrF, and the share that keeps the old style."""
+"""Scores of answers against references: sacreBLEU, chrF, and the share of archaic answers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Scorer:
 
     Args:
         references: one per answer.
-        archaic_pattern: what the old style matches.
+        archaic_pattern: a regular expression that matches the old style.
     """
 
     def __init__(self, references: Sequence[str], language: str = "en", archaic_pattern: str | None = None) -> None:

@@ -32,14 +32,14 @@ def test_a_clear_difference_is_significant_and_chance_is_not(references):
         "the same": spoiled(references, 0.3, 2),
     }
     scorer = Scorer(references)
-    found = significance(scorer, answers, "reference", 300)
-    assert set(found) == set(answers)
-    assert found["reference"].bleu_p is None and found["reference"].chrf_p is None
-    assert found["better"].bleu_p < 0.01 and found["better"].chrf_p < 0.01
-    assert found["alike"].bleu_p > 0.05 and found["the same"].bleu_p > 0.9
+    results = significance(scorer, answers, "reference", 300)
+    assert set(results) == set(answers)
+    assert results["reference"].bleu_p is None and results["reference"].chrf_p is None
+    assert results["better"].bleu_p < 0.01 and results["better"].chrf_p < 0.01
+    assert results["alike"].bleu_p > 0.05 and results["the same"].bleu_p > 0.9
     for name, texts in answers.items():
-        assert found[name].bleu_low < scorer.score(texts).bleu < found[name].bleu_high
-    assert found == significance(scorer, answers, "reference", 300)  # its draws are seeded
+        assert results[name].bleu_low < scorer.score(texts).bleu < results[name].bleu_high
+    assert results == significance(scorer, answers, "reference", 300)  # its draws are seeded
 
 
 def test_the_table_shows_means_and_deviations_over_seeds_and_what_was_chosen():

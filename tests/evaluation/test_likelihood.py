@@ -35,25 +35,25 @@ def head() -> LMHead:
 class Block:
     key: np.ndarray
     target: np.ndarray
-    wanted: np.ndarray
+    is_target: np.ndarray
 
 
 def blocks(rows: tuple[np.ndarray, np.ndarray]) -> Iterator[Block]:
-    """The rows in three pieces, with a row before each that nobody asks about."""
+    """The rows in three blocks, each with a first row that is not a target."""
     key, target = rows
     for part in np.array_split(np.arange(N), 3):
-        unasked = np.zeros((1, H), np.float32)
-        wanted = np.arange(len(part) + 1) > 0
-        yield Block(np.concatenate([unasked, key[part]]), np.concatenate([[EOS], target[part]]), wanted)
+        first = np.zeros((1, H), np.float32)
+        is_target = np.arange(len(part) + 1) > 0
+        yield Block(np.concatenate([first, key[part]]), np.concatenate([[EOS], target[part]]), is_target)
 
 
-def wanted_states(block: Block) -> torch.Tensor:
-    return torch.from_numpy(block.key[block.wanted])
+def target_states(block: Block) -> torch.Tensor:
+    return torch.from_numpy(block.key[block.is_target])
 
 
 @pytest.fixture(scope="module")
 def measured(rows, head) -> TokenLikelihood:
-    return token_likelihood(blocks(rows), [EOS], head, lambda block: head.log_probs(-wanted_states(block)))
+    return token_likelihood(blocks(rows), [EOS], head, lambda block: head.log_probs(-target_states(block)))
 
 
 def by_hand(rows, head) -> tuple[np.ndarray, np.ndarray]:
@@ -80,16 +80,16 @@ def test_both_likelihoods_are_the_softmax_at_the_target(rows, head, measured):
 @pytest.mark.parametrize("lam", [0.0, 0.3, 0.7, 1.0])
 def test_nll_is_that_of_the_mixture_over_text_or_eos_rows(rows, head, measured, lam: float, eos: bool):
     pema, plm = by_hand(rows, head)
-    chosen = (rows[1] == EOS) == eos
-    expected = -np.log(lam * pema + (1 - lam) * plm)[chosen].mean()
+    selected = (rows[1] == EOS) == eos
+    expected = -np.log(lam * pema + (1 - lam) * plm)[selected].mean()
     assert measured.nll(lam, eos) == pytest.approx(expected, rel=1e-5)
 
 
 def test_every_eos_of_the_plm_counts_as_one(rows, head):
-    several = token_likelihood(blocks(rows), [EOS, 5], head, lambda block: head.log_probs(wanted_states(block)))
+    several = token_likelihood(blocks(rows), [EOS, 5], head, lambda block: head.log_probs(target_states(block)))
     assert np.array_equal(several.is_eos, np.isin(rows[1], [1, 5]))
 
 
 def test_lambda_0_and_1_survive_impossible_tokens():
-    one = TokenLikelihood(np.array([-np.inf, -1.0]), np.array([-2.0, -np.inf]), np.array([False, True]))
-    assert one.nll(0.0) == 2.0 and one.nll(1.0, eos=True) == 1.0
+    scores = TokenLikelihood(np.array([-np.inf, -1.0]), np.array([-2.0, -np.inf]), np.array([False, True]))
+    assert scores.nll(0.0) == 2.0 and scores.nll(1.0, eos=True) == 1.0

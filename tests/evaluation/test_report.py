@@ -1,4 +1,4 @@
-"""The report shows what was measured, whoever wins, in one file that asks for nothing."""
+"""The report shows all measurements, whatever system wins, in one file that makes no request."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ class Page(HTMLParser):
         return sum(name == tag and css_class in (attrs.get("class") or "") for name, attrs in self.elements)
 
 
-def system(name: str, kind: str, bleu: float, **more) -> SystemScore:
-    given = {"name": name, "kind": kind, "bleu": bleu, "chrf": bleu + 20, "examples": 200, "mean_words": 24.3}
-    return SystemScore.model_validate(given | more)
+def system(name: str, kind: str, bleu: float, **fields) -> SystemScore:
+    values = {"name": name, "kind": kind, "bleu": bleu, "chrf": bleu + 20, "examples": 200, "mean_words": 24.3}
+    return SystemScore.model_validate(values | fields)
 
 
 def make_evaluation(**changes) -> Evaluation:
@@ -175,20 +175,20 @@ def test_every_part_is_there(page: Page):
 
 
 def test_the_headline_says_that_copying_wins(evaluation: Evaluation, page: Page):
-    said = verdict(evaluation.systems)
-    assert "15.2 above the PLM alone" in said and "0.1 below copying the source" in said
-    assert said in page.text and "found by comparing" not in said  # it is the best of its kind, if not of all
+    sentence = verdict(evaluation.systems)
+    assert "15.2 above the PLM alone" in sentence and "0.1 below copying the source" in sentence
+    assert sentence in page.text and "chosen on the same" not in sentence  # it is the best of its kind, if not of all
     bold = [attrs["class"] for tag, attrs in page.elements if "number" in (attrs.get("class") or "")]
     assert bold[2:5] == ["number of-plm", "number of-pema", "number of-none best"]
 
 
 def test_the_headline_is_of_the_configured_settings_not_of_the_best_on_the_test_set(evaluation: Evaluation):
-    best = next(one for one in evaluation.systems if one.kind == "pema")
+    best = next(system_ for system_ in evaluation.systems if system_.kind == "pema")
     weaker = best.model_copy(update={"name": "PEMA, λ 0.2 constant", "bleu": 30.0, "configured": True})
-    others = [one.model_copy(update={"configured": False}) for one in evaluation.systems]
-    said = verdict([weaker, *others])
-    assert said.startswith("PEMA, λ 0.2 constant scores 30.0 sBLEU: 8.3 above the PLM alone")
-    assert "scores 36.9, found by comparing on the same 200 examples." in said
+    others = [system_.model_copy(update={"configured": False}) for system_ in evaluation.systems]
+    sentence = verdict([weaker, *others])
+    assert sentence.startswith("PEMA, λ 0.2 constant scores 30.0 sBLEU: 8.3 above the PLM alone")
+    assert "scores 36.9, chosen on the same 200 examples." in sentence
     page = Page(render_report(evaluation.model_copy(update={"systems": (weaker, *others)})))
     assert "PEMA, λ 0.2 constant ●" in page.text and page.text.count("●") == 2  # in the table and in its note
 
@@ -204,8 +204,8 @@ def test_text_is_escaped(evaluation: Evaluation, page: Page):
 
 def test_a_tokens_colour_is_its_share(evaluation: Evaluation, page: Page):
     styles = [attrs["style"] for tag, attrs in page.elements if tag == "span" and attrs.get("class") == "token"]
-    wanted = [f"--share:{100 * token.share:.1f}%" for example in evaluation.examples for token in example.tokens]
-    assert styles == wanted
+    shares = [f"--share:{100 * token.share:.1f}%" for example in evaluation.examples for token in example.tokens]
+    assert styles == shares
     assert styles[len(styles) // 2 - 1] == "--share:0.0%"
     titles = [attrs["title"] for _, attrs in page.elements if "title" in attrs]
     assert titles[0] is not None and "λ 0.700" in titles[0] and "p PEMA 0.9800" in titles[0]
@@ -265,7 +265,7 @@ def test_ticks_are_round_and_inside():
     assert ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1]
     assert ticks(3, 3) == [3]
     for low, high in ((0.0, 1e-6), (-5.0, 12345.0), (1.9799, 1.9801)):
-        assert all(low - 1e-9 <= one <= high + 1e-9 for one in ticks(low, high)) and 2 <= len(ticks(low, high)) <= 8
+        assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks(low, high)) and 2 <= len(ticks(low, high)) <= 8
 
 
 def test_long_curves_are_thinned_and_flat_ones_drawn():
@@ -274,4 +274,4 @@ def test_long_curves_are_thinned_and_flat_ones_drawn():
 
 
 def test_durations_are_for_people():
-    assert [seconds(one) for one in (4.23, 155, 3840)] == ["4.2 s", "2 min 35 s", "1 h 04 min"]
+    assert [seconds(duration) for duration in (4.23, 155, 3840)] == ["4.2 s", "2 min 35 s", "1 h 04 min"]
