@@ -34,8 +34,8 @@ def _clean(text: str) -> str:
 def verses(source: str = "kjv", target: str = "web") -> Iterator[tuple[int, str, str, str]]:
     """Yield `(verse number, book, source text, target text)` of two translations, in canonical order.
 
-    Verses that one of them lacks and those that hold a package's placeholder are left out. The World English text of
-    some Psalms runs on into the next Psalm's heading; the heading is cut.
+    Skips verses that one of them lacks and placeholders of a package. The World English text of some Psalms includes
+    the next Psalm's heading, which is cut.
 
     Raises:
         UserError: a translation is not installed.
@@ -43,10 +43,10 @@ def verses(source: str = "kjv", target: str = "web") -> Iterator[tuple[int, str,
     old, new = _translation(source), _translation(target)
     books = _book_names()
     for number in sorted(set(old.verse_start_indices) & set(new.verse_start_indices)):
-        before, after = _clean(old.get_scripture(number)), _clean(new.get_scripture(number))
-        after = _PSALM_HEADING.sub("", after)
-        if before and after and not _PLACEHOLDER.search(before + after):
-            yield number, books[number // _BOOK], before, after
+        source_text, target_text = _clean(old.get_scripture(number)), _clean(new.get_scripture(number))
+        target_text = _PSALM_HEADING.sub("", target_text)
+        if source_text and target_text and not _PLACEHOLDER.search(source_text + target_text):
+            yield number, books[number // _BOOK], source_text, target_text
 
 
 def translation(name: str) -> Iterator[tuple[int, str, str]]:
@@ -74,7 +74,7 @@ def split_of(book: str, dev: tuple[str, ...], test: tuple[str, ...]) -> str:
 
 def check_books(names: tuple[str, ...]) -> None:
     """Raise `UserError` for a book that the corpus does not have."""
-    known = list(_book_names().values())
+    books = list(_book_names().values())
     for name in names:
-        if name not in known:
-            raise UserError(f"The packaged Bible has no book '{name}'.{nearest(name, known)}")
+        if name not in books:
+            raise UserError(f"The packaged Bible has no book '{name}'.{nearest(name, books)}")

@@ -42,15 +42,15 @@ class Function:
 
 
 def functions(package: str, max_characters: int) -> Iterator[Function]:
-    """Documented functions and methods of an installed package, by file and line; tests are left out.
+    """Documented functions and methods of an installed package, by file and line.
 
-    So are those whose docstring does not begin with a sentence of at most 160 characters.
+    Skips tests, and functions whose docstring does not begin with a sentence of at most 160 characters.
 
     Args:
         max_characters: of `code`; longer functions are left out.
 
     Raises:
-        UserError: the package is not installed, or is no folder of Python files.
+        UserError: the package is not installed, or is not a folder of Python files.
     """
     root = _folder(package)
     for path in sorted(root.rglob("*.py")):
@@ -74,7 +74,7 @@ def functions(package: str, max_characters: int) -> Iterator[Function]:
 
 
 def first_sentence(docstring: str) -> str:
-    """The first sentence of a docstring's first paragraph, on one line; empty where no full stop ends one."""
+    """The first sentence of a docstring's first paragraph, on one line; empty if no full stop ends it."""
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
     for end in (match.end() for match in _SENTENCE.finditer(paragraph)):
         if not _ABBREVIATION.search(paragraph[:end]):
@@ -83,7 +83,7 @@ def first_sentence(docstring: str) -> str:
 
 
 def _undocumented(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
-    """The function's code without its docstring; empty if nothing else is in it."""
+    """The function's code without its docstring; empty if it holds nothing else."""
     body = node.body[1:]
     if not body:
         return ""
@@ -102,7 +102,7 @@ def _folder(package: str) -> Path:
 
 
 def split_of(module: str, dev: tuple[str, ...], test: tuple[str, ...]) -> str:
-    """The split of a module: that of the package it is, or lies in."""
+    """The split of a module: that of its package."""
     for split, packages in (("dev", dev), ("test", test)):
         if any(module == package or module.startswith(package + ".") for package in packages):
             return split

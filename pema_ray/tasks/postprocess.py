@@ -1,7 +1,7 @@
 """Rules that tidy a generated answer. Off unless a task names them: each one can damage valid text.
 
-Rules against hallucinated continuations follow the ones the published runs applied (their code cut at
-fixed phrases); here each is separate, named, and reported with how often it changed an answer.
+Rules against hallucinated continuations follow those of the published runs (whose code cut at fixed phrases);
+here each rule is separate and named, and the metrics say how often it changed an answer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def strip_spaces(answer: str, source: str) -> str:
 
 
 def cut_echoed_prompt(answer: str, source: str) -> str:
-    """Cut where the answer starts to repeat the source after having said something."""
+    """Cut where the answer, after some text of its own, repeats the source."""
     at = answer.find(source, 1) if source else -1
     return answer[:at].rstrip() if at > 0 else answer
 
@@ -34,7 +34,7 @@ def collapse_repeats(answer: str, source: str) -> str:
 
 
 def cut_small_talk(answer: str, source: str) -> str:
-    """Cut at the chatter that small models append: ` I'm …`, ` ......`."""
+    """Cut chatter that small models append: ` I'm …`, ` ......`."""
     return re.split(r" I['’]m\b| \.{4,}", answer, maxsplit=1)[0].rstrip()
 
 

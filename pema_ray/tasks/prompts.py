@@ -1,7 +1,7 @@
-"""From a pair of texts to token ids, so that the prompt's ids are always a prefix of prompt + target's.
+"""Turns a pair of texts into token ids, so that the prompt's ids are always a prefix of those of prompt + target.
 
-Byte-level BPEs merge a trailing space with the word after it: `"Modern: " + "And"` has other ids than
-`"Modern:" + " And"`. The seam is therefore moved: spaces at the end of the prompt open the target.
+Byte-level BPEs merge a trailing space with the next word: `"Modern: " + "And"` has other ids than
+`"Modern:" + " And"`. Spaces at the end of the prompt are therefore moved to the beginning of the target.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pema_ray.tasks.shots import SimilarShots
 from pema_ray.tasks.sources import Pair
 from pema_ray.tasks.task import Task
 
-_TODAY = date(2024, 7, 26)  # for chat templates that name the day: prompts are the same on every day
+_TODAY = date(2024, 7, 26)  # for chat templates that print the date: prompts must not depend on it
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +34,9 @@ class Prompter:
     """Words prompts for one task and one tokenizer.
 
     Args:
-        shots: pairs shown as worked examples before every source, or who chooses them for each.
-        chat: render through the tokenizer's chat template, with the task's own chat wording.
-        chat_template_kwargs: what the template takes beside the messages, such as `enable_thinking`.
+        shots: examples shown before every source, or a `SimilarShots` that chooses them for each.
+        chat: render through the tokenizer's chat template, with the task's chat wording.
+        chat_template_kwargs: arguments of the template beside the messages, such as `enable_thinking`.
     """
 
     def __init__(
@@ -53,24 +53,23 @@ class Prompter:
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
 
     def text(self, source: str, example_id: int | None = None) -> str:
-        """The prompt for one source, as people read it.
+        """The prompt for one source, in readable form.
 
         Args:
-            example_id: of a source that is itself among the pairs shown.
+            example_id: of the source, if it may be among the examples.
         """
         return self.tokenizer.readable(self._rendered(source, example_id))
 
     def _rendered(self, source: str, example_id: int | None) -> str:
-        """The prompt with a chat template's control tokens told from text; see `PLMTokenizer.render_chat`."""
-        if isinstance(self.shots, SimilarShots):
-            return self._text(source, self.shots.like(source, example_id))
-        return self._text(source, self.shots)
+        """The prompt, with control tokens of a chat template marked; see `PLMTokenizer.render_chat`."""
+        shots = self.shots.like(source, example_id) if isinstance(self.shots, SimilarShots) else self.shots
+        return self._text(source, shots)
 
     def _text(self, source: str, shots: Sequence[Pair]) -> str:
         if self.chat:
             return self._chat_text(source, shots)
-        shown = "".join(self._with_target(shot) + "\n\n" for shot in shots)
-        return shown + self.task.template.format(source=source)
+        examples = "".join(self._with_target(shot) + "\n\n" for shot in shots)
+        return examples + self.task.template.format(source=source)
 
     def _with_target(self, pair: Pair) -> str:
         prompt, lead = split_seam(self.task.template.format(source=pair.source))
@@ -103,12 +102,12 @@ class Prompter:
 
     @cached_property
     def shared_tokens(self) -> int:
-        """How many tokens all prompts begin with, whatever the source; found by comparing two prompts."""
-        one, other = (self._prompt_ids(self._text(source, self._shown_to(source))) for source in ("a", "1"))
-        return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
+        """The number of tokens that all prompts begin with, whatever the source; measured on two prompts."""
+        first, second = (self._prompt_ids(self._text(source, self._shown_to(source))) for source in ("a", "1"))
+        return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), 0)
 
     def _shown_to(self, source: str) -> Sequence[Pair]:
-        """What two prompts show that have nothing in common but what all have."""
+        """Examples for a probe prompt that shares nothing with another but what all prompts share."""
         return [Pair(0, source, source)] if isinstance(self.shots, SimilarShots) else self.shots
 
     def encode_prompt(self, source: str, example_id: int | None = None) -> list[int]:
@@ -119,7 +118,7 @@ class Prompter:
         return self._ids(self._split(rendered)[0])
 
     def encode_pair(self, pair: Pair) -> EncodedPair:
-        """Token ids of prompt and target; `prompt + target` tokenises the joint text wherever its seam allows."""
+        """Token ids of prompt and target; together those of the joint text, if the prompt's are a prefix of them."""
         prompt, lead = self._split(self._rendered(pair.source, pair.example_id))
         prompt_ids = self._ids(prompt)
         joint_ids = self._ids(prompt, lead + pair.target)
@@ -134,7 +133,7 @@ class Prompter:
 
 
 def split_seam(prompt: str) -> tuple[str, str]:
-    """`(prompt without its trailing spaces, what opens the target)`: those spaces, or one where words would fuse."""
-    kept = prompt.rstrip(" ")
-    lead = prompt[len(kept) :]
-    return kept, lead or ("" if prompt.endswith("\n") else " ")
+    """`(prompt without trailing spaces, beginning of the target)`: these spaces, or one if words would fuse."""
+    stripped = prompt.rstrip(" ")
+    lead = prompt[len(stripped) :]
+    return stripped, lead or ("" if prompt.endswith("\n") else " ")

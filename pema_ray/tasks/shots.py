@@ -1,4 +1,4 @@
-"""Which training pairs a prompt shows as worked examples: the same few for every source, or those most like it."""
+"""Chooses the training pairs that prompts show as examples: the same for every source, or the most similar to it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from pema_ray.errors import UserError
 from pema_ray.tasks.sources import Pair
 
-_MODERATE = range(61, 120)  # characters of a source that shows much and takes little room
+_MODERATE = range(61, 120)  # characters of a source that is informative but short
 
 
 def first_shots(pairs: Iterable[Pair], shots: int) -> list[Pair]:
-    """`shots` worked examples: the first pairs, by number, of moderate length whose target differs from the source.
+    """`shots` examples: the first pairs, by id, of moderate length whose target differs from the source.
 
-    Where there are too few of them, others whose length is nearest to a moderate one.
+    If there are too few, those nearest to moderate length complete them.
 
     Raises:
         UserError: there are fewer pairs than shots.
@@ -24,21 +24,21 @@ def first_shots(pairs: Iterable[Pair], shots: int) -> list[Pair]:
 
     def unfitness(pair: Pair) -> tuple[bool, int, int]:
         length = len(pair.source)
-        off = max(_MODERATE[0] - length, length - _MODERATE[-1], 0)
-        return pair.source == pair.target, off, pair.example_id
+        distance = max(_MODERATE[0] - length, length - _MODERATE[-1], 0)
+        return pair.source == pair.target, distance, pair.example_id
 
-    chosen = heapq.nsmallest(shots, pairs, key=unfitness)
-    if len(chosen) < shots:
-        raise UserError(f"task.shots={shots}, but there are only {len(chosen)} training pairs to be shown.")
-    return sorted(chosen, key=lambda pair: pair.example_id)
+    examples = heapq.nsmallest(shots, pairs, key=unfitness)
+    if len(examples) < shots:
+        raise UserError(f"task.shots={shots}, but there are only {len(examples)} training pairs.")
+    return sorted(examples, key=lambda pair: pair.example_id)
 
 
 class SimilarShots:
-    """The pairs whose sources are most like the one asked about, by BM25 over words; the likest stands last.
+    """The pairs whose sources are most similar to a given one, by BM25 over words; the most similar stands last.
 
     Args:
-        pairs: to choose from: the training pairs.
-        shots: how many are shown.
+        pairs: the training pairs, to choose from.
+        shots: number of examples.
 
     Raises:
         UserError: there are not more pairs than shots.
@@ -64,15 +64,15 @@ class SimilarShots:
         """The pairs to show before a source.
 
         Args:
-            example_id: of the source itself, which is never shown.
+            example_id: of the source, if it is a training pair: that pair is never shown.
         """
         words = _words([source])
-        if not any(word in self._index.vocab_dict for word in words[0]):  # nothing is like it
+        if not any(word in self._index.vocab_dict for word in words[0]):  # no pair shares a word with it
             words = [[next(iter(self._index.vocab_dict))]]
-        found, _ = self._index.retrieve(words, k=self.shots + 1, show_progress=False)
-        chosen = [self.pairs[place] for place in found[0].tolist()]
-        shown = [pair for pair in chosen if pair.example_id != example_id]
-        return shown[: self.shots][::-1]
+        places, _ = self._index.retrieve(words, k=self.shots + 1, show_progress=False)
+        candidates = [self.pairs[i] for i in places[0].tolist()]
+        examples = [pair for pair in candidates if pair.example_id != example_id]
+        return examples[: self.shots][::-1]
 
 
 def _words(texts: Sequence[str]) -> Any:

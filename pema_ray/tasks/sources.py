@@ -1,4 +1,4 @@
-"""Reads pairs from JSON Lines, Parquet, CSV or the packaged corpus. Every complaint names file and line."""
+"""Reads pairs from JSON Lines, Parquet, CSV or a packaged corpus. Every error names file and line."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SPLITS = ("train", "dev", "test")
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A source text and its target, with a number that stays the same in every later stage.
+    """A source text and its target, with an id for all later stages.
 
     Attributes:
-        example_id: of a file's pair, the beginning of the file's checksum and the line: no two files' pairs have the
-            same, whatever split they are for. `name_of_example` reads it.
+        example_id: of a file's pair, the first bits of the file's checksum and the line: unique over all files and
+            splits. `name_of_example` reads it.
     """
 
     example_id: int
@@ -34,7 +34,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class RejectedLine:
-    """A line that holds no pair, and why."""
+    """A line without a valid pair, and the reason."""
 
     split: str
     file: str
@@ -52,9 +52,9 @@ def load_pairs(
     """All splits of a task.
 
     Args:
-        files: split -> path, over the task's own.
-        limits: split -> how many pairs to keep, drawn at random with `seed`.
-        rejected: takes the lines whose text is empty; without it, they are refused.
+        files: split -> path; overrides the task's own.
+        limits: split -> number of pairs to keep, drawn at random with `seed`.
+        rejected: collects the lines with an empty text; without it, they raise an error.
 
     Raises:
         UserError: a file, line, column or pair that cannot be used, by name and number.
@@ -66,11 +66,11 @@ def load_pairs(
         if limit < 1:
             raise UserError(f"task.limits: '{split}' must keep at least one pair, got {limit}.")
     pairs = _packaged_pairs(task) or _file_pairs(task, files or {}, rejected)
-    return {split: _draw(found, limits.get(split), seed) for split, found in pairs.items()}
+    return {split: _draw(split_pairs, limits.get(split), seed) for split, split_pairs in pairs.items()}
 
 
 def _draw(pairs: list[Pair], limit: int | None, seed: int) -> list[Pair]:
-    # Shuffled once, so that a smaller limit is always a prefix of a larger one: 20,000 pairs contain the 1,500.
+    # Shuffled once, so that a smaller limit is a prefix of a larger one: 20,000 pairs contain the 1,500.
     pairs = list(pairs)
     random.Random(seed).shuffle(pairs)
     return pairs[:limit]
@@ -83,7 +83,7 @@ def _packaged_pairs(task: Task) -> dict[str, list[Pair]] | None:
 
 
 def _docstring_pairs(source: PackageSplit) -> dict[str, list[Pair]]:
-    """One pair for each code and summary: packages repeat functions, which must not be in two splits."""
+    """One pair for each distinct code: packages repeat functions, which must not be in two splits."""
     pairs: dict[str, list[Pair]] = {split: [] for split in SPLITS}
     split_of_code: dict[str, str] = {}
     for package in source.packages:
@@ -94,8 +94,8 @@ def _docstring_pairs(source: PackageSplit) -> dict[str, list[Pair]]:
                 pairs[split].append(
                     Pair((function.checksum << _LINE_BITS) + function.line, function.code, function.summary)
                 )
-    for split, found in pairs.items():
-        if not found:
+    for split, split_pairs in pairs.items():
+        if not split_pairs:
             raise UserError(f"source.docstrings: no function of {', '.join(source.packages)} is left for '{split}'.")
     return pairs
 
@@ -119,22 +119,22 @@ def _file_pairs(task: Task, files: Mapping[str, str], rejected: list[RejectedLin
     return {split: list(read_file(Path(paths[split]), task.columns, split, rejected)) for split in SPLITS}
 
 
-_LINE_BITS = 31  # of an example id; 32 more are the file's
+_LINE_BITS = 31  # of an example id; 32 more hold the file's checksum
 
 
 def name_of_example(example_id: int) -> str:
-    """An example, as messages name it."""
+    """An example's name in messages."""
     line = example_id & (2**_LINE_BITS - 1)
     checksum = example_id >> _LINE_BITS
     return f"example {example_id}" if checksum <= 0 else f"the example of line {line} of the file {checksum:08x}…"
 
 
 def _first_example_id(path: Path) -> int:
-    """Of a file: it depends on its contents, so that a copy elsewhere gives the same examples."""
-    files = sorted(found for found in path.rglob("*") if found.is_file()) if path.is_dir() else [path]
+    """The file's part of its example ids. It depends on the contents alone, so that a copy has the same ids."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     digests = [sha256_of(file) for file in files]
-    whole = digests[0] if path.is_file() else hashlib.sha256("".join(digests).encode()).hexdigest()
-    return int(whole[:8], 16) << _LINE_BITS
+    digest = digests[0] if path.is_file() else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return int(digest[:8], 16) << _LINE_BITS
 
 
 class EmptyText(UserError):
@@ -144,10 +144,10 @@ class EmptyText(UserError):
 def read_file(
     path: Path, columns: Columns, split: str = "", rejected: list[RejectedLine] | None = None
 ) -> Iterator[Pair]:
-    """Pairs of one file, in their order and in that of their example ids.
+    """Pairs of one file, in the order of their lines and example ids.
 
     Args:
-        rejected: takes the lines whose text is empty; without it, they are refused.
+        rejected: collects the lines with an empty text; without it, they raise an error.
 
     Raises:
         UserError: missing or empty file, invalid UTF-8, broken JSON, missing column, empty text, unknown suffix.

@@ -20,7 +20,7 @@ class Columns(Section):
 
 
 class BookSplit(Section):
-    """Two packaged translations of the Bible, divided by book, so that test text is never seen in training."""
+    """Two packaged translations of the Bible, split by book, so that no test text is in the training split."""
 
     source: str = "kjv"
     """The package `pythonbible-<source>`."""
@@ -30,7 +30,7 @@ class BookSplit(Section):
 
 
 class PackageSplit(Section):
-    """Functions of installed packages and their docstrings, divided by subpackage."""
+    """Functions of installed packages and their docstrings, split by subpackage."""
 
     packages: tuple[str, ...] = Field(min_length=1)
     """Import names."""
@@ -38,7 +38,7 @@ class PackageSplit(Section):
     """Modules or subpackages, dotted."""
     test: tuple[str, ...]
     max_characters: int = Field(default=300, ge=1)
-    """Of a function's code, its docstring apart; longer ones are left out."""
+    """Longest code of a function, without its docstring; longer ones are left out."""
 
 
 class Source(Section):
@@ -63,14 +63,14 @@ class Task(Section):
     template: str
     """The prompt, with `{source}`; text before it is the same for every pair."""
     chat_system: str | None = None
-    """The system message, when prompts are rendered as a chat (`task.chat`). Empty is not the same as none: many
-    templates put a default in place of a missing one."""
+    """The system message, when prompts are rendered as a chat (`task.chat`). Empty differs from none: many templates
+    replace a missing one by a default."""
     chat_user: str = "{source}"
     """The user's message, with `{source}`."""
     columns: Columns = Columns()
     source: Source = Source()
     archaic_pattern: str | None = None
-    """A regular expression that the *old* style matches; the share of outputs that match it should fall."""
+    """A regular expression that matches the *old* style; fewer outputs should match it."""
     postprocess: tuple[str, ...] = ()
     stop: tuple[str, ...] = ()
     """Strings that end an answer (beside the tokenizer's EOS)."""

@@ -33,7 +33,7 @@ def test_no_book_is_in_two_splits(splits):
 
 
 def test_every_pair_has_its_own_number_and_clean_text(splits):
-    pairs = [pair for found in splits.values() for pair in found]
+    pairs = [pair for pairs in splits.values() for pair in pairs]
     assert len({pair.example_id for pair in pairs}) == len(pairs)
     for pair in pairs:
         for text in (pair.source, pair.target):
@@ -42,7 +42,7 @@ def test_every_pair_has_its_own_number_and_clean_text(splits):
 
 def test_the_pattern_finds_the_old_style_in_sources_and_not_in_targets(splits):
     pattern = re.compile(load_task("bible_modern").archaic_pattern or "")
-    pairs = [pair for found in splits.values() for pair in found]
+    pairs = [pair for pairs in splits.values() for pair in pairs]
     old = sum(bool(pattern.search(pair.source)) for pair in pairs) / len(pairs)
     new = sum(bool(pattern.search(pair.target)) for pair in pairs) / len(pairs)
     assert old >= 0.5 and new <= 0.005, (old, new)

@@ -21,7 +21,7 @@ PAIR = Pair(1, "Thou art 1.", "You are 1.")
 
 @dataclass(frozen=True)
 class Family:
-    """A family's chat template, written small, and what is to be found of it.
+    """A family's chat template, shortened, and its expected parts.
 
     Attributes:
         eos: what the tokenizer calls its EOS.
@@ -133,9 +133,9 @@ def test_prompt_target_and_end_are_what_the_template_makes_of_the_whole_chat(nam
         **KWARGS.get(name, {}),
     )
     rendered = rendered.replace(date.today().strftime("%d %b %Y"), "26 Jul 2024")
-    whole = tokenizer.hf(rendered, add_special_tokens=False).input_ids
+    ids = tokenizer.hf(rendered, add_special_tokens=False).input_ids
     joined = [*encoded.prompt, *encoded.target, prompter.end_token]
-    assert joined == whole[: len(joined)]
+    assert joined == ids[: len(joined)]
     assert tokenizer.decode(encoded.target) == family.lead + PAIR.target
     assert prompter.encode_prompt(PAIR.source) == encoded.prompt
 

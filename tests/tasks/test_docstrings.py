@@ -15,7 +15,7 @@ from pema_ray.tasks.task import PackageSplit, Source, Task
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """An importable package whose import would fail: it is to be read only."""
+    """A package whose import would fail: it must only be parsed."""
     files = {
         "__init__.py": "raise RuntimeError('nobody runs this')\n",
         "shapes/area.py": '''
@@ -78,8 +78,8 @@ def test_longer_functions_are_left_out(package):
 
 
 def test_the_same_code_is_one_pair_in_one_split(package):
-    pairs = load_pairs(task_of(package, f"{package}.waves", f"{package}.shapes"))
-    assert {split: sorted(pair.target for pair in found) for split, found in pairs.items()} == {
+    splits = load_pairs(task_of(package, f"{package}.waves", f"{package}.shapes"))
+    assert {split: sorted(pair.target for pair in pairs) for split, pairs in splits.items()} == {
         "train": ["Say whether it is warm."],
         "dev": ["Give the pitch."],
         "test": ["Return the area, in square metres.", "The side, e.g. of a tile."],

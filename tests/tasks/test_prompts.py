@@ -51,8 +51,8 @@ def test_the_seam_leaves_the_joint_texts_own_ids(tokenizer, plm_tokenizer, templ
 
 
 def test_a_trailing_space_opens_the_target_instead_of_closing_the_prompt(tokenizer, plm_tokenizer):
-    apart = Prompter(plm_tokenizer, Task(name="t", template="Modern: {source} Modern: "))
-    encoded = apart.encode_pair(Pair(0, "he", "He said"))
+    separate = Prompter(plm_tokenizer, Task(name="t", template="Modern: {source} Modern: "))
+    encoded = separate.encode_pair(Pair(0, "he", "He said"))
     assert spelled(tokenizer, encoded.prompt).endswith("Modern:")
     assert spelled(tokenizer, encoded.target) == " He said"
     assert encoded.target == tokenizer(" He said", add_special_tokens=False).input_ids
@@ -139,8 +139,8 @@ def test_a_chat_template_that_refuses_names_the_task(tokenizer, template, words:
 def test_shots_are_shown_before_every_source(plm_tokenizer):
     shots = [Pair(7, "old one", "new one"), Pair(8, "old two", "new two")]
     prompter = Prompter(plm_tokenizer, Task(name="t", template="Old: {source}\nModern: "), shots)
-    shown = "Old: old one\nModern: new one\n\nOld: old two\nModern: new two\n\n"
-    assert prompter.text("x") == shown + "Old: x\nModern: "
+    examples = "Old: old one\nModern: new one\n\nOld: old two\nModern: new two\n\n"
+    assert prompter.text("x") == examples + "Old: x\nModern: "
     chat = Prompter(plm_tokenizer, Task(name="t", template="{source}", chat_system="Be brief."), shots[:1], chat=True)
     assert chat.text("x") == (
         "<system>\nBe brief.</s>\n<user>\nold one</s>\n<assistant>\nnew one</s>\n<user>\nx</s>\n<assistant>\n"
@@ -162,9 +162,9 @@ def test_braces_in_a_source_are_text(plm_tokenizer):
 
 @given(st.text(alphabet=" a\n:", max_size=12))
 def test_the_seam_is_the_trailing_spaces_or_the_one_that_keeps_words_apart(prompt: str):
-    kept, lead = split_seam(prompt)
-    assert not kept.endswith(" ") and not lead.strip(" ")
-    assert kept + lead == (prompt if prompt.endswith((" ", "\n")) else prompt + " ")
+    stripped, lead = split_seam(prompt)
+    assert not stripped.endswith(" ") and not lead.strip(" ")
+    assert stripped + lead == (prompt if prompt.endswith((" ", "\n")) else prompt + " ")
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_the_seam_is_the_trailing_spaces_or_the_one_that_keeps_words_apart(promp
 def test_shots_join_prompt_and_target_as_pairs_do(tokenizer, plm_tokenizer, template: str, joined: str):
     shot = Pair(7, "old one", "new one")
     prompter = Prompter(plm_tokenizer, Task(name="t", template=template), [shot])
-    asked = template.format(source="old one")
-    assert prompter.text("x").startswith(f"{asked}{joined}new one\n\n")
+    prompt = template.format(source="old one")
+    assert prompter.text("x").startswith(f"{prompt}{joined}new one\n\n")
     plain = Prompter(plm_tokenizer, Task(name="t", template=template)).encode_pair(shot)
-    assert spelled(tokenizer, plain.prompt + plain.target).endswith(f"{asked}{joined}new one")
+    assert spelled(tokenizer, plain.prompt + plain.target).endswith(f"{prompt}{joined}new one")

@@ -1,4 +1,4 @@
-"""Worked examples: the same for every source, or those most like it, and never the source itself."""
+"""Examples in prompts: the same for every source, or the most similar pairs, and never the source itself."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def test_a_pair_is_never_shown_to_itself():
     shots = SimilarShots(PAIRS, 2)
     for pair in PAIRS:
         assert pair in shots.like(pair.source)
-        shown = shots.like(pair.source, pair.example_id)
-        assert len(shown) == 2
-        assert pair not in shown
+        examples = shots.like(pair.source, pair.example_id)
+        assert len(examples) == 2
+        assert pair not in examples
 
 
 def test_the_training_pair_that_is_exactly_like_a_test_pair_is_shown(tmp_path):
@@ -53,11 +53,11 @@ def test_the_training_pair_that_is_exactly_like_a_test_pair_is_shown(tmp_path):
     row = {"source": "a time to laugh", "target": "a time to be glad"}
     others = [{"source": f"number {word}", "target": word} for word in ("one", "two", "three")]
     for split, rows in (("train", [row, *others]), ("dev", others), ("test", [row])):
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(twin) + "\n" for twin in rows))
     files = {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "dev", "test")}
     splits = load_pairs(Task(name="t", template="{source}"), files)
-    (asked,) = splits["test"]
-    assert SimilarShots(splits["train"], 2).like(asked.source, asked.example_id)[-1].target == "a time to be glad"
+    (query,) = splits["test"]
+    assert SimilarShots(splits["train"], 2).like(query.source, query.example_id)[-1].target == "a time to be glad"
 
 
 def test_a_source_like_nothing_is_shown_examples_all_the_same():

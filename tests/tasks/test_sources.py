@@ -1,4 +1,4 @@
-"""Pairs come out of a file as they went in, and every complaint names file and line."""
+"""Pairs are read from a file unchanged, and every error names file and line."""
 
 from __future__ import annotations
 
@@ -52,23 +52,23 @@ def test_json_lines_are_read_with_bom_blank_lines_and_more_columns(tmp_path: Pat
 
 
 def test_pairs_of_all_files_are_numbered_apart_and_those_of_a_copy_alike(tmp_path: Path):
-    found: dict[str, list[Pair]] = {}
+    by_file: dict[str, list[Pair]] = {}
     for number, kind in enumerate(("one", "two")):
         (tmp_path / kind).mkdir()
         rows = [{"en": f"{kind} {i}", "du": "x"} for i in range(40)]
-        found[f"{kind}.jsonl"] = list(read_file(write(tmp_path, jsonl(rows), f"{kind}.jsonl"), COLUMNS))
+        by_file[f"{kind}.jsonl"] = list(read_file(write(tmp_path, jsonl(rows), f"{kind}.jsonl"), COLUMNS))
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / kind / "a.parquet")
         pq.write_table(pa.Table.from_pylist(rows[: number + 1]), tmp_path / kind / "b.parquet")
         (tmp_path / kind).rename(tmp_path / f"{kind}.parquet")
-        found[kind] = list(read_file(tmp_path / f"{kind}.parquet", COLUMNS))
-    ids = [pair.example_id for pairs in found.values() for pair in pairs]
+        by_file[kind] = list(read_file(tmp_path / f"{kind}.parquet", COLUMNS))
+    ids = [pair.example_id for pairs in by_file.values() for pair in pairs]
     assert len(ids) == len(set(ids)) and min(ids) >= 0 and max(ids) < 2**63
-    for pairs in found.values():
+    for pairs in by_file.values():
         assert [pair.example_id for pair in pairs] == sorted(pair.example_id for pair in pairs)
     copy = write(tmp_path, (tmp_path / "one.jsonl").read_bytes(), "copy.jsonl")
-    assert list(read_file(copy, COLUMNS)) == found["one.jsonl"]
+    assert list(read_file(copy, COLUMNS)) == by_file["one.jsonl"]
     checksum = sha256_of(copy)[:8]
-    assert name_of_example(found["one.jsonl"][6].example_id) == f"the example of line 7 of the file {checksum}…"
+    assert name_of_example(by_file["one.jsonl"][6].example_id) == f"the example of line 7 of the file {checksum}…"
 
 
 def test_text_is_trimmed_at_its_ends(tmp_path: Path):
@@ -130,7 +130,7 @@ def test_parquet_text_that_is_no_utf8_and_json_without_bottom_are_refused(tmp_pa
 
 
 def _not_utf8() -> pa.Array:
-    """A string column whose bytes are none: pyarrow does not look."""
+    """A string column whose bytes are not UTF-8: pyarrow does not check."""
     offsets, data = pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")
     return pa.StringArray.from_buffers(1, offsets, data)
 
@@ -145,9 +145,9 @@ def test_broken_csv_and_parquet_are_named(tmp_path: Path):
     assert complaint(write(tmp_path, "en,du\na,b,c\n", "p.csv")) == "line 2: more fields than the header names."
     assert complaint(write(tmp_path, "en,du\na\n", "p.csv")).startswith("line 2: no column 'du'")
     assert complaint(write(tmp_path, b"PAR1 this is none", "p.parquet")).startswith("not a readable Parquet file")
-    whole = tmp_path / "whole.parquet"
-    pq.write_table(pa.Table.from_pylist(ROWS), whole)
-    assert complaint(write(tmp_path, whole.read_bytes()[:-9], "cut.parquet")).startswith("not a readable Parquet file")
+    valid = tmp_path / "valid.parquet"
+    pq.write_table(pa.Table.from_pylist(ROWS), valid)
+    assert complaint(write(tmp_path, valid.read_bytes()[:-9], "cut.parquet")).startswith("not a readable Parquet file")
 
 
 def test_splits_come_from_the_task_and_the_users_files_win(tmp_path: Path):
@@ -161,13 +161,13 @@ def test_splits_come_from_the_task_and_the_users_files_win(tmp_path: Path):
 
 
 @settings(max_examples=30)
-@given(total=st.integers(0, 60), small=st.integers(1, 60), more=st.integers(0, 60), seed=st.integers(0, 99))
-def test_a_smaller_limit_is_a_prefix_of_a_larger_one(total: int, small: int, more: int, seed: int):
+@given(total=st.integers(0, 60), small=st.integers(1, 60), surplus=st.integers(0, 60), seed=st.integers(0, 99))
+def test_a_smaller_limit_is_a_prefix_of_a_larger_one(total: int, small: int, surplus: int, seed: int):
     pairs = [Pair(i, "s", "t") for i in range(total)]
-    whole = _draw(pairs, None, seed)
-    assert sorted(pair.example_id for pair in whole) == list(range(total))
-    few, many = _draw(pairs, small, seed), _draw(pairs, small + more, seed)
-    assert many[: len(few)] == few == whole[:small]
+    shuffled = _draw(pairs, None, seed)
+    assert sorted(pair.example_id for pair in shuffled) == list(range(total))
+    few, many = _draw(pairs, small, seed), _draw(pairs, small + surplus, seed)
+    assert many[: len(few)] == few == shuffled[:small]
 
 
 def test_limits_are_drawn_with_the_seed_and_checked(tmp_path: Path):

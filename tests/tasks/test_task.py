@@ -1,4 +1,4 @@
-"""A task is data: the shipped ones load, and a broken one says what is wrong with it."""
+"""A task is data: the shipped ones load, and the error of a broken one says what is wrong."""
 
 from __future__ import annotations
 
