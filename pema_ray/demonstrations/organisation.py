@@ -1,7 +1,7 @@
 """One organisation on this machine: a folder, a home and an address of its own, and commands that run in them.
 
-Where root allows it, each organisation is a network namespace and a wire joins the two; elsewhere they share the
-loopback device and use different ports. Knows no owner.
+With root, each organisation has a network namespace, and a wire joins the two; without, they share the loopback device
+and use different ports. Knows no owner.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ print(urllib.request.urlopen(request, timeout=120, context=trusted).read().decod
 
 @dataclass(frozen=True)
 class Organisation:
-    """Where commands of an organisation run.
+    """An organisation, and how its commands run.
 
     Attributes:
         namespace: its network namespace; None: it shares this machine's network.
-        site: a folder with the Python packages that it may import before all others.
+        site: a folder of Python packages that take precedence over installed ones.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Organisation:
     site: Path | None = None
 
     def environment(self) -> dict[str, str]:
-        """What its processes inherit: a home and a temporary folder of its own, and this interpreter."""
+        """The environment of its processes, with a home of its own."""
         home = self.folder / "home"
         home.mkdir(parents=True, exist_ok=True)
         site = {} if self.site is None else {"PYTHONPATH": str(self.site)}
@@ -62,33 +62,33 @@ class Organisation:
         return [*inside, sys.executable, *arguments]
 
     def request(self, url: str, body: str = "", key: str = "", ca_file: Path | str = "") -> str | None:
-        """What an HTTP service answers to a request from this organisation's network; None if it fails."""
-        done = subprocess.run(
+        """An HTTP service's answer to a request from this organisation's network; None if it fails."""
+        process = subprocess.run(
             self.command("-c", _REQUEST, url, body, key, str(ca_file)), capture_output=True, text=True, check=False
         )
-        return None if done.returncode else done.stdout
+        return None if process.returncode else process.stdout
 
     def run(self, *arguments: str) -> None:
-        """Run `pema-ray` to its end; its output is shown.
+        """Run `pema-ray` to its end and show its output.
 
         Raises:
             UserError: it failed.
         """
         code = subprocess.call(self.command(*_PEMA_RAY, *arguments), cwd=self.folder, env=self.environment())
         if code:
-            raise UserError(f"{self.name}: pema-ray {arguments[0]} failed with exit code {code}; it says why above.")
+            raise UserError(f"{self.name}: pema-ray {arguments[0]} failed with exit code {code}; see its error above.")
 
     def output(self, *arguments: str) -> str:
-        """Run `pema-ray` to its end and return what it prints, without white space at the ends.
+        """Run `pema-ray` to its end and return its stripped output.
 
         Raises:
             UserError: it failed.
         """
         command, environment = self.command(*_PEMA_RAY, *arguments), self.environment()
-        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise UserError(f"{self.name}: pema-ray {arguments[0]} failed: {done.stderr.strip()}")
-        return done.stdout.strip()
+        process = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
+        if process.returncode:
+            raise UserError(f"{self.name}: pema-ray {arguments[0]} failed: {process.stderr.strip()}")
+        return process.stdout.strip()
 
     @contextmanager
     def service(
@@ -97,7 +97,7 @@ class Organisation:
         """Run `pema-ray` in the background until the block ends; its output goes to `<folder>/<command>.log`.
 
         Args:
-            ready: asked until its answer is true; then the block begins.
+            ready: polled until it is true; then the block begins.
 
         Raises:
             UserError: it ended, or was not ready in time.
@@ -137,32 +137,32 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def two_organisations(folder: Path, sites: Mapping[str, Path]) -> Iterator[tuple[Organisation, Organisation, str]]:
-    """A PLM owner and a data owner, and how they are kept apart, in words.
+    """A PLM owner and a data owner, and a description of what separates them.
 
     Args:
         folder: gets a folder for each.
-        sites: of an organisation's name, the packages that it may import.
+        sites: organisation's name -> folder of the packages that it may import.
     """
-    names = ("plm_owner", "data_owner")
-    spaces = [f"pema-{name.replace('_owner', '')}-{os.getpid()}" for name in names]
-    made: list[str] = []
+    plm_space, data_space = (f"pema-{name}-{os.getpid()}" for name in ("plm", "data"))
+    created: list[str] = []
     try:
         try:
-            for space in spaces:
+            for space in (plm_space, data_space):
                 _ip("netns", "add", space)
-                made.append(space)
-            _join(*spaces)
-            addresses, apart = [f"{_SUBNET}.1", f"{_SUBNET}.2"], "two network namespaces, joined by one wire"
+                created.append(space)
+            _join(plm_space, data_space)
+            places = (f"{_SUBNET}.1", plm_space), (f"{_SUBNET}.2", data_space)
+            separation = "two network namespaces, joined by one wire"
         except (OSError, subprocess.CalledProcessError):
-            addresses, apart = ["127.0.0.1", "127.0.0.1"], "two ports of this machine (network namespaces need root)"
-        joined = len(made) == 2 and addresses[0] != addresses[1]
+            places = (("127.0.0.1", None),) * 2
+            separation = "two ports of this machine (network namespaces need root)"
         owners = []
-        for name, address, space in zip(names, addresses, spaces, strict=True):
+        for name, (address, space) in zip(("plm_owner", "data_owner"), places, strict=True):
             (folder / name).mkdir(parents=True, exist_ok=True)
-            owners.append(Organisation(name, folder / name, address, space if joined else None, sites.get(name)))
-        yield owners[0], owners[1], apart
+            owners.append(Organisation(name, folder / name, address, space, sites.get(name)))
+        yield owners[0], owners[1], separation
     finally:
-        for space in made:
+        for space in created:
             subprocess.run(["ip", "netns", "del", space], check=False)
 
 
@@ -170,8 +170,8 @@ def _join(first: str, second: str) -> None:
     _ip("link", "add", "pema0", "netns", first, "type", "veth", "peer", "pema1", "netns", second)
     for number, (space, device) in enumerate(((first, "pema0"), (second, "pema1")), start=1):
         _ip("-n", space, "addr", "add", f"{_SUBNET}.{number}/24", "dev", device)
-        for each in (device, "lo"):
-            _ip("-n", space, "link", "set", each, "up")
+        for interface in (device, "lo"):
+            _ip("-n", space, "link", "set", interface, "up")
 
 
 def _ip(*arguments: str) -> None:

@@ -1,4 +1,4 @@
-"""`pema-ray two-owners`: two organisations, two Ray clusters, TLS and a key; the data owner never has the weights.
+"""`pema-ray two-owners`: two organisations, two Ray clusters, TLS and a key; the data owner never gets the weights.
 
 The PLM owner starts its service and hands over a key. The data owner runs an experiment against the URL, and serves its
 adapter. The data owner's copy of this package has no `plm_owner` folder, so that its processes cannot load a PLM.
@@ -35,14 +35,15 @@ def run(config: Path, folder: Path, overrides: Iterable[str] = ()) -> dict[str, 
         folder: gets one folder for each organisation.
 
     Returns:
-        The counts of the PLM owner's audit log, and what was found in the data owner's folder.
+        The counts of the PLM owner's audit log, the served answer, and the tensors in the data owner's folder.
     """
     started = time.perf_counter()
     folder, plm = folder.absolute(), load_config(config, list(overrides)).plm
     if not plm.is_own:
-        raise UserError(f"{plm.label}: the PLM owner of this demonstration loads a PLM of its own: set plm.name.")
-    with two_organisations(folder, {"data_owner": _site_without_plm_owner(folder)}) as (plm_owner, data_owner, apart):
-        console.print(f"[bold]two-owners[/]    {apart}", highlight=False)
+        raise UserError(f"{plm.label}: in this demonstration, the PLM owner loads the PLM itself: set plm.name.")
+    sites = {"data_owner": _site_without_plm_owner(folder)}
+    with two_organisations(folder, sites) as (plm_owner, data_owner, separation):
+        console.print(f"[bold]two-owners[/]    {separation}", highlight=False)
         service = set_up_plm_owner(plm_owner, plm.model_dump())
         experiment = _set_up_data_owner(data_owner, plm_owner, config.absolute(), overrides)
         answers = partial(_plm_owner_answers, data_owner, experiment)
@@ -59,7 +60,7 @@ def run(config: Path, folder: Path, overrides: Iterable[str] = ()) -> dict[str, 
 
 
 def set_up_plm_owner(owner: Organisation, plm: dict[str, Any]) -> Path:
-    """Its certificate, its service's file, and a key for the data owner; returns the file."""
+    """Write its certificate and the Serve config of its service; returns the config's path."""
     certificate, private = self_signed_certificate(owner.folder, owner.address)
     arguments = {
         "plm": {**{name: value for name, value in plm.items() if value is not None}, "threads": os.cpu_count() or 1},
@@ -83,7 +84,7 @@ def set_up_plm_owner(owner: Organisation, plm: dict[str, Any]) -> Path:
 
 
 def _set_up_data_owner(owner: Organisation, plm_owner: Organisation, config: Path, overrides: Iterable[str]) -> Path:
-    """What the PLM owner hands over (key and certificate), and the experiment's file; returns the file."""
+    """Store what the PLM owner hands over (key and certificate), and write the experiment; returns its path."""
     key = plm_owner.output("serve-key", str(plm_owner.folder / "keys.yaml"), "data owner")
     (owner.folder / "plm_key").write_text(key + "\n")
     (owner.folder / "plm_key").chmod(0o600)
@@ -109,7 +110,7 @@ def _site_without_plm_owner(folder: Path) -> Path:
     shutil.rmtree(site, ignore_errors=True)
     ignored = shutil.ignore_patterns("plm_owner", "plm_owner.py", "__pycache__")
     shutil.copytree(Path(pema_ray.__file__).parent, site / "pema_ray", ignore=ignored)
-    # an editable installation would look for it in the sources: this stands in its way
+    # An editable installation would find it in the sources; this module hides it.
     (site / "pema_ray" / "plm_owner.py").write_text(
         "raise ModuleNotFoundError(\"No module named 'pema_ray.plm_owner'\")\n"
     )
@@ -132,7 +133,7 @@ def _serve_and_ask(owner: Organisation, experiment: Path) -> dict[str, str]:
 
 
 def _plm_owner_answers(data_owner: Organisation, experiment: Path) -> str | None:
-    """Whether the PLM has been loaded, and this key opens the service."""
+    """The service's answer to this key, which it gives once the PLM is loaded."""
     plm = load_config(experiment, []).plm
     assert plm.url is not None
     assert plm.key_file is not None
@@ -159,24 +160,24 @@ def _audit(path: Path) -> dict[str, Any]:
     sums: dict[str, Counter[str]] = {}
     for line in path.read_text().splitlines():
         entry = json.loads(line)
-        counted = sums.setdefault(entry["what"], Counter())
-        counted["requests"] += 1
+        counts = sums.setdefault(entry["what"], Counter())
+        counts["requests"] += 1
         for name in ("tokens", "rows", "received_bytes", "sent_bytes"):
-            counted[name] += entry.get(name, 0)
-    return {"audit": {what: dict(counted) for what, counted in sums.items()}}
+            counts[name] += entry.get(name, 0)
+    return {"audit": {request: dict(counts) for request, counts in sums.items()}}
 
 
 def _report(crossed: dict[str, Any], plm_owner: Organisation, seconds: float) -> None:
     from rich.table import Table
 
     table = Table(title="What crossed the line, by the PLM owner's audit log")
-    for column in ("request", "number", "tokens up", "rows down", "MiB up", "MiB down"):
+    for column in ("request", "count", "tokens up", "rows down", "MiB up", "MiB down"):
         table.add_column(column, justify="left" if column == "request" else "right")
-    for what, counted in crossed["audit"].items():
-        sizes = (f"{counted[name] / 2**20:,.2f}" for name in ("received_bytes", "sent_bytes"))
-        table.add_row(what, *(f"{counted[name]:,}" for name in ("requests", "tokens", "rows")), *sizes)
+    for request, counts in crossed["audit"].items():
+        sizes = (f"{counts[name] / 2**20:,.2f}" for name in ("received_bytes", "sent_bytes"))
+        table.add_row(request, *(f"{counts[name]:,}" for name in ("requests", "tokens", "rows")), *sizes)
     console.print(table)
     console.print(f"Audit log, without contents: {plm_owner.folder / 'audit.jsonl'}", highlight=False)
-    console.print(f"Tensors of the PLM that the data owner was given: {', '.join(crossed['lm_head'])}", highlight=False)
+    console.print(f"The PLM's tensors that the data owner has: {', '.join(crossed['lm_head'])}", highlight=False)
     console.print(f"Served answer: {crossed['answer']['source']!r} → {crossed['answer']['text']!r}", highlight=False)
     console.print(f"{seconds:,.0f} s in all", highlight=False)

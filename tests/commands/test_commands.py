@@ -50,9 +50,9 @@ def test_every_command_explains_overrides():
      ("train", "train"), ("generate", "generate"), ("evaluate", "evaluate")],
 )  # fmt: skip
 def test_help_names_every_setting_of_its_stage(command: str, section: str):
-    shown = runner.invoke(app, [command, "--help"]).output
+    output = runner.invoke(app, [command, "--help"]).output
     fields = ExperimentConfig.model_fields[section].annotation.model_fields
-    assert fields and all(f"{section}.{name}" in shown for name in fields)
+    assert fields and all(f"{section}.{name}" in output for name in fields)
 
 
 def test_prepare_lists_the_shipped_tasks():
