@@ -1,7 +1,7 @@
 """What the benchmarks share: options, results files, tables of ratios, peak memory, workers. Knows no algorithm.
 
-Figures differ from machine to machine; the ratios are what is promised. So both sides of a ratio are measured in
-one run, in turns, and medians are compared.
+Figures differ between machines; only ratios are promised. Both sides of a ratio are measured in one run, in turns,
+and their medians are compared.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ def write_results(
 
 def _commit() -> str | None:
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+        process = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip()
+    return process.stdout.strip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ def clock(device: torch.device) -> float:
 
 
 class PeakMemory:
-    """Memory taken from now on: a process's peak less what it held at the start, or torch's own count on a GPU.
+    """Memory used from now on: a process's peak less its memory at the start, or torch's own count on a GPU.
 
     To be used in a process of its own. On Linux the kernel's high-water mark is set back first, since a child
     starts with its parent's; elsewhere `ru_maxrss` is taken as it is.
@@ -171,7 +171,7 @@ def memory_available(device: torch.device) -> int | None:
 
 
 class OutOfMemory(Exception):
-    """A worker asked for more memory than there is."""
+    """A worker ran out of memory."""
 
 
 def run_worker(script: str, arguments: Sequence[str]) -> dict[str, Any]:
@@ -183,22 +183,22 @@ def run_worker(script: str, arguments: Sequence[str]) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, script, *arguments, "--out", str(out)], stderr=subprocess.PIPE, text=True
         )
         if out.exists():
-            found = json.loads(out.read_text())
-            if found.get("out_of_memory"):
+            result = json.loads(out.read_text())
+            if result.get("out_of_memory"):
                 raise OutOfMemory(" ".join(arguments))
-            return found
-        if done.returncode in (-9, 137):
+            return result
+        if process.returncode in (-9, 137):
             raise OutOfMemory(" ".join(arguments))
-        raise RuntimeError(f"{script} {' '.join(arguments)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
+        raise RuntimeError(f"{script} {' '.join(arguments)} ended with {process.returncode}:\n{process.stderr[-4000:]}")
 
 
 @contextmanager
 def reporting_to(out: Path) -> Iterator[dict[str, Any]]:
-    """A worker's side of `run_worker`: what is put into the dictionary is handed back, running out of memory too."""
+    """A worker's side of `run_worker`: the dictionary is returned to it, and running out of memory is reported."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # if one must die, then the worker
     report: dict[str, Any] = {}

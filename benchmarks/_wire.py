@@ -1,6 +1,6 @@
 """A relay between two TCP ports that delays and paces bytes, and counts them: a long wire on one machine.
 
-It stands in for `tc netem`, which needs a kernel module that not every machine has. Each direction has half of the
+It replaces `tc netem`, which needs a kernel module that not every machine has. Each direction has half of the
 round trip's delay and its own bandwidth. TLS passes through it untouched.
 """
 
@@ -34,20 +34,21 @@ class Wire:
         self._server.close()
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection(*self._target)
-        await asyncio.gather(self._pump(reader, back, "up"), self._pump(there, writer, "down"), return_exceptions=True)
+        target_reader, target_writer = await asyncio.open_connection(*self._target)
+        pumps = self._pump(reader, target_writer, "up"), self._pump(target_reader, writer, "down")
+        await asyncio.gather(*pumps, return_exceptions=True)
 
-    async def _pump(self, source: asyncio.StreamReader, target: asyncio.StreamWriter, way: str) -> None:
+    async def _pump(self, source: asyncio.StreamReader, target: asyncio.StreamWriter, direction: str) -> None:
         queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
         delivering = asyncio.create_task(self._deliver(queue, target))
         while data := await source.read(2**16):
-            if way == "up":
+            if direction == "up":
                 self.sent += len(data)
             else:
                 self.received += len(data)
-            begin = max(time.perf_counter(), self._free_at[way])
-            self._free_at[way] = begin + 8 * len(data) / self.bits_per_second
-            queue.put_nowait((self._free_at[way] + self.round_trip / 2, data))
+            begin = max(time.perf_counter(), self._free_at[direction])
+            self._free_at[direction] = begin + 8 * len(data) / self.bits_per_second
+            queue.put_nowait((self._free_at[direction] + self.round_trip / 2, data))
         queue.put_nowait((time.perf_counter() + self.round_trip / 2, b""))
         await delivering
 

@@ -1,7 +1,7 @@
 """How fast an external memory is built: against the bare forward pass, and against the published algorithm.
 
-The bare forward pass is the floor of any build: the same model's decoder on the same tokens in the same batches,
-with no logits and nothing kept. The published algorithm (PEMA section 3.2 and its code) generates from the prompt
+The bare forward pass is the lower bound of any build: the same model's decoder on the same tokens in the same batches,
+without logits or output. The published algorithm (PEMA section 3.2 and its code) generates from the prompt
 alone and pairs the state of each step with the gold token. B sequences, T positions, H hidden.
 """
 
@@ -179,9 +179,9 @@ def _rate(turn: Seconds, rows: dict[str, int]) -> float:
     return sum(rows[shard] for shard in turn) / sum(turn.values())
 
 
-def _speed(ours: Sequence[Seconds], theirs: Sequence[Seconds]) -> float:
-    """How much faster `ours` does its shards than `theirs` the same ones: the median over turns."""
-    return median(sum(b[shard] for shard in a) / sum(a.values()) for a, b in zip(ours, theirs, strict=True))
+def _speed(seconds: Sequence[Seconds], baseline: Sequence[Seconds]) -> float:
+    """The speed-up over `baseline` on the same shards: the median over turns."""
+    return median(sum(b[shard] for shard in a) / sum(a.values()) for a, b in zip(seconds, baseline, strict=True))
 
 
 # ── data ────────────────────────────────────────────────────────────────────
@@ -190,10 +190,10 @@ def _speed(ours: Sequence[Seconds], theirs: Sequence[Seconds]) -> float:
 def packaged_examples(tokenizer: PLMTokenizer, experiment: ExperimentConfig, pairs: int) -> list[EncodedPair]:
     """The quickstart's prompts over the packaged task."""
     task = load_task(experiment.task.name)
-    found = load_pairs(task, limits={**experiment.task.limits, "train": pairs}, seed=experiment.seed)["train"]
-    shots = first_shots(found, experiment.task.shots) if experiment.task.shots else []
+    train_pairs = load_pairs(task, limits={**experiment.task.limits, "train": pairs}, seed=experiment.seed)["train"]
+    shots = first_shots(train_pairs, experiment.task.shots) if experiment.task.shots else []
     prompter = Prompter(tokenizer, task, shots, experiment.task.chat)
-    return [prompter.encode_pair(pair) for pair in found]
+    return [prompter.encode_pair(pair) for pair in train_pairs]
 
 
 def build_of(
@@ -216,8 +216,8 @@ def tiny_model(folder: Path) -> str:
     from pema_ray.plm_owner.model.gguf import converted
     from pema_ray.plm_owner.model.load import locate
 
-    where, gguf = locate(PACKAGED)
-    tokenizer = AutoTokenizer.from_pretrained(converted(Path(where) / str(gguf)))
+    packaged, gguf = locate(PACKAGED)
+    tokenizer = AutoTokenizer.from_pretrained(converted(Path(packaged) / str(gguf)))
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -265,8 +265,8 @@ async def in_process(
     window, seconds = asyncio.Semaphore(settings.requests_in_flight), {}
     for shard in shards:
         started = time.perf_counter()
-        made, *_ = await rows_of_shard(plm, shard, eos, settings.key_dtype, settings.max_batch_tokens, window)
-        write_shard(folder / shard.name, made)
+        memory_rows, *_ = await rows_of_shard(plm, shard, eos, settings.key_dtype, settings.max_batch_tokens, window)
+        write_shard(folder / shard.name, memory_rows)
         seconds[shard.name] = time.perf_counter() - started
     return seconds
 
@@ -275,16 +275,19 @@ def _ray_data(
     build: MemoryBuild, plm: PLMConfig, cluster: RayConfig, rows: dict[str, int]
 ) -> tuple[Seconds, dict[str, float]]:
     """The whole of `run_build` on a local Ray: seconds between finished shards, and what came before the first."""
-    asked = time.time()
+    requested_at = time.time()
     with ray_cluster(cluster, build.config.cpus_per_actor, build.config.gpus_per_actor):
-        up = time.time()
+        ready_at = time.time()
         run_build(build, connector(plm, build.card, build.config.cpus_per_actor, engine_settings(build.config)))
-        ended = time.time()
-    done = sorted((build.folder / name).stat().st_mtime_ns / 1e9 for name in rows)
+        ended_at = time.time()
+    finished_at = sorted((build.folder / name).stat().st_mtime_ns / 1e9 for name in rows)
     order = sorted(rows, key=lambda name: (build.folder / name).stat().st_mtime_ns)
-    steady = {name: done[i] - done[i - 1] for i, name in enumerate(order) if i}
-    startup = {"cluster": up - asked, "to_first_shard": done[0] - up, "after_last_shard": ended - done[-1]}
-    return steady, startup
+    steady = {name: finished_at[i] - finished_at[i - 1] for i, name in enumerate(order) if i}
+    return steady, {
+        "cluster": ready_at - requested_at,
+        "to_first_shard": finished_at[0] - ready_at,
+        "after_last_shard": ended_at - finished_at[-1],
+    }
 
 
 # ── the bare forward pass ───────────────────────────────────────────────────
@@ -313,9 +316,9 @@ def _inputs(plm: LoadedPLM, batch: Sequence[EncodedPair], shared: int) -> dict:
     from transformers import DynamicCache
 
     sequences = [e.prompt + e.target for e in batch]
-    rest = [ids[shared:] for ids in sequences]
-    padded_BT = torch.zeros(len(rest), max(map(len, rest)), dtype=torch.long)
-    for row, ids in enumerate(rest):
+    suffixes = [ids[shared:] for ids in sequences]
+    padded_BT = torch.zeros(len(suffixes), max(map(len, suffixes)), dtype=torch.long)
+    for row, ids in enumerate(suffixes):
         padded_BT[row, : len(ids)] = torch.tensor(ids)
     inputs = {"input_ids": padded_BT.to(plm.device), "use_cache": False}
     if shared:
@@ -323,7 +326,7 @@ def _inputs(plm: LoadedPLM, batch: Sequence[EncodedPair], shared: int) -> dict:
         prefix = torch.tensor([sequences[0][:shared]], device=plm.device)
         plm.decoder(input_ids=prefix, past_key_values=cache, use_cache=True)
         cache = copy.deepcopy(cache)
-        cache.batch_repeat_interleave(len(rest))
+        cache.batch_repeat_interleave(len(suffixes))
         inputs |= {"past_key_values": cache, "use_cache": True}
     return inputs
 

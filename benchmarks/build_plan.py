@@ -1,7 +1,7 @@
 """What a build of many pairs costs the process that plans it: its peak memory, and its time.
 
-The pairs are short and made up; the PLM is a stub that answers in the right shapes. All else is the build's own: the
-prepared Parquet, its hash, the counting of every shard by Ray tasks, and with `--build` the whole pipeline.
+The pairs are short and synthetic; the PLM is a stub that answers in the right shapes. All else is real: the prepared
+Parquet, its hash, the counting of every shard by Ray tasks, and with `--build` the whole pipeline.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="bp", dir=o.scratch) as scratch:
         prepare(Path(scratch), o.pairs)
-        chosen = [f"--pairs={o.pairs}", f"--examples-per-shard={o.examples_per_shard}", f"--actors={o.actors}"]
+        arguments = [f"--pairs={o.pairs}", f"--examples-per-shard={o.examples_per_shard}", f"--actors={o.actors}"]
         flags = [*(["--build"] if o.build else []), f"--threads={o.threads}", f"--scratch={scratch}"]
-        found = run_worker(__file__, ["--worker", *chosen, *flags])
-    ratios = {"peak_over_a_gibibyte": found["peak_bytes"] / 2**30}
+        result = run_worker(__file__, ["--worker", *arguments, *flags])
+    ratios = {"peak_over_a_gibibyte": result["peak_bytes"] / 2**30}
     notes = ["Peak of the driver, libraries and Ray's own books included; tasks and actors are other processes."]
     figures = {
-        **found,
+        **result,
         "pairs": o.pairs,
         "examples_per_shard": o.examples_per_shard,
         "built": o.build,
@@ -71,7 +71,7 @@ def main() -> None:
     }
     path = write_results(NAME, ratios, AIMS, figures, o.results_dir)
     show(f"Planning {o.pairs:,} pairs", ratios, AIMS, notes)
-    console.print("  ".join(f"{name} {value:,.0f}" for name, value in found.items()))
+    console.print("  ".join(f"{name} {value:,.0f}" for name, value in result.items()))
     console.print(f"written: {path}")
 
 
@@ -81,21 +81,21 @@ def _driver(o: argparse.Namespace) -> dict[str, Any]:
     settings = BuildMemoryConfig(examples_per_shard=o.examples_per_shard, actors=o.actors, cpus_per_actor=0.5)
     pairs = PreparedPairs(o.scratch / "train.parquet", Wording(o.scratch / "lm_head", TASK))
     build = MemoryBuild(o.scratch / "memory", pairs, CARD, TASK.name, "train", settings)
-    found: dict[str, Any] = {"shards": build.shards}
+    result: dict[str, Any] = {"shards": build.shards}
     with ray_cluster(RayConfig(num_cpus=max(3, o.threads + 1)), settings.cpus_per_actor, readers=1):
-        found["imported_and_connected_bytes"] = memory.baseline + memory.taken()
+        result["imported_and_connected_bytes"] = memory.baseline + memory.taken()
         started = time.perf_counter()
         assert build.plan_hash
-        found["hash_seconds"] = time.perf_counter() - started
+        result["hash_seconds"] = time.perf_counter() - started
         started = time.perf_counter()
-        found["planned_rows"] = sum(find_or_make_plan(build).rows)
-        found["plan_seconds"] = time.perf_counter() - started
-        found["planned_peak_bytes"] = memory.baseline + memory.taken()
+        result["planned_rows"] = sum(find_or_make_plan(build).rows)
+        result["plan_seconds"] = time.perf_counter() - started
+        result["planned_peak_bytes"] = memory.baseline + memory.taken()
         if o.build:
             started = time.perf_counter()
-            found["rows"] = run_build(build, stub(CARD.hidden_size)).rows
-            found["build_seconds"] = time.perf_counter() - started
-    return found | {"peak_bytes": memory.baseline + memory.taken()}
+            result["rows"] = run_build(build, stub(CARD.hidden_size)).rows
+            result["build_seconds"] = time.perf_counter() - started
+    return result | {"peak_bytes": memory.baseline + memory.taken()}
 
 
 def stub(hidden: int) -> Callable[[], Any]:

@@ -1,8 +1,8 @@
 """What Gradual Unrolling costs offline: the decoder in process beside transformers' own `generate`.
 
 Both sides answer the same prompts of the demonstration task with the same PLM, greedy, batch by batch. `fixed` answers
-have one length, so that both compute as many tokens; `task` answers end as the task's do, where a batch of `generate`
-waits for its longest answer and the decoder admits the next request instead.
+have one length, so that both compute equally many tokens. `task` answers end as the task's do: a batch of `generate`
+waits for its longest answer, while the decoder admits the next request.
 """
 
 from __future__ import annotations
@@ -89,12 +89,12 @@ class Bench:
             for row, request in enumerate(batch):
                 ids[row, longest - len(request.prompt) :] = torch.tensor(list(request.prompt))
                 mask[row, longest - len(request.prompt) :] = 1
-            most = max(request.max_new_tokens for request in batch)
-            ends: dict[str, Any] = {"min_new_tokens": most} if fixed else {}
+            max_tokens = max(request.max_new_tokens for request in batch)
+            ends: dict[str, Any] = {"min_new_tokens": max_tokens} if fixed else {}
             with torch.inference_mode():
                 out = self.plm.model.generate(
                     input_ids=ids.to(self.plm.device), attention_mask=mask.to(self.plm.device), do_sample=False,
-                    max_new_tokens=most, pad_token_id=pad, **ends,
+                    max_new_tokens=max_tokens, pad_token_id=pad, **ends,
                 )  # fmt: skip
             new = out[:, longest:]
             count += new.numel() if fixed else int((new != pad).sum()) + len(batch)
@@ -126,7 +126,7 @@ def measure(o: argparse.Namespace) -> dict[str, Any]:
             tokens = side()
             if turn:  # the first warms up
                 rates[name].append(tokens / (time.perf_counter() - started))
-    return {"tokens_per_second": {name: statistics.median(found) for name, found in rates.items()}, "all": rates}
+    return {"tokens_per_second": {name: statistics.median(values) for name, values in rates.items()}, "all": rates}
 
 
 def main() -> None:
@@ -147,24 +147,24 @@ def main() -> None:
         return
     arguments = [f"--{name}={getattr(o, name.replace('-', '_'))}" for name in
                  ("answers", "tokens", "batch-size", "draft", "rounds", "threads")]  # fmt: skip
-    found = run_worker(__file__, [*arguments, *(["--gpu"] if o.gpu else [])]) | {"smoke": o.smoke}
-    rates = found["tokens_per_second"]
+    result = run_worker(__file__, [*arguments, *(["--gpu"] if o.gpu else [])]) | {"smoke": o.smoke}
+    rates = result["tokens_per_second"]
     ratios = {
         "PEMA / generate, fixed length": rates["PEMA, fixed"] / rates["generate, fixed"],
         "PEMA / generate, on the task": rates["PEMA, task"] / rates["generate, task"],
     }
     aims = dict(AIMS)
-    kept = o.generator or _kept(o.results_dir)
-    if kept:
-        ratios["decoder / former Generator, on the task"] = rates["PEMA, task"] / kept
+    previous = o.generator or _previous(o.results_dir)
+    if previous:
+        ratios["decoder / former Generator, on the task"] = rates["PEMA, task"] / previous
         aims["decoder / former Generator, on the task"] = Aim(1.2)
-        found["former_generator_tokens_per_second"] = kept
+        result["former_generator_tokens_per_second"] = previous
     show("generation offline", ratios, aims)
-    write_results("generation", ratios, aims, found, o.results_dir)
+    write_results("generation", ratios, aims, result, o.results_dir)
 
 
-def _kept(folder: Path) -> float | None:
-    """The former Generator's rate, as it was measured last, on the machine that the results name."""
+def _previous(folder: Path) -> float | None:
+    """The former Generator's last measured rate, on the machine that the results name."""
     path = folder / "generation.json"
     return json.loads(path.read_text())["figures"].get("former_generator_tokens_per_second") if path.exists() else None
 

@@ -33,13 +33,13 @@ class Module:
 
 def read_modules(package: Path) -> dict[str, Module]:
     """All files of a package by their dotted names."""
-    found = {}
+    modules = {}
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package.parent).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         text = path.read_text()
-        found[name] = Module(name, text, ast.parse(text))
-    return found
+        modules[name] = Module(name, text, ast.parse(text))
+    return modules
 
 
 def imports_of(module: Module, names: set[str], at_import: bool = False) -> set[str]:
@@ -49,13 +49,13 @@ def imports_of(module: Module, names: set[str], at_import: bool = False) -> set[
         names: of all modules.
         at_import: leave out imports inside functions.
     """
-    found: set[str] = set()
+    imports: set[str] = set()
     for node in _nodes(module.tree, at_import):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imports |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {_nearest(name, names) for name in found} & names - {module.name}
+            imports |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {_nearest(name, names) for name in imports} & names - {module.name}
 
 
 def _nodes(tree: ast.AST, at_import: bool) -> Iterator[ast.AST]:
@@ -96,12 +96,12 @@ def circles_of(modules: dict[str, Module]) -> list[list[str]]:
     def visit(name: str) -> None:
         index[name] = low[name] = len(index)
         stack.append(name)
-        for other in graph[name]:
-            if other not in index:
-                visit(other)
-                low[name] = min(low[name], low[other])
-            elif other in stack:
-                low[name] = min(low[name], index[other])
+        for imported in graph[name]:
+            if imported not in index:
+                visit(imported)
+                low[name] = min(low[name], low[imported])
+            elif imported in stack:
+                low[name] = min(low[name], index[imported])
         if low[name] == index[name]:
             circle = stack[stack.index(name) :]
             del stack[stack.index(name) :]
@@ -126,7 +126,7 @@ def longest_function(modules: dict[str, Module]) -> tuple[int, str]:
 
 
 def settings_of(modules: dict[str, Module]) -> dict[str, int]:
-    """Fields of every configuration class: a class whose bases lead to pydantic's."""
+    """Fields of every configuration class: one that derives from pydantic's `BaseModel`."""
     classes = {
         node.name: node
         for module in modules.values()
@@ -155,17 +155,17 @@ def copies_of(modules: dict[str, Module], least: int = _COPY) -> list[tuple[int,
         lines[module.name] = kept
         for start in range(len(kept) - least + 1):
             places[tuple(s for _, s in kept[start : start + least])].append((module.name, start))
-    found, seen = [], set()
-    for where in places.values():
-        for i, (a, at) in enumerate(where):
-            for b, bt in where[i + 1 :]:
+    copies, seen = [], set()
+    for occurrences in places.values():
+        for i, (a, at) in enumerate(occurrences):
+            for b, bt in occurrences[i + 1 :]:
                 if (a, at - 1, b, bt - 1) not in seen and not _same(lines, a, at - 1, b, bt - 1):
                     length = 0
                     while _same(lines, a, at + length, b, bt + length):
                         length += 1
-                    found.append((length, f"{a}:{lines[a][at][0]}", f"{b}:{lines[b][bt][0]}"))
+                    copies.append((length, f"{a}:{lines[a][at][0]}", f"{b}:{lines[b][bt][0]}"))
                 seen.add((a, at, b, bt))
-    return sorted(found, reverse=True)
+    return sorted(copies, reverse=True)
 
 
 def _same(lines: dict[str, list[tuple[int, str]]], a: str, at: int, b: str, bt: int) -> bool:

@@ -55,7 +55,7 @@ async def step_latency(
     client = LocalPLM(plm, EngineConfig(slots=4, max_tokens=512))
     engine = await client.engine()
     batch = ExtractBatch([[5 + i % 90] * tokens for i in range(sequences)], [0] * sequences)
-    found: dict[str, dict[str, float]] = {}
+    latencies: dict[str, dict[str, float]] = {}
 
     async def extract_for_ever() -> None:
         while True:
@@ -73,9 +73,9 @@ async def step_latency(
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
-        found[str(count)] = {"median": 1e3 * median(seconds), "90th percentile": 1e3 * quantiles(seconds, n=10)[-1]}
+        latencies[str(count)] = {"median": 1e3 * median(seconds), "90th percentile": 1e3 * quantiles(seconds, n=10)[-1]}
     await client.end()
-    return found
+    return latencies
 
 
 # ── builds ──────────────────────────────────────────────────────────────────
@@ -94,8 +94,8 @@ async def shards_of(client: PLMClient, examples: int, per_shard: int) -> list[Sh
 async def build(client: PLMClient, shards: Sequence[ShardPlan], eos: int) -> tuple[int, float]:
     """Rows of all shards, and seconds."""
     window, started = asyncio.Semaphore(WINDOW), time.perf_counter()
-    found = await asyncio.gather(*(rows_of_shard(client, shard, eos, "float32", 2048, window) for shard in shards))
-    return sum(len(rows) for rows, _, _ in found), time.perf_counter() - started
+    built = await asyncio.gather(*(rows_of_shard(client, shard, eos, "float32", 2048, window) for shard in shards))
+    return sum(len(rows) for rows, _, _ in built), time.perf_counter() - started
 
 
 async def measure_builds(o: argparse.Namespace, plm: PLMConfig, folder: Path, key: str) -> dict[str, Any]:
@@ -124,7 +124,7 @@ async def measure_builds(o: argparse.Namespace, plm: PLMConfig, folder: Path, ke
     batch = ExtractBatch([[5, 6, 7]], [0])
     figures["bytes_a_number"] = (await local.extract(batch)).element_size()
     await local.end()
-    return figures | {"rows_per_second": {name: median(found) for name, found in rates.items()}, "all": rates}
+    return figures | {"rows_per_second": {name: median(values) for name, values in rates.items()}, "all": rates}
 
 
 def build_ratios(figures: dict[str, Any]) -> dict[str, float]:

@@ -5,8 +5,8 @@
 - **inference**: a forward pass of an encoder with one memory layer, its memory searched, beside the plain encoder of
   equal size (same layers, and a feed-forward network where the memory layer has none).
 - **published**: a training step and a refresh beside the published design, in which every process holds the whole
-  memory and takes it, encoded anew, from the leading process's files: here one process encodes all documents and
-  writes keys and values, and `ranks` copies of them are read and held.
+  memory and reads each refresh from the leading process's files: here one process encodes all documents and writes
+  keys and values, and `ranks` copies of them are read and held.
 
 All sides of a ratio are measured in one run, in turns; medians are compared.
 """
@@ -40,9 +40,9 @@ def main() -> None:
     torch.manual_seed(0)
     ratios, figures = {}, {"threads": o.threads, "entries": o.entries, "queries": o.queries}
     for part in (_search, _inference, _published):
-        one, measured = part(o)
-        ratios |= one
-        figures |= measured
+        part_ratios, part_figures = part(o)
+        ratios |= part_ratios
+        figures |= part_figures
     show("PlugLM", ratios, AIMS, [f"{name}: {value}" for name, value in figures.items()])
     figures |= {"smoke": o.smoke}
     console.print(f"written: {write_results(NAME, ratios, AIMS, figures, o.results_dir)}")
@@ -149,45 +149,45 @@ def _inference(o: argparse.Namespace) -> tuple[dict[str, float], dict[str, Any]]
 
 def _published(o: argparse.Namespace) -> tuple[dict[str, float], dict[str, Any]]:
     model = _model(256)
-    held = _memory(model, o.documents)
+    memory = _memory(model, o.documents)
     tokens = torch.randint(5, 30_000, (o.sequences, 128))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
     def step() -> None:
         model.train()
-        model.attach(held, allow_stale=True)
+        model.attach(memory, allow_stale=True)
         model(tokens, labels=tokens).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    def whole_step() -> None:
-        """The same with a search in whole: all scores, one top-k, over float32 keys as every process holds them."""
+    def published_step() -> None:
+        """The same with the published search: all scores, one top-k, over float32 keys as every process holds them."""
         model.train()
-        model.attach(whole, allow_stale=True)
+        model.attach(dense, allow_stale=True)
         model(tokens, labels=tokens).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    whole = _Whole(**{**vars(held), "key_NQ": held.key_NQ.float()})
+    dense = _PublishedSearch(**{**vars(memory), "key_NQ": memory.key_NQ.float()})
     with tempfile.TemporaryDirectory() as folder:
         sides = {
             "step": step,
-            "step_published": whole_step,
-            "refresh": lambda: _refresh(model, held, Path(folder), ranks=0),
-            "refresh_published": lambda: _refresh(model, held, Path(folder), o.ranks),
+            "step_published": published_step,
+            "refresh": lambda: _refresh(model, memory, Path(folder), ranks=0),
+            "refresh_published": lambda: _refresh(model, memory, Path(folder), o.ranks),
         }
         seconds = _in_turns(sides, max(2, o.repeats // 2))
-    each = sum(t.element_size() * t.numel() for t in (held.key_NQ, held.value_ND, held.token))
+    memory_bytes = sum(t.element_size() * t.numel() for t in (memory.key_NQ, memory.value_ND, memory.token))
     ratios = {
         "step_over_published": seconds["step"] / seconds["step_published"],
         "refresh_over_published": seconds["refresh"] / seconds["refresh_published"],
         "memory_held_over_published": 1 / o.ranks,
     }
-    return ratios, {f"{name}_seconds": value for name, value in seconds.items()} | {"memory_bytes": each}
+    return ratios, {f"{name}_seconds": value for name, value in seconds.items()} | {"memory_bytes": memory_bytes}
 
 
-class _Whole(LocalKnowledge):
-    """The published search over a memory that is held whole."""
+class _PublishedSearch(LocalKnowledge):
+    """The published search: over the whole memory at once."""
 
     def search(
         self, query_BQ: torch.Tensor, k: int, own_B: torch.Tensor | None = None, cosine: bool = False
@@ -197,14 +197,14 @@ class _Whole(LocalKnowledge):
 
 
 @torch.no_grad()
-def _refresh(model: PlugLMForMaskedLM, held: LocalKnowledge, folder: Path, ranks: int) -> None:
+def _refresh(model: PlugLMForMaskedLM, memory: LocalKnowledge, folder: Path, ranks: int) -> None:
     """Encode all documents; published: keep keys and values as arrays, and read them whole in every process."""
     from safetensors.torch import save_file
 
     model.eval()
     keys, values = [], []
-    for start in range(0, len(held), 64):
-        token_ML, mask_ML = held.tokens(held.entry_N[start : start + 64])
+    for start in range(0, len(memory), 64):
+        token_ML, mask_ML = memory.tokens(memory.entry_N[start : start + 64])
         key_MQ, value_MD = model.model.encode_documents(token_ML, mask_ML)
         keys.append(key_MQ.half())
         values.append(value_MD.half())

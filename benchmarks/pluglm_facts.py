@@ -1,8 +1,8 @@
 """PlugLM: the demonstration of edited facts over several seeds, beside the published objective; a plot.
 
-Not a measurement of speed: figures are accuracies (`pema_ray.pluglm.demonstration`). What is finished in `--out` with
-the same settings is not run again, so that a run may be broken off. Ratios: the worst over seeds of each figure
-that has an aim. Beside the JSON lies the plot, accuracy over training of the first seed.
+Not a measurement of speed: figures are accuracies (`pema_ray.pluglm.demonstration`). Results in `--out` with the same
+settings are reused, so that a stopped run continues. Ratios: the worst over seeds of each figure that has an aim.
+The plot beside the JSON shows the accuracy over training of the first seed.
 """
 
 from __future__ import annotations
@@ -35,16 +35,17 @@ def main() -> None:
     settings = FactsSettings()
     if o.smoke:
         settings = FactsSettings(entities=4, relations=2, values=3, steps=4, batch_size=4, contrastive_steps=2)
-    demos = [_one(o.out / str(seed), seed, settings) for seed in o.seeds]
-    worst = {name: (max if aim.at_most else min)(_aimed(one, name) for one in demos) for name, aim in AIMS.items()}
+    demos = [_demo(o.out / str(seed), seed, settings) for seed in o.seeds]
+    worst = {name: (max if aim.at_most else min)(_aimed(demo, name) for demo in demos) for name, aim in AIMS.items()}
     notes = []
     figures: dict[str, object] = {"seeds": list(o.seeds), "settings": settings.model_dump(), "smoke": o.smoke}
     for number, mode in enumerate(demos[0].modes):
-        each = {name: [float(getattr(one.modes[number].figures, name)) for one in demos] for name in FIGURES}
-        each["found"] = [one.modes[number].history[-1]["found"] for one in demos]
-        each["seconds"] = [one.modes[number].seconds for one in demos]
-        figures[mode.name] = each
-        notes += [f"{mode.name}: {name} {mean(values):.3f} {values}" for name, values in each.items()]
+        modes = [demo.modes[number] for demo in demos]
+        by_figure = {name: [float(getattr(mode.figures, name)) for mode in modes] for name in FIGURES}
+        by_figure["found"] = [mode.history[-1]["found"] for mode in modes]
+        by_figure["seconds"] = [mode.seconds for mode in modes]
+        figures[mode.name] = by_figure
+        notes += [f"{mode.name}: {name} {mean(values):.3f} {values}" for name, values in by_figure.items()]
     show(f"PlugLM: edited facts, the worst of {len(demos)} seeds", worst, AIMS, notes)
     written = write_results(NAME, worst, AIMS, figures, o.results_dir)
     written.with_suffix(".svg").write_text(standalone(accuracy_plot(demos[0].modes)))
@@ -55,11 +56,11 @@ def _options() -> argparse.Namespace:
     parser = options("Facts edited in PlugLM's memory, over seeds.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/pluglm_facts"), help="models, memories and pages")
-    parser.set_defaults(threads=1)  # its matrices are so small that threads would wait for each other
+    parser.set_defaults(threads=1)  # the matrices are too small for more
     return parser.parse_args()
 
 
-def _one(folder: Path, seed: int, settings: FactsSettings) -> Demo:
+def _demo(folder: Path, seed: int, settings: FactsSettings) -> Demo:
     modes = [
         _mode(folder / "ours", seed, OURS, settings),
         _mode(folder / "faithful", seed, FAITHFUL, settings.faithful),
@@ -72,12 +73,12 @@ def _one(folder: Path, seed: int, settings: FactsSettings) -> Demo:
 def _mode(folder: Path, seed: int, name: str, settings: FactsSettings) -> Mode:
     path = folder / "demo.json"
     if path.exists():
-        found = Demo.model_validate(json.loads(path.read_text()))
-        if found.seed == seed and found.modes[0].settings == settings:
-            return found.modes[0].model_copy(update={"name": name})
+        stored = Demo.model_validate(json.loads(path.read_text()))
+        if stored.seed == seed and stored.modes[0].settings == settings:
+            return stored.modes[0].model_copy(update={"name": name})
     console.print(f"seed {seed}, {name}")
-    made = run_demo(folder, seed, settings, faithful=False, on_point=_tell)
-    return made.modes[0].model_copy(update={"name": name})
+    demo = run_demo(folder, seed, settings, faithful=False, on_point=_tell)
+    return demo.modes[0].model_copy(update={"name": name})
 
 
 def _tell(mode: str, point: dict[str, float]) -> None:

@@ -1,7 +1,7 @@
 """What Ray costs, and what a second actor brings: a build and a training, on Ray and in one process.
 
-Both sides do the whole job, model loading included, but for the cluster, which is up already, and for tokenising. The
-overhead is a matter of seconds, not of rows, so its share falls as a job grows: seconds are told beside the ratios.
+Both sides do the whole job, with model loading but without starting the cluster and tokenising. The overhead is
+constant, so its share falls as a job grows: seconds are reported beside the ratios.
 """
 
 from __future__ import annotations
@@ -139,16 +139,16 @@ def _measure(o: argparse.Namespace, scratch: Path) -> None:
     }
     path = write_results(NAME, ratios, AIMS, figures, o.results_dir)
     show("What Ray costs", ratios, AIMS, notes)
-    console.print("  ".join(f"{what} {value:,.1f} s" for what, value in seconds.items()))
+    console.print("  ".join(f"{name} {value:,.1f} s" for name, value in seconds.items()))
     console.print(f"written: {path}")
 
 
 def _steady_rate(folder: Path, actors: int) -> float:
     """Rows per second once every actor has finished its first shard."""
     shards = {folder / info.name: info.rows for info in ExternalMemory.open(folder).manifest.shards}
-    done = sorted(shards, key=lambda path: path.stat().st_mtime_ns)
-    span = (done[-1].stat().st_mtime_ns - done[actors - 1].stat().st_mtime_ns) / 1e9
-    return sum(shards[path] for path in done[actors:]) / span
+    finished = sorted(shards, key=lambda path: path.stat().st_mtime_ns)
+    span = (finished[-1].stat().st_mtime_ns - finished[actors - 1].stat().st_mtime_ns) / 1e9
+    return sum(shards[path] for path in finished[actors:]) / span
 
 
 if __name__ == "__main__":

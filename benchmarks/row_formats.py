@@ -2,9 +2,8 @@
 
 Every format is the same memory, converted. Reading is whole shards, in order, until their keys lie in memory; the first
 reading of a memory checks each file's sha256 as well. Beside it `np.memmap` reads as many bytes of float32 in order:
-copied into memory too, and only touched. Training is `Trainer.run` with one seed; the dev rows are
-float32 for all, so that the losses are of the adapters alone. The files lie in the page cache: what is measured is
-what the format costs, not the disk.
+copied into memory too, and only touched. Training is `Trainer.run` with one seed; the dev rows are float32 for all, so
+that losses differ by the adapters alone. The files lie in the page cache: the format is measured, not the disk.
 """
 
 from __future__ import annotations
@@ -138,30 +137,29 @@ def _made_up(scratch: Path) -> tuple[Path, RowsView, LMHead, AdapterConfig]:
 
 
 def _enough(memory: ExternalMemory, pairs: int) -> int:
-    """How many shards hold so many examples."""
-    held = np.cumsum([shard.examples for shard in memory.manifest.shards])
-    return int(np.searchsorted(held, pairs)) + 1
+    """The number of shards that hold this many pairs."""
+    examples = np.cumsum([shard.examples for shard in memory.manifest.shards])
+    return int(np.searchsorted(examples, pairs)) + 1
 
 
 def _keep(memory: ExternalMemory, shards: int, folder: Path) -> None:
     folder.mkdir()
-    chosen = memory.manifest.shards[:shards]
-    _write(folder, [(info.name, memory.shard(info)) for info in chosen], memory.manifest)
+    _write(folder, [(info.name, memory.shard(info)) for info in memory.manifest.shards[:shards]], memory.manifest)
 
 
 def _write(folder: Path, parts: list[tuple[str, MemoryRows]], like: Manifest | None) -> None:
     from pema_ray.memory import ShardInfo
 
-    made = []
+    shards = []
     for name, rows in parts:
         size, digest = write_shard(folder / name, rows)
         examples = len(np.unique(rows.example_id))
-        made.append(
+        shards.append(
             ShardInfo(
                 name=name, rows=len(rows), examples=examples, tokens=0, padded_tokens=0, bytes=size, sha256=digest
             )
         )
-    counts: dict[str, Any] = {"rows": sum(i.rows for i in made), "examples": sum(i.examples for i in made)}
+    counts: dict[str, Any] = {"rows": sum(s.rows for s in shards), "examples": sum(s.examples for s in shards)}
     if like is None:
         like = Manifest(
             plm_name="made up",
@@ -174,10 +172,10 @@ def _write(folder: Path, parts: list[tuple[str, MemoryRows]], like: Manifest | N
             context="teacher_forced",
             key_dtype="float32",
             plan_hash="0" * 16,
-            shards=tuple(made),
+            shards=tuple(shards),
             **counts,
         )
-    like.model_copy(update={**counts, "shards": tuple(made)}).save(folder)
+    like.model_copy(update={**counts, "shards": tuple(shards)}).save(folder)
 
 
 def _read(memory: ExternalMemory) -> float:

@@ -93,8 +93,8 @@ def main() -> None:
 
 async def _measure(o: argparse.Namespace, scratch: Path) -> None:
     device = device_of(o)
-    name = tiny_model(scratch / "tiny") if o.smoke else o.model
-    plm = PLMConfig(name=name, device=str(device), threads=o.threads)
+    model = tiny_model(scratch / "tiny") if o.smoke else o.model
+    plm = PLMConfig(name=model, device=str(device), threads=o.threads)
     loaded = load_plm(plm)
     bundle = export_lm_head(loaded)
     examples = packaged_examples(bundle.tokenizer(), load_config(CONFIG), max(o.sessions, o.drafts))
@@ -108,20 +108,20 @@ async def _measure(o: argparse.Namespace, scratch: Path) -> None:
     batch = prompts[: o.sessions]
     speeds: dict[str, list[float]] = {}
     for _ in range(o.repeats):  # in turns
-        for what, chosen, with_adapter in (
+        for side, side_prompts, with_adapter in (
             ("many", batch, True),
             ("one", batch[:1], True),
             ("plm alone", batch, False),
         ):
-            requests = [_request(p, o.tokens, "it" if with_adapter else None) for p in chosen]
+            requests = [_request(p, o.tokens, "it" if with_adapter else None) for p in side_prompts]
             line = Line(engine, bundle.card.fingerprint)
             speed, latencies = await _run(line, bundle, adapter, requests, eos=False, together=True)
-            speeds.setdefault(what, []).append(speed)
-            if what == "many":
+            speeds.setdefault(side, []).append(speed)
+            if side == "many":
                 figures["milliseconds"] = latencies
         speeds.setdefault("generate", []).append(_generate(loaded, batch, o.tokens))
         speeds.setdefault("published loop", []).append(_published(loaded, bundle, adapter, batch, o.tokens, scratch))
-    speed = {what: median(found) for what, found in speeds.items()}
+    speed = {side: median(values) for side, values in speeds.items()}
     ratios = {
         "many_sessions_over_one": speed["many"] / speed["one"],
         "engine_over_generate": speed["plm alone"] / speed["generate"],
@@ -131,20 +131,20 @@ async def _measure(o: argparse.Namespace, scratch: Path) -> None:
     memory = None if o.memory is None else MemoryLookup.of(ExternalMemory.open(o.memory, bundle.card))
     drafts: dict[str, Any] = {}
     for suffix, round_trip in (("", 0.0), ("_50ms", 0.05)):
-        found: dict[int, list[float]] = {0: [], 12: []}
+        by_draft: dict[int, list[float]] = {0: [], 12: []}
         for _ in range(o.repeats):
-            for draft, kept in found.items():
+            for draft, speeds_of_draft in by_draft.items():
                 tokens = 4 if o.smoke else 64
                 requests = [_request(p, tokens, "it", draft, o.lambda_max) for p in prompts[: o.drafts]]
                 line = Line(engine, bundle.card.fingerprint, round_trip)
                 counts: Counter[str] = Counter()
                 speed_, _ = await _run(
-                    line, bundle, adapter, requests, eos=True, together=False, memory=memory, kept=counts
+                    line, bundle, adapter, requests, eos=True, together=False, memory=memory, counts=counts
                 )
-                kept.append(speed_)
+                speeds_of_draft.append(speed_)
                 drafts[f"{draft}{suffix}"] = dict(counts)
-        speed |= {f"draft {draft}{suffix}": median(kept) for draft, kept in found.items()}
-        ratios[f"drafted_over_not{suffix}"] = median(found[12]) / median(found[0])
+        speed |= {f"draft {draft}{suffix}": median(values) for draft, values in by_draft.items()}
+        ratios[f"drafted_over_not{suffix}"] = median(by_draft[12]) / median(by_draft[0])
     await engine.plm.end()
     if not o.no_cluster:
         figures["line_milliseconds"] = line = await _line_in_a_cluster(scratch, 100 if o.smoke else 1000)
@@ -163,9 +163,9 @@ async def _measure(o: argparse.Namespace, scratch: Path) -> None:
     }
     path = write_results(NAME, ratios, AIMS, figures, o.results_dir)
     show("Serving", ratios, AIMS)
-    console.print("tokens/s: " + "  ".join(f"{what} {value:.1f}" for what, value in speed.items()))
+    console.print("tokens/s: " + "  ".join(f"{name} {value:.1f}" for name, value in speed.items()))
     console.print(
-        "milliseconds: " + "  ".join(f"{what} {value:.0f}" for what, value in figures["milliseconds"].items())
+        "milliseconds: " + "  ".join(f"{name} {value:.0f}" for name, value in figures["milliseconds"].items())
     )
     console.print(f"written: {path}")
 
@@ -197,7 +197,7 @@ async def _run(
     eos: bool,
     together: bool,
     memory: MemoryLookup | None = None,
-    kept: Counter[str] | None = None,
+    counts: Counter[str] | None = None,
 ) -> tuple[float, dict[str, float]]:
     """Tokens a second, and milliseconds to the first token and between tokens."""
     decoder = Decoder(line, bundle.head, bundle.tokenizer(), bundle.card.eos_token_ids if eos else ())
@@ -206,30 +206,30 @@ async def _run(
     decoder.memories = {} if memory is None else {"it": memory}
     times: list[list[float]] = []
 
-    async def one(request: GenerationRequest) -> None:
-        mine = [time.perf_counter()]
+    async def answer(request: GenerationRequest) -> None:
+        arrivals = [time.perf_counter()]
         async for _ in decoder.answer(request, timeout=3600):
-            mine.append(time.perf_counter())
-        times.append(mine)
+            arrivals.append(time.perf_counter())
+        times.append(arrivals)
 
     started = time.perf_counter()
     if together:
-        await asyncio.gather(*(one(request) for request in requests))
+        await asyncio.gather(*(answer(request) for request in requests))
     else:
         for request in requests:
-            await one(request)
+            await answer(request)
     seconds = time.perf_counter() - started
-    if kept is not None:
-        kept.update(decoder.counts)
+    if counts is not None:
+        counts.update(decoder.counts)
     await decoder.stop()
-    first = [mine[1] - mine[0] for mine in times]
-    between = sorted(b - a for mine in times for a, b in pairwise(mine[1:]))
+    first = [arrivals[1] - arrivals[0] for arrivals in times]
+    between = sorted(b - a for arrivals in times for a, b in pairwise(arrivals[1:]))
     milliseconds = {
         "to the first token, median": 1e3 * median(first),
         "a token, median": 1e3 * median(between) if between else 0.0,
         "a token, 99th percentile": 1e3 * between[int(0.99 * (len(between) - 1))] if between else 0.0,
     }
-    return sum(len(mine) - 1 for mine in times) / seconds, milliseconds
+    return sum(len(arrivals) - 1 for arrivals in times) / seconds, milliseconds
 
 
 @torch.inference_mode()
@@ -260,14 +260,14 @@ def _published(
     tokens: int,
     to: Path,
 ) -> float:
-    """Tokens a second of the published loop, as described: head and adapter are read anew for every batch, every step
-    computes both distributions for all rows, and what the prompts begin with alike is computed for each of them."""
+    """Tokens a second of the published loop, as described: it reads head and adapter again for every batch, computes
+    both distributions for all rows in every step, and computes the prompts' common beginning for each prompt."""
     stored = to / "published.pt"
     if not stored.exists():
         torch.save({"head": bundle.head.weight, "A": adapter.A.detach(), "B": adapter.B_pd.detach()}, stored)
     device, longest = plm.device, max(map(len, prompts))
     started = time.perf_counter()
-    held = torch.load(stored, map_location=device, weights_only=True)
+    tensors = torch.load(stored, map_location=device, weights_only=True)
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
@@ -280,9 +280,9 @@ def _published(
             position_ids=(mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :],
         )[:, -1]  # fmt: skip
         x = bundle.head.norm(state_BH)
-        log_plm = (x.to(held["head"].dtype) @ held["head"].T).float().log_softmax(-1)
-        h = x.float() + x.float() @ held["A"].T @ held["B"].T
-        log_pema = (h.to(held["head"].dtype) @ held["head"].T).float().log_softmax(-1)
+        log_plm = (x.to(tensors["head"].dtype) @ tensors["head"].T).float().log_softmax(-1)
+        h = x.float() + x.float() @ tensors["A"].T @ tensors["B"].T
+        log_pema = (h.to(tensors["head"].dtype) @ tensors["head"].T).float().log_softmax(-1)
         ids = mix(log_pema, log_plm, torch.full((len(prompts),), 0.9)).argmax(-1, keepdim=True)
         mask = torch.cat([mask, torch.ones_like(ids)], 1)
         ids.tolist()  # as each token is looked at for the end of its answer
@@ -295,14 +295,14 @@ def _published(
 async def _one_by_one(client: Any, count: int) -> list[float]:
     """Seconds of steps of one token, one after the other, of a session that is 200 tokens long."""
     await client.step([Step("it", 0, [5] * 200)])
-    took = []
+    seconds = []
     for _ in range(count):
         started = time.perf_counter()
         (outcome,) = await client.step([Step("it", 199, [6])])
-        took.append(time.perf_counter() - started)
+        seconds.append(time.perf_counter() - started)
         assert isinstance(outcome, Stepped)
     await client.close(["it"])
-    return took[count // 10 :]
+    return seconds[count // 10 :]
 
 
 async def _line_in_a_cluster(scratch: Path, count: int) -> dict[str, float]:
@@ -338,9 +338,9 @@ async def _line_in_a_cluster(scratch: Path, count: int) -> dict[str, float]:
         serve.shutdown()
         ray.shutdown()
     return {
-        f"{where}, {what}": 1e3 * sorted(took)[int(share * (len(took) - 1))]
-        for where, took in (("in one process", within), ("in a cluster", across))
-        for what, share in (("median", 0.5), ("99th percentile", 0.99))
+        f"{place}, {quantile}": 1e3 * sorted(seconds)[int(share * (len(seconds) - 1))]
+        for place, seconds in (("in one process", within), ("in a cluster", across))
+        for quantile, share in (("median", 0.5), ("99th percentile", 0.99))
     }
 
 

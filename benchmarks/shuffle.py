@@ -1,7 +1,7 @@
 """How good windows of shards are beside a perfect shuffle: dev loss of the same training, fed in three orders.
 
-`global` permutes all rows anew every epoch; `window` shuffles the rows of a few shards together, as memories larger
-than a worker need it; a window of one shard is the worst of it: rows of a batch come from neighbouring examples.
+`global` permutes all rows in every epoch; `window` shuffles the rows of a few shards together, as memories larger than
+a worker need it; a window of one shard is the worst case: rows of a batch come from neighbouring examples.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _measure(o: argparse.Namespace) -> None:
     losses: dict[str, list[float]] = {"global": [], "window": [], "one_shard": []}
     steps: dict[str, int] = {}
     for seed in range(o.seeds):
-        for order, found in losses.items():
+        for order, order_losses in losses.items():
             config = TrainConfig(
                 rank=o.rank,
                 residual=True,
@@ -64,9 +64,9 @@ def _measure(o: argparse.Namespace) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 place = Place(device=device)
                 history = AdapterTrainer(adapter, config, head, rows, dev, Path(folder), seed, place).run()
-            found.append(history.validation[-1]["prediction"])
+            order_losses.append(history.validation[-1]["prediction"])
             steps[order] = history.total_steps
-            console.print(f"[dim]seed {seed}, {order}: {found[-1]:.4f}[/]")
+            console.print(f"[dim]seed {seed}, {order}: {order_losses[-1]:.4f}[/]")
     ratios = {
         "window_over_global": mean(losses["window"]) / mean(losses["global"]),
         "one_shard_over_global": mean(losses["one_shard"]) / mean(losses["global"]),

@@ -1,7 +1,6 @@
 """Peak memory of stage 3 against rows, rank, vocabulary and batch: the workers of `train_adapter`, in other sizes.
 
-Rows are held apart from what is counted (a worker has them in memory or in the object store): what is left should not
-grow with them.
+Rows do not count (a worker has them in memory or in the object store): the remaining memory should not grow with them.
 """
 
 from __future__ import annotations
@@ -51,11 +50,11 @@ def main() -> None:
 
 def _peak(o: argparse.Namespace, hidden: int, size: dict[str, int]) -> int:
     with tempfile.TemporaryDirectory(prefix="sm", dir=o.scratch) as data:
-        chosen = [f"--{name}={value}" for name, value in {**size, "hidden": hidden, "threads": o.threads}.items()]
-        common = [*chosen, f"--data={data}", *(["--gpu"] if o.gpu else [])]
+        arguments = [f"--{name}={value}" for name, value in {**size, "hidden": hidden, "threads": o.threads}.items()]
+        common = [*arguments, f"--data={data}", *(["--gpu"] if o.gpu else [])]
         run_worker(str(WORKER), ["--worker=data", *common])
-        found: dict[str, Any] = run_worker(str(WORKER), ["--worker=ours", *common])
-    return found["peak_bytes"]
+        result: dict[str, Any] = run_worker(str(WORKER), ["--worker=ours", *common])
+    return result["peak_bytes"]
 
 
 if __name__ == "__main__":

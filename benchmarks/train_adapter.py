@@ -111,7 +111,7 @@ def _options() -> argparse.Namespace:
 def _measure(o: argparse.Namespace, scratch: Path) -> None:
     device = device_of(o)
     _worker(o, "data", scratch)
-    asked, o.batch = o.batch, _fitting(o, device)
+    requested, o.batch = o.batch, _fitting(o, device)
     while True:
         try:
             ours, published, stage1 = _turns(o, scratch)
@@ -144,8 +144,8 @@ def _measure(o: argparse.Namespace, scratch: Path) -> None:
             f"stage1_speed is a lower bound: after {stage1['seconds']:.0f} s and {stage1['epochs']} epochs the "
             f"published loop is at {stage1['error']:.4g}, the closed form at {ours[0]['reconstruction_error']:.4g}."
         )
-    if o.batch != asked:
-        notes.append(f"Batches of {asked:,} do not fit the published loop here: both sides ran with {o.batch:,}.")
+    if o.batch != requested:
+        notes.append(f"Batches of {requested:,} do not fit the published loop here: both sides ran with {o.batch:,}.")
     figures = {
         "stage1": {
             "closed_form_seconds": closed_form,
@@ -158,7 +158,7 @@ def _measure(o: argparse.Namespace, scratch: Path) -> None:
             "ratio_is_lower_bound": not stage1["reached"],
             "published_curve": stage1["curve"],
         },
-        "stage3": {"rows_per_second": rates, "peak_bytes": peaks, "batch": o.batch, "batch_asked": asked},
+        "stage3": {"rows_per_second": rates, "peak_bytes": peaks, "batch": o.batch, "batch_asked": requested},
         **{name: getattr(o, name) for name in ("rows", "hidden", "vocabulary", "rank", "spectrum", "dropout")},
         "head_dtype": {"ours": ours[0]["head_dtype"], "published": "float32"},
         "device": str(device),
@@ -197,7 +197,7 @@ def _worker(o: argparse.Namespace, worker: str, data: Path) -> dict[str, Any]:
 
 
 def _fitting(o: argparse.Namespace, device: torch.device) -> int:
-    """The batch asked for, halved until the published loop's logits, their softmax and their gradient fit."""
+    """The requested batch, halved until the published loop's logits, their softmax and their gradient fit."""
     free, batch = memory_available(device), o.batch
     while free is not None and batch > 1 and 3.2 * batch * o.vocabulary * 4 + MARGIN > free:
         batch //= 2

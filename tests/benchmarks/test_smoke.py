@@ -18,29 +18,21 @@ from tests.data_owner.training.test_ray_training import write_memory
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-def smoke(name: str, results: Path, *more: str) -> dict[str, Any]:
+def smoke(name: str, folder: Path, *arguments: str) -> dict[str, Any]:
     """Run a benchmark in its smallest size, in a process of its own, and read its results."""
-    command = [
-        sys.executable,
-        str(BENCHMARKS / f"{name}.py"),
-        "--smoke",
-        "--threads",
-        "1",
-        "--results-dir",
-        str(results),
-        *more,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads((results / f"{name}.json").read_text())
-    assert set(found) == {"ratios", "figures", "machine", "commit"}
-    assert found["figures"]["smoke"] is True
-    assert set(found["figures"]["aims"]) == set(found["ratios"])
-    assert all(math.isfinite(ratio) and ratio > 0 for ratio in found["ratios"].values())
-    assert {"cpu", "gpu", "torch"} <= set(found["machine"])
-    assert found["commit"] is None or len(found["commit"]) == 40
-    assert all(ratio in done.stdout for ratio in found["ratios"])
-    return found
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--smoke", "--threads=1", f"--results-dir={folder}"]
+    command += arguments
+    process = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stderr[-4000:]
+    results = json.loads((folder / f"{name}.json").read_text())
+    assert set(results) == {"ratios", "figures", "machine", "commit"}
+    assert results["figures"]["smoke"] is True
+    assert set(results["figures"]["aims"]) == set(results["ratios"])
+    assert all(math.isfinite(ratio) and ratio > 0 for ratio in results["ratios"].values())
+    assert {"cpu", "gpu", "torch"} <= set(results["machine"])
+    assert results["commit"] is None or len(results["commit"]) == 40
+    assert all(ratio in process.stdout for ratio in results["ratios"])
+    return results
 
 
 @pytest.mark.slow
@@ -66,14 +58,14 @@ def test_build_plan_measures_the_driver(tmp_path: Path):
 @pytest.mark.slow
 def test_generation_measures_the_decoder_beside_plain_generation(tmp_path: Path):
     rates = smoke("generation", tmp_path)["figures"]["tokens_per_second"]
-    assert set(rates) == {f"{who}, {what}" for who in ("PEMA", "generate") for what in ("fixed", "task")}
+    assert set(rates) == {f"{side}, {length}" for side in ("PEMA", "generate") for length in ("fixed", "task")}
 
 
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_line_measures_builds_over_https_and_steps_beside_extractions(tmp_path: Path):
-    found = smoke("line", tmp_path)
-    assert {"step_milliseconds", "device"} < set(found["figures"]) and len(found["ratios"]) > 1
+    results = smoke("line", tmp_path)
+    assert {"step_milliseconds", "device"} < set(results["figures"]) and len(results["ratios"]) > 1
 
 
 @pytest.mark.slow
@@ -138,7 +130,9 @@ def test_serving_measures_the_line_in_a_cluster(tmp_path: Path):
 @pytest.mark.slow
 def test_trime_measures_steps_evaluation_and_retrieval(tmp_path: Path):
     figures = smoke("trime", tmp_path)["figures"]
-    assert set(figures["step_peak_bytes"]) == {f"{who} {m}" for who in ("ours", "published") for m in ("local", "long")}
+    assert set(figures["step_peak_bytes"]) == {
+        f"{side} {m}" for side in ("ours", "published") for m in ("local", "long")
+    }
     assert figures["recall"] >= 0.95
 
 
