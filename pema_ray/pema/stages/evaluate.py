@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, get_args
 
 from pema_ray.data_owner.config import GenerateConfig, ScheduleKind
@@ -123,44 +124,23 @@ def _score(
 ) -> list[SystemScore]:
     options = run.config.generate
 
-    def scored(
-        name: str,
-        kind: Any,
-        texts: list[str],
-        lam: float | None = None,
-        schedule: str | None = None,
-        seconds: float | None = None,
-        configured: bool = False,
-    ) -> SystemScore:
-        s = scorer.score(texts)
-        return SystemScore(
-            name=name,
-            configured=configured,
-            kind=kind,
-            lambda_max=lam,
-            schedule=schedule,
-            bleu=s.bleu,
-            chrf=s.chrf,
-            archaic_share=s.archaic_share,
-            archaic_count=s.archaic_count,
-            examples=len(texts),
-            seconds=seconds,
-            mean_words=s.mean_words,
-        )
+    def scored(name: str, kind: Any, texts: list[str], **fields: Any) -> SystemScore:
+        return SystemScore(name=name, kind=kind, examples=len(texts), **asdict(scorer.score(texts)), **fields)
 
     systems = [scored("copy of the source", "copy", [pair.source for pair in pairs])]
     for name, system_rows in rows.items():
         seconds = sum(answer.seconds for answer in answers[name])
         texts = [row["answer"] for row in system_rows]
         if name == _plm_name(run.config, run.config.task.shots):
-            systems.append(scored(name, "plm", texts, 0.0, "constant", seconds))
+            systems.append(scored(name, "plm", texts, lambda_max=0.0, schedule="constant", seconds=seconds))
         elif name.startswith("PLM"):
             systems.append(scored(name, "few_shot", texts, seconds=seconds))
         else:
             lam = next(lam for lam in run.config.evaluate.generate_lambdas if f"λ {lam:g} " in name)
-            systems.append(scored(name, "pema", texts, lam, "constant", seconds))
+            systems.append(scored(name, "pema", texts, lambda_max=lam, schedule="constant", seconds=seconds))
     texts, seconds = [row["answer"] for row in pema_rows], sum(row["seconds"] for row in pema_rows)
-    systems.append(scored(_name(options), "pema", texts, options.lambda_max, options.schedule, seconds, True))
+    settings = {"lambda_max": options.lambda_max, "schedule": options.schedule}
+    systems.append(scored(_name(options), "pema", texts, seconds=seconds, configured=True, **settings))
     return systems
 
 
@@ -235,11 +215,7 @@ def _measure(evaluation: Evaluation) -> dict[str, Any]:
     nll = dict(zip(sweep.lambdas, sweep.nll, strict=True))
     configured_lam = pema.lambda_max or 0.0
     return {
-        "nll": {
-            "plm": sweep.plm,
-            "pema": sweep.pema,
-            **{f"lambda_{lam:g}": value for lam, value in nll.items()},
-        },
+        "nll": {"plm": sweep.plm, "pema": sweep.pema, **{f"lambda_{lam:g}": value for lam, value in nll.items()}},
         "bleu": {s.name: round(s.bleu, 2) for s in evaluation.systems},
         "chrf": {s.name: round(s.chrf, 2) for s in evaluation.systems},
         "archaic": {s.name: s.archaic_count for s in evaluation.systems},
