@@ -1,7 +1,7 @@
 """Number formats of stored representations. N rows, H hidden.
 
-`float32` is exact, `float16` and `bfloat16` halve the bytes, `int8` quarters them: each row is divided by a scale of
-its own, `max|row| / 127`, and rounded. Whoever reads keys gets float32, whatever is stored.
+`float32` is exact, `float16` and `bfloat16` halve the bytes, `int8` quarters them: each row is divided by its scale,
+`max|row| / 127`, and rounded. Reading returns float32, whatever the format.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STORAGE: dict[KeyDtype, np.dtype] = {
     "bfloat16": np.dtype("<u2"),
     "int8": np.dtype("i1"),
 }
-_INT8_MOST = 127
+_INT8_MAX = 127
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class Keys:
 
 
 def decode(data_NH: torch.Tensor, scale_N: torch.Tensor | None, dtype: KeyDtype) -> torch.Tensor:
-    """Stored representations as float32 `[N, H]`, on the device where they lie."""
+    """Stored representations as float32 `[N, H]`, on their device."""
     if dtype == "bfloat16":
         return data_NH.view(torch.bfloat16).float()
     return data_NH.float() if scale_N is None else data_NH.float() * scale_N[:, None]
@@ -118,9 +118,9 @@ def encode(exact_NH: np.ndarray, dtype: KeyDtype) -> Keys:
             )
         return Keys(dtype, stored)
     if dtype == "int8":
-        scale = np.abs(exact).max(axis=1, initial=0.0) / np.float32(_INT8_MOST)
-        safe = np.where(scale > 0, scale, np.float32(1))
-        steps = np.clip(np.rint(exact / safe[:, None]), -_INT8_MOST, _INT8_MOST)  # a subnormal scale is itself rounded
+        scale = np.abs(exact).max(axis=1, initial=0.0) / np.float32(_INT8_MAX)
+        divisor = np.where(scale > 0, scale, np.float32(1))
+        steps = np.clip(np.rint(exact / divisor[:, None]), -_INT8_MAX, _INT8_MAX)  # a subnormal scale is itself rounded
         return Keys(dtype, steps.astype(np.int8), scale.astype(np.float32))
     with np.errstate(over="ignore"):
         half = exact.astype(np.float16)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from pema_ray.runtime.settings import Section, Split
 
@@ -16,22 +13,22 @@ class BuildMemoryConfig(Section):
     """The external memory: PLM actors, batches, rows."""
 
     actors: int = Field(default=1, ge=1)
-    """Actors that hold a PLM of one's own, or are clients of somebody else's."""
+    """Actors that load the PLM (`plm.name`), or are clients of a served PLM."""
     max_actors: int | None = Field(default=None, ge=1)
-    """More actors, up to so many, while shards wait and the cluster has room; none: always `actors`."""
+    """Maximum number of actors while shards wait and the cluster has room; none: always `actors`."""
     cpus_per_actor: float = Field(default=2, gt=0)
-    """CPUs that one actor with a PLM of one's own asks of Ray; a client of somebody else's asks for 0.25."""
+    """CPUs that one actor with its own PLM requests from Ray; a client of a served PLM requests 0.25."""
     gpus_per_actor: float = Field(default=0, ge=0)
-    """GPUs that one actor asks of Ray; for a PLM of one's own."""
+    """GPUs that one actor with its own PLM requests from Ray."""
     requests_in_flight: int = Field(default=4, ge=1)
-    """Batches that one actor has under way at the PLM owner at the same time."""
+    """Concurrent requests of one actor to the PLM owner."""
     patience_seconds: float = Field(default=600.0, gt=0)
-    """Longest wait of a request that is over quota or finds nobody; then the build ends. A new start continues it."""
+    """Maximum wait of a request while over quota or without connection; then the build ends. A new start resumes it."""
     examples_per_shard: int = Field(default=256, ge=1)
     """Examples per Parquet file: the unit of work and of resuming."""
     max_batch_tokens: int = Field(default=4096, ge=1)
-    """Most token positions (padding included, shared prompt prefix apart) in one request to the PLM, which may compute
-    it in several passes."""
+    """Maximum token positions (with padding, without the shared prompt prefix) in one request to the PLM, which may
+    compute it in several passes."""
     key_dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
     """Number format of the representations: 16 bits are half the disk, `int8` (a scale for each row) a quarter."""
     context: Literal["teacher_forced", "generated"] = "teacher_forced"
@@ -42,13 +39,13 @@ class BuildMemoryConfig(Section):
     """Keep equal rows (same text before, same token) of the training split once, with their number as a weight. The
     process that plans then holds all training pairs, some KB each."""
     prompts: bool = False
-    """Keep rows of every prompt too, from where prompts begin to differ; `train.look_back` needs them."""
+    """Keep rows of every prompt too, from the first token that differs; `train.look_back` needs them."""
     splits: tuple[Split, ...] = ("train", "dev", "test")
     """`train` needs train and dev, `evaluate` needs `generate.split`."""
     max_rejected: int = Field(default=0, ge=0)
-    """Bad examples (too long, empty target) of a split that are set aside; more of them fail the build."""
+    """Maximum number of bad examples (too long, empty target) of a split that are set aside; more fail the build."""
     overwrite: bool = False
-    """Throw away a memory that was built with other settings, instead of refusing."""
+    """Replace a memory that was built with other settings, instead of refusing."""
 
     @model_validator(mode="after")
     def _has_room_to_grow(self) -> BuildMemoryConfig:

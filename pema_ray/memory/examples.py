@@ -1,6 +1,6 @@
-"""Where the examples of a build come from: rows by number, read and tokenised where they are needed.
+"""The examples of a build: numbered, read and tokenised where they are needed.
 
-`PreparedPairs` are rows of `prepare/<split>.parquet`, which tasks tokenise; `ListedExamples` are at hand already.
+`PreparedPairs` are rows of `prepare/<split>.parquet`, which tasks tokenise; `ListedExamples` are tokenised already.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from pema_ray.line.tokenizer import PLMTokenizer
 from pema_ray.tasks import EncodedPair, Pair, Prompter, Task
 from pema_ray.tasks.shots import SimilarShots
 
-_ROWS_AT_ONCE = 2**16
+_BATCH_ROWS = 2**16
 _FEW = 1024  # pairs: tokenised within a second, sooner than Ray starts a worker
-_prompters: dict[tuple[str, str], Prompter] = {}  # (fingerprint, digest of a wording) → its prompter, once in a process
+_prompters: dict[tuple[str, str], Prompter] = {}  # cache of this process: (fingerprint, digest of a wording) → prompter
 
 
 class Examples(Protocol):
@@ -38,13 +38,13 @@ class Examples(Protocol):
 
     @property
     def digest(self) -> str:
-        """sha256 of everything that `read` depends on."""
+        """sha256 of everything that determines `read`."""
         ...
 
     def __len__(self) -> int: ...
 
     def read(self, start: int, stop: int) -> list[EncodedPair]:
-        """Examples number `start` to `stop`, the last one excluded."""
+        """Examples number `start` to `stop`, `stop` excluded."""
         ...
 
 
@@ -71,15 +71,15 @@ class ListedExamples:
 
 @dataclass(frozen=True)
 class Wording:
-    """What prompts are made of, small enough to travel: each process makes its `Prompter` once.
+    """The specification of prompts, cheap to pickle: each process makes its `Prompter` once.
 
     Attributes:
         bundle: the LM-head bundle's folder, for its tokenizer.
         shown: pairs that every prompt shows.
-        similar: the prepared pairs to choose from, where each prompt shows those most like its source. Every process
-            that tokenises then holds all of them.
+        similar: the prepared pairs to choose from, if each prompt shows those most similar to its source. Every
+            process that tokenises then holds all of them.
         shots: how many of those a prompt shows.
-        chat_template_kwargs: what a chat template takes beside the messages.
+        chat_template_kwargs: arguments of a chat template beside the messages.
     """
 
     bundle: Path
@@ -92,10 +92,10 @@ class Wording:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of what a prompter renders with; the tokenizer is covered by the PLM's fingerprint."""
-        worded = [self.task.template, self.task.chat_system, self.task.chat_user] if self.chat else self.task.template
-        chosen = [self.shots, content_digest(self.similar)] if self.similar else None
-        described = [worded, self.chat, [asdict(pair) for pair in self.shown], chosen]
+        """sha256 of a prompter's inputs; the PLM's fingerprint covers the tokenizer."""
+        template = [self.task.template, self.task.chat_system, self.task.chat_user] if self.chat else self.task.template
+        similar = [self.shots, content_digest(self.similar)] if self.similar else None
+        described = [template, self.chat, [asdict(pair) for pair in self.shown], similar]
         described += [dict(self.chat_template_kwargs)] if self.chat_template_kwargs else []
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
@@ -114,7 +114,7 @@ class Wording:
 
     @cached_property
     def probe(self) -> list[list[int]]:
-        """Token ids of a fixed prompt and target, without pairs shown: they tell one way of tokenising from another."""
+        """Token ids of a fixed prompt and target, without shots; they differ between ways of tokenising."""
         tokenizer = LMHeadBundle.load(self.bundle).tokenizer()
         example = self._prompter(tokenizer).encode_pair(Pair(0, "Thou art 1 äß.", "You are 1 äß."))
         return [example.prompt, example.target]
@@ -139,12 +139,8 @@ class PreparedPairs:
     def at_hand(self) -> bool:
         return len(self) <= _FEW and self.wording.similar is None
 
-    @property
-    def digest(self) -> str:
-        return self._digest
-
     @cached_property
-    def _digest(self) -> str:  # reads the whole file
+    def digest(self) -> str:  # reads the whole file
         parts = [content_digest(self.path), self.wording.digest, self.wording.probe]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -158,10 +154,10 @@ class PreparedPairs:
 
 
 def read_pairs(path: Path, start: int = 0, stop: int | None = None) -> Iterator[Pair]:
-    """Prepared pairs number `start` to `stop`; only the row groups that hold them are read, one after the other.
+    """Prepared pairs number `start` to `stop`; reads their row groups only, one after the other.
 
     Raises:
-        UserError: there is no such file, or none of `prepare`.
+        UserError: the file does not exist, or `prepare` did not write it.
     """
     with _open(path) as file:
         begin = 0
@@ -175,18 +171,18 @@ def read_pairs(path: Path, start: int = 0, stop: int | None = None) -> Iterator[
 
 
 def content_digest(path: Path) -> str:
-    """sha256 of the pairs in a prepared file, whatever its row groups, encodings and metadata. Reads all of it once."""
+    """sha256 of the pairs in a prepared file, whatever its row groups, encodings and metadata. Reads the whole file."""
     columns = ("example_id", "source", "target")
     contents, lengths = {name: hashlib.sha256() for name in columns}, hashlib.sha256()
     with _open(path) as file:
-        for batch in file.iter_batches(_ROWS_AT_ONCE, columns=list(columns)):
+        for batch in file.iter_batches(_BATCH_ROWS, columns=list(columns)):
             contents["example_id"].update(batch.column("example_id").to_numpy().astype("<i8").tobytes())
             texts = [batch.column(name).cast(pa.binary()) for name in columns[1:]]
             for name, text in zip(columns[1:], texts, strict=True):
                 contents[name].update(b"".join(text.to_pylist()))
             lengths.update(np.column_stack([_lengths(text) for text in texts]).tobytes())
-    found = [digest.hexdigest() for digest in (*contents.values(), lengths)]
-    return hashlib.sha256("".join(found).encode()).hexdigest()
+    digests = [digest.hexdigest() for digest in (*contents.values(), lengths)]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _lengths(text: pa.BinaryArray) -> np.ndarray:

@@ -41,12 +41,12 @@ class ExternalMemory:
         return memory
 
     def check_owner(self, card: ModelCard | None) -> None:
-        """Refuse to be used with a PLM that did not make these rows."""
+        """Raise `FingerprintMismatch` if another PLM made these rows."""
         if card is not None and not self.manifest.belongs_to(card):
             raise FingerprintMismatch(f"The memory {self.folder}", self.manifest.plm_label, card.label)
 
     def __getstate__(self) -> dict[str, object]:
-        """Another process checks files by itself."""
+        """Without the checked files: another process checks them itself."""
         return {**self.__dict__, "_checked": {}}
 
     def __len__(self) -> int:
@@ -58,10 +58,10 @@ class ExternalMemory:
         A file's checksum is computed when it is first read, and again only when its size or time has changed.
 
         Args:
-            prompts: with the rows of prompts, where the memory has them.
+            prompts: with the rows of prompts, if the memory has them.
 
         Raises:
-            UserError: a shard is missing, damaged, or has not the rows the manifest promises.
+            UserError: a shard is missing, damaged, or has other rows than the manifest says.
         """
         for info in self.manifest.shards:
             yield self.shard(info, verify, prompts)
@@ -77,11 +77,12 @@ class ExternalMemory:
         return rows if prompts else rows.of_targets
 
     def _read(self, path: Path, sha256: str) -> MemoryRows:
-        found = path.stat() if path.exists() else None
-        seen = None if found is None else (found.st_size, found.st_mtime_ns)
-        rows = read_shard(path, None if seen is not None and self._checked.get(path.name) == seen else sha256)
-        if seen is not None:
-            self._checked[path.name] = seen
+        if not path.exists():
+            return read_shard(path, sha256)  # raises
+        status = path.stat()
+        version = status.st_size, status.st_mtime_ns
+        rows = read_shard(path, None if self._checked.get(path.name) == version else sha256)
+        self._checked[path.name] = version
         return rows
 
     @property
@@ -91,7 +92,7 @@ class ExternalMemory:
 
     @property
     def mean_weight(self) -> float:
-        """How often a row occurs, on average."""
+        """Mean number of occurrences of a row."""
         return sum(info.represents or info.rows for info in self.manifest.shards) / len(self)
 
     def read(self, shards: Sequence[int]) -> MemoryRows:
@@ -99,22 +100,17 @@ class ExternalMemory:
         return MemoryRows.concatenate([self.shard(self.manifest.shards[number]) for number in shards])
 
     def load(self, max_examples: int | None = None, max_rows: int | None = None) -> MemoryRows:
-        """Rows as one block in memory, in example order.
-
-        Args:
-            max_examples: stop after the first so many examples.
-            max_rows: stop after so many rows.
-        """
+        """Rows as one block in memory, in example order, up to `max_examples` examples and `max_rows` rows."""
         return MemoryRows.concatenate(list(self._first(max_examples, max_rows)))
 
     def view(
         self, max_examples: int | None = None, max_rows: int | None = None, prompts: bool = False, verify: bool = True
     ) -> RowsView:
-        """The same rows without the copy that makes one block of them: shards stay as they were read.
+        """The same rows without copying them into one block: shards stay as they were read.
 
         Args:
-            prompts: with the rows of prompts, so that every example is a whole sequence.
-            verify: check the files against the manifest; off where another process of this machine does.
+            prompts: with the rows of prompts, so that every example is a complete sequence.
+            verify: check the files against the manifest; off if another process of this machine does.
 
         Raises:
             UserError: the memory has no rows of prompts.
@@ -145,7 +141,7 @@ class ExternalMemory:
 
 
 class RowsView:
-    """Rows of several shards, as if they were one block.
+    """Rows of several shards with the interface of one block.
 
     Attributes:
         target: `[N]`; weight: `[N]` or None; these are copied, the keys are not.
@@ -158,20 +154,20 @@ class RowsView:
         self._ends = np.cumsum([len(part) for part in parts])
         self.target = np.concatenate([part.target for part in parts])
         self.weight = weights_of(parts)
-        self._places = [(part.example_id, part.position) for part in parts]
+        self._ids_and_positions = [(part.example_id, part.position) for part in parts]
 
     def __len__(self) -> int:
         return len(self.target)
 
     @property
     def example_id(self) -> np.ndarray:
-        """`[N]`, copied anew whenever it is asked for."""
-        return np.concatenate([example for example, _ in self._places])
+        """`[N]`, a new copy at each access."""
+        return np.concatenate([example_id for example_id, _ in self._ids_and_positions])
 
     @property
     def position(self) -> np.ndarray:
-        """`[N]`, copied anew whenever it is asked for."""
-        return np.concatenate([position for _, position in self._places])
+        """`[N]`, a new copy at each access."""
+        return np.concatenate([position for _, position in self._ids_and_positions])
 
     @property
     def key(self) -> RowsView:
@@ -189,9 +185,9 @@ class RowsView:
         data = np.empty((len(rows), first.shape[1]), first.data.dtype)
         scale = None if first.scale is None else np.empty(len(rows), first.scale.dtype)
         for number in np.unique(shard):
-            chosen = shard == number
-            part = self._keys[number].take(rows[chosen] - (self._ends[number] - len(self._keys[number])))
-            data[chosen] = part.data
+            in_shard = shard == number
+            part = self._keys[number].take(rows[in_shard] - (self._ends[number] - len(self._keys[number])))
+            data[in_shard] = part.data
             if scale is not None and part.scale is not None:
-                scale[chosen] = part.scale
+                scale[in_shard] = part.scale
         return Keys(first.dtype, data, scale)

@@ -1,4 +1,4 @@
-"""Looks at finished memories and makes new ones of them: verify, convert, merge, import. N rows, H hidden.
+"""Verifies, converts, merges and imports memories. N rows, H hidden.
 
 A new memory is written shard by shard into a folder of its own, its manifest last: a stopped command leaves no memory.
 """
@@ -17,7 +17,8 @@ from pema_ray.line import ModelCard
 from pema_ray.memory.codec import KeyDtype, encode
 from pema_ray.memory.external_memory import ExternalMemory
 from pema_ray.memory.manifest import MANIFEST, Manifest, ShardInfo
-from pema_ray.memory.shards import MemoryRows, write_shard
+from pema_ray.memory.shards import MemoryRows, save_shard
+from pema_ray.memory.specification import shard_name
 from pema_ray.tasks.sources import name_of_example
 
 Progress = Callable[[ShardInfo], None]
@@ -25,7 +26,7 @@ _IMPORTED_ROWS = 65_536  # rows a shard, of imported memories
 
 
 def verify(folder: Path, on_shard: Progress = lambda info: None) -> list[str]:
-    """Everything that is wrong with a memory, in words; nothing if it is sound.
+    """The problems of a memory, one message each; none if it is sound.
 
     Reads every byte: checksums, row counts, finite keys, targets that the vocabulary has, rows of an example in order.
 
@@ -41,9 +42,9 @@ def verify(folder: Path, on_shard: Progress = lambda info: None) -> list[str]:
             problems.append(str(error))
         on_shard(info)
     total, examples = (sum(getattr(info, name) for info in memory.manifest.shards) for name in ("rows", "examples"))
-    for name, found, told in (("rows", total, len(memory)), ("examples", examples, memory.manifest.examples)):
-        if found != told:
-            problems.append(f"{folder / MANIFEST}: {told:,} {name} in all, but its shards have {found:,}")
+    for name, counted, stated in (("rows", total, len(memory)), ("examples", examples, memory.manifest.examples)):
+        if counted != stated:
+            problems.append(f"{folder / MANIFEST}: {stated:,} {name} in all, but its shards have {counted:,}")
     return problems
 
 
@@ -73,8 +74,8 @@ def convert(source: Path, target: Path, key_dtype: KeyDtype, on_shard: Progress 
     shards = []
     for info in memory.manifest.shards:
         rows = memory.shard(info, prompts=True)
-        changed = replace(rows, key=encode(rows.key[:], key_dtype))
-        shards.append(_write(target, info.name, changed, info))
+        converted = replace(rows, key=encode(rows.key[:], key_dtype))
+        shards.append(save_shard(target / info.name, converted, info.examples, info.tokens, info.padded_tokens))
         on_shard(shards[-1])
     changes = {"key_dtype": key_dtype, "plan_hash": _derived(memory.manifest.plan_hash, "convert", key_dtype)}
     return _finish(target, memory.manifest, shards, changes)
@@ -92,33 +93,34 @@ def merge(sources: Sequence[Path], target: Path, on_shard: Progress = lambda inf
     memories = [ExternalMemory.open(source) for source in sources]
     first = memories[0].manifest
     for memory in memories[1:]:
-        other = memory.manifest
-        if other.fingerprint != first.fingerprint:
-            raise FingerprintMismatch(f"The memory {memory.folder}", other.plm_label, first.plm_label)
+        manifest = memory.manifest
+        if manifest.fingerprint != first.fingerprint:
+            raise FingerprintMismatch(f"The memory {memory.folder}", manifest.plm_label, first.plm_label)
         for name in ("key_dtype", "eos_token_id", "context", "prompt_from"):
-            mine, theirs = getattr(first, name), getattr(other, name)
-            if mine != theirs:
-                way = " Convert one of them first." if name == "key_dtype" else ""
-                raise UserError(f"{memory.folder}: {name} is {theirs}, that of {memories[0].folder} is {mine}.{way}")
+            value, expected = getattr(manifest, name), getattr(first, name)
+            if value != expected:
+                hint = " Convert one of them first." if name == "key_dtype" else ""
+                raise UserError(
+                    f"{memory.folder}: {name} is {value}, that of {memories[0].folder} is {expected}.{hint}"
+                )
     _claim(target)
     shards: list[ShardInfo] = []
-    owner: dict[int, int] = {}
+    owner: dict[int, int] = {}  # example_id → number of its memory
     weighted = any(info.represents is not None for memory in memories for info in memory.manifest.shards)
-    for place, memory in enumerate(memories):
+    for number, memory in enumerate(memories):
         for info in memory.manifest.shards:
             rows = memory.shard(info, prompts=True)
             if weighted and rows.weight is None:
                 rows = replace(rows, weight=np.ones(len(rows), np.int32))
             for example in np.unique(rows.example_id).tolist():
-                if owner.setdefault(example, place) != place:
-                    other = memories[owner[example]].folder
-                    name = name_of_example(example).capitalize()
-                    raise UserError(f"{name} is in {other} and in {memory.folder}: merge takes it once.")
-            shards.append(_write(target, f"shard-{len(shards):05d}.parquet", rows, info))
+                if owner.setdefault(example, number) != number:
+                    name, folder = name_of_example(example).capitalize(), memories[owner[example]].folder
+                    raise UserError(f"{name} is in {folder} and in {memory.folder}: merge takes it once.")
+            path = target / shard_name(len(shards))
+            shards.append(save_shard(path, rows, info.examples, info.tokens, info.padded_tokens))
             on_shard(shards[-1])
-    tasks = "+".join(dict.fromkeys(memory.manifest.task for memory in memories))
     changes = {
-        "task": tasks,
+        "task": "+".join(dict.fromkeys(memory.manifest.task for memory in memories)),
         "rejected": sum(memory.manifest.rejected for memory in memories),
         "plan_hash": _derived(*(memory.manifest.plan_hash for memory in memories), "merge"),
     }
@@ -138,12 +140,12 @@ def import_memmaps(
 ) -> Manifest:
     """A memory from the published code's raw arrays `dstore_keys.npy [N, H]` and `dstore_vals.npy [N, 1]`.
 
-    They carry no header: shape and numbers are as told. Neither do they say which rows belong together, so each row
-    becomes an example of its own, nor which PLM made them: `card` is taken on trust.
+    They have no header: shape and dtypes come from the arguments. They do not record which rows belong together, so
+    each row becomes an example of its own, nor which PLM made them: `card` is taken on trust.
 
     Args:
         rows: N; H is the card's.
-        keys_dtype, targets_dtype: of the arrays; by default what the files' sizes say. The published code writes
+        keys_dtype, targets_dtype: of the arrays; by default inferred from the files' sizes. The published code writes
             float32 keys with int32 ids, or float16 with int16 (`dstore_fp16`).
 
     Raises:
@@ -156,10 +158,10 @@ def import_memmaps(
     for number, start in enumerate(range(0, rows, _IMPORTED_ROWS)):
         part = slice(start, min(rows, start + _IMPORTED_ROWS))
         tokens = np.asarray(ids[part, 0], np.int64)
-        wrong = np.flatnonzero((tokens < 0) | (tokens >= card.vocab_size))
-        if len(wrong):
+        invalid = np.flatnonzero((tokens < 0) | (tokens >= card.vocab_size))
+        if len(invalid):
             raise UserError(
-                f"{targets}: row {start + wrong[0]} holds {tokens[wrong[0]]}, no token of {card.name} (0 to "
+                f"{targets}: row {start + invalid[0]} holds {tokens[invalid[0]]}, no token of {card.name} (0 to "
                 f"{card.vocab_size - 1}). Is {ids.dtype} its dtype? The published code's int16 ids overflow."
             )
         index = np.arange(part.start, part.stop, dtype=np.int64)
@@ -169,9 +171,9 @@ def import_memmaps(
             index,
             np.zeros(len(index), np.int32),
         )
-        shards.append(_write(target, f"shard-{number:05d}.parquet", block))
+        shards.append(save_shard(target / shard_name(number), block, len(block)))
         on_shard(shards[-1])
-    described = Manifest(
+    manifest = Manifest(
         plm_name=card.name,
         fingerprint=card.fingerprint,
         hidden_size=card.hidden_size,
@@ -186,23 +188,24 @@ def import_memmaps(
         examples=rows,
         shards=tuple(shards),
     )
-    return _finish(target, described, shards, {})
+    manifest.save(target)
+    return manifest
 
 
-def _memmap(path: Path, dtype: str | None, known: Sequence[str], rows: int, columns: int) -> np.ndarray:
-    """An array of numbers `[rows, columns]`; without `dtype`, of the known one that explains the file's size."""
+def _memmap(path: Path, dtype: str | None, names: Sequence[str], rows: int, columns: int) -> np.ndarray:
+    """An array of numbers `[rows, columns]`; without `dtype`, of the named dtype that matches the file's size."""
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
-    found, count = path.stat().st_size, rows * columns
+    size, count = path.stat().st_size, rows * columns
     try:
-        chosen = [np.dtype(dtype)] if dtype else [np.dtype(name) for name in known]
+        candidates = [np.dtype(dtype)] if dtype else [np.dtype(name) for name in names]
     except TypeError:
-        raise UserError(f"'{dtype}' is no number format: write {', '.join(known)}.") from None
-    fitting = [numbers for numbers in chosen if rows > 0 and count * numbers.itemsize == found]
-    if not fitting:
-        sizes = " or ".join(f"{count * numbers.itemsize:,} bytes as {numbers}" for numbers in chosen)
-        raise UserError(f"{path}: {rows:,} × {columns:,} numbers take {sizes}, it has {found:,}.")
-    return np.memmap(path, fitting[0], "r", shape=(rows, columns))
+        raise UserError(f"'{dtype}' is no number format: write {', '.join(names)}.") from None
+    matches = [candidate for candidate in candidates if rows > 0 and count * candidate.itemsize == size]
+    if not matches:
+        sizes = " or ".join(f"{count * candidate.itemsize:,} bytes as {candidate}" for candidate in candidates)
+        raise UserError(f"{path}: {rows:,} × {columns:,} numbers take {sizes}, it has {size:,}.")
+    return np.memmap(path, matches[0], "r", shape=(rows, columns))
 
 
 # ── writing ─────────────────────────────────────────────────────────────────
@@ -214,26 +217,9 @@ def _claim(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _write(folder: Path, name: str, rows: MemoryRows, of: ShardInfo | None = None) -> ShardInfo:
-    size, digest = write_shard(folder / name, rows)
-    examples = of.examples if of else len(rows)
-    counts = (of.tokens, of.padded_tokens) if of else (0, 0)
-    return ShardInfo(
-        name=name,
-        rows=rows.target_rows,
-        prompt_rows=len(rows) - rows.target_rows,
-        represents=rows.represents,
-        examples=examples,
-        tokens=counts[0],
-        padded_tokens=counts[1],
-        bytes=size,
-        sha256=digest,
-    )
-
-
-def _finish(folder: Path, like: Manifest, shards: Sequence[ShardInfo], changes: Mapping[str, object]) -> Manifest:
+def _finish(folder: Path, source: Manifest, shards: Sequence[ShardInfo], changes: Mapping[str, object]) -> Manifest:
     counts = {"rows": sum(info.rows for info in shards), "examples": sum(info.examples for info in shards)}
-    manifest = like.model_copy(update={**counts, **changes, "shards": tuple(shards)})
+    manifest = source.model_copy(update={**counts, **changes, "shards": tuple(shards)})
     manifest.save(folder)
     return manifest
 

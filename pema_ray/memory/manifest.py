@@ -1,4 +1,4 @@
-"""What a memory is: schema version, PLM, task, row format, shards with their checksums. Written last."""
+"""The description of a memory: schema version, PLM, task, row format, shards with checksums. Written last."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ class ShardInfo(Section):
     prompt_rows: int = 0
     """Of prompts, at negative positions."""
     represents: int | None = None
-    """Rows before equal ones were counted together; none: they were not looked for."""
+    """Rows before equal ones were counted together; none: not deduplicated."""
     examples: int
     tokens: int
     """Token positions of its examples beyond the prompt prefix that all of them share, without padding."""
     padded_tokens: int
-    """The same with padding: what was paid."""
+    """The same with padding."""
     bytes: int
     sha256: str
 
 
 class Manifest(Section):
-    """`manifest.json`. Holds nothing that differs between two builds of the same thing."""
+    """`manifest.json`. Two builds of the same memory give the same manifest."""
 
     schema_version: int = SCHEMA_VERSION
     plm_name: str
@@ -74,7 +74,7 @@ class Manifest(Section):
         return self.fingerprint == card.fingerprint
 
     def save(self, folder: Path) -> None:
-        """Write `manifest.json`, whole or not at all, with a checksum of itself."""
+        """Write `manifest.json` atomically, with a checksum of itself."""
         fields = self.model_dump(mode="json")
         with atomic_file(folder / MANIFEST) as temporary:
             temporary.write_text(json.dumps({**fields, _CHECKSUM: _checksum(fields)}, indent=2) + "\n")
@@ -84,23 +84,23 @@ class Manifest(Section):
         """Raises `UserError` when there is no manifest, or none that this version can read."""
         path = folder / MANIFEST
         try:
-            found = json.loads(path.read_bytes())
+            fields = json.loads(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{folder}: no external memory here ({MANIFEST} is missing). Run build-memory.") from None
         except ValueError as error:  # broken JSON and broken UTF-8 are ValueErrors
             raise _damaged(path, str(error)) from None
-        if not isinstance(found, dict):
+        if not isinstance(fields, dict):
             raise _damaged(path, "it holds no fields")
-        version = found.get("schema_version")
+        version = fields.get("schema_version")
         if isinstance(version, int) and version != SCHEMA_VERSION:
             raise UserError(
                 f"{path}: schema version {version}, this version reads {SCHEMA_VERSION}. Run build-memory again "
                 "(finished shards are kept), or make it again by the pema-ray memory command that made it."
             )
-        if found.pop(_CHECKSUM, None) != _checksum(found):
+        if fields.pop(_CHECKSUM, None) != _checksum(fields):
             raise _damaged(path, "its checksum is not that of its contents")
         try:
-            return cls.model_validate(found)
+            return cls.model_validate(fields)
         except ValidationError as error:
             first = error.errors()[0]
             raise _damaged(path, f"{'.'.join(map(str, first['loc']))} {first['msg']}") from None

@@ -1,8 +1,7 @@
-"""What a build will make, and how much of it is there: the plan on disk, counted once and kept.
+"""The plan of a build, counted once and kept on disk, and which of its shards are finished.
 
-Which examples the PLM cannot take is known only from their tokens: every shard is counted before the PLM works, by Ray
-tasks where examples have to be tokenised, and the counts are kept in `plan.json`. The process that plans holds no
-examples.
+Only tokens show which examples the PLM cannot take: every shard is counted before the PLM works, by Ray tasks if
+examples have to be tokenised, and `plan.json` keeps the counts. The process that plans holds no examples.
 """
 
 from __future__ import annotations
@@ -22,55 +21,49 @@ from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.memory.manifest import MANIFEST, Manifest, ShardInfo
 from pema_ray.memory.plan import Rejected
 from pema_ray.memory.specification import MemoryBuild, shard_name
-from pema_ray.runtime.files import atomic_file
+from pema_ray.runtime.files import atomic_file, remove_temporary_files
 from pema_ray.runtime.placement import for_tasks, ray_options
 from pema_ray.tasks.sources import name_of_example
 
 _PLAN = "plan.json"
 REJECTED = "rejected.parquet"
-_MOST_BLOCKS = 1024  # Ray Data keeps some 30 KB a block in the driver
+_MAX_BLOCKS = 1024  # Ray Data keeps some 30 KB a block in the driver
 OnCounted = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What each shard of a build will hold, by number; rows are those of targets.
+    """The contents of each shard of a build, by number; rows are those of targets.
 
-    `rows` is exact for a teacher-forced memory and the most there can be for a generated one.
+    `rows` is exact for a teacher-forced memory and an upper limit for a generated one.
     """
 
     examples: tuple[int, ...]
     rows: tuple[int, ...]
     rejected: int
     first_rejected: tuple[Rejected, ...]
-    """As many as may be set aside, and one more, in the order of the examples."""
+    """The first `max_rejected` + 1, in the order of the examples."""
 
 
 def planned_rows(build: MemoryBuild) -> int:
-    """How many rows a teacher-forced memory will have; see `find_or_make_plan`."""
+    """Number of rows of a teacher-forced memory; see `find_or_make_plan`."""
     return sum(find_or_make_plan(build).rows)
 
 
 def planned_mean_weight(build: MemoryBuild) -> float:
-    """How often each of these rows occurs, on average."""
+    """Mean number of occurrences of each of these rows."""
     repeated = sum(weight - 1 for weights in (build.weights or {}).values() for weight in weights if weight)
     return 1 + repeated / planned_rows(build)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files of actors that were killed while they wrote."""
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
-
-
 def prepare_folder(build: MemoryBuild) -> tuple[list[int], list[ShardInfo]]:
-    """Make the folder ready and say what is left: `(numbers of shards to do, receipts of finished ones)`.
+    """Prepare the folder; returns `(numbers of missing shards, receipts of finished ones)`.
 
     Raises:
         UserError: as `find_or_make_plan` does.
     """
     plan = find_or_make_plan(build)
-    remove_leftovers(build.folder)
+    remove_temporary_files(build.folder)
     todo, done = [], []
     for number, rows in enumerate(plan.rows):
         if rows:
@@ -80,11 +73,11 @@ def prepare_folder(build: MemoryBuild) -> tuple[list[int], list[ShardInfo]]:
 
 
 def find_or_make_plan(build: MemoryBuild, on_counted: OnCounted = lambda shards: None) -> Plan:
-    """The plan in a build's folder, or a new one, which is then kept there. Ray must run if one has to be made of
-    examples that are not at hand.
+    """The plan in a build's folder, or a new one, which is then saved there. A new plan of examples that are not at
+    hand needs Ray.
 
     Args:
-        on_counted: told how many more shards were counted.
+        on_counted: called with the number of newly counted shards.
 
     Raises:
         UserError: more examples are bad than `max_rejected` allows, or none is left, or the folder holds a memory
@@ -92,12 +85,11 @@ def find_or_make_plan(build: MemoryBuild, on_counted: OnCounted = lambda shards:
     """
     if not len(build.examples):
         raise UserError(f"Split '{build.split}' has no examples to build a memory from.")
-    if (plan := find_plan(build)) is None:
-        plan = _count(build, on_counted)
-        _check(build, plan)
-        _keep(build, plan)
-    else:
-        _check(build, plan)
+    saved = find_plan(build)
+    plan = saved or _count(build, on_counted)
+    _check(build, plan)
+    if saved is None:
+        _save(build, plan)
     return plan
 
 
@@ -109,29 +101,32 @@ def find_plan(build: MemoryBuild) -> Plan | None:
     """
     if not (build.folder / _PLAN).exists():
         return None
-    key, kept = "unreadable", None
     try:
-        kept = json.loads((build.folder / _PLAN).read_text())
-        key = str(kept["plan_hash"])
-        if key == build.plan_hash:
-            rejected = _read_rejected(build.folder) if kept["rejected"] else []
-            return Plan(tuple(kept["examples"]), tuple(kept["rows"]), kept["rejected"], tuple(rejected))
+        saved = json.loads((build.folder / _PLAN).read_text())
+        plan_hash = str(saved["plan_hash"])
+        if plan_hash == build.plan_hash:
+            rows = pq.read_table(build.folder / REJECTED).to_pylist() if saved["rejected"] else []
+            rejected = tuple(Rejected(**row) for row in rows)
+            return Plan(tuple(saved["examples"]), tuple(saved["rows"]), saved["rejected"], rejected)
     except (OSError, ValueError, KeyError, TypeError):
-        key = "unreadable"
+        plan_hash = "unreadable"
     if build.config.overwrite:
         return None
-    _refuse_other_plm(build)
+    if (build.folder / MANIFEST).exists():
+        manifest = Manifest.read(build.folder)
+        if not manifest.belongs_to(build.card):
+            raise FingerprintMismatch(f"The memory {build.folder}", manifest.plm_label, build.card.label)
     raise UserError(
-        f"{build.folder}: holds a memory built from other examples or with other settings "
-        f"(plan {key}, this run's is {build.plan_hash}). Choose another run_dir, or set build_memory.overwrite=true."
+        f"{build.folder}: holds a memory built from other examples or with other settings (plan {plan_hash}, this "
+        f"run's is {build.plan_hash}). Choose another run_dir, or set build_memory.overwrite=true."
     )
 
 
 def finished_shards(folder: Path) -> list[ShardInfo]:
-    """Receipts of the shards that are there in full, in the order of the plan."""
-    receipts = sorted(folder.glob("shard-*.receipt.json"))
-    found = (read_receipt(receipt.with_name(f"{receipt.name.split('.')[0]}.parquet")) for receipt in receipts)
-    return [info for info in found if info]
+    """Receipts of the finished shards, in the order of the plan."""
+    names = (path.name.split(".")[0] for path in sorted(folder.glob("shard-*.receipt.json")))
+    receipts = (read_receipt(folder / f"{name}.parquet") for name in names)
+    return [receipt for receipt in receipts if receipt]
 
 
 def receipt_path(shard: Path) -> Path:
@@ -139,7 +134,7 @@ def receipt_path(shard: Path) -> Path:
 
 
 def read_receipt(shard: Path) -> ShardInfo | None:
-    """The receipt of a finished shard whose file is there, in full."""
+    """The receipt of a shard, if its file exists and has the receipt's size."""
     try:
         info = ShardInfo.model_validate_json(receipt_path(shard).read_bytes())
         return info if shard.stat().st_size == info.bytes else None
@@ -160,35 +155,19 @@ def _check(build: MemoryBuild, plan: Plan) -> None:
         raise UserError(f"Split '{build.split}': all {len(build.examples):,} examples are bad.")
 
 
-def _keep(build: MemoryBuild, plan: Plan) -> None:
-    """Start the folder anew; the plan is written last."""
+def _save(build: MemoryBuild, plan: Plan) -> None:
+    """Clear the folder and write the plan, last."""
     if (build.folder / _PLAN).exists():
         shutil.rmtree(build.folder)
     build.folder.mkdir(parents=True, exist_ok=True)
     for path in (*build.folder.glob("shard-*"), *build.folder.glob(MANIFEST)):
-        path.unlink()  # of a memory whose removal was cut off: it belongs to another plan
+        path.unlink()  # left of another plan by an interrupted removal
     if plan.rejected:
         with atomic_file(build.folder / REJECTED) as temporary:
-            pq.write_table(pa.Table.from_pylist([asdict(one) for one in plan.first_rejected]), temporary)
-    kept = {
-        "plan_hash": build.plan_hash,
-        "examples": plan.examples,
-        "rows": plan.rows,
-        "rejected": plan.rejected,
-    }
+            pq.write_table(pa.Table.from_pylist([asdict(example) for example in plan.first_rejected]), temporary)
+    counts = {"examples": plan.examples, "rows": plan.rows, "rejected": plan.rejected}
     with atomic_file(build.folder / _PLAN) as temporary:
-        temporary.write_text(json.dumps(kept) + "\n")
-
-
-def _read_rejected(folder: Path) -> list[Rejected]:
-    return [Rejected(**row) for row in pq.read_table(folder / REJECTED).to_pylist()]
-
-
-def _refuse_other_plm(build: MemoryBuild) -> None:
-    if (build.folder / MANIFEST).exists():
-        manifest = Manifest.read(build.folder)
-        if not manifest.belongs_to(build.card):
-            raise FingerprintMismatch(f"The memory {build.folder}", manifest.plm_label, build.card.label)
+        temporary.write_text(json.dumps({"plan_hash": build.plan_hash, **counts}) + "\n")
 
 
 # ── counting ────────────────────────────────────────────────────────────────
@@ -202,7 +181,7 @@ def _count(build: MemoryBuild, on_counted: OnCounted) -> Plan:
         number = counted["shard"]
         examples[number], rows[number] = counted["examples"], counted["rows"]
         rejected += counted["bad"]
-        first += [Rejected(**one) for one in json.loads(counted["rejected"])]
+        first += [Rejected(**fields) for fields in json.loads(counted["rejected"])]
         del first[build.config.max_rejected + 1 :]
         on_counted(1)
     return Plan(tuple(examples), tuple(rows), rejected, tuple(first))
@@ -222,23 +201,23 @@ def _counted_shards(build: MemoryBuild) -> Iterator[dict[str, Any]]:
 
 def _count_batch(batch: dict[str, Any], build: MemoryBuild) -> dict[str, list[Any]]:
     """`count_shard` for Ray Data."""
-    counted = [count_shard(build, number) for number in batch["shard"].tolist()]
-    return {name: [one[name] for one in counted] for name in counted[0]}
+    rows = [count_shard(build, number) for number in batch["shard"].tolist()]
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def count_shard(build: MemoryBuild, number: int) -> dict[str, Any]:
-    """What a shard will hold: a row of Ray Data, with the first bad examples as JSON."""
+    """The contents of a shard as a row of Ray Data, with the first bad examples as JSON."""
     row = {"shard": number, "examples": 0, "rows": 0, "bad": 0, "rejected": "[]", "error": ""}
     try:
         shard, bad = build.shard(number, build.read(number))
-    except UserError as refused:  # carried back as data: Ray would bury its one line in a traceback
-        return {**row, "error": str(refused)}
+    except UserError as error:  # returned as data: Ray would bury its one line in a traceback
+        return {**row, "error": str(error)}
     rows = 0
     for example in shard.examples:
         weights = (shard.weights or {}).get(example.example_id)
         rows += len(example.target) + build.eos_row if weights is None else sum(weight > 0 for weight in weights)
-    kept = json.dumps([asdict(one) for one in bad[: build.config.max_rejected + 1]])
-    return {**row, "examples": len(shard.examples), "rows": rows, "bad": len(bad), "rejected": kept}
+    rejected = json.dumps([asdict(example) for example in bad[: build.config.max_rejected + 1]])
+    return {**row, "examples": len(shard.examples), "rows": rows, "bad": len(bad), "rejected": rejected}
 
 
 def number_rows(numbers: Sequence[tuple[int, int]]) -> Any:
@@ -249,4 +228,4 @@ def number_rows(numbers: Sequence[tuple[int, int]]) -> Any:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     rows = [{"build": build, "shard": shard} for build, shard in numbers]
-    return ray.data.from_items(rows, override_num_blocks=min(len(rows), _MOST_BLOCKS))
+    return ray.data.from_items(rows, override_num_blocks=min(len(rows), _MAX_BLOCKS))

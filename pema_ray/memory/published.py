@@ -1,8 +1,8 @@
-"""A memory in Ray's object store, for jobs to come: published once, read by any job without copying.
+"""A memory in Ray's object store: published once, read by any later job without copying.
 
-Disk is the truth, the object store the fast copy. Holders are detached actors, spread over the nodes; each puts its
-shards into its node's object store and keeps them there. One that dies starts again and reads its shards from the
-folder, which every node must therefore see. A register, one more actor, knows who holds what.
+The files on disk are authoritative, the object store is a fast copy. Holders are detached actors, spread over the
+nodes; each keeps its shards in its node's object store. A holder that dies restarts and reads its shards from the
+folder, which every node must therefore see. One more actor, the register, maps shards to holders.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from pema_ray.memory.shards import MemoryRows
 NAMESPACE = "pema-ray"
 SCHEME = "ray://"
 _REGISTER, _HOLDER = "memory/", "holder/"
-_FOREVER: dict[str, Any] = {
+_DETACHED: dict[str, Any] = {
     "namespace": NAMESPACE,
     "lifetime": "detached",
     "num_cpus": 0,
     "max_restarts": -1,
     "max_task_retries": -1,
 }
-_PATIENCE = 120.0  # seconds that a reader waits for one shard: for a holder that died to be there again and read it
-_GLANCE = 10.0  # seconds that `list` waits for a holder
+_SHARD_TIMEOUT = 120.0  # seconds that a reader waits for one shard: a holder that died has to restart and read it
+_STATE_TIMEOUT = 10.0  # seconds that `list` waits for a holder
 
 
 class _Register:
-    """What a name stands for."""
+    """The folder, manifest and holders of a published name."""
 
     def __init__(self, folder: str, manifest: str, holders: Mapping[str, list[str]]) -> None:
         self._entry = {"folder": folder, "manifest": manifest, "holders": dict(holders)}
@@ -45,12 +45,12 @@ class _Register:
 
 
 class _Holder:
-    """Keeps some shards of one memory in the object store of its node; one that started again reads as it is asked."""
+    """Keeps some shards of one memory in the object store of its node; after a restart, reads them on demand."""
 
     def __init__(self, folder: str, shards: Sequence[str]) -> None:
         self._folder, self._shards = folder, list(shards)
         self._memory: ExternalMemory | None = None
-        self._held: dict[str, tuple[Any, int]] = {}
+        self._loaded: dict[str, tuple[Any, int]] = {}  # shard → reference and bytes
 
     def load(self) -> None:
         """Read all shards now."""
@@ -58,29 +58,29 @@ class _Holder:
             self._read(name)
 
     def ref(self, shard: str) -> list[Any]:
-        """A reference to a shard's rows, in a list: a bare one would be fetched on its way."""
+        """A reference to a shard's rows, in a list: Ray would replace a bare one by its value."""
         return [self._read(shard)]
 
     def state(self) -> dict[str, Any]:
         import ray
 
-        where = ray.get_runtime_context().get_node_id()
-        return {"node": where, "shards": len(self._held), "bytes": sum(size for _, size in self._held.values())}
+        node = ray.get_runtime_context().get_node_id()
+        return {"node": node, "shards": len(self._loaded), "bytes": sum(size for _, size in self._loaded.values())}
 
     def _read(self, name: str) -> Any:
         import ray
 
-        if name not in self._held:
+        if name not in self._loaded:
             self._memory = self._memory or ExternalMemory.open(self._folder)
             (info,) = (info for info in self._memory.manifest.shards if info.name == name)
             rows = self._memory.shard(info, prompts=True)
-            self._held[name] = ray.put(rows), rows.nbytes
-        return self._held[name][0]
+            self._loaded[name] = ray.put(rows), rows.nbytes
+        return self._loaded[name][0]
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """One published memory, as `pema-ray memory list` shows it."""
+    """One published memory, for `pema-ray memory list`."""
 
     name: str
     folder: str
@@ -90,7 +90,7 @@ class Published:
     nodes: int
     holders: int
     missing: int = 0
-    """Holders that did not answer: they are being started again, or have no node to live on."""
+    """Holders that did not answer: they are restarting, or have no node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class StoreState:
     capacity: int
     used: int
     spilled: int
-    """Written to disk for want of room, since the cluster started."""
+    """Written to disk for lack of room, since the cluster started."""
 
 
 class PublishedMemory(ExternalMemory):
@@ -113,31 +113,31 @@ class PublishedMemory(ExternalMemory):
         self._actors: dict[str, Any] = {}
 
     def shard(self, info: ShardInfo, verify: bool = True, prompts: bool = False) -> MemoryRows:
-        """One shard's rows. They were checked when their holder read them; `verify` changes nothing.
+        """One shard's rows. Their holder checked them when it read them; `verify` has no effect.
 
         Raises:
-            UserError: the holder is gone, or does not come back in time.
+            UserError: the holder was dropped, or does not restart in time.
         """
         import ray
         from ray.exceptions import RayError, RayTaskError
 
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + _SHARD_TIMEOUT
         while True:
             try:
                 holder = self._holder(self._holder_of[info.name])
-                (ref,) = ray.get(holder.ref.remote(info.name), timeout=_PATIENCE)
-                rows: MemoryRows = ray.get(ref, timeout=_PATIENCE)
+                (ref,) = ray.get(holder.ref.remote(info.name), timeout=_SHARD_TIMEOUT)
+                rows: MemoryRows = ray.get(ref, timeout=_SHARD_TIMEOUT)
                 return rows if prompts else rows.of_targets
             except RayTaskError as error:
-                if isinstance(error.cause, UserError):  # a holder that started again found its shard damaged
+                if isinstance(error.cause, UserError):  # a restarted holder found its shard damaged
                     raise error.cause from None
                 raise
-            except RayError as error:  # it died with its objects: a new one comes, unless it was dropped
+            except RayError as error:  # it died with its objects, and restarts unless it was dropped
                 self._actors.clear()
                 if time.monotonic() > deadline:
                     raise UserError(
-                        f"{SCHEME}{self.name}: shard {info.name} is out of reach for {_PATIENCE:.0f} s "
-                        f"({type(error).__name__}). Is a node gone that nothing has replaced? Publish the memory again."
+                        f"{SCHEME}{self.name}: shard {info.name} is out of reach for {_SHARD_TIMEOUT:.0f} s "
+                        f"({type(error).__name__}). Was a node lost and not replaced? Publish the memory again."
                     ) from None
                 time.sleep(0.5)
 
@@ -172,10 +172,10 @@ def open_published(name: str, card: ModelCard | None = None) -> PublishedMemory:
     try:
         register = ray.get_actor(_REGISTER + name, NAMESPACE)
     except ValueError:
-        known = ", ".join(_names()) or "none"
+        published = ", ".join(_names()) or "none"
         raise NotPublished(
-            f"{SCHEME}{name}: no memory of that name is published on this cluster (the one you mean? "
-            f"ray.address, --address); there: {known}."
+            f"{SCHEME}{name}: no memory of that name is published on this cluster (is it the right one? "
+            f"ray.address, --address); there: {published}."
         ) from None
     entry: Any = ray.get(register.entry.remote())
     memory = PublishedMemory(name, entry)
@@ -190,7 +190,7 @@ def publish(
 
     Args:
         holders: actors that hold it; by default one for each node.
-        warn: told when the memory will not fit, before anything is loaded.
+        warn: called, before anything is loaded, if the memory will not fit.
 
     Raises:
         UserError: the name is taken, or a shard is damaged.
@@ -204,35 +204,34 @@ def publish(
         raise UserError(f"'{name}' cannot name a published memory: use letters, digits and -_. .")
     if name in _names():
         raise UserError(f"{SCHEME}{name}: is published already. Drop it first, or choose another name.")
-    need, state = sum(info.bytes for info in memory.manifest.shards), store_state()
+    required, state = sum(info.bytes for info in memory.manifest.shards), store_state()
     free = state.capacity - state.used
-    if need > free:
+    if required > free:
         warn(
-            f"{folder} takes {need / 2**20:,.0f} MiB, the object stores have {free / 2**20:,.0f} of "
+            f"{folder} takes {required / 2**20:,.0f} MiB, the object stores have {free / 2**20:,.0f} of "
             f"{state.capacity / 2**20:,.0f} MiB free: Ray will spill the rest to disk, and reading it back is as slow "
             "as the disk. Train on it with train.shuffle=window, which needs only a few shards at a time."
         )
-    for leftover in _holders(name):  # of a publication that was killed before its register stood
-        ray.kill(ray.get_actor(leftover, NAMESPACE))
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    count = max(1, min(holders or len(alive), len(memory.manifest.shards)))
+    for holder in _holders(name):  # of a publication that was killed before it made its register
+        ray.kill(ray.get_actor(holder, NAMESPACE))
+    living_nodes = sum(node["Alive"] for node in ray.nodes())
+    count = max(1, min(holders or living_nodes, len(memory.manifest.shards)))
     names = [info.name for info in memory.manifest.shards]
     parts = {f"{_HOLDER}{name}/{number}": names[number::count] for number in range(count)}
     actors = []
     try:
         for actor, shards in parts.items():
-            options = {**_FOREVER, "name": actor, "scheduling_strategy": "SPREAD"}
+            options = {**_DETACHED, "name": actor, "scheduling_strategy": "SPREAD"}
             actors.append(_actor(_Holder, options).remote(str(folder), shards))
         ray.get([actor.load.remote() for actor in actors])
         manifest = memory.manifest.model_dump_json()
-        register = _actor(_Register, {**_FOREVER, "name": _REGISTER + name}).remote(str(folder), manifest, parts)
+        register = _actor(_Register, {**_DETACHED, "name": _REGISTER + name}).remote(str(folder), manifest, parts)
         ray.get(register.entry.remote())
     except BaseException as error:
         for actor in actors:
             ray.kill(actor)
-        refusal = error.cause if isinstance(error, RayTaskError) else None
-        if isinstance(refusal, UserError):
-            raise refusal from None
+        if isinstance(error, RayTaskError) and isinstance(error.cause, UserError):
+            raise error.cause from None
         raise
     return open_published(name)
 
@@ -246,16 +245,16 @@ def drop(name: str) -> None:
     import ray
 
     name = name.removeprefix(SCHEME)
-    held = _holders(name)
-    if not held:
-        open_published(name)  # says that there is none
-    for actor in [*held, _REGISTER + name]:  # the register last: what is left of a stopped drop can be dropped again
-        with suppress(ValueError):  # gone already
+    holders = _holders(name)
+    if not holders:
+        open_published(name)  # raises that there is none
+    for actor in [*holders, _REGISTER + name]:  # the register last: an interrupted drop can then be repeated
+        with suppress(ValueError):  # no such actor any more
             ray.kill(ray.get_actor(actor, NAMESPACE))
 
 
 def list_published() -> list[Published]:
-    """What is published on this cluster, by name; what somebody drops meanwhile is passed over."""
+    """The memories published on this cluster, by name, without those that are dropped meanwhile."""
     from ray.exceptions import RayActorError
 
     memories = []
@@ -266,14 +265,14 @@ def list_published() -> list[Published]:
 
 
 def describe(memory: PublishedMemory) -> Published:
-    """How a published memory lies in the object stores now."""
+    """Size, nodes and holders of a published memory now."""
     import ray
     from ray.exceptions import RayError
 
     states, missing = [], 0
     for holder in sorted(set(memory._holder_of.values())):
         try:
-            states.append(ray.get(memory._holder(holder).state.remote(), timeout=_GLANCE))
+            states.append(ray.get(memory._holder(holder).state.remote(), timeout=_STATE_TIMEOUT))
         except RayError:
             missing += 1
     nodes, nbytes = len({state["node"] for state in states}), sum(state["bytes"] for state in states)
@@ -282,11 +281,11 @@ def describe(memory: PublishedMemory) -> Published:
 
 
 def store_state() -> StoreState:
-    """How full the cluster's object stores are, and what they have spilled to disk."""
+    """Capacity, use and spilled bytes of the cluster's object stores."""
     import ray
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
-    address = ray.get_runtime_context().gcs_address  # else Ray looks for any cluster on this machine
+    address = ray.get_runtime_context().gcs_address  # else Ray takes any cluster on this machine
     stats = get_memory_info_reply(get_state_from_address(address)).store_stats
     return StoreState(stats.object_store_bytes_avail, stats.object_store_bytes_used, stats.spilled_bytes_total)
 
@@ -306,7 +305,7 @@ def _holders(name: str) -> list[str]:
 
 
 def _actors() -> list[str]:
-    """Names of all actors that published memories are made of."""
+    """Names of all holders and registers."""
     import ray
 
     actors: Any = ray.util.list_named_actors(all_namespaces=True)

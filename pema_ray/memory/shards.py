@@ -1,7 +1,7 @@
-"""Writes one shard of rows, atomically, and reads it back, checked. N rows, H hidden.
+"""Writes one shard of rows atomically, and reads and checks it. N rows, H hidden.
 
 Parquet columns: `key` (H numbers as little-endian bytes, read seven times as fast as lists; bfloat16 as its 16 bits),
-`target`, `example_id`, `position`; `scale` for int8 keys; `weight` where equal rows were counted together. The file's
+`target`, `example_id`, `position`; `scale` for int8 keys; `weight` if equal rows were counted together. The file's
 metadata names the number format: `key_dtype`. Lists of float32 or float16 are read as well.
 """
 
@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from pema_ray.errors import UserError
 from pema_ray.memory.codec import KEY_DTYPES, STORAGE, KeyDtype, Keys
+from pema_ray.memory.manifest import ShardInfo
 from pema_ray.runtime.files import atomic_file, sha256_of
 
 _LISTS: dict[pa.DataType, KeyDtype] = {pa.float32(): "float32", pa.float16(): "float16"}
@@ -27,7 +28,7 @@ _FORMAT = b"key_dtype"
 class MemoryRows:
     """Rows in memory: `key [N, H]` as stored, `target [N]` int32, `example_id [N]` int64, `position [N]` int32.
 
-    `weight [N]` int32 says how often a row occurs; None: each once.
+    `weight [N]` int32 is how often a row occurs; None: each once.
     """
 
     key: Keys
@@ -46,19 +47,19 @@ class MemoryRows:
 
     @property
     def represents(self) -> int | None:
-        """Rows before equal ones were counted together; none without weights."""
+        """Rows before equal ones were counted together; None without weights."""
         return None if self.weight is None else int(self.weight.sum())
 
     @property
     def target_rows(self) -> int:
-        """How many are of targets; the others are of prompts."""
+        """Number of rows of targets; the others are of prompts."""
         return int((self.position >= 0).sum())
 
     @property
     def of_targets(self) -> MemoryRows:
         """Without the rows of prompts."""
-        found = self.position >= 0
-        return self if found.all() else self.take(found)
+        is_target = self.position >= 0
+        return self if is_target.all() else self.take(is_target)
 
     def take(self, index: np.ndarray | slice) -> MemoryRows:
         weight = None if self.weight is None else self.weight[index]
@@ -76,7 +77,7 @@ class MemoryRows:
 
 
 def weights_of(parts: Sequence[MemoryRows]) -> np.ndarray | None:
-    """The weights of several blocks; where only some have any, the rows of the others occur once."""
+    """The weights of several blocks; if only some have weights, the rows of the others have weight 1."""
     if all(part.weight is None for part in parts):
         return None
     return np.concatenate([np.ones(len(p), np.int32) if p.weight is None else p.weight for p in parts])
@@ -103,19 +104,34 @@ def write_shard(path: Path, rows: MemoryRows) -> tuple[int, str]:
     return size, digest
 
 
-def _key_numbers(path: Path, column: pa.Array, named: bytes | None) -> tuple[KeyDtype, np.ndarray]:
+def save_shard(path: Path, rows: MemoryRows, examples: int, tokens: int = 0, padded_tokens: int = 0) -> ShardInfo:
+    """`write_shard`; returns the shard's entry in the manifest."""
+    size, digest = write_shard(path, rows)
+    return ShardInfo(
+        name=path.name,
+        rows=rows.target_rows,
+        prompt_rows=len(rows) - rows.target_rows,
+        represents=rows.represents,
+        examples=examples,
+        tokens=tokens,
+        padded_tokens=padded_tokens,
+        bytes=size,
+        sha256=digest,
+    )
+
+
+def _key_numbers(path: Path, column: pa.Array, dtype_name: bytes | None) -> tuple[KeyDtype, np.ndarray]:
     """The number format and `[N, H]` of a column of bytes, or of lists."""
     if pa.types.is_fixed_size_list(column.type) and column.type.value_type in _LISTS:
-        return _LISTS[column.type.value_type], column.flatten().to_numpy(zero_copy_only=False).reshape(
-            -1, column.type.list_size
-        )
+        numbers = column.flatten().to_numpy(zero_copy_only=False)
+        return _LISTS[column.type.value_type], numbers.reshape(-1, column.type.list_size)
     if not pa.types.is_fixed_size_binary(column.type):
         raise UserError(f"{path}: not a readable shard: its keys are {column.type}, not numbers of one width.")
-    dtype: KeyDtype | None = next((d for d in KEY_DTYPES if d.encode() == named), None)
+    dtype: KeyDtype | None = next((d for d in KEY_DTYPES if d.encode() == dtype_name), None)
     if dtype is None:
         raise UserError(
-            f"{path}: not a readable shard: its metadata names {'no' if named is None else 'an unknown'} number format "
-            f"(key_dtype); known are {', '.join(KEY_DTYPES)}. A memory of an older version: convert or build it anew."
+            f"{path}: not a readable shard: its metadata names {'no' if dtype_name is None else 'an unknown'} number "
+            f"format (key_dtype); known are {', '.join(KEY_DTYPES)}. A memory of an older version: convert or build it."
         )
     width, number = column.type.byte_width, STORAGE[dtype]
     if width % number.itemsize:
@@ -149,5 +165,5 @@ def read_shard(path: Path, sha256: str | None = None) -> MemoryRows:
     if missing:
         raise UserError(f"{path}: not a readable shard: it has no column '{missing[0]}'.")
     names += ["weight"] if "weight" in table.column_names else []
-    plain = {name: table.column(name).to_numpy() for name in names}
-    return MemoryRows(Keys(dtype, data, plain.pop("scale", None)), **plain)
+    columns = {name: table.column(name).to_numpy() for name in names}
+    return MemoryRows(Keys(dtype, data, columns.pop("scale", None)), **columns)

@@ -1,6 +1,6 @@
-"""One memory to be built, before anything is: what it is made of, what decides its bytes, and how it is cut.
+"""The specification of one memory: its examples, the settings that decide its bytes, and its shards.
 
-Shard number i holds the examples i·n up to (i+1)·n, so that names and ranges follow from the number of examples alone.
+Shard i holds the examples i·n up to (i+1)·n, so that names and ranges follow from the number of examples alone.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pema_ray.memory.plan import Context, Rejected, ShardPlan, Weights, count_du
 from pema_ray.runtime.placement import ANYWHERE, PlacementConfig
 from pema_ray.tasks import EncodedPair
 
-_SCHEME = 2  # of cutting examples into shards: another one is another plan
+_SCHEME = 2  # version of dividing examples into shards; part of the plan hash
 
 
 @dataclass(frozen=True)
 class MemoryBuild:
-    """One memory to be built: its folder, its examples (bad ones too), and what its manifest will say."""
+    """One memory to be built: its folder, its examples (bad ones too), and the contents of its manifest."""
 
     folder: Path
     examples: Examples
@@ -33,34 +33,34 @@ class MemoryBuild:
     split: str
     config: BuildMemoryConfig
     shared_tokens: int = 0
-    """How many tokens all prompts of the task begin with."""
+    """Number of tokens that all prompts of the task begin with."""
     eos_row: bool = True
-    """Each example ends with a row of EOS; off where examples are pieces of one text."""
+    """Each example ends with a row of EOS; off if examples are pieces of one text."""
     end_token: int | None = None
-    """What that row predicts; by default the PLM's first EOS."""
+    """Target of that row; by default the PLM's first EOS."""
     placement: PlacementConfig = ANYWHERE
-    """On which nodes actors and tasks run."""
+    """Nodes of actors and tasks."""
 
     @property
     def context(self) -> Context:
-        """`test` is teacher-forced whatever the others are: a likelihood is one of the gold prefix."""
+        """The configured context, but teacher-forced for `test`: its likelihoods are of the gold prefix."""
         return "teacher_forced" if self.split == "test" else self.config.context
 
     @property
     def shards(self) -> int:
-        """How many shards there are, empty ones too."""
+        """Number of shards, including empty ones."""
         return -(-len(self.examples) // self.config.examples_per_shard)
 
     @property
     def prompt_from(self) -> int | None:
-        """The first token of prompts that has a row, where prompts have any."""
+        """The first token of prompts that has a row; None if prompts have no rows."""
         return self.shared_tokens if self.config.prompts else None
 
     @cached_property
     def weights(self) -> Weights | None:
-        """How often the rows of examples with equal prompts occur; none where equal rows are kept.
+        """How often the rows of examples with equal prompts occur; None without `build_memory.deduplicate`.
 
-        `build_memory.deduplicate` compares all examples: they are read and held here, some KB each.
+        Comparing needs all examples in this process, some KB each.
         """
         if not (self.config.deduplicate and self.split == "train"):
             return None
@@ -69,7 +69,7 @@ class MemoryBuild:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """All tokens that end an example, that of its row first."""
+        """All tokens that end an example, `end_token` first."""
         ids = self.card.eos_token_ids
         return ids if self.end_token is None else tuple(dict.fromkeys((self.end_token, *ids)))
 
@@ -79,7 +79,7 @@ class MemoryBuild:
 
     @cached_property
     def plan_hash(self) -> str:
-        """16 hex digits that two builds share exactly when they would write the same shards."""
+        """16 hex digits, equal for two builds exactly if they write the same shards."""
         settings: dict[str, object] = {
             "scheme": _SCHEME,
             "examples": self.examples.digest,
@@ -108,7 +108,7 @@ class MemoryBuild:
         return self.examples.read(number * n, min((number + 1) * n, len(self.examples)))
 
     def shard(self, number: int, examples: Sequence[EncodedPair]) -> tuple[ShardPlan, list[Rejected]]:
-        """A shard as a unit of work, from all of its examples, and those that are set aside."""
+        """A shard as a unit of work, from all of its examples, and the rejected ones."""
         good, bad = sort_out(examples, self._longest)
         weights = None
         if self.weights is not None:

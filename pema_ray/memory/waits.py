@@ -1,4 +1,4 @@
-"""What actors wait for, shown where the build was started: a small Ray actor that holds the latest word of each."""
+"""What actors wait for, shown where the build was started: a small Ray actor that keeps the latest text of each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 logger = logging.getLogger(__name__)
-_SECONDS_BETWEEN_LOOKS = 1.0
+_POLL_SECONDS = 1.0
 OnWait = Callable[[str], None]
 
 
@@ -17,8 +17,8 @@ class _Board:
     def __init__(self) -> None:
         self._texts: dict[str, str] = {}
 
-    def tell(self, who: str, text: str) -> None:
-        self._texts[who] = text
+    def set(self, actor: str, text: str) -> None:
+        self._texts[actor] = text
 
     def latest(self) -> str:
         waiting = [text for text in self._texts.values() if text]
@@ -26,43 +26,43 @@ class _Board:
         return waiting[-1] + more if waiting else ""
 
 
-def teller(board: Any, who: str) -> OnWait:
-    """What an actor calls with what it waits for; the board may be none, then it is logged."""
+def on_wait_of(actor: str, board: Any) -> OnWait:
+    """An actor's `on_wait`: writes to the board, or to the log if `board` is None."""
 
-    def tell(text: str) -> None:
+    def on_wait(text: str) -> None:
         if board is None:
-            logger.info("%s", text or "goes on")
+            logger.info("%s", text or "continues")
         else:
-            board.tell.remote(who, text)
+            board.set.remote(actor, text)
 
-    return tell
+    return on_wait
 
 
 @contextmanager
 def showing(on_wait: OnWait) -> Iterator[Any]:
-    """A board for the time of the block; `on_wait` is called, in a thread, with each new text on it, "" for none."""
+    """A board for the time of the block; a thread calls `on_wait` with each new text, "" when no actor waits."""
     import ray
     from ray.exceptions import RayError
 
     board: Any = ray.remote(_Board).options(num_cpus=0, max_restarts=-1).remote()
-    over = threading.Event()
+    ended = threading.Event()
 
-    def look() -> None:
+    def poll() -> None:
         shown = ""
-        while not over.wait(_SECONDS_BETWEEN_LOOKS):
+        while not ended.wait(_POLL_SECONDS):
             try:
                 text: Any = ray.get(board.latest.remote(), timeout=5)
-            except RayError:  # it is being started again, or Ray is going
+            except RayError:  # the board restarts, or Ray shuts down
                 continue
             if text != shown:
                 shown = text
                 on_wait(text)
 
-    thread = threading.Thread(target=look, daemon=True)
+    thread = threading.Thread(target=poll, daemon=True)
     thread.start()
     try:
         yield board
     finally:
-        over.set()
+        ended.set()
         thread.join()
         ray.kill(board)

@@ -1,1 +1,1 @@
-"""What every room stands on: hardware, clusters, processes, progress, metrics, files. Knows no method."""
+"""The foundation of every room: hardware, clusters, processes, progress, metrics, files. Knows no method."""

@@ -49,8 +49,8 @@ def ray_cluster(
     """Ray, for the time of the block. A session that is already running is used and left running.
 
     Args:
-        cpus, gpus: what one actor or worker will ask for; a cluster that can never give it is refused at once. One
-            whose autoscaler can start nodes that do is waited for.
+        cpus, gpus: of one actor or worker; a cluster that can never provide them is refused at once, unless its
+            autoscaler can start such nodes.
         workers: how many must run at the same time (actors may wait for each other, training workers may not).
         readers: CPUs that Ray Data needs beside its actors; without one, both wait for ever.
         placement: nodes that actors and workers are restricted to; only these count.
@@ -60,8 +60,8 @@ def ray_cluster(
     """
     import ray
 
-    mine = not ray.is_initialized()
-    if mine:
+    starts_ray = not ray.is_initialized()
+    if starts_ray:
         _start(config)
     try:
         if _has_nodes(placement):
@@ -69,7 +69,7 @@ def ray_cluster(
             _check_strategy(cpus, gpus, workers, placement)
         yield
     finally:
-        if mine:
+        if starts_ray:
             ray.shutdown()
 
 
@@ -93,37 +93,37 @@ def _check_room(cpus: float, gpus: float, workers: int, readers: int, placement:
         checks.append(("CPU", cpus * workers, 0, placement))
     largest = _largest_resources()
     for name, of_workers, of_readers, nodes in checks:
-        asked, found = of_workers + of_readers, matching_resource(nodes, name)
-        most = max(found, largest.get(name, 0))
-        if asked <= found:
+        requested, available = of_workers + of_readers, matching_resource(nodes, name)
+        limit = max(available, largest.get(name, 0))
+        if requested <= available:
             continue
         who = "One actor asks" if workers == 1 else f"{workers} workers ask"
         who += f" (and {of_readers} reader)" if of_readers else ""
-        where = f"the Ray cluster has {found:g}" + (f" on nodes with {describe(nodes)}" if describe(nodes) else "")
-        if asked > most:
+        where = f"the Ray cluster has {available:g}" + (f" on nodes with {describe(nodes)}" if describe(nodes) else "")
+        if requested > limit:
             raise UserError(
-                f"{who} for {asked:g} {name}, {where} in all"
-                + (f" and its autoscaler may make it {most:g}. " if most > found else ". ")
+                f"{who} for {requested:g} {name}, {where} in all"
+                + (f" and its autoscaler may make it {limit:g}. " if limit > available else ". ")
                 + f"Lower the stage's {name.lower()}s_per_* setting or join a larger cluster (ray.address)."
             )
         console.print(
-            f"{who} for {asked:g} {name}, {where} now: waiting for its autoscaler, which may make it {most:g}.",
+            f"{who} for {requested:g} {name}, {where} now: waiting for its autoscaler, which may make it {limit:g}.",
             highlight=False,
         )
 
 
 def _check_strategy(cpus: float, gpus: float, workers: int, placement: PlacementConfig) -> None:
-    """Refuse a strict strategy that no set of the cluster's nodes fulfils; Ray Train would wait for ever."""
+    """Refuse a strict strategy that the cluster's nodes cannot fulfil; Ray Train would wait for ever."""
     if workers == 1 or not placement.strategy.startswith("STRICT") or _largest_resources():
         return
-    together = workers if placement.strategy == "STRICT_PACK" else 1
+    per_node = workers if placement.strategy == "STRICT_PACK" else 1
     nodes = [
         node
         for node in matching_nodes(placement)
-        if node.get("CPU", 0) >= cpus * together and node.get("GPU", 0) >= gpus * together
+        if node.get("CPU", 0) >= cpus * per_node and node.get("GPU", 0) >= gpus * per_node
     ]
-    if len(nodes) * together < workers:
-        needed = "one node with room for all" if together > 1 else "a node each"
+    if len(nodes) * per_node < workers:
+        needed = "one node with room for all" if per_node > 1 else "a node each"
         raise UserError(
             f"placement.strategy={placement.strategy}: {workers} workers need {needed}, the Ray cluster has "
             f"{len(nodes)} such. Lower train.workers, or take {placement.strategy.removeprefix('STRICT_')}."
@@ -131,28 +131,28 @@ def _check_strategy(cpus: float, gpus: float, workers: int, placement: Placement
 
 
 def _largest_resources() -> Mapping[str, float]:
-    """What the cluster may grow to, as its autoscaler is configured; empty where there is none."""
-    import ray._private.state  # Ray has no public way to ask; Ray Train asks so too
+    """Resources that the cluster's autoscaler may grow to; empty without an autoscaler."""
+    import ray._private.state  # Ray has no public API for it; Ray Train uses this one too
 
     return ray._private.state.state.get_max_resources_from_cluster_config() or {}
 
 
 @contextmanager
 def running_cluster(address: str | None = None) -> Iterator[None]:
-    """A cluster that outlives this process, for the time of the block: never a local one of its own.
+    """A cluster that outlives this process, for the time of the block; never starts a local one.
 
     Args:
         address: by default `RAY_ADDRESS`, or the cluster that runs on this machine.
     """
     import ray
 
-    mine = not ray.is_initialized()
-    if mine:
+    joins = not ray.is_initialized()
+    if joins:
         _join(address or ray_address() or "auto")
     try:
         yield
     finally:
-        if mine:
+        if joins:
             ray.shutdown()
 
 
@@ -176,10 +176,10 @@ def _common() -> dict[str, Any]:
 
 
 def _quieten() -> None:
-    import ray.data  # noqa: F401  first: importing it sets the levels back
+    import ray.data  # noqa: F401  first: importing it resets the levels
 
-    for noisy in ("ray", "ray.data", "ray.train", "ray._private"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    for name in ("ray", "ray.data", "ray.train", "ray._private"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _start(config: RayConfig) -> None:
@@ -201,8 +201,8 @@ def _start(config: RayConfig) -> None:
 
 @contextmanager
 def _sigterm_kept() -> Iterator[None]:
-    """Ray takes SIGTERM over; whoever had it before gets it back."""
-    before = signal.getsignal(signal.SIGTERM)
+    """Restore the SIGTERM handler that Ray replaces."""
+    handler = signal.getsignal(signal.SIGTERM)
     yield
-    if callable(before) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)

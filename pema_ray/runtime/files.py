@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and folders that one process works in at a time. Knows nothing of the package."""
+"""Atomic files, and locks that let one process at a time work in a folder. Knows nothing of the package."""
 
 from __future__ import annotations
 
@@ -17,13 +17,19 @@ from pema_ray.errors import UserError
 
 
 def temporary_beside(path: Path) -> Path:
-    """A name beside `path` that nobody else writes under: containers and machines that share a disk share numbers."""
+    """A unique name beside `path`; not by process id, which containers and machines on a shared disk have in common."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:16]}.tmp")
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Remove the temporary files of processes that were killed while they wrote."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place on success and vanishes on any failure."""
+    """A temporary path beside `path` that replaces it on success and is removed on any failure."""
     temporary = temporary_beside(path)
     try:
         yield temporary
@@ -45,31 +51,30 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def one_process(folder: Path) -> Iterator[None]:
-    """Let one process at a time work in a folder, which need not be there yet; the lock lies beside it meanwhile.
+    """Let one process at a time work in a folder, which need not exist yet; the lock file lies beside it.
 
-    The lock goes with its process, whatever that dies of, and its holder may take it again. On a disk that knows no
-    locks there is none.
+    The lock is reentrant, and ends with its process, whatever that dies of. On a disk without locks there is none.
 
     Raises:
         UserError: another process works there.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f".{folder.name}.lock")
-    mine = threading.get_ident(), path.absolute()
-    if mine in _held:
+    owner = threading.get_ident(), path.absolute()
+    if owner in _lock_owners:
         yield
         return
     file = _locked(path, folder)
-    _held.add(mine)
+    _lock_owners.add(owner)
     try:
         yield
     finally:
-        _held.discard(mine)
+        _lock_owners.discard(owner)
         path.unlink(missing_ok=True)
         file.close()
 
 
-_held: set[tuple[int, Path]] = set()
+_lock_owners: set[tuple[int, Path]] = set()  # threads of this process, and the locks that they hold
 
 
 def _locked(path: Path, folder: Path) -> TextIO:
@@ -89,8 +94,8 @@ def _locked(path: Path, folder: Path) -> TextIO:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 break
-        file.close()  # its owner has ended and taken it away since it was opened
-    with suppress(OSError):  # of a full disk: who it is stays unsaid
+        file.close()  # its owner has ended and removed it since it was opened
+    with suppress(OSError):  # of a full disk: the lock then names no owner
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

@@ -14,7 +14,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device to compute on: `auto` takes a GPU where there is one."""
+    """The device to compute on: `auto` takes a GPU if there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -22,7 +22,7 @@ def pick_device(name: str = "auto") -> torch.device:
     except RuntimeError as error:
         raise UserError(f"Unknown device '{name}': use auto, cpu, cuda or cuda:N.") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"Device '{name}' was asked for, but no CUDA device is visible. Use device: auto or cpu.")
+        raise UserError(f"Device '{name}' was requested, but no CUDA device is visible. Use device: auto or cpu.")
     return device
 
 
@@ -50,25 +50,25 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def set_threads(threads: int) -> None:
-    """Bound torch's CPU threads. Two processes that both take every core slow each other down tenfold.
+    """Limit torch's CPU threads. Two processes that both take every core slow each other down tenfold.
 
     Args:
-        threads: of the calling thread, and of those that use torch for the first time later; 0 changes nothing.
+        threads: of the calling thread, and of threads that use torch for the first time later; 0 changes nothing.
     """
     if threads > 0:
         torch.set_num_threads(threads)
     if threading.current_thread().name.startswith(_COMPUTE):
-        torch.get_num_threads()  # the first call makes the number this thread's own
-        one = threading.Thread(target=torch.set_num_threads, args=(1,))
-        one.start()
-        one.join()
+        torch.get_num_threads()  # the first call fixes this thread's number
+        setter = threading.Thread(target=torch.set_num_threads, args=(1,))
+        setter.start()
+        setter.join()
 
 
 _COMPUTE = "compute"
 
 
 def compute_elsewhere() -> None:
-    """Let the calling thread, which prepares or fetches what another computes with, use one CPU thread of torch."""
+    """Limit the calling thread to one CPU thread of torch; for threads that only prepare or fetch data."""
     torch.set_num_threads(1)
 
 
@@ -76,8 +76,8 @@ def compute_thread() -> ThreadPoolExecutor:
     """The thread of this process in which torch computes; others use one CPU thread each, the main thread its own.
 
     Each thread in which torch computes in parallel gets a pool of OpenMP threads. Once all pools together have more
-    threads than the machine has cores, libgomp lets them sleep between any two operations: passes then take twice as
-    long. So the engine and the decoder share this thread; helpers such as those that encode frames need no pool.
+    threads than the machine has cores, libgomp puts them to sleep between operations: passes then take twice as long.
+    So the engine and the decoder share this thread; threads that only encode frames need no pool.
     """
     with _lock:
         return _compute_thread()
@@ -89,25 +89,25 @@ _lock = threading.Lock()
 @cache
 def _compute_thread() -> ThreadPoolExecutor:
     if threading.current_thread() is threading.main_thread():
-        torch.get_num_threads()  # what follows shall not change it
+        torch.get_num_threads()  # fixes the main thread's number before the next lines
     executor = ThreadPoolExecutor(1, _COMPUTE)
     executor.submit(set_threads, 0).result()
     return executor
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that this process has held so far: of the GPU's memory on one, else of the machine's."""
+    """Peak memory of this process so far, bytes: of the GPU if `device` is one, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource
     import sys
 
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def describe_machine() -> dict[str, object]:
-    """What a benchmark's figures were measured on."""
+    """The machine that a benchmark ran on."""
     import os
     import platform
 

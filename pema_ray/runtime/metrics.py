@@ -1,7 +1,7 @@
 """Prometheus metrics of both owners' services, through Ray. Knows names, units and buckets; never a session or a text.
 
-`docs/serving.md` lists them. Totals and levels are sampled from what the services count anyway; only what has a
-distribution is told one by one.
+`docs/serving.md` lists them. Totals and levels are sampled from the services' own counters; values of histograms are
+observed one by one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _EVERY = 2.0  # seconds between two samples
 _SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]
 _SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
 HISTOGRAMS: dict[str, tuple[str, list[float]]] = {
-    "first_token_seconds": ("From an order to its first token", _SECONDS),
+    "first_token_seconds": ("From a request to its first token", _SECONDS),
     "token_seconds": ("Between two tokens of an answer", _SECONDS),
     "lambda": ("Weight of the adapter in a token's mixture", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]),
     "pass_sequences": ("Sequences of a forward pass", [float(size) for size in _SIZES]),
@@ -24,17 +24,17 @@ HISTOGRAMS: dict[str, tuple[str, list[float]]] = {
 }
 
 
-# What is counted since the start, by whom; `refused_<status>` beside them.
+# Counters since the start, by service; `refused_<status>` beside them.
 TOTALS = {
     "data_owner": {
         "requests": "Requests to the API, health checks apart",
-        "tokens": "Tokens answered",
-        "drafted": "Tokens guessed ahead",
-        "accepted": "Tokens guessed ahead that came true",
+        "tokens": "Tokens generated",
+        "drafted": "Draft tokens",
+        "accepted": "Draft tokens accepted",
         "round_trips": "Messages to the PLM owner",
         "received_rows": "Representations from the PLM owner",
-        "replays": "Sessions that were lost and said again whole",
-        "busy": "Steps that the PLM owner put off",
+        "replays": "Lost sessions that were replayed",
+        "busy": "Steps that the PLM owner answered as busy",
     },
     "plm_owner": {
         "passes": "Forward passes",
@@ -46,7 +46,7 @@ TOTALS = {
     },
     "plm_owner_api": {
         "requests": "Requests of data owners",
-        "rows": "Representations asked for",
+        "rows": "Representations requested",
         "tokens": "Tokens sent up",
         "sessions": "Sessions named in requests",
         "received_bytes": "Bytes of requests' bodies",
@@ -54,20 +54,20 @@ TOTALS = {
     },
 }
 LEVELS = {
-    "data_owner": {"live_answers": "Answers that are being made"},
+    "data_owner": {"live_answers": "Answers in progress"},
     "plm_owner": {
         "live_sessions": "Sessions that hold a slot",
-        "waiting_steps": "Steps that have not begun",
-        "waiting_tokens": "Tokens of prompts and extractions that are not computed yet",
-        "cached_tokens": "Tokens of live sessions whose keys and values are held",
-        "slots": "Sessions that can be held",
+        "waiting_steps": "Steps waiting to start",
+        "waiting_tokens": "Tokens of prompts and extractions waiting to be computed",
+        "cached_tokens": "Tokens of live sessions in the key-value cache",
+        "slots": "Session slots",
     },
     "plm_owner_api": {},
 }
 
 
 class Metrics(Protocol):
-    """Where a service tells its figures."""
+    """Where a service reports its histograms."""
 
     def observe(self, name: str, value: float) -> None:
         """One value of a distribution that `HISTOGRAMS` names."""
@@ -75,7 +75,7 @@ class Metrics(Protocol):
 
 
 class NoMetrics:
-    """Tells nobody."""
+    """Discards every value."""
 
     def observe(self, name: str, value: float) -> None:
         pass
@@ -88,36 +88,34 @@ class RayMetrics:
         from ray.util.metrics import Counter, Gauge, Histogram
 
         self._prefix, self._totals, self._levels = f"pema_{owner}_", TOTALS[owner], LEVELS[owner]
-        self._made: dict[str, Any] = {}
-        self._seen: dict[str, float] = {}
+        self._instruments: dict[str, Any] = {}
+        self._last_totals: dict[str, float] = {}
         self._counter, self._gauge, self._histogram = Counter, Gauge, Histogram
 
     def observe(self, name: str, value: float) -> None:
-        if name not in self._made:
-            described, buckets = HISTOGRAMS[name]
-            self._made[name] = self._histogram(self._prefix + name, description=described, boundaries=buckets)
-        self._made[name].observe(value)
+        if name not in self._instruments:
+            description, buckets = HISTOGRAMS[name]
+            self._instruments[name] = self._histogram(self._prefix + name, description, buckets)
+        self._instruments[name].observe(value)
 
     def sample(self, totals: Mapping[str, float], levels: Mapping[str, float]) -> None:
-        """Totals that only grow, and levels that come and go."""
-        for name, total in list(totals.items()):  # its owner's thread goes on counting
-            if name not in self._made:
-                self._made[name] = self._counter(
-                    f"{self._prefix}{name}_total", description=self._totals.get(name, name)
-                )
-            if (more := total - self._seen.get(name, 0.0)) > 0:
-                self._made[name].inc(more)
-                self._seen[name] = total
+        """Report totals, which only grow, and levels, which rise and fall."""
+        for name, total in list(totals.items()):  # a copy: the service's thread goes on counting
+            if name not in self._instruments:
+                self._instruments[name] = self._counter(f"{self._prefix}{name}_total", self._totals.get(name, name))
+            if (increase := total - self._last_totals.get(name, 0.0)) > 0:
+                self._instruments[name].inc(increase)
+                self._last_totals[name] = total
         for name, level in levels.items():
-            if name not in self._made:
-                self._made[name] = self._gauge(self._prefix + name, description=self._levels.get(name, name))
-            self._made[name].set(level)
+            if name not in self._instruments:
+                self._instruments[name] = self._gauge(self._prefix + name, self._levels.get(name, name))
+            self._instruments[name].set(level)
 
     async def keep_sampling(self, read: Callable[[], tuple[Mapping[str, float], Mapping[str, float]]]) -> None:
-        """Sample what `read` says, for ever."""
+        """Sample what `read` returns, for ever."""
         while True:
             try:
                 self.sample(*read())
-            except Exception:  # figures must not end for the rest of a replica's life
+            except Exception:  # one failure must not end all later samples
                 logger.exception("metrics could not be sampled")
             await asyncio.sleep(_EVERY)

@@ -22,8 +22,8 @@ class PlacementConfig(Section):
     labels: dict[str, str] = {}
     """Labels that a node must have (`ray start --labels`): label → `value`, `!value`, `in(a, b)` or `!in(a, b)`."""
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
-    """Of training workers: on few nodes or on many; `STRICT_`: all on one, or each on its own. Ray Data spreads actors
-    by itself."""
+    """Of training workers: pack them on few nodes or spread them over many; `STRICT_`: all on one node, or each on its
+    own. Ray Data spreads actors by itself."""
 
     @field_validator("labels")
     @classmethod
@@ -34,14 +34,14 @@ class PlacementConfig(Section):
         return labels
 
     def accepts(self, labels: Mapping[str, str]) -> bool:
-        """Whether a node with these labels fits, as Ray decides it: `!` accepts a node without the label."""
+        """Whether Ray accepts a node with these labels; `!` accepts a node without the label."""
         return all(_accepts(selector, labels.get(label)) for label, selector in self.labels.items())
 
 
 def _accepts(selector: str, value: str | None) -> bool:
-    found = _LABEL_SELECTOR.fullmatch(selector)
-    assert found is not None
-    excludes, several, one = found.groups()
+    match = _LABEL_SELECTOR.fullmatch(selector)
+    assert match is not None
+    excludes, several, one = match.groups()
     return (value in (re.split(", ?", several) if several else [one])) != bool(excludes)
 
 
@@ -52,7 +52,7 @@ _ACCELERATOR = "accelerator_type:"  # before an accelerator's name, in the resou
 
 
 def for_tasks(placement: PlacementConfig) -> PlacementConfig:
-    """The same nodes for work that needs no accelerator: those with the labels."""
+    """The placement of work that needs no accelerator: nodes with the labels."""
     return placement.model_copy(update={"accelerator_type": None})
 
 
@@ -76,24 +76,24 @@ def matching_nodes(placement: PlacementConfig) -> list[dict[str, float]]:
 
 
 def matching_resource(placement: PlacementConfig, resource: str) -> float:
-    """What these nodes have of a resource (`CPU`, `GPU`), all together."""
+    """The total of a resource (`CPU`, `GPU`) on these nodes."""
     return sum(node.get(resource, 0.0) for node in matching_nodes(placement))
 
 
 def describe(placement: PlacementConfig) -> str:
-    """What a node must have, as messages show it; empty without constraint."""
+    """Required accelerator and labels, for messages; empty without constraint."""
     accelerator = [placement.accelerator_type] if placement.accelerator_type else []
     return " and ".join([*accelerator, *(f"{label}={value}" for label, value in placement.labels.items())])
 
 
 def describe_nodes(placement: PlacementConfig) -> str:
-    """Which accelerators the cluster's nodes have, and which values of the labels that `placement` names."""
-    seen: set[str] = set()
+    """Accelerators of the cluster's nodes, and their values of the labels that `placement` names."""
+    values: set[str] = set()
     for node in _living_nodes():
         if placement.accelerator_type:
-            seen |= {name.removeprefix(_ACCELERATOR) for name in node["Resources"] if name.startswith(_ACCELERATOR)}
-        seen |= {f"{label}={value}" for label, value in node["Labels"].items() if label in placement.labels}
-    return ", ".join(sorted(seen)) or "none of these"
+            values |= {name.removeprefix(_ACCELERATOR) for name in node["Resources"] if name.startswith(_ACCELERATOR)}
+        values |= {f"{label}={value}" for label, value in node["Labels"].items() if label in placement.labels}
+    return ", ".join(sorted(values)) or "none of these"
 
 
 def _living_nodes() -> list[dict[str, Any]]:

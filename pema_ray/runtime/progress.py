@@ -1,4 +1,4 @@
-"""Shows how far a stage is: a bar with rate and time left on a terminal, a plain line now and then elsewhere."""
+"""Shows the progress of a stage: a bar with rate and time left on a terminal, periodic plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class ProgressBar:
-    """Counts steps and rows; `advance` is all a stage calls."""
+    """Counts steps and rows; a stage calls `advance` only."""
 
     def __init__(self, title: str, total: int, unit: str) -> None:
         self.title, self.total, self.unit = title, total, unit
@@ -57,7 +57,7 @@ class _BarTracker(ProgressBar):
 
 @contextmanager
 def track(title: str, total: int, unit: str = "steps") -> Iterator[ProgressBar]:
-    """Follow a piece of work of `total` steps."""
+    """The progress of `total` steps, for the time of the block."""
     if not console.is_terminal:
         yield ProgressBar(title, total, unit)
         return

@@ -11,13 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from pema_ray.errors import UserError, nearest
 
@@ -36,15 +30,15 @@ def _folder(value: str) -> str:
 
 
 Folder = Annotated[str, AfterValidator(_folder)]
-"""A folder's path. An address such as `s3://…` is none: a folder of that name would be made."""
+"""A folder's path. Addresses such as `s3://…` are refused: a folder of that name would be made."""
 
 
 def validate(model: type[BaseModel], data: Any, where: str, overrides: Collection[str] = ()) -> Any:
-    """`model.model_validate(data)`, with pydantic's complaint turned into one line for the user.
+    """`model.model_validate(data)`, with pydantic's error turned into one line for the user.
 
     Args:
-        where: the data come from.
-        overrides: keys that the command line gave instead.
+        where: the source of the data.
+        overrides: keys that come from the command line instead.
     """
     try:
         return model.model_validate(data)
@@ -93,7 +87,7 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in seen:
-        raise UserError(f"{path}: 'extends' goes round in a circle.")
+        raise UserError(f"{path}: 'extends' refers back to itself.")
     data = read_yaml_mapping(path)
     parent = data.pop("extends", None)
     if parent is None:
@@ -103,9 +97,9 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     return _merge(read_yaml(path.parent / parent, (*seen, path.resolve())), data)
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(parent)
+    for key, value in child.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if nested else value
     return merged

@@ -1,4 +1,4 @@
-"""A PLM by arithmetic, with faults to order, and builds over it."""
+"""A fake PLM by arithmetic, with injected faults, and builds over it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from pema_ray.line import ModelCard
+from pema_ray.memory import ExternalMemory, Manifest, MemoryRows
 from pema_ray.memory.config import BuildMemoryConfig
 from pema_ray.memory.examples import ListedExamples
 from pema_ray.memory.planning import prepare_folder
 from pema_ray.memory.shard_worker import ShardWorker
-from pema_ray.memory.specification import MemoryBuild
+from pema_ray.memory.shards import save_shard
+from pema_ray.memory.specification import MemoryBuild, shard_name
 from pema_ray.tasks import EncodedPair
 
 CARD = ModelCard("counting", "c" * 16, 2, 300, 96, (1,))
@@ -52,7 +55,7 @@ def fake_plm(
         from pema_ray.line import Busy, Description, Limits, ModelCard, SessionLost, Stepped
 
         def strikes(kind: str) -> str | None:
-            """The text of a fault of this kind, taken away: of two who see it, one is struck."""
+            """Take a fault of this kind, if there is one, and return its text; each fault strikes once."""
             for path in sorted(faults.glob(f"{kind}*")) if faults else ():
                 try:
                     text = path.read_text()
@@ -101,15 +104,15 @@ def fake_plm(
             def answer(self, step):
                 if strikes("lost") is not None:
                     self.sessions.pop(step.session, None)
-                held = [] if step.position == 0 else self.sessions.get(step.session)
-                if held is None or len(held) < step.position:
+                known_ids = [] if step.position == 0 else self.sessions.get(step.session)
+                if known_ids is None or len(known_ids) < step.position:
                     return SessionLost()
                 if strikes("step-busy") is not None:
                     return Busy("no free slot", 0.0)
-                ids, drafted = [*held[: step.position], *step.tokens], []
+                ids, drafted = [*known_ids[: step.position], *step.tokens], []
                 first = len(ids) - step.states
                 for _ in range(step.draft):
-                    drafted.append(said_next([*ids, *drafted]))
+                    drafted.append(next_token([*ids, *drafted]))
                 ids += drafted
                 self.sessions[step.session] = ids
                 return Stepped(states(ids, first), tuple(drafted))
@@ -122,7 +125,7 @@ def fake_plm(
             async def end(self):
                 pass
 
-        def said_next(ids):
+        def next_token(ids):
             return 1 if sum(ids) % 5 == 0 else 3 + (7 * sum(ids) + len(ids)) % 90
 
         if refuse:
@@ -132,9 +135,26 @@ def fake_plm(
     return make
 
 
-def said_next(ids: Sequence[int]) -> int:
-    """The token that the fake PLM says after these."""
+def next_token(ids: Sequence[int]) -> int:
+    """The fake PLM's next token after these."""
     return 1 if sum(ids) % 5 == 0 else 3 + (7 * sum(ids) + len(ids)) % 90
+
+
+def write_memory(folder: Path, shards: Sequence[MemoryRows], **changes: Any) -> ExternalMemory:
+    """A finished memory of these rows, without a build; `changes` are fields of its manifest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    infos = [
+        save_shard(folder / shard_name(number), rows, len(np.unique(rows.example_id)))
+        for number, rows in enumerate(shards)
+    ]
+    fields = {
+        "plm_name": "tiny", "fingerprint": "a" * 16, "hidden_size": shards[0].key.shape[1], "vocab_size": 300,
+        "eos_token_id": 1, "task": "t", "split": "train", "context": "teacher_forced",
+        "key_dtype": shards[0].key.dtype, "plan_hash": "0" * 16, "rows": sum(info.rows for info in infos),
+        "examples": sum(info.examples for info in infos), "shards": tuple(infos),
+    }  # fmt: skip
+    Manifest(**{**fields, **changes}).save(folder)
+    return ExternalMemory.open(folder)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

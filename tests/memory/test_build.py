@@ -31,27 +31,27 @@ from tests.memory.kit import CARD, EXAMPLES, SETTINGS, build, contents, fake_plm
 def test_rows_of_prompts_lie_before_those_of_targets(tmp_path: Path):
     """What all prompts begin with (here one token) has no rows; whoever asks for no prompts sees none."""
     in_this_process(build(tmp_path / "plain"))
-    in_this_process(build(tmp_path / "whole", prompts=True))
-    manifest = run_build(build(tmp_path / "whole", prompts=True), fake_plm())
+    in_this_process(build(tmp_path / "with-prompts", prompts=True))
+    manifest = run_build(build(tmp_path / "with-prompts", prompts=True), fake_plm())
     assert (manifest.rows, manifest.prompt_from) == (33, 1)
     assert sum(info.prompt_rows for info in manifest.shards) == 10
     run_build(build(tmp_path / "plain"), fake_plm())
-    plain, whole = ExternalMemory.open(tmp_path / "plain").load(), ExternalMemory.open(tmp_path / "whole")
-    same = whole.load()
+    plain, with_prompts = ExternalMemory.open(tmp_path / "plain").load(), ExternalMemory.open(tmp_path / "with-prompts")
+    targets = with_prompts.load()
     assert all(
-        np.array_equal(getattr(plain, name), getattr(same, name)) for name in ("target", "example_id", "position")
+        np.array_equal(getattr(plain, name), getattr(targets, name)) for name in ("target", "example_id", "position")
     )
-    assert np.array_equal(plain.key[:], same.key[:])
-    first = next(whole.shards(prompts=True))
+    assert np.array_equal(plain.key[:], targets.key[:])
+    first = next(with_prompts.shards(prompts=True))
     assert first.position[:3].tolist() == [-1, 0, 1] and first.target[:3].tolist() == [30, 4, 1]
     assert first.key[:2].tolist() == [[30.0, 1.0], [60.0, 2.0]]
-    assert verify(tmp_path / "whole") == []
+    assert verify(tmp_path / "with-prompts") == []
 
 
 def test_rows_of_prompts_need_whole_sequences():
-    for other in ({"context": "generated"}, {"deduplicate": True}):
+    for settings in ({"context": "generated"}, {"deduplicate": True}):
         with pytest.raises(ValueError, match="prompts keeps whole sequences"):
-            BuildMemoryConfig(prompts=True, **other)
+            BuildMemoryConfig(prompts=True, **settings)
 
 
 def test_the_parts_of_a_finished_memory_agree(tmp_path: Path):
@@ -97,8 +97,8 @@ def test_other_settings_are_refused_unless_overwrite(change: dict, tmp_path: Pat
 
 def test_another_plm_is_other_work_and_more_actors_are_not(tmp_path: Path):
     one = build(tmp_path)
-    other = replace(one, card=ModelCard("x", "d" * 16, 2, 300, 96, (1,)))
-    assert one.plan_hash != other.plan_hash
+    changed = replace(one, card=ModelCard("x", "d" * 16, 2, 300, 96, (1,)))
+    assert one.plan_hash != changed.plan_hash
     how_fast = {"actors": 4, "max_actors": 8, "cpus_per_actor": 2, "requests_in_flight": 9, "patience_seconds": 1}
     assert one.plan_hash == build(tmp_path, **how_fast, overwrite=True).plan_hash
 
@@ -165,10 +165,10 @@ def test_equal_rows_become_one_row_with_a_weight(tmp_path: Path):
 
     def counted(rows) -> Counter:
         weight = np.ones(len(rows), int) if rows.weight is None else rows.weight
-        found: Counter = Counter()
+        counts: Counter = Counter()
         for key, target, times in zip(rows.key[:].tolist(), rows.target.tolist(), weight.tolist(), strict=True):
-            found[(*key, target)] += times
-        return found
+            counts[(*key, target)] += times
+        return counts
 
     assert counted(every) == counted(once)
     assert verify(tmp_path / "once") == [] and one("once").plan_hash != one("once", deduplicate=True).plan_hash
@@ -241,19 +241,19 @@ def test_two_actors_with_a_real_model_write_what_one_process_would(
     factory = connector(config, card, 1)
     settings = BuildMemoryConfig(**SETTINGS, actors=2)
     examples = ListedExamples(EXAMPLES)
-    here, there = (
-        MemoryBuild(tmp_path / name, examples, card, "task", "train", settings) for name in ("here", "there")
+    local, remote = (
+        MemoryBuild(tmp_path / name, examples, card, "task", "train", settings) for name in ("local", "remote")
     )
-    in_this_process(here, factory=factory)
-    assert run_build(here, factory) == run_build(there, factory)
-    assert contents(here.folder) == contents(there.folder)
-    assert ExternalMemory.open(there.folder, card).load().key.shape == (33, 32)
+    in_this_process(local, factory=factory)
+    assert run_build(local, factory) == run_build(remote, factory)
+    assert contents(local.folder) == contents(remote.folder)
+    assert ExternalMemory.open(remote.folder, card).load().key.shape == (33, 32)
 
 
 def test_nodes_that_share_no_disk_are_told_apart_by_name(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("pema_ray.memory.build._ARRIVAL_SECONDS", 0.3)
     shard = tmp_path / "shard-00000.parquet"
-    with pytest.raises(UserError, match=r"shard-00000.parquet: was written on node gpu-7, but is not to be seen from"):
+    with pytest.raises(UserError, match=r"shard-00000.parquet: was written on node gpu-7, but is not visible from"):
         await_shard(shard, "gpu-7")
     late = threading.Timer(0.1, shard.touch)  # a network disk shows a new file after a while
     late.start()

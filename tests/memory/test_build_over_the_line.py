@@ -44,31 +44,31 @@ def test_bytes_depend_neither_on_the_window_nor_on_who_makes_which_shard_when(
     tmp_path_factory, window: int, order: list[int], context: str, key_dtype: str
 ):
     settings = {"context": context, "key_dtype": key_dtype}
-    one, other = (tmp_path_factory.mktemp(name) for name in ("one", "other"))
-    in_this_process(build(one, **settings))
-    varied = build(other, **settings, requests_in_flight=window)
+    default, varied_folder = (tmp_path_factory.mktemp(name) for name in ("default", "varied"))
+    in_this_process(build(default, **settings))
+    varied = build(varied_folder, **settings, requests_in_flight=window)
     in_this_process(varied, [])  # the plan
     assert work(varied, order[:2]) == work(varied, order[2:], fake_plm())[:2] == ["", ""]
-    assert contents(one) == contents(other)
+    assert contents(default) == contents(varied_folder)
 
 
 def test_one_event_loop_keeps_so_many_requests_under_way_over_shards(tmp_path: Path):
     """The window is one actor's, not one shard's; requests leave in the order of the shards."""
     one = build(tmp_path, MANY, requests_in_flight=3, examples_per_shard=4, max_batch_tokens=1)
     in_this_process(one, [])
-    now, most, asked = 0, 0, []
+    current, peak, requests = 0, 0, []
 
     class Slow:
         def __init__(self):
             self.plm = fake_plm()()
 
         async def extract(self, batch):
-            nonlocal now, most
-            now, most = now + 1, max(most, now + 1)
-            asked.append(batch.token_ids[0])
+            nonlocal current, peak
+            current, peak = current + 1, max(peak, current + 1)
+            requests.append(batch.token_ids[0])
             for _ in range(20):
                 await asyncio.sleep(0)
-            now -= 1
+            current -= 1
             return await self.plm.extract(batch)
 
     async def calls() -> None:
@@ -78,19 +78,19 @@ def test_one_event_loop_keeps_so_many_requests_under_way_over_shards(tmp_path: P
         assert [row["error"] for row in rows] == [[""], [""]]
 
     asyncio.run(calls())
-    assert most == 3 and len(asked) == 8
-    assert sorted(asked[:4]) == sorted([[30 + i, *MANY[i].target] for i in range(4)])
+    assert peak == 3 and len(requests) == 8
+    assert sorted(requests[:4]) == sorted([[30 + i, *MANY[i].target] for i in range(4)])
 
 
 @pytest.mark.cluster
 def test_quota_and_absence_are_waited_for_and_shown(ray_cluster, undisturbed, faults: Path, tmp_path: Path):
     for name, text in {"busy-0": "2.5", "busy-1": "2.5", "gone-0": "", "gone-1": ""}.items():
         (faults / name).write_text(text)
-    told: list[str] = []
+    waits: list[str] = []
     one = build(tmp_path / "m", MANY, requests_in_flight=2)
-    run_build(one, fake_plm(faults), on_wait=told.append)
+    run_build(one, fake_plm(faults), on_wait=waits.append)
     assert contents(tmp_path / "m") == undisturbed and not list(faults.iterdir())
-    assert any(text.startswith("waiting for the PLM owner: quota of 200000 rows a minute, 2 s") for text in told)
+    assert any(text.startswith("waiting for the PLM owner: quota of 200000 rows a minute, 2 s") for text in waits)
 
 
 @pytest.mark.cluster

@@ -1,4 +1,4 @@
-"""What a number format keeps of a representation, it keeps within its own precision, and says when it cannot."""
+"""Every number format keeps representations within its own precision, and refuses what it cannot hold."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def test_rows_are_taken_and_joined_as_they_are_stored(exact: np.ndarray, dtype: 
     cut = data.draw(st.integers(0, len(keys)))
     joined = Keys.concatenate([keys.take(slice(0, cut)), keys.take(slice(cut, None))])
     assert joined.data.tobytes() == keys.data.tobytes() and np.array_equal(joined[:], keys[:])
-    chosen = np.array(data.draw(st.lists(st.integers(0, len(keys) - 1), max_size=5)) if len(keys) else [], np.int64)
-    assert np.array_equal(keys.take(chosen)[:], keys[chosen]) and np.array_equal(keys[chosen], keys[:][chosen])
+    rows = np.array(data.draw(st.lists(st.integers(0, len(keys) - 1), max_size=5)) if len(keys) else [], np.int64)
+    assert np.array_equal(keys.take(rows)[:], keys[rows]) and np.array_equal(keys[rows], keys[:][rows])
 
 
 @pytest.mark.parametrize("dtype", KEY_DTYPES)
@@ -58,8 +58,8 @@ def test_rows_are_read_whatever_the_array_that_holds_them(dtype: KeyDtype):
     assert np.array_equal(keys[exact[:, 0] > 0], exact[exact[:, 0] > 0])
     keys.data.flags.writeable = False
     columns_first = Keys(dtype, np.asfortranarray(keys.data), keys.scale)
-    for held in (keys, columns_first):
-        assert np.array_equal(held[1:3], exact[1:3]) and np.array_equal(held[np.array([4, 1])], exact[[4, 1]])
+    for layout in (keys, columns_first):
+        assert np.array_equal(layout[1:3], exact[1:3]) and np.array_equal(layout[np.array([4, 1])], exact[[4, 1]])
     with pytest.raises(IndexError):
         keys[np.array([6])]
 

@@ -54,9 +54,9 @@ def test_a_digest_names_the_pairs_and_nothing_else(tmp_path: Path):
     assert content_digest(write(tmp_path / "b.parquet", PAIRS, 5)) == digest
     shifted = Pair(PAIRS[0].example_id, PAIRS[0].source + PAIRS[0].target[:1], PAIRS[0].target[1:])
     joined = [Pair(0, "ab", "c"), Pair(1, "d", "e")], [Pair(0, "a", "c"), Pair(1, "bd", "e")]
-    others = [PAIRS[::-1], PAIRS[:-1], [shifted, *PAIRS[1:]], [replace(PAIRS[0], example_id=99), *PAIRS[1:]], *joined]
-    digests = {content_digest(write(tmp_path / f"{n}.parquet", pairs)) for n, pairs in enumerate(others)}
-    assert len(digests | {digest}) == len(others) + 1
+    variants = [PAIRS[::-1], PAIRS[:-1], [shifted, *PAIRS[1:]], [replace(PAIRS[0], example_id=99), *PAIRS[1:]], *joined]
+    digests = {content_digest(write(tmp_path / f"{n}.parquet", pairs)) for n, pairs in enumerate(variants)}
+    assert len(digests | {digest}) == len(variants) + 1
 
 
 def test_pairs_are_worded_as_a_prompter_words_them_also_after_they_travelled(bundle: Path, tmp_path: Path):
@@ -74,7 +74,7 @@ def test_pairs_are_worded_as_a_prompter_words_them_also_after_they_travelled(bun
 
 
 def test_every_choice_of_words_is_another_wording(bundle: Path, tmp_path: Path):
-    path, other = write(tmp_path / "a.parquet", PAIRS), write(tmp_path / "b.parquet", PAIRS[::-1])
+    path, reversed_path = write(tmp_path / "a.parquet", PAIRS), write(tmp_path / "b.parquet", PAIRS[::-1])
     plain, chat = Wording(bundle, TASK), Wording(bundle, TASK, chat=True)
     system = TASK.model_copy(update={"chat_system": "Be old."})
     wordings = [
@@ -86,10 +86,10 @@ def test_every_choice_of_words_is_another_wording(bundle: Path, tmp_path: Path):
         replace(plain, shown=tuple(PAIRS[:2])),
         replace(plain, similar=path, shots=2),
         replace(plain, similar=path, shots=3),
-        replace(plain, similar=other, shots=2),
+        replace(plain, similar=reversed_path, shots=2),
     ]
     assert len({wording.digest for wording in wordings}) == len(wordings)
-    assert replace(plain, task=system).digest == plain.digest  # which is not said without chat
+    assert replace(plain, task=system).digest == plain.digest  # the system prompt is for chats alone
 
 
 def test_another_tokenizer_makes_other_examples_of_the_same_words(bundle: Path, tmp_path: Path, monkeypatch):
@@ -107,13 +107,13 @@ def test_another_tokenizer_makes_other_examples_of_the_same_words(bundle: Path, 
 
 def test_listed_examples_differ_by_any_token_and_by_their_order():
     listed = [EncodedPair(1, [5, 6], [7]), EncodedPair(2, [5], [6, 7])]
-    others = [
+    variants = [
         listed[::-1],
         listed[:1],
         [EncodedPair(1, [5], [6, 7]), listed[1]],
         [EncodedPair(3, [5, 6], [7]), listed[1]],
     ]
-    assert len({ListedExamples(one).digest for one in (listed, *others)}) == 5
+    assert len({ListedExamples(one).digest for one in (listed, *variants)}) == 5
     assert ListedExamples(tuple(listed)).digest == ListedExamples(listed).digest
 
 
@@ -131,11 +131,11 @@ def test_a_split_that_is_missing_or_broken_is_named(bundle: Path, tmp_path: Path
 @pytest.mark.cluster
 def test_tasks_tokenise_what_one_process_would(ray_cluster, bundle: Path, tmp_path: Path, monkeypatch):
     pairs = PreparedPairs(write(tmp_path / "train.parquet", PAIRS), Wording(bundle, TASK))
-    here, there = (replace(kit.build(tmp_path / name), examples=pairs) for name in ("here", "there"))
+    local, remote = (replace(kit.build(tmp_path / name), examples=pairs) for name in ("local", "remote"))
     assert pairs.at_hand
-    kit.in_this_process(here)
-    run_build(here, kit.fake_plm())
+    kit.in_this_process(local)
+    run_build(local, kit.fake_plm())
     monkeypatch.setattr("pema_ray.memory.examples._FEW", 0)
     assert not pairs.at_hand
-    run_build(there, kit.fake_plm())
-    assert kit.contents(here.folder) == kit.contents(there.folder)
+    run_build(remote, kit.fake_plm())
+    assert kit.contents(local.folder) == kit.contents(remote.folder)

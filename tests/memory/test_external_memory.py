@@ -11,9 +11,9 @@ import pytest
 
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import ModelCard
-from pema_ray.memory import ExternalMemory, Manifest, MemoryRows, ShardInfo, shards
+from pema_ray.memory import ExternalMemory, MemoryRows, shards
 from pema_ray.memory.codec import encode
-from pema_ray.memory.shards import write_shard
+from tests.memory.kit import write_memory
 
 H = 3
 CARD = ModelCard("tiny", "a" * 16, H, 50, 96, (1,))
@@ -30,28 +30,17 @@ def block(examples: list[int]) -> MemoryRows:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    shards = []
-    for number, start in enumerate(range(0, len(LENGTHS), PER_SHARD)):
-        examples = list(range(start, min(start + PER_SHARD, len(LENGTHS))))
-        name, rows = f"shard-{number:05d}.parquet", block(examples)
-        size, digest = write_shard(tmp_path / name, rows)
-        counts = {"rows": len(rows), "examples": len(examples), "tokens": 9, "padded_tokens": 9}
-        shards.append(ShardInfo(name=name, bytes=size, sha256=digest, **counts))
-    manifest = Manifest(
-        plm_name=CARD.name, fingerprint=CARD.fingerprint, hidden_size=H, vocab_size=50, eos_token_id=1, task="t",
-        split="train", context="teacher_forced", key_dtype="float32", plan_hash="0" * 16, rows=sum(LENGTHS),
-        examples=len(LENGTHS), shards=tuple(shards),
-    )  # fmt: skip
-    manifest.save(tmp_path)
-    return tmp_path
+    examples = range(len(LENGTHS))
+    blocks = [block(list(examples[start : start + PER_SHARD])) for start in examples[::PER_SHARD]]
+    return write_memory(tmp_path, blocks, vocab_size=50).folder
 
 
 def test_all_rows_come_back_in_order(folder: Path):
-    memory, whole = ExternalMemory.open(folder, CARD), block([0, 1, 2, 3, 4])
+    memory, expected = ExternalMemory.open(folder, CARD), block([0, 1, 2, 3, 4])
     assert len(memory) == 12
-    assert np.array_equal(memory.load().key[:], whole.key[:])
+    assert np.array_equal(memory.load().key[:], expected.key[:])
     for field in ("target", "example_id", "position"):
-        assert np.array_equal(getattr(memory.load(), field), getattr(whole, field))
+        assert np.array_equal(getattr(memory.load(), field), getattr(expected, field))
     assert [len(rows) for rows in memory.shards()] == [4, 6, 2]
 
 
@@ -75,25 +64,25 @@ def test_both_limits_hold_together(folder: Path):
 
 
 def test_another_plm_is_refused_and_both_are_named(folder: Path):
-    other = ModelCard("huge", "b" * 16, H, 50, 96, (1,))
+    card = ModelCard("huge", "b" * 16, H, 50, 96, (1,))
     with pytest.raises(FingerprintMismatch) as caught:
-        ExternalMemory.open(folder, other)
+        ExternalMemory.open(folder, card)
     assert "tiny (aaaaaaaaaaaaaaaa)" in str(caught.value) and "huge (bbbbbbbbbbbbbbbb)" in str(caught.value)
     assert ExternalMemory.open(folder, ModelCard("renamed", "a" * 16, H, 50, 96, (1,)))
 
 
-def test_no_memory_is_told_apart_from_a_damaged_one(folder: Path, tmp_path: Path):
+def test_a_missing_and_a_damaged_memory_have_different_errors(folder: Path, tmp_path: Path):
     with pytest.raises(UserError, match="no external memory here .*Run build-memory"):
         ExternalMemory.open(tmp_path / "nowhere")
     path = folder / "manifest.json"
-    whole = path.read_text()
-    described = json.loads(whole)
-    del described["rows"]
-    for damage in (whole[:100], "", "[]", json.dumps(described), '{"schema_version": "x"}'):
+    text = path.read_text()
+    fields = json.loads(text)
+    del fields["rows"]
+    for damage in (text[:100], "", "[]", json.dumps(fields), '{"schema_version": "x"}'):
         path.write_text(damage)
         with pytest.raises(UserError, match="damaged manifest: .*Run build-memory again"):
             ExternalMemory.open(folder)
-    path.write_text(json.dumps(json.loads(whole) | {"schema_version": 1}))
+    path.write_text(json.dumps(json.loads(text) | {"schema_version": 1}))
     with pytest.raises(UserError, match="schema version 1, this version reads 2"):
         ExternalMemory.open(folder)
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from pema_ray.errors import UserError
 from pema_ray.memory import ExternalMemory, MemoryRows
 from pema_ray.memory.codec import KEY_DTYPES, encode
-from pema_ray.memory.manage import _finish, _write, verify
-from pema_ray.memory.manifest import Manifest
+from pema_ray.memory.manage import verify
+from tests.memory.kit import write_memory
 
 DTYPES = st.sampled_from(KEY_DTYPES)
 
@@ -24,21 +24,14 @@ def sound(tmp_path_factory) -> Path:
     """A folder of one memory for each number format, three shards each; every other one has weights."""
     root = tmp_path_factory.mktemp("sound")
     for place, dtype in enumerate(KEY_DTYPES):
-        random, made = np.random.default_rng(place), []
-        (root / dtype).mkdir()
+        random, blocks = np.random.default_rng(place), []
         for number in range(3):
             ids = np.arange(number * 20, (number + 1) * 20)
             key = encode(random.normal(size=(20, 6)).astype(np.float32), dtype)
             weight = random.integers(1, 4, 20, dtype=np.int32) if place % 2 else None
             target = random.integers(0, 300, 20, dtype=np.int32)
-            rows = MemoryRows(key, target, ids, np.zeros(20, np.int32), weight)
-            made.append(_write(root / dtype, f"shard-{number:05d}.parquet", rows))
-        like = Manifest(
-            plm_name="tiny", fingerprint="a" * 16, hidden_size=6, vocab_size=300, eos_token_id=1, task="t",
-            split="train", context="teacher_forced", key_dtype=dtype, plan_hash="0" * 16, rows=0, examples=0,
-            shards=tuple(made),
-        )  # fmt: skip
-        _finish(root / dtype, like, made, {})
+            blocks.append(MemoryRows(key, target, ids, np.zeros(20, np.int32), weight))
+        write_memory(root / dtype, blocks)
     return root
 
 
@@ -53,20 +46,20 @@ def damaged_copy(sound: Path, dtype: str, room: Path) -> Path:
     return room
 
 
-def assert_named_or_unchanged(folder: Path, whole: Path) -> None:
-    """Reading either refuses with the folder's name, or gives the very rows that were written."""
+def assert_named_or_unchanged(folder: Path, original: Path) -> None:
+    """Reading either fails with an error that names the folder, or returns exactly the rows that were written."""
     try:
         memory = ExternalMemory.open(folder)
-        found = memory.load()
+        rows = memory.load()
     except UserError as error:
         assert str(folder) in str(error) and "\n" not in str(error)  # noqa: PT017
         return
-    written = ExternalMemory.open(whole)
+    written = ExternalMemory.open(original)
     assert memory.manifest == written.manifest
     expected = written.load()
     for name in ("target", "example_id", "position", "weight"):
-        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
-    np.testing.assert_array_equal(found.key[:], expected.key[:])
+        np.testing.assert_array_equal(getattr(rows, name), getattr(expected, name))
+    np.testing.assert_array_equal(rows.key[:], expected.key[:])
 
 
 def change(path: Path, data: st.DataObject) -> None:

@@ -13,14 +13,14 @@ import torch
 
 from pema_ray.errors import UserError
 from pema_ray.line import ModelCard
-from pema_ray.memory import ExternalMemory, Manifest, ShardInfo
 from pema_ray.memory.codec import encode
 from pema_ray.memory.search.config import IndexConfig
 from pema_ray.memory.search.index import IndexBuild, build_index, load_parts
 from pema_ray.memory.search.nearest import OnePieceSearch, SearchOptions, merge, recall, require_faiss
-from pema_ray.memory.shards import MemoryRows, write_shard
+from pema_ray.memory.shards import MemoryRows
 from pema_ray.trime.datastore import open_datastore
 from pema_ray.trime.stages.index import add_parts
+from tests.memory.kit import write_memory
 from tests.trime.kit import HIDDEN, VOCABULARY, keys_of
 
 CARD = ModelCard("tiny", "f" * 16, HIDDEN, VOCABULARY, 96, (0,))
@@ -38,20 +38,12 @@ def store_of(
     torch.manual_seed(1)
     centre_CH, token_M = keys_of(40, hidden, 7)[0], keys_of(count)[1]
     key_MH = centre_CH[torch.randint(0, 40, (count,))] * 2 + torch.randn(count, hidden) * 0.5
-    folder.mkdir(parents=True, exist_ok=True)
-    infos = []
-    for number, rows in enumerate(np.array_split(np.arange(count), shards)):
-        name, n = f"shard-{number:05d}.parquet", len(rows)
+    blocks = []
+    for rows in np.array_split(np.arange(count), shards):
         keys = encode(key_MH[rows].numpy(), dtype)  # type: ignore[arg-type]
         target = token_M[rows].numpy().astype(np.int32)
-        size, digest = write_shard(folder / name, MemoryRows(keys, target, rows, np.zeros(n, np.int32)))
-        infos.append(ShardInfo(name=name, rows=n, examples=n, tokens=n, padded_tokens=n, bytes=size, sha256=digest))
-    Manifest(
-        plm_name="tiny", fingerprint=fingerprint, hidden_size=hidden, vocab_size=VOCABULARY, eos_token_id=0, task="t",
-        split="train", context="teacher_forced", key_dtype=dtype, plan_hash="p" * 16, rows=count, examples=count,
-        shards=tuple(infos),
-    ).save(folder)  # fmt: skip
-    return ExternalMemory.open(folder)
+        blocks.append(MemoryRows(keys, target, rows, np.zeros(len(rows), np.int32)))
+    return write_memory(folder, blocks, fingerprint=fingerprint, vocab_size=VOCABULARY, eos_token_id=0)
 
 
 def config(kind: str, **changes) -> IndexConfig:
@@ -71,20 +63,20 @@ def test_indices_find_most_of_what_an_exact_search_finds(kind: str, metric: str,
     options = SearchOptions(metric=metric, probes=32, rescore=True, oversample=4)  # type: ignore[arg-type]
     query_NH = keys_of(50, HIDDEN, 9)[0].numpy() * 2
     exact = OnePieceSearch(load_parts(store, None, options)).search(query_NH, 20)
-    found = OnePieceSearch(load_parts(store, tmp_path / "index", options)).search(query_NH, 20)
-    assert recall(found, exact) > 0.8
-    common = found.row_NK == exact.row_NK  # rescored: the similarity of a true neighbour is the exact one
-    assert torch.allclose(found.similarity_NK[common], exact.similarity_NK[common], rtol=1e-4, atol=1e-4)
+    approximate = OnePieceSearch(load_parts(store, tmp_path / "index", options)).search(query_NH, 20)
+    assert recall(approximate, exact) > 0.8
+    common = approximate.row_NK == exact.row_NK  # rescored: the similarity of a true neighbour is the exact one
+    assert torch.allclose(approximate.similarity_NK[common], exact.similarity_NK[common], rtol=1e-4, atol=1e-4)
 
 
 def test_all_lists_and_exact_codes_are_an_exact_search(tmp_path: Path):
     store, options = store_of(tmp_path / "store"), SearchOptions(probes=10_000)
     build_index(IndexBuild(tmp_path / "index", store, config("ivf_flat"), 0))
     query_NH = keys_of(50, HIDDEN, 9)[0].numpy()
-    exact, found = (
+    exact, approximate = (
         OnePieceSearch(load_parts(store, folder, options)).search(query_NH, 20) for folder in (None, tmp_path / "index")
     )
-    assert recall(found, exact) == 1
+    assert recall(approximate, exact) == 1
 
 
 @pytest.mark.parametrize("kind", ["ivf_pq", "ivf_pq_fast"])
@@ -122,16 +114,18 @@ def test_parts_held_apart_are_the_whole_on_any_number_of_threads(kind: str, tmp_
     store, options = store_of(tmp_path / "store"), SearchOptions(probes=8)
     build_index(IndexBuild(tmp_path / "index", store, config(kind), 0))
     query_NH = keys_of(30, HIDDEN, 9)[0].numpy()
-    whole = OnePieceSearch(load_parts(store, tmp_path / "index", options)).search(query_NH, 20)
+    together = OnePieceSearch(load_parts(store, tmp_path / "index", options)).search(query_NH, 20)
     faiss = require_faiss()
     before = faiss.omp_get_max_threads()
     try:
         for threads in (1, 2):
             faiss.omp_set_num_threads(threads)
-            apart = [OnePieceSearch(load_parts(store, tmp_path / "index", options, parts)) for parts in ([1], [0, 2])]
-            found = merge([one.search(query_NH, 20) for one in apart], 20)
-            assert torch.equal(whole.row_NK, found.row_NK)
-            assert torch.equal(whole.similarity_NK, found.similarity_NK)
+            searches = [
+                OnePieceSearch(load_parts(store, tmp_path / "index", options, parts)) for parts in ([1], [0, 2])
+            ]
+            merged = merge([search.search(query_NH, 20) for search in searches], 20)
+            assert torch.equal(together.row_NK, merged.row_NK)
+            assert torch.equal(together.similarity_NK, merged.similarity_NK)
     finally:
         faiss.omp_set_num_threads(before)
 
@@ -139,9 +133,9 @@ def test_parts_held_apart_are_the_whole_on_any_number_of_threads(kind: str, tmp_
 def test_an_index_of_another_datastore_is_refused(tmp_path: Path):
     store = store_of(tmp_path / "store")
     build_index(IndexBuild(tmp_path / "index", store, config("exact"), 0))
-    other = store_of(tmp_path / "other", 2000)
+    larger = store_of(tmp_path / "larger", 2000)
     with pytest.raises(UserError, match="the index of another datastore than"):
-        load_parts(other, tmp_path / "index", SearchOptions())
+        load_parts(larger, tmp_path / "index", SearchOptions())
     stranger = store_of(tmp_path / "stranger", fingerprint="a" * 16)
     with pytest.raises(UserError, match="of a datastore of model f{16}, but .*stranger was made by"):
         load_parts(stranger, tmp_path / "index", SearchOptions())
@@ -153,15 +147,15 @@ def test_damage_is_named(tmp_path: Path):
     store = store_of(tmp_path / "store")
     build_index(IndexBuild(tmp_path / "index", store, config("ivf_flat"), 0))
     part = tmp_path / "index" / "part-00001.faiss"
-    whole = part.read_bytes()
-    part.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    content = part.read_bytes()
+    part.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(UserError, match="part-00001.faiss: damaged"):
         load_parts(store, tmp_path / "index", SearchOptions())
     part.unlink()
     with pytest.raises(UserError, match="part-00001.faiss: this part of the index is missing"):
         load_parts(store, tmp_path / "index", SearchOptions())
-    told = json.loads((tmp_path / "index" / "index.json").read_text())
-    (tmp_path / "index" / "index.json").write_text(json.dumps({**told, "colour": 1}))
+    fields = json.loads((tmp_path / "index" / "index.json").read_text())
+    (tmp_path / "index" / "index.json").write_text(json.dumps({**fields, "colour": 1}))
     with pytest.raises(UserError, match="index.json: damaged"):
         load_parts(store, tmp_path / "index", SearchOptions())
 

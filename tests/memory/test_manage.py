@@ -1,4 +1,4 @@
-"""A memory made of memories holds their rows, and what cannot be made is refused before or leaves no memory."""
+"""Converted, merged and imported memories hold the same rows; an impossible request leaves no memory."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pema_ray.memory.codec import KEY_DTYPES, KeyDtype, encode
 from pema_ray.memory.manage import convert, import_memmaps, merge, verify
 from pema_ray.memory.manifest import MANIFEST, Manifest
 from pema_ray.memory.shards import write_shard
+from tests.memory.kit import write_memory
 
 H, V = 6, 50
 CARD = ModelCard("tiny", "a" * 16, H, V, 96, (1,))
@@ -22,38 +23,24 @@ CARD = ModelCard("tiny", "a" * 16, H, V, 96, (1,))
 
 def make(folder: Path, examples: range, fingerprint: str = "a" * 16, seed: int = 0, prompt: int = 0, **changes) -> Path:
     """A memory of three rows an example, the first `prompt` of them its prompt's; four examples a shard."""
-    folder.mkdir(parents=True)
-    random, shards = np.random.default_rng(seed), []
-    for number, start in enumerate(range(examples.start, examples.stop, 4)):
+    random, blocks = np.random.default_rng(seed), []
+    for start in range(examples.start, examples.stop, 4):
         ids = np.repeat(np.arange(start, min(start + 4, examples.stop)), 3)
         position = np.tile(np.arange(-prompt, 3 - prompt, dtype=np.int32), len(ids) // 3)
         key = encode(random.normal(size=(len(ids), H)).astype(np.float32), "float32")
-        rows = MemoryRows(key, random.integers(0, V, len(ids), dtype=np.int32), ids.astype(np.int64), position)
-        name = f"shard-{number:05d}.parquet"
-        size, digest = write_shard(folder / name, rows)
-        shards.append(
-            {"name": name, "rows": int((position >= 0).sum()), "prompt_rows": int((position < 0).sum()),
-             "examples": len(rows) // 3, "tokens": 9, "padded_tokens": 9,
-             "bytes": size, "sha256": digest}
-        )  # fmt: skip
-    described = {
-        "plm_name": "tiny", "fingerprint": fingerprint, "hidden_size": H, "vocab_size": V, "eos_token_id": 1,
-        "task": "t", "split": "train", "context": "teacher_forced", "key_dtype": "float32", "plan_hash": "0" * 16,
-        "rows": len(examples) * (3 - prompt), "prompt_from": 1 if prompt else None,
-        "examples": len(examples), "shards": shards,
-    }  # fmt: skip
-    manifest = Manifest.model_validate(described | changes)
-    manifest.save(folder)
-    return folder
+        target = random.integers(0, V, len(ids), dtype=np.int32)
+        blocks.append(MemoryRows(key, target, ids.astype(np.int64), position))
+    fields = {"vocab_size": V, "fingerprint": fingerprint, "prompt_from": 1 if prompt else None, **changes}
+    return write_memory(folder, blocks, **fields).folder
 
 
 def rows_of(folder: Path) -> MemoryRows:
     return ExternalMemory.open(folder, CARD).load()
 
 
-def same(one: MemoryRows, other: MemoryRows) -> bool:
-    plain = all(np.array_equal(getattr(one, f), getattr(other, f)) for f in ("target", "example_id", "position"))
-    return plain and np.array_equal(one.key[:], other.key[:])
+def same(a: MemoryRows, b: MemoryRows) -> bool:
+    plain = all(np.array_equal(getattr(a, f), getattr(b, f)) for f in ("target", "example_id", "position"))
+    return plain and np.array_equal(a.key[:], b.key[:])
 
 
 def test_a_sound_memory_has_no_faults(tmp_path: Path):
@@ -68,12 +55,11 @@ def test_every_fault_is_found_and_named(tmp_path: Path):
     shards[0].write_bytes(content)
     shards[1].unlink()
     shards[2].write_bytes(shards[3].read_bytes())
-    found = verify(folder)
-    assert len(found) == 3
-    for problem, words in zip(
-        found, ("00000.parquet: damaged", "00001.parquet: this shard is", "00002.parquet: damaged")
-    ):
-        assert words in problem
+    problems = verify(folder)
+    assert len(problems) == 3
+    messages = ("00000.parquet: damaged", "00001.parquet: this shard is", "00002.parquet: damaged")
+    for problem, message in zip(problems, messages):
+        assert message in problem
 
 
 @pytest.mark.parametrize(
@@ -140,22 +126,22 @@ def test_no_folder_that_holds_something_is_written_to(tmp_path: Path):
 
 
 def write_memmaps(folder: Path, keys: np.ndarray, ids: np.ndarray) -> tuple[Path, Path]:
-    """As the published code leaves them: raw numbers under a `.npy` name, no header."""
+    """In the published code's format: raw numbers under a `.npy` name, no header."""
     for name, array in (("dstore_keys.npy", keys), ("dstore_vals.npy", ids)):
-        held = np.memmap(folder / name, array.dtype, "w+", shape=array.shape)
-        held[:] = array
-        held.flush()
+        memmap = np.memmap(folder / name, array.dtype, "w+", shape=array.shape)
+        memmap[:] = array
+        memmap.flush()
     return folder / "dstore_keys.npy", folder / "dstore_vals.npy"
 
 
-@pytest.mark.parametrize("told", [False, True], ids=["by size", "told"])
+@pytest.mark.parametrize("named", [False, True], ids=["by size", "named"])
 @pytest.mark.parametrize("ids_dtype", ["int16", "int32", "int64"])
 @pytest.mark.parametrize("keys_dtype", ["float16", "float32"])
-def test_published_arrays_are_imported_row_by_row(keys_dtype: str, ids_dtype: str, told: bool, tmp_path: Path):
+def test_published_arrays_are_imported_row_by_row(keys_dtype: str, ids_dtype: str, named: bool, tmp_path: Path):
     random = np.random.default_rng(0)
     keys, ids = random.normal(size=(70_000, H)).astype(keys_dtype), random.integers(0, V, (70_000, 1)).astype(ids_dtype)
     paths = write_memmaps(tmp_path, keys, ids)
-    dtypes = (keys_dtype, ids_dtype) if told else ()
+    dtypes = (keys_dtype, ids_dtype) if named else ()
     manifest = import_memmaps(*paths, 70_000, CARD, tmp_path / "m", *dtypes)
     assert (manifest.rows, len(manifest.shards), manifest.fingerprint) == (70_000, 2, CARD.fingerprint)
     rows = rows_of(tmp_path / "m")
@@ -192,24 +178,24 @@ def test_merging_a_weighted_memory_with_a_plain_one_gives_every_row_a_weight(tmp
         size, digest = write_shard(weighted / info.name, replace(rows, weight=np.ones(len(rows), np.int32)))
         infos.append(info.model_copy(update={"bytes": size, "sha256": digest, "represents": len(rows)}))
     memory.manifest.model_copy(update={"shards": tuple(infos)}).save(weighted)
-    merge([plain, weighted], tmp_path / "both")
-    both = ExternalMemory.open(tmp_path / "both")
-    assert verify(tmp_path / "both") == []
-    assert both.load().weight.tolist() == both.view().weight.tolist() == [1] * len(both)
+    merge([plain, weighted], tmp_path / "merged")
+    merged = ExternalMemory.open(tmp_path / "merged")
+    assert verify(tmp_path / "merged") == []
+    assert merged.load().weight.tolist() == merged.view().weight.tolist() == [1] * len(merged)
 
 
 def test_blocks_of_which_some_have_weights_count_the_others_once(tmp_path: Path):
     rows = rows_of(make(tmp_path / "m", range(10)))
-    some = replace(rows, weight=np.full(len(rows), 3, np.int32))
-    assert MemoryRows.concatenate([rows, some]).weight.tolist() == [1] * len(rows) + [3] * len(rows)
+    weighted = replace(rows, weight=np.full(len(rows), 3, np.int32))
+    assert MemoryRows.concatenate([rows, weighted]).weight.tolist() == [1] * len(rows) + [3] * len(rows)
 
 
 def test_rows_of_prompts_are_kept(tmp_path: Path):
-    one, other = make(tmp_path / "one", range(8), prompt=2), make(tmp_path / "two", range(8, 12), prompt=2)
+    one, two = make(tmp_path / "one", range(8), prompt=2), make(tmp_path / "two", range(8, 12), prompt=2)
     assert verify(one) == []
-    halved = convert(one, tmp_path / "half", "float16")
-    both = merge([one, other], tmp_path / "both")
-    for manifest, folder, examples in ((halved, "half", 8), (both, "both", 12)):
+    converted = convert(one, tmp_path / "converted", "float16")
+    merged = merge([one, two], tmp_path / "merged")
+    for manifest, folder, examples in ((converted, "converted", 8), (merged, "merged", 12)):
         assert verify(tmp_path / folder) == []
         assert (manifest.rows, manifest.prompt_from) == (examples, 1)
         assert sum(len(rows) for rows in ExternalMemory.open(tmp_path / folder).shards(prompts=True)) == 3 * examples

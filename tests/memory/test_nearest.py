@@ -1,4 +1,4 @@
-"""Searching a datastore in pieces is searching it whole; what does not fit together is refused in words."""
+"""Searching the parts of a datastore equals one search over all of it; mismatched queries are refused."""
 
 from __future__ import annotations
 
@@ -32,38 +32,37 @@ def by_hand(query_NH, key_MH, token_M, k: int, metric: str):
     seed=st.integers(0, 99),
 )
 def test_any_sharding_finds_what_one_piece_finds(rows, k, cuts, actors, metric, seed):
-    """Whole numbers: half of all similarities are equal to others, and still every sharding gives the same rows."""
+    """Integer keys: half of all similarities are ties, and still every sharding gives the same rows."""
     k = min(k, rows)
-    key_MH, token_M = keys_of(rows, 3, seed, whole=True)
-    query_NH = keys_of(4, 3, seed + 1000, whole=True)[0].numpy()
+    key_MH, token_M = keys_of(rows, 3, seed, integers=True)
+    query_NH = keys_of(4, 3, seed + 1000, integers=True)[0].numpy()
     borders = [0, *sorted(cut for cut in cuts if cut < rows), rows]
     parts = [part_of(key_MH[a:b], token_M[a:b], a, metric=metric) for a, b in pairwise(borders)]
-    whole = OnePieceSearch(parts).search(query_NH, k)
+    together = OnePieceSearch(parts).search(query_NH, k)
     shards = [parts[number::actors] for number in range(actors) if parts[number::actors]]
-    held = [merge([part.search(query_NH, k) for part in mine], k) for mine in shards]
-    apart = merge(held, k)
+    merged = merge([merge([part.search(query_NH, k) for part in shard], k) for shard in shards], k)
     similarity, token, row = by_hand(query_NH, key_MH, token_M, k, metric)
-    for found in (whole, apart):
-        assert np.array_equal(found.similarity_NK.numpy(), similarity.astype(np.float32))
-        assert np.array_equal(found.row_NK.numpy(), row)
-        assert np.array_equal(found.token_NK.numpy(), token)
+    for result in (together, merged):
+        assert np.array_equal(result.similarity_NK.numpy(), similarity.astype(np.float32))
+        assert np.array_equal(result.row_NK.numpy(), row)
+        assert np.array_equal(result.token_NK.numpy(), token)
 
 
 def test_real_numbers_come_out_bit_for_bit_alike():
     key_MH, token_M = keys_of(500, 24, 3)
     query_NH = keys_of(40, 24, 4)[0].numpy()
     parts = [part_of(key_MH[a : a + 100], token_M[a : a + 100], a) for a in range(0, 500, 100)]
-    whole = OnePieceSearch(parts).search(query_NH, 32)
-    apart = merge([OnePieceSearch(parts[:1]).search(query_NH, 32), OnePieceSearch(parts[1:]).search(query_NH, 32)], 32)
-    assert torch.equal(whole.similarity_NK, apart.similarity_NK)
-    assert torch.equal(whole.row_NK, apart.row_NK)
+    together = OnePieceSearch(parts).search(query_NH, 32)
+    merged = merge([OnePieceSearch(parts[:1]).search(query_NH, 32), OnePieceSearch(parts[1:]).search(query_NH, 32)], 32)
+    assert torch.equal(together.similarity_NK, merged.similarity_NK)
+    assert torch.equal(together.row_NK, merged.row_NK)
 
 
 def test_more_neighbours_than_entries_are_refused():
     search = OnePieceSearch([part_of(*keys_of(30)), part_of(*keys_of(12), first_row=30)])
     query_NH = keys_of(2)[0].numpy()
     assert search.search(query_NH, 42).row_NK.min() == 0
-    with pytest.raises(UserError, match="43 neighbours asked of a datastore of 42 entries. Lower 'neighbours'"):
+    with pytest.raises(UserError, match="43 neighbours requested of a datastore of 42 entries. Lower 'neighbours'"):
         search.search(query_NH, 43)
 
 
@@ -73,8 +72,8 @@ def test_queries_of_another_width_are_refused():
 
 
 def test_recall_is_the_share_of_true_neighbours():
-    def rows(*told):
-        row = torch.tensor(told)
+    def rows(*numbers):
+        row = torch.tensor(numbers)
         return SearchResult(torch.zeros(row.shape), torch.zeros_like(row), row)
 
     assert recall(rows([1, 2, 3, 4], [5, 6, 7, 8]), rows([1, 2, 3, 9], [8, 7, 6, 5])) == pytest.approx(7 / 8)

@@ -78,15 +78,15 @@ def test_equal_rows_are_counted_once_with_their_number(texts, context: str):
 
     expected = Counter(row(e, at) for e in examples for at in range(len(e.target) + 1))
     weights = count_duplicates(examples, eos, context)
-    found: Counter = Counter()
+    actual: Counter = Counter()
     for example in examples:
         counts = weights.get(example.example_id, (1,) * (len(example.target) + 1))
         assert len(counts) == len(example.target) + 1
         for at, count in enumerate(counts):
             if count:
-                assert row(example, at) not in found
-                found[row(example, at)] = count
-    assert found == expected
+                assert row(example, at) not in actual
+                actual[row(example, at)] = count
+    assert actual == expected
 
 
 def test_rows_of_equal_examples_are_counted_at_the_first():

@@ -24,14 +24,14 @@ WITH_BAD = [BAD.get(number, example) for number, example in enumerate(EXAMPLES)]
 TOO_LONG = "prompt and target have 97 tokens, the PLM allows 96"
 
 
-def elsewhere(count: int, at_hand: bool = False, refuse_at: int | None = None):
+def remote_examples(count: int, at_hand: bool = False, refuse_at: int | None = None):
     """Examples that tasks make; a closure, so that they travel by value."""
 
     def make():
         from pema_ray.errors import UserError
         from pema_ray.tasks import EncodedPair
 
-        class Elsewhere:
+        class RemoteExamples:
             digest = f"{count}"
 
             def __len__(self):
@@ -42,13 +42,13 @@ def elsewhere(count: int, at_hand: bool = False, refuse_at: int | None = None):
                     raise UserError(f"pair {refuse_at} cannot be worded")
                 return [EncodedPair(i, [10, 20, i % 50 + 3], [4] * (1 + i % 3)) for i in range(start, stop)]
 
-        Elsewhere.at_hand = at_hand
-        return Elsewhere()
+        RemoteExamples.at_hand = at_hand
+        return RemoteExamples()
 
     return make()
 
 
-def of(examples, folder: Path, **changes) -> MemoryBuild:
+def build_of(examples, folder: Path, **changes) -> MemoryBuild:
     return replace(build(folder, **changes), examples=examples)
 
 
@@ -108,9 +108,9 @@ def test_a_plan_without_its_counts_or_rejected_examples_is_unreadable(tmp_path: 
 def test_a_memory_of_another_plm_is_refused_by_name(tmp_path: Path):
     in_this_process(build(tmp_path))
     run_build(build(tmp_path), fake_plm())
-    other = replace(build(tmp_path), card=ModelCard("other", "d" * 16, 2, 300, 96, (1,)))
+    build_of_other_plm = replace(build(tmp_path), card=ModelCard("other", "d" * 16, 2, 300, 96, (1,)))
     with pytest.raises(FingerprintMismatch, match="counting .* this run uses PLM 'other"):
-        prepare_folder(other)
+        prepare_folder(build_of_other_plm)
 
 
 def test_shards_of_a_memory_whose_removal_was_cut_off_are_not_taken_for_the_new_ones(tmp_path: Path):
@@ -133,30 +133,31 @@ def test_where_all_examples_are_bad_there_is_no_memory(tmp_path: Path):
 @pytest.mark.cluster
 def test_tasks_count_what_one_process_counts_and_build_the_same_bytes(ray_cluster, tmp_path: Path):
     counted: list[int] = []
-    here, there = of(elsewhere(23, at_hand=True), tmp_path / "here"), of(elsewhere(23), tmp_path / "there", actors=2)
-    assert find_or_make_plan(there, counted.append) == find_or_make_plan(here)
+    local = build_of(remote_examples(23, at_hand=True), tmp_path / "local")
+    remote = build_of(remote_examples(23), tmp_path / "remote", actors=2)
+    assert find_or_make_plan(remote, counted.append) == find_or_make_plan(local)
     assert sum(counted) == 12
-    in_this_process(here)
-    assert run_build(here, fake_plm()) == run_build(there, fake_plm())
-    assert contents(here.folder) == contents(there.folder)
+    in_this_process(local)
+    assert run_build(local, fake_plm()) == run_build(remote, fake_plm())
+    assert contents(local.folder) == contents(remote.folder)
 
 
 @pytest.mark.cluster
 def test_actors_that_take_every_cpu_tokenise_themselves(ray_cluster, tmp_path: Path):
     """Tasks would wait for a CPU, and the actors for the tasks."""
-    one = of(elsewhere(9), tmp_path / "m", actors=2, cpus_per_actor=2)
+    one = build_of(remote_examples(9), tmp_path / "m", actors=2, cpus_per_actor=2)
     assert run_build(one, fake_plm()).examples == 9
 
 
 @pytest.mark.cluster
 def test_a_user_error_in_a_task_comes_out_as_itself(ray_cluster, tmp_path: Path):
     with pytest.raises(UserError) as caught:
-        find_or_make_plan(of(elsewhere(23, refuse_at=11), tmp_path / "m"))
+        find_or_make_plan(build_of(remote_examples(23, refuse_at=11), tmp_path / "m"))
     assert str(caught.value) == "pair 11 cannot be worded" and not (tmp_path / "m").exists()
-    one = of(elsewhere(23), tmp_path / "m")  # planned, and then refused in the build itself
+    one = build_of(remote_examples(23), tmp_path / "m")  # planned, and then refused in the build itself
     find_or_make_plan(one)
     with pytest.raises(UserError) as caught:
-        run_build(replace(one, examples=elsewhere(23, refuse_at=11)), fake_plm())
+        run_build(replace(one, examples=remote_examples(23, refuse_at=11)), fake_plm())
     assert str(caught.value) == "pair 11 cannot be worded"
 
 
@@ -166,7 +167,7 @@ def test_the_process_that_builds_holds_no_examples(ray_cluster, tmp_path: Path):
 
     def peak(pairs: int) -> int:
         changes = {"examples_per_shard": pairs // 4, "max_batch_tokens": 4096}
-        one = of(elsewhere(pairs), tmp_path / f"{pairs}", **changes)
+        one = build_of(remote_examples(pairs), tmp_path / f"{pairs}", **changes)
         tracemalloc.start()
         try:
             assert run_build(one, fake_plm()).rows > pairs

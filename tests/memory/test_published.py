@@ -15,29 +15,21 @@ from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import ModelCard
 from pema_ray.memory import ExternalMemory, MemoryRows
 from pema_ray.memory.codec import encode
-from pema_ray.memory.manage import _finish, _write
-from pema_ray.memory.manifest import Manifest
 from pema_ray.memory.published import NAMESPACE, drop, list_published, publish, store_state
+from tests.memory.kit import write_memory
 
 CARD = ModelCard("tiny", "a" * 16, 8, 300, 96, (1,))
 pytestmark = pytest.mark.cluster
 
 
 def make_memory(folder: Path, shards: int = 5, rows: int = 40, hidden: int = 8, dtype="float32") -> ExternalMemory:
-    random, made = np.random.default_rng(0), []
-    folder.mkdir()
+    random, blocks = np.random.default_rng(0), []
     for number in range(shards):
         ids = np.arange(number * rows, (number + 1) * rows)
         key = encode(random.normal(size=(rows, hidden)).astype(np.float32), dtype)
-        block = MemoryRows(key, random.integers(0, 300, rows, dtype=np.int32), ids, np.zeros(rows, np.int32))
-        made.append(_write(folder, f"shard-{number:05d}.parquet", block))
-    manifest = Manifest(
-        plm_name="tiny", fingerprint="a" * 16, hidden_size=hidden, vocab_size=300, eos_token_id=1, task="t",
-        split="train", context="teacher_forced", key_dtype=dtype, plan_hash="0" * 16, rows=0, examples=0,
-        shards=tuple(made),
-    )  # fmt: skip
-    _finish(folder, manifest, made, {})
-    return ExternalMemory.open(folder)
+        target = random.integers(0, 300, rows, dtype=np.int32)
+        blocks.append(MemoryRows(key, target, ids, np.zeros(rows, np.int32)))
+    return write_memory(folder, blocks)
 
 
 @pytest.fixture
@@ -47,14 +39,14 @@ def clean(ray_cluster):
         drop(entry.name)
 
 
-def test_a_memory_that_is_dropped_while_others_are_listed_is_passed_over(clean, tmp_path: Path, monkeypatch):
+def test_a_memory_that_is_dropped_while_others_are_listed_is_left_out(clean, tmp_path: Path, monkeypatch):
     make_memory(tmp_path / "m")
     publish(tmp_path / "m", "stays", holders=1)
     monkeypatch.setattr("pema_ray.memory.published._names", lambda: ["gone", "stays"])
     assert [entry.name for entry in list_published()] == ["stays"]
 
 
-def test_what_a_stopped_publication_or_drop_left_is_taken_up(clean, tmp_path: Path):
+def test_an_interrupted_publication_or_drop_can_be_repeated(clean, tmp_path: Path):
     import ray
 
     make_memory(tmp_path / "m")
@@ -77,12 +69,12 @@ def test_what_a_stopped_publication_or_drop_left_is_taken_up(clean, tmp_path: Pa
 def test_what_is_read_back_is_what_was_published_and_shares_its_memory(clean, tmp_path: Path, dtype: str):
     memory = make_memory(tmp_path / "m", dtype=dtype)
     publish(tmp_path / "m", "bible", holders=2)
-    found = ExternalMemory.open("ray://bible", CARD)
-    assert found.manifest == memory.manifest and len(found) == 200
-    one, other = memory.load(), found.load()
-    np.testing.assert_array_equal(one.key[:], other.key[:])
-    np.testing.assert_array_equal(one.target, other.target)
-    first, again = (found.shard(found.manifest.shards[0]) for _ in range(2))
+    published = ExternalMemory.open("ray://bible", CARD)
+    assert published.manifest == memory.manifest and len(published) == 200
+    original, copy = memory.load(), published.load()
+    np.testing.assert_array_equal(original.key[:], copy.key[:])
+    np.testing.assert_array_equal(original.target, copy.target)
+    first, again = (published.shard(published.manifest.shards[0]) for _ in range(2))
     assert np.shares_memory(first.key.data, again.key.data) and not first.key.data.flags.writeable
     (entry,) = list_published()
     assert (entry.name, entry.holders, entry.nodes, entry.folder) == ("bible", 2, 1, str(tmp_path / "m"))
@@ -90,7 +82,7 @@ def test_what_is_read_back_is_what_was_published_and_shares_its_memory(clean, tm
     drop("bible")
     assert list_published() == []
     with pytest.raises(UserError, match="ray://bible: has been dropped. Publish it again."):
-        found.shard(found.manifest.shards[0])
+        published.shard(published.manifest.shards[0])
     with pytest.raises(
         UserError, match="ray://bible: no memory of that name is published on this cluster .*there: none"
     ):
@@ -120,12 +112,12 @@ def test_a_holder_that_is_killed_reads_its_shards_again(clean, tmp_path: Path):
     import ray
 
     memory = make_memory(tmp_path / "m")
-    found = publish(tmp_path / "m", "mortal", holders=2)
-    held = found.shard(found.manifest.shards[0])
+    published = publish(tmp_path / "m", "mortal", holders=2)
+    rows = published.shard(published.manifest.shards[0])
     pid = ray.get(ray.get_actor("holder/mortal/0", NAMESPACE).__ray_call__.remote(lambda self: os.getpid()))
     os.kill(pid, signal.SIGKILL)
-    np.testing.assert_array_equal(found.load().target, memory.load().target)
-    np.testing.assert_array_equal(held.key[:], memory.shard(memory.manifest.shards[0]).key[:])
+    np.testing.assert_array_equal(published.load().target, memory.load().target)
+    np.testing.assert_array_equal(rows.key[:], memory.shard(memory.manifest.shards[0]).key[:])
     (entry,) = list_published()
     assert (entry.holders, entry.missing) == (2, 0)
     again = ray.get(ray.get_actor("holder/mortal/0", NAMESPACE).__ray_call__.remote(lambda self: os.getpid()))
@@ -134,13 +126,13 @@ def test_a_holder_that_is_killed_reads_its_shards_again(clean, tmp_path: Path):
 
 def test_a_memory_larger_than_the_store_is_warned_of_and_spills(clean, tmp_path: Path):
     """The tests' store has 100 MiB."""
-    memory, told = make_memory(tmp_path / "m", shards=6, rows=10_000, hidden=600), []
+    memory, warnings = make_memory(tmp_path / "m", shards=6, rows=10_000, hidden=600), []
     before = store_state()
-    found = publish(tmp_path / "m", "large", warn=told.append)
-    (warning,) = told
+    published = publish(tmp_path / "m", "large", warn=warnings.append)
+    (warning,) = warnings
     assert "the object stores have" in warning and "train.shuffle=window" in warning
-    for info in found.manifest.shards:
-        np.testing.assert_array_equal(found.shard(info).target, memory.shard(info).target)
+    for info in published.manifest.shards:
+        np.testing.assert_array_equal(published.shard(info).target, memory.shard(info).target)
     assert store_state().spilled > before.spilled
 
 

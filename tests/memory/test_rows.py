@@ -19,7 +19,7 @@ from pema_ray.memory.plan import ShardPlan
 from pema_ray.memory.rows import BlockingExtractor, generated_rows_of_shard, rows_of_shard
 from pema_ray.memory.shards import MemoryRows
 from pema_ray.tasks import EncodedPair, Pair, Prompter, Task
-from tests.memory.kit import fake_plm, said_next
+from tests.memory.kit import fake_plm, next_token
 
 EOS = 1
 
@@ -45,7 +45,7 @@ def test_rows_lie_at_positions_p_minus_1_to_p_plus_t_minus_1_with_eos_last(budge
     assert rows.key[:].tolist() == expected
     assert (rows.key.dtype, rows.target.dtype, rows.position.dtype) == ("float32", np.int32, np.int32)
     assert rows.example_id.dtype == np.int64
-    assert tokens == 4 + 2 + 6  # the prefix [10] apart: a row of example 8 stands at the 20 that all share too
+    assert tokens == 4 + 2 + 6  # without the prefix [10]: a row of example 8 stands at the shared 20 too
     assert padded == {1: 2 + 4 + 6, 8: 2 * 4 + 6, 1000: 3 * 6}[budget]
 
 
@@ -57,14 +57,14 @@ def test_targets_are_seen_by_the_plm_but_eos_is_not_and_the_shared_prefix_is_sen
 
 
 def test_an_extractor_without_prefixes_gets_whole_sequences():
-    heard = []
+    requests = []
 
     def function(batch: ExtractBatch) -> torch.Tensor:
-        heard.append(batch)
+        requests.append(batch)
         return torch.zeros(batch.rows, 2)
 
     teacher_forced(BlockingExtractor(function), ShardPlan("s", EXAMPLES))
-    assert heard == [ExtractBatch([[10, 20, 6], [10, 20, 30, 4, 5], [10, 20, 7, 8, 1, 2, 3]], [1, 2, 3])]
+    assert requests == [ExtractBatch([[10, 20, 6], [10, 20, 30, 4, 5], [10, 20, 7, 8, 1, 2, 3]], [1, 2, 3])]
 
 
 def test_requests_are_under_way_together_within_the_window_and_change_nothing():
@@ -72,14 +72,14 @@ def test_requests_are_under_way_together_within_the_window_and_change_nothing():
         """Waits until nothing else moves, so that requests pile up as far as they may."""
 
         def __init__(self):
-            self.plm, self.now, self.most = fake_plm()(), 0, 0
+            self.plm, self.current, self.peak = fake_plm()(), 0, 0
 
         async def extract(self, batch):
-            self.now += 1
-            self.most = max(self.most, self.now)
+            self.current += 1
+            self.peak = max(self.peak, self.current)
             for _ in range(20):
                 await asyncio.sleep(0)
-            self.now -= 1
+            self.current -= 1
             return await self.plm.extract(batch)
 
     async def rows(plm, window: int) -> MemoryRows:
@@ -88,7 +88,7 @@ def test_requests_are_under_way_together_within_the_window_and_change_nothing():
 
     one, three = Counted(), Counted()
     alone, together = asyncio.run(rows(one, 1)), asyncio.run(rows(three, 3))
-    assert (one.most, three.most) == (1, 3)
+    assert (one.peak, three.peak) == (1, 3)
     assert np.array_equal(alone.key[:], together.key[:]) and np.array_equal(alone.target, together.target)
 
 
@@ -115,9 +115,9 @@ async def test_rows_of_a_real_model_do_not_depend_on_the_batches(tiny_client, to
     assert padded > tokens == bare
     for example in shard.examples:
         alone = await plm.extract(ExtractBatch([example.prompt + example.target], [len(example.prompt) - 1]))
-        mine = one.example_id == example.example_id
-        np.testing.assert_allclose(one.key[mine], alone.numpy(), atol=1e-4, rtol=1e-4)
-        assert one.target[mine].tolist() == [*example.target, EOS]
+        is_example = one.example_id == example.example_id
+        np.testing.assert_allclose(one.key[is_example], alone.numpy(), atol=1e-4, rtol=1e-4)
+        assert one.target[is_example].tolist() == [*example.target, EOS]
 
 
 # ── the generated context ───────────────────────────────────────────────────
@@ -183,12 +183,12 @@ def assert_rows(rows: MemoryRows, tokens: int, expected: list, eos: Sequence[int
     assert tokens == sum(len(e.prompt) - 1 + len(states) for e, states in expected)
 
 
-def said_alone(example: EncodedPair) -> list[torch.Tensor]:
+def fake_states(example: EncodedPair) -> list[torch.Tensor]:
     """States along the fake PLM's continuation, one token after the other."""
     ids, states = list(example.prompt), []
     while len(states) <= len(example.target):
         states.append(torch.tensor([float(sum(ids)), float(len(ids) - 1)]))
-        if (token := said_next(ids)) == EOS:
+        if (token := next_token(ids)) == EOS:
             break
         ids.append(token)
     return states
@@ -214,7 +214,7 @@ def run_generated(plm, examples: tuple[EncodedPair, ...], sequences: int = 6) ->
 def test_sessions_go_on_in_chunks_many_to_a_message_and_are_closed(sequences: int):
     plm, examples = fake_plm()(), long_examples()
     rows, tokens = run_generated(plm, examples, sequences)
-    assert_rows(rows, tokens, [(e, said_alone(e)) for e in examples], (EOS,))
+    assert_rows(rows, tokens, [(e, fake_states(e)) for e in examples], (EOS,))
     limits = asyncio.run(plm.describe()).limits
     assert max(map(len, plm.messages)) == min(sequences, limits.max_steps)
     assert max(step.draft for message in plm.messages for step in message) == limits.max_draft
@@ -224,10 +224,10 @@ def test_sessions_go_on_in_chunks_many_to_a_message_and_are_closed(sequences: in
 @given(lost=st.sets(st.integers(0, 60), max_size=6), busy=st.sets(st.integers(0, 60), max_size=3))
 def test_lost_sessions_are_opened_again_and_busy_steps_repeated_and_no_row_changes(lost: set[int], busy: set[int]):
     plm, examples = fake_plm()(), long_examples()
-    answer, asked = plm.answer, iter(range(10_000))
+    answer, numbers = plm.answer, iter(range(10_000))
 
     def faulty(step):
-        number = next(asked)
+        number = next(numbers)
         if number in lost:
             plm.sessions.clear()
         return Busy("no free slot", 0.0) if number in busy else answer(step)
@@ -251,6 +251,6 @@ def test_the_plm_owner_sees_no_gold_token():
     examples = tuple(EncodedPair(i, [3 + i, 40, 41], [200 + i, 250, 260]) for i in range(6))
     plm = fake_plm()()
     rows, _ = run_generated(plm, examples, 2)
-    heard = {token for message in plm.messages for step in message for token in step.tokens}
+    received = {token for message in plm.messages for step in message for token in step.tokens}
     gold = {token for e in examples for token in e.target}
-    assert set(rows.target.tolist()) & gold and not heard & gold
+    assert set(rows.target.tolist()) & gold and not received & gold

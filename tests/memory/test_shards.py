@@ -1,4 +1,4 @@
-"""A shard is written whole or not at all, reads back bit for bit, and damage is named."""
+"""A shard is written atomically, reads back bit for bit, and damage is named."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def some_rows(count: int = 7, dtype: KeyDtype = "float32", seed: int = 0) -> Mem
     )
 
 
-def assert_same(one: MemoryRows, other: MemoryRows) -> None:
-    assert one.key.dtype == other.key.dtype
-    pairs = [(one.key.data, other.key.data), (one.key.scale, other.key.scale)]
-    pairs += [(getattr(one, field), getattr(other, field)) for field in ("target", "example_id", "position")]
+def assert_same(actual: MemoryRows, expected: MemoryRows) -> None:
+    assert actual.key.dtype == expected.key.dtype
+    pairs = [(actual.key.data, expected.key.data), (actual.key.scale, expected.key.scale)]
+    pairs += [(getattr(actual, field), getattr(expected, field)) for field in ("target", "example_id", "position")]
     for a, b in pairs:
         if a is None:
             assert b is None

@@ -13,10 +13,9 @@ from pema_ray.runtime.cluster import ray_cluster as ours
 def test_what_the_autoscaler_may_start_is_waited_for_and_more_is_refused(ray_cluster, monkeypatch, capsys):
     monkeypatch.setattr("pema_ray.runtime.cluster._largest_resources", lambda: {"CPU": 1000, "GPU": 8})
     with ours(RayConfig(), cpus=4, gpus=1, workers=6):
-        said = " ".join(capsys.readouterr().out.split())
-    assert (
-        "6 workers ask for 6 GPU, the Ray cluster has 0 now: waiting for its autoscaler, which may make it 8." in said
-    )
+        output = " ".join(capsys.readouterr().out.split())
+    notice = "6 workers ask for 6 GPU, the Ray cluster has 0 now: waiting for its autoscaler, which may make it 8."
+    assert notice in output
     refusal = r"9 workers ask for 9 GPU, the Ray cluster has 0 in all and its autoscaler may make it 8\. Lower"
     with pytest.raises(UserError, match=refusal), ours(RayConfig(), gpus=1, workers=9):
         pass

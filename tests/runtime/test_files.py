@@ -1,4 +1,4 @@
-"""Files are whole or not there, whoever else writes them, and one process at a time works in a folder."""
+"""Files are written atomically, also by concurrent writers, and one process at a time works in a folder."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pema_ray.runtime.files import atomic_file, one_process
 
 def test_writers_of_one_file_do_not_disturb_each_other_whatever_their_process_number(tmp_path: Path):
     path = tmp_path / "result.json"
-    with atomic_file(path) as one, atomic_file(path) as other:
-        assert one != other and one.parent == other.parent == tmp_path
-        one.write_text("one")
-        other.write_text("other")
-    assert path.read_text() == "one"  # the last to end
+    with atomic_file(path) as first, atomic_file(path) as second:
+        assert first != second and first.parent == second.parent == tmp_path
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first"  # the last to end
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -55,7 +55,7 @@ with one_process(Path({str(folder)!r})):
         with one_process(folder):
             folder.mkdir()
     with one_process(folder):
-        with one_process(folder):  # a build within the stage that it is the whole of
+        with one_process(folder):  # a build inside its stage takes the lock again
             assert folder.is_dir()
         assert (tmp_path / ".train.lock").exists()
     assert list(tmp_path.iterdir()) == [folder]

@@ -48,7 +48,7 @@ def test_the_machine_is_described_in_plain_values():
 
 
 def test_only_the_compute_thread_and_the_main_thread_have_pools_of_cpu_threads():
-    """In a process of its own: what a thread's first use of torch has set stays for ever."""
+    """In a process of its own: a thread's first use of torch fixes its number for good."""
     program = """
 import torch
 from concurrent.futures import ThreadPoolExecutor
@@ -63,5 +63,5 @@ print(number(compute_thread()), torch.get_num_threads())
 compute_thread().submit(set_threads, 3).result()
 print(number(compute_thread()), number(ThreadPoolExecutor(1)), torch.get_num_threads())
 """
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert ran.stdout.split("\n") == ["3 2 1 3", "2 1", "3 1 1", ""]
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert process.stdout.split("\n") == ["3 2 1 3", "2 1", "3 1 1", ""]

@@ -54,9 +54,9 @@ def test_a_label_that_ray_would_not_understand_is_refused(selector: str):
 
 
 def test_a_placement_becomes_rays_own_options():
-    both = PlacementConfig(accelerator_type="A100", labels={"zone": "a"}, strategy="SPREAD")
-    assert ray_options(both) == {"accelerator_type": "A100", "label_selector": {"zone": "a"}}
-    assert ray_options(for_tasks(both)) == {"label_selector": {"zone": "a"}}
+    constrained = PlacementConfig(accelerator_type="A100", labels={"zone": "a"}, strategy="SPREAD")
+    assert ray_options(constrained) == {"accelerator_type": "A100", "label_selector": {"zone": "a"}}
+    assert ray_options(for_tasks(constrained)) == {"label_selector": {"zone": "a"}}
     assert ray_options(ANYWHERE) == {}
 
 

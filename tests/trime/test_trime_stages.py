@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from fastapi.testclient import TestClient
 
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.experiment.configuration import read_config
-from pema_ray.memory.search.ray_search import deal
+from pema_ray.memory.search.index import load_parts
+from pema_ray.memory.search.nearest import OnePieceSearch, SearchOptions
+from pema_ray.memory.search.ray_search import deal, open_search
 from pema_ray.trime.config import ModelConfig, PrepareConfig, TrimeConfig
+from pema_ray.trime.datastore import open_datastore
 from pema_ray.trime.evaluation.calibration import token_log_probs
 from pema_ray.trime.evaluation.explain import explain_text
+from pema_ray.trime.evaluation.explain import settings_of as chosen_settings
 from pema_ray.trime.evaluation.results import TrimeEvaluation
-from pema_ray.trime.model.registry import make_model, save_model
+from pema_ray.trime.evaluation.statistics import Text, measure
+from pema_ray.trime.evaluation.systems import make_probe, make_system
+from pema_ray.trime.model.registry import load_model, make_model, save_model
 from pema_ray.trime.run import TrimeRun
 from pema_ray.trime.service.service import TrimeService, distribution, make_api
 from pema_ray.trime.stages import datastore as build_datastore
@@ -25,7 +35,7 @@ from pema_ray.trime.stages import evaluate, report
 from pema_ray.trime.stages import index as build_index
 from pema_ray.trime.stages.table import Row, Table, mean_and_sd, settings_of
 from pema_ray.trime.stages.table import markdown as table_markdown
-from pema_ray.trime.text.vocabulary import from_counts
+from pema_ray.trime.text.vocabulary import Vocabulary, from_counts
 
 SENTENCE = "the cat sat on the mat and the dog sat on the log while a bird sang in the old tree near the river"
 WORDS = SENTENCE.split()
@@ -51,11 +61,6 @@ def settings(folder: Path, *more: str) -> TrimeConfig:
 
 def prepared(folder: Path, *more: str, seed: int = 0, memory: str = "ext") -> TrimeRun:
     """A run whose corpus is prepared and whose model is trained, as far as later stages can see."""
-    from collections import Counter
-
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     config = settings(folder, f"train.memory={memory}", *more)
     run = TrimeRun(config)
     vocabulary = from_counts(PrepareConfig(), Counter(WORDS))
@@ -71,8 +76,8 @@ def prepared(folder: Path, *more: str, seed: int = 0, memory: str = "ext") -> Tr
     torch.manual_seed(seed)
     save_model(make_model(ModelConfig(shape=config.model.shape), len(vocabulary), 16), run.path("train", "model"))
     for stage in ("prepare", "train"):
-        told = {"stamp": run.stamp(stage), "summary": "", "splits": corpus}
-        run.path(stage, "metrics.json").write_text(json.dumps(told))
+        metrics = {"stamp": run.stamp(stage), "summary": "", "splits": corpus}
+        run.path(stage, "metrics.json").write_text(json.dumps(metrics))
     return run
 
 
@@ -87,13 +92,13 @@ def finished(ray_cluster, tmp_path_factory) -> TrimeRun:
 
 @pytest.mark.cluster
 def test_a_run_ends_with_a_table_and_a_page(finished: TrimeRun):
-    found = TrimeEvaluation.load(finished.path("evaluate"))
-    assert [one.system for one in found.scores] == ["local", "long", "ext", "long_knn", "ext_knn"]
-    assert found.tokens == {"dev": 90, "test": 70}
-    assert {curve.title for curve in found.curves} == {
+    evaluation = TrimeEvaluation.load(finished.path("evaluate"))
+    assert [row.system for row in evaluation.scores] == ["local", "long", "ext", "long_knn", "ext_knn"]
+    assert evaluation.tokens == {"dev": 90, "test": 70}
+    assert {curve.title for curve in evaluation.curves} == {
         "Perplexity against memory size", "Perplexity against k", "Perplexity against λ",
     }  # fmt: skip
-    dev = {one.system: one.dev_nll for one in found.scores}
+    dev = {row.system: row.dev_nll for row in evaluation.scores}
     assert dev["long_knn"] <= dev["long"] + 1e-6  # λ = 0 is among what calibration may choose
     assert dev["ext_knn"] <= dev["ext"] + 1e-6
     table = finished.path("evaluate", "table.md").read_text()
@@ -107,7 +112,7 @@ def test_a_run_ends_with_a_table_and_a_page(finished: TrimeRun):
 
 
 @pytest.mark.cluster
-def test_finished_stages_are_not_done_again(finished: TrimeRun, capsys):
+def test_finished_stages_are_reused(finished: TrimeRun, capsys):
     before = finished.path("evaluate", "evaluation.json").stat().st_mtime_ns
     for stage in (build_datastore, build_index, evaluate):
         stage.run(finished.config)
@@ -118,41 +123,34 @@ def test_finished_stages_are_not_done_again(finished: TrimeRun, capsys):
 @pytest.mark.cluster
 def test_search_actors_give_the_same_table(finished: TrimeRun):
     """Two actors hold what one process held, and one of them dies on the way."""
-    import ray
-
-    from pema_ray.memory.search.index import load_parts
-    from pema_ray.memory.search.nearest import OnePieceSearch, SearchOptions
-    from pema_ray.memory.search.ray_search import open_search
-    from pema_ray.trime.datastore import open_datastore
-
     store, index = open_datastore(finished.path("datastore"), None), finished.path("index")
     query_NH = np.random.default_rng(0).normal(size=(9, 16)).astype(np.float32)
-    whole = OnePieceSearch(load_parts(store, index, SearchOptions())).search(query_NH, 20)
+    expected = OnePieceSearch(load_parts(store, index, SearchOptions())).search(query_NH, 20)
     for actors in (2, 3):
         with open_search(store, index, SearchOptions(), actors, 0.5) as search:
-            found = search.search(query_NH, 20)
-            assert torch.equal(found.row_NK, whole.row_NK)
-            assert torch.equal(found.similarity_NK, whole.similarity_NK)
+            result = search.search(query_NH, 20)
+            assert torch.equal(result.row_NK, expected.row_NK)
+            assert torch.equal(result.similarity_NK, expected.similarity_NK)
             if actors == 2:
                 ray.kill(search._holders[0], no_restart=False)
-                assert torch.equal(search.search(query_NH, 20).row_NK, whole.row_NK)
-            with pytest.raises(UserError, match="1,000 neighbours asked of a datastore of 400 entries"):
+                assert torch.equal(search.search(query_NH, 20).row_NK, expected.row_NK)
+            with pytest.raises(UserError, match="1,000 neighbours requested of a datastore of 400 entries"):
                 search.search(query_NH, 1000)
 
 
 @pytest.mark.cluster
 def test_another_domain_is_evaluated_with_its_own_the_other_and_no_datastore(finished: TrimeRun, tmp_path: Path):
     """The same weights on another text: only datastores differ."""
-    model, other = finished.path("train", "model"), finished.path("datastore")
-    more = [f"evaluate.model={model}", f"evaluate.datastores={{first: {other}}}", "evaluate.systems=[long, long_knn]"]
+    model, store = finished.path("train", "model"), finished.path("datastore")
+    more = [f"evaluate.model={model}", f"evaluate.datastores={{first: {store}}}", "evaluate.systems=[long, long_knn]"]
     run = prepared(tmp_path / "second", *more, seed=4)
     for stage in (build_datastore, build_index, evaluate):
         stage.run(run.config)
-    found = TrimeEvaluation.load(run.path("evaluate"))
-    assert [(one.system, one.datastore) for one in found.scores] == [
+    evaluation = TrimeEvaluation.load(run.path("evaluate"))
+    assert [(row.system, row.datastore) for row in evaluation.scores] == [
         ("long", None), ("long_knn", "own"), ("long_knn", "first"),
     ]  # fmt: skip
-    assert found.fingerprint == TrimeEvaluation.load(finished.path("evaluate")).fingerprint
+    assert evaluation.fingerprint == TrimeEvaluation.load(finished.path("evaluate")).fingerprint
 
 
 @pytest.mark.cluster
@@ -178,11 +176,11 @@ def test_what_belongs_to_other_runs_is_part_of_a_stamp(tmp_path: Path):
     for path in (store / "manifest.json", index / "index.json", other.path("prepare", "vocabulary.json")):
         path.write_text(path.read_text() + " ")
         stamps.append((run.stamp("prepare"), run.stamp("evaluate")))
-    prepare, evaluation = zip(*stamps)
-    assert len(set(evaluation)) == 4
-    assert len(set(prepare)) == 2  # the vocabulary's change alone
+    prepare_stamps, evaluate_stamps = zip(*stamps)
+    assert len(set(evaluate_stamps)) == 4
+    assert len(set(prepare_stamps)) == 2  # the vocabulary's change alone
     run.path("prepare").mkdir(parents=True)
-    run.path("prepare", "metrics.json").write_text(json.dumps({"stamp": prepare[-1], "summary": ""}))
+    run.path("prepare", "metrics.json").write_text(json.dumps({"stamp": prepare_stamps[-1], "summary": ""}))
     run.input_files.save()
     other.path("prepare", "vocabulary.json").unlink()
     assert run.metrics("prepare")  # gone since: the one that was taken counts
@@ -190,36 +188,26 @@ def test_what_belongs_to_other_runs_is_part_of_a_stamp(tmp_path: Path):
 
 @pytest.mark.cluster
 def test_the_shares_of_entries_add_up_to_the_probability(finished: TrimeRun):
-    found = TrimeEvaluation.load(finished.path("evaluate"))
+    evaluation = TrimeEvaluation.load(finished.path("evaluate"))
     text = " ".join(WORDS * 2)
     for system in ("long", "ext", "ext_knn"):
-        explained = explain_text(finished, found, system, text, "a text")
-
+        explained = explain_text(finished, evaluation, system, text, "a text")
         probabilities = [token.probability for token in explained.tokens]
         assert len(probabilities) == len(WORDS * 2) + 1  # `<eos>` at the line's end
-        expected = _scored(finished, found, system, text)  # the same numbers as scoring gives
+        expected = _scored(finished, evaluation, system, text)  # the same numbers as scoring gives
         assert probabilities == pytest.approx(expected, rel=1e-3, abs=1e-6)
     with pytest.raises(UserError, match="System 'cache' has not been evaluated; there are local, long"):
-        explain_text(finished, found, "cache", text, "a text")
+        explain_text(finished, evaluation, "cache", text, "a text")
 
 
-def _scored(run: TrimeRun, found: TrimeEvaluation, name: str, text: str) -> list[float]:
-    from pema_ray.memory.search.index import load_parts
-    from pema_ray.memory.search.nearest import OnePieceSearch, SearchOptions
-    from pema_ray.trime.datastore import open_datastore
-    from pema_ray.trime.evaluation.explain import settings_of as chosen_settings
-    from pema_ray.trime.evaluation.statistics import Text, measure
-    from pema_ray.trime.evaluation.systems import make_probe, make_system
-    from pema_ray.trime.model.registry import load_model
-    from pema_ray.trime.text.vocabulary import Vocabulary
-
+def _scored(run: TrimeRun, evaluation: TrimeEvaluation, name: str, text: str) -> list[float]:
     model, vocabulary = load_model(run.model_folder), Vocabulary.load(run.path("prepare"))
     probe = make_probe(run.config, "key", model.hidden_size)
     token_N = torch.from_numpy(np.concatenate([[vocabulary.eos_id], vocabulary.encode(text)]).astype(np.int64))
     parts = load_parts(open_datastore(run.path("datastore"), None), run.path("index"), SearchOptions())
     statistics = measure(model, Text(token_N), probe, OnePieceSearch(parts))
-    chosen = chosen_settings(next(one.chosen for one in found.scores if one.system == name))
-    return token_log_probs(statistics, probe, make_system(name, run.config.evaluate).mixture, chosen).exp().tolist()
+    settings = chosen_settings(next(row.chosen for row in evaluation.scores if row.system == name))
+    return token_log_probs(statistics, probe, make_system(name, run.config.evaluate).mixture, settings).exp().tolist()
 
 
 # ── the service ─────────────────────────────────────────────────────────────
@@ -240,11 +228,11 @@ async def test_the_service_scores_and_continues_with_a_chosen_datastore(service:
     text = "the cat sat on the mat"
     with TestClient(make_api(service)) as client:
         assert client.get("/v1/datastores").json()["data"] == [{"id": "own", "entries": 400}]
-        told = client.post("/v1/score", json={"text": text, "datastore": "own"}).json()
+        answer = client.post("/v1/score", json={"text": text, "datastore": "own"}).json()
         expected = _scored(finished, TrimeEvaluation.load(finished.path("evaluate")), "ext_knn", text)
-        assert [np.exp(token["log_prob"]) for token in told["tokens"]] == pytest.approx(expected, rel=1e-4)
+        assert [np.exp(token["log_prob"]) for token in answer["tokens"]] == pytest.approx(expected, rel=1e-4)
         without = client.post("/v1/score", json={"text": text}).json()
-        assert without["system"] == "long" and without["perplexity"] != told["perplexity"]
+        assert without["system"] == "long" and without["perplexity"] != answer["perplexity"]
         following = client.post("/v1/next", json={"text": text, "datastore": "own", "top": 1000}).json()["tokens"]
         assert sum(token["probability"] for token in following) == pytest.approx(1, abs=1e-5)
         assert len(following) == service.model.vocabulary_size
@@ -253,28 +241,26 @@ async def test_the_service_scores_and_continues_with_a_chosen_datastore(service:
 @pytest.mark.cluster
 async def test_what_comes_next_is_what_scoring_says_of_it(service: TrimeService, finished: TrimeRun):
     """`/v1/next` gives each word the probability that `/v1/score` gives it at the end of the text."""
-    from pema_ray.trime.evaluation.statistics import Text
-
     await service.change({"datastores": {"own": str(finished.path("datastore"))}})
-    system, probe, chosen = service._systems[True]
+    system, probe, settings = service._systems[True]
     token_N = torch.from_numpy(service.vocabulary.encode(" ".join(WORDS)).astype(np.int64))
-    search = service._held["own"].search
-    log_p_V, _ = distribution(service.model, Text(token_N), probe, system.mixture, chosen, search)
-    from pema_ray.trime.evaluation.statistics import measure
-
+    search = service._datastores["own"].search
+    log_p_V, _ = distribution(service.model, Text(token_N), probe, system.mixture, settings, search)
     for token in (0, 5, 11):
         longer = Text(torch.cat([token_N, torch.tensor([token])]))
-        scored = token_log_probs(measure(service.model, longer, probe, search), probe, system.mixture, chosen)[-1]
+        scored = token_log_probs(measure(service.model, longer, probe, search), probe, system.mixture, settings)[-1]
         assert float(log_p_V[token]) == pytest.approx(float(scored), abs=1e-4)
 
 
 @pytest.mark.cluster
-async def test_datastores_are_swapped_and_mistakes_are_told(service: TrimeService, finished: TrimeRun, tmp_path: Path):
+async def test_datastores_are_swapped_and_mistakes_are_rejected(
+    service: TrimeService, finished: TrimeRun, tmp_path: Path
+):
     folder = str(finished.path("datastore"))
     await service.change({"datastores": {"own": folder}})
-    kept = service._held["own"]
+    kept = service._datastores["own"]
     await service.change({"datastores": {"own": folder, "again": folder}})
-    assert service._held["own"] is kept and list(service.datastores) == ["own", "again"]
+    assert service._datastores["own"] is kept and list(service.datastores) == ["own", "again"]
     for wrong, complaint in (
         ({"datastores": {"gone": str(tmp_path)}}, "no external memory here"),
         ({"datastore": {}}, "user_config: unknown key 'datastore'. Did you mean 'datastores'?"),
@@ -299,7 +285,7 @@ async def test_datastores_are_swapped_and_mistakes_are_told(service: TrimeServic
 def test_a_system_without_calibration_is_not_served(finished: TrimeRun, tmp_path: Path):
     (tmp_path / "experiment.yaml").write_text("{}\n")
     overrides = (f"run_dir={finished.folder}", *SETTINGS, "train.memory=ext")
-    other = {
+    arguments = {
         "config": str(tmp_path / "experiment.yaml"),
         "overrides": [*overrides, "train.updates=7"],
         "system": "ext_knn",
@@ -307,7 +293,7 @@ def test_a_system_without_calibration_is_not_served(finished: TrimeRun, tmp_path
     with pytest.raises(
         UserError, match=r"not evaluated with the settings of this service.*belong in service\.overrides"
     ):
-        TrimeService(other)
+        TrimeService(arguments)
     with pytest.raises(UserError, match="System 'knn_cache' of this run has no calibration"):
         TrimeService({"config": str(tmp_path / "experiment.yaml"), "overrides": overrides, "system": "knn_cache"})
 
@@ -344,12 +330,12 @@ def test_the_table_has_means_and_deviations_and_the_plain_model_under_both_budge
 
 def test_each_objective_gets_the_order_of_batches_it_needs(tmp_path: Path):
     base = settings(tmp_path, "table.settings={ext: {train.hide_local: 0.5}}")
-    made = {m: settings_of(base, tmp_path, 1, m, "equal steps", 7) for m in ("none", "local", "long", "ext")}
-    assert {m: c.batches.order for m, c in made.items()} == {
+    configs = {m: settings_of(base, tmp_path, 1, m, "equal steps", 7) for m in ("none", "local", "long", "ext")}
+    assert {m: c.batches.order for m, c in configs.items()} == {
         "none": "random", "local": "random", "long": "keep", "ext": "bm25",
     }  # fmt: skip
-    assert {c.seed for c in made.values()} == {1} and {c.train.updates for c in made.values()} == {7}
-    assert made["ext"].train.hide_local == 0.5 != made["local"].train.hide_local
+    assert {c.seed for c in configs.values()} == {1} and {c.train.updates for c in configs.values()} == {7}
+    assert configs["ext"].train.hide_local == 0.5 != configs["local"].train.hide_local
     with pytest.raises(UserError, match="table.settings.ext: unknown key 'train.hidelocal'"):
         settings_of(settings(tmp_path, "table.settings={ext: {train.hidelocal: 1}}"), tmp_path, 1, "ext", "s", 7)
 
@@ -357,7 +343,7 @@ def test_each_objective_gets_the_order_of_batches_it_needs(tmp_path: Path):
 @pytest.mark.parametrize(("parts", "holders"), [(1, 3), (5, 2), (6, 3), (7, 7), (2, 9)])
 def test_parts_are_dealt_evenly_and_nobody_goes_without(parts: int, holders: int):
     dealt = deal(parts, holders)
-    assert [number for mine in dealt for number in mine] == list(range(parts))
+    assert [number for numbers in dealt for number in numbers] == list(range(parts))
     assert len(dealt) == min(parts, holders)
     assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
 
@@ -373,7 +359,7 @@ def test_squared_distances_never_join_equation_2(tmp_path: Path):
     assert settings(tmp_path, "index.metric=l2", "evaluate.systems=[knn]").index.metric == "l2"
 
 
-def test_a_text_without_a_model_is_told_what_to_run(tmp_path: Path):
+def test_a_missing_model_is_named_with_its_command(tmp_path: Path):
     run = prepared(tmp_path / "run")
     run.path("train", "metrics.json").unlink()
     with pytest.raises(UserError, match="stage 'train' has not been run yet. Run: pema-ray trime train"):

@@ -16,7 +16,7 @@ class IndexConfig(Section):
     """`exact` compares with every key; `ivf_flat` with those of the nearest lists; `ivf_pq` with their codes of
     `pq_bytes` bytes; `ivf_pq_fast` with twice as many codes of 4 bits, which registers look up (André et al. 2015)."""
     metric: Literal["inner_product", "l2"] = "inner_product"
-    """TRIME's keys are trained for the first, kNN-LM's paper takes squared distance."""
+    """TRIME's keys are trained for the first; kNN-LM's paper uses squared distance."""
     shards_per_part: int = Field(default=16, ge=1)
     """Shards that are searched together: the unit of building, resuming and sharding."""
     lists: int | None = Field(default=None, ge=1)
@@ -33,4 +33,4 @@ class IndexConfig(Section):
     actors: int = Field(default=1, ge=1)
     """Processes that add keys."""
     cpus_per_actor: float = Field(default=1, gt=0)
-    """CPUs that one of them asks of Ray."""
+    """CPUs that one of them requests from Ray."""

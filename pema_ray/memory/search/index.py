@@ -1,8 +1,8 @@
-"""The index of a datastore: lists and codes learned once (faiss), then a file for each part, and what it is worth.
+"""The index of a datastore: lists and codes learned once (faiss), then one file per part. N rows, H hidden.
 
-A part is `shards_per_part` consecutive shards. Every part has the same lists and codes, so that searching the parts
-apart and merging is searching one index. A build that stops goes on with the parts that are missing; the same settings
-give the same bytes. `exact` has no files of its own but this description. Imports no Ray. N rows, H hidden.
+A part is `shards_per_part` consecutive shards. Every part has the same lists and codes, so that merging the results
+of all parts equals searching one index. A resumed build adds the missing parts; the same settings give the same
+bytes. `exact` has no files but `index.json`. Imports no Ray.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from pema_ray.memory import ExternalMemory
 from pema_ray.memory.search.config import IndexConfig
 from pema_ray.memory.search.nearest import DatastorePart, SearchOptions, require_faiss
 from pema_ray.memory.shards import MemoryRows
-from pema_ray.runtime.files import atomic_file, sha256_of
+from pema_ray.runtime.files import atomic_file, remove_temporary_files, sha256_of
 
 FILE, TRAINED, _PLAN = "index.json", "trained.faiss", "plan.json"
 _REMEDY = "Run: pema-ray trime index (of a translation: pema-ray trime mt-datastore)"
 _KEYS_PER_LIST = 40  # faiss warns below 39
-_MOST_PQ_BYTES = 64
+_MAX_PQ_BYTES = 64
 _BITS = {"ivf_pq": 8, "ivf_pq_fast": 4}  # of a code
 
 
 @dataclass(frozen=True, slots=True)
 class IndexInfo:
-    """`index.json`: what was built, over which datastore."""
+    """`index.json`: the index and its datastore."""
 
     kind: str
     metric: str
@@ -53,8 +53,8 @@ class IndexInfo:
 def identity(store: ExternalMemory) -> str:
     """16 hex digits of a datastore's contents."""
     manifest = store.manifest
-    told = [manifest.plan_hash, manifest.key_dtype, [(shard.name, shard.sha256) for shard in manifest.shards]]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    contents = [manifest.plan_hash, manifest.key_dtype, [(shard.name, shard.sha256) for shard in manifest.shards]]
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
 
 
 def parts_of(shards: int, shards_per_part: int) -> list[range]:
@@ -70,12 +70,12 @@ class IndexBuild:
         rows, self.hidden = len(store), store.manifest.hidden_size
         self.lists, self.pq_bytes = 0, 0
         if config.kind != "exact":
-            most = max(1, rows // _KEYS_PER_LIST)
-            self.lists = config.lists or min(int(4 * math.sqrt(rows)), most)
-            learned = min(config.train_rows, rows)
-            if self.lists > learned:
+            max_lists = max(1, rows // _KEYS_PER_LIST)
+            self.lists = config.lists or min(int(4 * math.sqrt(rows)), max_lists)
+            sample_rows = min(config.train_rows, rows)
+            if self.lists > sample_rows:
                 raise UserError(
-                    f"index.lists={self.lists:,}: they are learned from {learned:,} keys (index.train_rows, of "
+                    f"index.lists={self.lists:,}: they are learned from {sample_rows:,} keys (index.train_rows, of "
                     f"{rows:,} in the datastore). Lower it."
                 )
         if config.kind in _BITS:
@@ -87,15 +87,15 @@ class IndexBuild:
                 )
 
     def _pq_bytes(self) -> int:
-        """Of a key; each of its codes stands for as many of the key's numbers (by default two at least, of 4 bits)."""
-        per_byte = 8 // _BITS[self.config.kind]
-        most = min(_MOST_PQ_BYTES, self.hidden // per_byte**2)
-        fitting = (m for m in range(1, most + 1) if self.hidden % (per_byte * m) == 0)
-        pq_bytes = self.config.pq_bytes or max(fitting, default=1)
-        if self.hidden % per_byte:
+        """Bytes of a key's codes; each code covers equally many of its numbers (by default at least two, of 4 bits)."""
+        codes_per_byte = 8 // _BITS[self.config.kind]
+        limit = min(_MAX_PQ_BYTES, self.hidden // codes_per_byte**2)
+        divisors = (m for m in range(1, limit + 1) if self.hidden % (codes_per_byte * m) == 0)
+        pq_bytes = self.config.pq_bytes or max(divisors, default=1)
+        if self.hidden % codes_per_byte:
             raise UserError(f"index.kind=ivf_pq_fast needs keys of an even size, not of {self.hidden}: take ivf_pq.")
-        if self.hidden % (per_byte * pq_bytes):
-            half = "half of " if per_byte == 2 else ""
+        if self.hidden % (codes_per_byte * pq_bytes):
+            half = "half of " if codes_per_byte == 2 else ""
             raise UserError(f"index.pq_bytes={pq_bytes} does not divide {half}the keys' size {self.hidden}.")
         return pq_bytes
 
@@ -114,20 +114,20 @@ class IndexBuild:
         return self.folder / f"part-{number:05d}.faiss"
 
     def key(self) -> str:
-        told = [self.config.kind, self.config.metric, self.config.shards_per_part, self.lists, self.pq_bytes]
-        told += [self.config.train_rows, self.seed, identity(self.store)]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+        """16 hex digits of the datastore and all settings that decide the index's bytes."""
+        settings = [self.config.kind, self.config.metric, self.config.shards_per_part, self.lists, self.pq_bytes]
+        settings += [self.config.train_rows, self.seed, identity(self.store)]
+        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
     def prepare(self) -> None:
-        """Make the folder ready and learn lists and codes, unless that is done. What other settings left is removed."""
+        """Prepare the folder and learn lists and codes, unless that is done. Files of other settings are removed."""
         plan = self.folder / _PLAN
         if not plan.exists() or plan.read_text() != self.key():
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             plan.write_text(self.key())
         (self.folder / FILE).unlink(missing_ok=True)
-        for leftover in self.folder.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+        remove_temporary_files(self.folder)
         if self.config.kind != "exact" and not (self.folder / TRAINED).exists():
             _write(self._learn(), self.folder / TRAINED)
 
@@ -140,7 +140,7 @@ class IndexBuild:
             index = faiss.IndexIVFPQ(nearest, self.hidden, self.lists, self.pq_bytes, 8, code)
         elif self.config.kind == "ivf_pq_fast":
             index = faiss.IndexIVFPQFastScan(nearest, self.hidden, self.lists, 2 * self.pq_bytes, 4, code)
-            index.by_residual = not inner  # of inner products, codes of the keys themselves: a table for all lists
+            index.by_residual = not inner  # for inner products, codes of the keys themselves: one table for all lists
         else:
             index = faiss.IndexIVFFlat(nearest, self.hidden, self.lists, code)
         index.own_fields = True
@@ -151,9 +151,9 @@ class IndexBuild:
 
     def _sample(self) -> np.ndarray:
         """Keys to learn from, float32 `[n, H]`, the same for every build of this plan."""
-        view, wanted = self.store.view(), min(self.config.train_rows, len(self.store))
-        chosen = np.random.default_rng(self.seed).choice(len(view), wanted, replace=False)
-        return np.ascontiguousarray(view.key[np.sort(chosen)])
+        view, size = self.store.view(), min(self.config.train_rows, len(self.store))
+        rows = np.random.default_rng(self.seed).choice(len(view), size, replace=False)
+        return np.ascontiguousarray(view.key[np.sort(rows)])
 
     def add(self, number: int) -> None:
         """Write one part's file. May run in any process that sees both folders."""
@@ -185,7 +185,7 @@ class IndexBuild:
 
 
 def build_index(build: IndexBuild, on_part: Callable[[int], None] | None = None) -> IndexInfo:
-    """All of it in this process."""
+    """Build the whole index in this process."""
     build.prepare()
     for number in build.missing:
         build.add(number)
@@ -195,10 +195,10 @@ def build_index(build: IndexBuild, on_part: Callable[[int], None] | None = None)
 
 
 def read_info(folder: Path, store: ExternalMemory) -> IndexInfo:
-    """The description of an index, which must be this datastore's.
+    """The description of an index of this datastore.
 
     Raises:
-        UserError: there is none, it is damaged, or it is another datastore's.
+        UserError: it is missing, damaged, or another datastore's.
     """
     path = folder / FILE
     try:
@@ -220,7 +220,7 @@ def read_info(folder: Path, store: ExternalMemory) -> IndexInfo:
 def load_parts(
     store: ExternalMemory, folder: Path | None, options: SearchOptions, numbers: Iterable[int] | None = None
 ) -> list[DatastorePart]:
-    """Parts of a datastore, ready to be searched.
+    """Searchable parts of a datastore.
 
     Args:
         folder: of the index; None: every key is compared, all shards in one part.
@@ -232,15 +232,15 @@ def load_parts(
     info = read_info(folder, store) if folder is not None else None
     counts = np.cumsum([0, *store.counts])
     ranges = parts_of(len(store.counts), info.shards_per_part if info else len(store.counts))
-    found = []
+    loaded = []
     for number in range(len(ranges)) if numbers is None else numbers:
         rows: MemoryRows = store.read(ranges[number])
         index = None
         if info is not None and info.kind != "exact":
             assert folder is not None
             index = _read(folder / f"part-{number:05d}.faiss", info)
-        found.append(DatastorePart(rows.key, rows.target, int(counts[ranges[number].start]), options, index))
-    return found
+        loaded.append(DatastorePart(rows.key, rows.target, int(counts[ranges[number].start]), options, index))
+    return loaded
 
 
 def _write(index: Any, path: Path) -> None:

@@ -1,8 +1,8 @@
-"""Nearest rows of a memory: part by part, and merged so that the answer does not depend on who holds which part.
+"""Nearest rows of a memory, searched part by part and merged: results do not depend on the distribution of parts.
 
-A part is some consecutive shards of the datastore, the unit of everything here: similarities are always computed
-over the same rows together, so that they come out bit for bit alike. Equal similarities go to the lower row. Imports no
-Ray. Shapes: N queries, M entries of a part, K neighbours, H hidden.
+A part is some consecutive shards of the datastore. Similarities are always computed over the rows of one part
+together, so that they are equal bit for bit. Among equal similarities the lower row comes first. Imports no Ray.
+Shapes: N queries, M entries of a part, K neighbours, H hidden.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from pema_ray.errors import UserError
 from pema_ray.memory.codec import Keys
 
 Metric = Literal["inner_product", "l2"]
-_GATHERED = 2**20  # numbers of keys decoded at a time while rescoring: they stay in the cache
+_RESCORE_CHUNK = 2**20  # numbers of keys decoded at a time while rescoring: they stay in the cache
 
 
 def require_faiss() -> Any:
-    """faiss, which is installed by those who ask for neighbours.
+    """faiss, an optional dependency.
 
     Raises:
         UserError: it is not installed.
     """
-    logging.getLogger("faiss").setLevel(logging.WARNING)  # it tells at length which instructions it found
+    logging.getLogger("faiss").setLevel(logging.WARNING)  # it logs every CPU instruction set
     try:
         import faiss
     except ImportError:
@@ -39,7 +39,7 @@ def require_faiss() -> Any:
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """Neighbours, the most similar first; where there are fewer than K: similarity -inf, token and row -1.
+    """Neighbours, the most similar first; if there are fewer than K: similarity -inf, token and row -1.
 
     Attributes:
         similarity_NK: float32, inner product or negative squared distance; token_NK, row_NK: int64.
@@ -51,7 +51,7 @@ class SearchResult:
 
 
 class Neighbours(Protocol):
-    """Whoever finds the nearest entries of a datastore."""
+    """A search of the nearest entries of a datastore."""
 
     def __len__(self) -> int: ...
 
@@ -62,12 +62,12 @@ class Neighbours(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SearchOptions:
-    """How a part is asked.
+    """Options of searching a part.
 
     Attributes:
-        probes: inverted lists looked into.
-        rescore: compare with the keys themselves what an approximate index found.
-        oversample: candidates per neighbour that are fetched to be rescored.
+        probes: inverted lists searched.
+        rescore: recompute exact similarities of an approximate index's candidates.
+        oversample: candidates per neighbour that are rescored.
     """
 
     metric: Metric = "inner_product"
@@ -80,7 +80,7 @@ class DatastorePart:
     """Consecutive rows of a datastore, and their index if it has one.
 
     Args:
-        keys: `[M, H]` as stored; token_M: int; first_row: the number of the first of them in the datastore.
+        keys: `[M, H]` as stored; token_M: int; first_row: the first row's number in the datastore.
         index: a faiss index over these rows, in their order; None: every row is compared.
     """
 
@@ -117,43 +117,43 @@ class DatastorePart:
         return SearchResult(torch.from_numpy(similarity), torch.from_numpy(token), torch.from_numpy(row))
 
     def _exact(self, query_NH: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        kept, asked = min(k, len(self)), min(k + 1, len(self))
+        kept, requested = min(k, len(self)), min(k + 1, len(self))
         code = self.faiss.METRIC_INNER_PRODUCT if self.options.metric == "inner_product" else self.faiss.METRIC_L2
-        distance, row = self.faiss.knn(query_NH, self.keys.data, asked, metric=code)
+        distance, row = self.faiss.knn(query_NH, self.keys.data, requested, metric=code)
         similarity = distance if self.options.metric == "inner_product" else -distance
-        if asked > kept:  # where the cut falls among equals, faiss keeps any of them
-            for torn in np.flatnonzero(similarity[:, kept - 1] == similarity[:, kept]):
-                self._cut_among_equals(query_NH[torn], similarity[torn], row[torn], kept)
+        if requested > kept:  # if the k-th and the next are equal, faiss keeps any of the equal rows
+            for query in np.flatnonzero(similarity[:, kept - 1] == similarity[:, kept]):
+                self._break_ties(query_NH[query], similarity[query], row[query], kept)
         return _ordered(similarity[:, :kept], row[:, :kept].astype(np.int64))
 
-    def _cut_among_equals(self, query_H: np.ndarray, similarity_K: np.ndarray, row_K: np.ndarray, kept: int) -> None:
-        """Put the lowest rows of those as similar as the last kept one in its place, and in its equals'."""
+    def _break_ties(self, query_H: np.ndarray, similarity_K: np.ndarray, row_K: np.ndarray, kept: int) -> None:
+        """Replace the rows as similar as the last kept one by the lowest of all such rows, in place."""
         last = similarity_K[kept - 1]
-        compared_M = exact_similarity(query_H[None], self.keys.data[None], self.options.metric)[0]
+        similarity_M = exact_similarity(query_H[None], self.keys.data[None], self.options.metric)[0]
         above = row_K[:kept][similarity_K[:kept] > last]
-        close_M = np.flatnonzero(np.isclose(compared_M, last, rtol=1e-6, atol=1e-6))  # another order of summation
-        equals = np.setdiff1d(close_M, above)[: kept - len(above)]
-        if len(above) + len(equals) == kept:
-            row_K[:kept] = np.concatenate([above, equals])
-            similarity_K[:kept] = np.concatenate([similarity_K[: len(above)], np.full(len(equals), last)])
+        equal_M = np.flatnonzero(np.isclose(similarity_M, last, rtol=1e-6, atol=1e-6))  # another order of summation
+        lowest = np.setdiff1d(equal_M, above)[: kept - len(above)]
+        if len(above) + len(lowest) == kept:
+            row_K[:kept] = np.concatenate([above, lowest])
+            similarity_K[:kept] = np.concatenate([similarity_K[: len(above)], np.full(len(lowest), last)])
 
     def _approximate(self, query_NH: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         options = self.options
         rescore = options.rescore and hasattr(self.index, "pq")  # lists without codes hold the keys themselves
-        asked = min(k * (options.oversample if rescore else 1), len(self))
-        distance, row = self.index.search(query_NH, asked)
+        requested = min(k * (options.oversample if rescore else 1), len(self))
+        distance, row = self.index.search(query_NH, requested)
         similarity = distance if options.metric == "inner_product" else -distance
         if rescore:
             similarity = self._rescored(query_NH, row)
         similarity = np.where(row >= 0, similarity, -np.inf).astype(np.float32)
         similarity, row = _ordered(similarity, row)
-        kept = min(k, asked)
+        kept = min(k, requested)
         return similarity[:, :kept].copy(), row[:, :kept].copy()
 
     def _rescored(self, query_NH: np.ndarray, row_NK: np.ndarray) -> np.ndarray:
         """Exact similarities of candidates; approximate distances cost up to 1.3 perplexity in the paper."""
         exact_NK = np.empty(row_NK.shape, np.float32)
-        step = max(1, _GATHERED // max(1, row_NK.shape[1] * query_NH.shape[1]))
+        step = max(1, _RESCORE_CHUNK // max(1, row_NK.shape[1] * query_NH.shape[1]))
         for begin in range(0, len(query_NH), step):
             rows = row_NK[begin : begin + step]
             key_nKH = self.keys[np.maximum(rows, 0).ravel()].reshape(*rows.shape, -1)
@@ -177,7 +177,7 @@ def _ordered(similarity_NK: np.ndarray, row_NK: np.ndarray) -> tuple[np.ndarray,
 
 
 def merge(answers: Sequence[SearchResult], k: int) -> SearchResult:
-    """The k nearest of several parts' nearest: exactly what one search over all of them gives."""
+    """The k nearest of several parts' neighbours: equal to one search over all parts."""
     similarity, token, row = (
         torch.cat([getattr(answer, name) for answer in answers], 1) for name in ("similarity_NK", "token_NK", "row_NK")
     )
@@ -207,11 +207,11 @@ class OnePieceSearch:
 def check_k(k: int, entries: int) -> None:
     if k > entries:
         raise UserError(
-            f"{k:,} neighbours asked of a datastore of {entries:,} entries. Lower 'neighbours' to at most that."
+            f"{k:,} neighbours requested of a datastore of {entries:,} entries. Lower 'neighbours' to at most that."
         )
 
 
-def recall(found: SearchResult, exact: SearchResult) -> float:
-    """The share of the exact neighbours that were found."""
-    both = zip(found.row_NK.numpy(), exact.row_NK.numpy(), strict=True)
-    return float(np.mean([len(np.intersect1d(mine, all_)) / len(all_) for mine, all_ in both]))
+def recall(approximate: SearchResult, exact: SearchResult) -> float:
+    """The share of the exact neighbours in an approximate result."""
+    pairs = zip(approximate.row_NK.numpy(), exact.row_NK.numpy(), strict=True)
+    return float(np.mean([len(np.intersect1d(rows, exact_rows)) / len(exact_rows) for rows, exact_rows in pairs]))

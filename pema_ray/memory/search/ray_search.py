@@ -1,6 +1,6 @@
-"""A datastore's parts spread over Ray actors, and merged exactly. Imports Ray.
+"""Search of a datastore whose parts are spread over Ray actors; results are merged exactly. Imports Ray.
 
-An actor that dies starts again, reads its parts from disk and answers what it was asked.
+An actor that dies restarts, reads its parts from disk and answers the pending queries.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from pema_ray.memory.search.nearest import Neighbours, OnePieceSearch, SearchOpt
 
 
 def count_parts(store: ExternalMemory, index: Path | None) -> int:
-    """How many actors could share a datastore."""
+    """Number of parts of a datastore: the maximum number of actors."""
     shards = len(store.counts)
     return len(parts_of(shards, read_info(index, store).shards_per_part if index else shards))
 
 
 def deal(parts: int, holders: int) -> list[list[int]]:
-    """Part numbers for each holder, neighbours together; none goes without."""
+    """Consecutive part numbers for each holder; at most as many holders as parts."""
     holders = min(holders, parts)
     return [list(range(i * parts // holders, (i + 1) * parts // holders)) for i in range(holders)]
 
 
 class PartHolder:
-    """What one actor does: holds some parts and searches them."""
+    """One actor: holds some parts and searches them."""
 
     def __init__(self, folder: str, index: str | None, options: SearchOptions, numbers: list[int]) -> None:
         store = ExternalMemory.open(folder)
@@ -47,10 +47,10 @@ class PartHolder:
 
 
 class ShardedSearch:
-    """A datastore whose parts lie in several actors.
+    """A datastore whose parts are in several actors.
 
     Args:
-        holders: actors of `PartHolder`; entries: of them all.
+        holders: actors of `PartHolder`; entries: their total.
     """
 
     def __init__(self, holders: list[Any], entries: int) -> None:
@@ -60,7 +60,7 @@ class ShardedSearch:
         return self._entries
 
     def search(self, query_NH: np.ndarray, k: int) -> SearchResult:
-        """The k nearest entries, the same whoever holds what."""
+        """The k nearest entries, whatever the distribution of parts."""
         import ray
 
         check_k(k, self._entries)
@@ -70,7 +70,7 @@ class ShardedSearch:
 
 
 def search_result_of(arrays: tuple[np.ndarray, np.ndarray, np.ndarray]) -> SearchResult:
-    """What a holder answered, as tensors."""
+    """A holder's answer as tensors."""
     import torch
 
     similarity, token, row = (torch.from_numpy(np.array(part)) for part in arrays)  # Ray's arrays are read-only
@@ -93,9 +93,9 @@ def open_search(
     import ray
     from ray.exceptions import RayTaskError
 
-    remote: Any = ray.remote(num_cpus=cpus_per_actor, max_restarts=-1, max_task_retries=-1)(PartHolder)
-    where = (str(store.folder.absolute()), None if index is None else str(index.absolute()), options)
-    holders = [remote.remote(*where, numbers) for numbers in deal(count_parts(store, index), actors)]
+    actor: Any = ray.remote(num_cpus=cpus_per_actor, max_restarts=-1, max_task_retries=-1)(PartHolder)
+    folders = (str(store.folder.absolute()), None if index is None else str(index.absolute()))
+    holders = [actor.remote(*folders, options, numbers) for numbers in deal(count_parts(store, index), actors)]
     try:
         yield ShardedSearch(holders, sum(ray.get([holder.rows.remote() for holder in holders])))
     except RayTaskError as error:

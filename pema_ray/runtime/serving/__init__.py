@@ -1,1 +1,1 @@
-"""What the Serve applications of all owners and methods share: replicas, logs, refused settings."""
+"""Shared by the Serve applications of all owners and methods: replicas, logs, HTTP, rejected settings."""

@@ -1,4 +1,4 @@
-"""HTTP as every service speaks it: ids of requests, limits of bodies, a line in the log, errors in one form.
+"""HTTP conventions of every service: request ids, limits on bodies, access logs, one form of errors.
 
 The log has paths, statuses and seconds; never prompts or answers. Errors are OpenAI's: `{"error": {"message": …}}`.
 """
@@ -20,13 +20,13 @@ from pema_ray.errors import UserError
 
 logger = logging.getLogger(__name__)
 _HEADER = b"x-request-id"
-_LONGEST = 64  # characters of an id that a client sends
+_MAX_ID_LENGTH = 64  # characters, of a client's request id
 MAX_BODY_BYTES = 8 * 2**20
-"""Of a request, where a service has no setting for it."""
+"""Of a request, for services without a setting for it."""
 
 
 def error_body(message: str, kind: str = "invalid_request_error", code: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's clients read it. Half characters in the message are replaced: they cannot be sent."""
+    """An error in OpenAI's format. Lone surrogates in the message are replaced: they cannot be sent."""
     message = message.encode("utf-8", "replace").decode()
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
@@ -41,10 +41,10 @@ def invalid_field(error: RequestValidationError) -> str:
 def handle_errors(
     api: FastAPI, status_of: Callable[[UserError], int] = lambda error: 400, not_found: str | None = None
 ) -> None:
-    """Answer what a request has wrong in one form.
+    """Answer every error of a request in one form.
 
     Args:
-        status_of: of what the service refuses.
+        status_of: HTTP status of a `UserError`.
         not_found: the code of 404.
     """
 
@@ -63,7 +63,7 @@ def handle_errors(
 
 
 class Admission:
-    """ASGI middleware.
+    """ASGI middleware: limits bodies, assigns request ids, writes the access log.
 
     Args:
         max_bytes: of a request's body, with or without a Content-Length.
@@ -79,8 +79,8 @@ class Admission:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = dict(scope.get("headers", ())).get(_HEADER, b"").decode("latin-1")
-        number, started = request_id(given), time.perf_counter()
+        clients_id = dict(scope.get("headers", ())).get(_HEADER, b"").decode("latin-1")
+        own_id, started = request_id(clients_id), time.perf_counter()
         size, status = 0, 499  # the client disconnected before the answer
 
         async def limited() -> Any:
@@ -95,7 +95,7 @@ class Admission:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message.get("headers", ()), (_HEADER, number.encode())]}
+                message = {**message, "headers": [*message.get("headers", ()), (_HEADER, own_id.encode())]}
             await send(message)
 
         try:
@@ -108,11 +108,12 @@ class Admission:
                 self._count("requests")
                 if status >= 400:
                     self._count(f"refused_{status}")
-                described = {"id": number, "path": scope["path"], "status": status, "bytes": size}
+                described = {"id": own_id, "path": scope["path"], "status": status, "bytes": size}
                 seconds = round(time.perf_counter() - started, 4)
                 logger.info("%s %s", scope["method"], status, extra={**described, "seconds": seconds})
 
 
-def request_id(given: str) -> str:
-    """The id that a client gave its request, if it is a decent one, or a new one."""
-    return given if 0 < len(given) <= _LONGEST and given.isascii() and given.isprintable() else uuid.uuid4().hex
+def request_id(clients_id: str) -> str:
+    """The client's request id if it is short, printable ASCII, else a new one."""
+    valid = 0 < len(clients_id) <= _MAX_ID_LENGTH and clients_id.isascii() and clients_id.isprintable()
+    return clients_id if valid else uuid.uuid4().hex

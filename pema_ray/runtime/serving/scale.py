@@ -1,4 +1,4 @@
-"""How many replicas a deployment has, and what each is given."""
+"""Replicas of a deployment, and the resources of each."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from pydantic import Field
 
 from pema_ray.runtime.settings import Section
 
-UNLIMITED = 1_000_000  # ongoing requests; the engine and the decoder queue by themselves and know when they are full
+UNLIMITED = 1_000_000  # ongoing requests; the engine and the decoder have queues and limits of their own
 
 
 class Scale(Section):
     """Replicas of a deployment and what each is given."""
 
     replicas: int = Field(default=1, ge=1)
-    """At first, and the fewest where it scales."""
+    """At the start, and the minimum when autoscaling."""
     max_replicas: int | None = Field(default=None, ge=1)
-    """More of them as sessions come; none keeps the number."""
+    """Maximum when autoscaling; none: the number is fixed."""
     sessions_per_replica: int = Field(default=16, ge=1)
-    """What autoscaling aims at."""
+    """Target of autoscaling."""
     tokens_per_replica: int = Field(default=32768, ge=1)
     """Waiting tokens of prompts and extractions at which autoscaling adds a replica."""
     upscale_seconds: float = 10
-    """For so long more sessions must live before replicas are added."""
+    """Time of higher load before replicas are added."""
     downscale_seconds: float = 120
-    """For so long fewer must live before replicas are taken away."""
+    """Time of lower load before replicas are removed."""
     cpus: float = 1
     gpus: float = 0
     resources: dict[str, float] = {}
