@@ -38,6 +38,7 @@ class ExtractBatch:
         token_ids: B sequences of token ids, of any lengths ≥ 1, without the prefix.
         first: for each sequence, the first position requested (counted without the prefix); all later ones are too.
         prefix: tokens before every sequence, which the PLM owner computes once for all of them.
+        handle: of the key-value prefix before all tokens; empty: none.
 
     Raises:
         ValueError: an empty batch or sequence, or a position outside its sequence.
@@ -46,6 +47,7 @@ class ExtractBatch:
     token_ids: list[list[int]]
     first: list[int]
     prefix: tuple[int, ...] = ()
+    handle: str = ""
 
     def __post_init__(self) -> None:
         if not self.token_ids:

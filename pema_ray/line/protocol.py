@@ -11,18 +11,24 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
+from pema_ray.errors import UserError
 from pema_ray.line.lm_head import LMHeadBundle
 from pema_ray.line.messages import ExtractBatch, ModelCard
+from pema_ray.line.prefix import Prefix, PrefixShape
 
 LONGEST_NAME = 200  # characters of a session's name
 
 
 class SessionLost(Exception):
     """The PLM owner does not hold this session: open it again with all its ids."""
+
+
+class PrefixLost(Exception):
+    """The PLM owner does not hold the prefix of this handle: put it again."""
 
 
 class Busy(Exception):
@@ -62,6 +68,8 @@ class Description:
 
     card: ModelCard
     limits: Limits
+    prefix_shape: PrefixShape | None = None
+    """Of the prefixes that it takes; None: it takes none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +85,7 @@ class Step:
         waits: an opening waits for a free slot as long as the PLM owner allows; otherwise it is `Busy` after a moment,
             so that the other steps of its message do not wait and hold slots meanwhile. Openings of one message that
             wait go to one replica, in their order: send those of one answer together.
+        handle: of an opening: the key-value prefix before the session's tokens; empty: none. Positions count tokens.
 
     Raises:
         ValueError: a number that is out of range.
@@ -88,6 +97,7 @@ class Step:
     states: int = 1
     draft: int = 0
     waits: bool = True
+    handle: str = ""
 
     def __post_init__(self) -> None:
         if not 0 < len(self.session) <= LONGEST_NAME:
@@ -153,6 +163,31 @@ class PLMClient(Protocol):
         ...
 
 
+@runtime_checkable
+class AdaptablePLM(PLMClient, Protocol):
+    """A PLM owner that also computes with a data owner's prefix, and the gradient of that prefix.
+
+    Raises (where a handle is used):
+        PrefixLost: put the prefix again.
+    """
+
+    async def read_prefix(self, token_ids: Sequence[int]) -> Prefix:
+        """The keys and values of a text, from which a prefix may start."""
+        ...
+
+    async def put_prefix(self, prefix: Prefix) -> None:
+        """Keep a prefix under its handle."""
+        ...
+
+    async def gradient(self, batch: ExtractBatch, d_state_NH: torch.Tensor) -> torch.Tensor:
+        """`Jᵀ D`, `[n, L · 2 · G · D]` float32: the gradient of a loss with respect to the batch's prefix.
+
+        Args:
+            d_state_NH: D, the gradient of the loss with respect to the representations that `extract` returns.
+        """
+        ...
+
+
 class BlockingPLM:
     """A `PLMClient` for callers without an event loop; use it from one thread.
 
@@ -177,6 +212,21 @@ class BlockingPLM:
 
     def close(self, sessions: Sequence[str]) -> None:
         self._runner.run(self.client.close(sessions))
+
+    def read_prefix(self, token_ids: Sequence[int]) -> Prefix:
+        return self._runner.run(self._adaptable.read_prefix(token_ids))
+
+    def put_prefix(self, prefix: Prefix) -> None:
+        self._runner.run(self._adaptable.put_prefix(prefix))
+
+    def gradient(self, batch: ExtractBatch, d_state_NH: torch.Tensor) -> torch.Tensor:
+        return self._runner.run(self._adaptable.gradient(batch, d_state_NH))
+
+    @property
+    def _adaptable(self) -> AdaptablePLM:
+        if not isinstance(self.client, AdaptablePLM):
+            raise UserError("This PLM owner takes no prefixes: use a PLM of your own (plm.name).")
+        return self.client
 
     def end(self) -> None:
         self._runner.run(self.client.end())

@@ -16,9 +16,12 @@ import torch
 
 from pema_ray.errors import UserError
 from pema_ray.line import Busy, ExtractBatch, LMHead, SessionLost, Step, Stepped
+from pema_ray.line.prefix import Prefix
+from pema_ray.line.protocol import PrefixLost
 from pema_ray.plm_owner.engine.config import EngineConfig
-from pema_ray.plm_owner.engine.extraction import Extraction, ExtractJob
+from pema_ray.plm_owner.engine.extraction import Extraction, ExtractJob, GradientJob
 from pema_ray.plm_owner.engine.fair import FairQueue
+from pema_ray.plm_owner.engine.prefixes import Prefixes, read_prefix
 from pema_ray.plm_owner.engine.sessions import Sessions, StepJob
 from pema_ray.plm_owner.engine.slots import SlotTokens, make_caches
 from pema_ray.plm_owner.model.load import LoadedPLM
@@ -46,6 +49,7 @@ class Batcher:
         self._vocabulary = min(head.vocab_size, plm.model.get_input_embeddings().weight.shape[0])
         self._caches = make_caches(plm, config.slots, self.max_tokens)
         self._sessions = Sessions(self._caches, config.slots, config.idle_seconds, clock)
+        self.prefixes = Prefixes(plm, config.prefix_positions)
         self._extraction = Extraction(plm, self.pass_tokens, config.share_passes)
         self._waiting: deque[StepJob] = deque()
         self._active: list[StepJob] = []
@@ -72,6 +76,25 @@ class Batcher:
         job = ExtractJob(owner, batch, deadline, tokens=batch.tokens)
         self._extractions.append(job)
         return job
+
+    def submit_gradient(
+        self, owner: str, batch: ExtractBatch, d_state_NH: torch.Tensor, deadline: float = float("inf")
+    ) -> GradientJob:
+        """Queue a gradient of the batch's prefix, among the extractions of its owner."""
+        job = GradientJob(owner, batch, deadline, tokens=batch.tokens, d_state_NH=d_state_NH)
+        self._extractions.append(job)
+        return job
+
+    @torch.inference_mode()
+    def read_prefix(self, token_ids: Sequence[int]) -> Prefix:
+        """The keys and values of a text, from which a prefix may start.
+
+        Raises:
+            UserError: this PLM takes no prefix, or not one so long, or the text holds what is no token.
+        """
+        self._check_length(len(token_ids))
+        self._check_tokens([token_ids])
+        return read_prefix(self._plm, token_ids)
 
     def close(self, owner: str, session: str) -> None:
         """Forget a session and drop its step. The next opening of an unknown one is refused: it was overtaken."""
@@ -235,17 +258,19 @@ class Batcher:
                 elif slot is None and job.step.position == 0:
                     if self._sessions.was_closed(job.key):
                         raise SessionLost(job.step.session)
-                    self._check(job.step)
+                    if job.step.handle:
+                        job.prefix = self.prefixes.get(job.owner, job.step.handle)
+                    self._check(job.step, 0 if job.prefix is None else len(job.prefix))
                     prefilling = (active for active in self._active if len(active.remaining) > _SHORT)
                     began, full = self._sessions.open(job, prefilling, full)
                 else:
-                    self._check(job.step)
+                    self._check(job.step, 0 if slot is None else slot.prefix_positions)
                     self._sessions.continue_(job, slot)
                     began = True
                 if not began and self._clock() > (job.slot_deadline if full else job.deadline):
                     reason = f"no slot became free in time: {self.config.slots} sessions are being decoded."
                     raise Busy(reason, 1.0 if job.step.waits else 0.0)
-            except (SessionLost, UserError, Busy) as error:
+            except (SessionLost, PrefixLost, UserError, Busy) as error:
                 job.result = error
                 refused.append(job)
                 continue
@@ -263,19 +288,36 @@ class Batcher:
         for job in self._extractions:
             try:
                 if not job.checked:
-                    self._check_length(job.batch.longest)
-                    self._check_tokens([job.batch.prefix, *job.batch.token_ids])
+                    self._check_extraction(job)
                     job.checked = True
                 if not job.begun and self._clock() > job.deadline:
                     raise Busy(f"{self.waiting_tokens} tokens wait for representations.")
-            except (UserError, Busy) as error:
+            except (UserError, Busy, PrefixLost) as error:
                 job.result = error
                 refused.append(job)
         self._extractions = [job for job in self._extractions if job.result is None]
         return refused
 
-    def _check(self, step: Step) -> None:
-        self._check_length(step.position + len(step.tokens) + step.draft)
+    def _check_extraction(self, job: ExtractJob) -> None:
+        """Look up the job's prefix, and refuse what would fail in a pass."""
+        batch, positions = job.batch, 0
+        if batch.handle:
+            job.owned = self.prefixes.get(job.owner, batch.handle)
+            positions = len(job.owned)
+        self._check_length(positions + batch.longest)
+        self._check_tokens([batch.prefix, *batch.token_ids])
+        if not isinstance(job, GradientJob):
+            return
+        if job.owned is None:
+            raise UserError("A gradient needs a batch with the handle of a prefix.")
+        expected = (batch.rows, self._head.weight.shape[1])
+        if tuple(job.d_state_NH.shape) != expected:
+            raise UserError(f"The gradient of the states has shape {list(job.d_state_NH.shape)}, not {list(expected)}.")
+        if not torch.isfinite(job.d_state_NH).all():
+            raise UserError("The gradient of the states holds infinities or NaN.")
+
+    def _check(self, step: Step, prefix_positions: int) -> None:
+        self._check_length(prefix_positions + step.position + len(step.tokens) + step.draft)
         self._check_tokens([step.tokens])
 
     def _check_length(self, length: int) -> None:

@@ -28,5 +28,7 @@ class EngineConfig(Section):
     """A session without steps for so long is forgotten, whether or not its slot is needed."""
     timeout_seconds: float = Field(default=60.0, gt=0)
     """A step or an extraction that has not begun after so long is `Busy`."""
+    prefix_positions: int = Field(default=8192, ge=0)
+    """Positions of key-value prefixes kept for each data owner; 0: no prefixes, and no gradients."""
     wire_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """`bfloat16` or `float16` halves the bytes of representations; none keeps the PLM's own."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from pema_ray.line import Busy, ExtractBatch, SessionLost, Step, Stepped
+from pema_ray.line.prefix import Prefix
 from pema_ray.plm_owner.engine.batcher import Batcher, Job
 from pema_ray.plm_owner.engine.sessions import StepJob
 from pema_ray.runtime.hardware import compute_thread
@@ -86,7 +87,25 @@ class Engine:
             Busy: the batch waited too long, or the engine has failed.
         """
         deadline = time.monotonic() + timeout
-        (answer,) = await self._answers(lambda: [self.batcher.submit_extraction(owner, batch, deadline)], 1)
+        return await self._extraction(lambda: [self.batcher.submit_extraction(owner, batch, deadline)])
+
+    async def gradient(
+        self, owner: str, batch: ExtractBatch, d_state_NH: torch.Tensor, timeout: float = 60.0
+    ) -> torch.Tensor:
+        """The gradient `[n, width]` of the batch's prefix, on the CPU; raises as `extract` does, and `PrefixLost`."""
+        deadline = time.monotonic() + timeout
+        return await self._extraction(lambda: [self.batcher.submit_gradient(owner, batch, d_state_NH, deadline)])
+
+    async def put_prefix(self, owner: str, prefix: Prefix) -> None:
+        """Keep a prefix; requests that come later find it. Raises UserError as `Prefixes.put` does."""
+        self.batcher.prefixes.put(owner, prefix)
+
+    async def read_prefix(self, token_ids: Sequence[int]) -> Prefix:
+        """The keys and values of a text; raises UserError as `Batcher.read_prefix` does."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self.batcher.read_prefix, list(token_ids))
+
+    async def _extraction(self, submit: Callable[[], Sequence[Job]]) -> torch.Tensor:
+        (answer,) = await self._answers(submit, 1)
         if isinstance(answer, SessionLost):
             raise Busy("the engine has stopped.")
         if isinstance(answer, Exception):

@@ -18,7 +18,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from pema_ray.line import ExtractBatch
+from pema_ray.line.prefix import Prefix
 from pema_ray.plm_owner.engine.checks import attempt, holds_plain_rows, plain_states, random_ids, same_states
+from pema_ray.plm_owner.engine.prefixes import prefix_cache
 from pema_ray.plm_owner.model.load import LoadedPLM
 from pema_ray.plm_owner.model.states import capture_state
 
@@ -29,9 +31,14 @@ _ROWS_OF_PREFIX = 64  # a pass attends to at most this × its budget of prefix p
 
 @dataclass(eq=False)
 class _Prefix:
+    """What stands before every sequence of a pass: a data owner's prefix, then tokens."""
+
+    handle: str
     ids: tuple[int, ...]
     cache: DynamicCache
+    positions: int
     computed: int = 0
+    """Of the tokens."""
 
 
 @dataclass(eq=False)
@@ -51,18 +58,38 @@ class ExtractJob:
     begun: bool = False
     tokens: int = 0
     """Still to compute."""
+    owned: Prefix | None = None
+    """The data owner's prefix, once it was looked up."""
     _prefix: _Prefix | None = None
     _pieces: list[list[int]] = field(default_factory=list)
     _rows: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def computed(self, i: int) -> Sequence[int]:
         """The tokens of a sequence in a pass: with the prefix, unless its keys and values are reused."""
-        ids = self.batch.token_ids[i]
-        return ids if self._prefix is not None else [*self.batch.prefix, *ids]
+        cached = 0 if self._prefix is None else len(self._prefix.ids)
+        return [*self.batch.prefix[cached:], *self.batch.token_ids[i]]
 
     def length(self, i: int) -> int:
         """Positions of a sequence in a pass."""
         return len(self.computed(i))
+
+
+@dataclass(eq=False, kw_only=True)
+class GradientJob(ExtractJob):
+    """The gradient of a data owner's prefix: the same passes, forward and backward; its result is `[n, width]`.
+
+    Attributes:
+        d_state_NH: of the loss, for every representation that the batch asks for.
+    """
+
+    d_state_NH: torch.Tensor
+    gradient: torch.Tensor | None = None
+    """The sum over the pieces so far, float32."""
+
+    def rows(self, i: int) -> slice:
+        """A sequence's representations among all."""
+        counts = [len(ids) - first for ids, first in zip(self.batch.token_ids, self.batch.first, strict=True)]
+        return slice(sum(counts[:i]), sum(counts[: i + 1]))
 
 
 class Extraction:
@@ -78,7 +105,7 @@ class Extraction:
 
     def __init__(self, plm: LoadedPLM, budget: int, share_passes: bool = False) -> None:
         self._plm, self.budget, self._share_passes = plm, budget, share_passes
-        self._prefixes: OrderedDict[str, _Prefix] = OrderedDict()
+        self._prefixes: OrderedDict[str, _Prefix] = OrderedDict()  # by owner
         self.batches, self.reuses_prefixes = True, holds_plain_rows(plm)
         if self.reuses_prefixes and attempt(self._is_exact):
             self.reuses_prefixes = False
@@ -119,6 +146,8 @@ class Extraction:
             prefix.computed += len(ids)
             return 1, len(ids)
         pieces = [(job, job._pieces.pop(0))]
+        if isinstance(job, GradientJob):
+            return self._differentiate(job, pieces[0][1])
         if self._share_passes and self.batches:
             self._fill(pieces, jobs[1:])
         positions = self._run(pieces)
@@ -137,7 +166,7 @@ class Extraction:
         for job in jobs:
             if count == limit or (count + 1) * width > self.budget:
                 return
-            if job.batch.prefix != first.batch.prefix:
+            if isinstance(job, GradientJob) or job.batch.prefix != first.batch.prefix:
                 continue
             if not job.begun:
                 self._begin(job)
@@ -151,43 +180,83 @@ class Extraction:
 
     def _begin(self, job: ExtractJob) -> None:
         job.begun = True
-        prefix = job.batch.prefix
-        if self.reuses_prefixes and len(prefix) >= _SHORTEST_PREFIX:
-            job._prefix = self._prefix_of(job.owner, prefix)
+        ids = job.batch.prefix
+        if isinstance(job, GradientJob):
+            pass  # the gradient flows through the tokens before the sequences too
+        elif self.reuses_prefixes and len(ids) >= _SHORTEST_PREFIX:
+            job._prefix = self._prefix_of(job)
+        elif job.owned is not None:
+            job._prefix = self._new_prefix((), job)
         lengths = [job.length(i) for i in range(len(job.batch.token_ids))]
         job._pieces = cut(lengths, self.budget, self._max_sequences(job) if self.batches else 1)
 
     def _max_sequences(self, job: ExtractJob) -> int:
         """Of a pass."""
-        return self.budget if job._prefix is None else max(1, _ROWS_OF_PREFIX * self.budget // len(job._prefix.ids))
+        positions = (0 if job.owned is None else len(job.owned)) if job._prefix is None else job._prefix.positions
+        return max(1, _ROWS_OF_PREFIX * self.budget // positions) if positions else self.budget
 
-    def _prefix_of(self, owner: str, ids: tuple[int, ...]) -> _Prefix:
-        prefix = self._prefixes.get(owner)
-        if prefix is None or prefix.ids != ids:  # owners never share a prefix
-            prefix = self._prefixes[owner] = _Prefix(ids, DynamicCache(config=self._plm.model.config))
-        self._prefixes.move_to_end(owner)
+    def _prefix_of(self, job: ExtractJob) -> _Prefix:
+        """The owner's last prefix, if it is this job's; owners never share one."""
+        prefix, batch = self._prefixes.get(job.owner), job.batch
+        if prefix is None or (prefix.handle, prefix.ids) != (batch.handle, batch.prefix):
+            prefix = self._prefixes[job.owner] = self._new_prefix(batch.prefix, job)
+        self._prefixes.move_to_end(job.owner)
         if len(self._prefixes) > _MAX_PREFIXES:
             self._prefixes.popitem(last=False)
         return prefix
 
+    def _new_prefix(self, ids: tuple[int, ...], job: ExtractJob) -> _Prefix:
+        if job.owned is None:
+            return _Prefix("", ids, DynamicCache(config=self._plm.model.config), len(ids))
+        return _Prefix(job.batch.handle, ids, prefix_cache(self._plm, job.owned), len(job.owned) + len(ids))
+
     def _run(self, pieces: Sequence[tuple[ExtractJob, list[int]]]) -> int:
         prefix = pieces[0][0]._prefix
-        sequences = [(job, i, job.computed(i)) for job, piece in pieces for i in piece]
-        padded = torch.zeros(len(sequences), max(len(ids) for _, _, ids in sequences), dtype=torch.long)
+        sequences = [(job, i) for job, piece in pieces for i in piece]
+        states, positions = self._states(sequences, None if prefix is None else prefix.cache)
+        for (job, i), state in zip(sequences, torch.cat(states).cpu().split(list(map(len, states))), strict=True):
+            job._rows[i] = state
+        return positions
+
+    def _states(
+        self, sequences: Sequence[tuple[ExtractJob, int]], before: DynamicCache | None
+    ) -> tuple[tuple[torch.Tensor, ...], int]:
+        """Run sequences in one pass, behind a cache that they share.
+
+        Returns:
+            The requested representations `[rows, H]` of each, on the PLM's device, and the positions of the pass.
+        """
+        computed = [(job, i, job.computed(i)) for job, i in sequences]
+        padded = torch.zeros(len(computed), max(len(ids) for _, _, ids in computed), dtype=torch.long)
         requested = torch.zeros(padded.shape, dtype=torch.bool)
-        for row, (job, i, ids) in enumerate(sequences):
+        for row, (job, i, ids) in enumerate(computed):
             padded[row, : len(ids)] = torch.tensor(ids)
             requested[row, len(ids) - len(job.batch.token_ids[i]) + job.batch.first[i] : len(ids)] = True
         inputs: dict[str, Any] = {"input_ids": padded.to(self._plm.device), "use_cache": False}
-        if prefix is not None:
+        if before is not None:
             cache: Any = DynamicCache(config=self._plm.model.config)
-            cache.layers = [_SharedPrefixLayer(layer, len(sequences)) for layer in prefix.cache.layers]
+            cache.layers = [_SharedPrefixLayer(layer, len(computed)) for layer in before.layers]
             inputs |= {"past_key_values": cache, "use_cache": True}
         state_BTH = capture_state(self._plm, **inputs)  # causal: no position attends to the padding on the right
-        rows = state_BTH[requested.to(state_BTH.device)].cpu().split(requested.sum(-1).tolist())
-        for (job, i, _), row in zip(sequences, rows, strict=True):
-            job._rows[i] = row
-        return padded.numel()
+        rows = state_BTH[requested.to(state_BTH.device)].split(requested.sum(-1).tolist())
+        return rows, padded.numel()
+
+    def _differentiate(self, job: GradientJob, piece: list[int]) -> tuple[int, int]:
+        """Add the gradient of a piece: one pass forward, one backward. Linear in D, so pieces sum."""
+        assert job.owned is not None
+        with torch.inference_mode(False), torch.enable_grad():
+            embeddings = job.owned.embeddings.detach().to(self._plm.device, copy=True).requires_grad_()
+            states, positions = self._states(
+                [(job, i) for i in piece], prefix_cache(self._plm, job.owned.replaced(embeddings))
+            )
+            d_states = [job.d_state_NH[job.rows(i)].to(state) for i, state in zip(piece, states, strict=True)]
+            (gradient,) = torch.autograd.grad(torch.cat(states), embeddings, torch.cat(d_states))
+        exact = gradient.double() if gradient.dtype == torch.float64 else gradient.float()
+        job.gradient = exact if job.gradient is None else job.gradient + exact
+        job.tokens -= sum(len(job.batch.token_ids[i]) for i in piece)
+        if not job._pieces:
+            job.result = job.gradient.cpu()
+        return len(piece), 3 * positions  # a backward pass costs two forward ones
 
 
 class _SharedPrefixLayer(DynamicLayer):

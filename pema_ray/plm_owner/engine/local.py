@@ -12,6 +12,7 @@ import torch
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import Busy, Description, ExtractBatch, Limits, LMHeadBundle, Step, Stepped
 from pema_ray.line.plm_config import PLMConfig
+from pema_ray.line.prefix import Prefix
 from pema_ray.plm_owner.engine.batcher import Batcher
 from pema_ray.plm_owner.engine.config import EngineConfig
 from pema_ray.plm_owner.engine.engine import Engine
@@ -89,7 +90,7 @@ class LocalPLM:
     async def describe(self) -> Description:
         engine = await self.engine()
         limits = Limits(max_tokens=engine.batcher.max_tokens, max_sessions=self.config.slots)
-        return Description(self._bundle.card, limits)
+        return Description(self._bundle.card, limits, engine.batcher.prefixes.shape)
 
     async def lm_head(self) -> LMHeadBundle:
         await self.engine()
@@ -107,6 +108,19 @@ class LocalPLM:
         engine = await self.engine()
         with _failures_of(engine):
             return self.sent(await engine.extract(self.owner, batch, self.config.timeout_seconds))
+
+    async def read_prefix(self, token_ids: Sequence[int]) -> Prefix:
+        engine = await self.engine()
+        with _failures_of(engine):
+            return await engine.read_prefix(token_ids)
+
+    async def put_prefix(self, prefix: Prefix) -> None:
+        await (await self.engine()).put_prefix(self.owner, prefix)
+
+    async def gradient(self, batch: ExtractBatch, d_state_NH: torch.Tensor) -> torch.Tensor:
+        engine = await self.engine()
+        with _failures_of(engine):
+            return await engine.gradient(self.owner, batch, d_state_NH, self.config.timeout_seconds)
 
     async def step(self, steps: Sequence[Step]) -> list[Stepped | Exception]:
         engine = await self.engine()

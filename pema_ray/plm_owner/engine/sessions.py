@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from pema_ray.line import SessionLost, Step, Stepped
+from pema_ray.line.prefix import Prefix
 from pema_ray.plm_owner.engine.slots import Caches
 
 _WORTH_COPYING = 8  # tokens of a common prefix
@@ -27,6 +28,8 @@ class Slot:
     owner: str = ""
     ids: list[int] = field(default_factory=list)
     """Tokens whose keys and values are in the cache, even after the session has ended."""
+    prefix_positions: int = 0
+    """The first so many of `ids` stand for a data owner's prefix, whose positions have no tokens."""
     session: str | None = None
     job: StepJob | None = None
     used: float = 0.0
@@ -49,6 +52,8 @@ class StepJob:
     result: Stepped | Exception | None = None
     cancelled: bool = False
     slot: Slot | None = None
+    prefix: Prefix | None = None
+    """Of the session that it opens."""
     remaining: list[int] = field(default_factory=list)
     """Tokens still to compute."""
     states: list[torch.Tensor] = field(default_factory=list)
@@ -105,9 +110,9 @@ class Sessions:
             SessionLost: it holds fewer tokens, or no slot.
         """
         step = job.step
-        if slot is None or step.position > len(slot.ids):
+        if slot is None or (position := slot.prefix_positions + step.position) > len(slot.ids):
             raise SessionLost(step.session)
-        ids = [*slot.ids[: step.position], *step.tokens]
+        ids = [*slot.ids[:position], *step.tokens]
         # a repeated step recomputes only its states
         cached = min(_common_prefix(slot.ids, ids), len(ids) - step.states)
         self._begin(job, slot, ids, cached)
@@ -132,7 +137,8 @@ class Sessions:
         unused = sum(slot.session is None for slot in self._slots)
         if full or (self._promised and unused <= self._promised):
             return False, True
-        ids, step = list(job.step.tokens), job.step
+        prefix, step = _ids_of(job.prefix), job.step
+        ids = [*prefix, *step.tokens]
         limit = len(ids) - step.states
         source, shared = None, 0
         for slot in self._slots:
@@ -148,7 +154,10 @@ class Sessions:
             return False, True
         if source is not None and source is not target:
             self._caches.copy(source.number, target.number, shared)
-        target.owner, target.session = job.owner, step.session
+        if job.prefix is not None and shared < len(prefix):
+            self._caches.load(target.number, job.prefix)
+            shared = len(prefix)
+        target.owner, target.session, target.prefix_positions = job.owner, step.session, len(prefix)
         self._by_key[job.key] = target
         self._begin(job, target, ids, shared)
         return True, False
@@ -169,6 +178,12 @@ class Sessions:
     def _begin(self, job: StepJob, slot: Slot, ids: Sequence[int], cached: int) -> None:
         slot.ids, slot.job, slot.used = list(ids[:cached]), job, self._clock()
         job.slot, job.remaining = slot, list(ids[cached:])
+
+
+def _ids_of(prefix: Prefix | None) -> list[int]:
+    """Numbers that stand for a prefix's positions among token ids: no token has them, and no other prefix."""
+    first = 0 if prefix is None else -int(prefix.handle[:15], 16) - 1
+    return [] if prefix is None else [first - i for i in range(len(prefix))]
 
 
 def _will_share(owner: str, ids: Sequence[int], limit: int, prefilling: Iterable[StepJob]) -> int:

@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from pema_ray.errors import UserError
+from pema_ray.line.prefix import Prefix
 from pema_ray.plm_owner.engine.checks import attempt, holds_plain_rows, plain_states, random_ids, same_states
 from pema_ray.plm_owner.model.load import LoadedPLM
 from pema_ray.plm_owner.model.states import capture_state
@@ -50,6 +51,10 @@ class Caches(Protocol):
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Let a slot begin as the first positions of another."""
+        ...
+
+    def load(self, slot: int, prefix: Prefix) -> None:
+        """Let a slot begin with a data owner's prefix."""
         ...
 
 
@@ -132,19 +137,28 @@ class _SlotLayer(DynamicLayer):
         current = self._current[0].on(key_states.device)
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        self.keys = self._written(self.keys, key_states, current)
-        self.values = self._written(self.values, value_states, current)
+        self.keys = self._grown(self.keys, key_states, current.capacity)
+        self.values = self._grown(self.values, value_states, current.capacity)
+        for cache_ShTD, new_BhnD in ((self.keys, key_states), (self.values, value_states)):
+            cache_ShTD[current.row_B1, :, current.position_Bn] = new_BhnD.transpose(1, 2)
         return self.keys[current.rows, :, : current.total], self.values[current.rows, :, : current.total]
 
-    def _written(self, cache_ShTD: torch.Tensor | None, new_BhnD: torch.Tensor, current: _Pass) -> torch.Tensor:
-        if cache_ShTD is None or cache_ShTD.shape[2] < current.capacity:
-            _, heads, _, size = new_BhnD.shape
-            grown = new_BhnD.new_zeros(self._slots, heads, current.capacity, size)  # masked positions must never be NaN
-            if cache_ShTD is not None:
-                grown[:, :, : cache_ShTD.shape[2]] = cache_ShTD
-            cache_ShTD = grown
-        cache_ShTD[current.row_B1, :, current.position_Bn] = new_BhnD.transpose(1, 2)
-        return cache_ShTD
+    def _grown(self, cache_ShTD: torch.Tensor | None, new_BhnD: torch.Tensor, capacity: int) -> torch.Tensor:
+        """The cache with room for `capacity` positions in each slot."""
+        if cache_ShTD is not None and cache_ShTD.shape[2] >= capacity:
+            return cache_ShTD
+        _, heads, _, size = new_BhnD.shape
+        grown = new_BhnD.new_zeros(self._slots, heads, capacity, size)  # masked positions must never be NaN
+        if cache_ShTD is not None:
+            grown[:, :, : cache_ShTD.shape[2]] = cache_ShTD
+        return grown
+
+    def load(self, slot: int, keys_1hnD: torch.Tensor, values_1hnD: torch.Tensor, capacity: int) -> None:
+        """Let a slot begin with these keys and values."""
+        self.keys = self._grown(self.keys, keys_1hnD, capacity)
+        self.values = self._grown(self.values, values_1hnD, capacity)
+        for cache_ShTD, new_1hnD in ((self.keys, keys_1hnD), (self.values, values_1hnD)):
+            cache_ShTD[slot, :, : new_1hnD.shape[2]] = new_1hnD[0]
 
     def copy(self, source: int, target: int, length: int) -> None:
         for cache_ShTD in (self.keys, self.values):
@@ -210,6 +224,15 @@ class SlotCaches:
         for layer in self._cache.layers:
             layer.copy(source, target, length)
         self._length[target] = length
+
+    @torch.inference_mode()
+    def load(self, slot: int, prefix: Prefix) -> None:
+        self._capacity = max(self._capacity, len(prefix))
+        for layer, pair in zip(self._cache.layers, prefix.keys_and_values(), strict=True):
+            device = self._plm.device if layer.keys is None else layer.keys.device
+            keys, values = (rows.to(device, self._plm.model.dtype) for rows in pair)
+            layer.load(slot, keys, values, self._capacity)
+        self._length[slot] = len(prefix)
 
     def _slots_of_pass(self, feeds: Sequence[SlotTokens]) -> range | list[int]:
         """A range of slots if most of it is used (a view of the caches), else just these slots (a copy)."""
@@ -278,3 +301,6 @@ class SeparateCaches:
 
     def copy(self, source: int, target: int, length: int) -> None:
         self._sequences[target] = self._sequences[source][0][:length], None
+
+    def load(self, slot: int, prefix: Prefix) -> None:
+        raise UserError(f"{self._plm.name} decodes one sequence at a time, and behind no prefix.")

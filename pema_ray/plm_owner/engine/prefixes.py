@@ -1,0 +1,104 @@
+"""Prefixes that data owners have put, kept by owner and handle, and the caches that passes attend to.
+
+n positions, G key-value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from transformers import DynamicCache
+
+from pema_ray.errors import UserError
+from pema_ray.line.prefix import Prefix, PrefixShape
+from pema_ray.line.protocol import PrefixLost
+from pema_ray.plm_owner.engine.checks import holds_plain_rows, random_ids
+from pema_ray.plm_owner.model.load import LoadedPLM
+
+
+@torch.inference_mode()
+def prefix_shape(plm: LoadedPLM) -> PrefixShape | None:
+    """What a prefix of this PLM holds of each position; None for a PLM that takes none: its cache holds more than keys
+    and values, or its layers differ in size."""
+    if not holds_plain_rows(plm):
+        return None
+    cache = DynamicCache(config=plm.model.config)
+    plm.decoder(
+        input_ids=torch.tensor([random_ids(plm, 1, 0)], device=plm.device), past_key_values=cache, use_cache=True
+    )
+    shapes = {tuple(rows.shape) for layer in cache.layers for rows in (layer.keys, layer.values)}
+    if len(shapes) != 1:
+        return None
+    ((_, heads, _, size),) = shapes
+    return PrefixShape(len(cache.layers), heads, size)
+
+
+def prefix_cache(plm: LoadedPLM, prefix: Prefix) -> DynamicCache:
+    """A cache that holds a prefix, for one sequence, in the PLM's number format; gradients flow to its embeddings."""
+    cache = DynamicCache(config=plm.model.config)
+    for number, (keys, values) in enumerate(prefix.keys_and_values()):
+        cache.update(*(rows.to(plm.device, plm.model.dtype) for rows in (keys, values)), number)
+    return cache
+
+
+def read_prefix(plm: LoadedPLM, token_ids: Sequence[int]) -> Prefix:
+    """The keys and values of a text, float32.
+
+    Raises:
+        UserError: a layer attends to a window that is shorter than the text.
+    """
+    cache = DynamicCache(config=plm.model.config)
+    ids = torch.tensor([list(token_ids)], device=plm.device)
+    plm.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+    layers = [(layer.keys, layer.values) for layer in cache.layers]
+    if any(keys.shape[2] != len(token_ids) for keys, _ in layers):
+        raise UserError(f"{plm.name}: a text of {len(token_ids)} tokens is longer than its layers' windows.")
+    exact = plm.model.dtype if plm.model.dtype == torch.float64 else torch.float32
+    return Prefix.of([(keys.to("cpu", exact), values.to("cpu", exact)) for keys, values in layers])
+
+
+class Prefixes:
+    """What every data owner has put, the least recently used dropped first.
+
+    Args:
+        budget: positions kept for one owner, over all its prefixes.
+    """
+
+    def __init__(self, plm: LoadedPLM, budget: int) -> None:
+        self._plm, self._budget = plm, budget
+        self._kept: dict[str, OrderedDict[str, Prefix]] = {}
+        self.shape = prefix_shape(plm)
+
+    def put(self, owner: str, prefix: Prefix) -> None:
+        """Keep a prefix.
+
+        Raises:
+            UserError: this PLM takes none of this shape, or none so long.
+        """
+        if self.shape is None:
+            raise UserError(f"{self._plm.name} takes no prefix: its caches hold more than keys and values of one size.")
+        if prefix.shape != self.shape:
+            raise UserError(f"This prefix is for another PLM: it has {prefix.shape}, {self._plm.name} {self.shape}.")
+        if len(prefix) > self._budget:
+            raise UserError(f"A prefix of {len(prefix)} positions is longer than is kept here ({self._budget}).")
+        if not torch.isfinite(prefix.embeddings).all():
+            raise UserError("A prefix must be finite: this one holds infinities or NaN.")
+        kept = self._kept.setdefault(owner, OrderedDict())
+        kept[prefix.handle] = prefix
+        kept.move_to_end(prefix.handle)
+        while sum(map(len, kept.values())) > self._budget:
+            kept.popitem(last=False)
+
+    def get(self, owner: str, handle: str) -> Prefix:
+        """What this owner has put under a handle.
+
+        Raises:
+            PrefixLost: this owner has put none of this name, or it was dropped.
+        """
+        try:
+            self._kept[owner].move_to_end(handle)
+            return self._kept[owner][handle]
+        except KeyError:
+            raise PrefixLost(handle) from None
