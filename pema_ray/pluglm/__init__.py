@@ -1,16 +1,16 @@
-"""PlugLM (Cheng et al., Findings of ACL 2023): an encoder whose knowledge lies in a memory that people edit.
+"""PlugLM (Cheng et al., Findings of ACL 2023): an encoder with an editable memory of its knowledge.
 
-In the last layers of a BERT-family encoder, attention over the entries of a key-value memory of documents takes the
-feed-forward network's place, or stands beside it. Knows torch, transformers and Ray; knows no owner.
+The last layers of a BERT-family encoder attend to a key-value memory of documents, instead of or beside their
+feed-forward network. Knows torch, transformers and Ray; knows no owner.
 
     model           PlugLMModel, PlugLMForMaskedLM: `attach(knowledge)`, then call them like any transformers model
-    knowledge       `Knowledge`, what a model asks of its memory; `LocalKnowledge`, a memory in this process
-    sharded         `ShardedKnowledge`: the same, over Ray actors that hold a part each
+    knowledge       `Knowledge`, the interface of a memory; `LocalKnowledge`, a memory in this process
+    sharded         `ShardedKnowledge`: a memory over Ray actors, one for each part
     knowledge_memory  `KnowledgeMemory`, the memory on disk: build, add, replace, delete, concat, swap, load
-    encoding        `DocumentEncoder`: texts to tokens, keys and values, with the fingerprint that memories carry
-    pretrain        masked language modelling with a memory that is encoded anew every n steps
+    encoding        `DocumentEncoder`: encodes texts as tokens, keys and values; its fingerprint marks memories
+    pretrain        masked language modelling with a memory that is refreshed every n steps
 
-A whole round, in one process:
+An example, in one process:
 
     model, tokenizer = load_pluglm("folder")                 # loading.py; or PlugLMForMaskedLM.from_backbone("bert")
     encoder = DocumentEncoder(model, tokenizer)

@@ -19,11 +19,11 @@ class TextConfig(Section):
     text_column: str = "text"
     """Column of the text, in JSON Lines and Parquet."""
     document_column: str | None = None
-    """Which document a text is of; none: texts are told apart by what they say."""
+    """Column of the document's id; None: a hash of the text."""
     source_column: str | None = None
-    """Where a text comes from, for reports; none: the name below."""
+    """Column of the text's source, for reports; None: `source`."""
     source: str = ""
-    """The name of all texts' source, where no column has it."""
+    """Source of all texts, without `source_column`."""
 
     @field_validator("files", mode="before")
     @classmethod
@@ -35,31 +35,31 @@ class ModelSettings(Section):
     """The encoder and its memory layers (`model.config.PlugLMConfig`)."""
 
     backbone: str | None = None
-    """A BERT-family checkpoint to begin with, by hub name or folder; a PlugLM folder goes on training that model."""
+    """A BERT-family checkpoint, by hub name or folder; of a PlugLM folder, training continues with that model."""
     sizes: dict[str, Any] = {}
-    """Of a backbone with random weights instead: `model_type`, `hidden_size`, `num_hidden_layers`, …"""
+    """Config of a backbone with random weights instead: `model_type`, `hidden_size`, `num_hidden_layers`, …"""
     tokenizer: str | None = None
-    """By hub name or folder; none: the backbone's."""
+    """A tokenizer, by hub name or folder; None: the backbone's."""
     memory_layers: int = Field(default=1, ge=1)
     """M."""
     memory_feed_forward: int = Field(default=768, ge=0)
     """Width of the feed-forward network beside knowledge attention; 0: replaced by it."""
     knowledge_attention: Literal["multi_head", "sentence_level"] = "multi_head"
-    """Token by token, or one mixture of values for all tokens."""
+    """Per token, or one mixture of values for all tokens."""
     query_size: int = Field(default=128, ge=1)
-    """d_q, numbers of a query and of a key."""
+    """d_q, the size of queries and keys."""
     query_norm: bool = True
-    """Whether queries go through BatchNorm."""
+    """BatchNorm on queries."""
     top_k: int = Field(default=5, ge=1)
     """k."""
     max_document_tokens: int = Field(default=288, ge=3)
     """Longer documents become several entries."""
     retrieval: Literal["inner_product", "cosine"] = "inner_product"
-    """`inner_product` as published; `cosine` (a departure) ranks by what the attention's bias measures."""
+    """`inner_product` as published; `cosine` (a departure) is also the attention's bias."""
     value_pooler: bool = False
-    """A pooler of its own for values (a departure)."""
+    """A separate pooler for values (a departure)."""
     exclude_own: bool = True
-    """A text does not retrieve the document it was cut from (a departure: the published code lets it)."""
+    """A text does not retrieve the document it was cut from (a departure: the published code allows it)."""
 
     @model_validator(mode="after")
     def _has_one_beginning(self) -> ModelSettings:
@@ -75,24 +75,61 @@ class ModelSettings(Section):
         return self.model_dump(exclude={"backbone", "sizes", "tokenizer"})
 
 
-class MemorySettings(Section):
-    """The knowledge memory of a training: how it is kept and searched."""
+class MemoryActors(Section):
+    """Actors that search and refresh a memory; they never change a result."""
+
+    shards: int = Field(default=1, ge=1)
+    """Actors that load and search it."""
+    cpus_per_shard: float = Field(default=1, ge=0)
+    """CPUs that each asks of Ray."""
+    refresh_workers: int = Field(default=1, ge=0)
+    """Actors that encode it again, by Ray Data; 0: the leading training process does it."""
+    cpus_per_refresh_worker: float = Field(default=1, gt=0)
+    """CPUs that each asks of Ray."""
+
+    @property
+    def cpus(self) -> float:
+        """CPUs of all actors."""
+        return self.shards * self.cpus_per_shard + self.refresh_workers * self.cpus_per_refresh_worker
+
+
+class MemorySettings(MemoryActors):
+    """The knowledge memory of a training: how it is stored and searched."""
 
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     """Number format of keys and values."""
     entries_per_segment: int = Field(default=4096, ge=1)
-    """Entries in a file: the unit of encoding anew."""
-    shards: int = Field(default=1, ge=1)
-    """Actors that hold and search it; never changes a result."""
-    cpus_per_shard: float = Field(default=1, ge=0)
-    """CPUs that each asks of Ray."""
-    refresh_workers: int = Field(default=1, ge=0)
-    """Actors that encode it anew, by Ray Data; 0: the leading training process does it."""
-    cpus_per_refresh_worker: float = Field(default=1, gt=0)
-    """CPUs that each asks of Ray."""
+    """Entries in a file: the unit of refreshing."""
 
 
-class PretrainSettings(TrainingConfig):
+class MemoryTrainingConfig(TrainingConfig):
+    """Settings of pre-training and fine-tuning."""
+
+    batch_size: int = Field(default=32, ge=1)
+    """Sequences per step, over all workers."""
+    learning_rate: float = Field(default=2e-5, gt=0)
+    """At the end of the warm-up (`warm_up_steps`)."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Weight decay of matrices; biases and norms have none."""
+    schedule: Literal["polynomial", "cosine", "inverse_sqrt", "constant"] = "polynomial"
+    """How the learning rate falls after the warm-up."""
+    power: float = Field(default=1.0, gt=0)
+    """Power of the `polynomial` schedule; 1: a straight line to zero."""
+    refresh_every: int = Field(default=200, ge=1)
+    """Steps between two encodings of the whole memory; fine-tuning adds one at the end of every epoch."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the forward passes; weights and the optimiser stay float32."""
+
+    @model_validator(mode="after")
+    def _can_be_shared(self) -> MemoryTrainingConfig:
+        if self.batch_size % (self.workers * self.accumulate):
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be shared by {self.workers} workers in {self.accumulate} parts"
+            )
+        return self
+
+
+class PretrainSettings(MemoryTrainingConfig):
     """Masked language modelling with a memory (published settings: configs/pluglm/published.yaml)."""
 
     steps: int = Field(default=8000, ge=1)
@@ -102,44 +139,32 @@ class PretrainSettings(TrainingConfig):
     max_tokens: int = Field(default=128, ge=3)
     """Longest sequence; longer texts are cut into several."""
     optimizer: Literal["lamb", "adamw"] = "adamw"
-    """`lamb` for very large batches, as published; it does not go with deepspeed, which cuts tensors up."""
+    """`lamb` for very large batches, as published; not with deepspeed, which cuts tensors up."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """At the end of the warm-up (`warm_up_steps`)."""
-    weight_decay: float = Field(default=0.01, ge=0)
-    """Weight decay of matrices; biases and norms have none."""
-    schedule: Literal["polynomial", "cosine", "inverse_sqrt", "constant"] = "polynomial"
-    """How the learning rate falls after the warm-up."""
     power: float = Field(default=0.5, gt=0)
     """Power of the `polynomial` schedule; published .5."""
     masking: Literal["static", "dynamic"] = "dynamic"
     """`static`: the same tokens of a sequence are masked in every epoch."""
     mask_share: float = Field(default=0.15, gt=0, lt=1)
-    """Tokens of a sequence to be predicted."""
-    refresh_every: int = Field(default=200, ge=1)
-    """Steps between two encodings of the whole memory."""
+    """Share of a sequence's tokens to be predicted."""
     contrastive_steps: int = Field(default=0, ge=0)
-    """Steps at the beginning in which queries are taught to find their own document's key (a departure)."""
+    """First steps, in which queries learn to find their own document's key (a departure)."""
     contrastive_weight: float = Field(default=1.0, gt=0)
     """Weight of the contrastive loss."""
     contrastive_temperature: float = Field(default=1.0, gt=0)
     """Scores are q · key / (temperature · √d_q), or cos / temperature."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """What forward passes compute in; weights stay float32."""
     checkpoint_every: int = Field(default=200, ge=1)
     """Steps between two checkpoints."""
     validate_every: int = Field(default=200, ge=1)
-    """Steps between two validations, if there is a text to validate on."""
+    """Steps between two validations, with `validation` texts."""
     validation_sequences: int = Field(default=1024, ge=1)
-    """The first so many sequences of `validation`."""
+    """At most so many sequences of `validation`, from the first."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> PretrainSettings:
         if self.optimizer == "lamb" and self.strategy == "deepspeed":
             raise ValueError("lamb needs whole tensors, deepspeed cuts them up: use ddp or accelerate, or adamw")
-        if self.batch_size % (self.workers * self.accumulate):
-            raise ValueError(
-                f"batch_size {self.batch_size} cannot be shared by {self.workers} workers in {self.accumulate} parts"
-            )
         return self
 
 
@@ -147,16 +172,16 @@ class PretrainConfig(Section):
     """One pre-training run."""
 
     run_dir: Folder = "runs/pluglm"
-    """The run folder: what stages make lies there."""
+    """The run folder, for the results of all stages."""
     seed: int = Field(default=0, ge=0)
     """Seed of every draw: weights, masks, batches, dropout."""
     ray: RayConfig = RayConfig()
     model: ModelSettings
     documents: TextConfig
-    """What the memory is built from."""
+    """Texts of the memory."""
     text: TextConfig
-    """What is learned from."""
+    """Training texts."""
     validation: TextConfig | None = None
-    """What is validated on."""
+    """Validation texts."""
     memory: MemorySettings = MemorySettings()
     train: PretrainSettings = PretrainSettings()

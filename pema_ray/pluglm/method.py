@@ -12,15 +12,14 @@ PLUGLM = Method(
     example="configs/pluglm/small.yaml",
     stages={
         "pretrain": Stage(
-            "Masked language modelling with a memory that is encoded anew every n steps, by Ray Train. Resumes.",
+            "Masked language modelling with a memory that is refreshed every n steps, by Ray Train. Resumes.",
             "pema_ray.pluglm.stages.pretrain",
             reads=("model", "documents", "text", "validation", "memory", "train", "ray"),
             depends_on=("model", "train", "memory.dtype", "memory.entries_per_segment"),
             evidence=("model/config.json",),
         ),
         "finetune": Stage(
-            "Fine-tune for a task with a memory that is frozen or not, by Ray Train; scores, answers, what was "
-            "retrieved.",
+            "Fine-tune for a task with a frozen or a learned memory, by Ray Train; scores, answers, retrieved entries.",
             "pema_ray.pluglm.stages.finetune",
             reads=("model", "task", "data", "memory", "train", "ray"),
             depends_on=("task", "data", "memory", "train"),

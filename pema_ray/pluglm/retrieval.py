@@ -1,4 +1,4 @@
-"""Which entries, from which source, each memory layer used: for every example, in sum, and as an HTML page.
+"""Reports of the entries that each memory layer used, per input and per source, as JSON and as an HTML page.
 
 Shapes: B sequences, K retrieved entries.
 """
@@ -6,7 +6,7 @@ Shapes: B sequences, K retrieved entries.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -30,20 +30,20 @@ class Use(Section):
     source: str
     text: str
     score: float
-    """What it was ranked by."""
+    """Its ranking score."""
     weight: float
-    """Its share of the layer's attention, of all K."""
+    """Its share of the layer's attention over K entries."""
 
 
 class LayerUse(Section):
-    """What one memory layer used, best first; layers count from 0, the first memory layer."""
+    """The entries that one memory layer used, best first; layer 0 is the first memory layer."""
 
     layer: int
     entries: tuple[Use, ...]
 
 
 class InputUse(Section):
-    """What was used for one input. A long example is several inputs."""
+    """The entries used for one input. A long example is several inputs."""
 
     name: str
     text: str
@@ -53,20 +53,20 @@ class InputUse(Section):
 
 
 class SourceSum(Section):
-    """A source's share of what a layer used, over all inputs."""
+    """A source's share of a layer's retrieval, over all inputs."""
 
     layer: int
     source: str
     entries: int
-    """Retrieved, each time counted."""
+    """Retrieved entries, repetitions included."""
     different: int
-    """Entries among them."""
+    """Distinct entries among them."""
     share: float
-    """Of the attention: over all sources of a layer they sum to 1."""
+    """Share of the attention; the shares of a layer sum to 1."""
 
 
 class RetrievalReport(Section):
-    """A report of one model over one version of a memory."""
+    """A report of one model with one version of a memory."""
 
     memory: str
     """`<memory> version <n>`."""
@@ -75,7 +75,7 @@ class RetrievalReport(Section):
     inputs: tuple[InputUse, ...]
     sums: tuple[SourceSum, ...]
     inputs_in_sum: int
-    """Sums are over all inputs; `inputs` may be the first of them."""
+    """Number of inputs in `sums`; `inputs` may hold only the first of them."""
 
     def write(self, folder: Path, name: str = "retrieval") -> Path:
         """Write `<name>.json` and `<name>.html`; returns the page's path."""
@@ -88,44 +88,44 @@ class RetrievalReport(Section):
 
 @dataclass
 class RetrievalLog:
-    """Collects what a model retrieves; `add` is told of every batch."""
+    """Collects the entries that a model retrieves, batch by batch."""
 
-    kept: int = 200
-    """Inputs that are kept one by one."""
+    max_inputs: int = 200
+    """Number of inputs reported one by one."""
     _inputs: list[tuple[Any, list[list[tuple[int, float, float]]]]] = field(default_factory=list)
     _sums: dict[tuple[int, int], list[float]] = field(default_factory=lambda: defaultdict(lambda: [0, 0.0]))
     _count: int = 0
 
     def add(self, retrieved: Sequence[Retrieved] | None, keys: Sequence[Any]) -> None:
-        """Of a batch: what its memory layers retrieved, and what names its B inputs."""
+        """Add a batch: the entries that its memory layers retrieved, and keys of its B inputs."""
         self._count += len(keys)
         layers = [
-            [list(zip(*row)) for row in zip(*(part.tolist() for part in (one.entry_BK, one.score_BK, one.weight_BK)))]
-            for one in retrieved or ()
+            [list(zip(*row)) for row in zip(layer.entry_BK.tolist(), layer.score_BK.tolist(), layer.weight_BK.tolist())]
+            for layer in retrieved or ()
         ]
         for row, key in enumerate(keys):
-            for layer, one in enumerate(layers):
-                for entry, _, weight in one[row]:
-                    total = self._sums[layer, entry]
+            for number, layer in enumerate(layers):
+                for entry, _, weight in layer[row]:
+                    total = self._sums[number, entry]
                     total[0], total[1] = total[0] + 1, total[1] + weight
-            if len(self._inputs) < self.kept:
-                self._inputs.append((key, [one[row] for one in layers]))
+            if len(self._inputs) < self.max_inputs:
+                self._inputs.append((key, [layer[row] for layer in layers]))
 
     def report(
-        self, memory: KnowledgeMemory, texts: Mapping[Any, str], said: Mapping[Any, Any] | None = None
+        self, memory: KnowledgeMemory, texts: Mapping[Any, str], answers: Mapping[Any, Any] | None = None
     ) -> RetrievalReport:
-        """The report, with what the memory knows about its entries.
+        """The report, with texts and sources of the entries.
 
         Args:
-            texts: by the keys that `add` was given.
-            said: the model's answers.
+            texts: the inputs' texts, by the keys of `add`.
+            answers: the model's answers, by the same keys.
         """
         sources = dict(zip(*memory.table(["source"]).to_pydict().values()))
         shown = sorted({entry for _, layers in self._inputs for layer in layers for entry, _, _ in layer})
         entry_texts = {entry.entry_id: entry.text for entry in memory.entries(shown)} if shown else {}
         inputs = tuple(
             InputUse(
-                name=str(key), text=texts[key], said=str((said or {}).get(key, "")),
+                name=str(key), text=texts[key], said=str((answers or {}).get(key, "")),
                 layers=tuple(
                     LayerUse(layer=number, entries=tuple(
                         Use(entry_id=e, source=sources[e], text=entry_texts[e], score=score, weight=weight)
@@ -136,40 +136,42 @@ class RetrievalLog:
             )
             for key, layers in self._inputs
         )  # fmt: skip
-        counted: dict[str, int] = defaultdict(int)
-        for source in sources.values():
-            counted[source] += 1
         return RetrievalReport(
-            memory=memory.name, memory_entries=len(memory), memory_sources=dict(counted), inputs=inputs,
-            sums=self._summed(sources), inputs_in_sum=self._count,
+            memory=memory.name, memory_entries=len(memory), memory_sources=dict(Counter(sources.values())),
+            inputs=inputs, sums=self._summed(sources), inputs_in_sum=self._count,
         )  # fmt: skip
 
     def _summed(self, sources: Mapping[int, str]) -> tuple[SourceSum, ...]:
-        found: dict[tuple[int, str], list[float]] = defaultdict(lambda: [0, 0, 0.0])
-        whole: dict[int, float] = defaultdict(float)
+        totals: dict[tuple[int, str], list[float]] = defaultdict(lambda: [0, 0, 0.0])
+        layer_weights: dict[int, float] = defaultdict(float)
         for (layer, entry), (times, weight) in self._sums.items():
-            total = found[layer, sources[entry]]
+            total = totals[layer, sources[entry]]
             total[0], total[1], total[2] = total[0] + times, total[1] + 1, total[2] + weight
-            whole[layer] += weight
-        rows = [
-            SourceSum(layer=layer, source=source, entries=int(n), different=int(m), share=weight / whole[layer])
-            for (layer, source), (n, m, weight) in found.items()
+            layer_weights[layer] += weight
+        sums = [
+            SourceSum(layer=layer, source=source, entries=int(n), different=int(m), share=weight / layer_weights[layer])
+            for (layer, source), (n, m, weight) in totals.items()
         ]
-        return tuple(sorted(rows, key=lambda one: (one.layer, -one.share, one.source)))
+        return tuple(sorted(sums, key=lambda row: (row.layer, -row.share, row.source)))
 
 
 def render(report: RetrievalReport) -> str:
     """The page; it makes no request, and all text in it is escaped."""
+    return render_template("pema_ray.pluglm", "retrieval.html.j2", report=report)
+
+
+def render_template(package: str, name: str, **values: Any) -> str:
+    """A package's Jinja template with these values, HTML-escaped."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = files("pema_ray.pluglm").joinpath("retrieval.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(page).render(report=report)
+    template = files(package).joinpath(name).read_text(encoding="utf-8")
+    return environment.from_string(template).render(**values)
 
 
 def report_of_file(file: Path, folder: Path, model_folder: Path, version: int | None = None) -> RetrievalReport:
-    """What a model retrieves for the texts of a file (JSON Lines with `text`, or a text a line).
+    """The report of a model for the texts of a file (JSON Lines with `text`, or one text per line).
 
     Raises:
-        UserError: the file, the model or the memory cannot be read, or do not belong together.
+        UserError: the file, the model or the memory cannot be read, or they do not belong together.
     """
     from pema_ray.pluglm.model.loading import load_pluglm
 
@@ -178,13 +180,13 @@ def report_of_file(file: Path, folder: Path, model_folder: Path, version: int | 
     memory = KnowledgeMemory.open(folder, version)
     model.attach(memory.load(model.fingerprint()))
     log = RetrievalLog()
-    most = model.config.document_positions
+    max_tokens = model.config.document_positions
     with torch.no_grad():
         for start in range(0, len(texts), 32):
             part = texts[start : start + 32]
-            inputs = tokenizer(part, padding=True, truncation=True, max_length=most, return_tensors="pt")
-            found = model(inputs["input_ids"], inputs["attention_mask"], output_retrieved=True)
-            log.add(found.retrieved, range(start, start + len(part)))
+            inputs = tokenizer(part, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
+            output = model(inputs["input_ids"], inputs["attention_mask"], output_retrieved=True)
+            log.add(output.retrieved, range(start, start + len(part)))
     return log.report(memory, dict(enumerate(texts)))
 
 

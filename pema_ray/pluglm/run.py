@@ -1,4 +1,4 @@
-"""The run folders of PlugLM's trainings: what a result depends on beside the table of stages. Knows no model."""
+"""The run folders of PlugLM's trainings: the inputs that a result depends on. Knows no model."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ class PluglmRun(StageRun[PretrainConfig | FinetuneConfig]):
     """The folder of a PlugLM experiment."""
 
     method = PLUGLM
-    claims_at_once = False  # what is refused leaves a trained model in place
+    claims_at_once = False  # a refused run leaves a trained model in place
     incidental = HOW_FAST | {
         "checkpoint_every", "shards", "cpus_per_shard", "refresh_workers", "cpus_per_refresh_worker",
     }  # fmt: skip
 
     def others(self, stage: str) -> list[Any]:
-        """What a training is given, by its content; raises as `inputs` does."""
+        """Checksums of a training's inputs; raises as `inputs` does."""
         return self.inputs if stage in ("pretrain", "finetune") else []
 
     @cached_property
     def inputs(self) -> list[Any]:
-        """Checksums of the files that a training reads, taken once.
+        """Checksums of a training's files, computed once.
 
         Raises:
             UserError: a file is missing.
@@ -38,7 +38,7 @@ class PluglmRun(StageRun[PretrainConfig | FinetuneConfig]):
         c = self.config
         if isinstance(c, PretrainConfig):
             texts = [c.documents, c.text, *([c.validation] if c.validation else [])]
-            return [content_hash(one, checksum=self.input_files.sha256) for one in texts]
+            return [content_hash(config, checksum=self.input_files.sha256) for config in texts]
         weights = sorted(Path(c.model).glob("*.safetensors"))
         if not weights:
             raise UserError(f"{c.model}: no PlugLM model here.")

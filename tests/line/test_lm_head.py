@@ -31,7 +31,7 @@ def test_logits_are_softcap_of_scale_times_w_norm_f_plus_b():
     torch.testing.assert_close(head.log_probs(head.norm(f)).exp().sum(-1), torch.ones(4))
 
 
-def test_layer_norm_and_identity_are_what_they_say():
+def test_layer_norm_and_identity_norm_as_defined():
     weight, f = torch.randn(V, H), torch.randn(3, H)
     scale, shift = torch.randn(H), torch.randn(H)
     head = LMHead(HeadSpec("layer_norm", 0.1), {"weight": weight, "norm_weight": scale, "norm_bias": shift})
@@ -56,7 +56,7 @@ def test_a_head_has_no_trainable_parameter_and_needs_a_matrix():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_was_saved_is_loaded_bit_for_bit(dtype: torch.dtype, tmp_path: Path):
+def test_a_saved_bundle_loads_bit_for_bit(dtype: torch.dtype, tmp_path: Path):
     saved = bundle(dtype)
     folder = saved.save(tmp_path / "deep" / "bundle")
     loaded = LMHeadBundle.load(folder)

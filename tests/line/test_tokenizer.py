@@ -188,7 +188,7 @@ def test_special_tokens_in_a_text_are_text(kind: str, text: str):
     [("<s> $A </s>", ["<s>"]), ("$A <|im_end|> </s>", []), ("<|im_start|> <s> $A <s>", ["<|im_start|>", "<s>"])],
 )
 @every_kind
-def test_what_the_tokenizer_appends_is_cut_and_what_it_puts_in_front_stays(kind: str, single: str, front: list[str]):
+def test_the_tokenizers_prefix_stays_and_its_suffix_is_cut(kind: str, single: str, front: list[str]):
     tokenizer = PLMTokenizer(dressed(kind, single))
     for text in ("he said", ""):
         ids = tokenizer.encode(text)

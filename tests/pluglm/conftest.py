@@ -7,15 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
+from pema_ray.pluglm.demonstration.facts import SPECIAL, word_tokenizer
 from pema_ray.pluglm.memory.encoding import DocumentEncoder
 from pema_ray.pluglm.memory.entries import NewEntry
 from pema_ray.pluglm.model.config import PlugLMConfig
 from pema_ray.pluglm.model.encoder import PlugLMForMaskedLM
 
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [f"w{number}" for number in range(120)]
 BACKBONE = {
     "vocab_size": len(SPECIAL) + len(WORDS),
@@ -34,16 +33,7 @@ BACKBONE = {
 @pytest.fixture(scope="session")
 def words_tokenizer() -> PreTrainedTokenizerFast:
     """`w0` … `w119`, with BERT's special tokens."""
-    vocabulary = {word: number for number, word in enumerate(SPECIAL + WORDS)}
-    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
-    raw.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
-        mask_token="[MASK]",
-    )  # fmt: skip
+    return word_tokenizer(WORDS)
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +47,7 @@ def make_model() -> Callable[..., PlugLMForMaskedLM]:
         model = PlugLMForMaskedLM(
             PlugLMConfig(backbone=AutoConfig.for_model(**sizes).to_dict(), **(defaults | settings))
         )
-        with torch.no_grad():  # larger than at the start of a training, so that everything has an influence
+        with torch.no_grad():  # larger than usual initial weights, so that everything has an influence
             for name, parameter in model.named_parameters():
                 if parameter.ndim > 1:
                     parameter.normal_(std=0.3)

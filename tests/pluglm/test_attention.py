@@ -1,4 +1,4 @@
-"""Pooling and knowledge attention: equations, masks, and that tokens keep to themselves."""
+"""Pooling and knowledge attention: equations, masks, independence of tokens."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def random_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def tokens_that_change(layer: KnowledgeAttention | SentenceKnowledge, token: int) -> list[int]:
-    """Which tokens of sequence 0 read something else once `token` is another; sequence 1 must never."""
+    """The tokens of sequence 0 whose output changes with `token`; sequence 1 must not change."""
     state, cos, value = random_inputs()
     before, _ = layer(state, cos, value)
-    other = state.clone()
-    other[0, token] += torch.randn(D)
-    after, _ = layer(other, cos, value)
+    changed = state.clone()
+    changed[0, token] += torch.randn(D)
+    after, _ = layer(changed, cos, value)
     assert torch.equal(before[1], after[1])
     return [t for t in range(T) if not torch.allclose(before[0, t], after[0, t], atol=1e-6)]
 
@@ -55,7 +55,7 @@ def test_knowledge_attention_is_the_equation_written_out() -> None:
     torch.nn.init.normal_(layer.beta)
     state, cos, value = random_inputs()
     d = D // H
-    wanted = torch.empty(B, T, D)
+    expected = torch.empty(B, T, D)
     shares = torch.zeros(B, T, K)
     for b in range(B):
         for t in range(T):
@@ -63,10 +63,10 @@ def test_knowledge_attention_is_the_equation_written_out() -> None:
                 part = slice(h * d, (h + 1) * d)
                 q, k, v = layer.query(state[b, t])[part], layer.key(value[b])[:, part], layer.value(value[b])[:, part]
                 weight = (k @ q / d**0.5 + layer.beta[h] * cos[b]).softmax(0)
-                wanted[b, t, part] = weight @ v
+                expected[b, t, part] = weight @ v
                 shares[b, t] += weight / H
     read, weight = layer(state, cos, value)
-    assert torch.allclose(read, layer.output(wanted), atol=1e-5)
+    assert torch.allclose(read, layer.output(expected), atol=1e-5)
     assert torch.allclose(weight, shares, atol=1e-6)
 
 
@@ -77,8 +77,8 @@ def test_the_bias_starts_at_one_for_every_head() -> None:
 def test_sentence_level_gives_every_token_one_mixture_weighed_by_the_cosine() -> None:
     state, cos, value = random_inputs()
     read, weight = SentenceKnowledge()(state, cos, value)
-    wanted = torch.einsum("bk,bkd->bd", cos.softmax(-1), value)
-    assert torch.allclose(read, wanted[:, None].expand(B, T, D), atol=1e-6)
+    expected = torch.einsum("bk,bkd->bd", cos.softmax(-1), value)
+    assert torch.allclose(read, expected[:, None].expand(B, T, D), atol=1e-6)
     assert torch.allclose(weight.sum(-1), torch.ones(B, T))
 
 
@@ -87,11 +87,11 @@ def test_pooling_weighs_by_exp_of_the_score_and_looks_at_no_padding() -> None:
     pool, state = AttentivePooling(D), torch.randn(B, T, D)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     score = pool.score(torch.tanh(pool.hidden(state))).squeeze(-1).exp() * mask
-    wanted = (score / score.sum(1, keepdim=True)).unsqueeze(1) @ state
-    assert torch.allclose(pool(state, mask), wanted.squeeze(1), atol=1e-6)
-    other = state.clone()
-    other[0, 3:] = 1e6
-    assert torch.equal(pool(state, mask), pool(other, mask))
+    expected = (score / score.sum(1, keepdim=True)).unsqueeze(1) @ state
+    assert torch.allclose(pool(state, mask), expected.squeeze(1), atol=1e-6)
+    changed = state.clone()
+    changed[0, 3:] = 1e6
+    assert torch.equal(pool(state, mask), pool(changed, mask))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

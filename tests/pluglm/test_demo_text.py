@@ -1,4 +1,4 @@
-"""The demonstration on real text: domains as people have them, held-out texts kept apart, intervals. Tiny texts."""
+"""The demonstration on real text: formats of domains, held-out texts, intervals. Tiny texts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def paragraphs(kind: str, count: int = 20) -> list[str]:
 
 
 def write_dictionary(folder, texts: list[str]):
-    """As dictd has it: places and lengths in base 64; a text may have several headwords."""
+    """In dictd's format: places and lengths in base 64; a text may have several headwords."""
     digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
     def number(value: int) -> str:
@@ -44,13 +44,13 @@ def test_domains_are_read_as_people_have_them(tmp_path) -> None:
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, texts[0], " "]))
     pq.write_table(pa.table({"text": texts}), tmp_path / "c.parquet")
     named = [str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.parquet")]
-    found = [read_domain(name, 0.25, 3) for name in (*named, str(write_dictionary(tmp_path, texts)))]
-    assert [one.name for one in found] == ["a", "b", "c", "small"]
-    for one in found:
-        assert (one.learned, one.held_out) == (found[0].learned, found[0].held_out)
-    assert len(found[0].held_out) == 5
-    assert sorted(found[0].learned + found[0].held_out) == sorted(texts)
-    assert found[0] != read_domain(named[0], 0.25, 4)
+    domains = [read_domain(name, 0.25, 3) for name in (*named, str(write_dictionary(tmp_path, texts)))]
+    assert [domain.name for domain in domains] == ["a", "b", "c", "small"]
+    for domain in domains:
+        assert (domain.learned, domain.held_out) == (domains[0].learned, domains[0].held_out)
+    assert len(domains[0].held_out) == 5
+    assert sorted(domains[0].learned + domains[0].held_out) == sorted(texts)
+    assert domains[0] != read_domain(named[0], 0.25, 4)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_what_is_no_domain_is_named(tmp_path, name, text, message) -> None:
 def test_two_small_domains_are_learned_and_measured(tmp_path) -> None:
     for name in ("fish", "birds"):
         (tmp_path / f"{name}.txt").write_text("\n\n".join(paragraphs(name)))
-    told = []
+    kinds = []
     settings = DomainsSettings(
         target=str(tmp_path / "fish.txt"), other=str(tmp_path / "birds.txt"), held_out=0.2, vocabulary=60, layers=2,
         hidden_size=16, heads=2, query_size=8, memory_feed_forward=8, top_k=3, max_tokens=24, steps=4, batch_size=8,
@@ -81,25 +81,25 @@ def test_two_small_domains_are_learned_and_measured(tmp_path) -> None:
     )  # fmt: skip
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("not of the demonstration")
-    demo = run_domains(tmp_path / "out", 0, settings, lambda kind, point: told.append(kind))
+    demo = run_domains(tmp_path / "out", 0, settings, lambda kind, point: kinds.append(kind))
     assert (tmp_path / "out" / "mine.txt").exists()
-    assert told == ["train"] * 4
-    assert [one.domain for one in demo.domains] == ["fish", "birds"]
+    assert kinds == ["train"] * 4
+    assert [domain.domain for domain in demo.domains] == ["fish", "birds"]
     assert demo.learned == {"fish": 16, "birds": 16}
     memory = KnowledgeMemory.open(tmp_path / "out" / "memory")
     assert memory.version == 3  # built, refreshed twice
     for domain in demo.domains:
         assert (domain.texts, domain.own_entries) == (4, 0.5)
-        assert [one.memory for one in domain.memories] == list(MEMORIES)
+        assert [figures.memory for figures in domain.memories] == list(MEMORIES)
         assert 0 < domain.by_frequency < np.log(60)
         own = domain.memories[0]
         assert (own.memory, own.difference, own.low, own.high) == (OWN, 0, 0, 0)
-        for one in domain.memories:
-            assert one.loss - own.loss == pytest.approx(one.difference)
-            assert one.low <= one.high
+        for figures in domain.memories:
+            assert figures.loss - own.loss == pytest.approx(figures.difference)
+            assert figures.low <= figures.high
         assert domain.memories[MEMORIES.index("none")].difference != 0
-    held = set(read_domain(settings.target, 0.2, 0).held_out)
-    assert not held & {entry.text for entry in memory.entries()}
+    held_out = set(read_domain(settings.target, 0.2, 0).held_out)
+    assert not held_out & {entry.text for entry in memory.entries()}
     assert json.loads((tmp_path / "out" / "demo-text.json").read_text())["seed"] == 0
     assert len(table_rows(demo)) == len(MEMORIES)
 
@@ -115,7 +115,7 @@ def test_two_domains_of_one_name_are_refused(tmp_path) -> None:
 
 
 def test_intervals_are_of_texts_and_paired() -> None:
-    """A difference that all texts share has no width; one text that carries it all has much."""
+    """A difference shared by all texts has an interval of no width; one due to a single text has a wide one."""
     random = np.random.default_rng(0)
     own_S, masked_S, text_S = random.random(60) * 50, np.full(60, 5), np.repeat(np.arange(20), 3)
     same = compared("same", own_S + 1.0, own_S, masked_S, text_S, 500, 0)

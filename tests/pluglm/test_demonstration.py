@@ -1,4 +1,4 @@
-"""The demonstration of edited facts: its world, what it measures, its page. Whether it learns is not tested here."""
+"""The demonstration of edited facts: its world, figures and page. Whether it learns is not tested local."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def test_sentences_are_what_the_tokenizer_makes_of_the_entries() -> None:
     tokenizer = world.tokenizer()
     entries = world.entries(value_F)
     assert tokenizer([entry.text for entry in entries])["input_ids"] == world.tokens(value_F).tolist()
-    asked = [entry.text.rsplit(" ", 1)[0] + " [MASK]" for entry in entries]
-    assert tokenizer(asked)["input_ids"] == world.questions().tolist()
+    questions = [entry.text.rsplit(" ", 1)[0] + " [MASK]" for entry in entries]
+    assert tokenizer(questions)["input_ids"] == world.questions().tolist()
     assert bool((world.tokens(value_F)[:, VALUE_PLACE] - world.first_value == torch.from_numpy(value_F)).all())
     other_F = world.draw(np.random.default_rng(1), other_than=value_F)
     assert bool((other_F != value_F).all())
@@ -45,18 +45,18 @@ def test_the_memory_held_while_learning_is_the_one_on_disk(tmp_path) -> None:
     value_F = world.draw(np.random.default_rng(0))
     encoder = DocumentEncoder(model, world.tokenizer())
     disk = KnowledgeMemory.build(tmp_path / "memory", world.entries(value_F), encoder, "float32").load()
-    here = knowledge_of_facts(model, world, value_F)
+    local = knowledge_of_facts(model, world, value_F)
     for name in ("entry_N", "document_N", "token", "end_N"):
-        assert torch.equal(getattr(here, name), getattr(disk, name)), name
-    assert torch.allclose(here.key_NQ, disk.key_NQ, atol=1e-6)
-    assert torch.allclose(here.value_ND, disk.value_ND, atol=1e-6)
+        assert torch.equal(getattr(local, name), getattr(disk, name)), name
+    assert torch.allclose(local.key_NQ, disk.key_NQ, atol=1e-6)
+    assert torch.allclose(local.value_ND, disk.value_ND, atol=1e-6)
 
 
 def test_every_figure_is_measured_and_shown(tmp_path) -> None:
-    told = []
-    demo = run_demo(tmp_path, 0, SMALL, on_point=lambda mode, point: told.append(mode))
+    modes = []
+    demo = run_demo(tmp_path, 0, SMALL, on_point=lambda mode, point: modes.append(mode))
     ours, faithful = demo.modes
-    assert told == [ours.name] * 2 + [FAITHFUL] * 2
+    assert modes == [ours.name] * 2 + [FAITHFUL] * 2
     assert faithful.settings.contrastive_steps == 0
     assert not faithful.settings.value_pooler
     for mode in demo.modes:
@@ -64,7 +64,7 @@ def test_every_figure_is_measured_and_shown(tmp_path) -> None:
         assert figures.restored
         assert figures.weights_before == figures.weights_after
         assert (figures.facts, figures.held_out) == (8, 2)
-        assert figures.missed  # nothing is learned in four steps, and that is said
+        assert figures.missed  # four steps learn nothing, and this is reported
     assert ours.figures.weights_before != faithful.figures.weights_before
     again = run_demo(tmp_path / "again", 0, SMALL, faithful=False)
     assert again.modes[0].figures == ours.figures
@@ -94,9 +94,9 @@ def test_seeds_are_run_once_and_the_worst_is_told(tmp_path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-4000:]
     assert "seed 1," not in done.stdout  # what is finished is not run again
-    found = json.loads((tmp_path / "results" / "pluglm_facts.json").read_text())
-    assert set(found["ratios"]) == set(found["figures"]["aims"])
-    edited = found["figures"]["contrastive warm-up, value pooler, cosine"]["edited"]
+    results = json.loads((tmp_path / "results" / "pluglm_facts.json").read_text())
+    assert set(results["ratios"]) == set(results["figures"]["aims"])
+    edited = results["figures"]["contrastive warm-up, value pooler, cosine"]["edited"]
     assert len(edited) == 2
-    assert found["ratios"]["edited"] == min(edited)
+    assert results["ratios"]["edited"] == min(edited)
     assert (tmp_path / "results" / "pluglm_facts.svg").read_text().startswith("<svg")

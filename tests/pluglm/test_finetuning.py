@@ -1,4 +1,4 @@
-"""The fine-tuning loop in this process: it learns, keeps the best epoch, resumes, and never reads its own labels."""
+"""The fine-tuning loop in one process: learning, the best epoch, resuming, and labels that are never retrieved."""
 
 from __future__ import annotations
 
@@ -33,33 +33,36 @@ def pretrained(tmp_path, model, words_tokenizer) -> str:
 def write_examples(tmp_path, kind: str) -> str:
     """Twelve examples; the label follows from the first word."""
     even = [n % 2 == 0 for n in range(12)]
-    words = [f"w{2 if one else 3} w{40 + n} w{60 + n}" for n, one in enumerate(even)]
+    words = [f"w{2 if is_even else 3} w{40 + n} w{60 + n}" for n, is_even in enumerate(even)]
     if kind in ("classification", "regression"):
-        rows = [{"sentence": text, "label": int(one)} for text, one in zip(words, even)]
+        rows = [{"sentence": text, "label": int(is_even)} for text, is_even in zip(words, even)]
     elif kind == "tokens":
-        rows = [{"tokens": text.split(), "tags": ["B-A" if one else "B-B", "O", "O"]} for text, one in zip(words, even)]
+        rows = [
+            {"tokens": text.split(), "tags": ["B-A" if is_even else "B-B", "O", "O"]}
+            for text, is_even in zip(words, even)
+        ]
     elif kind == "cloze":
         rows = [
-            {"masked_sentences": [f"{text} [MASK]"], "obj_label": "w5" if one else "w6"}
-            for text, one in zip(words, even)
+            {"masked_sentences": [f"{text} [MASK]"], "obj_label": "w5" if is_even else "w6"}
+            for text, is_even in zip(words, even)
         ]
     elif kind == "answers":
         questions = [
             {"context": text, "qas": [{"id": str(n), "question": f"w1 w{80 + n}", "answers": [
-                {"text": text.split()[1 + one], "answer_start": text.index(text.split()[1 + one])}]}]}
-            for n, (text, one) in enumerate(zip(words, even))
+                {"text": text.split()[1 + is_even], "answer_start": text.index(text.split()[1 + is_even])}]}]}
+            for n, (text, is_even) in enumerate(zip(words, even))
         ]  # fmt: skip
         (tmp_path / "squad.json").write_text(json.dumps({"data": [{"paragraphs": questions}]}))
         return str(tmp_path / "squad.json")
     else:
         exact = {
-            "yes_no": lambda text, one: "yes" if one else "no",
-            "factoid": lambda text, one: [[text.split()[1 + one]]],
+            "yes_no": lambda text, is_even: "yes" if is_even else "no",
+            "factoid": lambda text, is_even: [[text.split()[1 + is_even]]],
         }
         questions = [
             {"id": str(n), "type": kind.replace("_", ""), "body": f"w1 w{80 + n}",
-             "exact_answer": exact[kind](text, one), "snippets": [{"text": text}]}
-            for n, (text, one) in enumerate(zip(words, even))
+             "exact_answer": exact[kind](text, is_even), "snippets": [{"text": text}]}
+            for n, (text, is_even) in enumerate(zip(words, even))
         ]  # fmt: skip
         (tmp_path / "bioasq.json").write_text(json.dumps({"questions": questions}))
         return str(tmp_path / "bioasq.json")
@@ -69,7 +72,7 @@ def write_examples(tmp_path, kind: str) -> str:
 
 
 def make(tmp_path, pretrained: str, kind: str, name: str = "run", in_task: bool = True, **train: Any) -> Finetuner:
-    """A loop over twelve examples, which are training and validation examples both."""
+    """A loop with the same twelve examples for training and validation."""
     path = write_examples(tmp_path, kind)
     settings = {"epochs": 20, "batch_size": 6, "max_tokens": 16, "learning_rate": 1e-2, **train}
     config = FinetuneConfig.model_validate(
@@ -81,11 +84,11 @@ def make(tmp_path, pretrained: str, kind: str, name: str = "run", in_task: bool 
     task = make_task(config.task)
     examples = task.read(tmp_path / path)
     task.prepare(examples)
-    first, tokenizer = load_pluglm(pretrained)
+    pretrained_model, tokenizer = load_pluglm(pretrained)
     memory = None
     folder = tmp_path / f"memory-{name}"
     if in_task and not folder.exists():
-        encoder = DocumentEncoder(first, tokenizer)
+        encoder = DocumentEncoder(pretrained_model, tokenizer)
         memory = KnowledgeMemory.build(folder, entries_of(task, examples, tokenizer, 16), encoder, "float32")
     elif in_task:
         memory = KnowledgeMemory.open(folder)
@@ -109,7 +112,7 @@ def test_every_task_learns_and_its_model_is_kept(tmp_path, pretrained, kind) -> 
     assert len(loop.history.validation) == 20
     kept, tokenizer = load_pluglm(tmp_path / "run" / "model", loop.task.model_class())
     memory = KnowledgeMemory.open(tmp_path / "memory-run")
-    kept.attach(memory.load(kept.fingerprint()))  # frozen: it reads the memory that it learned with
+    kept.attach(memory.load(kept.fingerprint()))  # frozen: it reads the memory of its training
     settings = loop.settings.model_copy(update={"epochs": 0})
     again = Finetuner(kept, tokenizer, loop.task, settings, None, loop.dev, None, tmp_path)
     scores = loop.task.scores(loop.dev.examples, again.predict(loop.dev))
@@ -120,22 +123,22 @@ def test_every_task_learns_and_its_model_is_kept(tmp_path, pretrained, kind) -> 
 
 def test_no_example_retrieves_itself_in_training_or_after(tmp_path, pretrained) -> None:
     loop = make(tmp_path, pretrained, "classification", epochs=1)
-    seen = []
+    searched = []
     search = type(loop.memory.open(1)).search  # pyright: ignore[reportOptionalMemberAccess]
 
     def watched(self, query_BQ, k, own_B=None, cosine=False):
-        found = search(self, query_BQ, k, own_B, cosine)
+        retrieved = search(self, query_BQ, k, own_B, cosine)
         assert own_B is not None
         own_entry_B = self.piece_of(own_B, torch.zeros_like(own_B))
         assert bool((own_entry_B >= 0).all())
-        assert not bool((found.entry_BK == own_entry_B[:, None]).any())
-        seen.append(len(own_B))
-        return found
+        assert not bool((retrieved.entry_BK == own_entry_B[:, None]).any())
+        searched.append(len(own_B))
+        return retrieved
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pema_ray.pluglm.model.knowledge.LocalKnowledge.search", watched)
         loop.run()
-    assert sum(seen) == 12 + 12  # one epoch, one validation
+    assert sum(searched) == 12 + 12  # one epoch, one validation
 
 
 def test_a_frozen_memory_stays_and_another_follows_the_encoder(tmp_path, pretrained) -> None:
@@ -163,19 +166,19 @@ def test_without_a_memory(tmp_path, pretrained) -> None:
 
 
 def test_a_run_that_resumes_ends_at_the_same_weights(tmp_path, pretrained) -> None:
-    whole = make(tmp_path, pretrained, "classification", "whole", epochs=4)
-    whole.run()
+    undisturbed = make(tmp_path, pretrained, "classification", "undisturbed", epochs=4)
+    undisturbed.run()
     broken = make(tmp_path, pretrained, "classification", "broken", epochs=4)
     die(broken, 6, "validation")  # after the third epoch of two steps
     again = make(tmp_path, pretrained, "classification", "broken", epochs=4)
     again.run()
     assert [point["epoch"] for point in again.history.validation] == [1, 2, 3, 4]
-    for name, tensor in whole.model.state_dict().items():
+    for name, tensor in undisturbed.model.state_dict().items():
         assert torch.equal(tensor, again.model.state_dict()[name]), name
 
 
 def test_parts_of_a_step_add_up(tmp_path, pretrained) -> None:
-    """Without BatchNorm, whose statistics are of a part."""
+    """Without BatchNorm, whose statistics are per part."""
     weights = []
     for accumulate in (1, 3):
         loop = make(tmp_path, pretrained, "classification", f"in-{accumulate}", epochs=1, accumulate=accumulate)
@@ -186,7 +189,7 @@ def test_parts_of_a_step_add_up(tmp_path, pretrained) -> None:
 
 
 def test_every_tag_counts_alike_whatever_part_it_is_in(tmp_path, pretrained) -> None:
-    """Sentences of one to seven words; some parts of a step then have many more tags than others."""
+    """Sentences of one to seven words: some parts of a step have many more tags than others."""
     weights, losses = [], []
     rows = [{"tokens": [f"w{n}"] * (1 + n % 7), "tags": ["B-A" if n % 2 else "O"] * (1 + n % 7)} for n in range(12)]
     for accumulate in (1, 3):
@@ -204,7 +207,7 @@ def test_every_tag_counts_alike_whatever_part_it_is_in(tmp_path, pretrained) -> 
 
 
 def test_parts_without_a_label_are_no_fault(tmp_path, pretrained) -> None:
-    """Cloze answers of several tokens cannot be learned; a part of nothing else has no loss, and not NaN."""
+    """Cloze answers of several tokens cannot be learned; a part with no other answers has zero loss, not NaN."""
     loop = make(tmp_path, pretrained, "cloze", epochs=1, batch_size=6, accumulate=6)
     path = tmp_path / "cloze.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -221,9 +224,9 @@ def test_parts_without_a_label_are_no_fault(tmp_path, pretrained) -> None:
     for row in rows:
         row["obj_label"] = "w5 w6"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    nothing = TaskExamples.of(loop.task, loop.task.read(path), loop.tokenizer, 16)
+    unlearnable = TaskExamples.of(loop.task, loop.task.read(path), loop.tokenizer, 16)
     with pytest.raises(UserError, match="None of the training examples can be learned from.*one token"):
-        Finetuner(loop.model, loop.tokenizer, loop.task, loop.settings, nothing, nothing, None, tmp_path)
+        Finetuner(loop.model, loop.tokenizer, loop.task, loop.settings, unlearnable, unlearnable, None, tmp_path)
 
 
 def test_no_snippet_retrieves_another_of_its_question(tmp_path, pretrained) -> None:
@@ -236,18 +239,18 @@ def test_no_snippet_retrieves_another_of_its_question(tmp_path, pretrained) -> N
     path = tmp_path / "bioasq.json"
     path.write_text(json.dumps({"questions": questions}))
     examples = loop.task.read(path)
-    first, tokenizer = load_pluglm(pretrained)
+    pretrained_model, tokenizer = load_pluglm(pretrained)
     entries = entries_of(loop.task, examples, tokenizer, 16)
-    memory = KnowledgeMemory.build(tmp_path / "snippets", entries, DocumentEncoder(first, tokenizer))
+    memory = KnowledgeMemory.build(tmp_path / "snippets", entries, DocumentEncoder(pretrained_model, tokenizer))
     loop.model.attach(memory.load(loop.model.fingerprint()))
-    found = []
+    retrieved = []
     loop.predict(
         TaskExamples.of(loop.task, examples, tokenizer, 16),
-        lambda output, numbers: found.extend(zip(numbers, output.retrieved[0].entry_BK.tolist())),
+        lambda output, numbers: retrieved.extend(zip(numbers, output.retrieved[0].entry_BK.tolist())),
     )
-    assert len(found) == 12
-    for example, ids in found:  # an example's entry has its number; 2n and 2n + 1 are of one question
-        assert not {one // 2 for one in ids} & {example // 2}
+    assert len(retrieved) == 12
+    for example, ids in retrieved:  # an example's entry has its number; 2n and 2n + 1 are of one question
+        assert example // 2 not in {entry_id // 2 for entry_id in ids}
 
 
 def test_faults_are_named(tmp_path, pretrained) -> None:
@@ -278,23 +281,23 @@ def test_what_was_retrieved_is_told_by_source(tmp_path, facts, model, words_toke
     memory = KnowledgeMemory.build(tmp_path / "memory", facts, encoder, "float32")
     model.attach(memory.load(encoder.fingerprint))
     inputs = words_tokenizer(["w1 w2", "w3 w4 w5", "w6"], padding=True, return_tensors="pt")
-    log = RetrievalLog(kept=2)
+    log = RetrievalLog(max_inputs=2)
     with torch.no_grad():
         for rows in ([0, 1], [2]):
             part = {name: inputs[name][rows] for name in ("input_ids", "attention_mask")}
-            found = model(**part, output_retrieved=True)
-            log.add(found.retrieved, rows)
+            output = model(**part, output_retrieved=True)
+            log.add(output.retrieved, rows)
             if rows == [0, 1]:
-                first = found.retrieved[0]
+                first = output.retrieved[0]
     report = log.report(memory, {0: "w1 w2", 1: "<b>w3</b>", 2: "w6"}, {1: "w9"})
     assert report.inputs_in_sum == 3
     assert len(report.inputs) == 2
     uses = report.inputs[1].layers[0].entries
-    assert [one.entry_id for one in uses] == first.entry_BK[1].tolist()
-    assert [one.text for one in uses] == [facts[one.entry_id].text for one in uses]
-    assert {one.source for one in report.sums} <= {"a", "b"}
-    assert sum(one.share for one in report.sums) == pytest.approx(1)
-    assert sum(one.entries for one in report.sums) == 3 * 3
+    assert [use.entry_id for use in uses] == first.entry_BK[1].tolist()
+    assert [use.text for use in uses] == [facts[use.entry_id].text for use in uses]
+    assert {row.source for row in report.sums} <= {"a", "b"}
+    assert sum(row.share for row in report.sums) == pytest.approx(1)
+    assert sum(row.entries for row in report.sums) == 3 * 3
     page = report.write(tmp_path / "report").read_text()
     assert "&lt;b&gt;w3&lt;/b&gt;" in page
     assert "<b>w9</b>" in page

@@ -50,11 +50,11 @@ def test_entries_come_back_with_text_tags_and_provenance(memory, facts, words_to
 
 
 def test_keys_and_values_are_the_encoders(memory, encoder, words_tokenizer, facts) -> None:
-    held = memory.load()
-    vectors = encoder.encode(words_tokenizer([one.text for one in facts])["input_ids"])
-    assert torch.allclose(held.key_NQ, vectors.key_MQ, atol=1e-6)
-    assert torch.allclose(held.value_ND, vectors.value_MD, atol=1e-6)
-    assert held.document_N.tolist() == [document_code(one.document_id) for one in facts]
+    knowledge = memory.load()
+    vectors = encoder.encode(words_tokenizer([entry.text for entry in facts])["input_ids"])
+    assert torch.allclose(knowledge.key_NQ, vectors.key_MQ, atol=1e-6)
+    assert torch.allclose(knowledge.value_ND, vectors.value_MD, atol=1e-6)
+    assert knowledge.document_N.tolist() == [document_code(entry.document_id) for entry in facts]
 
 
 def test_replace_keeps_the_id_and_touches_nothing_else(memory, encoder) -> None:
@@ -80,16 +80,16 @@ def test_ids_are_never_given_twice(memory, encoder) -> None:
 def test_concat_counts_ids_on_and_swap_restores_exactly(memory, tmp_path, encoder) -> None:
     other = KnowledgeMemory.build(tmp_path / "other", [NewEntry("w50"), NewEntry("w51")], encoder, dtype="float32")
     other = other.replace(0, NewEntry("w52"), encoder)
-    both = memory.concat([other, other])
-    assert texts(both) == {**texts(memory), 12: "w52", 13: "w51", 14: "w52", 15: "w51"}
-    swapped = both.swap(other)
+    combined = memory.concat([other, other])
+    assert texts(combined) == {**texts(memory), 12: "w52", 13: "w51", 14: "w52", 15: "w51"}
+    swapped = combined.swap(other)
     assert texts(swapped) == {0: "w52", 1: "w51"}
     back = swapped.swap(KnowledgeMemory.open(memory.folder, memory.version))
     assert back.version == 4
     a, b = memory.load(), back.load()
     for name in ("entry_N", "key_NQ", "value_ND", "token", "end_N", "document_N"):
         assert torch.equal(getattr(a, name), getattr(b, name))
-    assert not both.verify() and not swapped.verify() and not back.verify()
+    assert not combined.verify() and not swapped.verify() and not back.verify()
 
 
 def test_memories_that_do_not_fit_together_are_refused(memory, tmp_path, make_model, words_tokenizer, encoder) -> None:
@@ -109,7 +109,7 @@ def test_refresh_encodes_the_same_documents_anew(memory, make_model, words_token
     fresh = memory.refresh(other)
     assert texts(fresh) == texts(memory)
     assert fresh.fingerprint == other.fingerprint
-    vectors = other.encode([list(one.token_ids) for one in fresh.entries()])
+    vectors = other.encode([list(entry.token_ids) for entry in fresh.entries()])
     assert torch.allclose(fresh.load(other.fingerprint).key_NQ, vectors.key_MQ, atol=1e-6)
     assert not fresh.verify()
 
@@ -124,10 +124,10 @@ def test_entries_are_chosen_by_tag_and_source(memory, encoder) -> None:
 
 def test_parts_are_the_whole(memory, encoder) -> None:
     memory = memory.replace(2, NewEntry("w5"), encoder).delete([9])
-    whole = memory.load()
+    knowledge = memory.load()
     parts = [memory.load(part=(i, 4)) for i in range(4)]
     for name in ("entry_N", "key_NQ", "value_ND", "token", "document_N"):
-        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(knowledge, name))
 
 
 def test_token_ids_beyond_int16_are_kept(tmp_path, make_model, words_tokenizer) -> None:
@@ -158,9 +158,9 @@ def test_an_entry_in_use_may_be_deleted(memory, model, encoder, words_tokenizer)
     used = before.retrieved[0].entry_BK[0].tolist()
     smaller = memory.delete(used)
     again = model(**inputs, output_retrieved=True)
-    assert torch.equal(again.logits, before.logits)  # who reads version 1 goes on reading it
+    assert torch.equal(again.logits, before.logits)  # readers of version 1 keep it
     KnowledgeMemory.prune(memory.folder)
-    assert torch.equal(model(**inputs).logits, before.logits)  # even when it is taken from disk
+    assert torch.equal(model(**inputs).logits, before.logits)  # even when it is deleted from disk
     model.attach(smaller.load(model.fingerprint()))
     assert not set(used) & set(model(**inputs, output_retrieved=True).retrieved[0].entry_BK[0].tolist())
 
@@ -201,7 +201,7 @@ def test_an_editor_may_insist_on_a_version(memory, encoder) -> None:
 
 
 def test_an_editor_who_insists_loses_the_race_and_is_told(memory, encoder, monkeypatch) -> None:
-    """Somebody publishes between the look at the current version and the publishing."""
+    """Another editor publishes after the current version was read."""
     publish = versions.publish
 
     def late(folder, version):
@@ -235,12 +235,12 @@ def test_an_old_version_is_published_on_by_nobody_once_it_is_pruned(memory, enco
     assert memory.add([NewEntry("w1")], encoder).version == 4
     with pytest.raises(UserError, match="version 1 was pruned; version 4 is current"):
         KnowledgeMemory.open(memory.folder, 1)
-    assert [one.version for one in memory.history()] == [3, 4]
+    assert [edit.version for edit in memory.history()] == [3, 4]
 
 
 def test_pruning_keeps_what_is_named_and_takes_files_nobody_needs(memory, encoder, make_model, words_tokenizer) -> None:
     fresh = memory.refresh(DocumentEncoder(make_model(seed=4), words_tokenizer, "new"))
-    old, new = (set(one.manifest.files) for one in (memory, fresh))
+    old, new = (set(m.manifest.files) for m in (memory, fresh))
     KnowledgeMemory.prune(memory.folder, keep=[1])
     assert not memory.verify()
     KnowledgeMemory.prune(memory.folder)
@@ -268,10 +268,10 @@ def test_any_sequence_of_edits_is_what_a_dictionary_would_be(tmp_path_factory, f
             with pytest.raises(UserError, match=f"has no entry {entry}"):
                 memory.delete([entry])
     assert texts(memory) == expected
-    held = memory.load()
-    assert held.entry_N.tolist() == sorted(expected)
-    wanted = encoder.encode(encoder.tokenize([expected[n] for n in sorted(expected)]))
-    assert np.allclose(held.key_NQ, wanted.key_MQ, atol=1e-6)
+    knowledge = memory.load()
+    assert knowledge.entry_N.tolist() == sorted(expected)
+    expected_vectors = encoder.encode(encoder.tokenize([expected[n] for n in sorted(expected)]))
+    assert np.allclose(knowledge.key_NQ, expected_vectors.key_MQ, atol=1e-6)
 
 
 # ── bad input and damage ────────────────────────────────────────────────────
@@ -334,7 +334,7 @@ def test_a_damaged_current_manifest_is_mended_by_a_swap(memory, encoder) -> None
     back = old.swap(old)
     assert (back.version, texts(back)) == (3, texts(memory))
     assert not back.verify()
-    assert [one.version for one in back.history()] == [1, 3]
+    assert [edit.version for edit in back.history()] == [1, 3]
     added = back.add([NewEntry("w5")], encoder)
     assert max(texts(added)) >= 14  # 12 and 13 were given in the version that is lost
     KnowledgeMemory.prune(memory.folder)
@@ -362,7 +362,7 @@ def test_a_disk_without_locks_is_named_and_nothing_is_published(memory, encoder,
 
 
 def test_damaged_files_are_not_taken_for_finished_ones(memory, encoder, make_model, words_tokenizer) -> None:
-    """An undone refresh, or an older version, left a file that is damaged since: it is made again, the same."""
+    """Damaged files of an interrupted refresh or an older version are written again, with the same bytes."""
     other = DocumentEncoder(make_model(seed=4), words_tokenizer, "new")
     fresh = memory.refresh(other)
     for segment, damage in zip(fresh.manifest.segments, (lambda raw: raw[:-8] + bytes(8), lambda raw: raw[:40])):
@@ -403,7 +403,7 @@ def test_several_changes_are_one_version_or_none(memory, encoder) -> None:
 
 
 def test_pruning_waits_for_an_edit_that_names_a_file_of_an_old_version(memory, encoder, monkeypatch) -> None:
-    """The editor finds the file that only version 2 has; pruning that version must not take it away meanwhile."""
+    """The edit reuses a file that only version 2 has; pruning that version must not delete it."""
     added = memory.add([NewEntry("w7 w8")], encoder)
     added.delete([12])
     publish, pruned = versions.publish, []
@@ -411,7 +411,7 @@ def test_pruning_waits_for_an_edit_that_names_a_file_of_an_old_version(memory, e
 
     def slow(folder, version):
         pruning.start()
-        pruning.join(0.3)  # as far as it comes
+        pruning.join(0.3)  # it must be waiting
         assert not pruned
         publish(folder, version)
 

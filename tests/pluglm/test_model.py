@@ -1,4 +1,4 @@
-"""The encoder: around any BERT-family checkpoint, with gradients where they belong, readable by transformers."""
+"""The encoder: any BERT-family backbone, gradients, memories, transformers' interfaces."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def batch(tokenizer, texts=TEXTS) -> dict[str, torch.Tensor]:
 def test_without_memory_and_at_full_width_it_is_the_checkpoint_itself(family: str, tmp_path, words_tokenizer) -> None:
     sizes: dict[str, Any] = {**BACKBONE, "embedding_size": 16} if family == "electra" else BACKBONE
     torch.manual_seed(0)
-    given = AutoModelForMaskedLM.from_config(AutoConfig.for_model(family, **sizes, initializer_range=0.3)).eval()
-    given.save_pretrained(tmp_path)
+    checkpoint = AutoModelForMaskedLM.from_config(AutoConfig.for_model(family, **sizes, initializer_range=0.3)).eval()
+    checkpoint.save_pretrained(tmp_path)
     model = PlugLMForMaskedLM.from_backbone(
         str(tmp_path), memory_layers=2, memory_feed_forward=BACKBONE["intermediate_size"], query_size=8, top_k=2,
         max_document_tokens=16,
@@ -47,9 +47,9 @@ def test_without_memory_and_at_full_width_it_is_the_checkpoint_itself(family: st
     model.attach(None)
     inputs = batch(words_tokenizer)
     with torch.no_grad():
-        wanted, found = given(**inputs).logits, model(**inputs).logits
-    seen = inputs["attention_mask"].bool()
-    assert torch.allclose(found[seen], wanted[seen], atol=1e-5)
+        expected, logits = checkpoint(**inputs).logits, model(**inputs).logits
+    mask = inputs["attention_mask"].bool()
+    assert torch.allclose(logits[mask], expected[mask], atol=1e-5)
 
 
 def test_other_models_are_refused_by_name(tmp_path) -> None:
@@ -87,13 +87,13 @@ def test_every_kind_reads_the_memory(make_model, words_tokenizer, tmp_path, fact
     model.attach(memory.load(model.fingerprint()))
     inputs = batch(words_tokenizer)
     with torch.no_grad():
-        found = model(**inputs, output_retrieved=True)
+        output = model(**inputs, output_retrieved=True)
         model.attach(None)
         without = model(**inputs, output_retrieved=True)
     assert without.retrieved is None
-    assert not torch.allclose(found.logits, without.logits, atol=1e-3)
-    assert len(found.retrieved) == 2
-    for layer in found.retrieved:
+    assert not torch.allclose(output.logits, without.logits, atol=1e-3)
+    assert len(output.retrieved) == 2
+    for layer in output.retrieved:
         assert layer.entry_BK.shape == (3, 3)
         assert torch.allclose(layer.weight_BK.sum(1), torch.ones(3), atol=1e-5)
         assert (layer.score_BK.diff(dim=1) <= 0).all()
@@ -105,8 +105,8 @@ def test_padding_changes_nothing(model, knowledge, words_tokenizer) -> None:
     with torch.no_grad():
         together = model(**batch(words_tokenizer)).logits
         alone = [model(**batch(words_tokenizer, [text])).logits[0] for text in TEXTS]
-    for found, wanted in zip(together, alone):
-        assert torch.allclose(found[: len(wanted)], wanted, atol=1e-5)
+    for logits, expected in zip(together, alone):
+        assert torch.allclose(logits[: len(expected)], expected, atol=1e-5)
 
 
 def test_a_sequence_changes_no_other_sequence(model, knowledge, words_tokenizer) -> None:
@@ -124,9 +124,9 @@ def test_gradients_reach_projections_poolers_and_embeddings(make_model, words_to
     model.train()
     model.attach(memory.load())
     inputs = batch(words_tokenizer)
-    # Nothing but the memory connects `w33` (in entry 11 alone) with the loss.
-    found = model(**inputs, labels=inputs["input_ids"], output_retrieved=True)
-    found.loss.backward()
+    # Only the memory connects `w33` (in entry 11 alone) with the loss.
+    output = model(**inputs, labels=inputs["input_ids"], output_retrieved=True)
+    output.loss.backward()
     encoder = model.model.knowledge_encoder
     for part in (encoder.key, encoder.value, encoder.pooler.hidden, encoder.value_pooler.hidden):
         assert part.weight.grad.abs().max() > 0
@@ -134,17 +134,17 @@ def test_gradients_reach_projections_poolers_and_embeddings(make_model, words_to
     for part in (layer.query, layer.pooler.hidden):
         assert part.weight.grad.abs().max() > 0
     word = model.model.backbone.embeddings.word_embeddings.weight.grad
-    retrieved = {int(one) for one in found.retrieved[0].entry_BK.flatten()}
-    tokens = {one for entry in memory.entries(sorted(retrieved)) for one in entry.token_ids}
-    only_there = tokens - set(inputs["input_ids"].flatten().tolist())
-    assert only_there
+    retrieved = set(output.retrieved[0].entry_BK.flatten().tolist())
+    tokens = {token for entry in memory.entries(sorted(retrieved)) for token in entry.token_ids}
+    only_in_memory = tokens - set(inputs["input_ids"].flatten().tolist())
+    assert only_in_memory
     decoder = torch.autograd.grad(  # the tied decoder alone gives every word a gradient
         torch.nn.functional.cross_entropy(
             model.head(model.model(**inputs).last_hidden_state.detach()).flatten(0, 1), inputs["input_ids"].flatten()
         ),
         model.head.decoder.weight,
     )[0]
-    for token in only_there:
+    for token in only_in_memory:
         assert not torch.allclose(word[token], decoder[token], atol=1e-7)
 
 
@@ -175,16 +175,16 @@ def test_memories_in_half_precision_make_no_nan(
     half = KnowledgeMemory.build(tmp_path / "half", facts, encoder, dtype=dtype)
     inputs = batch(words_tokenizer)
     model.attach(exact.load(model.fingerprint()))
-    wanted = model(**inputs).logits
+    expected = model(**inputs).logits
     model.train(training)
     model.config.fix_keys = model.config.fix_values = True
     model.attach(half.load(model.fingerprint()))
-    found = model(**inputs, labels=inputs["input_ids"])
-    found.loss.backward()
+    output = model(**inputs, labels=inputs["input_ids"])
+    output.loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-    assert found.logits.isfinite().all()
+    assert output.logits.isfinite().all()
     if not training:
-        assert torch.allclose(found.logits, wanted, atol=0.05 if dtype == "float16" else 0.5)
+        assert torch.allclose(output.logits, expected, atol=0.05 if dtype == "float16" else 0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -297,11 +297,11 @@ def test_a_pass_goes_on_with_the_version_it_began_with(model, encoder, words_tok
     inputs = batch(words_tokenizer)
     layer = model.model.backbone.encoder.layer[0]
     hook = layer.register_forward_hook(lambda *_: model.attach(new))
-    wanted = {int(one) for one in model(**inputs, output_retrieved=True).retrieved[0].entry_BK.flatten()}
+    during_attach = model(**inputs, output_retrieved=True).retrieved[0].entry_BK
     hook.remove()
     assert model.knowledge is new
     model.attach(old)
-    assert wanted == {int(one) for one in model(**inputs, output_retrieved=True).retrieved[0].entry_BK.flatten()}
+    assert torch.equal(during_attach, model(**inputs, output_retrieved=True).retrieved[0].entry_BK)
 
 
 # ── transformers ────────────────────────────────────────────────────────────
@@ -311,14 +311,14 @@ def test_saved_and_loaded_it_is_the_same_model(model, knowledge, words_tokenizer
     torch.nn.init.normal_(model.model.backbone.encoder.layer[-1].knowledge.beta)
     model.attach(knowledge)
     inputs = batch(words_tokenizer)
-    wanted = model(**inputs).logits
+    expected = model(**inputs).logits
     model.save_pretrained(tmp_path / "model")
     words_tokenizer.save_pretrained(tmp_path / "model")
     assert (tmp_path / "model" / "model.safetensors").exists()
     for loaded in (load_pluglm(tmp_path / "model")[0], AutoModelForMaskedLM.from_pretrained(tmp_path / "model")):
         assert loaded.fingerprint() == model.fingerprint()
         loaded.eval().attach(knowledge)
-        assert torch.equal(loaded(**inputs).logits, wanted)
+        assert torch.equal(loaded(**inputs).logits, expected)
     half = AutoModelForMaskedLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
     assert half.fingerprint() == model.fingerprint()
 
@@ -333,10 +333,10 @@ def test_a_folder_without_a_model_is_named(tmp_path) -> None:
 
 def test_fill_mask_pipelines_run_it(model, knowledge, words_tokenizer) -> None:
     model.attach(knowledge)
-    found = pipeline("fill-mask", model=model, tokenizer=words_tokenizer)("w1 [MASK] w3", top_k=2)
+    output = pipeline("fill-mask", model=model, tokenizer=words_tokenizer)("w1 [MASK] w3", top_k=2)
     inputs = batch(words_tokenizer, ["w1 [MASK] w3"])
     with torch.no_grad():
-        assert found[0]["token"] == int(model(**inputs).logits[0, 2].argmax())
+        assert output[0]["token"] == int(model(**inputs).logits[0, 2].argmax())
 
 
 def test_the_transformers_trainer_trains_it(model, knowledge, words_tokenizer, tmp_path) -> None:

@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster")]
 
 
 def write_texts(folder: Path, count: int, words: int = 6) -> tuple[Path, Path, list[str]]:
-    """The same kind of texts in Parquet (with ids) and in JSON Lines (without), half of them each."""
+    """Texts, one half in Parquet (with ids), the other in JSON Lines (without)."""
     random = np.random.default_rng(0)
     texts = [" ".join(f"w{n}" for n in random.integers(0, 100, words)) for _ in range(count)]
     half = count // 2
@@ -51,38 +51,37 @@ def write_texts(folder: Path, count: int, words: int = 6) -> tuple[Path, Path, l
 def test_actors_find_what_one_piece_finds(tmp_path, facts, encoder, shards) -> None:
     twins = [NewEntry(facts[2].text, document_id="twin")] * 4  # equal keys, in several parts
     memory = KnowledgeMemory.build(tmp_path / "memory", [*facts, *twins], encoder, entries_per_segment=4)
-    held, over = memory.load(), ShardedKnowledge(start_shards(memory.folder, shards, cpus=0), 1)
-    assert isinstance(over, Knowledge)
-    assert (len(over), over.name, over.fingerprint, over.sizes) == (16, held.name, held.fingerprint, held.sizes)
+    local, sharded = memory.load(), ShardedKnowledge(start_shards(memory.folder, shards, cpus=0), 1)
+    assert isinstance(sharded, Knowledge)
+    for name in ("name", "fingerprint", "sizes"):
+        assert getattr(sharded, name) == getattr(local, name)
+    assert len(sharded) == 16
     torch.manual_seed(0)
-    query = torch.cat([torch.randn(9, 8), held.key_NQ[2:3].float()])
+    query = torch.cat([torch.randn(9, 8), local.key_NQ[2:3].float()])
     own = torch.from_numpy(document_codes([*(f"doc{n % 6}" for n in range(9)), "twin"]))
     for arguments in ((3, None, False), (5, own, False), (5, own, True), (10, own, False)):
-        one, many = held.search(query, *arguments), over.search(query, *arguments)
-        assert one.entry_BK.tolist() == many.entry_BK.tolist()
-        assert one.score_BK.tolist() == many.score_BK.tolist()
+        for a, b in zip(local.search(query, *arguments), sharded.search(query, *arguments)):
+            assert a.tolist() == b.tolist()
     entries = torch.tensor([[15, 0], [7, 7]])
-    for a, b in zip(held.vectors(entries), over.vectors(entries)):
+    for a, b in zip(local.vectors(entries), sharded.vectors(entries)):
         assert torch.equal(a, b)
-    for a, b in zip(held.tokens(torch.tensor([12, 1, 1])), over.tokens(torch.tensor([12, 1, 1]))):
+    for a, b in zip(local.tokens(torch.tensor([12, 1, 1])), sharded.tokens(torch.tensor([12, 1, 1]))):
         assert torch.equal(a, b)
-    asked = torch.tensor([document_code("twin"), document_code("doc3"), document_code("nobody"), 0])
-    assert over.pieces_of(asked).tolist() == held.pieces_of(asked).tolist()
+    codes = torch.tensor([document_code("twin"), document_code("doc3"), document_code("nobody"), 0])
+    assert sharded.pieces_of(codes).tolist() == local.pieces_of(codes).tolist()
     for number in range(4):
-        numbers = torch.full_like(asked, number)
-        assert over.piece_of(asked, numbers).tolist() == held.piece_of(asked, numbers).tolist()
-    assert held.piece_of(asked, torch.zeros_like(asked)).tolist() == [12, 6, -1, -1]
+        numbers = torch.full_like(codes, number)
+        assert sharded.piece_of(codes, numbers).tolist() == local.piece_of(codes, numbers).tolist()
+    assert local.piece_of(codes, torch.zeros_like(codes)).tolist() == [12, 6, -1, -1]
     with pytest.raises(UserError, match="has no entry 99"):
-        over.vectors(torch.tensor([99]))
+        sharded.vectors(torch.tensor([99]))
     with pytest.raises(UserError, match="16 entries, but the model retrieves top_k=17"):
-        over.search(query, 17)
+        sharded.search(query, 17)
     with pytest.raises(UserError, match="no version 8"):
-        ShardedKnowledge(over._shards, 8)
+        ShardedKnowledge(sharded._shards, 8)
 
 
 def test_actors_follow_versions_and_come_back_when_they_die(tmp_path, facts, encoder) -> None:
-    import ray
-
     memory = KnowledgeMemory.build(tmp_path / "memory", facts, encoder)
     shards = start_shards(memory.folder, 5, cpus=0)
     old = ShardedKnowledge(shards, 1)
@@ -90,9 +89,9 @@ def test_actors_follow_versions_and_come_back_when_they_die(tmp_path, facts, enc
     new = ShardedKnowledge(shards, 2)
     query = torch.ones(1, 8)
     assert sorted(new.search(query, 2).entry_BK[0].tolist()) == [10, 11]
-    wanted = old.search(query, 4)
+    expected = old.search(query, 4)
     ray.kill(shards[0], no_restart=False)
-    assert old.search(query, 4).entry_BK.tolist() == wanted.entry_BK.tolist()
+    assert old.search(query, 4).entry_BK.tolist() == expected.entry_BK.tolist()
     assert new.search(query, 2).entry_BK.tolist() == newer.load().search(query, 2).entry_BK.tolist()
     newer.delete([10, 11])
     none = ShardedKnowledge(shards, 3)
@@ -128,11 +127,10 @@ def test_sequences_are_prepared_once_and_read_back(tmp_path, words_tokenizer, mo
     monkeypatch.setattr("pema_ray.pluglm.learning.text._SEQUENCES_PER_FILE", 7)
     _, jsonl, texts = write_texts(tmp_path, 40)
     config = TextConfig(files=(str(jsonl),))
-    found = prepare_sequences(tmp_path / "sequences", config, words_tokenizer, 16)
-    assert len(found) == 20
-    assert [found[n][0].tolist() for n in (0, 6, 7, 19)] == words_tokenizer([texts[20 + n] for n in (0, 6, 7, 19)])[
-        "input_ids"
-    ]
+    sequences = prepare_sequences(tmp_path / "sequences", config, words_tokenizer, 16)
+    assert len(sequences) == 20
+    for n in (0, 6, 7, 19):
+        assert sequences[n][0].tolist() == words_tokenizer(texts[20 + n])["input_ids"]
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "sequences").iterdir()}
     prepare_sequences(tmp_path / "sequences", config, words_tokenizer, 16)
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "sequences").iterdir()}
@@ -199,7 +197,7 @@ def config(tmp_path, words_tokenizer) -> Any:
     sizes = {name: value for name, value in BACKBONE.items() if name not in ("vocab_size", "pad_token_id")}
 
     def make(name: str = "run", **train: Any) -> PretrainConfig:
-        chosen = {
+        settings = {
             "steps": 4, "batch_size": 8, "max_tokens": 16, "refresh_every": 2, "checkpoint_every": 2,
             "validate_every": 2, "cpus_per_worker": 1, "trackers": (), "warm_up_steps": 1,
         }  # fmt: skip
@@ -217,7 +215,7 @@ def config(tmp_path, words_tokenizer) -> Any:
                     "entries_per_segment": 8, "dtype": "float32", "shards": 2, "cpus_per_shard": 0,
                     "refresh_workers": 0,
                 },
-                "train": chosen | train,
+                "train": settings | train,
             }
         )  # fmt: skip
 
@@ -242,7 +240,7 @@ def test_a_run_from_files_to_a_model_and_its_memory(config) -> None:
     assert memory.entries().__next__().document_id == "d0"
     assert all(np.isfinite(point["loss"]) for point in metrics["history"])
     again, same, _ = trained(config(optimizer="lamb", contrastive_steps=2))
-    assert again == metrics  # finished before: not run again
+    assert again == metrics  # a finished run is reused
     assert all(torch.equal(tensor, same[name]) for name, tensor in weights.items())
 
 
@@ -251,22 +249,22 @@ def test_what_other_settings_left_is_set_aside_and_comes_back_with_them(config) 
     faster = one.train.model_copy(update={"trackers": ("tensorboard",), "max_failures": 1})
     same = one.model_copy(update={"train": faster})
     other = one.model_copy(update={"seed": 1})
-    found = []
+    files_at_start = []
 
     def train(settings: PretrainConfig) -> bool:
-        """Whether a training took place, from nothing."""
+        """Whether a training took place, in an empty folder."""
         run = PluglmRun(settings)
 
         def work() -> dict[str, str]:
             run.claim("pretrain", anew=not settings.train.resume)
-            found.append({path.name for path in run.path("pretrain").iterdir()} - {"stamp"})
+            files_at_start.append({path.name for path in run.path("pretrain").iterdir()} - {"stamp"})
             run.path("pretrain", "model").mkdir()
             run.path("pretrain", "model", "config.json").write_text("{}")
             return {"summary": "done"}
 
-        before = len(found)
+        before = len(files_at_start)
         assert run.perform("pretrain", work)["summary"] == "done"
-        return len(found) > before
+        return len(files_at_start) > before
 
     text = Path(one.run_dir, "text.jsonl")
     text.parent.mkdir()
@@ -277,22 +275,22 @@ def test_what_other_settings_left_is_set_aside_and_comes_back_with_them(config) 
     assert not train(anew)
     (run := PluglmRun(anew)).path("pretrain", "metrics.json").unlink()
     assert train(anew)
-    assert found == [set()] * 3 and text.exists()
+    assert files_at_start == [set()] * 3 and text.exists()
     assert len(list(run.folder.glob("pretrain.before-*"))) == 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "accelerate", "deepspeed"])
 def test_strategies_and_numbers_of_workers_agree(config, strategy) -> None:
-    """Without BatchNorm, whose statistics are a worker's own; dropout is off."""
+    """Without BatchNorm, whose statistics are per worker; dropout is off."""
     plain = config("one", accumulate=2)
     plain = plain.model_copy(update={"model": plain.model.model_copy(update={"query_norm": False})})
-    _, wanted, _ = trained(plain)
-    both = config(strategy, workers=2, strategy=strategy, accumulate=1)
-    metrics, weights, memory = trained(both.model_copy(update={"model": plain.model}))
+    _, expected, _ = trained(plain)
+    two_workers = config(strategy, workers=2, strategy=strategy, accumulate=1)
+    metrics, weights, memory = trained(two_workers.model_copy(update={"model": plain.model}))
     assert memory.version == metrics["memory_version"] == 3
-    for name, tensor in wanted.items():
-        if not name.endswith("key.bias"):  # no gradient but noise, which Adam makes large
+    for name, tensor in expected.items():
+        if not name.endswith("key.bias"):  # its gradient is only noise, which Adam enlarges
             assert torch.allclose(tensor, weights[name], atol=2e-4), name
 
 
@@ -301,7 +299,7 @@ def test_strategies_and_numbers_of_workers_agree(config, strategy) -> None:
 def test_a_run_whose_worker_is_killed_goes_on_to_the_same_model(config, strategy, monkeypatch) -> None:
     """SIGKILL in step 5, after the refresh of step 4; the checkpoint is of step 3."""
     settings = {"steps": 6, "refresh_every": 2, "checkpoint_every": 3, "strategy": strategy}
-    _, wanted, _ = trained(config("whole", **settings))
+    _, expected, _ = trained(config("undisturbed", **settings))
     broken = config("broken", **settings)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
     monkeypatch.setattr("pema_ray.pluglm.stages.pretrain._work", killed_work)
@@ -310,13 +308,13 @@ def test_a_run_whose_worker_is_killed_goes_on_to_the_same_model(config, strategy
     kill.write_text("4")
     _, weights, memory = trained(broken)
     assert not kill.exists()
-    assert memory.version > 4  # the first attempt had published too
-    for name, tensor in wanted.items():
+    assert memory.version > 4  # the first attempt published versions too
+    for name, tensor in expected.items():
         assert torch.equal(tensor, weights[name]), name
 
 
 def killed_work(job: Any) -> dict[str, Any]:
-    """The worker's function, in a process that dies once, in the step that the file `kill` names."""
+    """The worker's function, in a process that dies once, at the step in the file `kill`."""
     import os
     import signal
 

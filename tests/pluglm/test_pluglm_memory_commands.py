@@ -21,8 +21,8 @@ def run(tmp_path, model, words_tokenizer, encoder, facts):
     KnowledgeMemory.build(tmp_path / "memory", facts, encoder)
 
     def call(command: str, *arguments: str, with_model: bool = False) -> int:
-        chosen = ["--model", str(tmp_path / "model")] if with_model else []
-        return CliRunner().invoke(commands, [command, str(tmp_path / "memory"), *arguments, *chosen]).exit_code
+        model_option = ["--model", str(tmp_path / "model")] if with_model else []
+        return CliRunner().invoke(commands, [command, str(tmp_path / "memory"), *arguments, *model_option]).exit_code
 
     return call
 

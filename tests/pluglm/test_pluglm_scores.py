@@ -1,4 +1,4 @@
-"""Scores against figures worked out by hand."""
+"""Scores against figures calculated by hand."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from pema_ray.pluglm.tasks.scores import (
 
 
 def test_glue_names_ask_for_what_glue_reports() -> None:
-    found, wanted = [1, 1, 0, 0, 1], [1, 0, 0, 1, 1]
-    assert score("glue/mrpc", found, wanted) == pytest.approx({"accuracy": 0.6, "f1": 2 / 3})
+    predictions, references = [1, 1, 0, 0, 1], [1, 0, 0, 1, 1]
+    assert score("glue/mrpc", predictions, references) == pytest.approx({"accuracy": 0.6, "f1": 2 / 3})
     # (TP·TN - FP·FN) / √(…) = (2·1 - 1·1) / √(3·3·2·2)
-    assert score("glue/cola", found, wanted) == pytest.approx({"matthews_correlation": 1 / 6})
+    assert score("glue/cola", predictions, references) == pytest.approx({"matthews_correlation": 1 / 6})
     assert score("glue/stsb", [1.0, 2.0, 3.0], [2.0, 4.0, 9.0]) == pytest.approx(
         {"pearson": 0.9707, "spearmanr": 1.0}, abs=1e-4
     )
@@ -32,9 +32,9 @@ def test_glue_names_ask_for_what_glue_reports() -> None:
 
 
 def test_entities_are_counted_whole() -> None:
-    wanted = [["B-A", "I-A", "O", "B-B"], ["O", "B-A"]]
-    found = [["B-A", "O", "O", "B-B"], ["O", "B-A"]]  # one of three entities is cut short
-    assert entity_scores(found, wanted) == pytest.approx(
+    references = [["B-A", "I-A", "O", "B-B"], ["O", "B-A"]]
+    predictions = [["B-A", "O", "O", "B-B"], ["O", "B-A"]]  # one of three entities is cut short
+    assert entity_scores(predictions, references) == pytest.approx(
         {"precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "accuracy": 5 / 6}
     )
 

@@ -1,4 +1,4 @@
-"""The pre-training loop in one process: what it learns, and that it goes on where it stopped."""
+"""The pre-training loop in one process: learning and resuming."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ TEXTS = [" ".join(f"w{random.Random(n).randrange(100)} w{n}" for _ in range(3)) 
 
 @pytest.fixture
 def sequences(words_tokenizer) -> Sequences:
-    ids = [np.array(one, np.int32) for one in words_tokenizer(TEXTS)["input_ids"]]
+    ids = [np.array(tokens, np.int32) for tokens in words_tokenizer(TEXTS)["input_ids"]]
     documents = np.array([document_code(str(n)) for n in range(N)])
-    return Sequences([np.concatenate(ids)], [np.cumsum([len(one) for one in ids])], [documents], np.array([0, N]))
+    return Sequences([np.concatenate(ids)], [np.cumsum([len(tokens) for tokens in ids])], [documents], np.array([0, N]))
 
 
 @pytest.fixture
 def loop(make_model, words_tokenizer, sequences, tmp_path):
-    """`loop(folder, **settings)` → (loop, points): a fresh model and memory the first time, then what lies there."""
+    """`loop(folder, **settings)` → (trainer, points): with a new memory the first time, then the existing one."""
 
     def make(folder: str, model_settings: dict | None = None, **settings) -> tuple[Pretrainer, list[dict]]:
         model = make_model(
@@ -45,16 +45,16 @@ def loop(make_model, words_tokenizer, sequences, tmp_path):
             encoder = DocumentEncoder(model, words_tokenizer)
             entries = [NewEntry(text, document_id=str(n)) for n, text in enumerate(TEXTS)]
             KnowledgeMemory.build(run_dir / "memory", entries, encoder, dtype="float32", entries_per_segment=20)
-        chosen = {
+        defaults = {
             "steps": 8, "batch_size": 12, "accumulate": 2, "refresh_every": 3, "checkpoint_every": 4,
             "validate_every": 4, "warm_up_steps": 2, "learning_rate": 3e-3,
         }  # fmt: skip
-        first = local_access(next(iter([KnowledgeMemory.open(run_dir / "memory")])))
-        made = Pretrainer(
-            model, words_tokenizer, PretrainSettings(**(chosen | settings)), sequences, sequences, first, run_dir,
+        memory = local_access(KnowledgeMemory.open(run_dir / "memory"))
+        trainer = Pretrainer(
+            model, words_tokenizer, PretrainSettings(**(defaults | settings)), sequences, sequences, memory, run_dir,
             on_point=lambda kind, point: points.append({"kind": kind, **point}),
         )  # fmt: skip
-        return made, points
+        return trainer, points
 
     return make
 
@@ -64,78 +64,77 @@ def weights(loop: Pretrainer) -> dict[str, torch.Tensor]:
 
 
 def test_the_loss_falls_and_the_memory_belongs_to_the_model_in_the_end(loop) -> None:
-    made, points = loop("run", steps=40, refresh_every=10, checkpoint_every=40, validate_every=20)
-    made.run()
+    trainer, points = loop("run", steps=40, refresh_every=10, checkpoint_every=40, validate_every=20)
+    trainer.run()
     validated = [point["loss"] for point in points if point["kind"] == "validation"]
     assert validated[-1] < validated[0] - 0.5
-    memory = KnowledgeMemory.open(made.run_dir / "memory")
-    assert memory.version == made.version == 5
-    made.model.attach(memory.load(made.model.fingerprint()))
-    assert [point["memory_version"] for point in points if point["kind"] == "train"] == [1] * 10 + [2] * 10 + [
-        3
-    ] * 10 + [4] * 10
+    memory = KnowledgeMemory.open(trainer.run_dir / "memory")
+    assert memory.version == trainer.version == 5
+    trainer.model.attach(memory.load(trainer.model.fingerprint()))
+    used = [point["memory_version"] for point in points if point["kind"] == "train"]
+    assert used == [1] * 10 + [2] * 10 + [3] * 10 + [4] * 10
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
 def test_a_resumed_run_equals_an_undisturbed_one_to_the_bit(loop, optimizer) -> None:
     """Stopped after step 5; the checkpoint is of step 4, the memory was refreshed at step 3."""
-    whole, points = loop("whole", optimizer=optimizer, contrastive_steps=6)
-    whole.run()
+    undisturbed, points = loop("undisturbed", optimizer=optimizer, contrastive_steps=6)
+    undisturbed.run()
     broken, _ = loop("broken", optimizer=optimizer, contrastive_steps=6)
     die(broken, 5)
     torch.manual_seed(12345)  # whatever the new process's random state is
     resumed, later = loop("broken", optimizer=optimizer, contrastive_steps=6)
     resumed.run()
     assert [p["step"] for p in later if p["kind"] == "train"] == [5, 6, 7, 8]
-    told = {p["step"]: p["loss"] for p in points if p["kind"] == "train"}
-    assert all(p["loss"] == told[p["step"]] for p in later if p["kind"] == "train")
-    for name, tensor in weights(whole).items():
+    losses = {p["step"]: p["loss"] for p in points if p["kind"] == "train"}
+    assert all(p["loss"] == losses[p["step"]] for p in later if p["kind"] == "train")
+    for name, tensor in weights(undisturbed).items():
         assert torch.equal(tensor, weights(resumed)[name]), name
-    assert resumed.history.validation == whole.history.validation
-    one, two = (KnowledgeMemory.open(each.run_dir / "memory").load() for each in (whole, resumed))
+    assert resumed.history.validation == undisturbed.history.validation
+    one, two = (KnowledgeMemory.open(each.run_dir / "memory").load() for each in (undisturbed, resumed))
     assert torch.equal(one.key_NQ, two.key_NQ)
     assert torch.equal(one.value_ND, two.value_ND)
 
 
 def test_a_finished_run_is_not_run_again(loop) -> None:
-    made, _ = loop("run", steps=4)
-    made.run()
+    trainer, _ = loop("run", steps=4)
+    trainer.run()
     again, points = loop("run", steps=4)
     again.run()
-    assert again.version == made.version and not points
+    assert again.version == trainer.version and not points
 
 
 def test_parts_of_a_step_add_up_to_the_same_gradient(loop, monkeypatch) -> None:
-    """Without BatchNorm, whose statistics are a part's own, and without dropout."""
+    """Without BatchNorm, whose statistics are per part, and without dropout."""
     sgd = lambda self, named: torch.optim.SGD([parameter for _, parameter in named])  # noqa: E731
-    monkeypatch.setattr(Pretrainer, "make_optimizer", sgd)  # Adam would make noise of gradients that ought to be zero
-    found = []
+    monkeypatch.setattr(Pretrainer, "make_optimizer", sgd)  # Adam would enlarge noise in gradients that should be zero
+    results = []
     for name, accumulate in (("one", 1), ("three", 3)):
-        made, _ = loop(name, {"query_norm": False}, accumulate=accumulate, steps=2, learning_rate=0.1)
-        for module in made.model.modules():
+        trainer, _ = loop(name, {"query_norm": False}, accumulate=accumulate, steps=2, learning_rate=0.1)
+        for module in trainer.model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        for layer in made.model.model.backbone.encoder.layer:
+        for layer in trainer.model.model.backbone.encoder.layer:
             layer.attention.self.dropout.p = 0.0
-        made.run()
-        found.append(weights(made))
-    for name, tensor in found[0].items():
-        assert torch.allclose(tensor, found[1][name], atol=2e-5), name
+        trainer.run()
+        results.append(weights(trainer))
+    for name, tensor in results[0].items():
+        assert torch.allclose(tensor, results[1][name], atol=2e-5), name
 
 
 def test_contrastive_warm_up_teaches_retrieval(loop) -> None:
-    made, points = loop(
+    trainer, points = loop(
         "run", {"value_pooler": True}, steps=60, contrastive_steps=60, refresh_every=60, checkpoint_every=60,
         validate_every=60, learning_rate=1e-2, accumulate=1,
     )  # fmt: skip
-    made.run()
+    trainer.run()
     recall = [point["recall"] for point in points if point["kind"] == "train"]
     assert np.mean(recall[-5:]) > np.mean(recall[:5]) + 0.3
 
 
 def test_the_last_step_has_a_learning_rate(loop) -> None:
-    made, points = loop("run", steps=5, power=0.5, warm_up_steps=0)
-    made.run()
+    trainer, points = loop("run", steps=5, power=0.5, warm_up_steps=0)
+    trainer.run()
     rates = [point["learning_rate"] for point in points if point["kind"] == "train"]
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] == pytest.approx(3e-3 * 0.2**0.5)
@@ -155,16 +154,16 @@ def test_bfloat16_memories_and_passes_make_no_nan(make_model, words_tokenizer, s
 
 
 def test_a_diverging_run_says_so(loop) -> None:
-    made, _ = loop("run", learning_rate=1e30, warm_up_steps=0, optimizer="adamw", refresh_every=99)
+    trainer, _ = loop("run", learning_rate=1e30, warm_up_steps=0, optimizer="adamw", refresh_every=99)
     with pytest.raises(UserError, match=r"infinite or no number at step \d: lower train.learning_rate"):
-        made.run()
+        trainer.run()
 
 
 def test_the_warm_up_aims_at_the_piece_that_a_sequence_was_cut_from(make_model, words_tokenizer, tmp_path) -> None:
-    """Documents of several pieces; and entries twice as long as sequences: the one that holds the sequence."""
+    """In documents of several pieces, with entries of one or two sequences: the entry that holds the sequence."""
     texts = [f"w{n} w{n + 1}" for n in range(0, 24, 2)]
     names = [str(n // 4) for n in range(12)]  # three documents of four pieces
-    ids = [np.array(one, np.int32) for one in words_tokenizer(texts)["input_ids"]]
+    ids = [np.array(tokens, np.int32) for tokens in words_tokenizer(texts)["input_ids"]]
     codes = np.array([document_code(name) for name in names])
     sequences = Sequences([np.concatenate(ids)], [np.cumsum([4] * 12)], [codes], np.array([0, 12]))
     model = make_model()
@@ -174,13 +173,13 @@ def test_the_warm_up_aims_at_the_piece_that_a_sequence_was_cut_from(make_model, 
         entries = [NewEntry(text, document_id=names[n * joined]) for n, text in enumerate(joint)]
         memory = KnowledgeMemory.build(tmp_path / f"memory{joined}", entries, encoder)
         settings = PretrainSettings(steps=1, batch_size=12)
-        made = Pretrainer(
+        trainer = Pretrainer(
             model, words_tokenizer, settings, sequences, None, local_access(memory), tmp_path / f"run{joined}"
         )
-        made.attach(1)
+        trainer.attach(1)
         numbers = [5, 0, 11, 6]
         place_B = torch.tensor([sequences.place(number) for number in numbers])
-        token_BL, mask_BL = made._own_pieces(torch.from_numpy(codes[numbers]), place_B)
+        token_BL, mask_BL = trainer._own_pieces(torch.from_numpy(codes[numbers]), place_B)
         assert [words_tokenizer.decode(row[1 : n - 1]) for row, n in zip(token_BL, mask_BL.sum(1).tolist())] == [
             joint[number // joined] for number in numbers
         ]
@@ -199,10 +198,10 @@ def test_too_few_sequences_for_a_batch_are_refused(loop) -> None:
 
 
 def test_a_checkpoint_names_its_memory_and_keeps_it(loop) -> None:
-    made, _ = loop("run", steps=8, refresh_every=3, checkpoint_every=4)
-    made.run()
-    kept = [one.version for one in KnowledgeMemory.open(Path(made.run_dir) / "memory").history()]
-    assert kept == [made.version]
+    trainer, _ = loop("run", steps=8, refresh_every=3, checkpoint_every=4)
+    trainer.run()
+    kept = [version.version for version in KnowledgeMemory.open(Path(trainer.run_dir) / "memory").history()]
+    assert kept == [trainer.version]
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -213,11 +212,11 @@ def test_masks_are_of_the_sequence_and_if_dynamic_of_the_epoch(words_tokenizer, 
     assert all(np.array_equal(a, b) for a, b in zip((first, labels), masker.mask(tokens, 3, 0)))
     assert not np.array_equal(labels, masker.mask(tokens, 4, 0)[1])
     assert np.array_equal(labels, masker.mask(tokens, 3, 1)[1]) == (not dynamic)
-    chosen = labels != IGNORED
-    assert chosen.sum() == 18
-    assert not chosen[[0, -1]].any()
-    assert np.array_equal(labels[chosen], tokens[chosen])
-    assert np.array_equal(first[~chosen], tokens[~chosen])
+    selected = labels != IGNORED
+    assert selected.sum() == 18
+    assert not selected[[0, -1]].any()
+    assert np.array_equal(labels[selected], tokens[selected])
+    assert np.array_equal(first[~selected], tokens[~selected])
 
 
 def test_masking_follows_berts_recipe(words_tokenizer) -> None:

@@ -1,4 +1,4 @@
-"""Exact search: equal to brute force, however it is cut."""
+"""Exact search equals brute force, for any shards and chunks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pema_ray.pluglm.memory.search import NO_DOCUMENT, KeyTable, RetrievedEntrie
 def brute_force(query, key, entry, document, k: int, own, cosine: bool) -> tuple[list[list[int]], list[list[float]]]:
     entries, scores = [], []
     for b, q in enumerate(query.double().tolist()):
-        found = []
+        ranked = []
         for n, row in enumerate(key.double().tolist()):
             if own is not None and own[b] != NO_DOCUMENT and own[b] == document[n]:
                 continue
@@ -25,17 +25,17 @@ def brute_force(query, key, entry, document, k: int, own, cosine: bool) -> tuple
             if cosine:
                 norms = sum(x * x for x in q) ** 0.5 * sum(x * x for x in row) ** 0.5
                 score /= max(norms, 1e-30)
-            found.append((-score, int(entry[n])))
-        found = sorted(found)[:k]
-        found += [(torch.inf, -1)] * (k - len(found))
-        entries.append([one for _, one in found])
-        scores.append([-score for score, _ in found])
+            ranked.append((-score, int(entry[n])))
+        ranked = sorted(ranked)[:k]
+        ranked += [(torch.inf, -1)] * (k - len(ranked))
+        entries.append([entry_id for _, entry_id in ranked])
+        scores.append([-score for score, _ in ranked])
     return entries, scores
 
 
 @st.composite
 def tables(draw):
-    """Keys of small whole numbers: many are equal, and every score is exact."""
+    """Keys of small integers: many are equal, and every score is exact."""
     n, b, k = draw(st.integers(0, 40)), draw(st.integers(1, 4)), draw(st.integers(1, 6))
     numbers = st.integers(-3, 3)
     key = torch.tensor(draw(st.lists(st.lists(numbers, min_size=3, max_size=3), min_size=n, max_size=n))).view(n, 3)
@@ -52,14 +52,14 @@ def test_any_number_of_shards_finds_what_brute_force_finds(table, cosine, shards
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "_CHUNK", chunk)
         patch.setattr(search, "_SPARE", 0)
-        whole = KeyTable(key.to(dtype), entry, document).top(query, k, own, cosine)
+        best = KeyTable(key.to(dtype), entry, document).top(query, k, own, cosine)
         cuts = np.linspace(0, len(key), shards + 1).astype(int)
         parts = [KeyTable(key[a:b], entry[a:b], document[a:b]).top(query, k, own, cosine) for a, b in pairwise(cuts)]
     merged = merge(parts, k)
-    assert whole.entry_BK.tolist() == merged.entry_BK.tolist()
-    assert whole.score_BK.tolist() == merged.score_BK.tolist()  # to the bit
+    assert best.entry_BK.tolist() == merged.entry_BK.tolist()
+    assert best.score_BK.tolist() == merged.score_BK.tolist()  # to the bit
     if not cosine:
-        assert (whole.entry_BK.tolist(), whole.score_BK.tolist()) == brute_force(
+        assert (best.entry_BK.tolist(), best.score_BK.tolist()) == brute_force(
             query, key, entry, document, k, own, cosine
         )
 
@@ -71,10 +71,10 @@ def test_random_keys_of_any_format_are_found_exactly(cosine: bool, dtype: torch.
     key, query = torch.randn(300, 16).to(dtype), torch.randn(8, 16)
     entry, document = torch.arange(300) * 3, torch.arange(300) // 4 + 1
     own = torch.arange(8) + 1
-    found = KeyTable(key, entry, document).top(query, 5, own, cosine)
+    best = KeyTable(key, entry, document).top(query, 5, own, cosine)
     entries, scores = brute_force(query, key, entry, document, 5, own, cosine)
-    assert found.entry_BK.tolist() == entries
-    assert np.allclose(found.score_BK, scores, rtol=1e-12)
+    assert best.entry_BK.tolist() == entries
+    assert np.allclose(best.score_BK, scores, rtol=1e-12)
 
 
 def test_keys_that_differ_by_less_than_float32_sees_are_told_apart(monkeypatch) -> None:
@@ -84,9 +84,9 @@ def test_keys_that_differ_by_less_than_float32_sees_are_told_apart(monkeypatch) 
     base = torch.randn(64)
     key = (base + torch.randn(200, 64).sign() * 2e-7).float()
     query = torch.randn(4, 64) * 50
-    found = KeyTable(key, torch.arange(200), torch.zeros(200, dtype=torch.int64)).top(query, 3)
+    best = KeyTable(key, torch.arange(200), torch.zeros(200, dtype=torch.int64)).top(query, 3)
     exact = exact_scores(query, key.expand(4, -1, -1), False)
-    assert torch.equal(found.score_BK, exact.topk(3).values)
+    assert torch.equal(best.score_BK, exact.topk(3).values)
 
 
 def test_a_score_is_the_same_number_in_any_company() -> None:
@@ -112,13 +112,13 @@ def test_ties_of_cosines_are_ordered_by_entry_whatever_the_querys_length(monkeyp
     monkeypatch.setattr(search, "_SPARE", 0)
     key = -torch.ones(50, 4) * torch.arange(1, 51)[:, None]
     table = KeyTable(key.flip(0), torch.arange(50), torch.zeros(50, dtype=torch.int64))
-    found = table.top(torch.ones(1, 4) * scale, 3, cosine=True)
+    best = table.top(torch.ones(1, 4) * scale, 3, cosine=True)
     exact = exact_scores(torch.ones(1, 4) * scale, key.flip(0)[None], True)[0]
-    wanted = sorted(range(50), key=lambda n: (-float(exact[n]), n))[:3]
-    assert found.entry_BK[0].tolist() == wanted
+    expected = sorted(range(50), key=lambda n: (-float(exact[n]), n))[:3]
+    assert best.entry_BK[0].tolist() == expected
 
 
 def test_fewer_entries_than_wanted_are_filled_up_with_none() -> None:
-    found = merge([RetrievedEntries(torch.tensor([[4, 2]]), torch.tensor([[1.0, 1.0]], dtype=torch.float64))], 3)
-    assert found.entry_BK.tolist() == [[2, 4, -1]]
-    assert found.score_BK.tolist() == [[1.0, 1.0, -torch.inf]]
+    best = merge([RetrievedEntries(torch.tensor([[4, 2]]), torch.tensor([[1.0, 1.0]], dtype=torch.float64))], 3)
+    assert best.entry_BK.tolist() == [[2, 4, -1]]
+    assert best.score_BK.tolist() == [[1.0, 1.0, -torch.inf]]

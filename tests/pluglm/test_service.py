@@ -1,4 +1,4 @@
-"""The served form: answers name their version, edits need a key, and no request is dropped while they go on."""
+"""The service: responses name their version, edits need a key, and edits drop no request."""
 
 from __future__ import annotations
 
@@ -51,39 +51,39 @@ def test_masked_words_with_the_version_that_gave_them(service, model, words_toke
                 await c.post("/v1/fill-mask", json={"texts": ["w1 [MASK] w2", "w3 [MASK]"], "explain": True})
             ).json()
 
-    found = asyncio.run(ask())
+    answer = asyncio.run(ask())
     memory = KnowledgeMemory.open(tmp_path / "memory")
-    assert (found["memory"], found["memory_version"]) == ("memory version 1", 1)
+    assert (answer["memory"], answer["memory_version"]) == ("memory version 1", 1)
     model.attach(memory.load(model.fingerprint()))
-    wanted = probabilities(model, words_tokenizer, "w1 [MASK] w2").topk(5)
-    (mask,) = found["results"][0]["masks"]
-    assert [one["token"] for one in mask] == [words_tokenizer.decode([token]) for token in wanted.indices.tolist()]
-    assert [one["probability"] for one in mask] == pytest.approx(wanted.values.tolist(), abs=1e-5)
-    (layer,) = found["results"][0]["retrieved"]
+    expected = probabilities(model, words_tokenizer, "w1 [MASK] w2").topk(5)
+    (mask,) = answer["results"][0]["masks"]
+    assert [word["token"] for word in mask] == [words_tokenizer.decode([token]) for token in expected.indices.tolist()]
+    assert [word["probability"] for word in mask] == pytest.approx(expected.values.tolist(), abs=1e-5)
+    (layer,) = answer["results"][0]["retrieved"]
     assert len(layer) == 3
-    assert sum(one["weight"] for one in layer) == pytest.approx(1)
-    assert all(one["text"].startswith("w") for one in layer)
+    assert sum(entry["weight"] for entry in layer) == pytest.approx(1)
+    assert all(entry["text"].startswith("w") for entry in layer)
 
 
 def test_edits_need_a_key_and_change_answers(service, tmp_path) -> None:
-    edit = {"edits": [{"action": "replace", "entry_id": 3, "text": "w99 w98"}, {"action": "delete", "entry_ids": 4}]}
+    wrong = {"edits": [{"action": "replace", "entry_id": 3, "text": "w99 w98"}, {"action": "delete", "entry_ids": 4}]}
     good = {"edits": [{"action": "replace", "entry_id": 3, "text": "w99 w98", "source": "editor"},
                       {"action": "delete", "entry_id": 4}, {"action": "add", "text": "w97"}]}  # fmt: skip
 
     async def ask() -> None:
         async with client(service) as c:
             for headers in ({}, {"authorization": "Bearer pluglm-wrong"}, {"authorization": f"Basic {KEY}"}):
-                answer = await c.post("/v1/memory/edit", json=edit, headers=headers)
+                answer = await c.post("/v1/memory/edit", json=wrong, headers=headers)
                 assert answer.status_code == 401
             for body, status, words in (
-                (edit, 400, "unknown key"),
+                (wrong, 400, "unknown key"),
                 ({"edits": []}, 400, "edits"),
                 ({"edits": [{"action": "delete"}]}, 400, "needs an entry_id"),
                 ({"edits": [{"action": "add", "text": " "}]}, 400, "has no text"),
                 ({"edits": [{"action": "delete", "entry_id": 77}]}, 400, "has no entry 77"),
                 ({"edits": [{"action": "delete", "entry_id": n} for n in range(10)]}, 400, "2 entries would be left"),
                 ({**good, "only_on": 9}, 409, "version 1 is current"),
-                # the last of three fails: the first two are not published either
+                # the last of three fails, so the first two are not published
                 ({"edits": [*good["edits"][:2], {"action": "delete", "entry_id": 4}]}, 400, "has no entry 4"),
             ):
                 answer = await c.post("/v1/memory/edit", json=body, headers=EDITOR)
@@ -104,7 +104,7 @@ def test_edits_need_a_key_and_change_answers(service, tmp_path) -> None:
 
 
 def test_an_edit_that_cannot_be_read_here_is_told_as_published(service, monkeypatch) -> None:
-    """The version of the edit is named, and answers go on with the one before, and name that."""
+    """The response names the edit's version; answers keep and name the previous one."""
     load = KnowledgeMemory.load
 
     def fails(self, *arguments, **options):
@@ -121,7 +121,7 @@ def test_an_edit_that_cannot_be_read_here_is_told_as_published(service, monkeypa
             assert (answer.status_code, answer.json()["version"]) == (202, 2)
             message = answer.json()["warning"]
             assert message.startswith("memory version 2 was published with these edits, but")
-            assert "goes on answering by version 1: the disk is gone" in message
+            assert "still answers by version 1: the disk is gone" in message
             answer = await c.post("/v1/fill-mask", json={"texts": ["w1 [MASK]"]})
             assert answer.json()["memory_version"] == 1
 
@@ -129,10 +129,10 @@ def test_an_edit_that_cannot_be_read_here_is_told_as_published(service, monkeypa
 
 
 def test_a_version_that_one_model_refuses_is_attached_to_none(service, model, words_tokenizer, tmp_path) -> None:
-    """Two models; the second refuses the next version. Both go on with the version that answers name."""
+    """Two models; the second refuses the next version. Both keep the version that answers name."""
     service._models["classify"] = (type(model)(model.config), words_tokenizer)
     second = service._models["classify"][0]
-    second.attach(service._held, allow_stale=True)
+    second.attach(service._knowledge, allow_stale=True)
 
     def refuses(knowledge: Any, allow_stale: bool = False) -> None:
         if knowledge.version > 1:
@@ -143,50 +143,48 @@ def test_a_version_that_one_model_refuses_is_attached_to_none(service, model, wo
     with pytest.raises(UserError, match="not this one"):
         service._follow()
     assert service.version == 1
-    assert {one.knowledge.version for one, _ in service._models.values()} == {1}
+    assert {model.knowledge.version for model, _ in service._models.values()} == {1}
 
 
 def test_no_request_is_dropped_while_the_memory_is_edited(service, model, words_tokenizer, tmp_path) -> None:
     text, answers, done = "w1 w2 [MASK]", [], asyncio.Event()
 
-    async def asks(c: httpx.AsyncClient) -> None:
+    async def ask(c: httpx.AsyncClient) -> None:
         while not done.is_set():
             answers.append(await c.post("/v1/fill-mask", json={"texts": [text], "top": 1}))
 
-    async def edits(c: httpx.AsyncClient) -> None:
+    async def edit(c: httpx.AsyncClient) -> None:
         for number in range(6):
-            edit = {"action": "replace", "entry_id": number, "text": f"w{50 + number} w{70 + number}"}
-            answer = await c.post("/v1/memory/edit", json={"edits": [edit]}, headers=EDITOR)
+            change = {"action": "replace", "entry_id": number, "text": f"w{50 + number} w{70 + number}"}
+            answer = await c.post("/v1/memory/edit", json={"edits": [change]}, headers=EDITOR)
             assert answer.json()["version"] == number + 2
         done.set()
 
-    async def everything() -> None:
+    async def edit_and_ask() -> None:
         async with client(service) as c:
-            await asyncio.gather(edits(c), *(asks(c) for _ in range(4)))
+            await asyncio.gather(edit(c), *(ask(c) for _ in range(4)))
 
-    asyncio.run(everything())
+    asyncio.run(edit_and_ask())
     assert {answer.status_code for answer in answers} == {200}
-    seen = {answer.json()["memory_version"] for answer in answers}
-    assert len(seen) > 2
-    for answer in answers:
-        found = answer.json()
-        model.attach(KnowledgeMemory.open(tmp_path / "memory", found["memory_version"]).load(model.fingerprint()))
+    assert len({answer.json()["memory_version"] for answer in answers}) > 2
+    for answer in (answer.json() for answer in answers):
+        model.attach(KnowledgeMemory.open(tmp_path / "memory", answer["memory_version"]).load(model.fingerprint()))
         best = probabilities(model, words_tokenizer, text).max()
-        assert found["results"][0]["masks"][0][0]["probability"] == pytest.approx(float(best), abs=1e-5)
+        assert answer["results"][0]["masks"][0][0]["probability"] == pytest.approx(float(best), abs=1e-5)
 
 
 def test_versions_of_others_are_followed(service, encoder, tmp_path) -> None:
     KnowledgeMemory.open(tmp_path / "memory").add([NewEntry("w5")], encoder)
     service.config = service.config.model_copy(update={"follow_seconds": 0.01})
 
-    async def waits() -> None:
+    async def wait() -> None:
         task = asyncio.create_task(service.follow())
         async with asyncio.timeout(20):
             while service.version != 2:
                 await asyncio.sleep(0.01)
         task.cancel()
 
-    asyncio.run(waits())
+    asyncio.run(wait())
 
 
 def test_classes(service, words_tokenizer, tmp_path) -> None:
@@ -200,15 +198,15 @@ def test_classes(service, words_tokenizer, tmp_path) -> None:
     task.prepare(task.read(path))
     fingerprint = KnowledgeMemory.open(tmp_path / "memory").fingerprint
     save_model(new_task_model(config, task, fingerprint), words_tokenizer, tmp_path / "classifier")
-    both = PlugLMService(service.config.model_dump() | {"classifier": str(tmp_path / "classifier")})
+    classifying = PlugLMService(service.config.model_dump() | {"classifier": str(tmp_path / "classifier")})
 
     async def ask() -> None:
-        async with client(both) as c:
-            found = (await c.post("/v1/classify", json={"texts": ["w1 w2", "w3"]})).json()
-            assert found["memory_version"] == 1
-            for one in found["results"]:
-                assert {each["label"] for each in one["classes"]} == {"good", "bad"}
-                assert sum(each["probability"] for each in one["classes"]) == pytest.approx(1)
+        async with client(classifying) as c:
+            answer = (await c.post("/v1/classify", json={"texts": ["w1 w2", "w3"]})).json()
+            assert answer["memory_version"] == 1
+            for result in answer["results"]:
+                assert {one["label"] for one in result["classes"]} == {"good", "bad"}
+                assert sum(one["probability"] for one in result["classes"]) == pytest.approx(1)
 
     asyncio.run(ask())
 

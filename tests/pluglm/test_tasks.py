@@ -1,4 +1,4 @@
-"""Files of tasks as people have them: read, cut into features, answered, scored."""
+"""Files of tasks in their usual formats: read, cut into features, answered, scored."""
 
 from __future__ import annotations
 
@@ -30,13 +30,16 @@ def test_a_glue_pair_table(tmp_path, words_tokenizer) -> None:
     task = task_of("classification", text_column="s1", pair_column="s2", metric="glue/mrpc")
     examples = task.read(path)
     task.prepare(examples)
-    assert [(one.text, one.pair, one.label) for one in examples] == [('w1 "w2', "w3", "1"), ("w4", "w5 w6", "0")]
+    assert [(example.text, example.pair, example.label) for example in examples] == [
+        ('w1 "w2', "w3", "1"),
+        ("w4", "w5 w6", "0"),
+    ]
     features = task.features(examples, words_tokenizer, 16)
     assert features[1].token_ids == words_tokenizer("w4", "w5 w6")["input_ids"]
     assert features[1].type_ids == [0, 0, 0, 1, 1, 1]
     assert task.collate(features, 9)["labels"].tolist() == [1, 0]
-    said = task.decode(logits_of([[0.1, 0.9], [0.2, 0.8]]), features, examples)
-    answers = task.answers(examples, list(zip([0, 1], said)))
+    decoded = task.decode(logits_of([[0.1, 0.9], [0.2, 0.8]]), features, examples)
+    answers = task.answers(examples, list(zip([0, 1], decoded)))
     assert answers == {"0": "1", "1": "1"}
     assert task.scores(examples, answers) == pytest.approx({"accuracy": 0.5, "f1": 2 / 3})
     assert task.main == "accuracy"
@@ -45,7 +48,7 @@ def test_a_glue_pair_table(tmp_path, words_tokenizer) -> None:
 def test_tables_without_header_and_other_formats(tmp_path) -> None:
     (tmp_path / "cola.tsv").write_text("gj04\t1\t\tOne sentence.\ngj04\t0\t*\tAnother.\n")
     task = task_of("classification", text_column="3", label_column="1", header=False, metric="glue/cola")
-    assert [one.text for one in task.read(tmp_path / "cola.tsv")] == ["One sentence.", "Another."]
+    assert [example.text for example in task.read(tmp_path / "cola.tsv")] == ["One sentence.", "Another."]
     (tmp_path / "stsb.jsonl").write_text('{"sentence": "a", "label": 2.5}\n{"sentence": "b", "label": "3"}\n')
     task = task_of("regression")
     examples = task.read(tmp_path / "stsb.jsonl")
@@ -55,7 +58,7 @@ def test_tables_without_header_and_other_formats(tmp_path) -> None:
 
 
 class _Plain:
-    """A token a character."""
+    """One token per character."""
 
     def __call__(self, texts: list[str], pairs: Any, **_: Any) -> dict[str, Any]:
         return {"input_ids": [[1] * len(text) for text in texts], "token_type_ids": [[0] * len(text) for text in texts]}
@@ -67,16 +70,16 @@ def test_tags_of_words_cut_into_windows(tmp_path, words_tokenizer) -> None:
     task = task_of("tokens")
     examples = task.read(path)
     task.prepare(examples)
-    assert [one.words[:2] for one in examples] == [("w1", "w2"), ("w3", "w4")]
+    assert [example.words[:2] for example in examples] == [("w1", "w2"), ("w3", "w4")]
     assert task.labels == ["B-X", "I-X", "O"]
     features = task.features(examples, words_tokenizer, 6)  # four words a window
-    assert [one.example for one in features] == [0, 1, 1, 1]
+    assert [feature.example for feature in features] == [0, 1, 1, 1]
     assert task.collate(features[:1], 6)["labels"].tolist() == [[IGNORED, 0, 1, IGNORED, IGNORED, IGNORED]]
     logits = torch.zeros(4, 6, 3)
     logits[..., 2] = 1.0  # O
     logits[3, 1, 0] = 2.0  # B-X at the ninth word of the second sentence
-    said = task.decode(SimpleNamespace(logits=logits), features, examples)
-    answers = task.answers(examples, list(zip([one.example for one in features], said)))
+    decoded = task.decode(SimpleNamespace(logits=logits), features, examples)
+    answers = task.answers(examples, list(zip([feature.example for feature in features], decoded)))
     assert answers["0"] == ["O", "O"]
     assert answers["1"] == ["O"] * 8 + ["B-X"]
     (tmp_path / "same.jsonl").write_text('{"tokens": ["w1", "w2"], "tags": ["B-X", "I-X"]}\n')
@@ -100,19 +103,19 @@ def test_spans_of_a_long_passage(tmp_path, words_tokenizer) -> None:
     task.prepare(examples)
     features = task.features(examples, words_tokenizer, 12)
     assert len(features) > 2
-    holding = [one for one in features if one.targets["start_positions"]]
-    for one in holding:
-        begin, end = (one.spans[one.targets[f"{name}_positions"]] for name in ("start", "end"))
+    with_answer = [feature for feature in features if feature.targets["start_positions"]]
+    for feature in with_answer:
+        begin, end = (feature.spans[feature.targets[f"{name}_positions"]] for name in ("start", "end"))
         assert context[begin[0] : end[1]] == "w33 w34"
-    assert holding
+    assert with_answer
     output = SimpleNamespace(
         start_logits=torch.zeros(len(features), 12), end_logits=torch.zeros(len(features), 12)
-    )  # all alike but where the answer is
-    number = features.index(holding[0])
-    output.start_logits[number, holding[0].targets["start_positions"]] = 5.0
-    output.end_logits[number, holding[0].targets["end_positions"]] = 5.0
-    said = list(zip([0] * len(features), task.decode(output, features, examples)))
-    answers = task.answers(examples, said)
+    )  # equal everywhere but at the answer
+    number = features.index(with_answer[0])
+    output.start_logits[number, with_answer[0].targets["start_positions"]] = 5.0
+    output.end_logits[number, with_answer[0].targets["end_positions"]] = 5.0
+    decoded = list(zip([0] * len(features), task.decode(output, features, examples)))
+    answers = task.answers(examples, decoded)
     assert answers == {"q1": "w33 w34"}
     assert task.scores(examples, answers) == {"exact_match": 1.0, "f1": 1.0}
 
@@ -124,8 +127,8 @@ def test_a_question_without_an_answer(tmp_path, words_tokenizer) -> None:
     features = task.features(examples, words_tokenizer, 16)
     assert dict(features[0].targets) == {"start_positions": 0, "end_positions": 0}
     start = torch.tensor([[3.0, 0, 0, 0, 1, 0, 0]])
-    said = task.decode(SimpleNamespace(start_logits=start, end_logits=start), features, examples)
-    answers = task.answers(examples, [(0, said[0])])
+    decoded = task.decode(SimpleNamespace(start_logits=start, end_logits=start), features, examples)
+    answers = task.answers(examples, [(0, decoded[0])])
     assert answers == {"q1": ""}
     assert task.scores(examples, answers) == {"exact_match": 1.0, "f1": 1.0}
 
@@ -146,18 +149,21 @@ def test_bioasq_questions(tmp_path, words_tokenizer) -> None:
     path.write_text(json.dumps(BIOASQ))
     task = task_of("yes_no")
     examples = task.read(path)
-    assert [(one.id, one.label, one.pair) for one in examples] == [("a", "yes", "w2 w3"), ("b", "no", "w5")]
+    assert [(example.id, example.label, example.pair) for example in examples] == [
+        ("a", "yes", "w2 w3"),
+        ("b", "no", "w5"),
+    ]
     assert task.scores(examples, {"a": "yes", "b": "no"})["macro_f1"] == 1.0
     task = task_of("factoid")
     examples = task.read(path)
     features = task.features(examples, words_tokenizer, 16)
-    targets = [tuple(one.targets.values()) for one in features]
+    targets = [tuple(feature.targets.values()) for feature in features]
     assert targets == [(4, 5), (0, 0), (3, 3)]
     logits = torch.zeros(3, 7)
     logits[2, 3] = 4.0  # w9
     logits[0, 3] = 3.0  # w10
-    said = task.decode(SimpleNamespace(start_logits=logits, end_logits=logits), features, examples)
-    answers = task.answers(examples, list(enumerate(said)))
+    decoded = task.decode(SimpleNamespace(start_logits=logits, end_logits=logits), features, examples)
+    answers = task.answers(examples, list(enumerate(decoded)))
     assert answers["c"][:2] == ["w9", "w10"]
     assert len(answers["c"]) == 5
     assert task.scores(examples, answers) == {"strict_accuracy": 1.0, "lenient_accuracy": 1.0, "mrr": 1.0}
@@ -167,7 +173,7 @@ def test_cloze_questions(tmp_path, words_tokenizer) -> None:
     path = tmp_path / "lama.jsonl"
     rows = [
         {"uuid": "x", "masked_sentences": ["w1 [MASK] w2"], "obj_label": "w3"},
-        {"masked_sentences": ["w4 [MASK]"], "obj_label": "w5 w6"},  # two tokens: cannot be said
+        {"masked_sentences": ["w4 [MASK]"], "obj_label": "w5 w6"},  # two tokens: cannot be decoded
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = task_of("cloze")
@@ -179,8 +185,8 @@ def test_cloze_questions(tmp_path, words_tokenizer) -> None:
     assert bool((labels[1] == IGNORED).all())
     logits = torch.zeros(2, 5, len(vocabulary))
     logits[:, 2, vocabulary["w3"]] = 1.0
-    said = task.decode(SimpleNamespace(logits=logits), features, examples)
-    answers = task.answers(examples, list(enumerate(said)))
+    decoded = task.decode(SimpleNamespace(logits=logits), features, examples)
+    answers = task.answers(examples, list(enumerate(decoded)))
     assert answers == {"x": "w3", "1": "w3"}
     assert task.scores(examples, answers) == {"p@1": 0.5}
 
@@ -204,10 +210,10 @@ def test_training_examples_as_entries_keep_their_labels(tmp_path, words_tokenize
 
 
 def test_a_long_cloze_sentence_keeps_its_answer_as_an_entry(tmp_path, words_tokenizer) -> None:
-    """In eight tokens, two of them special: what is nearest to the answer."""
+    """In eight tokens, two of them special: the words nearest to the answer."""
     task, words = task_of("cloze"), [f"w{n}" for n in range(20)]
     path = tmp_path / "lama.jsonl"
-    for place, wanted in (
+    for place, expected in (
         (0, "w99 w1 w2 w3 w4 w5"),
         (10, "w7 w8 w9 w99 w11 w12"),
         (18, "w14 w15 w16 w17 w99 w19"),
@@ -216,7 +222,7 @@ def test_a_long_cloze_sentence_keeps_its_answer_as_an_entry(tmp_path, words_toke
         sentence = " ".join([*words[:place], "[MASK]", *words[place + 1 :]])
         path.write_text(json.dumps({"masked_sentences": [sentence], "obj_label": "w99"}) + "\n")
         (entry,) = entries_of(task, task.read(path), words_tokenizer, 8)
-        assert entry.text.strip() == wanted
+        assert entry.text.strip() == expected
         assert len(words_tokenizer(entry.text)["input_ids"]) == 8
     path.write_text('{"sentence": "w1 [MASK] w2", "label": "w3"}\n{"sentence": "w4", "label": "w5"}\n')
     task = task_of("classification")  # where a mask is a word like any other
@@ -224,7 +230,7 @@ def test_a_long_cloze_sentence_keeps_its_answer_as_an_entry(tmp_path, words_toke
 
 
 def test_snippets_of_one_question_are_kept_apart_from_each_other(tmp_path, words_tokenizer) -> None:
-    """Else one snippet's entry would tell another the answer."""
+    """Otherwise one snippet's entry would reveal the answer to another."""
     path = tmp_path / "bioasq.json"
     path.write_text(json.dumps(BIOASQ))
     task = task_of("factoid")

@@ -28,9 +28,7 @@ CONFIG = Path(__file__).parents[2] / "serve_configs" / "pluglm.yaml"
 
 @pytest.fixture
 def config(tmp_path, model, words_tokenizer, facts, monkeypatch) -> Any:
-    """`config(memory={…}, **train)`: a classification of twelve texts, with a memory of facts. Paths are as a user
-    gives them, from where he stands.
-    """
+    """`config(memory={…}, **train)`: a classification of twelve texts, with a memory of facts; paths are relative."""
     monkeypatch.chdir(tmp_path)
     save_model(model, words_tokenizer, tmp_path / "pretrained")
     KnowledgeMemory.build(tmp_path / "facts", facts, DocumentEncoder(model, words_tokenizer), "float32")
@@ -66,26 +64,26 @@ def test_from_files_to_a_model_with_its_report(config, ray_cluster, tmp_path) ->
     assert (Path(reported.checkpoint.path) / "model" / "config.json").exists()
     assert "test" not in metrics["scores"]  # it has no labels
     answers = [json.loads(line) for line in (tmp_path / "run" / "finetune" / "test.jsonl").read_text().splitlines()]
-    assert [one["id"] for one in answers] == ["0", "1"]
-    assert {one["answer"] for one in answers} <= {"even", "odd"}
+    assert [answer["id"] for answer in answers] == ["0", "1"]
+    assert {answer["answer"] for answer in answers} <= {"even", "odd"}
     memory = KnowledgeMemory.open(tmp_path / "run" / "finetune" / "memory")
     assert len(memory) == 24
-    assert len(KnowledgeMemory.open(tmp_path / "facts")) == 12  # the given one is as it was
+    assert len(KnowledgeMemory.open(tmp_path / "facts")) == 12  # the original is unchanged
     report = json.loads((tmp_path / "run" / "finetune" / "retrieval.json").read_text())
     assert report["inputs_in_sum"] == 12
     assert report["memory_sources"] == {"a": 6, "b": 6, "training examples": 12}
     own = {entry.text.rsplit(" ", 1)[0]: entry.entry_id for entry in memory.entries() if entry.tags}
-    for one in report["inputs"]:  # validated on training examples: still none finds itself
-        assert own[one["text"]] not in [use["entry_id"] for use in one["layers"][0]["entries"]]
+    for example in report["inputs"]:  # validated on training examples: none retrieves itself
+        assert own[example["text"]] not in [use["entry_id"] for use in example["layers"][0]["entries"]]
     assert (tmp_path / "run" / "finetune" / "retrieval-test.html").exists()
-    assert finetune(config()) == metrics  # finished before: not run again
+    assert finetune(config()) == metrics  # a finished run is reused
 
 
 @pytest.mark.cluster
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "accelerate", "deepspeed"])
 def test_two_workers_with_a_memory_in_shards(config, ray_cluster, tmp_path, strategy) -> None:
-    """A memory that is not frozen: it is encoded anew, and the kept model reads the version that belongs to it."""
+    """A memory that is not frozen: it is refreshed, and the kept model reads its own version."""
     memory = {"folder": str(tmp_path / "facts"), "shards": 2, "cpus_per_shard": 0}
     free = {"workers": 2, "fix_keys": False, "fix_values": False, "refresh_every": 3, "strategy": strategy}
     metrics = finetune(config(strategy, memory, **free))
@@ -133,29 +131,29 @@ def test_edits_reach_every_replica_and_drop_no_request(config, ray_cluster, tmp_
     statuses: list[int] = []
     versions: list[int] = []
 
-    async def everything() -> None:
+    async def edit_and_ask() -> None:
         async with httpx.AsyncClient(base_url="http://127.0.0.1:8127", timeout=60) as c:
             edited = asyncio.Event()
 
-            async def asks() -> None:
+            async def ask() -> None:
                 while not edited.is_set() or set(versions[-20:]) != {5}:  # until both replicas have followed
                     answer = await c.post("/v1/fill-mask", json={"texts": ["w1 [MASK]"]})
                     statuses.append(answer.status_code)
                     versions.append(answer.json()["memory_version"])
 
-            async def edits() -> None:
+            async def edit() -> None:
                 for number in range(4):
-                    edit = {"action": "replace", "entry_id": number, "text": f"w{60 + number}"}
+                    change = {"action": "replace", "entry_id": number, "text": f"w{60 + number}"}
                     headers = {"authorization": f"Bearer {key}"}
-                    answer = await c.post("/v1/memory/edit", json={"edits": [edit]}, headers=headers)
+                    answer = await c.post("/v1/memory/edit", json={"edits": [change]}, headers=headers)
                     assert answer.json()["version"] == number + 2
                 edited.set()
 
             async with asyncio.timeout(120):
-                await asyncio.gather(edits(), asks(), asks())
+                await asyncio.gather(edit(), ask(), ask())
 
     try:
-        asyncio.run(everything())
+        asyncio.run(edit_and_ask())
     finally:
         serve.shutdown()
     assert set(statuses) == {200}

@@ -67,7 +67,7 @@ class Chooser:
         eos: tokens that end an answer.
 
     Attributes:
-        longest_plm_draft: tokens that the PLM owner may be asked to draft at a time.
+        longest_plm_draft: maximum tokens that the PLM owner drafts at a time.
         draft_length: decides how much to draft.
     """
 

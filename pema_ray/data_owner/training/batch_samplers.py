@@ -12,7 +12,7 @@ A batch depends on (seed, epoch, index in the epoch) alone, so that a resumed ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -324,14 +324,13 @@ class StreamShuffle:
             self._all_rows = self._all_rows or GlobalShuffle(self._finished(), self.batch_size, self._seed)
             yield from self._all_rows.batches(epoch, first)
             return
-        step, buffer = 0, _RowBuffer()
-        for number, rows in enumerate(self._restart()):
-            buffer.add(rows, np.random.default_rng([self._seed, number]).permutation(len(rows.target)))
-            while len(buffer) >= self.batch_size and step < self.steps_per_epoch:
-                batch = buffer.take(self.batch_size, self._mean_weight)
-                if step >= first:
-                    yield batch
-                step += 1
+        shards = (
+            (rows, np.random.default_rng([self._seed, number]).permutation(len(rows.target)))
+            for number, rows in enumerate(self._restart())
+        )
+        for step, batch in enumerate(_across(shards, self.batch_size, self._mean_weight)):
+            if first <= step < self.steps_per_epoch:  # reading the stream to its end builds the memory
+                yield batch
 
     def row_blocks(self) -> Iterator[Rows]:
         """The first shard alone, as stage 1 cannot wait for the others."""
@@ -347,29 +346,19 @@ class StreamShuffle:
         return iter(stream)
 
 
-class _RowBuffer:
-    """Rows that have arrived but are in no batch yet."""
-
-    def __init__(self) -> None:
-        self._blocks: list[tuple[Rows, np.ndarray]] = []
-
-    def __len__(self) -> int:
-        return sum(len(order) for _, order in self._blocks)
-
-    def add(self, rows: Rows, order: np.ndarray) -> None:
-        self._blocks.append((rows, order))
-
-    def take(self, count: int, mean_weight: float) -> Batch:
-        parts: list[Batch] = []
-        missing = count
-        while missing:
-            rows, order = self._blocks[0]
-            index, rest = np.sort(order[:missing]), order[missing:]
-            self._blocks[:1] = [(rows, rest)] if len(rest) else []
+def _across(shards: Iterable[tuple[Rows, np.ndarray]], size: int, mean_weight: float) -> Iterator[Batch]:
+    """Batches of `size` rows across shards, each in its order; the remainder is dropped."""
+    parts: list[Batch] = []
+    missing = size
+    for rows, order in shards:
+        while len(order):
+            index, order = np.sort(order[:missing]), order[missing:]
+            parts.append(_batch(rows, index, size, mean_weight))
             missing -= len(index)
-            parts.append(_batch(rows, index, count, mean_weight))
-        target, share = (np.concatenate([getattr(part, name) for part in parts]) for name in ("target", "share"))
-        return Batch(Keys.concatenate([part.key for part in parts]), target, share)
+            if not missing:
+                target, share = (np.concatenate([getattr(p, name) for p in parts]) for name in ("target", "share"))
+                yield Batch(Keys.concatenate([part.key for part in parts]), target, share)
+                parts, missing = [], size
 
 
 class _Block:

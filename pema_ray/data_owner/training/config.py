@@ -89,7 +89,7 @@ class TrainConfig(TrainingConfig):
     def _check_sequences(self) -> TrainConfig:
         if self.reads_sequences and (self.stream or self.shuffle == "window" or self.solver == "adam"):
             raise ValueError(
-                "look_back and local_memory learn from whole sequences at hand: they need shuffle global, a solver "
+                "look_back and local_memory learn from whole sequences in RAM: they need shuffle global, a solver "
                 "other than adam and no stream"
             )
         return self

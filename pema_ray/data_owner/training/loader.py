@@ -23,8 +23,10 @@ Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 _PREFETCH = 2  # batches that are prepared while one is trained on
 
 
-def load(batches: Iterator[Sequence[Batch]], device: torch.device, prefetch: int = _PREFETCH) -> Iterator[list[Part]]:
-    """The same batches, each in its parts, as tensors on the device.
+def load(
+    batches: Iterator[Sequence[Batch]], device: torch.device, prefetch: int = _PREFETCH
+) -> Iterator[tuple[Sequence[Batch], list[Part]]]:
+    """Each batch in its parts, and the parts as tensors on the device.
 
     Args:
         batches: read in another thread; an error there is raised when its batch is due.
@@ -32,31 +34,25 @@ def load(batches: Iterator[Sequence[Batch]], device: torch.device, prefetch: int
     """
     copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def next_batch() -> list[_Copied] | None:
+    def next_batch() -> tuple[Sequence[Batch], list[_Copied]] | None:
         parts = next(batches, None)
-        return None if parts is None else [_copy(part, device, copy_stream) for part in parts]
+        return None if parts is None else (parts, [_copy(part, device, copy_stream) for part in parts])
 
     reader = ThreadPoolExecutor(1, "loader", initializer=compute_elsewhere)
     try:
         waiting = deque(reader.submit(next_batch) for _ in range(prefetch))
-        while (copied := waiting.popleft().result()) is not None:
+        while (loaded := waiting.popleft().result()) is not None:
             waiting.append(reader.submit(next_batch))
-            yield [part.tensors() for part in copied]
+            parts, copied = loaded
+            yield parts, [part.tensors() for part in copied]
     finally:
         reader.shutdown(cancel_futures=True)
 
 
 def load_parts(batches: Iterator[Batch], device: torch.device) -> Iterator[tuple[Batch, Part]]:
     """Whole batches, each with its tensors."""
-    pending: deque[Batch] = deque()
-
-    def recorded() -> Iterator[list[Batch]]:
-        for batch in batches:
-            pending.append(batch)
-            yield [batch]
-
-    for (part,) in load(recorded(), device):
-        yield pending.popleft(), part
+    for (batch,), (part,) in load(([batch] for batch in batches), device):
+        yield batch, part
 
 
 @dataclass(frozen=True, slots=True)

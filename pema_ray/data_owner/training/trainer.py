@@ -244,7 +244,7 @@ class AdapterTrainer(Trainer[TrainConfig, AdapterHistory]):
         first_epoch, first_step = divmod(first, self.sampler.steps_per_epoch)
         for epoch in range(first_epoch, self.settings.epochs):
             batches = self.sampler.batches(epoch, first_step if epoch == first_epoch else 0)
-            for parts in load((batch.split(self.parts_per_step) for batch in batches), self.place.device):
+            for _, parts in load((batch.split(self.parts_per_step) for batch in batches), self.place.device):
                 yield StepInputs(parts, self.place.world)
 
     def point(self, sums: torch.Tensor, count: float) -> Point:

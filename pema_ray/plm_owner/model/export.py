@@ -91,14 +91,16 @@ def _describe_norm(plm: LoadedPLM, norm: nn.Module | None) -> tuple[HeadSpec, di
     scale, softcap = _logit_scale(config), getattr(config, "final_logit_softcapping", None)
     if norm is None:
         return HeadSpec("identity", 0.0, scale, softcap), {}
-    epsilon: Any = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None)
-    weight: Any = getattr(norm, "weight", None)
+    if isinstance(norm, nn.LayerNorm):
+        spec = HeadSpec("layer_norm", norm.eps, scale, softcap)
+        return spec, {"norm_weight": norm.weight, "norm_bias": norm.bias}
+    epsilon = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None)
+    weight = getattr(norm, "weight", None)
     kind = type(norm).__name__.lower()
-    is_complete = epsilon is not None and weight is not None
-    if isinstance(norm, nn.LayerNorm) or ("layernorm" in kind and is_complete):  # Cohere has its own; `prove` decides
+    if "layernorm" in kind and epsilon is not None and weight is not None:  # Cohere's own; `prove` decides
         spec = HeadSpec("layer_norm", float(epsilon), scale, softcap)
         return spec, {"norm_weight": weight, "norm_bias": getattr(norm, "bias", None)}
-    if "rms" not in kind or not is_complete:
+    if "rms" not in kind or epsilon is None or weight is None:
         raise UserError(f"{plm.name}: its final norm is a {type(norm).__name__}, which the bundle cannot express.")
     if _adds_one(norm):
         weight = weight.float() + 1.0  # Gemma's RMSNorm stores w - 1

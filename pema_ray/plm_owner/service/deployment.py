@@ -10,6 +10,8 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+from ray import serve
+
 from pema_ray.line import Description, Stepped, codec
 from pema_ray.line.plm_config import PLMConfig
 from pema_ray.plm_owner.engine import Engine, EngineConfig, LocalPLM
@@ -33,8 +35,6 @@ class PLMEngine:
         self._head_frame: asyncio.Task[bytes] | None = None
         self._sampling: asyncio.Task[None] | None = None
         try:
-            from ray import serve
-
             self.replica = serve.get_replica_context().replica_id.unique_id
         except Exception:  # local testing has no replica
             self.replica = "local"

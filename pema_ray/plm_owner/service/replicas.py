@@ -125,23 +125,23 @@ class Replicas:
         groups: dict[str, list[int]] = {}
         for number, step in enumerate(steps):
             replica = self._owner_replica.get(step.session)
-            # Serve spreads openings over replicas, so each goes alone. Those that wait for slots stay together: no
-            # other's opening may queue between those of one answer.
+            # Openings go singly, so that Serve spreads them over replicas. Those that wait for slots stay together: no
+            # other answer's opening may queue between those of one answer.
             groups.setdefault(replica or ("?" if step.waits else f"?{step.session}"), []).append(number)
         outcomes: list[Stepped | Exception] = [SessionLost()] * len(steps)
 
-        async def step_at(replica: str, numbers: list[int]) -> None:
+        async def step_group(replica: str, numbers: list[int]) -> None:
             group = [steps[number] for number in numbers]
-            for number, outcome in zip(numbers, await self._at(replica, group, fingerprint), strict=True):
+            for number, outcome in zip(numbers, await self._step_at(replica, group, fingerprint), strict=True):
                 outcomes[number] = outcome
 
-        await asyncio.gather(*(step_at(replica, numbers) for replica, numbers in groups.items()))
+        await asyncio.gather(*(step_group(replica, numbers) for replica, numbers in groups.items()))
         mismatches = [outcome for outcome in outcomes if isinstance(outcome, FingerprintMismatch)]
         if mismatches and len(mismatches) == len(outcomes):
             raise mismatches[0]
         return outcomes
 
-    async def _at(self, replica: str, steps: Sequence[Step], fingerprint: str) -> list[Stepped | Exception]:
+    async def _step_at(self, replica: str, steps: Sequence[Step], fingerprint: str) -> list[Stepped | Exception]:
         handle = self._handle if replica.startswith("?") else self._handle.options(session_id=f"{replica}/")
         size = _TOKEN_BYTES * sum(len(step.tokens) for step in steps)
         body = await run_in_executor(size, codec.encode_steps, steps, fingerprint)

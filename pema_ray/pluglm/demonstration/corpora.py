@@ -1,6 +1,6 @@
 """Texts of a domain: the packaged Bible, a dictionary of Debian's `dict-*` packages, or a file. Knows no model.
 
-A text is what may be held out: a chapter, a dictionary's entry, a row, a paragraph of a plain file.
+A text is a chapter, a dictionary's entry, a row, or a paragraph of a plain file.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import numpy as np
 from pema_ray.errors import UserError
 
 FOLDOC = "/usr/share/dictd/foldoc.dict.dz"
-"""Where Debian's `dict-foldoc`, a dictionary of computing, puts its texts."""
+"""Path of Debian's `dict-foldoc`, a dictionary of computing."""
 TRANSLATIONS = ("kjv", "web")
 _DIGITS = {digit: n for n, digit in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")}
-_ABOUT = ("00database", "00-database")  # headwords of what a dictionary says about itself
+_ABOUT = ("00database", "00-database")  # headwords of a dictionary's metadata
 _CHAPTER = 1000  # a verse number is BBCCCVVV
 
 
 @dataclass(frozen=True)
 class Domain:
-    """Texts of one kind; those held out are learned from by nobody."""
+    """Texts of one kind; held-out ones are used neither for training nor for memories."""
 
     name: str
     learned: tuple[str, ...]
@@ -42,13 +42,12 @@ def read_domain(name: str, share: float, seed: int) -> Domain:
         UserError: it cannot be read, or has too few texts to hold any out.
     """
     texts = _bible(name) if name in TRANSLATIONS else _file(Path(name))
-    texts = list(dict.fromkeys(text for text in texts if text.strip()))  # a copy would be found in the memory
+    texts = list(dict.fromkeys(text for text in texts if text.strip()))  # the memory must not hold a held-out copy
     count = round(share * len(texts))
     if not 0 < count < len(texts):
         raise UserError(f"{name}: {len(texts)} different texts, too few to hold {share:.0%} of them out.")
-    held = np.zeros(len(texts), bool)
-    held[np.random.default_rng(seed).choice(len(texts), count, replace=False)] = True
-    parts = [tuple(text for text, one in zip(texts, held) if one == wanted) for wanted in (False, True)]
+    held_out = set(np.random.default_rng(seed).choice(len(texts), count, replace=False).tolist())
+    parts = [tuple(text for n, text in enumerate(texts) if (n in held_out) == part) for part in (False, True)]
     return Domain(name if name in TRANSLATIONS else Path(name).name.split(".")[0], *parts)
 
 
@@ -73,7 +72,7 @@ def _file(path: Path) -> list[str]:
         if path.suffix == ".parquet":
             import pyarrow.parquet as pq
 
-            return [str(one) for one in pq.read_table(path, columns=["text"])["text"].to_pylist() if one]
+            return [str(text) for text in pq.read_table(path, columns=["text"])["text"].to_pylist() if text]
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
             return [str(json.loads(line)["text"]) for line in text.splitlines() if line.strip()]
@@ -85,16 +84,16 @@ def _file(path: Path) -> list[str]:
 
 
 def _dictionary(path: Path) -> list[str]:
-    """Entries of dictd's format: the index names places of the text by numbers of base 64."""
+    """Entries of dictd's format: the index gives places in the text as base-64 numbers."""
     index = path.with_name(path.name.removesuffix(".dz").removesuffix(".dict") + ".index")
     try:
         with gzip.open(path) if path.suffix == ".dz" else path.open("rb") as file:
-            everything = file.read()
+            body = file.read()
         rows = [line.split("\t") for line in index.read_text(encoding="utf-8").splitlines()]
         places = sorted({(_number(row[1]), _number(row[2])) for row in rows if not row[0].startswith(_ABOUT)})
     except (OSError, EOFError, ValueError, KeyError, IndexError) as error:
         raise UserError(f"{path}: no dictionary of dictd's format with {index.name} beside it: {error!r}.") from None
-    return [" ".join(everything[at : at + size].decode("utf-8", "replace").split()) for at, size in places]
+    return [" ".join(body[start : start + size].decode("utf-8", "replace").split()) for start, size in places]
 
 
 def _number(digits: str) -> int:

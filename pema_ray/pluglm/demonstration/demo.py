@@ -1,6 +1,6 @@
-"""`pema-ray pluglm demo`: teach two small models to look facts up, edit the memory of each, and tell what came of it.
+"""`pema-ray pluglm demo`: train two small models to look facts up, edit the memory of each, and report the answers.
 
-The facts are synthetic. What is shown is the mechanism; the published gain on natural text is not claimed.
+The facts are synthetic: this shows the mechanism; the published gain on natural text is not claimed.
 """
 
 from __future__ import annotations
@@ -8,16 +8,14 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from importlib.resources import files
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from pema_ray.evaluation.plots import Level, Series, line_plot
-from pema_ray.pluglm.demonstration.facts import World
 from pema_ray.pluglm.demonstration.learning import FactsSettings, Point, learn
 from pema_ray.pluglm.demonstration.measures import FactsFigures, measure
+from pema_ray.pluglm.retrieval import render_template
 from pema_ray.pluglm.stages.pretrain import save_model
 from pema_ray.runtime.files import atomic_file
 from pema_ray.runtime.settings import Section
@@ -63,36 +61,31 @@ def run_demo(
     faithful: bool = True,
     on_point: Callable[[str, Point], None] = lambda mode, point: None,
 ) -> Demo:
-    """Train and measure in `folder`, which is left with models, memories and the page.
+    """Train and measure; writes models, memories and the page to `folder`.
 
     Args:
         faithful: train the published objective too.
-        on_point: is told of measurements while training goes on.
+        on_point: receives the measurements during training.
     """
-    settings = settings or FactsSettings()
+    ours = settings or FactsSettings()
     modes = []
-    for name, one in ((OURS, settings), *(((FAITHFUL, settings.faithful),) if faithful else ())):
+    for name, settings in ((OURS, ours), (FAITHFUL, ours.faithful))[: 1 + faithful]:
         began = time.perf_counter()
-        model, unseen_F, history = learn(one, seed, lambda point, name=name: on_point(name, point))
-        place = folder / ("faithful" if name == FAITHFUL else "ours")
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
-        world: World = one.world
-        figures = measure(model, world, unseen_F, place, seed)
-        save_model(model, world.tokenizer(), place / "model")
-        modes.append(
-            Mode(
-                name=name, settings=one, figures=figures, history=tuple(history),
-                seconds=round(time.perf_counter() - began, 1),
-            )
-        )  # fmt: skip
+        model, unseen_F, history = learn(settings, seed, lambda point, name=name: on_point(name, point))
+        mode_folder = folder / ("faithful" if name == FAITHFUL else "ours")
+        shutil.rmtree(mode_folder, ignore_errors=True)
+        mode_folder.mkdir(parents=True)
+        figures = measure(model, settings.world, unseen_F, mode_folder, seed)
+        save_model(model, settings.world.tokenizer(), mode_folder / "model")
+        seconds = round(time.perf_counter() - began, 1)
+        modes.append(Mode(name=name, settings=settings, figures=figures, history=tuple(history), seconds=seconds))
     demo = Demo(seed=seed, modes=tuple(modes))
     demo.write(folder)
     return demo
 
 
 def accuracy_plot(modes: Sequence[Mode]) -> str:
-    """Accuracy on facts with values that training never had, over training."""
+    """Plot of the accuracy on facts with new values, over training."""
     series = []
     for mode, colour in zip(modes, ("var(--pema)", "var(--plm)")):
         for key, label, dash in (("asked", "asked in training", ""), ("held_out", "never asked", "7 4")):
@@ -106,7 +99,7 @@ def accuracy_plot(modes: Sequence[Mode]) -> str:
 
 
 def standalone(plot: str) -> str:
-    """A plot of `line_plot` as a file of its own: with the colours that a page would give it."""
+    """A plot of `line_plot` as a separate file, with a page's colours."""
     style = (
         "<style>svg{--ink:#1d2430;--muted:#6b7482;--line:#d9dee6;--card:#fff;--plm:#2f6fdf;--pema:#d1495b;"
         "font:12px system-ui,sans-serif;background:#fff;overflow:visible}text{fill:var(--muted)}.key{fill:var(--ink)}"
@@ -118,9 +111,8 @@ def standalone(plot: str) -> str:
 
 def render(demo: Demo, plot: str) -> str:
     """The page; it makes no request."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = files("pema_ray.pluglm.demonstration").joinpath("demo.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(page).render(demo=demo, plot=Markup(plot), rows=ROWS)
+    package = "pema_ray.pluglm.demonstration"
+    return render_template(package, "demo.html.j2", demo=demo, plot=Markup(plot), rows=ROWS)
 
 
 ROWS: tuple[tuple[str, str, str], ...] = (
@@ -131,10 +123,10 @@ ROWS: tuple[tuple[str, str, str], ...] = (
     ("built", "with the memory as it was built", ""),
     ("other_domain", "a second domain's memory swapped in, its own facts", ""),
     ("old_memory", "the old memory, asked about the new truth", "≤ .10"),
-    ("shuffled", "values dealt out anew among the keys", ""),
+    ("shuffled", "values shuffled among the keys", ""),
     ("none", "no memory", ""),
-    ("flipped", "edits of one entry after which its fact is answered anew", "1"),
-    ("others_changed", "answers to other facts that these edits changed", "0"),
-    ("restored", "logits bit for bit as before when edits and swaps are undone", "yes"),
+    ("flipped", "edits of one entry that change the answer to its fact", "1"),
+    ("others_changed", "answers to other facts that these edits change", "0"),
+    ("restored", "logits are bit for bit the same when edits and swaps are undone", "yes"),
 )
-"""(figure, what it is, aim)"""
+"""(figure, meaning, aim)"""

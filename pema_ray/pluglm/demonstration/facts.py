@@ -5,6 +5,7 @@ Shapes: F facts (entities × relations), B queries, T = 5 tokens of a sentence.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,24 +16,29 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from pema_ray.pluglm.memory.entries import NewEntry
+from pema_ray.pluglm.memory.entries import NewEntry, tensors_hash
 from pema_ray.pluglm.model.encoder import PlugLMForMaskedLM
 from pema_ray.pluglm.model.knowledge import LocalKnowledge, document_codes
 
-_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _CLS, _SEP, _MASK = 2, 3, 4
 VALUE_PLACE = 3
-"""Where a sentence's value stands: [CLS] entity relation value [SEP]."""
+"""Position of the value in a sentence: [CLS] entity relation value [SEP]."""
 
 
-def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
-    """One token a word, with BERT's special tokens first."""
-    raw = Tokenizer(models.WordLevel({word: n for n, word in enumerate([*_SPECIAL, *words])}, unk_token="[UNK]"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
-    raw.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """One token per word, after BERT's special tokens."""
+    raw: Any = Tokenizer(models.WordLevel({word: n for n, word in enumerate([*SPECIAL, *words])}, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return with_special_tokens(raw)
+
+
+def with_special_tokens(raw: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer that puts BERT's special tokens, the first of its vocabulary, around texts and pairs of texts."""
+    raw.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", _CLS), ("[SEP]", _SEP)]
     )
-    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), _SPECIAL))
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL))
     return PreTrainedTokenizerFast(tokenizer_object=raw, **names)
 
 
@@ -57,24 +63,24 @@ class World:
         return word_tokenizer(self.words)
 
     def draw(self, random: np.random.Generator, other_than: np.ndarray | None = None) -> np.ndarray:
-        """Values of all facts; with `other_than`, each another one."""
+        """Values of all facts; with `other_than`, each differs from the one there."""
         if other_than is None:
             return random.integers(0, self.values, self.facts)
         return (other_than + random.integers(1, self.values, self.facts)) % self.values
 
     def held_out(self, random: np.random.Generator, share: float) -> np.ndarray:
         """True at facts that are never asked about in training."""
-        chosen = np.zeros(self.facts, bool)
-        chosen[random.choice(self.facts, round(share * self.facts), replace=False)] = True
-        return chosen
+        held_out_F = np.zeros(self.facts, bool)
+        held_out_F[random.choice(self.facts, round(share * self.facts), replace=False)] = True
+        return held_out_F
 
     def tokens(self, value_F: np.ndarray) -> Tensor:
-        """Sentences `[F, T]`, as the tokenizer makes them."""
+        """The facts as sentences `[F, T]`, equal to the tokenizer's."""
         fact = np.arange(self.facts)
         rows = np.empty((self.facts, 5), np.int64)
         rows[:, 0], rows[:, 4] = _CLS, _SEP
-        rows[:, 1] = len(_SPECIAL) + fact // self.relations
-        rows[:, 2] = len(_SPECIAL) + self.entities + fact % self.relations
+        rows[:, 1] = len(SPECIAL) + fact // self.relations
+        rows[:, 2] = len(SPECIAL) + self.entities + fact % self.relations
         rows[:, VALUE_PLACE] = self.first_value + value_F
         return torch.from_numpy(rows)
 
@@ -87,7 +93,7 @@ class World:
     @property
     def first_value(self) -> int:
         """Token id of value 0."""
-        return len(_SPECIAL) + self.entities + self.relations
+        return len(SPECIAL) + self.entities + self.relations
 
     @cached_property
     def codes(self) -> np.ndarray:
@@ -98,7 +104,7 @@ class World:
         return f"fact-{fact}"
 
     def entry(self, fact: int, value: int, source: str = "world") -> NewEntry:
-        """A fact as the memory takes it."""
+        """A fact as an entry of a memory."""
         text = f"entity-{fact // self.relations} relation-{fact % self.relations} value-{value}"
         return NewEntry(text, source, self.document_id(fact), ("fact",))
 
@@ -108,7 +114,7 @@ class World:
 
 @torch.no_grad()
 def knowledge_of_facts(model: PlugLMForMaskedLM, world: World, value_F: np.ndarray) -> LocalKnowledge:
-    """A memory of all facts in this process, with the model's keys and values as they are now: entry f is fact f."""
+    """A memory of all facts in this process, with the model's current keys and values: entry f is fact f."""
     token_FT = world.tokens(value_F)
     key_FQ, value_FD = model.model.encode_documents(token_FT, torch.ones_like(token_FT))
     F, T = token_FT.shape
@@ -120,10 +126,4 @@ def knowledge_of_facts(model: PlugLMForMaskedLM, world: World, value_F: np.ndarr
 
 def weights_hash(model: Any) -> str:
     """SHA-256 of all of a model's tensors."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return tensors_hash(model.state_dict())

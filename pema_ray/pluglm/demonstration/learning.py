@@ -1,4 +1,4 @@
-"""Teaches a small PlugLM to look facts up: they are drawn anew while it learns, so its weights cannot keep them.
+"""Trains a small PlugLM to look facts up: their values change during training, so weights cannot memorise them.
 
 Shapes: B questions, F facts, T tokens.
 """
@@ -24,7 +24,7 @@ from pema_ray.training.schedules import learning_rate
 
 
 class FactsSettings(Section):
-    """One model of the demonstration. Defaults: what is needed at this scale; see `faithful`."""
+    """One model of the demonstration. The defaults are what works at this scale; see `faithful`."""
 
     entities: int = Field(default=50, ge=1)
     relations: int = Field(default=4, ge=1)
@@ -43,13 +43,13 @@ class FactsSettings(Section):
     learning_rate: float = Field(default=2e-3, gt=0)
     warm_up_steps: int = Field(default=100, ge=1)
     redraw_every: int = Field(default=5, ge=1)
-    """Steps until all facts have other values and the memory is encoded anew."""
+    """Steps between two draws of all values, each of which refreshes the memory."""
     contrastive_steps: int = Field(default=3000, ge=0)
-    """Steps in which queries are taught to find their fact's key: a departure from the paper."""
+    """Steps in which queries learn to find their fact's key: a departure from the paper."""
     contrastive_weight: float = Field(default=1.0, gt=0)
     contrastive_temperature: float = Field(default=0.05, gt=0)
     retrieval: Literal["inner_product", "cosine"] = "cosine"
-    """`cosine`, a departure from the paper: keys of facts never asked about have lengths that nothing has trained."""
+    """`cosine`, a departure from the paper: training does not fix the lengths of the other facts' keys."""
     value_pooler: bool = True
     """A departure from the paper."""
     measure_every: int = Field(default=100, ge=1)
@@ -68,18 +68,29 @@ Point = dict[str, float]
 
 
 def new_model(c: FactsSettings, seed: int) -> PlugLMForMaskedLM:
-    """A tiny BERT with a memory layer, of random weights."""
+    """A small BERT with a memory layer and random weights."""
+    return small_bert(c, seed, 5 + len(c.world.words), 16, dropout=0.0, retrieval=c.retrieval)
+
+
+def small_bert(
+    c: Any, seed: int, vocabulary: int, positions: int, dropout: float = 0.1, **settings: Any
+) -> PlugLMForMaskedLM:
+    """A BERT with a memory layer and random weights.
+
+    Args:
+        c: `FactsSettings` or `DomainsSettings`.
+        settings: other fields of `PlugLMConfig`.
+    """
     backbone = {
-        "model_type": "bert", "vocab_size": 5 + len(c.world.words), "hidden_size": c.hidden_size,
+        "model_type": "bert", "vocab_size": vocabulary, "hidden_size": c.hidden_size,
         "intermediate_size": 4 * c.hidden_size, "num_hidden_layers": c.layers, "num_attention_heads": c.heads,
-        "max_position_embeddings": 16, "type_vocab_size": 2, "pad_token_id": 0,
-        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+        "max_position_embeddings": positions, "type_vocab_size": 2, "pad_token_id": 0,
+        "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout,
     }  # fmt: skip
     torch.manual_seed(seed)
     config = PlugLMConfig(
-        backbone=backbone, memory_layers=1, memory_feed_forward=c.memory_feed_forward, query_size=c.query_size,
-        top_k=c.top_k, max_document_tokens=16, value_pooler=c.value_pooler,
-        retrieval=c.retrieval,
+        backbone=backbone, memory_feed_forward=c.memory_feed_forward, query_size=c.query_size, top_k=c.top_k,
+        max_document_tokens=positions, value_pooler=c.value_pooler, **settings,
     )  # fmt: skip
     return PlugLMForMaskedLM(config)
 
@@ -87,14 +98,14 @@ def new_model(c: FactsSettings, seed: int) -> PlugLMForMaskedLM:
 def learn(
     c: FactsSettings, seed: int, on_point: Callable[[Point], None] = lambda point: None
 ) -> tuple[PlugLMForMaskedLM, np.ndarray, list[Point]]:
-    """(the trained model, which facts were never asked about `[F]`, measurements over training).
+    """(the trained model, true at facts that training never asks about `[F]`, measurements over training).
 
-    Every measurement is on values that training never had: `asked` and `held_out` are accuracies, `found` the share of
-    questions whose fact is among the k entries retrieved.
+    Measurements use new values: `asked` and `held_out` are accuracies on facts that training asks about or not;
+    `found` is the share of questions whose fact is among the k retrieved entries.
     """
     world, random = c.world, np.random.default_rng(seed)
     model, unseen_F = new_model(c, seed), world.held_out(random, c.held_out)
-    objective, asked = PretrainObjective(model, c.contrastive_temperature), np.flatnonzero(~unseen_F)
+    objective, training_facts = PretrainObjective(model, c.contrastive_temperature), np.flatnonzero(~unseen_F)
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     fresh = np.random.default_rng([seed, 1])
     question_FT, code_F = world.questions(), torch.from_numpy(world.codes)
@@ -108,7 +119,8 @@ def learn(
             model.attach(knowledge_of_facts(model.eval(), world, value_F), allow_stale=True)
             objective.train()
             token_FT = world.tokens(value_F)
-        fact_B = torch.from_numpy(random.choice(asked, c.batch_size, replace=c.batch_size > len(asked)))
+        with_replacement = c.batch_size > len(training_facts)
+        fact_B = torch.from_numpy(random.choice(training_facts, c.batch_size, replace=with_replacement))
         label_BT = torch.full((c.batch_size, 5), IGNORED)
         label_BT[:, VALUE_PLACE] = token_FT[fact_B, VALUE_PLACE]
         own: tuple[Any, ...] = ()
@@ -138,7 +150,7 @@ def learn(
 
 @torch.no_grad()
 def answers(model: PlugLMForMaskedLM, world: World) -> tuple[np.ndarray, Tensor]:
-    """(the value that the model gives to every fact `[F]`, its logits over values `[F, V]`)."""
+    """(the model's value of every fact `[F]`, its logits over values `[F, V]`)."""
     question_FT = world.questions()
     logits = model(input_ids=question_FT, attention_mask=torch.ones_like(question_FT)).logits[:, VALUE_PLACE]
     logits_FV = logits[:, world.first_value :]
@@ -148,16 +160,15 @@ def answers(model: PlugLMForMaskedLM, world: World) -> tuple[np.ndarray, Tensor]
 @torch.no_grad()
 def retrieved(model: PlugLMForMaskedLM, world: World) -> np.ndarray:
     """Entries that the last memory layer used for every question `[F, K]`."""
-    found = model(input_ids=world.questions(), output_retrieved=True)
-    return found.retrieved[-1].entry_BK.numpy()
+    return model(input_ids=world.questions(), output_retrieved=True).retrieved[-1].entry_BK.numpy()
 
 
 def _measure(model: PlugLMForMaskedLM, world: World, value_F: np.ndarray, unseen_F: np.ndarray) -> Point:
     model.attach(knowledge_of_facts(model, world, value_F), allow_stale=True)
-    right_F = answers(model, world)[0] == value_F
-    found_F = (retrieved(model, world) == np.arange(world.facts)[:, None]).any(1)
+    correct_F = answers(model, world)[0] == value_F
+    is_retrieved_F = (retrieved(model, world) == np.arange(world.facts)[:, None]).any(1)
     return {
-        "asked": float(right_F[~unseen_F].mean()),
-        "held_out": float(right_F[unseen_F].mean()) if unseen_F.any() else float("nan"),
-        "found": float(found_F.mean()),
+        "asked": float(correct_F[~unseen_F].mean()),
+        "held_out": float(correct_F[unseen_F].mean()) if unseen_F.any() else float("nan"),
+        "found": float(is_retrieved_F.mean()),
     }

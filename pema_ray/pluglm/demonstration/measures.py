@@ -1,4 +1,4 @@
-"""What a trained model of the facts answers while its memory on disk is edited, and its weights stay as they are.
+"""Answers of a model trained on facts while its memory on disk is edited and its weights are not.
 
 Shapes: F facts, V values.
 """
@@ -33,29 +33,29 @@ class FactsFigures(Section):
     built: float
     """With the memory as it was built."""
     edited: float
-    """After every entry was replaced by one with another value, against the new truth."""
+    """With every value edited, against the new values."""
     edited_held_out: float
-    """The same of the facts never asked about."""
+    """The same, for facts that training never asked about."""
     old_memory: float
-    """The memory from before the edits, against the new truth."""
+    """With the memory before the edits, against the new values."""
     shuffled: float
-    """Keys as they are, values dealt out anew."""
+    """With values shuffled among the keys."""
     none: float
-    """No memory attached."""
+    """Without a memory."""
     before_adding: float
-    """Facts never asked about, while their entries are deleted."""
+    """For facts that training never asked about, while their entries are deleted."""
     added: float
-    """And when they are added again."""
+    """For the same facts, once they are added again."""
     single_edits: int
     """Edits of one entry each, all undone by a swap."""
     flipped: float
-    """Share of them whose fact was then answered with the new value."""
+    """Share of these edits whose fact was then answered with the new value."""
     others_changed: int
     """Answers to other facts that changed, over all single edits."""
     other_domain: float
-    """With a second domain's memory swapped in, against that domain's truth."""
+    """With a second domain's memory swapped in, for that domain's facts."""
     restored: bool
-    """Whether all logits were the same, bit for bit, when the first memory was swapped back, and after each edit."""
+    """Whether all logits were bit for bit the same after undoing each edit, and after swapping the memory back."""
     weights_before: str
     weights_after: str
     """SHA-256 of all weights."""
@@ -64,21 +64,21 @@ class FactsFigures(Section):
 
     @property
     def missed(self) -> list[str]:
-        """Which aims of the demonstration were not reached, in words."""
-        found = [
-            f"{name} {getattr(self, name):.3f}, aim {'≥' if least else '≤'} {aim}"
-            for name, (aim, least) in _AIMS.items()
-            if (getattr(self, name) < aim) == least and getattr(self, name) != aim
+        """Missed aims of the demonstration, in words."""
+        problems = [
+            f"{name} {getattr(self, name):.3f}, aim {'≥' if at_least else '≤'} {aim}"
+            for name, (aim, at_least) in _AIMS.items()
+            if (getattr(self, name) < aim) == at_least and getattr(self, name) != aim
         ]
         if self.flipped < 1:
-            found.append(f"{self.flipped:.3f} of the single edits flipped their fact, aim all")
+            problems.append(f"{self.flipped:.3f} of the single edits flipped their fact, aim all")
         if self.others_changed:
-            found.append(f"{self.others_changed} other answers changed by single edits, aim none")
+            problems.append(f"{self.others_changed} other answers changed by single edits, aim none")
         if not self.restored:
-            found.append("predictions were not restored exactly")
+            problems.append("predictions were not restored exactly")
         if self.weights_before != self.weights_after:
-            found.append("weights changed")
-        return found
+            problems.append("weights changed")
+        return problems
 
 
 def measure(
@@ -99,13 +99,12 @@ def measure(
     built = KnowledgeMemory.build(folder / "memory", world.entries(old_F), encoder, "float32")
     attach(built)
     built_F = answers(model, world)[0]
-    memory = built
+    edited = built
     for fact, value in enumerate(new_F):
-        memory = memory.replace(fact, world.entry(fact, int(value)), encoder)
-    edited = memory
+        edited = edited.replace(fact, world.entry(fact, int(value)), encoder)
     knowledge = attach(edited)
     edited_F, logits_FV = answers(model, world)
-    right_F = edited_F == new_F
+    correct_F = edited_F == new_F
 
     shuffle_F = torch.from_numpy(random.permutation(world.facts))
     assert isinstance(knowledge, LocalKnowledge)
@@ -116,14 +115,14 @@ def measure(
     attach(built)
     stale_F = answers(model, world)[0]
 
-    restored, flipped, changed = True, 0, 0
+    memory, restored, flipped, changed = edited, True, 0, 0
     facts = random.choice(world.facts, min(single_edits, world.facts), replace=False)
     for fact in facts.tolist():
         value = int((new_F[fact] + random.integers(1, world.values)) % world.values)
         attach(memory.replace(fact, world.entry(fact, value), encoder))
-        found_F = answers(model, world)[0]
-        flipped += int(found_F[fact] == value)
-        changed += int((np.delete(found_F, fact) != np.delete(edited_F, fact)).sum())
+        answer_F = answers(model, world)[0]
+        flipped += int(answer_F[fact] == value)
+        changed += int((np.delete(answer_F, fact) != np.delete(edited_F, fact)).sum())
         memory = memory.swap(edited)
         attach(memory)
         restored &= torch.equal(answers(model, world)[1], logits_FV)
@@ -143,8 +142,8 @@ def measure(
     restored &= torch.equal(answers(model, world)[1], logits_FV)
 
     return FactsFigures(
-        facts=world.facts, held_out=len(unseen), built=float((built_F == old_F).mean()), edited=float(right_F.mean()),
-        edited_held_out=float(right_F[unseen_F].mean()), old_memory=float((stale_F == new_F).mean()),
+        facts=world.facts, held_out=len(unseen), built=float((built_F == old_F).mean()), edited=float(correct_F.mean()),
+        edited_held_out=float(correct_F[unseen_F].mean()), old_memory=float((stale_F == new_F).mean()),
         shuffled=float((shuffled_F == new_F).mean()), none=float((none_F == new_F).mean()),
         before_adding=float((without_F == new_F)[unseen_F].mean()), added=float((added_F == new_F)[unseen_F].mean()),
         single_edits=len(facts), flipped=flipped / len(facts), others_changed=changed,

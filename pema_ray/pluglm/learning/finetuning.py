@@ -1,7 +1,7 @@
-"""The fine-tuning loop, in one process of any number. Imports no Ray.
+"""The fine-tuning loop, as each training process runs it. Imports no Ray.
 
-Batches follow from (seed, epoch), dropout from (seed, step, process); a run that resumes goes on at the epoch it was
-in. The model of the epoch with the best main score is kept, with the version of the memory that belongs to it.
+Batches depend on (seed, epoch), dropout on (seed, step, process). A resumed run continues with the interrupted epoch.
+The model of the epoch with the best main score is kept, with its version of the memory.
 
 Shapes: B features, T positions.
 """
@@ -31,7 +31,7 @@ from pema_ray.training.history import OnPoint, OnSaved, Point, TrainerHistory
 from pema_ray.training.strategies import Place
 from pema_ray.training.trainer import POINTS, StepInputs
 
-_PREDICTED = 64  # features scored together
+_PREDICTION_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class TaskExamples:
     examples: Sequence[TaskExample]
     features: Sequence[Feature]
     codes: np.ndarray
-    """Document codes of the examples, so that they do not retrieve themselves."""
+    """Document codes of the examples: no example retrieves itself."""
 
     @classmethod
     def of(cls, task: FinetuningTask, examples: Sequence[TaskExample], tokenizer: Any, max_tokens: int) -> TaskExamples:
@@ -50,7 +50,7 @@ class TaskExamples:
 
 
 class TaskObjective(nn.Module):
-    """A model's loss, the mean over a part's labels, as training strategies take it."""
+    """A model's loss, the mean over a part's labels, for training strategies."""
 
     def __init__(self, model: Any, names: Sequence[str]) -> None:
         super().__init__()
@@ -59,28 +59,28 @@ class TaskObjective(nn.Module):
     def forward(
         self, input_BT: Tensor, mask_BT: Tensor, type_BT: Tensor, own_B: Tensor, weight: Tensor, *targets: Tensor
     ) -> Any:
-        """(loss · weight,); `targets` go by `names`."""
+        """(loss · weight,); `targets` are in the order of `names`."""
         options = dict(zip(self.names, targets))
         return (self.model(input_BT, mask_BT, type_BT, own_document=own_B, **options).loss * weight,)
 
 
 def labels_of(targets: Mapping[str, Tensor]) -> int:
-    """What a loss is the mean over: tokens that have a label, or sequences."""
+    """Number of labels of a loss: tokens with a label, or sequences."""
     first = next(iter(targets.values()))
     return int((first != IGNORED).sum()) if first.ndim > 1 else len(first)
 
 
 class Finetuner(MemoryTrainer[FinetuneSettings]):
-    """Fine-tunes a model that lies on the place's device.
+    """Fine-tunes a model on the place's device.
 
     Args:
-        memory: none: the model goes without.
-        write_model: the leading process calls it when an epoch was the best so far.
+        memory: None: no memory.
+        write_model: saves the best model so far; the leading process calls it.
     """
 
     resumed_from = ("model", POINTS, CHECKPOINT)
     validates_first = False
-    unused_parameters = True  # the knowledge encoder of a frozen memory, or of none
+    unused_parameters = True  # the knowledge encoder, with a frozen memory or none
 
     def __init__(
         self,
@@ -110,10 +110,10 @@ class Finetuner(MemoryTrainer[FinetuneSettings]):
         self._per_epoch = math.ceil(len(features) / settings.batch_size)
         if settings.epochs and not features:
             raise UserError("There are no training examples: give data.train, or train.epochs=0.")
-        if settings.epochs and not any(labels_of(self._targets([one])) for one in features):
+        if settings.epochs and not any(labels_of(self._targets([feature])) for feature in features):
             raise UserError(
-                "None of the training examples can be learned from: no label is one of those that the model can give "
-                "(of cloze: an answer that is one token of its vocabulary)."
+                "None of the training examples can be learned from: the model can give none of their labels (a cloze "
+                "answer must be one token of its vocabulary)."
             )
 
     @property
@@ -126,14 +126,14 @@ class Finetuner(MemoryTrainer[FinetuneSettings]):
 
     @property
     def best(self) -> float:
-        """The kept model's main score; the worst there is before there is one."""
+        """The kept model's main score; infinitely bad before the first validation."""
         return self._signed(self.history.best_loss)
 
     def score(self, point: Point) -> float:
         return self._signed(point[self.task.main])
 
     def _signed(self, score: float) -> float:
-        """A main score as what is to be small, and back."""
+        """Converts between a main score and a criterion to be minimised."""
         return score if self.task.main in ERRORS else -score
 
     def refreshes_after(self, step: int) -> bool:
@@ -165,29 +165,29 @@ class Finetuner(MemoryTrainer[FinetuneSettings]):
     def predict(
         self, data: TaskExamples, on_output: Callable[[Any, Sequence[int]], None] = lambda output, examples: None
     ) -> dict[str, Any]:
-        """Answers to all examples, by id; every process must ask.
+        """Answers to all examples, by id; every process must call it.
 
         Args:
-            on_output: is given the model's outputs, with what it retrieved, and the examples they are of, by place.
+            on_output: called with each batch's outputs, retrieved entries included, and the indices of its examples.
         """
         was_training = self.model.training
         self.model.eval()
-        mine = range(self.place.rank, len(data.features), self.place.world)
-        said: list[tuple[int, Any]] = []
-        for start in range(0, len(mine), _PREDICTED):
-            part = [data.features[number] for number in mine[start : start + _PREDICTED]]
-            inputs = self._batch(data, part, {})
+        features = data.features[self.place.rank :: self.place.world]
+        decoded: list[tuple[int, Any]] = []
+        for start in range(0, len(features), _PREDICTION_BATCH):
+            batch = features[start : start + _PREDICTION_BATCH]
+            inputs = self._batch(data, batch, {})
             with self.precision():
                 output = self.model(*inputs[:3], own_document=inputs[3], output_retrieved=True)
-            examples = [one.example for one in part]
+            examples = [feature.example for feature in batch]
             on_output(output, examples)
-            said += zip(examples, self.task.decode(output, part, data.examples))
+            decoded += zip(examples, self.task.decode(output, batch, data.examples))
         self.model.train(was_training)
         if self.place.world > 1:
             parts: list[Any] = [None] * self.place.world
-            torch.distributed.all_gather_object(parts, said)
-            said = [one for part in parts for one in part]
-        return self.task.answers(data.examples, said)
+            torch.distributed.all_gather_object(parts, decoded)
+            decoded = [pair for part in parts for pair in part]
+        return self.task.answers(data.examples, decoded)
 
     # ── inside ──────────────────────────────────────────────────────────────
 
@@ -197,26 +197,24 @@ class Finetuner(MemoryTrainer[FinetuneSettings]):
         for step in range(first, self.steps):
             epoch, within = divmod(step, self._per_epoch)
             order = np.random.default_rng([self.seed, epoch]).permutation(len(train.features))
-            order = np.resize(order, self._per_epoch * c.batch_size)  # the last step's rest comes from the beginning
+            order = np.resize(order, self._per_epoch * c.batch_size)  # the last step is filled up from the beginning
             numbers = order[within * c.batch_size : (within + 1) * c.batch_size][place.rank :: place.world]
-            parts = [[train.features[one] for one in part.tolist()] for part in np.array_split(numbers, c.accumulate)]
+            parts = [[train.features[n] for n in part.tolist()] for part in np.array_split(numbers, c.accumulate)]
             counts = [labels_of(self._targets(features)) for features in parts]
-            # A process's; gradients are averaged over processes.
+            # The mean per process: gradients are averaged over processes.
             labels = max(1.0, self.sum_number(float(sum(counts))) / place.world)
-            inputs = [self._learned(train, features, count / labels) for features, count in zip(parts, counts)]
+            inputs = [self._inputs(train, features, count / labels) for features, count in zip(parts, counts)]
             yield StepInputs(inputs, place.world)
 
     def point(self, sums: Tensor, count: float) -> Point:
         return {"loss": float(sums) / count}
 
-    def _learned(self, data: TaskExamples, features: Sequence[Feature], weight: float = 1.0) -> tuple[Tensor, ...]:
+    def _inputs(self, data: TaskExamples, features: Sequence[Feature], weight: float = 1.0) -> tuple[Tensor, ...]:
         """Inputs of the objective."""
-        targets = self._targets(features)
-        weighed = {"weight": torch.tensor(weight), **targets}
-        return self._batch(data, features, weighed)
+        return self._batch(data, features, {"weight": torch.tensor(weight), **self._targets(features)})
 
     def _targets(self, features: Sequence[Feature]) -> dict[str, Tensor]:
-        targets = self.task.collate(features, max(len(one.token_ids) for one in features))
+        targets = self.task.collate(features, max(len(feature.token_ids) for feature in features))
         if set(targets) != set(self._names()):
             raise UserError("A training example has no label.")
         return targets
@@ -224,17 +222,17 @@ class Finetuner(MemoryTrainer[FinetuneSettings]):
     def _batch(
         self, data: TaskExamples, features: Sequence[Feature], targets: Mapping[str, Tensor]
     ) -> tuple[Tensor, ...]:
-        B, T = len(features), max(len(one.token_ids) for one in features)
+        B, T = len(features), max(len(feature.token_ids) for feature in features)
         input_BT = np.full((B, T), self.tokenizer.pad_token_id, np.int64)
         mask_BT, type_BT = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64)
-        for row, one in enumerate(features):
-            length = len(one.token_ids)
-            input_BT[row, :length], mask_BT[row, :length], type_BT[row, :length] = one.token_ids, 1, one.type_ids
+        for b, feature in enumerate(features):
+            length = len(feature.token_ids)
+            input_BT[b, :length], mask_BT[b, :length], type_BT[b, :length] = feature.token_ids, 1, feature.type_ids
         if getattr(self.model.config.backbone, "type_vocab_size", 2) < 2:  # RoBERTa's
             type_BT[:] = 0
-        own_B = torch.from_numpy(data.codes[[one.example for one in features]])
-        tensors = [torch.from_numpy(array) for array in (input_BT, mask_BT, type_BT)]
-        return tuple(one.to(self.place.device) for one in (*tensors, own_B, *targets.values()))
+        own_B = data.codes[[feature.example for feature in features]]
+        tensors = [torch.from_numpy(array) for array in (input_BT, mask_BT, type_BT, own_B)]
+        return tuple(tensor.to(self.place.device) for tensor in (*tensors, *targets.values()))
 
     def _names(self) -> tuple[str, ...]:
         return ("start_positions", "end_positions") if self.task.kind in ("answers", "factoid") else ("labels",)
@@ -245,4 +243,4 @@ class Finetuner(MemoryTrainer[FinetuneSettings]):
 
     def idle_inputs(self) -> tuple[Tensor, ...]:
         assert self.train is not None
-        return self._learned(self.train, self.train.features[:2])
+        return self._inputs(self.train, self.train.features[:2])

@@ -1,7 +1,7 @@
-"""In-task memory: training examples as entries, `text label`, which they must not retrieve themselves.
+"""In-task memory: training examples as entries, `text label`; no example may retrieve itself.
 
-An example's document is named by what it says, its label apart. So with `config.exclude_own` neither an example nor
-a copy of it, in training or outside it, can read off its own label.
+An example's document id is a hash of it without its label. So with `config.exclude_own` neither an example nor a copy
+of it, in training or in validation, can read its own label.
 """
 
 from __future__ import annotations
@@ -21,39 +21,34 @@ SOURCE = "training examples"
 def entries_of(
     task: FinetuningTask, examples: Sequence[TaskExample], tokenizer: Any, max_tokens: int
 ) -> list[NewEntry]:
-    """Entries of training examples. A long text is cut so that its label stays.
+    """Entries of training examples. Long texts are cut; labels are kept.
 
     Raises:
-        UserError: a label alone is longer than an entry may be.
+        UserError: a label alone is too long for an entry.
     """
-    found = []
+    entries = []
     for example in examples:
-        label = task.label_text(example)
-        before, after = said_around(task, example)
+        label, is_cloze = task.label_text(example), task.kind == "cloze"
         room = max_tokens - tokenizer.num_special_tokens_to_add() - len(_spans(tokenizer, f" {label}"))
         if room < 1:
             raise UserError(f"Training example {example.id}: its label leaves no room in {max_tokens} tokens.")
-        ahead, behind = _spans(tokenizer, before), _spans(tokenizer, after)
-        # what stands before the label may have all the room that the rest leaves, and at least half of it
-        least = min(len(behind), room // 2)
-        kept = min(len(ahead), room - least)
-        rest = min(len(behind), room - kept)
-        if task.kind == "cloze":  # the words nearest to the answer
-            before = before[ahead[-kept][0] :] if kept else ""
+        before, after = " ".join(text for text in (example.text, example.pair) if text), ""
+        if is_cloze:
+            before, _, after = example.text.partition("[MASK]")
+        before_spans, after_spans = _spans(tokenizer, before), _spans(tokenizer, after)
+        # the text before the label gets at least half of the room, and all that the text after it does not need
+        before_tokens = min(len(before_spans), room - min(len(after_spans), room // 2))
+        after_tokens = min(len(after_spans), room - before_tokens)
+        if not before_tokens:
+            before = ""
+        elif is_cloze:  # the words nearest to the answer
+            before = before[before_spans[-before_tokens][0] :]
         else:
-            before = before[: ahead[kept - 1][1]] if kept else ""
-        after = after[: behind[rest - 1][1]] if rest else ""
-        text = f"{before}{label}{after}" if task.kind == "cloze" else f"{before} {label}".strip()
-        found.append(NewEntry(text, SOURCE, example.document_id, (TAG,)))
-    return found
-
-
-def said_around(task: FinetuningTask, example: TaskExample) -> tuple[str, str]:
-    """What stands before and behind the label: of a cloze sentence around its mask, of others all before it."""
-    if task.kind == "cloze":
-        before, _, after = example.text.partition("[MASK]")
-        return before, after
-    return " ".join(one for one in (example.text, example.pair) if one), ""
+            before = before[: before_spans[before_tokens - 1][1]]
+        after = after[: after_spans[after_tokens - 1][1]] if after_tokens else ""
+        text = f"{before}{label}{after}" if is_cloze else f"{before} {label}".strip()
+        entries.append(NewEntry(text, SOURCE, example.document_id, (TAG,)))
+    return entries
 
 
 def _spans(tokenizer: Any, text: str) -> list[tuple[int, int]]:

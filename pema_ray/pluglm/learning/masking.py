@@ -1,7 +1,7 @@
-"""Which tokens are masked, and batches of masked sequences. Mathematics: numpy and torch.
+"""Masking of tokens, and batches of masked sequences. Mathematics: numpy and torch.
 
-Masks are drawn by (seed, epoch, sequence), so they are the same however sequences are shared among processes; static
-masking draws them once, by (seed, sequence).
+Masks are drawn by (seed, epoch, sequence), so they do not depend on the number of processes; static masking draws them
+once, by (seed, sequence).
 
 Shapes: B sequences, T positions.
 """
@@ -25,11 +25,11 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Masker:
-    """BERT's recipe: of the chosen tokens 80 % become [MASK], 10 % a random token, 10 % stay.
+    """BERT's recipe: of the selected tokens 80 % become [MASK], 10 % a random token, 10 % stay.
 
     Attributes:
-        special: ids that are never chosen.
-        dynamic: draw anew in every epoch.
+        special: ids that are never selected.
+        dynamic: draw new masks in every epoch.
     """
 
     mask_id: int
@@ -48,22 +48,22 @@ class Masker:
         return cls(tokenizer.mask_token_id, len(tokenizer), special, share, seed, dynamic)
 
     def mask(self, token_ids: np.ndarray, sequence: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(input ids, labels) int64 of one sequence; at least one token is chosen if any may be."""
+        """(input ids, labels) int64 of one sequence; at least one token is selected, unless all are special."""
         random = np.random.default_rng([self.seed, epoch if self.dynamic else 0, sequence])
         inputs, labels = token_ids.astype(np.int64), np.full(len(token_ids), IGNORED, np.int64)
-        may = np.flatnonzero(~np.isin(inputs, list(self.special)))
-        if not len(may):
+        candidates = np.flatnonzero(~np.isin(inputs, list(self.special)))
+        if not len(candidates):
             return inputs, labels
-        chosen = random.choice(may, max(1, round(self.share * len(may))), replace=False)
-        labels[chosen] = inputs[chosen]
-        fate = random.random(len(chosen))
-        others = random.integers(0, self.vocabulary, len(chosen))
-        inputs[chosen] = np.where(fate < 0.8, self.mask_id, np.where(fate < 0.9, others, inputs[chosen]))
+        selected = random.choice(candidates, max(1, round(self.share * len(candidates))), replace=False)
+        labels[selected] = inputs[selected]
+        draw = random.random(len(selected))
+        random_tokens = random.integers(0, self.vocabulary, len(selected))
+        inputs[selected] = np.where(draw < 0.8, self.mask_id, np.where(draw < 0.9, random_tokens, inputs[selected]))
         return inputs, labels
 
 
 def mean_entropy(logits_BTV: Tensor, label_BT: Tensor) -> Tensor:
-    """Mean cross entropy of the tokens that have a label, in float32; zero where none has."""
+    """Mean cross entropy of the labelled tokens, in float32; zero without any."""
     label_X = label_BT.flatten().to(logits_BTV.device)
     entropy = F.cross_entropy(logits_BTV.flatten(0, 1).float(), label_X, ignore_index=IGNORED, reduction="sum")
     return entropy / (label_X != IGNORED).sum().clamp_min(1)
@@ -76,7 +76,7 @@ class MaskedBatch(NamedTuple):
     mask_BT: Tensor
     label_BT: Tensor
     document_B: Tensor
-    """Codes of the documents that the sequences were cut from."""
+    """Codes of the sequences' documents."""
 
     @property
     def predicted(self) -> int:
@@ -85,7 +85,7 @@ class MaskedBatch(NamedTuple):
 
 
 def collate(rows: Sequence[tuple[np.ndarray, np.ndarray]], documents: Sequence[int], pad_id: int) -> MaskedBatch:
-    """Put sequences (input ids, labels) together."""
+    """A batch of sequences (input ids, labels)."""
     B, T = len(rows), max(len(inputs) for inputs, _ in rows)
     input_BT, label_BT = np.full((B, T), pad_id, np.int64), np.full((B, T), IGNORED, np.int64)
     mask_BT = np.zeros((B, T), np.int64)

@@ -1,4 +1,4 @@
-"""What pre-training and fine-tuning share: a model, the versions of its memory, all processes' sums. Imports no Ray."""
+"""Base of pre-training and fine-tuning: a model, the versions of its memory, sums over processes. Imports no Ray."""
 
 from __future__ import annotations
 
@@ -10,39 +10,38 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from pema_ray.pluglm.config import PretrainSettings
-from pema_ray.pluglm.finetune_config import FinetuneSettings
+from pema_ray.pluglm.config import MemoryTrainingConfig
 from pema_ray.pluglm.memory.encoding import DocumentEncoder
 from pema_ray.pluglm.model.knowledge import Knowledge
 from pema_ray.training.history import TrainerHistory
 from pema_ray.training.schedules import learning_rate
 from pema_ray.training.trainer import Trainer
 
-S = TypeVar("S", PretrainSettings, FinetuneSettings)
+S = TypeVar("S", bound=MemoryTrainingConfig)
 
 
 @dataclass(frozen=True)
 class MemoryAccess:
-    """How a training reaches the memory."""
+    """Functions by which a training uses the memory."""
 
     open: Callable[[int], Knowledge]
-    """A version; every process asks."""
+    """Open a version; every process calls it."""
     refresh: Callable[[DocumentEncoder], int]
-    """Encode all documents anew and publish that; the leading process asks. Returns the version."""
+    """Encode all documents again, publish and return the version; the leading process calls it."""
     prune: Callable[[Sequence[int]], object]
-    """Keep these versions and the current one; the leading process asks."""
+    """Keep these versions and the current one; the leading process calls it."""
     first: int
-    """The version to begin with."""
+    """The initial version."""
 
 
 class MemoryTrainer(Trainer[S, TrainerHistory]):
-    """A training of a model whose memory is encoded anew as it learns.
+    """Trains a model and refreshes its memory meanwhile.
 
     Attributes:
-        memory: none: the model goes without.
-        frozen: whether the memory stays as it is.
-        name: of the encoder, in the versions that it makes.
-        version: of the memory, that the model uses.
+        memory: None: no memory.
+        frozen: whether the memory is never refreshed.
+        name: the encoder's name in published versions.
+        version: the attached version of the memory.
     """
 
     tokenizer: Any
@@ -63,17 +62,17 @@ class MemoryTrainer(Trainer[S, TrainerHistory]):
 
     @abstractmethod
     def refreshes_after(self, step: int) -> bool:
-        """Whether the memory is encoded anew after the `step`-th step."""
+        """Whether the memory is refreshed after the `step`-th step."""
 
     # ── memory ──────────────────────────────────────────────────────────────
 
     def attach(self, version: int) -> None:
-        """Use a version of the memory."""
+        """Attach a version of the memory."""
         self.version = version
         self.model.attach(self.memory.open(version) if self.memory else None, allow_stale=not self.frozen)
 
     def refresh(self) -> None:
-        """Encode the memory with the model as it is now; all processes go on with the new version together."""
+        """Encode the memory with the current model; all processes attach the new version."""
         if self.memory is None or self.frozen:
             return
         version = torch.zeros(1, dtype=torch.int64, device=self.place.device)
@@ -92,15 +91,15 @@ class MemoryTrainer(Trainer[S, TrainerHistory]):
             self.refresh()
 
     def precision(self) -> Any:
-        wanted = self.settings.precision == "bfloat16"
-        return torch.autocast(self.place.device.type, torch.bfloat16, enabled=wanted)
+        is_bfloat16 = self.settings.precision == "bfloat16"
+        return torch.autocast(self.place.device.type, torch.bfloat16, enabled=is_bfloat16)
 
     def sum_number(self, value: float) -> float:
-        """Over all processes."""
+        """Sum over all processes."""
         return float(self.place.all_reduce(torch.tensor(value, dtype=torch.float64, device=self.place.device)))
 
     def _share_statistics(self) -> None:
-        """BatchNorm's running statistics, averaged: every process saw other sequences."""
+        """Average BatchNorm's running statistics over processes."""
         if self.place.world == 1:
             return
         for module in self.model.modules():
@@ -110,7 +109,7 @@ class MemoryTrainer(Trainer[S, TrainerHistory]):
                     self.place.all_reduce(statistic).div_(self.place.world)
 
     def parameter_groups(self, named: Sequence[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
-        """For an optimiser: weight decay on matrices alone."""
+        """Parameter groups of an optimiser: weight decay on matrices alone."""
         return [
             {"params": [p for _, p in named if p.ndim > 1], "weight_decay": self.settings.weight_decay},
             {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0},
@@ -119,7 +118,7 @@ class MemoryTrainer(Trainer[S, TrainerHistory]):
     # ── checkpoints ─────────────────────────────────────────────────────────
 
     def take_best(self) -> None:
-        """The model stays what it is after the last step."""
+        """Nothing: the model after the last step stays."""
 
     def state(self) -> dict[str, Any]:
         return {"memory_version": self.version}
@@ -128,9 +127,9 @@ class MemoryTrainer(Trainer[S, TrainerHistory]):
         self.attach(state["memory_version"])
 
     def after_save(self) -> None:
-        if self.place.leads and self.memory is not None:  # only now: a run that dies before needs an older version
+        if self.place.leads and self.memory is not None:  # not earlier: the previous checkpoint needs its version
             self.memory.prune(self.versions_needed())
 
     def versions_needed(self) -> list[int]:
-        """Versions of the memory that the run may still go back to."""
+        """Versions of the memory that the checkpoint needs."""
         return [self.version]

@@ -1,7 +1,7 @@
-"""The pre-training loop, in one process of any number. Imports no Ray: the memory is encoded anew by whoever can.
+"""The pre-training loop, as each training process runs it. Imports no Ray.
 
-Batches follow from (seed, epoch), masks from (seed, epoch, sequence), dropout from (seed, step, process): a run that
-resumes goes on as if it had never stopped, on the version of the memory that it had.
+Batches depend on (seed, epoch), masks on (seed, epoch, sequence), dropout on (seed, step, process). So a resumed run,
+with its version of the memory, equals an undisturbed one.
 
 Shapes: B sequences, T positions, L tokens of a document.
 """
@@ -29,7 +29,7 @@ from pema_ray.training.trainer import StepInputs
 
 
 class Pretrainer(MemoryTrainer[PretrainSettings]):
-    """Trains a model that lies on the place's device; it leaves a checkpoint and a memory that belongs to it."""
+    """Trains a model on the place's device; it leaves a checkpoint and the memory of that model."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class Pretrainer(MemoryTrainer[PretrainSettings]):
         return step == self.steps or step % self.settings.refresh_every == 0
 
     def keep(self) -> None:
-        """Nothing: the model after the last step is the one that its memory belongs to."""
+        """Nothing: the memory belongs to the model after the last step."""
 
     def best_figures(self) -> Point:
         return {}
@@ -109,7 +109,7 @@ class Pretrainer(MemoryTrainer[PretrainSettings]):
         return point
 
     def _parts(self, step: int) -> Iterator[tuple[MaskedBatch, Tensor]]:
-        """This process's sequences of a step, in `accumulate` parts, and how far into its document each lies."""
+        """This process's sequences of a step, in `accumulate` parts, with their relative positions in documents."""
         c, place = self.settings, self.place
         per_epoch = len(self.train) // c.batch_size
         epoch, within = divmod(step, per_epoch)
@@ -128,10 +128,10 @@ class Pretrainer(MemoryTrainer[PretrainSettings]):
         return collate(rows, documents, self.tokenizer.pad_token_id)
 
     def _inputs(self, part: MaskedBatch, predicted: float, place_B: Tensor | None = None) -> tuple[Any, ...]:
-        """What the objective takes. DDP averages gradients over processes, so that theirs must add up to the step's.
+        """The objective's arguments. DDP averages gradients over processes, so weights are multiplied by their number.
 
         Args:
-            place_B: how far into its document each sequence lies; none: retrieval is not being warmed up.
+            place_B: relative positions of the sequences in their documents; None: no contrastive warm-up.
         """
         device, world = self.place.device, self.place.world
         weight = torch.tensor(world / max(1.0, predicted), device=device)
@@ -143,14 +143,13 @@ class Pretrainer(MemoryTrainer[PretrainSettings]):
         return (*(tensor.to(device) for tensor in part), weight, *own)
 
     def _own_pieces(self, document_B: Tensor, place_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens of the entries that sequences were cut from, or lie nearest to: of its document's entries the one at
-        the same share of the document. All masked where the memory has none."""
+        """Tokens of each sequence's own entry: its document's entry at the same relative position. All masked if the
+        memory has none.
+        """
         knowledge = self.model.knowledge
         assert knowledge is not None
         entry_B = knowledge.piece_of(document_B, (place_B * knowledge.pieces_of(document_B)).long())
         has_B = entry_B >= 0
-        if not bool(has_B.any()):
-            return torch.zeros(len(entry_B), 1, dtype=torch.int64), torch.zeros(len(entry_B), 1, dtype=torch.int64)
         token_PL, mask_PL = knowledge.tokens(entry_B[has_B])
         token_BL = torch.zeros(len(entry_B), token_PL.shape[1], dtype=torch.int64)
         mask_BL = torch.zeros_like(token_BL)
@@ -164,11 +163,11 @@ class Pretrainer(MemoryTrainer[PretrainSettings]):
         if self.dev is None:
             return None
         count = min(len(self.dev), self.settings.validation_sequences)
-        mine = list(range(self.place.rank, count, self.place.world))
+        numbers = range(self.place.rank, count, self.place.world)
         size = max(1, self.settings.batch_size // self.settings.accumulate // self.place.world)
         sums = torch.zeros(2, dtype=torch.float64, device=self.place.device)  # cross entropy, tokens predicted
-        for start in range(0, len(mine), size):
-            part = self._batch(self.dev, mine[start : start + size], 0)
+        for start in range(0, len(numbers), size):
+            part = self._batch(self.dev, numbers[start : start + size], 0)
             with self.precision():
                 entropy = self.objective(*self._inputs(part, 1.0))[1]
             sums += torch.stack([entropy.double(), entropy.new_tensor(part.predicted)])

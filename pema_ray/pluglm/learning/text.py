@@ -1,6 +1,6 @@
-"""Texts from Parquet and JSON Lines, by Ray Data: cut into pieces, as a memory's entries or as training sequences.
+"""Texts from Parquet and JSON Lines, by Ray Data, cut into pieces: entries of a memory, or training sequences.
 
-The order of pieces is that of files and rows, whatever the cluster. Shapes: N sequences.
+Pieces keep the order of files and rows on any cluster. Shapes: N sequences.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from pema_ray.errors import UserError, nearest
 from pema_ray.pluglm.config import TextConfig
-from pema_ray.pluglm.memory.chunking import Cutter
+from pema_ray.pluglm.memory.chunking import chunk
 from pema_ray.pluglm.memory.encoding import fingerprint_of_tokenizer
 from pema_ray.pluglm.model.knowledge import document_codes
 from pema_ray.runtime.files import atomic_file, sha256_of
@@ -33,48 +33,59 @@ _SEQUENCES_PER_FILE = 1 << 17
 
 
 def files_of(texts: TextConfig) -> list[Path]:
-    """The files that are meant, absolute. Raises `UserError` for one that is not there or of another kind."""
+    """Absolute paths of the files. Raises `UserError` for a missing one or one of another kind."""
     if not texts.files:
         raise UserError("No text files are given (documents.files, text.files).")
-    found: list[Path] = []
+    files: list[Path] = []
     for name in texts.files:
         path = Path(name)
         if path.is_dir():
-            inside = sorted(one for one in path.iterdir() if one.suffix in _READERS)
+            matches = sorted(file for file in path.iterdir() if file.suffix in _READERS)
         else:
-            inside = [path] if path.is_file() else sorted(path.parent.glob(path.name))
-        if not inside:
+            matches = [path] if path.is_file() else sorted(path.parent.glob(path.name))
+        if not matches:
             raise UserError(f"{name}: no such file, and no Parquet or JSON Lines files of that name.")
-        found += inside
-    for path in found:
+        files += matches
+    for path in files:
         if path.suffix not in _READERS:
             raise UserError(f"{path}: expected .parquet or .jsonl{nearest(path.suffix, list(_READERS))}.")
-    return [path.absolute() for path in found]
+    return [path.absolute() for path in files]
 
 
 def content_hash(texts: TextConfig, *settings: Any, checksum: Callable[[Path], str | None] = sha256_of) -> str:
-    """16 hex digits of what the files hold and of settings."""
-    told = [texts.model_dump(exclude={"files"}), [checksum(path) for path in files_of(texts)], settings]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    """16 hex digits of the files' contents and of settings."""
+    hashed = [texts.model_dump(exclude={"files"}), [checksum(path) for path in files_of(texts)], settings]
+    return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def pieces(texts: TextConfig, tokenizer: Any, most: int, batch: int) -> Iterator[pa.Table]:
-    """Texts cut into pieces of at most `most` tokens, `batch` at a time, in order.
+def has_plan(folder: Path, key: str) -> bool:
+    """Whether `write_plan` wrote this key."""
+    plan = folder / _PLAN
+    return plan.exists() and json.loads(plan.read_text())["key"] == key
 
-    Columns: `text`, `token_ids`, `document_id`, `source`. Blank texts are left out.
+
+def write_plan(folder: Path, key: str) -> None:
+    """Record that the folder's files are complete; `key` is a hash of their sources."""
+    with atomic_file(folder / _PLAN) as temporary:
+        temporary.write_text(json.dumps({"key": key}) + "\n")
+
+
+def pieces(texts: TextConfig, tokenizer: Any, max_tokens: int, batch: int) -> Iterator[pa.Table]:
+    """Texts cut into pieces (`chunking.chunk`), `batch` at a time, in order.
 
     Raises:
-        UserError: a file cannot be read, a column is missing, or there is no text at all.
+        UserError: a file cannot be read, a column is missing, or there is no text.
     """
     import ray
 
     rows = 0
-    with _in_order(), _refusing_unreadable_files(texts):
+    chunking: dict[str, Any] = {"config": texts, "tokenizer": tokenizer, "max_tokens": max_tokens}
+    with _in_order(), _unreadable_files_as_user_errors(texts):
         data: Any = None
         for path in files_of(texts):
             part: Any = getattr(ray.data, _READERS[path.suffix])(str(path))
             _check_columns(path, part, texts)
-            part = part.map_batches(Cutter(texts, tokenizer, most), batch_format="pyarrow", batch_size=1024)
+            part = part.map_batches(chunk, fn_kwargs=chunking, batch_format="pyarrow", batch_size=1024)
             data = part if data is None else data.union(part)
         for table in data.iter_batches(batch_size=batch, batch_format="pyarrow"):
             rows += table.num_rows
@@ -84,15 +95,15 @@ def pieces(texts: TextConfig, tokenizer: Any, most: int, batch: int) -> Iterator
 
 
 def _check_columns(path: Path, data: Any, texts: TextConfig) -> None:
-    known = data.schema().names if data.schema() is not None else []
+    columns = data.schema().names if data.schema() is not None else []
     for column in (texts.text_column, texts.document_column, texts.source_column):
-        if column is not None and column not in known:
-            raise UserError(f"{path}: no column '{column}'; it has {', '.join(known)}.{nearest(column, known)}")
+        if column is not None and column not in columns:
+            raise UserError(f"{path}: no column '{column}'; it has {', '.join(columns)}.{nearest(column, columns)}")
 
 
 @contextmanager
 def _in_order() -> Iterator[None]:
-    """Ray Data keeps the order of rows while the block runs."""
+    """Make Ray Data keep the order of rows."""
     import ray
 
     options = ray.data.DataContext.get_current().execution_options
@@ -104,15 +115,14 @@ def _in_order() -> Iterator[None]:
 
 
 @contextmanager
-def _refusing_unreadable_files(texts: TextConfig) -> Iterator[None]:
-    """What Ray Data cannot read is the user's file."""
+def _unreadable_files_as_user_errors(texts: TextConfig) -> Iterator[None]:
     from ray.exceptions import RayError
 
     try:
         yield
     except (RayError, pa.ArrowException, OSError) as error:
-        told = str(getattr(error, "cause", None) or error).strip().splitlines()
-        raise UserError(f"{', '.join(texts.files)}: cannot be read: {told[-1] if told else error}") from None
+        lines = str(getattr(error, "cause", None) or error).strip().splitlines()
+        raise UserError(f"{', '.join(texts.files)}: cannot be read: {lines[-1] if lines else error}") from None
 
 
 # ── training sequences ──────────────────────────────────────────────────────
@@ -146,13 +156,13 @@ class Sequences:
         return self.token[file][begin : int(end[row])], int(self.document[file][row])
 
     def place(self, number: int) -> float:
-        """How far into its document a sequence lies: the middle of its share of it, as if all were equally long."""
+        """A sequence's relative position in its document, from 0 to 1: its middle, as if all were equally long."""
         begin, end = self._run_N[number]
         return (number - begin + 0.5) / (end - begin)
 
     @cached_property
     def _run_N(self) -> np.ndarray:
-        """(first, behind the last) sequence `[N, 2]` of the neighbours that were cut from the same document."""
+        """(first, last + 1) sequence `[N, 2]` of each sequence's document."""
         document_N = np.concatenate([np.zeros(0, np.int64), *self.document])
         border = np.flatnonzero(np.diff(document_N)) + 1
         begin, end = np.concatenate([[0], border]), np.concatenate([border, [len(document_N)]])
@@ -160,7 +170,7 @@ class Sequences:
 
     @classmethod
     def open(cls, folder: Path) -> Sequences:
-        """What `prepare_sequences` left."""
+        """The files of `prepare_sequences`."""
         token, end, document = [], [], []
         for path in sorted(folder.glob("sequences-*.safetensors")):
             with safe_open(path, framework="pt") as file:
@@ -169,19 +179,17 @@ class Sequences:
         return cls(token, end, document, np.cumsum([0, *map(len, end)]))
 
 
-def prepare_sequences(folder: Path, texts: TextConfig, tokenizer: Any, most: int) -> Sequences:
+def prepare_sequences(folder: Path, texts: TextConfig, tokenizer: Any, max_tokens: int) -> Sequences:
     """Tokenize texts into `folder`, unless that was done before. Raises as `pieces` does."""
-    key = content_hash(texts, fingerprint_of_tokenizer(tokenizer), most)
-    plan = folder / _PLAN
-    if not plan.exists() or json.loads(plan.read_text())["key"] != key:
-        plan.unlink(missing_ok=True)
+    key = content_hash(texts, fingerprint_of_tokenizer(tokenizer), max_tokens)
+    if not has_plan(folder, key):
+        (folder / _PLAN).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob("sequences-*.safetensors"):
-            old.unlink()
-        for number, table in enumerate(pieces(texts, tokenizer, most, _SEQUENCES_PER_FILE)):
+        for file in folder.glob("sequences-*.safetensors"):
+            file.unlink()
+        for number, table in enumerate(pieces(texts, tokenizer, max_tokens, _SEQUENCES_PER_FILE)):
             _write(folder / f"sequences-{number:05d}.safetensors", table)
-        with atomic_file(plan) as temporary:
-            temporary.write_text(json.dumps({"key": key}) + "\n")
+        write_plan(folder, key)
     return Sequences.open(folder)
 
 

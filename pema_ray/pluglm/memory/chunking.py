@@ -1,4 +1,4 @@
-"""Cuts texts into pieces that a model can read. Imports no torch and no Ray: its tasks should begin fast."""
+"""Cuts texts into pieces that fit a model. Imports no torch and no Ray, so that its tasks start fast."""
 
 from __future__ import annotations
 
@@ -9,48 +9,36 @@ import pyarrow as pa
 
 from pema_ray.pluglm.config import TextConfig
 
-
-class Cutter:
-    """Tokenizes a batch of rows and cuts what is too long; knows which characters a piece stands for."""
-
-    def __init__(self, texts: TextConfig, tokenizer: Any, most: int) -> None:
-        self._texts, self._tokenizer, self._most = texts, tokenizer, most
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        t = self._texts
-        texts = ["" if one is None else str(one) for one in table[t.text_column].to_pylist()]
-        kept = [n for n, one in enumerate(texts) if one.strip()]
-        ids = self._column(table, t.document_column) or [_name(one) for one in texts]
-        sources = self._column(table, t.source_column) or [t.source] * len(texts)
-        columns: dict[str, list[Any]] = {"text": [], "token_ids": [], "document_id": [], "source": []}
-        if kept:
-            cut = self._tokenizer(
-                [texts[n] for n in kept],
-                truncation=True,
-                max_length=self._most,
-                return_overflowing_tokens=True,
-                return_offsets_mapping=True,
-                return_special_tokens_mask=True,
-            )
-            for piece, token_ids in enumerate(cut["input_ids"]):
-                n = kept[cut["overflow_to_sample_mapping"][piece]]
-                spans = [
-                    s for s, one in zip(cut["offset_mapping"][piece], cut["special_tokens_mask"][piece]) if not one
-                ]
-                if not spans:
-                    continue
-                columns["text"].append(texts[n][spans[0][0] : spans[-1][1]])
-                columns["token_ids"].append(token_ids)
-                columns["document_id"].append(ids[n])
-                columns["source"].append(sources[n])
-        kinds = (pa.string(), pa.list_(pa.int32()), pa.string(), pa.string())
-        return pa.table({name: pa.array(values, kind) for (name, values), kind in zip(columns.items(), kinds)})
-
-    @staticmethod
-    def _column(table: pa.Table, name: str | None) -> list[str] | None:
-        return None if name is None else ["" if one is None else str(one) for one in table[name].to_pylist()]
+_SCHEMA = pa.schema(
+    {"text": pa.string(), "token_ids": pa.list_(pa.int32()), "document_id": pa.string(), "source": pa.string()}
+)
 
 
-def _name(text: str) -> str:
-    """A document without a name is called by what it says."""
+def chunk(table: pa.Table, config: TextConfig, tokenizer: Any, max_tokens: int) -> pa.Table:
+    """Pieces of at most `max_tokens` tokens, each with its part of the text; blank texts are dropped."""
+    texts = _strings(table, config.text_column)
+    ids = _strings(table, config.document_column) if config.document_column else [_content_id(text) for text in texts]
+    sources = _strings(table, config.source_column) if config.source_column else [config.source] * len(texts)
+    rows = [row for row, text in enumerate(texts) if text.strip()]
+    pieces = []
+    if rows:
+        encoded = tokenizer(
+            [texts[row] for row in rows], truncation=True, max_length=max_tokens, return_overflowing_tokens=True,
+            return_offsets_mapping=True, return_special_tokens_mask=True,
+        )  # fmt: skip
+        for piece, token_ids in enumerate(encoded["input_ids"]):
+            row = rows[encoded["overflow_to_sample_mapping"][piece]]
+            offsets = zip(encoded["offset_mapping"][piece], encoded["special_tokens_mask"][piece])
+            if spans := [span for span, special in offsets if not special]:
+                text = texts[row][spans[0][0] : spans[-1][1]]
+                pieces.append((text, token_ids, ids[row], sources[row]))
+    return pa.Table.from_pylist([dict(zip(_SCHEMA.names, piece)) for piece in pieces], _SCHEMA)
+
+
+def _strings(table: pa.Table, column: str) -> list[str]:
+    return ["" if value is None else str(value) for value in table[column].to_pylist()]
+
+
+def _content_id(text: str) -> str:
+    """The id of a document that has none: a hash of its text."""
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -1,6 +1,6 @@
-"""How edits of a memory come about: segments written, entries dropped, a version published on the current one.
+"""Edits of a memory's folder: write segments, drop entries, publish a version on the current one.
 
-Works on folders and manifests; `knowledge_memory` is what people use. Imports no Ray.
+`knowledge_memory` is the public interface. Imports no Ray.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from pema_ray.pluglm.memory.versions import DamagedVersion, Version, VersionConf
 from pema_ray.pluglm.model.encoder import StaleKeys
 from pema_ray.runtime.files import temporary_beside
 
-_ATTEMPTS = 50  # of publishing while others publish; each failure means that another edit went through
-Made = tuple[tuple[Segment, ...], int]
-"""(segments, next id) of a version to be."""
+_ATTEMPTS = 50  # of publishing; each failure means that another edit succeeded
+Revision = tuple[tuple[Segment, ...], int]
+"""(segments, next id) of the version to be published."""
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One change of a memory: entries are added, one takes another's place (`replace`), or entries are deleted.
+    """One change of a memory: add entries, replace one, or delete entries.
 
     Attributes:
-        entry_ids: what goes; of `replace`, the one whose place is taken.
-        entries: what comes.
+        entry_ids: of the deleted entries, or of the replaced one.
+        entries: the new entries.
     """
 
     entry_ids: tuple[int, ...] = ()
@@ -56,101 +56,91 @@ class Change:
 
     @property
     def words(self) -> str:
-        """For the history."""
+        """The change in words, for the history."""
         if not self.entry_ids:
             return f"add {len(self.entries):,}"
-        named = ", ".join(map(str, self.entry_ids[:5])) + (", …" if len(self.entry_ids) > 5 else "")
-        return f"{'replace' if self.entries else 'delete'} {named}"
+        ids = ", ".join(map(str, self.entry_ids[:5])) + (", …" if len(self.entry_ids) > 5 else "")
+        return f"{'replace' if self.entries else 'delete'} {ids}"
 
 
 def publish_on_current(
     folder: Path,
     action: str,
-    made: Callable[[Version], Made],
+    revise: Callable[[Version], Revision],
     only_on: int | None,
-    changes: dict[str, Any] | None = None,
-    instead: Version | None = None,
+    fields: dict[str, Any] | None = None,
+    fallback: Version | None = None,
 ) -> Version:
-    """Publish what `made` makes of the current version; of a newer one when somebody was faster.
+    """Publish `revise(current version)`; repeated on the newer version if another editor publishes first.
 
     Args:
-        instead: an older version of this memory, to go on from if the current one is damaged.
+        fields: other fields of the new manifest.
+        fallback: an older version of this memory, to build on if the current one is damaged.
 
     Raises:
         VersionConflict: `only_on` was given, and another version is current.
         DamagedVersion: the current one cannot be read.
     """
     with versions.lock(folder, exclusive=False):
-        return _published(folder, action, made, only_on, changes or {}, instead)
-
-
-def _published(
-    folder: Path,
-    action: str,
-    made: Callable[[Version], Made],
-    only_on: int | None,
-    changes: dict[str, Any],
-    instead: Version | None,
-) -> Version:
-    for _ in range(_ATTEMPTS):
-        base = _current(folder, instead)
-        if only_on is not None and base.version != only_on:
-            raise VersionConflict(str(folder), only_on, base.version)
-        segments, next_id = made(base)
-        place = {"version": base.version + 1, "parent": base.version, "action": action}
-        version = base.model_copy(update={**place, "segments": segments, "next_id": next_id, **changes})
-        try:
-            versions.publish(folder, version)
-        except VersionConflict:
-            if only_on is not None:
-                raise
-            continue
-        return version
+        for _ in range(_ATTEMPTS):
+            base = _current(folder, fallback)
+            if only_on is not None and base.version != only_on:
+                raise VersionConflict(str(folder), only_on, base.version)
+            segments, next_id = revise(base)
+            update = {"version": base.version + 1, "parent": base.version, "action": action}
+            update |= {"segments": segments, "next_id": next_id, **(fields or {})}
+            version = base.model_copy(update=update)
+            try:
+                versions.publish(folder, version)
+                return version
+            except VersionConflict:
+                if only_on is not None:
+                    raise
     raise UserError(f"{folder}: others published {_ATTEMPTS} versions meanwhile; try again.")
 
 
-def _current(folder: Path, instead: Version | None) -> Version:
+def _current(folder: Path, fallback: Version | None) -> Version:
     try:
         return versions.read(folder)
     except DamagedVersion:
-        if instead is None:
+        if fallback is None:
             raise
-    # What the damaged version gave ids to is not known, but it cannot be more than there are rows.
+    # The damaged version's next id is unknown, but it cannot have used more ids than there are rows.
     try:
         rows = sum(pq.read_metadata(path).num_rows for path in folder.glob("documents-*.parquet"))
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{folder}: a file of documents is damaged as well: {error}. Build the memory anew.") from None
-    next_id = max(one.next_id for one in versions.sound(folder)) + rows
-    return instead.model_copy(update={"version": versions.numbers(folder)[-1], "next_id": next_id})
+    next_id = max(version.next_id for version in versions.sound(folder)) + rows
+    return fallback.model_copy(update={"version": versions.numbers(folder)[-1], "next_id": next_id})
 
 
-def without(folder: Path, base: Version, entry_ids: Sequence[int]) -> tuple[Segment, ...]:
-    """A version's segments with these entries dropped. Raises `UserError` naming one that is not there."""
+def drop_entries(folder: Path, base: Version, entry_ids: Sequence[int]) -> tuple[Segment, ...]:
+    """A version's segments without these entries. Raises `UserError` naming an unknown id."""
     segments = list(base.segments)
-    for index, rows in places(folder, base, entry_ids).items():
+    for index, rows in rows_of(folder, base, entry_ids).items():
         dropped = tuple(sorted({*segments[index].dropped, *rows}))
         segments[index] = segments[index].model_copy(update={"dropped": dropped})
     return tuple(segment for segment in segments if segment.entries)
 
 
-def places(folder: Path, base: Version, entry_ids: Sequence[int]) -> dict[int, list[int]]:
-    """{segment's number: rows} of entries. Raises `UserError` naming one that is not there."""
-    wanted = np.unique(np.asarray(list(entry_ids), np.int64))
-    found: dict[int, list[int]] = {}
-    left = set(wanted.tolist())
+def rows_of(folder: Path, base: Version, entry_ids: Sequence[int]) -> dict[int, list[int]]:
+    """{index of a segment: rows of these entries}. Raises `UserError` naming an unknown id."""
+    requested = np.unique(np.asarray(list(entry_ids), np.int64))
+    rows: dict[int, list[int]] = {}
+    missing = set(requested.tolist())
     for index, segment in enumerate(base.segments):
         low, high = segment.first_id + segment.id_offset, segment.last_id + segment.id_offset
-        if not left or not ((wanted >= low) & (wanted <= high)).any():
+        if not missing or not ((requested >= low) & (requested <= high)).any():
             continue
-        numbers = read_documents(folder, segment.documents, ["entry_id"])["entry_id"].to_numpy()
-        here = np.isin(numbers + segment.id_offset, wanted)
-        here[list(segment.dropped)] = False
-        if here.any():
-            found[index] = np.flatnonzero(here).tolist()
-            left -= set((numbers[here] + segment.id_offset).tolist())
-    if left:
-        raise UserError(f"{folder}: version {base.version} has no entry {min(left)}.")
-    return found
+        ids = read_documents(folder, segment.documents, ["entry_id"])["entry_id"].to_numpy() + segment.id_offset
+        mask = np.isin(ids, requested)
+        mask[list(segment.dropped)] = False
+        if mask.any():
+            rows[index] = np.flatnonzero(mask).tolist()
+            missing -= set(ids[mask].tolist())
+    if missing:
+        raise UserError(f"{folder}: version {base.version} has no entry {min(missing)}.")
+    return rows
 
 
 def new_segment(
@@ -173,7 +163,7 @@ def new_segment(
 
 
 def encode_segment(folder: Path, documents: FileInfo, encoder: DocumentEncoder, dtype: str) -> FileInfo:
-    """Vectors of a segment's documents; what was finished before is used, unless it is damaged."""
+    """Vectors of a segment's documents; an existing file is reused, unless it is damaged."""
     path = vectors_path(folder, documents, encoder.digest, dtype)
     if are_sound_vectors(path):
         return described(path)
@@ -181,29 +171,28 @@ def encode_segment(folder: Path, documents: FileInfo, encoder: DocumentEncoder, 
     return write_vectors(folder, documents, encoder.digest, dtype, *encoder.encode(token_ids))
 
 
-def take_files(folder: Path, base: Version, other_folder: Path, other: Version) -> None:
-    """Have another memory's files in this folder, without a copy where the disk can.
+def take_files(folder: Path, base: Version, source_folder: Path, source: Version) -> None:
+    """Link or copy another memory's files into this folder.
 
     Raises:
         UserError: encoders, tokenizers or number formats differ.
     """
-    for what, ours, theirs, shown in (
-        ("keys of encoder", base.fingerprint, other.fingerprint, (base.encoder_label, other.encoder_label)),
-        ("tokens of tokenizer", base.tokenizer_fingerprint, other.tokenizer_fingerprint, None),
-        ("numbers in", base.dtype, other.dtype, None),
+    for field, label, words in (
+        ("fingerprint", "encoder_label", "keys of encoder"),
+        ("tokenizer_fingerprint", "tokenizer_fingerprint", "tokens of tokenizer"),
+        ("dtype", "dtype", "numbers in"),
     ):
-        if ours != theirs:
-            ours, theirs = shown or (ours, theirs)
+        if getattr(base, field) != getattr(source, field):
             raise UserError(
-                f"{other_folder}: {what} {theirs}, but {folder} has those of {ours}. "
+                f"{source_folder}: {words} {getattr(source, label)}, but {folder} has those of {getattr(base, label)}. "
                 "Build or refresh it with this memory's encoder and number format."
             )
-    for name in other.files:
-        _link_or_copy(other_folder / name, folder / name)
+    for name in source.files:
+        _link_or_copy(source_folder / name, folder / name)
 
 
 def require_new(folder: Path) -> None:
-    """Raises `UserError` where a memory is already."""
+    """Raises `UserError` if the folder holds a memory."""
     if versions.numbers(folder):
         raise UserError(f"{folder}: a knowledge memory is here already. Edit it, or build in another folder.")
 
@@ -216,7 +205,7 @@ def require_texts(folder: Path, entries: Sequence[NewEntry], entry_ids: Sequence
 
 
 def require_writer(folder: Path, base: Version, encoder: DocumentEncoder) -> None:
-    """Raises `StaleKeys` or `UserError` when what this encoder writes could not be found among what is there."""
+    """Raises `StaleKeys` or `UserError` if the version belongs to another encoder or tokenizer."""
     if base.fingerprint != encoder.fingerprint:
         label = f"{encoder.name} ({encoder.fingerprint})"
         raise StaleKeys(f"{folder} version {base.version}", base.encoder_label, label)
@@ -232,14 +221,14 @@ def require_tokenizer(folder: Path, base: Version, encoder: DocumentEncoder) -> 
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    """The same file under another name; files of a memory never change."""
+    """Give a file a second name, or copy it; files of a memory never change."""
     if target.exists():
         return
     try:
         os.link(source, target)
     except FileExistsError:
         return
-    except OSError:  # another disk, or one that has no links
+    except OSError:  # another disk, or one without hard links
         temporary = temporary_beside(target)
         try:
             shutil.copyfile(source, temporary)

@@ -1,4 +1,4 @@
-"""Texts to tokens, keys and values: a model's knowledge encoder at work. Knows torch and transformers; no Ray.
+"""Encodes texts as tokens, keys and values, by a model's knowledge encoder. Knows torch and transformers; no Ray.
 
 Shapes: M documents, L tokens, Q query size, D hidden size.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from pema_ray.errors import UserError
 from pema_ray.pluglm.model.encoder import PlugLMPreTrainedModel
 
-_BATCH = 64  # documents encoded together; a part of what is computed: another size may round differently
+_BATCH = 64  # documents encoded together; another size may round differently
 
 
 class Vectors(NamedTuple):
@@ -27,15 +27,14 @@ class Vectors(NamedTuple):
 
 
 class DocumentEncoder:
-    """A PlugLM model's knowledge encoder with its tokenizer: what writes into memories.
+    """A PlugLM model's knowledge encoder with its tokenizer; it writes the entries of memories.
 
     Args:
-        model: any PlugLM model; later changes of its weights are not seen by `fingerprint`: make another one then.
-        name: what messages and manifests call it.
+        model: any PlugLM model; `fingerprint` ignores later changes of its weights: make another encoder then.
+        name: for messages and manifests.
 
     Raises:
-        UserError: the model reads memories of another encoder than its own (`config.memory_fingerprint`), so that what
-            it wrote could not be found by what is there.
+        UserError: the model reads memories of another encoder than its own (`config.memory_fingerprint`).
     """
 
     def __init__(self, model: PlugLMPreTrainedModel, tokenizer: Any, name: str = "pluglm") -> None:
@@ -44,7 +43,7 @@ class DocumentEncoder:
         self.sizes = (encoder.config.query_size, encoder.config.hidden_size)  # (Q, D)
         self.max_tokens: int = encoder.config.max_document_tokens
         self.fingerprint = encoder.encoder_fingerprint()
-        self.digest = encoder.encoder_fingerprint(torch.float32)  # of the very weights: names files
+        self.digest = encoder.encoder_fingerprint(torch.float32)  # of the exact weights, for file names
         self.tokenizer_fingerprint = fingerprint_of_tokenizer(tokenizer)
         self._documents = encoder.document_model()
         if (reads := model.config.memory_fingerprint) and reads != self.fingerprint:
@@ -54,18 +53,21 @@ class DocumentEncoder:
             )
 
     def copied(self) -> DocumentEncoder:
-        """Apart from the model, on the CPU: to be sent to other processes, or kept while the model goes on learning."""
-        other = copy.copy(self)
-        other._documents = copy.deepcopy(self._documents).cpu().eval()
-        return other
+        """A copy on the CPU that shares nothing with the model, for other processes."""
+        encoder = copy.copy(self)
+        encoder._documents = copy.deepcopy(self._documents).cpu().eval()
+        return encoder
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of documents, special tokens included, cut at `max_document_tokens`."""
-        return tokenize(self.tokenizer, texts, self.max_tokens)
+        if not texts:
+            return []
+        options = {"truncation": True, "max_length": self.max_tokens, "return_attention_mask": False}
+        return self.tokenizer(list(texts), **options)["input_ids"]
 
     @torch.no_grad()
     def encode(self, documents: Sequence[Sequence[int]]) -> Vectors:
-        """Keys and values of token ids, in order. The same documents give the same bits, on one kind of machine."""
+        """Keys and values of token ids, in order. The same documents give the same bits on the same kind of machine."""
         model, (Q, D) = self._documents, self.sizes
         was_training = {module: module.training for module in model.modules()}  # shared with the language model
         device = next(model.parameters()).device
@@ -83,22 +85,15 @@ class DocumentEncoder:
         return Vectors(torch.cat(keys), torch.cat(values))
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str], most: int) -> list[list[int]]:
-    """Token ids of texts, special tokens included, at most `most` of each."""
-    if not texts:
-        return []
-    return tokenizer(list(texts), truncation=True, max_length=most, return_attention_mask=False)["input_ids"]
-
-
 def padded(documents: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """(tokens `[M, L]`, mask `[M, L]`) int64, padded on the right with 0, which nobody looks at."""
+    """(tokens `[M, L]`, mask `[M, L]`) int64, padded on the right with 0."""
     length = max(map(len, documents))
-    token_ML = torch.tensor([[*one, *[0] * (length - len(one))] for one in documents])
-    mask_ML = torch.tensor([[1] * len(one) + [0] * (length - len(one)) for one in documents])
+    token_ML = torch.tensor([[*tokens, *[0] * (length - len(tokens))] for tokens in documents])
+    mask_ML = torch.tensor([[1] * len(tokens) + [0] * (length - len(tokens)) for tokens in documents])
     return token_ML, mask_ML
 
 
 def fingerprint_of_tokenizer(tokenizer: Any) -> str:
-    """16 hex digits that name a vocabulary: memories keep token ids of one."""
+    """16 hex digits of a vocabulary: a memory's token ids belong to one."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return hashlib.sha256(repr(vocabulary).encode()).hexdigest()[:16]

@@ -1,8 +1,8 @@
-"""What a memory's entry is to people: text, tags, provenance. And one segment of them on disk. Knows no model.
+"""Entries of a memory (text, tags, provenance), and segments of them on disk. Knows no model.
 
 A segment is two files that never change: `documents-<hash>.parquet` (entry id, text, source, document id, tags, token
-ids) and `vectors-<hash>-<encoder>-<dtype>.safetensors` (`key` [n, Q], `value` [n, D]). To encode anew is to write other
-vectors beside the same documents. Names follow from contents, so that what a build that died has left is used.
+ids) and `vectors-<hash>-<encoder>-<dtype>.safetensors` (`key` [n, Q], `value` [n, D]). Encoding again writes other
+vectors beside the same documents. Names follow from contents, so an interrupted build's files are reused.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from pema_ray.runtime.hardware import DTYPES
 from pema_ray.runtime.settings import Section
 
 VectorDtype = Literal["float32", "float16", "bfloat16"]
-_CONTENTS = "sha256"  # of a vectors file's numbers, in its header
-_WRITING = threading.Lock()  # a process has one temporary name for each file
+_CONTENTS = "sha256"  # header field of a vectors file: checksum of its numbers
+_WRITING = threading.Lock()
 VECTOR_DTYPES: tuple[VectorDtype, ...] = get_args(VectorDtype)
 
 
 @dataclass(frozen=True, slots=True)
 class NewEntry:
-    """What is put into a memory.
+    """An entry to be written.
 
     Attributes:
-        document_id: the document it was cut from, if any: texts of the same document may be kept from finding it.
-        tags: to choose entries by, such as "in-task".
+        document_id: the document it was cut from, if any; texts of the same document can exclude it from retrieval.
+        tags: for filters, such as "in-task".
     """
 
     text: str
@@ -51,7 +51,7 @@ class NewEntry:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What is in a memory; `entry_id` stays the same from version to version, `replace` included."""
+    """An entry of a memory; `entry_id` stays the same from version to version, `replace` included."""
 
     entry_id: int
     text: str
@@ -62,26 +62,26 @@ class Entry:
 
 
 def read_entries(path: Path) -> list[NewEntry]:
-    """Entries from JSON Lines: `text`, and `source`, `document_id`, `tags` where wanted. `UserError` names the line."""
+    """Entries from JSON Lines: `text`, optional `source`, `document_id`, `tags`. `UserError` names a wrong line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}.") from None
-    found = []
+    entries = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
             tags = row.pop("tags", [])
-            if isinstance(tags, str) or not all(isinstance(one, str) for one in (*row.values(), *tags)):
+            if isinstance(tags, str) or not all(isinstance(value, str) for value in (*row.values(), *tags)):
                 raise TypeError("text, source and document_id are strings, tags a list of them")
-            found.append(NewEntry(**row, tags=tuple(tags)))
+            entries.append(NewEntry(**row, tags=tuple(tags)))
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path}, line {number}: no entry: {str(error).removeprefix('NewEntry.__init__() ')}."
             ) from None
-    return found
+    return entries
 
 
 class FileInfo(Section):
@@ -93,7 +93,7 @@ class FileInfo(Section):
 
 
 class Segment(Section):
-    """Entries that came together, as one version has them."""
+    """Entries that were written together, in one version."""
 
     documents: FileInfo
     vectors: FileInfo
@@ -103,9 +103,9 @@ class Segment(Section):
     last_id: int
     """The highest."""
     id_offset: int = 0
-    """Added to the ids in the file: ids are counted on when memories are put together."""
+    """Added to the ids in the file; `concat` gives entries new ids by it."""
     dropped: tuple[int, ...] = ()
-    """Rows that this version has no more."""
+    """Rows that this version no longer has."""
 
     @property
     def entries(self) -> int:
@@ -128,14 +128,14 @@ SCHEMA = pa.schema(
 def write_documents(
     folder: Path, entries: Sequence[NewEntry], token_ids: Sequence[Sequence[int]], entry_ids: Sequence[int]
 ) -> FileInfo:
-    """Keep entries as they will never change again."""
+    """Write entries to a file that never changes again."""
     columns: dict[str, Any] = {
         "entry_id": entry_ids,
-        "text": [one.text for one in entries],
-        "source": [one.source for one in entries],
-        "document_id": [one.document_id for one in entries],
-        "document": document_codes([one.document_id for one in entries]),
-        "tags": [list(one.tags) for one in entries],
+        "text": [entry.text for entry in entries],
+        "source": [entry.source for entry in entries],
+        "document_id": [entry.document_id for entry in entries],
+        "document": document_codes([entry.document_id for entry in entries]),
+        "tags": [list(entry.tags) for entry in entries],
         "token_ids": token_ids,
     }
     table = pa.table({name: pa.array(columns[name], kind) for name, kind in zip(SCHEMA.names, SCHEMA.types)}, SCHEMA)
@@ -152,7 +152,7 @@ def write_documents(
 
 
 def _holds(path: Path, table: pa.Table) -> bool:
-    """Whether a file is there and says this: one that was damaged is written again."""
+    """Whether a file holds this table; a damaged file is written again."""
     try:
         return path.exists() and pq.read_table(path).equals(table)
     except (pa.ArrowException, OSError):
@@ -162,7 +162,7 @@ def _holds(path: Path, table: pa.Table) -> bool:
 def write_vectors(
     folder: Path, documents: FileInfo, digest: str, dtype: str, key_NQ: Tensor, value_ND: Tensor
 ) -> FileInfo:
-    """Keep keys and values of a segment's documents, made by the encoder with this digest.
+    """Write keys and values of a segment's documents, made by the encoder with this digest.
 
     Raises:
         UserError: a number is not finite, or does not fit the format.
@@ -178,30 +178,31 @@ def write_vectors(
     with _WRITING:
         if not are_sound_vectors(path):
             with atomic_file(path) as temporary:
-                save_file(tensors, temporary, {_CONTENTS: _contents(tensors)})
+                save_file(tensors, temporary, {_CONTENTS: tensors_hash(tensors)})
     return described(path)
 
 
 def are_sound_vectors(path: Path) -> bool:
-    """Whether finished vectors are there, and undamaged: the file carries a checksum of its numbers."""
+    """Whether a complete, undamaged file of vectors is there: it carries a checksum of its numbers."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in ("key", "value")}
-            return (file.metadata() or {}).get(_CONTENTS) == _contents(tensors)
+            return (file.metadata() or {}).get(_CONTENTS) == tensors_hash(tensors)
     except (SafetensorError, OSError):
         return False
 
 
-def _contents(tensors: Mapping[str, Tensor]) -> str:
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, shapes, dtypes and numbers."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def vectors_path(folder: Path, documents: FileInfo, digest: str, dtype: str) -> Path:
-    """Where vectors of these documents lie, or will."""
+    """Path of the vectors of these documents."""
     stem = documents.name.removeprefix("documents-").removesuffix(".parquet")
     return folder / f"vectors-{stem}-{digest}-{dtype}.safetensors"
 

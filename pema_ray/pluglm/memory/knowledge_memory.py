@@ -1,7 +1,7 @@
-"""The memory on disk, as a thing to edit. Every edit publishes a new version, atomically; versions never change.
+"""The editable memory on disk. Every edit publishes a new version atomically; versions never change.
 
-`KnowledgeMemory` is one version; edits return the next. Several editors at once: each publishes on top of the version
-that is current then, so that nothing is lost; of two edits of one entry the later version's holds. Imports no Ray.
+`KnowledgeMemory` is one version; edits return the next. Concurrent editors each publish on the version that is then
+current, so no edit is lost; of two edits of one entry the later one wins. Imports no Ray.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from pema_ray.errors import UserError
 from pema_ray.pluglm.memory import versions
 from pema_ray.pluglm.memory.editing import (
     Change,
-    Made,
+    Revision,
+    drop_entries,
     encode_segment,
     new_segment,
-    places,
     publish_on_current,
     require_new,
     require_tokenizer,
     require_writer,
+    rows_of,
     take_files,
-    without,
 )
 from pema_ray.pluglm.memory.encoding import DocumentEncoder
 from pema_ray.pluglm.memory.entries import Entry, FileInfo, NewEntry, Segment, VectorDtype, read_documents, read_vectors
-from pema_ray.pluglm.memory.tensors import Choice, hold
+from pema_ray.pluglm.memory.tensors import EntryFilter, load_entries
 from pema_ray.pluglm.memory.versions import Version
 from pema_ray.pluglm.model.encoder import StaleKeys
 from pema_ray.pluglm.model.knowledge import LocalKnowledge
@@ -41,7 +41,7 @@ ENTRY_COLUMNS = ("entry_id", "text", "source", "document_id", "tags", "token_ids
 
 
 class KnowledgeMemory:
-    """One version of a memory. Opened, it stays readable until that version is pruned."""
+    """One version of a memory; it stays readable until it is pruned."""
 
     def __init__(self, folder: Path, manifest: Version) -> None:
         self.folder, self.manifest = folder, manifest
@@ -63,13 +63,13 @@ class KnowledgeMemory:
         """Version 1 of a new memory, in this process (`refresh.build` does it on Ray Data).
 
         Raises:
-            UserError: there are no entries, an entry has no text, or a memory is there already.
+            UserError: there are no entries, an entry has no text, or the folder holds a memory.
         """
         folder = Path(folder)
         require_new(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        left, segments, next_id = iter(entries), [], 0
-        while block := list(islice(left, entries_per_segment)):
+        iterator, segments, next_id = iter(entries), [], 0
+        while block := list(islice(iterator, entries_per_segment)):
             segments.append(new_segment(folder, block, range(len(block)), encoder, dtype, next_id))
             next_id += len(block)
         return cls.first(folder, segments, encoder, dtype, f"build {next_id:,}")
@@ -82,11 +82,9 @@ class KnowledgeMemory:
         entries = sum(segment.rows for segment in segments)
         if not entries:
             raise UserError(f"{folder}: a memory needs entries, and none were given.")
-        (Q, D), name = encoder.sizes, encoder.name
         version = Version(
-            version=1, parent=None, action=action, encoder=name, fingerprint=encoder.fingerprint,
-            tokenizer_fingerprint=encoder.tokenizer_fingerprint, query_size=Q, hidden_size=D, dtype=dtype,
-            next_id=entries, segments=tuple(segments),
+            version=1, parent=None, action=action, **_encoder_fields(encoder),
+            tokenizer_fingerprint=encoder.tokenizer_fingerprint, dtype=dtype, next_id=entries, segments=tuple(segments),
         )  # fmt: skip
         versions.publish(folder, version)
         return cls(folder, version)
@@ -96,17 +94,17 @@ class KnowledgeMemory:
     def edit(
         self, changes: Sequence[Change], encoder: DocumentEncoder | None, only_on: int | None = None, least: int = 0
     ) -> KnowledgeMemory:
-        """Several changes in their order as one version: all of them are published, or none.
+        """Publish several changes, in their order, as one version: all of them, or none.
 
         Args:
-            encoder: not needed where all changes are deletions.
-            only_on: publish only if this version is current, here and in the other edits. None: on whatever is.
+            encoder: not needed for deletions alone.
+            only_on: publish only if this version is current, here and in the other edits. None: on any version.
             least: refuse to leave fewer entries.
 
         Raises:
             VersionConflict: another version than `only_on` is current.
             StaleKeys: the memory belongs to another encoder.
-            UserError: there is nothing to do, an id is not there, or an entry has no text.
+            UserError: there are no changes, an id is unknown, or an entry has no text.
         """
         if not changes:
             raise UserError(f"{self.folder}: nothing to do.")
@@ -117,32 +115,33 @@ class KnowledgeMemory:
                 segment = None
                 if change.entries:
                     assert encoder is not None
-                    self._written_by(encoder)
-                    ids = [change.entry_ids[0]] if change.entry_ids else range(len(change.entries))
+                    require_writer(self.folder, versions.read(self.folder), encoder)
+                    ids = change.entry_ids or range(len(change.entries))
                     segment = new_segment(self.folder, change.entries, ids, encoder, dtype)
                 written.append((change, segment))
 
-            def made(base: Version) -> Made:
+            def revise(base: Version) -> Revision:
                 segments, next_id = base.segments, base.next_id
                 for change, segment in written:
                     if segment is not None and encoder is not None:
                         require_writer(self.folder, base, encoder)
                     if change.entry_ids:
-                        place = base.model_copy(update={"segments": segments})
-                        segments = without(self.folder, place, change.entry_ids)
-                    if segment is not None and change.entry_ids:
-                        segments = (*segments, segment)
+                        edited = base.model_copy(update={"segments": segments})
+                        segments = drop_entries(self.folder, edited, change.entry_ids)
                     elif segment is not None:
-                        segments = (*segments, segment.model_copy(update={"id_offset": next_id}))
+                        segment = segment.model_copy(update={"id_offset": next_id})
                         next_id += segment.rows
-                if (left := sum(segment.entries for segment in segments)) < least:
-                    raise UserError(f"{self.folder}: {left} entries would be left, the model retrieves {least}.")
+                    segments += () if segment is None else (segment,)
+                if (entries := sum(segment.entries for segment in segments)) < least:
+                    raise UserError(f"{self.folder}: {entries} entries would be left, the model retrieves {least}.")
                 return segments, next_id
 
-            return self._edit(_in_words(changes), made, only_on)
+            words = [change.words for change in changes]
+            action = "; ".join(words[:4]) + (f"; and {len(words) - 4} more" if len(words) > 4 else "")
+            return self._edit(action, revise, only_on)
 
     def add(self, entries: Sequence[NewEntry], encoder: DocumentEncoder, only_on: int | None = None) -> KnowledgeMemory:
-        """Put entries behind those that are there; their ids are the next ones. Raises as `edit` does."""
+        """Append entries; their ids are the next ones. Raises as `edit` does."""
         if not entries:
             raise UserError(f"{self.folder}: nothing to add.")
         return self.edit([Change(entries=tuple(entries))], encoder, only_on)
@@ -150,21 +149,21 @@ class KnowledgeMemory:
     def replace(
         self, entry_id: int, entry: NewEntry, encoder: DocumentEncoder, only_on: int | None = None
     ) -> KnowledgeMemory:
-        """Put an entry in an existing one's place, under its id. Raises as `edit` does."""
+        """Replace an entry; the new one keeps its id. Raises as `edit` does."""
         return self.edit([Change((entry_id,), (entry,))], encoder, only_on)
 
     def delete(self, entry_ids: Sequence[int], only_on: int | None = None) -> KnowledgeMemory:
-        """Raises `UserError` naming an id that is not there. Who has an older version attached keeps its entries."""
+        """Delete entries; readers of older versions keep them. Raises `UserError` naming an unknown id."""
         return self.edit([Change(tuple(entry_ids))], None, only_on)
 
     def concat(self, others: Sequence[KnowledgeMemory], only_on: int | None = None) -> KnowledgeMemory:
-        """This memory's entries and then the others', whose ids are counted on.
+        """Append the entries of other memories; they get the next ids.
 
         Raises:
             UserError: encoders, tokenizers or number formats differ.
         """
 
-        def made(base: Version) -> Made:
+        def revise(base: Version) -> Revision:
             segments, next_id = list(base.segments), base.next_id
             for other in others:
                 take_files(self.folder, base, other.folder, other.manifest)
@@ -175,24 +174,24 @@ class KnowledgeMemory:
                 next_id += other.manifest.next_id
             return tuple(segments), next_id
 
-        return self._edit(f"concat {', '.join(other.name for other in others)}", made, only_on)
+        return self._edit(f"concat {', '.join(other.name for other in others)}", revise, only_on)
 
     def swap(self, other: KnowledgeMemory, only_on: int | None = None) -> KnowledgeMemory:
-        """The other memory's entries, under their ids, instead of this one's.
+        """Replace this memory's entries by the other's, under their ids.
 
-        `other` may be an older version of the same memory: its entries are restored exactly, also when the current
+        `other` may be an older version of the same memory: its entries are restored exactly, even if the current
         version's manifest is damaged. Raises as `concat` does.
         """
 
-        def made(base: Version) -> Made:
+        def revise(base: Version) -> Revision:
             take_files(self.folder, base, other.folder, other.manifest)
             return other.manifest.segments, max(base.next_id, other.manifest.next_id)
 
         older = other.manifest if other.folder.resolve() == self.folder.resolve() else None
-        return self._edit(f"swap {other.name}", made, only_on, instead=older)
+        return self._edit(f"swap {other.name}", revise, only_on, fallback=older)
 
     def refresh(self, encoder: DocumentEncoder, only_on: int | None = None) -> KnowledgeMemory:
-        """All documents encoded anew, in this process (`refresh.refresh` does it on Ray Data)."""
+        """Encode all documents again, in this process (`refresh.refresh` does it on Ray Data)."""
 
         def encode(documents: FileInfo) -> FileInfo:
             return encode_segment(self.folder, documents, encoder, self.manifest.dtype)
@@ -202,19 +201,17 @@ class KnowledgeMemory:
     def with_vectors(
         self, encoder: DocumentEncoder, encode: Callable[[FileInfo], FileInfo], only_on: int | None = None
     ) -> KnowledgeMemory:
-        """The same documents with vectors of another encoder, which `encode` makes of each segment's documents.
+        """Publish the same documents with other vectors; `encode` makes them from each segment's documents.
 
         Raises:
             UserError: the tokens were made by another tokenizer.
         """
 
-        def made(base: Version) -> Made:
+        def revise(base: Version) -> Revision:
             require_tokenizer(self.folder, base, encoder)
             return tuple(s.model_copy(update={"vectors": encode(s.documents)}) for s in base.segments), base.next_id
 
-        (Q, D) = encoder.sizes
-        changes = {"encoder": encoder.name, "fingerprint": encoder.fingerprint, "query_size": Q, "hidden_size": D}
-        return self._edit("refresh", made, only_on, changes)
+        return self._edit("refresh", revise, only_on, _encoder_fields(encoder))
 
     # ── reading ─────────────────────────────────────────────────────────────
 
@@ -228,7 +225,7 @@ class KnowledgeMemory:
 
     @property
     def fingerprint(self) -> str:
-        """Of the encoder of its keys and values."""
+        """Fingerprint of the encoder of its keys and values."""
         return self.manifest.fingerprint
 
     def __len__(self) -> int:
@@ -242,10 +239,10 @@ class KnowledgeMemory:
         sources: Sequence[str] = (),
         part: tuple[int, int] = (0, 1),
     ) -> LocalKnowledge:
-        """Keys, values and tokens in this process, to be attached to a model.
+        """Load keys, values and tokens into this process, for `model.attach`.
 
         Args:
-            fingerprint: what the model reads (`model.fingerprint()`); None: whatever it is.
+            fingerprint: of the model (`model.fingerprint()`); None: any.
             tags, sources: only entries with one of these tags, of one of these sources.
             without_tags: no entries with one of these tags.
             part: (i, n): the i-th of n equal parts, in the order of ids.
@@ -256,39 +253,39 @@ class KnowledgeMemory:
         """
         if fingerprint is not None and fingerprint != self.fingerprint:
             raise StaleKeys(self.name, self.manifest.encoder_label, fingerprint)
-        choice = Choice(frozenset(tags), frozenset(without_tags), frozenset(sources), part)
-        return hold(self.folder, self.manifest, self.name, choice)
+        selected = EntryFilter(frozenset(tags), frozenset(without_tags), frozenset(sources), part)
+        return load_entries(self.folder, self.manifest, self.name, selected)
 
     def table(self, columns: Sequence[str]) -> pa.Table:
         """`entry_id` and columns of `entries.SCHEMA`, of all entries in the order of their ids."""
-        wanted = list(dict.fromkeys(["entry_id", *columns]))
-        parts = [self._rows(segment, wanted) for segment in self.manifest.segments]
-        return pa.concat_tables(parts).sort_by("entry_id") if parts else pa.table({name: [] for name in wanted})
+        names = list(dict.fromkeys(["entry_id", *columns]))
+        parts = [self._rows(segment, names) for segment in self.manifest.segments]
+        return pa.concat_tables(parts).sort_by("entry_id") if parts else pa.table({name: [] for name in names})
 
     def entries(self, entry_ids: Sequence[int] | None = None) -> Iterator[Entry]:
-        """Entries in the order of their ids, or those asked for, in that order.
+        """All entries in the order of their ids, or the given ones in the given order.
 
         Raises:
-            UserError: an id is not there.
+            UserError: an id is unknown.
         """
         if entry_ids is None:
             yield from map(_entry, self.table(ENTRY_COLUMNS).to_pylist())
             return
-        found = {}
-        for index, rows in places(self.folder, self.manifest, entry_ids).items():
+        entries = {}
+        for index, rows in rows_of(self.folder, self.manifest, entry_ids).items():
             segment = self.manifest.segments[index]
             table = read_documents(self.folder, segment.documents, ENTRY_COLUMNS).take(rows)
             for row in table.to_pylist():
                 entry = _entry({**row, "entry_id": row["entry_id"] + segment.id_offset})
-                found[entry.entry_id] = entry
-        yield from (found[entry_id] for entry_id in entry_ids)
+                entries[entry.entry_id] = entry
+        yield from (entries[entry_id] for entry_id in entry_ids)
 
     def history(self) -> Iterator[Version]:
         """All versions that were not pruned and are not damaged, the oldest first."""
         return versions.sound(self.folder)
 
     def verify(self, on_file: Callable[[str], None] = lambda name: None) -> list[str]:
-        """Reads every byte of this version; what is wrong, in words."""
+        """Read every byte of this version; returns its faults, in words."""
         problems = []
         for info in self.manifest.files.values():
             path = self.folder / info.name
@@ -312,46 +309,41 @@ class KnowledgeMemory:
 
     @staticmethod
     def prune(folder: Path | str, keep: Sequence[int] = ()) -> list[int]:
-        """Take away versions but these and the current one, and files that no version left needs; which went.
+        """Delete all versions but these and the current one, and files that only they need; returns their numbers.
 
-        Waits for edits that are under way: they may be about to name files that only older versions have.
+        Waits for running edits: they may reuse files that only older versions have.
         """
         folder = Path(folder)
-        versions.read(folder)  # raises where there is none
+        versions.read(folder)  # raises if there is none
         with versions.lock(folder, exclusive=True):
-            kept, gone = {versions.read(folder).version, *keep}, []
+            kept, pruned = {versions.read(folder).version, *keep}, []
             needed: set[str] = set()
             unneeded: set[str] = set()
-            for one in versions.sound(folder):
-                if one.version in kept:
-                    needed |= set(one.files)
+            for version in versions.sound(folder):
+                if version.version in kept:
+                    needed |= set(version.files)
                 else:
-                    unneeded |= set(one.files)
-                    versions.forget(folder, one.version)
-                    gone.append(one.version)
+                    unneeded |= set(version.files)
+                    versions.forget(folder, version.version)
+                    pruned.append(version.version)
             for name in unneeded - needed:
                 (folder / name).unlink(missing_ok=True)
-        return gone
+        return pruned
 
     # ── inside ──────────────────────────────────────────────────────────────
 
     def _edit(
         self,
         action: str,
-        made: Callable[[Version], Made],
+        revise: Callable[[Version], Revision],
         only_on: int | None,
-        changes: dict[str, Any] | None = None,
-        instead: Version | None = None,
+        fields: dict[str, Any] | None = None,
+        fallback: Version | None = None,
     ) -> KnowledgeMemory:
-        return KnowledgeMemory(self.folder, publish_on_current(self.folder, action, made, only_on, changes, instead))
-
-    def _written_by(self, encoder: DocumentEncoder) -> Version:
-        base = versions.read(self.folder)
-        require_writer(self.folder, base, encoder)
-        return base
+        return KnowledgeMemory(self.folder, publish_on_current(self.folder, action, revise, only_on, fields, fallback))
 
     def _rows(self, segment: Segment, columns: list[str]) -> pa.Table:
-        """The segment's entries that this version has, with their ids; `entry_id` comes first."""
+        """The segment's entries in this version, with their ids; `entry_id` comes first."""
         table = read_documents(self.folder, segment.documents, columns)
         ids = pa.array(table["entry_id"].to_numpy() + segment.id_offset)
         table = table.set_column(0, "entry_id", ids)
@@ -360,10 +352,10 @@ class KnowledgeMemory:
         return table
 
 
-def _in_words(changes: Sequence[Change]) -> str:
-    """An edit in words, for the history."""
-    words = [change.words for change in changes]
-    return "; ".join(words[:4]) + (f"; and {len(words) - 4} more" if len(words) > 4 else "")
+def _encoder_fields(encoder: DocumentEncoder) -> dict[str, Any]:
+    """A manifest's fields of its encoder."""
+    Q, D = encoder.sizes
+    return {"encoder": encoder.name, "fingerprint": encoder.fingerprint, "query_size": Q, "hidden_size": D}
 
 
 def _entry(row: dict[str, Any]) -> Entry:

@@ -1,10 +1,9 @@
 """Exact search for the entries with the largest q · key, or cosine. Mathematics: knows torch alone.
 
-A matrix product in float32 proposes candidates; these are scored again, number by number in one order in float64, and
-ranked by (score, entry id). So a score is the same number wherever an entry stands, and neither the number of shards
-nor their borders ever change a result.
+A float32 matrix product proposes candidates; these are scored again in float64, summed in a fixed order, and ranked by
+(score, entry id). A score does not depend on an entry's row, so shards and their borders never change a result.
 
-Shapes: B queries, Q their size, K wanted, N keys, C keys of a chunk, M candidates.
+Shapes: B queries, Q their size, K retrieved, N keys, C keys of a chunk, M candidates.
 """
 
 from __future__ import annotations
@@ -16,16 +15,17 @@ import torch
 from torch import Tensor
 
 NO_DOCUMENT = 0
-"""The code of what belongs to no document: it is hidden from nothing."""
-_CHUNK = 1 << 13  # keys whose scores are computed at a time: they and the keys fit in a cache
-_SPARE = 8  # candidates beyond k, so that rounding seldom asks for a second look
+"""The code of "no document", which excludes nothing."""
+_CHUNK = 1 << 13  # keys scored at a time: they and their scores fit in a cache
+_SPARE = 8  # candidates beyond k, so that rounding seldom needs a second pass
+_TINY = 1e-30
 
 
 class RetrievedEntries(NamedTuple):
     """The best entries of every query, best first; equal scores by entry id."""
 
     entry_BK: Tensor
-    """Entry ids, int64 on the CPU; -1 where there were fewer than k."""
+    """Entry ids, int64 on the CPU; -1 beyond the last entry."""
     score_BK: Tensor
     """float64 on the CPU; -inf where there is no entry."""
 
@@ -34,9 +34,9 @@ class KeyTable:
     """Keys to be searched, of a whole memory or of one shard.
 
     Args:
-        key_NQ: in any number format; scores are of the numbers as stored.
+        key_NQ: in any number format; scores use the numbers as stored.
         entry_N: their ids, ascending.
-        document_N: codes of the documents they belong to, for self-exclusion.
+        document_N: their documents' codes, for self-exclusion.
     """
 
     def __init__(self, key_NQ: Tensor, entry_N: Tensor, document_N: Tensor) -> None:
@@ -52,7 +52,7 @@ class KeyTable:
     def top(self, query_BQ: Tensor, k: int, own_B: Tensor | None = None, cosine: bool = False) -> RetrievedEntries:
         """The `k` best entries of each query, without those of its own document (`own_B`, codes)."""
         query_BQ = query_BQ.detach().float().cpu()
-        best = nothing(len(query_BQ), k)
+        best = no_entries(len(query_BQ), k)
         hidden = self._rows_of(own_B) if own_B is not None else None
         for start in range(0, len(self), _CHUNK):
             best = merge([best, self._chunk(query_BQ, k, start, hidden, cosine, best.score_BK[:, -1])], k)
@@ -61,7 +61,7 @@ class KeyTable:
     def _chunk(
         self, query_BQ: Tensor, k: int, start: int, hidden: tuple[Tensor, Tensor] | None, cosine: bool, least_B: Tensor
     ) -> RetrievedEntries:
-        """The best of some keys. `least_B`: what an entry must reach to be among the best k of those before."""
+        """The best entries of one chunk. `least_B`: each query's k-th best score so far."""
         key_CQ = self._key_NQ[start : start + _CHUNK].float()
         norm_C = self._norms()[start : start + _CHUNK]
         length_B = query_BQ.double().norm(dim=1)
@@ -72,30 +72,30 @@ class KeyTable:
             rough_BC = query_BQ @ key_CQ.T
         if hidden is not None:
             query, row = hidden
-            here = (row >= start) & (row < start + len(key_CQ))
-            rough_BC[query[here], row[here] - start] = -torch.inf
-        # |rough - exact| ≤ 2 (Q + 2) u |q| |key| with u = 2⁻²⁴: what the candidates may have missed by.
-        reach_B = torch.ones_like(length_B) if cosine else length_B * norm_C.max()
-        slack_B = 2 * (query_BQ.shape[1] + 2) * 2.0**-24 * reach_B
-        rough_BM, place_BM = rough_BC.topk(min(k + _SPARE, len(key_CQ)), dim=1)
-        found = self._ranked(query_BQ, key_CQ, place_BM, rough_BM, start, k, cosine)
+            in_chunk = (row >= start) & (row < start + len(key_CQ))
+            rough_BC[query[in_chunk], row[in_chunk] - start] = -torch.inf
+        # |rough - exact| ≤ 2 (Q + 2) u |q| |key| with u = 2⁻²⁴: by so much a better candidate may have been missed.
+        scale_B = torch.ones_like(length_B) if cosine else length_B * norm_C.max()
+        slack_B = 2 * (query_BQ.shape[1] + 2) * 2.0**-24 * scale_B
+        rough_BM, row_BM = rough_BC.topk(min(k + _SPARE, len(key_CQ)), dim=1)
+        best = self._ranked(query_BQ, key_CQ, row_BM, rough_BM, start, k, cosine)
         if rough_BM.shape[1] < len(key_CQ):
-            least_B = torch.maximum(least_B, found.score_BK[:, -1])
+            least_B = torch.maximum(least_B, best.score_BK[:, -1])
             last_B = rough_BM[:, -1].double()
             for b in torch.nonzero((last_B + slack_B >= least_B) & last_B.isfinite()).flatten().tolist():
-                place_1M = torch.nonzero(rough_BC[b].double() + slack_B[b] >= least_B[b]).T
-                again = self._ranked(query_BQ[b : b + 1], key_CQ, place_1M, rough_BC[b][place_1M], start, k, cosine)
-                found.entry_BK[b], found.score_BK[b] = again.entry_BK[0], again.score_BK[0]
-        return found
+                row_1M = torch.nonzero(rough_BC[b].double() + slack_B[b] >= least_B[b]).T
+                exact = self._ranked(query_BQ[b : b + 1], key_CQ, row_1M, rough_BC[b][row_1M], start, k, cosine)
+                best.entry_BK[b], best.score_BK[b] = exact.entry_BK[0], exact.score_BK[0]
+        return best
 
     def _ranked(
-        self, query_BQ: Tensor, key_CQ: Tensor, place_BM: Tensor, rough_BM: Tensor, start: int, k: int, cosine: bool
+        self, query_BQ: Tensor, key_CQ: Tensor, row_BM: Tensor, rough_BM: Tensor, start: int, k: int, cosine: bool
     ) -> RetrievedEntries:
-        """Candidates, scored exactly and in order; those that were hidden (-inf) are none."""
-        score_BM = exact_scores(query_BQ, key_CQ[place_BM], cosine)
-        gone_BM = rough_BM == -torch.inf
-        entry_BM = self._entry_N[place_BM + start].masked_fill(gone_BM, -1)
-        return merge([RetrievedEntries(entry_BM, score_BM.masked_fill(gone_BM, -torch.inf))], k)
+        """Candidates, scored exactly and ranked; hidden ones (-inf) become -1."""
+        score_BM = exact_scores(query_BQ, key_CQ[row_BM], cosine)
+        hidden_BM = rough_BM == -torch.inf
+        entry_BM = self._entry_N[row_BM + start].masked_fill(hidden_BM, -1)
+        return merge([RetrievedEntries(entry_BM, score_BM.masked_fill(hidden_BM, -torch.inf))], k)
 
     def _norms(self) -> Tensor:
         if self._norm_N is None:
@@ -111,20 +111,20 @@ class KeyTable:
         return query, self._by_document[first.repeat_interleave(count) + within]
 
     def pieces_of(self, document_B: Tensor) -> Tensor:
-        """How many entries each document has `[B]`."""
+        """Number of entries of each document `[B]`."""
         return self._span_of(document_B)[1]
 
     def piece_of(self, document_B: Tensor, number_B: Tensor) -> Tensor:
-        """The entry id of each document's `number`-th entry, from 0, by ids `[B]`; -1 where there is none."""
+        """Id of each document's `number`-th entry, from 0, in the order of ids `[B]`; -1 where there is none."""
         first, count = self._span_of(document_B)
-        there = (number_B >= 0) & (number_B < count)
+        exists = (number_B >= 0) & (number_B < count)
         if not len(self):
             return torch.full_like(first, -1)
         row = self._by_document[(first + number_B).clamp(0, len(self) - 1)]
-        return torch.where(there, self._entry_N[row], -1)
+        return torch.where(exists, self._entry_N[row], -1)
 
     def _span_of(self, document_B: Tensor) -> tuple[Tensor, Tensor]:
-        """(where a document's rows begin in `_by_document`, how many there are)."""
+        """(start of each document's rows in `_by_document`, number of rows)."""
         document_B = document_B.cpu()
         first = torch.searchsorted(self._document_N, document_B)
         count = torch.searchsorted(self._document_N, document_B, right=True) - first
@@ -132,16 +132,13 @@ class KeyTable:
         return first, count
 
 
-_TINY = 1e-30
-
-
-def nothing(queries: int, k: int) -> RetrievedEntries:
-    """The result of searching no entries."""
+def no_entries(queries: int, k: int) -> RetrievedEntries:
+    """The result of a search without entries."""
     return RetrievedEntries(torch.full((queries, k), -1), torch.full((queries, k), -torch.inf, dtype=torch.float64))
 
 
 def exact_scores(query_BQ: Tensor, key_BMQ: Tensor, cosine: bool) -> Tensor:
-    """q · key, or their cosine, `[B, M]` float64, summed in one order whatever the shapes: equal keys score equally."""
+    """q · key, or their cosine, `[B, M]` float64, summed in a fixed order: equal keys have equal scores."""
     query_B1Q, key_BMQ = query_BQ.double().unsqueeze(1), key_BMQ.double()
     score_BM = _sum(query_B1Q * key_BMQ)
     if not cosine:
@@ -150,12 +147,12 @@ def exact_scores(query_BQ: Tensor, key_BMQ: Tensor, cosine: bool) -> Tensor:
 
 
 def _sum(x_BMQ: Tensor) -> Tensor:
-    """Over the last dimension, one number after the other: a sum's order may depend on shapes, a running sum's not."""
+    """Sum over the last dimension in a fixed order: `sum` may choose one by the shapes, `cumsum` does not."""
     return x_BMQ.cumsum(-1)[..., -1]
 
 
 def merge(parts: Sequence[RetrievedEntries], k: int) -> RetrievedEntries:
-    """The best `k` of several results; fewer are filled up with -1."""
+    """The best `k` of several results, padded with -1."""
     entry, score = (torch.cat(columns, 1) for columns in zip(*parts))
     if (missing := k - entry.shape[1]) > 0:
         entry = torch.nn.functional.pad(entry, (0, missing), value=-1)

@@ -1,5 +1,4 @@
-"""A memory over Ray actors: each holds a part and searches it, the parts' results are merged. The result is that of
-one piece, whatever the number of actors.
+"""A memory over Ray actors: each searches its part, and the results are merged. They equal those of one process.
 
 Shapes: B sequences, Q query size, D hidden size, K retrieved entries, M entries of any choice, L tokens.
 """
@@ -16,15 +15,15 @@ import torch
 from torch import Tensor
 
 from pema_ray.pluglm.memory.knowledge_memory import KnowledgeMemory
-from pema_ray.pluglm.memory.search import RetrievedEntries, merge, nothing
-from pema_ray.pluglm.model.knowledge import LocalKnowledge, Tokens, require_entries, require_found
+from pema_ray.pluglm.memory.search import RetrievedEntries, merge, no_entries
+from pema_ray.pluglm.model.knowledge import LocalKnowledge, Tokens, require_entries, require_k
 from pema_ray.runtime.hardware import set_threads
 
-_VERSIONS = 2  # that an actor holds: while some readers go on to the next, others still ask for the one before
+_VERSIONS = 2  # loaded by an actor: readers move to the next version one after another
 
 
 class _Part(NamedTuple):
-    """What an actor says about its part of a version."""
+    """An actor's description of its part of a version."""
 
     name: str
     fingerprint: str
@@ -34,10 +33,7 @@ class _Part(NamedTuple):
 
 
 class KnowledgeShard:
-    """An actor's class: the `part`-th of `parts` equal parts of a memory, of the versions that are asked for.
-
-    What it holds it can read again from disk, so that it may die and be started again at any time.
-    """
+    """Actor that searches the `part`-th of `parts` equal parts of any version. It reloads from disk after a restart."""
 
     def __init__(self, folder: str, part: int, parts: int, threads: int) -> None:
         set_threads(threads)
@@ -45,18 +41,18 @@ class KnowledgeShard:
         self._versions: OrderedDict[int, LocalKnowledge] = OrderedDict()
 
     def describe(self, version: int) -> _Part:
-        held = self._knowledge(version)
-        first = int(held.entry_N[0]) if len(held) else -1
-        return _Part(held.name, held.fingerprint, held.sizes, len(held), first)
+        part = self._knowledge(version)
+        first = int(part.entry_N[0]) if len(part) else -1
+        return _Part(part.name, part.fingerprint, part.sizes, len(part), first)
 
     def search(
         self, version: int, query_BQ: np.ndarray, k: int, own_B: np.ndarray | None, cosine: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        held = self._knowledge(version)
-        if not len(held):
-            return tuple(part.numpy() for part in nothing(len(query_BQ), k))  # pyright: ignore[reportReturnType]
-        found = held.table.top(_tensor(query_BQ), k, None if own_B is None else _tensor(own_B), cosine)
-        return found.entry_BK.numpy(), found.score_BK.numpy()
+        part = self._knowledge(version)
+        best = no_entries(len(query_BQ), k)
+        if len(part):
+            best = part.table.top(_tensor(query_BQ), k, None if own_B is None else _tensor(own_B), cosine)
+        return best.entry_BK.numpy(), best.score_BK.numpy()
 
     def vectors(self, version: int, entry_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         key_MQ, value_MD = self._knowledge(version).vectors(_tensor(entry_M))
@@ -82,25 +78,25 @@ class KnowledgeShard:
 
 
 def start_shards(folder: Path | str, shards: int, cpus: float = 1) -> list[Any]:
-    """Actors that hold a memory in `shards` parts, spread over the cluster. They live as long as who holds this list.
+    """Actors for a memory in `shards` parts, spread over the cluster. They live as long as this list.
 
     Args:
-        folder: seen by every node.
-        cpus: that each asks of Ray.
+        folder: visible to every node.
+        cpus: CPUs of each actor.
     """
     import ray
 
     options: dict[str, Any] = {"num_cpus": cpus, "max_restarts": -1, "max_task_retries": -1}
     actor: Any = ray.remote(**options, scheduling_strategy="SPREAD")(KnowledgeShard)
-    where, threads = str(Path(folder).resolve()), max(1, int(cpus))
-    return [actor.remote(where, part, shards, threads) for part in range(shards)]
+    path, threads = str(Path(folder).resolve()), max(1, int(cpus))
+    return [actor.remote(path, part, shards, threads) for part in range(shards)]
 
 
 class ShardedKnowledge:
-    """A version of a memory that actors hold (`knowledge.Knowledge`).
+    """A version of a memory in actors (`knowledge.Knowledge`).
 
     Raises:
-        UserError: the memory or the version is not there.
+        UserError: there is no such memory or version.
     """
 
     def __init__(self, shards: Sequence[Any], version: int) -> None:
@@ -119,9 +115,9 @@ class ShardedKnowledge:
         require_entries(self.name, len(self), k)
         own = None if own_B is None else own_B.cpu().numpy()
         parts = self._all("search", query_BQ.detach().float().cpu().numpy(), k, own, cosine)
-        found = merge([RetrievedEntries(_tensor(entry), _tensor(score)) for entry, score in parts], k)
-        require_found(self.name, found)
-        return found
+        best = merge([RetrievedEntries(_tensor(entry), _tensor(score)) for entry, score in parts], k)
+        require_k(self.name, best)
+        return best
 
     def vectors(self, entry_M: Tensor) -> tuple[Tensor, Tensor]:
         """As `Knowledge.vectors`."""
@@ -147,36 +143,37 @@ class ShardedKnowledge:
         return self._pieces(document_B).sum(0)
 
     def piece_of(self, document_B: Tensor, number_B: Tensor) -> Tensor:
-        """As `Knowledge.piece_of`: parts are in the order of ids, so a later part's numbers go on from the former's."""
+        """As `Knowledge.piece_of`: parts are in the order of ids, so numbering continues from part to part."""
         count_SB = self._pieces(document_B)
         number_SB = number_B.cpu() - (count_SB.cumsum(0) - count_SB)
         document = document_B.cpu().numpy()
-        asked = [
+        answers = [
             shard.piece_of.remote(self.version, document, number_B.numpy())
             for shard, number_B in zip(self._shards, number_SB)
         ]
-        return torch.stack([_tensor(part) for part in _get(asked)]).max(0).values
+        return torch.stack([_tensor(entry_B) for entry_B in _get(answers)]).max(0).values
 
     def _pieces(self, document_B: Tensor) -> Tensor:
-        """Of each part `[S, B]`."""
+        """`pieces_of` of each part `[S, B]`."""
         return torch.stack([_tensor(part) for part in self._all("pieces_of", document_B.cpu().numpy())])
 
     def _all(self, method: str, *arguments: Any) -> list[Any]:
         return _get([getattr(shard, method).remote(self.version, *arguments) for shard in self._shards])
 
     def _routed(self, method: str, entry_M: Tensor) -> list[tuple[Tensor, Any]]:
-        """Ask each actor about its entries: (their places in `entry_M`, its answer)."""
+        """Call each actor with its entries: (their places in `entry_M`, its answer)."""
         owner = np.searchsorted(self._first_ids, entry_M.numpy(), side="right") - 1
-        asked = []
+        places, answers = [], []
         for number in np.unique(owner):
             place = torch.from_numpy(np.flatnonzero(owner == number))
-            shard = self._shards[self._filled[max(0, number)]]  # ids before the first are refused there
-            asked.append((place, getattr(shard, method).remote(self.version, entry_M[place].numpy())))
-        return list(zip([place for place, _ in asked], _get([answer for _, answer in asked])))
+            shard = self._shards[self._filled[max(0, number)]]  # it rejects ids before the first
+            places.append(place)
+            answers.append(getattr(shard, method).remote(self.version, entry_M[place].numpy()))
+        return list(zip(places, _get(answers)))
 
 
 def _get(answers: list[Any]) -> list[Any]:
-    """Answers of actors; a `UserError` there is one here."""
+    """The actors' answers; raises an actor's `UserError` itself."""
     import ray
     from ray.exceptions import RayTaskError
 
@@ -187,4 +184,4 @@ def _get(answers: list[Any]) -> list[Any]:
 
 
 def _tensor(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.array(array))  # what comes from the object store is read-only
+    return torch.from_numpy(np.array(array))  # arrays of the object store are read-only

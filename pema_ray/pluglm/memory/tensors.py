@@ -1,4 +1,4 @@
-"""Reads a version, or a part of it, from disk into tensors. Imports no Ray.
+"""Reads entries of a version from disk into tensors. Imports no Ray.
 
 Shapes: N entries, Q query size, D hidden size.
 """
@@ -19,12 +19,12 @@ from pema_ray.pluglm.memory.versions import Version
 from pema_ray.pluglm.model.knowledge import LocalKnowledge
 from pema_ray.runtime.hardware import DTYPES
 
-pc: Any = pyarrow.compute  # made at run time, so that no type checker knows its functions
+pc: Any = pyarrow.compute  # generated at run time: type checkers do not know its functions
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Which entries; `part` (i, n) is the i-th of n equal parts of what the others leave, in the order of ids."""
+class EntryFilter:
+    """Selects entries; `part` (i, n) is the i-th of n equal parts, in the order of ids, of the otherwise selected."""
 
     tags: frozenset[str] = frozenset()
     without_tags: frozenset[str] = frozenset()
@@ -32,60 +32,60 @@ class Choice:
     part: tuple[int, int] = (0, 1)
 
 
-def hold(folder: Path, version: Version, name: str, choice: Choice) -> LocalKnowledge:
-    """The chosen entries of a version, in the order of their ids."""
+def load_entries(folder: Path, version: Version, name: str, selected: EntryFilter) -> LocalKnowledge:
+    """The selected entries of a version, in the order of their ids."""
     ids, rows = [], []
     for segment in version.segments:
-        row = _chosen(folder, segment, choice)
-        numbers = read_documents(folder, segment.documents, ["entry_id"])["entry_id"].to_numpy()
-        ids.append(numbers[row] + segment.id_offset)
+        row = _selected_rows(folder, segment, selected)
+        segment_ids = read_documents(folder, segment.documents, ["entry_id"])["entry_id"].to_numpy()
+        ids.append(segment_ids[row] + segment.id_offset)
         rows.append(row)
-    owner = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-    everything, row = np.concatenate([[], *ids]).astype(np.int64), np.concatenate([[], *rows]).astype(np.int64)
-    order = np.argsort(everything, kind="stable")
-    i, n = choice.part
+    segment_N = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    entry_N, row_N = np.concatenate([[], *ids]).astype(np.int64), np.concatenate([[], *rows]).astype(np.int64)
+    order = np.argsort(entry_N, kind="stable")
+    i, n = selected.part
     order = order[len(order) * i // n : len(order) * (i + 1) // n]
-    return _read(folder, version, name, everything[order], owner[order], row[order])
+    return _read(folder, version, name, entry_N[order], segment_N[order], row_N[order])
 
 
-def _chosen(folder: Path, segment: Segment, choice: Choice) -> np.ndarray:
-    """Rows of a segment that are there and wanted."""
-    wanted = np.ones(segment.rows, bool)
-    wanted[list(segment.dropped)] = False
-    if choice.sources:
+def _selected_rows(folder: Path, segment: Segment, selected: EntryFilter) -> np.ndarray:
+    """Rows of a segment that this version has and the filter selects."""
+    mask = np.ones(segment.rows, bool)
+    mask[list(segment.dropped)] = False
+    if selected.sources:
         source = read_documents(folder, segment.documents, ["source"])["source"]
-        wanted &= pc.is_in(source, value_set=pa.array(sorted(choice.sources))).to_numpy(zero_copy_only=False)
-    if choice.tags or choice.without_tags:
-        tags = [set(one) for one in read_documents(folder, segment.documents, ["tags"])["tags"].to_pylist()]
-        if choice.tags:
-            wanted &= [bool(one & choice.tags) for one in tags]
-        wanted &= [not one & choice.without_tags for one in tags]
-    return np.flatnonzero(wanted)
+        mask &= pc.is_in(source, value_set=pa.array(sorted(selected.sources))).to_numpy(zero_copy_only=False)
+    if selected.tags or selected.without_tags:
+        tags_of_rows = read_documents(folder, segment.documents, ["tags"])["tags"].to_pylist()
+        if selected.tags:
+            mask &= [not selected.tags.isdisjoint(tags) for tags in tags_of_rows]
+        mask &= [selected.without_tags.isdisjoint(tags) for tags in tags_of_rows]
+    return np.flatnonzero(mask)
 
 
 def _read(
-    folder: Path, version: Version, name: str, entry_N: np.ndarray, owner_N: np.ndarray, row_N: np.ndarray
+    folder: Path, version: Version, name: str, entry_N: np.ndarray, segment_N: np.ndarray, row_N: np.ndarray
 ) -> LocalKnowledge:
-    """Rows `row_N` of segments `owner_N`."""
+    """Rows `row_N` of segments `segment_N`."""
     N, dtype = len(entry_N), DTYPES[version.dtype]
     key_NQ = torch.empty(N, version.query_size, dtype=dtype)
     value_ND = torch.empty(N, version.hidden_size, dtype=dtype)
     document_N = np.zeros(N, np.int64)
     length_N = np.zeros(N, np.int64)
-    taken: dict[int, tuple[np.ndarray, pa.Table]] = {}
-    for index in np.unique(owner_N):
-        segment, place = version.segments[index], np.flatnonzero(owner_N == index)
+    token_lists: list[tuple[np.ndarray, pa.ChunkedArray]] = []
+    for index in np.unique(segment_N):
+        segment, place = version.segments[index], np.flatnonzero(segment_N == index)
         row = row_N[place]
         key, value = read_vectors(folder, segment.vectors)
         key_NQ[torch.from_numpy(place)], value_ND[torch.from_numpy(place)] = key[row], value[row]
         table = read_documents(folder, segment.documents, ["document", "token_ids"]).take(row)
         document_N[place] = table["document"].to_numpy()
         length_N[place] = pc.list_value_length(table["token_ids"]).to_numpy()
-        taken[index] = place, table
+        token_lists.append((place, table["token_ids"]))
     end_N = length_N.cumsum()
     token = np.zeros(int(end_N[-1]) if N else 0, np.int32)
-    for place, table in taken.values():
-        flat = table["token_ids"].combine_chunks().flatten().to_numpy()
+    for place, token_ids in token_lists:
+        flat = token_ids.combine_chunks().flatten().to_numpy()
         length = length_N[place]
         before = length.cumsum() - length
         begin = end_N[place] - length

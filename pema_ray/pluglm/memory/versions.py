@@ -1,8 +1,8 @@
-"""The versions of a memory: each one manifest, published whole or not at all, never changed.
+"""The versions of a memory: one immutable manifest each, published atomically.
 
-`versions/<number>.json` lists the segments that a version consists of. The current version is the one with the highest
-number: there is no pointer that could disagree. A version is published by giving its file a name that must be free, so
-of two editors who build on the same parent one succeeds, and the other is told.
+`versions/<number>.json` lists a version's segments. The current version has the highest number; no pointer can
+disagree. Publishing links a file to a name that must be free: of two editors on the same parent one succeeds, and the
+other gets a `VersionConflict`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PRUNED = '{"pruned": true}\n'
 
 
 class VersionConflict(UserError):
-    """Somebody else published on top of the same version."""
+    """Another editor published on the same version."""
 
     def __init__(self, folder: str, parent: int, current: int) -> None:
         super().__init__(
@@ -50,11 +50,11 @@ class DamagedVersion(UserError):
         folder, version = Path(path).parent.parent, int(Path(path).stem)
         older = [n for n in numbers(folder) if n < version and not is_pruned(folder, n)]
         older = [n for n in older if isinstance(_fields(_path(folder, n)), dict)]
-        mend = "No older version is left to publish again; build the memory anew."
+        remedy = "No older version is left to publish again; build the memory anew."
         if older:
             command = f"pema-ray pluglm memory swap {folder} {folder} --version {older[-1]}"
-            mend = f"Publish an older version again: {command}."
-        super().__init__(f"{path}: damaged: {what}. {mend}")
+            remedy = f"Publish an older version again: {command}."
+        super().__init__(f"{path}: damaged: {what}. {remedy}")
         self.path, self.what = path, what
 
     def __reduce__(self):
@@ -62,25 +62,25 @@ class DamagedVersion(UserError):
 
 
 class Version(Section):
-    """What a memory is at one point of its history."""
+    """The manifest of one version."""
 
     schema_version: int = SCHEMA_VERSION
     version: int
     parent: int | None
-    """The version that was edited; none: built."""
+    """The version that was edited; None: built."""
     action: str
-    """What was done to the parent, in words."""
+    """The edit, in words."""
     encoder: str
     """Name of the encoder of keys and values."""
     fingerprint: str
-    """Of it."""
+    """The encoder's fingerprint."""
     tokenizer_fingerprint: str
     query_size: int
     hidden_size: int
     dtype: str
     """Number format of keys and values."""
     next_id: int
-    """Of the next entry; ids are never given twice."""
+    """Id of the next entry; ids are never given twice."""
     segments: tuple[Segment, ...]
 
     @property
@@ -113,23 +113,23 @@ def sound(folder: Path) -> Iterator[Version]:
             try:
                 yield read(folder, number)
             except DamagedVersion as error:
-                logger.debug("%s", error)  # who opens it is told
+                logger.debug("%s", error)  # opening it raises this
 
 
 @contextmanager
 def lock(folder: Path, exclusive: bool) -> Iterator[None]:
-    """Editors hold it together, from their first file to their version's publication; pruning holds it alone, so that
-    no file goes which an editor has found and is about to name.
+    """Editors share it, from their first file to publication; pruning holds it alone, so that it deletes no file that
+    an editor is about to reuse.
     """
     path = folder / VERSIONS / _LOCK
     with ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(path.open("a+"))  # network disks share a lock among those that may read alone
+            file = stack.enter_context(path.open("a+"))  # network disks need a readable file for a shared lock
             fcntl.flock(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
         except OSError as error:
             raise UserError(f"{path}: cannot be locked: {error.strerror or error}. Nothing was changed.") from None
-        yield  # closing the file gives the lock back, and so does the death of a process
+        yield  # closing the file releases the lock, and so does the end of the process
 
 
 def read(folder: Path, version: int | None = None) -> Version:
@@ -139,29 +139,29 @@ def read(folder: Path, version: int | None = None) -> Version:
         UserError: there is no memory, or no such version.
         DamagedVersion: it cannot be read.
     """
-    known = numbers(folder)
-    if not known:
+    published = numbers(folder)
+    if not published:
         raise UserError(f"{folder}: no knowledge memory here. Make one: pema-ray pluglm memory build.")
-    version = known[-1] if version is None else version
-    if version not in known:
-        raise UserError(f"{folder}: no version {version}; there are {known[0]} to {known[-1]}.")
+    version = published[-1] if version is None else version
+    if version not in published:
+        raise UserError(f"{folder}: no version {version}; there are {published[0]} to {published[-1]}.")
     path = _path(folder, version)
     if is_pruned(folder, version):
-        raise UserError(f"{folder}: version {version} was pruned; version {known[-1]} is current.")
-    found = _fields(path)
-    if isinstance(found, str):
-        raise DamagedVersion(str(path), found)
-    if found.get("schema_version") != SCHEMA_VERSION:
-        raise UserError(f"{path}: schema version {found.get('schema_version')}, this version reads {SCHEMA_VERSION}.")
-    return validate(Version, found, str(path))
+        raise UserError(f"{folder}: version {version} was pruned; version {published[-1]} is current.")
+    fields = _fields(path)
+    if isinstance(fields, str):
+        raise DamagedVersion(str(path), fields)
+    if fields.get("schema_version") != SCHEMA_VERSION:
+        raise UserError(f"{path}: schema version {fields.get('schema_version')}, this version reads {SCHEMA_VERSION}.")
+    return validate(Version, fields, str(path))
 
 
 def _fields(path: Path) -> dict[str, Any] | str:
-    """A manifest's fields, or what is wrong with it."""
+    """A manifest's fields, or its fault in words."""
     try:
-        found = json.loads(path.read_text(errors="replace"))
-        if found.pop(_CHECKSUM, None) == _checksum(found):
-            return found
+        fields = json.loads(path.read_text(errors="replace"))
+        if fields.pop(_CHECKSUM, None) == _checksum(fields):
+            return fields
     except (ValueError, AttributeError) as error:
         return str(error)
     return "its checksum is not that of its contents"
@@ -183,7 +183,7 @@ def publish(folder: Path, version: Version) -> None:
             file.write(json.dumps({**fields, _CHECKSUM: _checksum(fields)}) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        os.link(temporary, path)  # fails where the name is taken: this is the comparing and swapping
+        os.link(temporary, path)  # fails if the name is taken: an atomic compare-and-swap
     except FileExistsError:
         raise VersionConflict(str(folder), version.parent or 0, numbers(folder)[-1]) from None
     except OSError as error:
@@ -193,7 +193,7 @@ def publish(folder: Path, version: Version) -> None:
 
 
 def forget(folder: Path, version: int) -> None:
-    """Empty a version's manifest. Its number stays taken, so that nobody publishes on top of an older one."""
+    """Empty a version's manifest. Its number stays taken, so that no edit publishes on an older version."""
     with atomic_file(_path(folder, version)) as temporary:
         temporary.write_text(_PRUNED)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class AttentivePooling(nn.Module):
-    """One vector of many: weights ∝ mask · exp(w2ᵀ tanh(W1 x))."""
+    """Weighted mean of vectors: weights ∝ mask · exp(w2ᵀ tanh(W1 x))."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -19,7 +19,7 @@ class AttentivePooling(nn.Module):
         self.score = nn.Linear(hidden_size, 1)
 
     def forward(self, state_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-        """`[B, D]`; `mask_BT` is true (or 1) at positions that count, at least one in every row."""
+        """`[B, D]`; `mask_BT` is true (or 1) at tokens, of which every row has at least one."""
         score_BT = self.score(torch.tanh(self.hidden(state_BTD))).squeeze(-1)
         # exp of the raw score, as published, overflows in half precision; the softmax is the same quotient.
         weight_BT = score_BT.float().masked_fill(~mask_BT.bool(), -torch.inf).softmax(-1).to(state_BTD.dtype)
@@ -41,7 +41,7 @@ class KnowledgeAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, state_BTD: Tensor, cosine_BK: Tensor, value_BKD: Tensor) -> tuple[Tensor, Tensor]:
-        """(what the tokens read `[B, T, D]`, how much of each entry `[B, T, K]`, the mean over heads)."""
+        """(output `[B, T, D]`, weights of the entries `[B, T, K]`, averaged over heads)."""
         B, T, D = state_BTD.shape
         query_BHTd = self._split(self.query(state_BTD))
         key_BHKd = self._split(self.key(value_BKD))

@@ -1,4 +1,4 @@
-"""What a PlugLM model is made of: a backbone and its memory layers. Knows transformers alone."""
+"""Configuration of a PlugLM model: a backbone and its memory layers. Knows transformers alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pema_ray.errors import UserError, nearest
 
 KnowledgeAttentionKind = Literal["multi_head", "sentence_level"]
 RetrievalKind = Literal["inner_product", "cosine"]
-# Of the BERT family, with the same parts under the same names: embeddings, encoder.layer[i].attention, …
+# The BERT family: the same parts under the same names (embeddings, encoder.layer[i].attention, …).
 BACKBONES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 
 
@@ -26,9 +26,9 @@ class PlugLMConfig(PreTrainedConfig):
     }
 
     backbone: PreTrainedConfig | dict | None = None
-    """Of the ordinary encoder, its attention and its embeddings."""
+    """Config of the encoder: its ordinary layers, attention and embeddings."""
     memory_layers: int = 1
-    """M: the last so many layers attend to the memory."""
+    """M: the last M layers attend to the memory."""
     memory_feed_forward: int = 768
     """Width of the feed-forward network in parallel to knowledge attention; 0: replaced by it."""
     knowledge_attention: str = "multi_head"
@@ -42,9 +42,9 @@ class PlugLMConfig(PreTrainedConfig):
     max_document_tokens: int = 288
     """L, special tokens included."""
     retrieval: str = "inner_product"
-    """What ranks entries; `cosine` (a departure) is what the attention's bias measures too."""
+    """Ranks entries; `cosine` (a departure) is also the attention's bias."""
     value_pooler: bool = False
-    """A pooler of its own for values (a departure): what is found by need not be what is read."""
+    """A separate pooler for values (a departure)."""
     exclude_own: bool = False
     """A sequence does not retrieve the document it was cut from (`own_document`)."""
     fix_keys: bool = False
@@ -52,7 +52,7 @@ class PlugLMConfig(PreTrainedConfig):
     fix_values: bool = False
     """The same of values."""
     memory_fingerprint: str | None = None
-    """Of the memories this model reads, once it was trained away from its own knowledge encoder; none: of its own."""
+    """Fingerprint of the memories this model reads, if fine-tuning changed its own knowledge encoder; None: its own."""
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
     pad_token_id: int | None = None
@@ -67,23 +67,23 @@ class PlugLMConfig(PreTrainedConfig):
         self.pad_token_id = backbone.pad_token_id
         self.tie_word_embeddings = bool(getattr(backbone, "tie_word_embeddings", True))
         for name, kinds in (("knowledge_attention", KnowledgeAttentionKind), ("retrieval", RetrievalKind)):
-            value, known = getattr(self, name), get_args(kinds)
-            if value not in known:
-                raise UserError(f"PlugLM {name} '{value}': use {' or '.join(known)}.{nearest(value, known)}")
+            value, choices = getattr(self, name), get_args(kinds)
+            if value not in choices:
+                raise UserError(f"PlugLM {name} '{value}': use {' or '.join(choices)}.{nearest(value, choices)}")
         if not 1 <= self.memory_layers <= self.num_hidden_layers:
             raise UserError(
                 f"PlugLM memory_layers={self.memory_layers}: the backbone has {self.num_hidden_layers} layers."
             )
-        for name, least in (("memory_feed_forward", 0), ("query_size", 1), ("top_k", 1), ("max_document_tokens", 3)):
-            if getattr(self, name) < least:
-                raise UserError(f"PlugLM {name}={getattr(self, name)}: at least {least}.")
+        for name, minimum in (("memory_feed_forward", 0), ("query_size", 1), ("top_k", 1), ("max_document_tokens", 3)):
+            if getattr(self, name) < minimum:
+                raise UserError(f"PlugLM {name}={getattr(self, name)}: at least {minimum}.")
         if self.max_document_tokens > self.document_positions:
             raise UserError(
                 f"PlugLM max_document_tokens={self.max_document_tokens}: the backbone has {self.document_positions} "
                 "positions."
             )
 
-    # What transformers, its Trainer and its pipelines look for is the backbone's.
+    # The backbone's sizes, under the names that transformers, its Trainer and its pipelines read.
 
     @property
     def hidden_size(self) -> int:
@@ -111,13 +111,9 @@ class PlugLMConfig(PreTrainedConfig):
 
     @property
     def document_positions(self) -> int:
-        """Tokens that fit: RoBERTa counts positions from behind its padding id."""
-        offset = (
-            self._backbone.pad_token_id + 1
-            if "roberta" in self._backbone.model_type or (self._backbone.model_type == "camembert")
-            else 0
-        )
-        return self.max_position_embeddings - offset
+        """Tokens that fit: RoBERTa and CamemBERT count positions from behind the padding id."""
+        is_roberta = self._backbone.model_type in ("roberta", "xlm-roberta", "camembert")
+        return self.max_position_embeddings - (self._backbone.pad_token_id + 1 if is_roberta else 0)
 
     @property
     def _backbone(self) -> Any:

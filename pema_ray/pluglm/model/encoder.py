@@ -27,7 +27,7 @@ from pema_ray.pluglm.model.memory_layer import Fetched, MemoryLayer, Retrieved
 
 
 class StaleKeys(UserError):
-    """A memory's keys were made by another knowledge encoder than the one that would read them."""
+    """A memory's keys were made by another knowledge encoder than the model's."""
 
     def __init__(self, memory: str, found: str, expected: str) -> None:
         super().__init__(
@@ -42,23 +42,23 @@ class StaleKeys(UserError):
 
 @dataclass
 class PlugLMOutput(ModelOutput):
-    """Of the encoder."""
+    """Output of the encoder."""
 
     last_hidden_state: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     retrieved: tuple[Retrieved, ...] | None = None
-    """Of each memory layer, where `output_retrieved` asked for it and a memory is attached."""
+    """Entries of each memory layer, with `output_retrieved` and an attached memory."""
 
 
 @dataclass
 class PlugLMMaskedLMOutput(MaskedLMOutput):
-    """Of the masked language model."""
+    """Output of the masked language model."""
 
     retrieved: tuple[Retrieved, ...] | None = None
 
 
 class PlugLMPreTrainedModel(PreTrainedModel):
-    """What all PlugLM models share: `self.model` is a `PlugLMModel` in each with a head."""
+    """Base of all PlugLM models; `self.model` is the `PlugLMModel` of a model with a head."""
 
     config_class = PlugLMConfig
     config: PlugLMConfig
@@ -71,7 +71,7 @@ class PlugLMPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, KnowledgeAttention):
-            initialization.ones_(module.beta)  # transformers' own leaves alone what a checkpoint has filled
+            initialization.ones_(module.beta)  # leaves a checkpoint's parameters alone
 
     @property
     def encoder(self) -> PlugLMModel:
@@ -79,17 +79,25 @@ class PlugLMPreTrainedModel(PreTrainedModel):
         return self if isinstance(self, PlugLMModel) else self.model
 
     def attach(self, knowledge: Knowledge | None, allow_stale: bool = False) -> None:
-        """Read this version of a memory from now on; a forward pass that is under way goes on with the one before.
+        """Read this version of a memory from now on; running forward passes keep the previous one.
 
         Args:
-            knowledge: None: go on without a memory; knowledge attention then adds nothing.
-            allow_stale: while training, keys may be older than the encoder.
+            knowledge: None: use no memory; knowledge attention then adds nothing.
+            allow_stale: accept keys of an older encoder, as in training.
 
         Raises:
             UserError: the memory is empty, too small, or of other sizes.
             StaleKeys: it was made by another knowledge encoder.
         """
-        self.encoder._attach(knowledge, allow_stale)
+        if knowledge is not None:
+            require_entries(knowledge.name, len(knowledge), self.config.top_k)
+            if knowledge.sizes != (sizes := (self.config.query_size, self.config.hidden_size)):
+                raise UserError(
+                    f"{knowledge.name}: keys and values of {knowledge.sizes} numbers, but this model reads {sizes}."
+                )
+            if not allow_stale and knowledge.fingerprint != (expected := self.fingerprint()):
+                raise StaleKeys(knowledge.name, knowledge.fingerprint, expected)
+        self.encoder._knowledge, self.encoder._attach_called = knowledge, True
 
     @property
     def knowledge(self) -> Knowledge | None:
@@ -97,7 +105,7 @@ class PlugLMPreTrainedModel(PreTrainedModel):
         return self.encoder._knowledge
 
     def fingerprint(self) -> str:
-        """16 hex digits: whose memories this model reads, its own encoder's unless it was trained away from that."""
+        """16 hex digits of the encoder whose memories this model reads: its own, or `config.memory_fingerprint`."""
         return self.config.memory_fingerprint or self.encoder.encoder_fingerprint()
 
 
@@ -116,7 +124,7 @@ class PlugLMModel(PlugLMPreTrainedModel):
             layers[index] = MemoryLayer(config, layers[index], parallel)
         self.knowledge_encoder = KnowledgeEncoder(config.hidden_size, config.query_size, config.value_pooler)
         self._knowledge: Knowledge | None = None
-        self._is_told = False
+        self._attach_called = False
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -144,44 +152,53 @@ class PlugLMModel(PlugLMPreTrainedModel):
                 not retrieve entries of its own document.
 
         Raises:
-            UserError: no memory was attached, or too few of its entries may be retrieved.
+            UserError: `attach` was not called, or too few entries may be retrieved.
         """
-        if not self._is_told:
+        if not self._attach_called:
             raise UserError(
                 "This PlugLM model has no memory yet: model.attach(knowledge), or model.attach(None) to go without."
             )
-        embedded_BTD = self._embed(input_ids, token_type_ids, position_ids, inputs_embeds)
+        embedded_BTD = self.backbone.embeddings(
+            input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids, inputs_embeds=inputs_embeds
+        )
+        if (project := self._embeddings_project) is not None:
+            embedded_BTD = project(embedded_BTD)
         mask_BT = (
             torch.ones(embedded_BTD.shape[:2], device=embedded_BTD.device) if attention_mask is None else attention_mask
         )
         backbone_mask = create_bidirectional_mask(
             config=self.backbone.config, inputs_embeds=embedded_BTD, attention_mask=attention_mask
         )
-        knowledge = self._knowledge  # one version for the whole pass, whatever is attached meanwhile
+        knowledge = self._knowledge  # one version for the whole pass, even if another one is attached meanwhile
         own_B = own_document if self.config.exclude_own else None
         fetch = None if knowledge is None else lambda query_BQ: self._fetch(knowledge, query_BQ, own_B)
-        state_BTD, states, used = embedded_BTD, [embedded_BTD], []
+        state_BTD, states, retrieved_by_layer = embedded_BTD, [embedded_BTD], []
         for layer in self.backbone.encoder.layer:
             if isinstance(layer, MemoryLayer):
                 state_BTD, retrieved = layer(state_BTD, backbone_mask, mask_BT, fetch)
-                used += [] if retrieved is None else [retrieved]
+                retrieved_by_layer += [] if retrieved is None else [retrieved]
             else:
-                found = layer(state_BTD, backbone_mask)
-                state_BTD = found[0] if isinstance(found, tuple) else found
+                output = layer(state_BTD, backbone_mask)
+                state_BTD = output[0] if isinstance(output, tuple) else output
             states.append(state_BTD)
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         return PlugLMOutput(
             last_hidden_state=state_BTD,
-            hidden_states=tuple(states) if wanted else None,
-            retrieved=tuple(used) if output_retrieved and used else None,
+            hidden_states=tuple(states) if output_hidden_states else None,
+            retrieved=tuple(retrieved_by_layer) if output_retrieved and retrieved_by_layer else None,
         )
 
     # ── the memory ──────────────────────────────────────────────────────────
 
+    @property
+    def _embeddings_project(self) -> nn.Module | None:
+        """ELECTRA's map from its narrower embeddings."""
+        return getattr(self.backbone, "embeddings_project", None)
+
     def document_model(self) -> DocumentModel:
-        """What encodes documents, sharing its weights with this model."""
-        project = getattr(self.backbone, "embeddings_project", None)
-        return DocumentModel(self.backbone.embeddings, project, self.knowledge_encoder)
+        """The document encoder; it shares its weights with this model."""
+        return DocumentModel(self.backbone.embeddings, self._embeddings_project, self.knowledge_encoder)
 
     def encode_documents(self, token_ML: Tensor, mask_ML: Tensor) -> tuple[Tensor, Tensor]:
         """(keys `[M, Q]`, values `[M, D]`) of documents, with gradients to the encoder and the embeddings."""
@@ -190,7 +207,7 @@ class PlugLMModel(PlugLMPreTrainedModel):
     def encoder_fingerprint(self, dtype: torch.dtype = torch.bfloat16) -> str:
         """16 hex digits that name the knowledge encoder: its weights and the embeddings', rounded to `dtype`.
 
-        As bfloat16, a model saved as float32 and loaded as bfloat16 goes on reading its memories.
+        With bfloat16, a model saved as float32 and loaded as bfloat16 still reads its memories.
         """
         digest = hashlib.sha256(f"pluglm {self.config.query_size} {self.config.max_document_tokens}".encode())
         for name, tensor in sorted(self.document_model().state_dict().items()):
@@ -198,28 +215,17 @@ class PlugLMModel(PlugLMPreTrainedModel):
             digest.update(tensor.detach().cpu().to(dtype).contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def _attach(self, knowledge: Knowledge | None, allow_stale: bool) -> None:
-        if knowledge is not None:
-            require_entries(knowledge.name, len(knowledge), self.config.top_k)
-            if knowledge.sizes != (wanted := (self.config.query_size, self.config.hidden_size)):
-                raise UserError(
-                    f"{knowledge.name}: keys and values of {knowledge.sizes} numbers, but this model reads {wanted}."
-                )
-            if not allow_stale and knowledge.fingerprint != (expected := self.fingerprint()):
-                raise StaleKeys(knowledge.name, knowledge.fingerprint, expected)
-        self._knowledge, self._is_told = knowledge, True
-
     def _fetch(self, knowledge: Knowledge, query_BQ: Tensor, own_B: Tensor | None) -> Fetched:
-        """What a memory layer reads: indices from stored keys; while training, documents are encoded again."""
+        """Entries for a memory layer, found by stored keys; in training, their documents are encoded again."""
         c = self.config
         entry_BK, score_BK = knowledge.search(query_BQ.detach(), c.top_k, own_B, cosine=c.retrieval == "cosine")
         fresh_keys, fresh_values = self.training and not c.fix_keys, self.training and not c.fix_values
         key_BKQ = value_BKD = None
         if fresh_keys or fresh_values:
-            entry_M, place_BK = entry_BK.unique(return_inverse=True)
-            token_ML, mask_ML = (t.to(query_BQ.device) for t in knowledge.tokens(entry_M))
+            entry_M, row_BK = entry_BK.unique(return_inverse=True)
+            token_ML, mask_ML, row_BK = (t.to(query_BQ.device) for t in (*knowledge.tokens(entry_M), row_BK))
             key_MQ, value_MD = self.encode_documents(token_ML, mask_ML)
-            key_BKQ, value_BKD = key_MQ[place_BK.to(query_BQ.device)], value_MD[place_BK.to(query_BQ.device)]
+            key_BKQ, value_BKD = key_MQ[row_BK], value_MD[row_BK]
         if not (fresh_keys and fresh_values):
             stored_key, stored_value = (t.to(query_BQ) for t in knowledge.vectors(entry_BK))
             key_BKQ = key_BKQ if fresh_keys else stored_key
@@ -227,19 +233,6 @@ class PlugLMModel(PlugLMPreTrainedModel):
         assert key_BKQ is not None
         assert value_BKD is not None
         return Fetched(entry_BK, score_BK, key_BKQ, value_BKD)
-
-    def _embed(
-        self,
-        input_ids: Tensor | None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-    ) -> Tensor:
-        embedded_BTD = self.backbone.embeddings(
-            input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids, inputs_embeds=inputs_embeds
-        )
-        project = getattr(self.backbone, "embeddings_project", None)  # ELECTRA's, of another width
-        return embedded_BTD if project is None else project(embedded_BTD)
 
 
 class MaskedLMHead(nn.Module):
@@ -260,7 +253,7 @@ class MaskedLMHead(nn.Module):
 
 
 class PlugLMForMaskedLM(PlugLMPreTrainedModel):
-    """The encoder with a masked-language-model head; what pre-training makes and `fill-mask` uses."""
+    """The encoder with a masked-language-model head, for pre-training and `fill-mask`."""
 
     _tied_weights_keys = {"head.decoder.weight": "model.backbone.embeddings.word_embeddings.weight"}
 
@@ -272,7 +265,7 @@ class PlugLMForMaskedLM(PlugLMPreTrainedModel):
 
     @classmethod
     def from_backbone(cls, name: str, seed: int = 0, **settings: Any) -> PlugLMForMaskedLM:
-        """A model whose ordinary parts are a BERT-family checkpoint's; what is new is drawn with `seed`.
+        """A model around a BERT-family checkpoint; its new weights are drawn with `seed`.
 
         Args:
             name: a hub name or folder.
@@ -297,11 +290,11 @@ class PlugLMForMaskedLM(PlugLMPreTrainedModel):
         **options: Any,
     ) -> PlugLMMaskedLMOutput:
         """Logits `[B, T, V]`; with labels (-100 where none) their mean cross entropy. `options`: the encoder's."""
-        found = self.model(input_ids, attention_mask, token_type_ids, **options)
-        logits_BTV = self.head(found.last_hidden_state)
+        encoded = self.model(input_ids, attention_mask, token_type_ids, **options)
+        logits_BTV = self.head(encoded.last_hidden_state)
         loss = None if labels is None else mean_entropy(logits_BTV, labels)
         return PlugLMMaskedLMOutput(
-            loss=loss, logits=logits_BTV, hidden_states=found.hidden_states, retrieved=found.retrieved
+            loss=loss, logits=logits_BTV, hidden_states=encoded.hidden_states, retrieved=encoded.retrieved
         )
 
 

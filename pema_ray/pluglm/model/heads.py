@@ -1,6 +1,6 @@
 """PlugLM with heads for tasks: a label or a number for a sequence, a label for each token, a span as an answer.
 
-`from_pretrained` of a pre-trained folder takes the encoder and leaves the masked-language-model head.
+`from_pretrained` of a pre-trained folder loads the encoder without the masked-language-model head.
 
 Shapes: B sequences, T positions, D hidden size, C classes.
 """
@@ -32,21 +32,21 @@ from pema_ray.pluglm.model.memory_layer import Retrieved
 
 @dataclass
 class PlugLMClassifierOutput(SequenceClassifierOutput):
-    """Of a classifier of sequences."""
+    """Output of a classifier of sequences."""
 
     retrieved: tuple[Retrieved, ...] | None = None
 
 
 @dataclass
 class PlugLMTokenOutput(TokenClassifierOutput):
-    """Of a classifier of tokens."""
+    """Output of a classifier of tokens."""
 
     retrieved: tuple[Retrieved, ...] | None = None
 
 
 @dataclass
 class PlugLMAnswerOutput(QuestionAnsweringModelOutput):
-    """Of extractive question answering."""
+    """Output of extractive question answering."""
 
     retrieved: tuple[Retrieved, ...] | None = None
 
@@ -57,7 +57,7 @@ def _dropout(config: PlugLMConfig) -> nn.Dropout:
 
 
 class PlugLMForSequenceClassification(PlugLMPreTrainedModel):
-    """The first token's state, dense and tanh, as BERT's pooler, to C classes; or to one number (`regression`)."""
+    """BERT's pooler (dense and tanh on the first token's state), then C classes or one number (`regression`)."""
 
     def __init__(self, config: PlugLMConfig) -> None:
         super().__init__(config)
@@ -76,15 +76,15 @@ class PlugLMForSequenceClassification(PlugLMPreTrainedModel):
         **options: Any,
     ) -> PlugLMClassifierOutput:
         """Logits `[B, C]`; labels `[B]` are classes, or numbers where `config.problem_type` is "regression"."""
-        found = self.model(input_ids, attention_mask, token_type_ids, **options)
-        logits_BC = self.classifier(self.dropout(torch.tanh(self.pooler(found.last_hidden_state[:, 0]))))
+        encoded = self.model(input_ids, attention_mask, token_type_ids, **options)
+        logits_BC = self.classifier(self.dropout(torch.tanh(self.pooler(encoded.last_hidden_state[:, 0]))))
         loss = None
         if labels is not None and self.config.problem_type == "regression":
             loss = F.mse_loss(logits_BC.squeeze(-1).float(), labels.float())
         elif labels is not None:
             loss = F.cross_entropy(logits_BC.float(), labels)
         return PlugLMClassifierOutput(
-            loss=loss, logits=logits_BC, hidden_states=found.hidden_states, retrieved=found.retrieved
+            loss=loss, logits=logits_BC, hidden_states=encoded.hidden_states, retrieved=encoded.retrieved
         )
 
 
@@ -107,11 +107,11 @@ class PlugLMForTokenClassification(PlugLMPreTrainedModel):
         **options: Any,
     ) -> PlugLMTokenOutput:
         """Logits `[B, T, C]`; labels `[B, T]`, -100 where none."""
-        found = self.model(input_ids, attention_mask, token_type_ids, **options)
-        logits_BTC = self.classifier(self.dropout(found.last_hidden_state))
+        encoded = self.model(input_ids, attention_mask, token_type_ids, **options)
+        logits_BTC = self.classifier(self.dropout(encoded.last_hidden_state))
         loss = None if labels is None else mean_entropy(logits_BTC, labels)
         return PlugLMTokenOutput(
-            loss=loss, logits=logits_BTC, hidden_states=found.hidden_states, retrieved=found.retrieved
+            loss=loss, logits=logits_BTC, hidden_states=encoded.hidden_states, retrieved=encoded.retrieved
         )
 
 
@@ -134,8 +134,8 @@ class PlugLMForQuestionAnswering(PlugLMPreTrainedModel):
         **options: Any,
     ) -> PlugLMAnswerOutput:
         """Logits `[B, T]` of starts and ends; padding is never one."""
-        found = self.model(input_ids, attention_mask, token_type_ids, **options)
-        logits_BT2 = self.qa_outputs(found.last_hidden_state).float()
+        encoded = self.model(input_ids, attention_mask, token_type_ids, **options)
+        logits_BT2 = self.qa_outputs(encoded.last_hidden_state).float()
         if attention_mask is not None:
             logits_BT2 = logits_BT2.masked_fill(~attention_mask.bool().unsqueeze(-1), torch.finfo(torch.float32).min)
         start_BT, end_BT = logits_BT2.unbind(-1)
@@ -143,8 +143,8 @@ class PlugLMForQuestionAnswering(PlugLMPreTrainedModel):
         if start_positions is not None and end_positions is not None:
             loss = (F.cross_entropy(start_BT, start_positions) + F.cross_entropy(end_BT, end_positions)) / 2
         return PlugLMAnswerOutput(
-            loss=loss, start_logits=start_BT, end_logits=end_BT, hidden_states=found.hidden_states,
-            retrieved=found.retrieved,
+            loss=loss, start_logits=start_BT, end_logits=end_BT, hidden_states=encoded.hidden_states,
+            retrieved=encoded.retrieved,
         )  # fmt: skip
 
 

@@ -1,7 +1,6 @@
-"""What a model asks of its memory, and a memory held in this process. Knows torch and numpy; imports no Ray.
+"""The interface between a model and its memory, and a memory in this process. Knows torch and numpy; imports no Ray.
 
-Entries are named by their ids, which stay the same from version to version. Documents are named by strings; in
-tensors, by `document_code` of them.
+An entry keeps its id from version to version. A document has a string id; tensors hold its `document_code`.
 
 Shapes: B sequences, Q query size, D hidden size, K retrieved entries, N entries, M entries of any choice, L tokens.
 """
@@ -38,20 +37,17 @@ class Knowledge(Protocol):
     @property
     def name(self) -> str:
         """`<memory> version <n>`, for messages and answers."""
-        ...
 
     @property
     def version(self) -> int: ...
 
     @property
     def fingerprint(self) -> str:
-        """Of the knowledge encoder that made its keys and values."""
-        ...
+        """Fingerprint of the knowledge encoder that made its keys and values."""
 
     @property
     def sizes(self) -> tuple[int, int]:
         """(Q, D)"""
-        ...
 
     def __len__(self) -> int: ...
 
@@ -59,44 +55,39 @@ class Knowledge(Protocol):
         """The `k` entries with the largest q · key (or cosine), exactly; equal ones by entry id.
 
         Args:
-            own_B: document codes; a sequence does not find entries of its own document. None: all may be found.
+            own_B: document codes; a sequence does not retrieve entries of its own document. None: no exclusion.
 
         Raises:
-            UserError: the memory is empty, or has fewer than `k` entries that may be found.
+            UserError: the memory is empty, or a sequence may retrieve fewer than `k` entries.
         """
-        ...
 
     def vectors(self, entry_M: Tensor) -> tuple[Tensor, Tensor]:
-        """Stored (keys `[M, Q]`, values `[M, D]`) as float32 on the CPU; `entry_M` of any shape, which is kept."""
-        ...
+        """Stored (keys `[M, Q]`, values `[M, D]`) as float32 on the CPU; `entry_M` may have any shape."""
 
     def tokens(self, entry_M: Tensor) -> Tokens:
-        """Documents of entries, to be encoded again."""
-        ...
+        """Tokens of the entries' documents."""
 
     def pieces_of(self, document_B: Tensor) -> Tensor:
-        """How many entries each document (by code) has `[B]`."""
-        ...
+        """Number of entries of each document, by code `[B]`."""
 
     def piece_of(self, document_B: Tensor, number_B: Tensor) -> Tensor:
-        """The entry id of each document's `number`-th entry, from 0, by ids `[B]`; -1 where there is none."""
-        ...
+        """Id of each document's `number`-th entry, from 0, in the order of ids `[B]`; -1 where there is none."""
 
 
 def document_code(document_id: str) -> int:
-    """A document's name as a number for tensors: the same in every process and version, never `NO_DOCUMENT`."""
+    """A hash of a document's id for tensors: the same in every process and version, never `NO_DOCUMENT`."""
     code = int.from_bytes(hashlib.blake2b(document_id.encode(), digest_size=8).digest(), "little", signed=True)
     return code or 1
 
 
 def document_codes(document_ids: Sequence[str]) -> np.ndarray:
-    """`document_code` of many, int64; an empty name is no document."""
-    return np.array([document_code(one) if one else NO_DOCUMENT for one in document_ids], np.int64)
+    """`document_code` of each id, int64; an empty id is no document."""
+    return np.array([document_code(name) if name else NO_DOCUMENT for name in document_ids], np.int64)
 
 
 @dataclass(frozen=True)
 class LocalKnowledge:
-    """A memory's version in this process's memory. Ids ascend.
+    """A version of a memory, loaded into this process. Ids ascend.
 
     Attributes:
         key_NQ, value_ND: float32, float16 or bfloat16, as stored.
@@ -120,7 +111,7 @@ class LocalKnowledge:
 
     @cached_property
     def table(self) -> KeyTable:
-        """What is searched."""
+        """The searchable keys."""
         return KeyTable(self.key_NQ, self.entry_N, self.document_N)
 
     @property
@@ -132,9 +123,9 @@ class LocalKnowledge:
 
     def search(self, query_BQ: Tensor, k: int, own_B: Tensor | None = None, cosine: bool = False) -> RetrievedEntries:
         require_entries(self.name, len(self), k)
-        found = self.table.top(query_BQ, k, own_B, cosine)
-        require_found(self.name, found)
-        return found
+        retrieved = self.table.top(query_BQ, k, own_B, cosine)
+        require_k(self.name, retrieved)
+        return retrieved
 
     def vectors(self, entry_M: Tensor) -> tuple[Tensor, Tensor]:
         row = self.rows(entry_M)
@@ -157,7 +148,7 @@ class LocalKnowledge:
         return self.table.piece_of(document_B, number_B)
 
     def rows(self, entry_M: Tensor) -> Tensor:
-        """Where entries stand. Raises `UserError` for one that is not there."""
+        """Rows of entries. Raises `UserError` for an unknown id."""
         entry_M = entry_M.cpu()
         row = torch.searchsorted(self.entry_N, entry_M).clamp_max(max(0, len(self) - 1))
         missing = entry_M[self.entry_N[row] != entry_M] if len(self) else entry_M.flatten()
@@ -167,7 +158,7 @@ class LocalKnowledge:
 
 
 def require_entries(name: str, entries: int, k: int) -> None:
-    """Raises `UserError` when there is nothing to retrieve, or less than `k`."""
+    """Raises `UserError` when a memory has fewer than `k` entries."""
     if not entries:
         raise UserError(f"{name}: the memory is empty. Add entries (pema-ray pluglm memory add), or attach none.")
     if entries < k:
@@ -176,11 +167,11 @@ def require_entries(name: str, entries: int, k: int) -> None:
         )
 
 
-def require_found(name: str, found: RetrievedEntries) -> None:
-    """Raises `UserError` when entries of a sequence's own document left it with less than k."""
-    if bool((found.entry_BK < 0).any()):
-        short = int((found.entry_BK >= 0).sum(1).min())
+def require_k(name: str, retrieved: RetrievedEntries) -> None:
+    """Raises `UserError` when excluding its own document left a sequence with fewer than k entries."""
+    if bool((retrieved.entry_BK < 0).any()):
+        available = int((retrieved.entry_BK >= 0).sum(1).min())
         raise UserError(
-            f"{name}: a sequence may retrieve only {short} entries when its own document's are left out, but the model "
-            f"retrieves top_k={found.entry_BK.shape[1]}. Add entries, or lower top_k."
+            f"{name}: a sequence may retrieve only {available} entries when its own document's are left out, but the "
+            f"model retrieves top_k={retrieved.entry_BK.shape[1]}. Add entries, or lower top_k."
         )

@@ -1,4 +1,4 @@
-"""Makes a key and a value of a document, with gradients. Knows torch alone.
+"""Encodes a document as a key and a value, with gradients. Knows torch alone.
 
 Shapes: M documents, L tokens, D hidden size, Q query size.
 """
@@ -13,7 +13,7 @@ from pema_ray.pluglm.model.attention import AttentivePooling
 class KnowledgeEncoder(nn.Module):
     """Embedded document → attentive pool e; key = W_k e + b, value = W_v e + b. One memory serves all layers.
 
-    With a value pooler, a departure from the paper, values come from a pool of their own.
+    With a value pooler (a departure from the paper), values have a separate pool.
     """
 
     def __init__(self, hidden_size: int, query_size: int, value_pooler: bool) -> None:
@@ -34,8 +34,8 @@ class DocumentModel(nn.Module):
     """Token ids to keys and values: the knowledge encoder over the language model's own embeddings.
 
     Args:
-        embeddings: the backbone's (word, position, type, norm); shared with it, so that they are trained by both.
-        project: the backbone's map from a narrower embedding, of ELECTRA.
+        embeddings: the backbone's (word, position, type, norm), shared with it: both train them.
+        project: ELECTRA's map from its narrower embeddings.
     """
 
     def __init__(self, embeddings: nn.Module, project: nn.Module | None, encoder: KnowledgeEncoder) -> None:

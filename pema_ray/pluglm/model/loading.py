@@ -17,29 +17,18 @@ from pema_ray.pluglm.model.config import BACKBONES, PlugLMConfig
 
 Model = TypeVar("Model")
 
-# Our head's parts → where each family keeps them.
-_BERT_HEAD = {
-    "dense": "cls.predictions.transform.dense",
-    "norm": "cls.predictions.transform.LayerNorm",
-    "decoder": "cls.predictions.decoder",
-}
-_ROBERTA_HEAD = {"dense": "lm_head.dense", "norm": "lm_head.layer_norm", "decoder": "lm_head.decoder"}
-_ELECTRA_HEAD = {
-    "dense": "generator_predictions.dense",
-    "norm": "generator_predictions.LayerNorm",
-    "decoder": "generator_lm_head",
-}
-_HEADS: dict[str, dict[str, str]] = {
-    "bert": _BERT_HEAD,
-    "roberta": _ROBERTA_HEAD,
-    "xlm-roberta": _ROBERTA_HEAD,
-    "camembert": _ROBERTA_HEAD,
-    "electra": _ELECTRA_HEAD,
+# Names of the head's parts (dense, norm, decoder) in each family's checkpoints.
+_HEADS: dict[str, tuple[str, str, str]] = {
+    "bert": ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.decoder"),
+    "electra": ("generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head"),
+    **dict.fromkeys(
+        ("roberta", "xlm-roberta", "camembert"), ("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder")
+    ),
 }
 
 
 def load_pluglm(folder: str | Path, kind: Any = None) -> tuple[Any, Any]:
-    """(model, tokenizer) that `save_pretrained` left in a folder.
+    """(model, tokenizer) from a folder that `save_pretrained` wrote.
 
     Args:
         kind: the model's class; by default `PlugLMForMaskedLM`.
@@ -49,7 +38,7 @@ def load_pluglm(folder: str | Path, kind: Any = None) -> tuple[Any, Any]:
     """
     from pema_ray.pluglm.model.encoder import PlugLMForMaskedLM
 
-    transformers_logging.disable_progress_bar()  # a small model is loaded before a bar is seen
+    transformers_logging.disable_progress_bar()  # small models load at once
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{folder}: no PlugLM model here (config.json is missing).")
     try:
@@ -88,32 +77,31 @@ def load_backbone(kind: type[Model], name: str, seed: int, settings: Mapping[str
         raise UserError(f"{name}: no checkpoint that transformers can read: {str(error).splitlines()[0]}") from None
     if config.model_type not in BACKBONES:
         raise UserError(f"{name}: '{config.model_type}' is not of the BERT family; use {', '.join(BACKBONES)}.")
-    given: Any = AutoModelForMaskedLM.from_pretrained(name)
+    checkpoint: Any = AutoModelForMaskedLM.from_pretrained(name)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        made: Any = kind(PlugLMConfig(backbone=config.to_dict(), **settings))  # pyright: ignore[reportCallIssue]
-    wanted = made.config.memory_feed_forward == config.intermediate_size
-    first = made.config.num_hidden_layers - made.config.memory_layers
-    ordinary = _renamed(given.base_model.state_dict(), first, wanted)
-    left_out = made.model.backbone.load_state_dict(ordinary, strict=False)
-    assert not left_out.unexpected_keys, left_out.unexpected_keys
-    assert all(_is_new(key, first) for key in left_out.missing_keys), left_out.missing_keys
-    head = given.state_dict()
-    for ours, theirs in _HEADS[config.model_type].items():
-        part = getattr(made.head, ours)
-        part.load_state_dict({which: head[f"{theirs}.{which}"] for which in part.state_dict()})
-    made.tie_weights()
-    return made
+        model: Any = kind(PlugLMConfig(backbone=config.to_dict(), **settings))  # pyright: ignore[reportCallIssue]
+    with_feed_forward = model.config.memory_feed_forward == config.intermediate_size
+    first = model.config.num_hidden_layers - model.config.memory_layers
+    tensors = _renamed(checkpoint.base_model.state_dict(), first, with_feed_forward)
+    result = model.model.backbone.load_state_dict(tensors, strict=False)
+    assert not result.unexpected_keys, result.unexpected_keys
+    assert all(_is_new(key, first) for key in result.missing_keys), result.missing_keys
+    tensors = checkpoint.state_dict()
+    for part, prefix in zip((model.head.dense, model.head.norm, model.head.decoder), _HEADS[config.model_type]):
+        part.load_state_dict({name: tensors[f"{prefix}.{name}"] for name in part.state_dict()})
+    model.tie_weights()
+    return model
 
 
 def _renamed(state: Mapping[str, Tensor], first: int, with_feed_forward: bool) -> dict[str, Tensor]:
     """The checkpoint's tensors under the names of memory layers, from layer `first` on."""
-    found = {}
+    renamed = {}
     for name, tensor in state.items():
         if name.startswith("pooler."):
             continue
-        *before, rest = name.split(".", 3) if name.startswith("encoder.layer.") else [name]
-        if before and int(before[2]) >= first:
+        *layer, rest = name.split(".", 3) if name.startswith("encoder.layer.") else [name]
+        if layer and int(layer[2]) >= first:
             if rest.startswith("output.LayerNorm."):
                 rest = rest.replace("output.LayerNorm.", "norm.")
             elif rest.startswith(("intermediate.dense.", "output.dense.")):
@@ -122,12 +110,12 @@ def _renamed(state: Mapping[str, Tensor], first: int, with_feed_forward: bool) -
                 rest = rest.replace("intermediate.dense.", "feed_forward.0.").replace(
                     "output.dense.", "feed_forward.2."
                 )
-        found[".".join([*before, rest])] = tensor
-    return found
+        renamed[".".join([*layer, rest])] = tensor
+    return renamed
 
 
 def _is_new(key: str, first: int) -> bool:
-    """Whether a missing tensor is one that only a memory layer has."""
+    """Whether only a memory layer has this tensor."""
     parts = key.split(".")
     return (
         parts[:2] == ["encoder", "layer"]

@@ -1,4 +1,4 @@
-"""A layer whose feed-forward network is replaced by, or stands beside, attention over the memory. Knows torch alone.
+"""A layer with attention over the memory instead of, or beside, its feed-forward network. Knows torch alone.
 
 Shapes: B sequences, T positions, D hidden size (d), Q query size (d_q), K retrieved entries (k).
 """
@@ -14,23 +14,23 @@ from pema_ray.pluglm.model.attention import AttentivePooling, KnowledgeAttention
 
 
 class Fetched(NamedTuple):
-    """What a search brought for every sequence."""
+    """The entries retrieved for every sequence."""
 
     entry_BK: Tensor
-    """Entry ids."""
+    """Entry ids, best first."""
     score_BK: Tensor
-    """What they were ranked by, best first."""
+    """Their ranking scores."""
     key_BKQ: Tensor
     value_BKD: Tensor
 
 
 class Retrieved(NamedTuple):
-    """What one memory layer used, for reports and losses."""
+    """The entries that one memory layer used, for reports and losses."""
 
     entry_BK: Tensor
     """Entry ids, best first (int64)."""
     score_BK: Tensor
-    """What they were ranked by: q · key, or its cosine (`config.retrieval`)."""
+    """Their ranking scores: q · key, or its cosine (`config.retrieval`)."""
     weight_BK: Tensor
     """Share of the attention, the mean over heads and unmasked tokens; sums to 1 over K."""
     query_BQ: Tensor
@@ -44,8 +44,8 @@ class MemoryLayer(nn.Module):
     """`LN(a + FFN(a) + KA(a))` with `a = LN(h + SelfAttention(h))`; FFN is left out at width 0.
 
     Args:
-        ordinary: the backbone's layer, whose attention and last norm it keeps.
-        feed_forward: the part of an ordinary layer of the wanted width, up to its norm; none: replaced.
+        ordinary: the backbone's layer; its attention and last norm are reused.
+        feed_forward: a feed-forward network without residual and norm; None: replaced by the memory.
     """
 
     def __init__(self, config: Any, ordinary: Any, feed_forward: nn.Module | None) -> None:
@@ -68,12 +68,12 @@ class MemoryLayer(nn.Module):
     def forward(
         self, state_BTD: Tensor, attention_mask: Tensor | None, mask_BT: Tensor, fetch: Fetch | None
     ) -> tuple[Tensor, Retrieved | None]:
-        """(the layer's output `[B, T, D]`, what was retrieved).
+        """(the layer's output `[B, T, D]`, the retrieved entries).
 
         Args:
-            attention_mask: as the backbone's attention takes it.
-            mask_BT: 1 at positions that are no padding.
-            fetch: asks the memory; none: there is no memory, and KA(a) = 0.
+            attention_mask: in the format of the backbone's attention.
+            mask_BT: 1 at tokens, 0 at padding.
+            fetch: retrieves entries; None: no memory, KA(a) = 0.
         """
         attended_BTD = self.attention(state_BTD, attention_mask)[0]
         total_BTD = attended_BTD if self.feed_forward is None else attended_BTD + self.feed_forward(attended_BTD)
@@ -90,7 +90,7 @@ class MemoryLayer(nn.Module):
     def _query(self, attended_BTD: Tensor, mask_BT: Tensor) -> Tensor:
         query_BQ = self.query(self.pooler(attended_BTD, mask_BT))
         if self.training and len(query_BQ) == 1 and isinstance(self.query_norm, nn.BatchNorm1d):
-            norm = self.query_norm  # one sequence has no variance: the running one stands in
+            norm = self.query_norm  # one sequence has no variance: use the running statistics
             return nn.functional.batch_norm(
                 query_BQ, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps
             )

@@ -1,4 +1,4 @@
-"""Builder of the PlugLM service: `serve run serve_configs/pluglm.yaml`. Replicas follow the memory's folder."""
+"""Builds the PlugLM service: `serve run serve_configs/pluglm.yaml`. Replicas follow the memory's folder."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from pema_ray.runtime.settings import Section, validate
 
 
 class PlugLMArgs(Section):
-    """Of the application."""
+    """Arguments of the application."""
 
     service: PlugLMServiceConfig
     replicas: int = Field(default=1, ge=1)
-    """Each reads the memory's current version; one that did not make an edit itself follows within `follow_seconds`."""
+    """Each reads the memory's current version; after an edit by another one it follows within `follow_seconds`."""
     cpus: float = Field(default=1, gt=0)
     gpus: float = Field(default=0, ge=0)
 
 
 def pluglm(args: Mapping[str, Any] | None = None) -> Application:
     """Models and their memory behind HTTP."""
-    wanted = validate(PlugLMArgs, dict(args or {}), "args")
+    settings = validate(PlugLMArgs, dict(args or {}), "args")
 
     @serve.deployment(
         name="PlugLM",
-        num_replicas=wanted.replicas,
-        ray_actor_options={"num_cpus": wanted.cpus, "num_gpus": wanted.gpus},
+        num_replicas=settings.replicas,
+        ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
     )
     @serve.ingress()
     class Ingress:
@@ -44,7 +44,7 @@ def pluglm(args: Mapping[str, Any] | None = None) -> Application:
             return make_api(self.service)
 
         async def check_health(self) -> None:
-            if self.following is None or self.following.done():  # begun here, where there is an event loop
+            if self.following is None or self.following.done():  # started here: it needs an event loop
                 self.following = asyncio.get_running_loop().create_task(self.service.follow())
 
-    return Ingress.bind(wanted.service.model_dump())
+    return Ingress.bind(settings.service.model_dump())

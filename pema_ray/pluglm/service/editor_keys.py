@@ -1,4 +1,4 @@
-"""Keys of those who may edit a served memory. Knows nothing else."""
+"""Editors' keys of a served memory. Knows nothing else."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ _KEY_PREFIX = "pluglm-"
 
 
 def new_key() -> tuple[str, str]:
-    """A fresh key for editors, and the hash that is kept of it."""
+    """(a new key for an editor, its hash for the service)."""
     key = _KEY_PREFIX + secrets.token_urlsafe(32)
     return key, hash_of(key)
 
 
 def hash_of(key: str) -> str:
-    """SHA-256: enough for 256 random bits, which nobody can guess one by one."""
+    """SHA-256, which suffices for 256 random bits: they cannot be guessed."""
     return hashlib.sha256(key.encode()).hexdigest()

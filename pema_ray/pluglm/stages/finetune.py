@@ -1,10 +1,10 @@
 """Fine-tuning from files to a model, its scores and its retrieval report: the loop by Ray Train.
 
 <run_dir>/finetune/
-  memory/                   a copy of the given memory, with training examples if wanted
+  memory/                   a copy of the given memory, optionally with the training examples
   checkpoint.safetensors    model, optimiser, epoch, memory version
-  model/                    the best epoch's model, which reads the memory's current version
-  validation.jsonl test.jsonl   answers, one example a line
+  model/                    the best epoch's model; it reads the memory's current version
+  validation.jsonl test.jsonl   answers, one example per line
   retrieval.json retrieval.html
   stamp  metrics.json  progress.jsonl  tensorboard/  ray_train/
 """
@@ -14,8 +14,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +24,16 @@ from transformers import AutoConfig, AutoTokenizer
 from pema_ray.pluglm.finetune_config import FinetuneConfig
 from pema_ray.pluglm.learning.finetuning import Finetuner, TaskExamples
 from pema_ray.pluglm.learning.in_task import entries_of
-from pema_ray.pluglm.learning.memory_trainer import MemoryAccess
-from pema_ray.pluglm.memory import refresh as refreshing
 from pema_ray.pluglm.memory import versions
 from pema_ray.pluglm.memory.editing import publish_on_current, take_files
 from pema_ray.pluglm.memory.encoding import DocumentEncoder
 from pema_ray.pluglm.memory.knowledge_memory import KnowledgeMemory
-from pema_ray.pluglm.memory.sharded import ShardedKnowledge, start_shards
+from pema_ray.pluglm.memory.sharded import start_shards
 from pema_ray.pluglm.model.encoder import StaleKeys
 from pema_ray.pluglm.model.loading import load_pluglm
 from pema_ray.pluglm.retrieval import RetrievalLog
 from pema_ray.pluglm.run import PluglmRun
-from pema_ray.pluglm.stages.pretrain import save_model
+from pema_ray.pluglm.stages.pretrain import Job, memory_access, save_model
 from pema_ray.pluglm.tasks import FinetuningTask, make_task
 from pema_ray.pluglm.tasks.reading import TaskExample
 from pema_ray.runtime.cluster import ray_cluster
@@ -46,46 +43,35 @@ from pema_ray.training.history import OnPoint
 from pema_ray.training.ray_loop import run_in_worker, run_workers, worker_place
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What a worker needs."""
-
-    config: FinetuneConfig
-    run_dir: Path
-    shards: Sequence[Any]
-    first_version: int
-    """Of the memory; 0: there is none."""
-
-
 def run(config: FinetuneConfig) -> dict[str, Any]:
-    """Fine-tune and score; returns what `metrics.json` says.
+    """Fine-tune and score; returns the contents of `metrics.json`.
 
     Raises:
         UserError: files, settings, model or memory cannot be used.
         StaleKeys: the memory was made by another encoder than the model's.
     """
-    here = PluglmRun(config)
-    return here.perform("finetune", lambda: _train(_absolute(config), here))
+    stage_run = PluglmRun(config)
+    return stage_run.perform("finetune", lambda: _train(_absolute(config), stage_run))
 
 
-def _train(config: FinetuneConfig, here: PluglmRun) -> dict[str, Any]:
-    c, m, run_dir = config.train, config.memory, here.path("finetune")
-    others = math.ceil(m.shards * m.cpus_per_shard + m.refresh_workers * m.cpus_per_refresh_worker + 1)
-    with ray_cluster(config.ray, c.cpus_per_worker, c.gpus_per_worker, c.min_workers or c.workers, readers=others):
-        here.claim("finetune", anew=not c.resume)
-        first = _memory(run_dir / "memory", config)
-        shards = start_shards(run_dir / "memory", m.shards, m.cpus_per_shard) if first and m.shards else []
+def _train(config: FinetuneConfig, stage_run: PluglmRun) -> dict[str, Any]:
+    c, m, run_dir = config.train, config.memory, stage_run.path("finetune")
+    workers, readers = c.min_workers or c.workers, math.ceil(m.cpus + 1)
+    with ray_cluster(config.ray, c.cpus_per_worker, c.gpus_per_worker, workers, readers=readers):
+        stage_run.claim("finetune", anew=not c.resume)
+        first_version = _memory(run_dir / "memory", config)
+        shards = start_shards(run_dir / "memory", m.shards, m.cpus_per_shard) if first_version and m.shards else []
         with track("fine-tuning", c.epochs) as bar:
-            job = _Job(config, run_dir, shards, first)
+            job = Job(config, run_dir, shards, first_version)
             result = run_workers(_work, job, run_dir, c, _showing(bar)).returned
-    if first:
+    if first_version:
         _make_current(run_dir / "memory", result["memory_version"])
     scores = evaluate(config, run_dir)
     return {**result, "scores": scores, "summary": _summary(scores)}
 
 
 def evaluate(config: FinetuneConfig, run_dir: Path) -> dict[str, dict[str, float]]:
-    """Scores of the kept model on validation and test files; writes its answers and what it retrieved."""
+    """Scores of the kept model on validation and test files; writes its answers and retrieval reports."""
     task = _task(config)
     model, tokenizer = load_pluglm(run_dir / "model", task.model_class())
     memory = KnowledgeMemory.open(run_dir / "memory") if (run_dir / "memory").exists() else None
@@ -107,26 +93,31 @@ def evaluate(config: FinetuneConfig, run_dir: Path) -> dict[str, dict[str, float
             scores[name] = task.scores(data.examples, answers)
         if memory is not None:
             texts = {number: _shown(example) for number, example in enumerate(data.examples)}
-            said = {
+            answers_by_number = {
                 number: answers.get(example.id, answers.get(example.group, ""))
                 for number, example in enumerate(data.examples)
             }
-            log.report(memory, texts, said).write(run_dir, "retrieval" if name == "validation" else f"retrieval-{name}")
+            log.report(memory, texts, answers_by_number).write(
+                run_dir, "retrieval" if name == "validation" else f"retrieval-{name}"
+            )
     return scores
 
 
-def _work(job: _Job) -> dict[str, Any]:
-    """What every training process does."""
+def _work(job: Job[FinetuneConfig]) -> dict[str, Any]:
+    """One training process."""
     config, run_dir = job.config, job.run_dir
     c, place = config.train, worker_place(config.train)
     task = _task(config)
     tokenizer = AutoTokenizer.from_pretrained(config.model)
-    train = validation = None
+    train = memory = fingerprint = None
     if config.data.train is not None and c.epochs:
         train = TaskExamples.of(task, task.read(Path(config.data.train)), tokenizer, c.max_tokens)
     validation = TaskExamples.of(task, task.read(Path(config.data.validation)), tokenizer, c.max_tokens)
-    memory = _access(job) if job.first_version else None
-    model = new_task_model(config, task, memory_fingerprint=_fingerprint(job))
+    if job.first_version:
+        memory = memory_access(run_dir / "memory", job.first_version, config.memory, job.shards)
+        if c.frozen:
+            fingerprint = versions.read(run_dir / "memory", job.first_version).fingerprint
+    model = new_task_model(config, task, fingerprint)
     trainer = Finetuner(
         model.to(place.device), tokenizer, task, c, train, validation, memory, run_dir, config.seed, place,
         write_model=lambda model: save_model(model, tokenizer, run_dir / "model"),
@@ -139,20 +130,19 @@ def new_task_model(config: FinetuneConfig, task: FinetuningTask, memory_fingerpr
     """The pre-trained encoder under the task's head, whose new weights are drawn by the seed.
 
     Args:
-        memory_fingerprint: of the memory it reads from now on, whatever becomes of its own encoder; None: its own's.
+        memory_fingerprint: of the memories it reads, even if training changes its own encoder; None: its own encoder's.
     """
-    options = task.head()
-    loaded = AutoConfig.from_pretrained(config.model, **options)
-    loaded.fix_keys, loaded.fix_values = config.train.fix_keys, config.train.fix_values
-    loaded.exclude_own = config.memory.in_task
-    loaded.memory_fingerprint = memory_fingerprint
+    model_config = AutoConfig.from_pretrained(config.model, **task.head())
+    model_config.fix_keys, model_config.fix_values = config.train.fix_keys, config.train.fix_values
+    model_config.exclude_own = config.memory.in_task
+    model_config.memory_fingerprint = memory_fingerprint
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        return task.model_class().from_pretrained(config.model, config=loaded)
+        return task.model_class().from_pretrained(config.model, config=model_config)
 
 
 def copy_memory(source: KnowledgeMemory, folder: Path) -> KnowledgeMemory:
-    """Version 1 of a memory of its own, with the entries of `source` under their ids."""
+    """Version 1 of a new memory with the entries of `source`, under their ids."""
     folder.mkdir(parents=True)
     base = source.manifest.model_copy(update={"version": 1, "parent": None, "action": f"copy {source.name}"})
     take_files(folder, base, source.folder, source.manifest)
@@ -161,7 +151,7 @@ def copy_memory(source: KnowledgeMemory, folder: Path) -> KnowledgeMemory:
 
 
 def _memory(folder: Path, config: FinetuneConfig) -> int:
-    """Make the run's memory, unless it was made before; the version to begin with, 0 without a memory."""
+    """Make the run's memory, unless it was made before; returns its first version, or 0 without a memory."""
     m = config.memory
     task = _task(config)
     if folder.exists():
@@ -169,11 +159,11 @@ def _memory(folder: Path, config: FinetuneConfig) -> int:
     if m.folder is None and not m.in_task:
         return 0
     pretrained, tokenizer = load_pluglm(config.model)
-    beside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
     memory = None
     if m.folder is not None:
-        memory = copy_memory(KnowledgeMemory.open(m.folder, m.version), beside)
+        memory = copy_memory(KnowledgeMemory.open(m.folder, m.version), temporary)
         if memory.fingerprint != pretrained.fingerprint():
             raise StaleKeys(memory.name, memory.manifest.encoder_label, pretrained.fingerprint())
     if m.in_task:
@@ -181,19 +171,17 @@ def _memory(folder: Path, config: FinetuneConfig) -> int:
         assert config.data.train is not None
         entries = entries_of(task, task.read(Path(config.data.train)), tokenizer, encoder.max_tokens)
         if memory is None:
-            memory = KnowledgeMemory.build(beside, entries, encoder, m.dtype)
+            memory = KnowledgeMemory.build(temporary, entries, encoder, m.dtype)
         else:
             memory = memory.add(entries, encoder)
     assert memory is not None
-    KnowledgeMemory.prune(beside)
-    beside.rename(folder)
+    KnowledgeMemory.prune(temporary)
+    temporary.rename(folder)
     return memory.version
 
 
 def _make_current(folder: Path, version: int) -> None:
-    """Publish again the version that the kept model reads, if a later epoch's is current: with that epoch's encoder,
-    which a swap would refuse.
-    """
+    """Publish the kept model's version again if a later one is current; a swap refuses another encoder's version."""
     if versions.read(folder).version == version:
         return
     old = versions.read(folder, version)
@@ -202,25 +190,6 @@ def _make_current(folder: Path, version: int) -> None:
         folder, f"back to version {version}", lambda base: (old.segments, max(base.next_id, old.next_id)), None,
         {name: getattr(old, name) for name in names},
     )  # fmt: skip
-
-
-def _access(job: _Job) -> MemoryAccess:
-    folder, m = job.run_dir / "memory", job.config.memory
-
-    def refresh(encoder: DocumentEncoder) -> int:
-        memory = KnowledgeMemory.open(folder)
-        return refreshing.refresh(memory, encoder, m.refresh_workers, m.cpus_per_refresh_worker).version
-
-    def opened(version: int) -> Any:
-        return ShardedKnowledge(job.shards, version) if job.shards else KnowledgeMemory.open(folder, version).load()
-
-    return MemoryAccess(opened, refresh, lambda keep: KnowledgeMemory.prune(folder, keep), job.first_version)
-
-
-def _fingerprint(job: _Job) -> str | None:
-    if not job.first_version or not job.config.train.frozen:
-        return None
-    return KnowledgeMemory.open(job.run_dir / "memory", job.first_version).fingerprint
 
 
 def _task(config: FinetuneConfig) -> FinetuningTask:
@@ -232,15 +201,15 @@ def _task(config: FinetuneConfig) -> FinetuningTask:
 
 
 def _absolute(config: FinetuneConfig) -> FinetuneConfig:
-    """The same with whole paths: training processes work in folders of their own."""
+    """The same with absolute paths: training processes have other working folders."""
 
-    def whole(path: str | None) -> str | None:
+    def absolute(path: str | None) -> str | None:
         return None if path is None else str(Path(path).absolute())
 
-    data = {name: whole(path) for name, path in config.data.model_dump().items()}
-    memory = config.memory.model_copy(update={"folder": whole(config.memory.folder)})
+    data = {name: absolute(path) for name, path in config.data.model_dump().items()}
+    memory = config.memory.model_copy(update={"folder": absolute(config.memory.folder)})
     return config.model_copy(
-        update={"model": whole(config.model), "data": config.data.model_copy(update=data), "memory": memory}
+        update={"model": absolute(config.model), "data": config.data.model_copy(update=data), "memory": memory}
     )
 
 
@@ -250,8 +219,8 @@ def _shown(example: TaskExample) -> str:
 
 def _summary(scores: Mapping[str, Mapping[str, float]]) -> str:
     return "; ".join(
-        f"{name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in found.items())
-        for name, found in scores.items()
+        f"{name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in figures.items())
+        for name, figures in scores.items()
     )
 
 
@@ -259,7 +228,7 @@ def _showing(bar: ProgressBar) -> OnPoint:
     def show(kind: str, point: Mapping[str, Any]) -> None:
         if kind == "validation":
             bar.advance(1)
-            told = ", ".join(f"{name} {value:.4f}" for name, value in point.items() if name not in ("step", "epoch"))
-            console.print(f"epoch {point['epoch']}: {told}")
+            scores = ", ".join(f"{name} {value:.4f}" for name, value in point.items() if name not in ("step", "epoch"))
+            console.print(f"epoch {point['epoch']}: {scores}")
 
     return show

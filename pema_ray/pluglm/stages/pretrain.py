@@ -7,7 +7,7 @@ Ray Train.
         start/                    the model before the first step
         memory/                   the knowledge memory, its versions
         checkpoint.safetensors    model, optimiser, step, memory version
-        model/                    the trained model, which reads the memory's current version
+        model/                    the trained model; it reads the memory's current version
         stamp  metrics.json  progress.jsonl  tensorboard/  ray_train/
 """
 
@@ -19,12 +19,12 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from transformers.utils import logging as transformers_logging
 
-from pema_ray.pluglm.config import ModelSettings, PretrainConfig
+from pema_ray.pluglm.config import MemoryActors, ModelSettings, PretrainConfig
 from pema_ray.pluglm.learning.memory_trainer import MemoryAccess
 from pema_ray.pluglm.learning.pretraining import Pretrainer
 from pema_ray.pluglm.learning.text import Sequences, prepare_sequences
@@ -41,47 +41,51 @@ from pema_ray.runtime.progress import ProgressBar, console, track
 from pema_ray.training.history import OnPoint
 from pema_ray.training.ray_loop import run_in_worker, run_workers, showing_loss, worker_place
 
+C = TypeVar("C")
+
 
 @dataclass(frozen=True)
-class _Job:
-    """What a worker needs."""
+class Job(Generic[C]):
+    """The input of a training process."""
 
-    config: PretrainConfig
+    config: C
     run_dir: Path
     shards: Sequence[Any]
     first_version: int
+    """Of the memory; 0: no memory."""
 
 
 def run(config: PretrainConfig) -> dict[str, Any]:
-    """Train, or go on with what was begun; returns what `metrics.json` says.
+    """Train, or resume; returns the contents of `metrics.json`.
 
     Raises:
         UserError: files, settings or checkpoints cannot be used.
     """
-    here = PluglmRun(config)
-    return here.perform("pretrain", lambda: _train(config, here))
+    stage_run = PluglmRun(config)
+    return stage_run.perform("pretrain", lambda: _train(config, stage_run))
 
 
-def _train(config: PretrainConfig, here: PluglmRun) -> dict[str, Any]:
-    c, m, run_dir = config.train, config.memory, here.path("pretrain")
-    others = math.ceil(m.shards * m.cpus_per_shard + m.refresh_workers * m.cpus_per_refresh_worker + 1)
-    workers = c.min_workers or c.workers
-    with ray_cluster(config.ray, c.cpus_per_worker, c.gpus_per_worker, workers, readers=others):
-        here.claim("pretrain", anew=not c.resume)
-        model, tokenizer = _start(run_dir / "start", config.model, config.seed)
-        prepare_sequences(here.path("sequences"), config.text, tokenizer, c.max_tokens)
+def _train(config: PretrainConfig, stage_run: PluglmRun) -> dict[str, Any]:
+    c, m, run_dir = config.train, config.memory, stage_run.path("pretrain")
+    workers, readers = c.min_workers or c.workers, math.ceil(m.cpus + 1)
+    with ray_cluster(config.ray, c.cpus_per_worker, c.gpus_per_worker, workers, readers=readers):
+        stage_run.claim("pretrain", anew=not c.resume)
+        if not (run_dir / "start").exists():
+            save_model(*new_model(config.model, config.seed), run_dir / "start")
+        model, tokenizer = load_pluglm(run_dir / "start")
+        prepare_sequences(stage_run.path("sequences"), config.text, tokenizer, c.max_tokens)
         if config.validation is not None:
-            prepare_sequences(here.path("validation"), config.validation, tokenizer, c.max_tokens)
-        first = _memory(run_dir / "memory", config, DocumentEncoder(model, tokenizer, here.folder.name))
+            prepare_sequences(stage_run.path("validation"), config.validation, tokenizer, c.max_tokens)
+        first_version = _memory(run_dir / "memory", config, DocumentEncoder(model, tokenizer, stage_run.folder.name))
         shards = start_shards(run_dir / "memory", m.shards, m.cpus_per_shard)
         with track("pre-training", c.steps) as bar:
-            job = _Job(config, run_dir, shards, first)
+            job = Job(config, run_dir, shards, first_version)
             result = run_workers(_work, job, run_dir, c, _showing(bar, c.batch_size)).returned
     return {**result, "summary": _summary(result)}
 
 
-def _work(job: _Job) -> dict[str, Any]:
-    """What every training process does."""
+def _work(job: Job[PretrainConfig]) -> dict[str, Any]:
+    """One training process."""
     config, run_dir = job.config, job.run_dir
     place = worker_place(config.train)
     model, tokenizer = load_pluglm(run_dir / "start")
@@ -89,7 +93,8 @@ def _work(job: _Job) -> dict[str, Any]:
     name = run_dir.parent.name
     trainer = Pretrainer(
         model.to(place.device), tokenizer, config.train, Sequences.open(run_dir.parent / "sequences"), validation,
-        _access(job), run_dir, config.seed, place, name=name,
+        memory_access(run_dir / "memory", job.first_version, config.memory, job.shards), run_dir, config.seed, place,
+        name=name,
     )  # fmt: skip
     history = run_in_worker(trainer, name, config.train.model_dump(mode="json")).validation
     if place.leads:
@@ -98,34 +103,28 @@ def _work(job: _Job) -> dict[str, Any]:
     return {"steps": config.train.steps, "memory_version": trainer.version, "history": history, **validated}
 
 
-def _access(job: _Job) -> MemoryAccess:
-    folder, m = job.run_dir / "memory", job.config.memory
+def memory_access(
+    folder: Path, first_version: int, settings: MemoryActors | None = None, shards: Sequence[Any] = ()
+) -> MemoryAccess:
+    """A memory in the actors `shards`, or in this process; without settings, this process refreshes it."""
+    workers, cpus = (settings.refresh_workers, settings.cpus_per_refresh_worker) if settings else (0, 1)
+
+    def opened(version: int) -> Any:
+        return ShardedKnowledge(shards, version) if shards else KnowledgeMemory.open(folder, version).load()
 
     def refresh(encoder: DocumentEncoder) -> int:
-        memory = KnowledgeMemory.open(folder)
-        return refreshing.refresh(memory, encoder, m.refresh_workers, m.cpus_per_refresh_worker).version
+        return refreshing.refresh(KnowledgeMemory.open(folder), encoder, workers, cpus).version
 
-    return MemoryAccess(
-        lambda version: ShardedKnowledge(job.shards, version),
-        refresh,
-        lambda keep: KnowledgeMemory.prune(folder, keep),
-        job.first_version,
-    )
+    return MemoryAccess(opened, refresh, lambda keep: KnowledgeMemory.prune(folder, keep), first_version)
 
 
 def local_access(memory: KnowledgeMemory) -> MemoryAccess:
-    """The memory in this process alone, for a loop that runs without Ray."""
-    folder = memory.folder
-    return MemoryAccess(
-        lambda version: KnowledgeMemory.open(folder, version).load(),
-        lambda encoder: KnowledgeMemory.open(folder).refresh(encoder).version,
-        lambda keep: KnowledgeMemory.prune(folder, keep),
-        memory.version,
-    )
+    """The memory in this process alone, for training without Ray."""
+    return memory_access(memory.folder, memory.version)
 
 
 def new_model(settings: ModelSettings, seed: int) -> tuple[PlugLMForMaskedLM, Any]:
-    """(model, tokenizer) to begin with. Raises `UserError` for a checkpoint or sizes that cannot be used."""
+    """The initial (model, tokenizer). Raises `UserError` for a checkpoint or sizes that cannot be used."""
     name = settings.tokenizer or settings.backbone
     assert name is not None
     if settings.backbone and is_pluglm(settings.backbone):
@@ -141,30 +140,24 @@ def new_model(settings: ModelSettings, seed: int) -> tuple[PlugLMForMaskedLM, An
 
 
 def is_pluglm(name: str) -> bool:
-    """Whether this is a folder with a PlugLM model."""
+    """Whether `name` is a folder with a PlugLM model."""
     path = Path(name) / "config.json"
     return path.is_file() and json.loads(path.read_text()).get("model_type") == "pluglm"
 
 
 def save_model(model: PlugLMForMaskedLM, tokenizer: Any, folder: Path) -> None:
-    """Leave model and tokenizer in a folder, whole or not at all."""
+    """Write model and tokenizer to a folder, completely or not at all."""
     transformers_logging.disable_progress_bar()
-    beside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
-
-
-def _start(folder: Path, settings: ModelSettings, seed: int) -> tuple[PlugLMForMaskedLM, Any]:
-    if not folder.exists():
-        save_model(*new_model(settings, seed), folder)
-    return load_pluglm(folder)
+    temporary.rename(folder)
 
 
 def _memory(folder: Path, config: PretrainConfig, encoder: DocumentEncoder) -> int:
-    """The version to begin with; the memory is built, unless it was before."""
+    """Build the memory, unless it was built before; returns its first version."""
     m = config.memory
     if refreshing.is_built_from(folder, config.documents, encoder, m.dtype, m.entries_per_segment):
         return next(iter(KnowledgeMemory.open(folder).history())).version

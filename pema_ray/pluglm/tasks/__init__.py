@@ -1,4 +1,4 @@
-"""Tasks that a PlugLM model is fine-tuned for and scored by; `make_task` makes one from its settings."""
+"""Tasks for fine-tuning and scoring a PlugLM model; `make_task` makes one from its settings."""
 
 from __future__ import annotations
 

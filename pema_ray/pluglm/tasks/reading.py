@@ -1,4 +1,4 @@
-"""Reads task files as people have them: GLUE tables, CoNLL, SQuAD, BioASQ and LAMA JSON. Knows no model.
+"""Reads task files in their usual formats: GLUE tables, CoNLL, SQuAD, BioASQ and LAMA JSON. Knows no model.
 
 Every fault is a `UserError` that names the file and the place in it.
 """
@@ -23,11 +23,11 @@ class TaskExample:
     """One example of any task.
 
     Attributes:
-        text: what is judged; a question; a sentence with a mask.
-        pair: the second sentence, or the passage that a question is about.
-        label: a class, a number, a tag for each word, gold answers; None: not known.
+        text: a sentence, a question, or a sentence with a mask.
+        pair: the second sentence, or the question's passage.
+        label: a class, a number, a tag for each word, gold answers; None: unknown.
         words: of token classification.
-        starts: where gold answers begin in `pair`.
+        starts: starts of the gold answers in `pair`.
         group: examples that share an answer (the snippets of one question).
     """
 
@@ -41,12 +41,12 @@ class TaskExample:
 
     @property
     def document_id(self) -> str:
-        """Names what the example says, its label apart, so that neither it nor its copies retrieve themselves.
+        """A hash of the example without its label, so that neither it nor its copies retrieve themselves.
 
-        What belongs to a question is named by the question alone: its snippets would give each other's answers away.
+        Snippets share their question's id: otherwise they would reveal each other's answers.
         """
-        said = json.dumps([self.text] if self.group else [self.text, self.pair, self.words], ensure_ascii=False)
-        return f"example {hashlib.blake2b(said.encode(), digest_size=12).hexdigest()}"
+        content = json.dumps([self.text] if self.group else [self.text, self.pair, self.words], ensure_ascii=False)
+        return f"example {hashlib.blake2b(content.encode(), digest_size=12).hexdigest()}"
 
 
 def read_table(path: Path, text: str, pair: str | None, label: str, header: bool = True) -> list[TaskExample]:
@@ -60,26 +60,26 @@ def read_table(path: Path, text: str, pair: str | None, label: str, header: bool
         raise UserError(f"{path}: holds no examples.")
     for column in (text, *([pair] if pair else [])):
         if column not in rows[0]:
-            known = list(rows[0])
-            raise UserError(f"{path}: no column '{column}'; it has {', '.join(known)}.{nearest(column, known)}")
-    found = []
+            columns = list(rows[0])
+            raise UserError(f"{path}: no column '{column}'; it has {', '.join(columns)}.{nearest(column, columns)}")
+    examples = []
     for number, row in enumerate(rows):
-        values = [row.get(one) for one in (text, *([pair] if pair else []))]
-        if any(not isinstance(value, str) for value in values):
+        texts = [row.get(text), row.get(pair) if pair else ""]
+        if any(not isinstance(value, str) for value in texts):
             raise UserError(f"{path}, example {number + 1}: a text is missing.")
-        found.append(TaskExample(str(number), str(values[0]), row.get(label), str(values[1]) if pair else ""))
-    return found
+        examples.append(TaskExample(str(number), str(texts[0]), row.get(label), str(texts[1])))
+    return examples
 
 
 def read_words(path: Path) -> list[TaskExample]:
-    """Sentences with a tag a word: JSON Lines (`tokens`, `tags`), or CoNLL: word first, tag last, blank lines apart."""
-    found = []
+    """Sentences of tagged words: JSON Lines (`tokens`, `tags`), or CoNLL: word first, tag last, blank lines between."""
+    examples = []
     if path.suffix == ".jsonl":
         for number, row in enumerate(read_json_lines(path)):
             tokens, tags = row.get("tokens"), row.get("tags")
             if not isinstance(tokens, list) or (tags is not None and len(tags) != len(tokens)):
                 raise UserError(f"{path}, example {number + 1}: expected 'tokens' and as many 'tags'.")
-            found.append(_words(number, tokens, tags))
+            examples.append(_words(number, tokens, tags))
     else:
         sentence: list[list[str]] = []
         for line_number, line in enumerate([*_text(path).splitlines(), ""], 1):
@@ -88,49 +88,41 @@ def read_words(path: Path) -> list[TaskExample]:
                 if len(sentence[-1]) < 2:
                     raise UserError(f"{path}, line {line_number}: expected a word and a tag, got {line!r}.")
             elif sentence:
-                found.append(_words(len(found), [row[0] for row in sentence], [row[-1] for row in sentence]))
+                examples.append(_words(len(examples), [row[0] for row in sentence], [row[-1] for row in sentence]))
                 sentence = []
-    if not found:
-        raise UserError(f"{path}: holds no sentences.")
-    return found
+    return _nonempty(path, examples, "sentences")
 
 
 def read_squad(path: Path) -> list[TaskExample]:
-    """SQuAD 1.1 or 2.0: one example a question; its gold answers, none where it cannot be answered."""
-    found = []
+    """SQuAD 1.1 or 2.0: one example per question; without gold answers, it cannot be answered."""
+    examples = []
     for number, (paragraph, question) in enumerate(_squad_questions(path)):
         try:
             answers = question.get("answers", [])
-            golds, starts = [one["text"] for one in answers], [int(one["answer_start"]) for one in answers]
-            context = paragraph["context"]
-            found.append(
-                TaskExample(
-                    str(question["id"]), question["question"], golds, context, starts=tuple(starts),
-                    group=str(question["id"]),
-                )
-            )  # fmt: skip
+            golds = [answer["text"] for answer in answers]
+            starts = tuple(int(answer["answer_start"]) for answer in answers)
+            key, context = str(question["id"]), paragraph["context"]
+            examples.append(TaskExample(key, question["question"], golds, context, starts=starts, group=key))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path}, question {number + 1}: not as SQuAD has it: {error!r}.") from None
         for gold, start in zip(golds, starts):
             if context[start : start + len(gold)] != gold:
                 raise UserError(f"{path}, question {question['id']}: answer {gold!r} is not at {start} of its context.")
-    if not found:
-        raise UserError(f"{path}: holds no questions.")
-    return found
+    return _nonempty(path, examples, "questions")
 
 
 def read_bioasq(path: Path, kind: str) -> list[TaskExample]:
-    """BioASQ's questions of type `yesno` or `factoid`: one example a question, or for factoid one a snippet.
+    """BioASQ's questions of type `yesno` (one example per question) or `factoid` (one per snippet).
 
-    A factoid's label is its gold answers' synonyms, in one list.
+    A factoid's label is one list of all synonyms of its gold answers.
     """
-    found = []
+    examples = []
     for question in _json(path).get("questions", []):
         if question.get("type") != kind:
             continue
         try:
             key, body, exact = str(question["id"]), question["body"], question.get("exact_answer")
-            snippets = [one["text"] for one in question["snippets"]]
+            snippets = [snippet["text"] for snippet in question["snippets"]]
         except (KeyError, TypeError) as error:
             raise UserError(f"{path}, question {question.get('id')}: not as BioASQ has it: {error!r}.") from None
         if not snippets:
@@ -139,47 +131,49 @@ def read_bioasq(path: Path, kind: str) -> list[TaskExample]:
             label = exact.lower() if isinstance(exact, str) else None
             if label not in ("yes", "no", None):
                 raise UserError(f"{path}, question {key}: exact_answer {exact!r}: expected yes or no.")
-            found.append(TaskExample(key, body, label, " ".join(snippets), group=key))
+            examples.append(TaskExample(key, body, label, " ".join(snippets), group=key))
             continue
-        listed = [] if exact is None else [[gold] if isinstance(gold, str) else gold for gold in exact]
-        golds = [one for group in listed for one in group] or None  # none: a question to be answered, not scored
+        synonyms = [] if exact is None else [[gold] if isinstance(gold, str) else gold for gold in exact]
+        golds = [gold for group in synonyms for gold in group] or None  # None: without a score
         for number, snippet in enumerate(snippets):
-            places = [(gold, snippet.lower().find(gold.lower())) for gold in golds or ()]
-            starts = tuple(place for _, place in places if place >= 0)
-            found.append(TaskExample(f"{key}.{number}", body, golds, snippet, starts=starts, group=key))
-    if not found:
-        raise UserError(f"{path}: holds no questions of type '{kind}'.")
-    return found
+            places = [snippet.lower().find(gold.lower()) for gold in golds or ()]
+            starts = tuple(place for place in places if place >= 0)
+            examples.append(TaskExample(f"{key}.{number}", body, golds, snippet, starts=starts, group=key))
+    return _nonempty(path, examples, f"questions of type '{kind}'")
 
 
 def read_lama(path: Path) -> list[TaskExample]:
     """LAMA's JSON Lines: `masked_sentences` (the first is used) with [MASK], and `obj_label`."""
-    found = []
+    examples = []
     for number, row in enumerate(read_json_lines(path)):
         sentences, answer = row.get("masked_sentences"), row.get("obj_label")
         if not isinstance(sentences, list) or not sentences or not isinstance(answer, str):
             raise UserError(f"{path}, line {number + 1}: expected 'masked_sentences' and 'obj_label'.")
         if sentences[0].count("[MASK]") != 1:
             raise UserError(f"{path}, line {number + 1}: expected one [MASK] in {sentences[0]!r}.")
-        found.append(TaskExample(str(row.get("uuid", number)), sentences[0], answer))
-    if not found:
-        raise UserError(f"{path}: holds no sentences.")
-    return found
+        examples.append(TaskExample(str(row.get("uuid", number)), sentences[0], answer))
+    return _nonempty(path, examples, "sentences")
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects, one a line."""
-    found = []
+    """One object per line."""
+    rows = []
     for number, line in enumerate(_text(path).splitlines(), 1):
         if not line.strip():
             continue
         try:
-            found.append(json.loads(line))
+            rows.append(json.loads(line))
         except ValueError as error:
             raise UserError(f"{path}, line {number}: no JSON: {error}.") from None
-        if not isinstance(found[-1], dict):
+        if not isinstance(rows[-1], dict):
             raise UserError(f"{path}, line {number}: expected a JSON object.")
-    return found
+    return rows
+
+
+def _nonempty(path: Path, examples: list[TaskExample], words: str) -> list[TaskExample]:
+    if not examples:
+        raise UserError(f"{path}: holds no {words}.")
+    return examples
 
 
 def _rows(path: Path, header: bool) -> Sequence[Mapping[str, Any]]:
@@ -193,8 +187,7 @@ def _rows(path: Path, header: bool) -> Sequence[Mapping[str, Any]]:
             raise UserError(f"{path}: cannot be read: {error}.") from None
     if path.suffix not in (".tsv", ".csv"):
         raise UserError(f"{path}: expected .tsv, .csv, .jsonl or .parquet.")
-    plain = path.suffix == ".tsv"
-    options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if plain else {}
+    options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
     rows = [row for row in csv.reader(_text(path).splitlines(), **options) if row]
     names = rows.pop(0) if header and rows else [str(number) for number in range(len(rows[0]) if rows else 0)]
     for number, row in enumerate(rows, 2 if header else 1):
@@ -219,12 +212,12 @@ def _squad_questions(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(_text(path))
+        content = json.loads(_text(path))
     except ValueError as error:
         raise UserError(f"{path}: no JSON: {error}.") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object.")
-    return found
+    return content
 
 
 def _text(path: Path) -> str:

@@ -1,7 +1,7 @@
-"""Scores of tasks, under the names that `evaluate` gives them. Mathematics: knows scikit-learn, scipy and seqeval.
+"""Scores of tasks, under `evaluate`'s names. Mathematics: knows scikit-learn, scipy and seqeval.
 
-`score("glue/mrpc", …)` asks for what the benchmark reports of that task; `score("f1", …)` for one figure. All are
-fractions between 0 and 1 (correlations between -1 and 1), never percentages.
+`score("glue/mrpc", …)` gives all figures that GLUE reports of that task; `score("f1", …)` gives one. All are fractions
+between 0 and 1 (correlations between -1 and 1), never percentages.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ GLUE: dict[str, tuple[str, ...]] = {
     "rte": ("accuracy",),
     "wnli": ("accuracy",),
 }
-"""What GLUE reports of each task."""
+"""GLUE's metrics of each task."""
 
 
 def _correlation(kind: str) -> Callable[[Any, Any], float]:
-    def of(found: Any, wanted: Any) -> float:
+    def correlation(predictions: Any, references: Any) -> float:
         from scipy import stats
 
-        if np.ptp(found) == 0 or np.ptp(wanted) == 0:  # a constant has no correlation; GLUE counts it as none
+        if np.ptp(predictions) == 0 or np.ptp(references) == 0:  # undefined for a constant; GLUE counts it as 0
             return 0.0
-        return float(getattr(stats, kind)(found, wanted).statistic)
+        return float(getattr(stats, kind)(predictions, references).statistic)
 
-    return of
+    return correlation
 
 
 def _sklearn(name: str, **options: Any) -> Callable[[Any, Any], float]:
-    def of(found: Any, wanted: Any) -> float:
+    def metric(predictions: Any, references: Any) -> float:
         from sklearn import metrics
 
-        return float(getattr(metrics, name)(wanted, found, **options))
+        return float(getattr(metrics, name)(references, predictions, **options))
 
-    return of
+    return metric
 
 
 METRICS: dict[str, Callable[[Any, Any], float]] = {
@@ -61,13 +61,13 @@ METRICS: dict[str, Callable[[Any, Any], float]] = {
     "spearmanr": _correlation("spearmanr"),
     "mse": _sklearn("mean_squared_error"),
 }
-"""Of classes (`f1`: of class 1) or numbers, one for each example."""
+"""Metrics of classes (`f1`: of class 1) or numbers, one for each example."""
 ERRORS = frozenset({"mse"})
-"""Metrics of which less is better."""
+"""Metrics for which lower is better."""
 
 
 def metric_names(name: str) -> tuple[str, ...]:
-    """What `name` asks for: one metric, or all of a GLUE task (`glue/mrpc`). Raises `UserError` for an unknown one."""
+    """One metric, or all of a GLUE task (`glue/mrpc`). Raises `UserError` for an unknown name."""
     if name.startswith("glue/"):
         task = name.removeprefix("glue/")
         if task not in GLUE:
@@ -84,13 +84,13 @@ OF_TWO_CLASSES = frozenset({"f1"})
 
 
 def require_metric(name: str, classes: int | None) -> None:
-    """Raises `UserError` where a metric does not go with a task of so many classes; None: with one of numbers."""
+    """Raises `UserError` if a metric does not fit a task of so many classes; None: a task of numbers."""
     of_numbers = classes is None
     for metric in metric_names(name):
         if of_numbers != (metric in OF_NUMBERS):
-            known = [one for one in METRICS if (one in OF_NUMBERS) == of_numbers]
+            choices = [choice for choice in METRICS if (choice in OF_NUMBERS) == of_numbers]
             kind = "numbers" if of_numbers else "classes"
-            raise UserError(f"Metric '{name}': is not one of {kind}; use {', '.join(known)}.")
+            raise UserError(f"Metric '{name}': is not one of {kind}; use {', '.join(choices)}.")
         if metric in OF_TWO_CLASSES and classes != 2:
             raise UserError(
                 f"Metric '{name}': '{metric}' is of two classes, and the training examples have {classes}. Use "
@@ -98,16 +98,16 @@ def require_metric(name: str, classes: int | None) -> None:
             )
 
 
-def score(name: str, found: Sequence[Any], wanted: Sequence[Any]) -> Scores:
+def score(name: str, predictions: Sequence[Any], references: Sequence[Any]) -> Scores:
     """Scores of predictions, one for each example."""
-    return {metric: METRICS[metric](np.asarray(found), np.asarray(wanted)) for metric in metric_names(name)}
+    return {metric: METRICS[metric](np.asarray(predictions), np.asarray(references)) for metric in metric_names(name)}
 
 
-def entity_scores(found: Sequence[Sequence[str]], wanted: Sequence[Sequence[str]]) -> Scores:
-    """seqeval's precision, recall and F1 of whole entities (IOB2 and its like), and accuracy of tags."""
+def entity_scores(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> Scores:
+    """seqeval's precision, recall and F1 of whole entities (IOB2 and similar), and accuracy of tags."""
     from seqeval import metrics
 
-    tags: tuple[Any, Any] = ([list(one) for one in wanted], [list(one) for one in found])
+    tags: tuple[Any, Any] = ([list(row) for row in references], [list(row) for row in predictions])
     scorers: dict[str, Any] = {  # typed too narrowly there
         "precision": metrics.precision_score, "recall": metrics.recall_score, "f1": metrics.f1_score,
     }  # fmt: skip
@@ -124,35 +124,36 @@ def normalized(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def answer_scores(found: Mapping[str, str], wanted: Mapping[str, Sequence[str]]) -> Scores:
-    """SQuAD's exact match and F1, the best over a question's gold answers; no gold answer: the empty one is right."""
+def answer_scores(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Scores:
+    """SQuAD's exact match and F1, the best over a question's gold answers; without any, the empty answer is correct."""
     exact, overlap = [], []
-    for key, golds in wanted.items():
-        said = found.get(key, "")
+    for key, golds in references.items():
+        answer = predictions.get(key, "")
         golds = [gold for gold in golds if normalized(gold)] or [""]
-        exact.append(max(float(normalized(said) == normalized(gold)) for gold in golds))
-        overlap.append(max(_overlap(said, gold) for gold in golds))
+        exact.append(max(float(normalized(answer) == normalized(gold)) for gold in golds))
+        overlap.append(max(_overlap(answer, gold) for gold in golds))
     return {"exact_match": float(np.mean(exact)), "f1": float(np.mean(overlap))}
 
 
-def _overlap(said: str, gold: str) -> float:
-    said_words, gold_words = normalized(said).split(), normalized(gold).split()
-    if not said_words or not gold_words:
-        return float(said_words == gold_words)
-    common = sum((Counter(said_words) & Counter(gold_words)).values())
+def _overlap(answer: str, gold: str) -> float:
+    """F1 of the words."""
+    answer_words, gold_words = normalized(answer).split(), normalized(gold).split()
+    if not answer_words or not gold_words:
+        return float(answer_words == gold_words)
+    common = sum((Counter(answer_words) & Counter(gold_words)).values())
     if not common:
         return 0.0
-    precision, recall = common / len(said_words), common / len(gold_words)
+    precision, recall = common / len(answer_words), common / len(gold_words)
     return 2 * precision * recall / (precision + recall)
 
 
-def factoid_scores(found: Mapping[str, Sequence[str]], wanted: Mapping[str, Sequence[str]]) -> Scores:
-    """BioASQ's: strict and lenient accuracy (right first; right among the first five), and mean reciprocal rank."""
+def factoid_scores(predictions: Mapping[str, Sequence[str]], references: Mapping[str, Sequence[str]]) -> Scores:
+    """BioASQ's: strict and lenient accuracy (the first is correct; one of the first five), and mean reciprocal rank."""
     ranks = []
-    for key, synonyms in wanted.items():
-        golds = {normalized(one) for one in synonyms}
-        said = [normalized(one) for one in found.get(key, ())][:5]
-        ranks.append(next((rank for rank, one in enumerate(said, 1) if one in golds), 0))
+    for key, synonyms in references.items():
+        golds = {normalized(synonym) for synonym in synonyms}
+        answers = [normalized(answer) for answer in predictions.get(key, ())][:5]
+        ranks.append(next((rank for rank, answer in enumerate(answers, 1) if answer in golds), 0))
     rank = np.array(ranks, float)
     return {
         "strict_accuracy": float((rank == 1).mean()),
@@ -161,10 +162,11 @@ def factoid_scores(found: Mapping[str, Sequence[str]], wanted: Mapping[str, Sequ
     }
 
 
-def yes_no_scores(found: Sequence[int], wanted: Sequence[int]) -> Scores:
+def yes_no_scores(predictions: Sequence[int], references: Sequence[int]) -> Scores:
     """BioASQ's: accuracy, F1 of "yes" and of "no", and their mean; 1 is yes."""
     from sklearn import metrics
 
     f1_score: Any = metrics.f1_score  # typed too narrowly there
-    yes, no = (float(f1_score(wanted, found, pos_label=label, zero_division=0)) for label in (1, 0))
-    return {"accuracy": METRICS["accuracy"](found, wanted), "f1_yes": yes, "f1_no": no, "macro_f1": (yes + no) / 2}
+    yes, no = (float(f1_score(references, predictions, pos_label=label, zero_division=0)) for label in (1, 0))
+    accuracy = METRICS["accuracy"](predictions, references)
+    return {"accuracy": accuracy, "f1_yes": yes, "f1_no": no, "macro_f1": (yes + no) / 2}

@@ -12,10 +12,10 @@ from torch import Tensor
 from pema_ray.errors import UserError
 from pema_ray.pluglm.tasks.reading import TaskExample, read_bioasq, read_table
 from pema_ray.pluglm.tasks.scores import metric_names, require_metric, score, yes_no_scores
-from pema_ray.pluglm.tasks.task import Feature
+from pema_ray.pluglm.tasks.task import Feature, FinetuningTask
 
 
-class Classification:
+class Classification(FinetuningTask):
     """One of several labels.
 
     Args:
@@ -33,12 +33,8 @@ class Classification:
         metric: str = "accuracy",
     ) -> None:
         self.metric, self._columns, self._header = metric, columns, header
-        self._metric_names = metric_names(metric)
+        self.main = metric_names(metric)[0]
         self.labels: list[str] = []
-
-    @property
-    def main(self) -> str:
-        return self._metric_names[0]
 
     def model_class(self) -> Any:
         from pema_ray.pluglm.model.heads import PlugLMForSequenceClassification
@@ -58,18 +54,26 @@ class Classification:
         return read_table(path, text, pair, label, self._header)
 
     def prepare(self, train: Sequence[TaskExample]) -> None:
-        found = {str(example.label) for example in train if example.label is not None}
-        if len(found) < 2:
-            raise UserError(f"Training examples have {len(found)} labels in column '{self._columns[2]}', at least 2.")
-        whole = all(one.lstrip("-").isdigit() for one in found)
-        self.labels = sorted(found, key=int) if whole else sorted(found)
+        labels = {str(example.label) for example in train if example.label is not None}
+        if len(labels) < 2:
+            raise UserError(f"Training examples have {len(labels)} labels in column '{self._columns[2]}', at least 2.")
+        are_integers = all(label.lstrip("-").isdigit() for label in labels)
+        self.labels = sorted(labels, key=int) if are_integers else sorted(labels)
         require_metric(self.metric, len(self.labels))
 
     def features(self, examples: Sequence[TaskExample], tokenizer: Any, max_tokens: int) -> list[Feature]:
-        found = encoded(examples, tokenizer, max_tokens)
+        if not examples:
+            return []
+        pairs = [example.pair for example in examples] if examples[0].pair else None
+        encoded = tokenizer(
+            [example.text for example in examples], pairs, truncation=True, max_length=max_tokens,
+            return_token_type_ids=True,
+        )  # fmt: skip
         return [
             Feature(number, token_ids, type_ids, self._target(example))
-            for number, (example, (token_ids, type_ids)) in enumerate(zip(examples, found))
+            for number, (example, token_ids, type_ids) in enumerate(
+                zip(examples, encoded["input_ids"], encoded["token_type_ids"])
+            )
         ]
 
     def _target(self, example: TaskExample) -> dict[str, Any]:
@@ -80,24 +84,17 @@ class Classification:
         return {"labels": self.labels.index(str(example.label))}
 
     def collate(self, features: Sequence[Feature], length: int) -> dict[str, Tensor]:
-        if any(not one.targets for one in features):
+        if any(not feature.targets for feature in features):
             return {}
-        return {"labels": torch.tensor([one.targets["labels"] for one in features])}
+        return {"labels": torch.tensor([feature.targets["labels"] for feature in features])}
 
     def decode(self, output: Any, features: Sequence[Feature], examples: Sequence[TaskExample]) -> list[Any]:
         return [self.labels[number] for number in output.logits.argmax(-1).tolist()]
 
-    def answers(self, examples: Sequence[TaskExample], said: Sequence[tuple[int, Any]]) -> dict[str, Any]:
-        return {examples[number].id: answer for number, answer in said}
-
     def scores(self, examples: Sequence[TaskExample], answers: Mapping[str, Any]) -> dict[str, float]:
-        wanted = [str(gold(example)) for example in examples]
-        found = [answers[example.id] for example in examples]
-        number = {label: place for place, label in enumerate(self.labels)}
-        return score(self.metric, [number[one] for one in found], [number[one] for one in wanted])
-
-    def label_text(self, example: TaskExample) -> str:
-        return str(example.label)
+        classes = {label: number for number, label in enumerate(self.labels)}
+        references = [classes[str(gold(example))] for example in examples]
+        return score(self.metric, [classes[answers[example.id]] for example in examples], references)
 
 
 class YesNo(Classification):
@@ -107,11 +104,7 @@ class YesNo(Classification):
 
     def __init__(self) -> None:
         super().__init__(metric="accuracy")
-        self.labels = ["no", "yes"]
-
-    @property
-    def main(self) -> str:
-        return "macro_f1"
+        self.main, self.labels = "macro_f1", ["no", "yes"]
 
     def read(self, path: Path) -> list[TaskExample]:
         return read_bioasq(path, "yesno")
@@ -120,8 +113,8 @@ class YesNo(Classification):
         pass
 
     def scores(self, examples: Sequence[TaskExample], answers: Mapping[str, Any]) -> dict[str, float]:
-        wanted = [int(gold(example) == "yes") for example in examples]
-        return yes_no_scores([int(answers[example.id] == "yes") for example in examples], wanted)
+        references = [int(gold(example) == "yes") for example in examples]
+        return yes_no_scores([int(answers[example.id] == "yes") for example in examples], references)
 
 
 class Regression(Classification):
@@ -151,7 +144,8 @@ class Regression(Classification):
     def scores(self, examples: Sequence[TaskExample], answers: Mapping[str, Any]) -> dict[str, float]:
         for example in examples:
             gold(example)
-        return score(self.metric, [answers[one.id] for one in examples], [number_of(one) for one in examples])
+        references = [number_of(example) for example in examples]
+        return score(self.metric, [answers[example.id] for example in examples], references)
 
 
 def number_of(example: TaskExample) -> float:
@@ -162,21 +156,7 @@ def number_of(example: TaskExample) -> float:
 
 
 def gold(example: TaskExample) -> Any:
-    """Its label. Raises `UserError` where there is none."""
+    """The example's label. Raises `UserError` if it has none."""
     if example.label is None:
         raise UserError(f"Example {example.id} has no label to score against.")
     return example.label
-
-
-def encoded(
-    examples: Sequence[TaskExample], tokenizer: Any, max_tokens: int, cut: str | bool = True
-) -> list[tuple[list[int], list[int]]]:
-    """(token ids, type ids) of examples; of pairs, the longer text is cut first."""
-    if not examples:
-        return []
-    pairs = [example.pair for example in examples] if examples[0].pair else None
-    found = tokenizer(
-        [example.text for example in examples], pairs, truncation=cut, max_length=max_tokens,
-        return_token_type_ids=True,
-    )  # fmt: skip
-    return list(zip(found["input_ids"], found["token_type_ids"]))

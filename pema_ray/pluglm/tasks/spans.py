@@ -1,6 +1,6 @@
 """Extractive question answering (SQuAD) and BioASQ's factoid questions: a span of a passage.
 
-Long passages are cut into windows that overlap; position 0 says that a window holds no answer.
+Long passages are cut into overlapping windows; position 0 means that a window holds no answer.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch import Tensor
 from pema_ray.errors import UserError
 from pema_ray.pluglm.tasks.reading import TaskExample, read_bioasq, read_squad
 from pema_ray.pluglm.tasks.scores import answer_scores, factoid_scores, normalized
-from pema_ray.pluglm.tasks.task import Feature
+from pema_ray.pluglm.tasks.task import Feature, FinetuningTask
 
-_BEST = 20  # starts and ends that are combined
-_KEPT = 10  # spans of a window
-_ANSWERS = 5  # that a factoid question may have
+_POSITIONS = 20  # best starts and best ends that are combined
+_SPANS_PER_WINDOW = 10
+_MAX_ANSWERS = 5  # of a factoid question
 
 
-class Spans:
+class Spans(FinetuningTask):
     """SQuAD 1.1 and 2.0.
 
     Args:
         stride: tokens that two windows share.
-        longest: of an answer, in tokens.
-        may_be_none: whether "no answer" may win, as in SQuAD 2.0.
+        longest: longest answer, in tokens.
+        may_be_none: whether "no answer" is an answer, as in SQuAD 2.0; None: decided by the training examples.
     """
 
     kind: ClassVar[str] = "answers"
@@ -42,82 +42,80 @@ class Spans:
 
         return PlugLMForQuestionAnswering
 
-    def head(self) -> dict[str, Any]:
-        return {}
-
     def read(self, path: Path) -> list[TaskExample]:
         return read_squad(path)
 
     def prepare(self, train: Sequence[TaskExample]) -> None:
-        if self._may_be_none is None:  # SQuAD 2.0 is known by its questions without answers
+        if self._may_be_none is None:  # SQuAD 2.0 has questions without answers
             self._may_be_none = any(not example.label for example in train)
 
     def features(self, examples: Sequence[TaskExample], tokenizer: Any, max_tokens: int) -> list[Feature]:
         longest_question = max_tokens // 2
         questions = [_cut(example.text, tokenizer, longest_question) for example in examples]
         stride = min(self.stride, max(0, (max_tokens - longest_question) // 2 - 2))
-        found = tokenizer(
+        windows = tokenizer(
             questions, [example.pair for example in examples], truncation="only_second", max_length=max_tokens,
             stride=stride, return_overflowing_tokens=True, return_offsets_mapping=True, return_token_type_ids=True,
         )  # fmt: skip
         features = []
-        for part, (number, types) in enumerate(zip(found["overflow_to_sample_mapping"], found["token_type_ids"])):
-            which, offsets = found.sequence_ids(part), found["offset_mapping"][part]
-            spans = tuple(tuple(span) if one == 1 else None for one, span in zip(which, offsets))
+        for part, (number, types) in enumerate(zip(windows["overflow_to_sample_mapping"], windows["token_type_ids"])):
+            text_ids, offsets = windows.sequence_ids(part), windows["offset_mapping"][part]
+            spans = tuple(tuple(span) if text_id == 1 else None for text_id, span in zip(text_ids, offsets))
             target = self._target(examples[number], spans)
-            features.append(Feature(number, found["input_ids"][part], types, target, spans))
+            features.append(Feature(number, windows["input_ids"][part], types, target, spans))
         return features
 
     def _target(self, example: TaskExample, spans: Sequence[tuple[int, int] | None]) -> dict[str, Any]:
-        """The first gold answer's first and last token; 0, 0 where this window does not hold it."""
+        """The first gold answer's first and last token; 0, 0 if this window does not hold it."""
         if example.label is None:
             return {}
-        nowhere = {"start_positions": 0, "end_positions": 0}
+        no_answer = {"start_positions": 0, "end_positions": 0}
         if not example.starts:
-            return nowhere
+            return no_answer
         begin = example.starts[0]
         end = begin + len(_gold_at(example))
         inside = [place for place, span in enumerate(spans) if span is not None and span[0] < end and span[1] > begin]
         if not inside or spans[inside[0]][0] > begin or spans[inside[-1]][1] < end:  # pyright: ignore[reportOptionalSubscript]
-            return nowhere
+            return no_answer
         return {"start_positions": inside[0], "end_positions": inside[-1]}
 
     def collate(self, features: Sequence[Feature], length: int) -> dict[str, Tensor]:
-        if any(not one.targets for one in features):
+        if any(not feature.targets for feature in features):
             return {}
         names = ("start_positions", "end_positions")
-        return {name: torch.tensor([one.targets[name] for one in features]) for name in names}
+        return {name: torch.tensor([feature.targets[name] for feature in features]) for name in names}
 
     def decode(self, output: Any, features: Sequence[Feature], examples: Sequence[TaskExample]) -> list[Any]:
-        """The best spans of each window, (score above "no answer", text)."""
+        """The best spans of each window: (score above "no answer", text)."""
         return [
-            self._spans(start, end, one, examples[one.example].pair)
-            for start, end, one in zip(output.start_logits.cpu(), output.end_logits.cpu(), features)
+            self._spans(start_T, end_T, feature, examples[feature.example].pair)
+            for start_T, end_T, feature in zip(output.start_logits.cpu(), output.end_logits.cpu(), features)
         ]
 
     def _spans(self, start_T: Tensor, end_T: Tensor, feature: Feature, passage: str) -> list[tuple[float, str]]:
-        nothing = float(start_T[0] + end_T[0])
-        may_T = torch.tensor([span is not None for span in feature.spans])
+        no_answer = float(start_T[0] + end_T[0])
+        outside_T = torch.tensor([span is None for span in feature.spans])
+        T = len(outside_T)
         starts, ends = (
-            one[: len(may_T)].masked_fill(~may_T, -torch.inf).topk(min(_BEST, len(may_T))) for one in (start_T, end_T)
+            logit_T[:T].masked_fill(outside_T, -torch.inf).topk(min(_POSITIONS, T)) for logit_T in (start_T, end_T)
         )
-        found = []
+        spans = []
         for start, first in zip(starts.values.tolist(), starts.indices.tolist()):
             for end, last in zip(ends.values.tolist(), ends.indices.tolist()):
                 begin, stop = feature.spans[first], feature.spans[last]
                 if begin is not None and stop is not None and first <= last < first + self.longest:
-                    found.append((start + end - nothing, passage[begin[0] : stop[1]]))
-        return sorted(found, key=lambda one: -one[0])[:_KEPT]
+                    spans.append((start + end - no_answer, passage[begin[0] : stop[1]]))
+        return sorted(spans, key=lambda span: -span[0])[:_SPANS_PER_WINDOW]
 
-    def answers(self, examples: Sequence[TaskExample], said: Sequence[tuple[int, Any]]) -> dict[str, Any]:
+    def answers(self, examples: Sequence[TaskExample], decoded: Sequence[tuple[int, Any]]) -> dict[str, Any]:
         best: dict[str, tuple[float, str]] = {}
-        for number, spans in said:
+        for number, spans in decoded:
             for score, text in spans:
                 group = examples[number].group
                 if group not in best or score > best[group][0]:
                     best[group] = (score, text)
-        least = 0.0 if self._may_be_none else float("-inf")
-        return {group: text if score > least else "" for group, (score, text) in best.items()}
+        threshold = 0.0 if self._may_be_none else float("-inf")
+        return {group: text if score > threshold else "" for group, (score, text) in best.items()}
 
     def scores(self, examples: Sequence[TaskExample], answers: Mapping[str, Any]) -> dict[str, float]:
         return answer_scores(answers, _golds(examples))
@@ -127,7 +125,7 @@ class Spans:
 
 
 class Factoid(Spans):
-    """BioASQ's factoid questions: up to five different answers, best first, over all snippets of a question."""
+    """BioASQ's factoid questions: up to five different answers, best first, from all snippets of a question."""
 
     kind: ClassVar[str] = "factoid"
     main = "mrr"
@@ -138,16 +136,16 @@ class Factoid(Spans):
     def read(self, path: Path) -> list[TaskExample]:
         return read_bioasq(path, "factoid")
 
-    def answers(self, examples: Sequence[TaskExample], said: Sequence[tuple[int, Any]]) -> dict[str, Any]:
-        found: dict[str, list[tuple[float, str]]] = {}
-        for number, spans in said:
-            found.setdefault(examples[number].group, []).extend(tuple(span) for span in spans)
+    def answers(self, examples: Sequence[TaskExample], decoded: Sequence[tuple[int, Any]]) -> dict[str, Any]:
+        spans_of_groups: dict[str, list[tuple[float, str]]] = {}
+        for number, spans in decoded:
+            spans_of_groups.setdefault(examples[number].group, []).extend(tuple(span) for span in spans)
         answers: dict[str, list[str]] = {}
-        for group, spans in found.items():
-            different: dict[str, str] = {}
-            for _, text in sorted(spans, key=lambda one: -one[0]):
-                different.setdefault(normalized(text), text)
-            answers[group] = list(different.values())[:_ANSWERS]
+        for group, spans in spans_of_groups.items():
+            distinct: dict[str, str] = {}
+            for _, text in sorted(spans, key=lambda span: -span[0]):
+                distinct.setdefault(normalized(text), text)
+            answers[group] = list(distinct.values())[:_MAX_ANSWERS]
         return answers
 
     def scores(self, examples: Sequence[TaskExample], answers: Mapping[str, Any]) -> dict[str, float]:
@@ -162,15 +160,14 @@ def _golds(examples: Sequence[TaskExample]) -> dict[str, list[str]]:
 
 
 def _gold_at(example: TaskExample) -> str:
-    """The gold answer that stands at the first of `starts`, as the passage has it; without one, the first."""
+    """The gold answer at the first of `starts`, as spelled in the passage; without `starts`, the first gold answer."""
     if not example.starts:
         return example.label[0] if example.label else ""
-    rest = example.pair[example.starts[0] :].lower()
-    there = [gold for gold in example.label if rest.startswith(gold.lower())]
-    return example.pair[example.starts[0] : example.starts[0] + len(there[0])]
+    rest = example.pair[example.starts[0] :]
+    return next(rest[: len(gold)] for gold in example.label if rest.lower().startswith(gold.lower()))
 
 
-def _cut(text: str, tokenizer: Any, most: int) -> str:
-    """A question's first `most` tokens: its passage needs room too."""
+def _cut(text: str, tokenizer: Any, max_tokens: int) -> str:
+    """A question's first `max_tokens` tokens, to leave room for its passage."""
     spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    return text if len(spans) <= most else text[: spans[most - 1][1]]
+    return text if len(spans) <= max_tokens else text[: spans[max_tokens - 1][1]]

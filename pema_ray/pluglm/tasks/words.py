@@ -14,11 +14,11 @@ from pema_ray.pluglm.learning.masking import IGNORED
 from pema_ray.pluglm.tasks.reading import TaskExample, read_words
 from pema_ray.pluglm.tasks.scores import entity_scores
 from pema_ray.pluglm.tasks.sequences import gold
-from pema_ray.pluglm.tasks.task import Feature
+from pema_ray.pluglm.tasks.task import Feature, FinetuningTask
 
 
-class Words:
-    """A word's tag is predicted at its first token. Words beyond `max_tokens` go into further features."""
+class Words(FinetuningTask):
+    """Predicts a word's tag at its first token. Words beyond `max_tokens` go into further features."""
 
     kind: ClassVar[str] = "tokens"
     main = "f1"
@@ -42,21 +42,20 @@ class Words:
         self.labels = sorted({tag for example in train for tag in gold(example)})
 
     def features(self, examples: Sequence[TaskExample], tokenizer: Any, max_tokens: int) -> list[Feature]:
-        found = tokenizer(
+        windows = tokenizer(
             [list(example.words) for example in examples], is_split_into_words=True, truncation=True,
             max_length=max_tokens, return_overflowing_tokens=True, return_token_type_ids=True,
         )  # fmt: skip
-        features, seen = [], {}
-        for part, (number, types) in enumerate(zip(found["overflow_to_sample_mapping"], found["token_type_ids"])):
+        features, last_words = [], {}
+        for part, (number, types) in enumerate(zip(windows["overflow_to_sample_mapping"], windows["token_type_ids"])):
             spans: list[tuple[int, int] | None] = []
-            for word in found.word_ids(part):
-                first = word is not None and word > seen.get(number, -1)
-                if first:
-                    seen[number] = word
-                spans.append((word, word + 1) if word is not None and first else None)
-            features.append(
-                Feature(number, found["input_ids"][part], types, self._target(examples[number], spans), tuple(spans))
-            )
+            for word in windows.word_ids(part):
+                is_first = word is not None and word > last_words.get(number, -1)
+                if is_first:
+                    last_words[number] = word
+                spans.append((word, word + 1) if word is not None and is_first else None)
+            target = self._target(examples[number], spans)
+            features.append(Feature(number, windows["input_ids"][part], types, target, tuple(spans)))
         return features
 
     def _target(self, example: TaskExample, spans: Sequence[tuple[int, int] | None]) -> dict[str, Any]:
@@ -69,27 +68,27 @@ class Words:
         return {"labels": tags}
 
     def collate(self, features: Sequence[Feature], length: int) -> dict[str, Tensor]:
-        if any(not one.targets for one in features):
+        if any(not feature.targets for feature in features):
             return {}
-        rows = [[*one.targets["labels"], *[IGNORED] * (length - len(one.token_ids))] for one in features]
+        rows = [[*feature.targets["labels"], *[IGNORED] * (length - len(feature.token_ids))] for feature in features]
         return {"labels": torch.tensor(rows)}
 
     def decode(self, output: Any, features: Sequence[Feature], examples: Sequence[TaskExample]) -> list[Any]:
         best = output.logits.argmax(-1).tolist()
         return [
-            [(span[0], self.labels[best[row][place]]) for place, span in enumerate(one.spans) if span is not None]
-            for row, one in enumerate(features)
+            [(span[0], self.labels[best[row][place]]) for place, span in enumerate(feature.spans) if span is not None]
+            for row, feature in enumerate(features)
         ]
 
-    def answers(self, examples: Sequence[TaskExample], said: Sequence[tuple[int, Any]]) -> dict[str, Any]:
-        found = {example.id: ["O"] * len(example.words) for example in examples}
-        for number, tags in said:
+    def answers(self, examples: Sequence[TaskExample], decoded: Sequence[tuple[int, Any]]) -> dict[str, Any]:
+        answers = {example.id: ["O"] * len(example.words) for example in examples}
+        for number, tags in decoded:
             for word, tag in tags:
-                found[examples[number].id][word] = tag
-        return found
+                answers[examples[number].id][word] = tag
+        return answers
 
     def scores(self, examples: Sequence[TaskExample], answers: Mapping[str, Any]) -> dict[str, float]:
-        return entity_scores([answers[one.id] for one in examples], [gold(one) for one in examples])
+        return entity_scores([answers[example.id] for example in examples], [gold(example) for example in examples])
 
     def label_text(self, example: TaskExample) -> str:
         return " ".join(tag for tag in gold(example) if tag != "O") or "O"

@@ -237,13 +237,10 @@ KEPT = {"prompts": True}
         ({"compare": {"systems": ["pema_look_back"]}}, "pema_look_back needs build_memory.prompts=true"),
         ({"train": {"local_memory": 64}}, "train.local_memory needs build_memory.prompts=true"),
         ({"compare": {"systems": ["pema_local_memory"]}}, "pema_local_memory needs build_memory.prompts=true"),
-        ({"build_memory": KEPT, "train": {"local_memory": 8, "stream": True}}, "whole sequences at hand"),
-        ({"build_memory": KEPT, "train": {"look_back": 1, "stream": True}}, "whole sequences at hand"),
-        ({"build_memory": KEPT, "train": {"look_back": 1, "solver": "adam"}}, "whole sequences at hand"),
-        (
-            {"build_memory": KEPT, "train": {"look_back": 1, "shuffle": "window"}},
-            "whole sequences at hand",
-        ),
+        ({"build_memory": KEPT, "train": {"local_memory": 8, "stream": True}}, "whole sequences in RAM"),
+        ({"build_memory": KEPT, "train": {"look_back": 1, "stream": True}}, "whole sequences in RAM"),
+        ({"build_memory": KEPT, "train": {"look_back": 1, "solver": "adam"}}, "whole sequences in RAM"),
+        ({"build_memory": KEPT, "train": {"look_back": 1, "shuffle": "window"}}, "whole sequences in RAM"),
     ],
 )
 def test_settings_that_give_it_no_sequences_are_refused(section: dict, message: str):

@@ -343,7 +343,7 @@ def test_a_session_that_is_closed_before_it_is_opened_is_not_opened(batcher_of):
     assert len(batcher._sessions._closed_before) <= 1024
 
 
-def test_texts_that_are_too_long_are_refused_and_hurt_nobody(batcher_of):
+def test_texts_that_are_too_long_are_refused_without_harm_to_others(batcher_of):
     batcher = batcher_of("llama", slots=2, max_tokens=30)
     good = batcher.submit("me", Step("a", 0, range(3, 30)))
     long = batcher.submit("me", Step("b", 0, range(3, 34)))
@@ -371,7 +371,7 @@ def test_steps_that_make_no_sense_are_not_made(wrong):
         Step(**({"session": "s", "position": 0, "tokens": [1, 2]} | wrong))
 
 
-def test_a_retry_of_an_opening_whose_caller_left_is_answered(batcher_of):
+def test_a_retry_of_a_cancelled_opening_is_answered(batcher_of):
     batcher = batcher_of("llama", slots=2)
     first = batcher.submit("me", Step("s", 0, list(range(3, 60))))
     batcher.run()

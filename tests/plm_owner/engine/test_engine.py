@@ -44,7 +44,7 @@ def slow_down(engine: Engine, seconds: float) -> None:
     engine.batcher.run = slow
 
 
-async def test_the_event_loop_goes_on_during_a_pass(engine):
+async def test_the_event_loop_runs_during_a_pass(engine):
     slow_down(engine, 0.3)
     step = asyncio.create_task(engine.step("me", [Step("a", 0, [5])]))
     longest, before = 0.0, time.perf_counter()
@@ -104,7 +104,7 @@ async def test_a_failed_engine_answers_present_and_later_requests(engine):
         await engine.step("me", [Step("c", 0, [5])])
 
 
-async def test_an_extraction_whose_caller_goes_away_frees_its_place(engine):
+async def test_a_cancelled_extraction_stops(engine):
     slow_down(engine, 0.02)
     long = asyncio.create_task(engine.extract("me", ExtractBatch([[5] * 90] * 50, [0] * 50)))
     await until(lambda: engine.counts["passes"])

@@ -11,7 +11,7 @@ PASSES = st.lists(st.integers(1, 100), min_size=1, max_size=30)
 
 
 @given(st.dictionaries(st.text(max_size=2), PASSES, min_size=2, max_size=4))
-def test_waiting_flows_never_lie_further_apart_than_one_pass_each(flows):
+def test_waiting_flows_differ_by_at_most_one_pass_each(flows):
     queue, served = FairQueue(), dict.fromkeys(flows, 0)
     largest = max(map(max, flows.values()))
     flows = {flow: list(passes) for flow, passes in flows.items()}

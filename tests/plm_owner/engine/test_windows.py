@@ -27,7 +27,7 @@ def test_a_short_session_beside_one_beyond_the_local_window_keeps_its_states():
             assert same_states(plm, states, plain_states(plm, ids)[-1:])
 
 
-def test_the_longest_sequence_is_what_one_rotation_or_bias_covers():
+def test_the_longest_sequence_is_that_of_one_rotation_or_bias():
     mpt = MptForCausalLM(MptConfig(d_model=32, n_heads=4, n_layers=1, max_seq_len=128, vocab_size=99))
     assert LoadedPLM("mpt", mpt, None).max_positions == 128
     rope = {

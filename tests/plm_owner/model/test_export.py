@@ -65,7 +65,7 @@ def test_tied_and_untied_heads_are_both_copied(tiny_plm, bundle):
         assert head.weight.data_ptr() != plm.model.get_output_embeddings().weight.data_ptr()
 
 
-def test_the_card_gives_sizes_and_nothing_of_the_weights(architecture: str, bundle, tokenizer):
+def test_the_card_gives_sizes_and_no_weights(architecture: str, bundle, tokenizer):
     card = bundle(architecture).card
     hidden = 16 if architecture == "opt_without_final_norm" else 32
     assert (card.hidden_size, card.vocab_size, card.max_positions) == (hidden, len(tokenizer), 96)

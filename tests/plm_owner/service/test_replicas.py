@@ -194,7 +194,7 @@ async def test_another_plm_than_the_expected_one_is_refused_at_every_call(handle
     assert await live(handle) == 0
 
 
-async def test_replicas_report_what_waits(handle):
+async def test_replicas_report_waiting_tokens(handle):
     replica = handle.replicas["r0"]
     assert await replica.record_autoscaling_stats() == {"live_sessions": 0.0, "waiting_tokens": 0.0}
     request = asyncio.create_task(replica.plm.extract(ExtractBatch([[5] * 60] * 400, [0] * 400)))
