@@ -43,6 +43,9 @@ class PLMConfig(Section):
     trust_remote_code: bool = False
     """Let a hub model run its own Python code in the PLM owner's process."""
 
+    prefix: str | None = None
+    """Folder of a trained key-value prefix (`pema-ray train-prefix`) that stands before every prompt."""
+
     key_file: str | None = None
     """A file that holds the key for `url`, and nothing else."""
     ca_file: str | None = None
@@ -64,7 +67,7 @@ class PLMConfig(Section):
         kinds = [kind for kind in _PLM_SETTINGS if getattr(self, kind) is not None]
         if len(kinds) > 1:
             raise ValueError(f"{' and '.join(kinds)} exclude each other; set all but one to null")
-        allowed = {*_PLM_SETTINGS, *_PLM_SETTINGS[kinds[0]]}
+        allowed = {*_PLM_SETTINGS, *_PLM_SETTINGS[kinds[0]], "prefix"}
         for name, field in type(self).model_fields.items():
             if name not in allowed and getattr(self, name) != field.default:
                 owners = [kind for kind, settings in _PLM_SETTINGS.items() if name in settings]

@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import Field, field_validator, model_validator
 
 from pema_ray.data_owner.config import GenerateConfig
-from pema_ray.data_owner.training.config import TrainConfig
+from pema_ray.data_owner.training.config import PrefixConfig, TrainConfig
 from pema_ray.errors import nearest
 from pema_ray.experiment.configuration import read_config
 from pema_ray.line.plm_config import PLMConfig
@@ -99,6 +99,7 @@ class ExperimentConfig(Section):
     task: TaskConfig = TaskConfig()
     ray: RayConfig = RayConfig()
     placement: PlacementConfig = PlacementConfig()
+    prefix: PrefixConfig = PrefixConfig()
     build_memory: BuildMemoryConfig = BuildMemoryConfig()
     train: TrainConfig = TrainConfig()
     generate: GenerateConfig = GenerateConfig()

@@ -26,6 +26,16 @@ PEMA = Method(
             depends_on=("plm",),
             evidence=("lm_head/bundle.json",),
         ),
+        "train_prefix": Stage(
+            "Data owner: train a key-value prefix through the PLM, by gradients that its owner computes. Resumes.",
+            "pema_ray.pema.stages.train_prefix",
+            reads=("prefix",),
+            also_reads=("plm", "task"),
+            depends_on=("prefix",),
+            parents=("prepare", "export_head"),
+            evidence=("prefix/prefix.json", "history.json"),
+            in_chain=False,
+        ),
         "build_memory": Stage(
             "Build the external memory on Ray Data, one pass over the pairs. Resumes.",
             "pema_ray.pema.stages.build_memory",

@@ -6,10 +6,12 @@ Only `plm.name` and `plm.serve` import the PLM owner's code: a data owner needs 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pema_ray.data_owner.prefixed import PrefixedPLM, TrainedPrefix
 from pema_ray.line import ModelCard, PLMClient
 from pema_ray.line.plm_config import PLMConfig
 
@@ -21,6 +23,10 @@ def connect(config: PLMConfig, card: ModelCard | None = None, engine: Mapping[st
         card: the PLM that must answer; None accepts any.
         engine: settings (`EngineConfig`) of the engine of a PLM of one's own; the others are configured by their owner.
     """
+    if config.prefix is not None:
+        trained = TrainedPrefix.from_pretrained(config.prefix)
+        alone = None if card is None else replace(card, fingerprint=trained.fingerprint)
+        return PrefixedPLM(connect(config.model_copy(update={"prefix": None}), alone, engine), trained)
     fingerprint = config.fingerprint if card is None else card.fingerprint
     if config.url is not None:
         from pema_ray.data_owner.remote import RemotePLM
@@ -46,7 +52,7 @@ def connector(
     """
     if config.is_own:
         config = config.model_copy(update={"threads": config.threads or max(1, int(cpus))})
-    files = {name: getattr(config, name) for name in ("key_file", "ca_file")}
+    files = {name: getattr(config, name) for name in ("key_file", "ca_file", "prefix")}
     absolute = {name: str(Path(file).expanduser().absolute()) for name, file in files.items() if file is not None}
     config = config.model_copy(update=absolute)  # actors have other working folders
     return partial(connect, config, card, dict(engine or {}))

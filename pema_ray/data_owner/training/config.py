@@ -98,3 +98,24 @@ class TrainConfig(TrainingConfig):
     def reads_sequences(self) -> bool:
         """Whether training needs rows of prompts."""
         return self.look_back > 0 or self.local_memory > 0
+
+
+class PrefixConfig(TrainingConfig):
+    """A key-value prefix, trained together with a residual adapter through the gradient line."""
+
+    frozen: int = Field(default=1, ge=0)
+    """The prefix's first so many positions keep their start: attention sinks."""
+    rank: int = Field(default=128, ge=1)
+    """r of the adapter that is trained with the prefix, and dropped: `train` fits one to the finished prefix."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Adam's learning rate for the adapter, at its highest; a cosine takes it to a fiftieth."""
+    prefix_learning_rate: float = Field(default=5e-3, gt=0)
+    """The same for the prefix."""
+    epochs: int = Field(default=1, ge=1)
+    """Passes over the training pairs."""
+    max_batch_tokens: int = Field(default=2048, ge=1)
+    """Token positions of a step, padding included, without the prefix."""
+    validate_every: int = Field(default=20, ge=1)
+    """Steps between two validations on the dev pairs."""
+    patience: int = Field(default=5, ge=1)
+    """Validations without a better dev loss before training stops."""

@@ -1,0 +1,156 @@
+"""A PLM behind a data owner's prefix: a `PLMClient` like any other, so that every stage and service works over it.
+
+Prompts stay as they are worded: the prefix takes the place of the tokens that it was started from, and this client
+leaves them out of what it sends. Its model card has a fingerprint of its own, so that memories and adapters of other
+prefixes are refused. Knows no Ray and no model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from pema_ray.errors import FingerprintMismatch, UserError
+from pema_ray.line import Description, ExtractBatch, LMHeadBundle, PLMClient, Step, Stepped
+from pema_ray.line.messages import ModelCard
+from pema_ray.line.prefix import Prefix
+from pema_ray.line.protocol import AdaptablePLM, PrefixLost
+
+_DESCRIPTION = "prefix.json"
+_HANDLE_DIGITS = 12  # of a prefix, in a fingerprint
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TrainedPrefix:
+    """A prefix, the PLM that it was trained for, and the tokens whose place it takes.
+
+    Attributes:
+        replaces: the first tokens of every prompt.
+        fingerprint: of the PLM alone.
+    """
+
+    prefix: Prefix
+    replaces: tuple[int, ...]
+    fingerprint: str
+
+    def save_pretrained(self, folder: Path, plm_name: str) -> None:
+        """Write `prefix.json` beside the files of `Prefix.save_pretrained`."""
+        self.prefix.save_pretrained(folder, plm_name)
+        described = {"replaces": list(self.replaces), "fingerprint": self.fingerprint}
+        (folder / _DESCRIPTION).write_text(json.dumps(described) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> TrainedPrefix:
+        """Raises UserError if the folder holds none, or a damaged one."""
+        path = Path(folder) / _DESCRIPTION
+        try:
+            described = json.loads(path.read_text())
+            replaces, fingerprint = tuple(described["replaces"]), str(described["fingerprint"])
+        except FileNotFoundError:
+            raise UserError(f"{folder}: holds no prefix: {_DESCRIPTION} is missing.") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: is damaged: {error}") from None
+        return cls(Prefix.from_pretrained(folder), replaces, fingerprint)
+
+    def card(self, card: ModelCard) -> ModelCard:
+        """The model card of the PLM behind this prefix.
+
+        Raises:
+            FingerprintMismatch: the prefix was trained for another PLM.
+        """
+        if card.fingerprint != self.fingerprint:
+            raise FingerprintMismatch("The prefix's PLM", card.label, self.fingerprint)
+        longer = len(self.prefix) - len(self.replaces)
+        return replace(
+            card,
+            fingerprint=f"{card.fingerprint}+{self.prefix.handle[:_HANDLE_DIGITS]}",
+            max_positions=card.max_positions - longer,
+        )
+
+
+class PrefixedPLM:
+    """A `PLMClient` over another, behind a prefix.
+
+    Raises (every call):
+        UserError: this PLM owner takes no prefixes, or a prompt begins with other tokens than the prefix replaces.
+        FingerprintMismatch: the prefix was trained for another PLM.
+    """
+
+    def __init__(self, client: PLMClient, trained: TrainedPrefix) -> None:
+        if not isinstance(client, AdaptablePLM):
+            raise UserError("plm.prefix: this PLM owner takes no prefixes; use a PLM of your own (plm.name).")
+        self._client, self._trained = client, trained
+        self._skipped = len(trained.replaces)
+
+    async def describe(self) -> Description:
+        description = await self._client.describe()
+        return replace(description, card=self._trained.card(description.card))
+
+    async def lm_head(self) -> LMHeadBundle:
+        bundle = await self._client.lm_head()
+        return replace(bundle, card=self._trained.card(bundle.card))
+
+    async def extract(self, batch: ExtractBatch) -> torch.Tensor:
+        return await self._with_prefix(lambda: self._client.extract(self._behind(batch)))
+
+    async def step(self, steps: Sequence[Step]) -> list[Stepped | Exception]:
+        sent = [self._step(step) for step in steps]
+        outcomes = await self._client.step(sent)
+        lost = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, PrefixLost)]
+        if lost:  # of openings alone
+            await self._client.put_prefix(self._trained.prefix)
+            for i, outcome in zip(lost, await self._client.step([sent[i] for i in lost]), strict=True):
+                outcomes[i] = outcome
+        return outcomes
+
+    async def close(self, sessions: Sequence[str]) -> None:
+        await self._client.close(sessions)
+
+    async def end(self) -> None:
+        await self._client.end()
+
+    async def _with_prefix(self, request: Callable[[], Awaitable[T]]) -> T:
+        try:
+            return await request()
+        except PrefixLost:
+            await self._client.put_prefix(self._trained.prefix)
+            return await request()
+
+    def _behind(self, batch: ExtractBatch) -> ExtractBatch:
+        """The batch without the tokens that the prefix replaces."""
+        left = max(0, self._skipped - len(batch.prefix))  # in the sequences themselves
+        for ids, first in zip(batch.token_ids, batch.first, strict=True):
+            self._check([*batch.prefix, *ids])
+            if first < left:
+                raise UserError("plm.prefix: a representation is requested of a position that the prefix replaces.")
+        return ExtractBatch(
+            [ids[left:] for ids in batch.token_ids],
+            [first - left for first in batch.first],
+            batch.prefix[self._skipped :],
+            self._trained.prefix.handle,
+        )
+
+    def _step(self, step: Step) -> Step:
+        if step.position == 0:
+            self._check(step.tokens)
+            rest = step.tokens[self._skipped :]
+            if step.states > len(rest):
+                raise UserError("plm.prefix: a representation is requested of a position that the prefix replaces.")
+            return replace(step, tokens=rest, handle=self._trained.prefix.handle)
+        position = step.position - self._skipped
+        if position < 0:
+            raise UserError("plm.prefix: a session cannot be rewound into the tokens that the prefix replaces.")
+        return replace(step, position=position, handle="" if position else self._trained.prefix.handle)
+
+    def _check(self, ids: Sequence[int]) -> None:
+        if tuple(ids[: self._skipped]) != self._trained.replaces:
+            raise UserError(
+                f"plm.prefix takes the place of the first {self._skipped} tokens of every prompt, and this prompt "
+                "begins otherwise: keep task.name, task.chat, task.shots and task.limits as in its training."
+            )

@@ -1,0 +1,88 @@
+"""`pema-ray train-prefix`: a key-value prefix in place of the examples that all prompts show, by the gradient line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from pema_ray.data_owner.prefixed import TrainedPrefix
+from pema_ray.data_owner.training.prefix import PrefixTrainer
+from pema_ray.errors import UserError
+from pema_ray.line import BlockingPLM, ExtractBatch
+from pema_ray.line.prefix import Prefix
+from pema_ray.memory.plan import plan_batches
+from pema_ray.pema.config import ExperimentConfig
+from pema_ray.pema.plm import connect
+from pema_ray.pema.run import Run
+from pema_ray.runtime.hardware import set_threads
+from pema_ray.runtime.progress import track
+from pema_ray.tasks import EncodedPair
+from pema_ray.training.history import TrainerHistory
+from pema_ray.training.ray_loop import showing_loss
+
+
+def run(config: ExperimentConfig) -> dict[str, Any]:
+    """Write `train_prefix/prefix/`, which `plm.prefix` names, and `train_prefix/history.json`."""
+    run = Run(config)
+    if config.plm.prefix is not None:
+        raise UserError(
+            "train-prefix trains for the PLM alone: leave plm.prefix out, and set it in the experiment that follows."
+        )
+
+    def work() -> dict[str, Any]:
+        run.claim("train_prefix")
+        history = _train(run)
+        first, best = history.validation[0], min(history.validation, key=lambda point: point["loss"])
+        return {
+            "dev_loss": best["loss"],
+            "dev_loss_of_examples": first["loss"],
+            "best_step": history.best_step,
+            "seconds_of_training": round(history.seconds, 1),
+            "summary": f"dev loss {first['loss']:.3f} with the examples, {best['loss']:.3f} with the prefix",
+        }
+
+    return run.perform("train_prefix", work)
+
+
+def _train(run: Run) -> TrainerHistory:
+    config, c, folder = run.config, run.config.prefix, run.path("train_prefix")
+    prompter = run.prompter()
+    shared, end = prompter.shared_tokens, prompter.end_token
+    if config.task.shots == 0 or config.task.show == "similar":
+        raise UserError(
+            "train-prefix starts from examples that all prompts show: set task.shots=3 and task.show=first."
+        )
+    pairs = {split: [prompter.encode_pair(pair) for pair in run.pairs(split)] for split in ("train", "dev")}
+    set_threads(config.plm.threads)
+    with BlockingPLM(connect(config.plm, run.bundle.card, {"max_tokens": None})) as plm:
+        end = run.bundle.card.eos_token_ids[0] if end is None else end
+        replaced = tuple(pairs["train"][0].prompt[:shared])
+        start = plm.read_prefix(replaced)
+        batches = {split: _batches(examples, shared, end, c.max_batch_tokens) for split, examples in pairs.items()}
+        trainer = PrefixTrainer(
+            c, plm, run.bundle.head, Prefix(start.embeddings, start.shape, c.frozen), batches["train"], batches["dev"],
+            folder, config.seed,
+        )  # fmt: skip
+        with track("training prefix", trainer.steps) as bar:
+            trainer.on_point = showing_loss(bar)
+            history = trainer.run()
+        trained = TrainedPrefix(trainer.model.prefix, replaced, run.bundle.card.fingerprint)
+    trained.save_pretrained(folder / "prefix", run.bundle.card.name)
+    (folder / "history.json").write_text(json.dumps(history.to_dict()))
+    return history
+
+
+def _batches(
+    pairs: Sequence[EncodedPair], shared: int, end: int, max_tokens: int
+) -> list[tuple[ExtractBatch, torch.Tensor]]:
+    """Prompts without their shared tokens, and the targets of every requested representation, the end token last."""
+    batches = []
+    for examples in plan_batches(pairs, max_tokens, shared):
+        token_ids = [example.prompt[shared:] + example.target for example in examples]
+        first = [len(example.prompt) - shared - 1 for example in examples]
+        target = [token for example in examples for token in (*example.target, end)]
+        batches.append((ExtractBatch(token_ids, first), torch.tensor(target)))
+    return batches
