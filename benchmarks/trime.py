@@ -77,18 +77,20 @@ def main() -> None:
     repeats = 1 if o.smoke else o.repeats
     ratios: dict[str, float] = {}
     figures: dict[str, Any] = {"sizes": size, "threads": o.threads, "smoke": o.smoke}
-    ways = [("ours", "none"), *((who, memory) for memory in ("local", "long") for who in ("ours", "published"))]
-    seconds = _in_turns({f"{who} {memory}": _step(who, memory, size, device) for who, memory in ways}, device, repeats)
-    peaks = {f"{who} {memory}": _peak(o, who, memory) for who, memory in ways if memory != "none"}
+    sides = [("ours", "none"), *((side, memory) for memory in ("local", "long") for side in ("ours", "published"))]
+    seconds = _in_turns(
+        {f"{side} {memory}": _step(side, memory, size, device) for side, memory in sides}, device, repeats
+    )
+    peaks = {f"{side} {memory}": _peak(o, side, memory) for side, memory in sides if memory != "none"}
     for memory in ("local", "long"):
         ratios[f"step_{memory}_vs_published"] = seconds[f"published {memory}"] / seconds[f"ours {memory}"]
         ratios[f"memory_{memory}_vs_published"] = peaks[f"ours {memory}"] / peaks[f"published {memory}"]
         ratios[f"step_{memory}_over_ce"] = seconds[f"ours {memory}"] / seconds["ours none"]
     figures |= {"step_seconds": seconds, "step_peak_bytes": peaks}
     with tempfile.TemporaryDirectory(prefix="tr") as folder:
-        more, told = _retrieval(Path(folder), size, device, repeats)
-    ratios |= more
-    figures |= told
+        retrieval_ratios, retrieval_figures = _retrieval(Path(folder), size, device, repeats)
+    ratios |= retrieval_ratios
+    figures |= retrieval_figures
     figures["notes"] = [
         "A step: forward and backward of one batch, without the optimiser. Peak memory: of a process of its own.",
         f"kNN: {size['keys']:,} keys of {size['hidden']}, k = {size['k']}; index {INDEX.kind}, "
@@ -103,14 +105,14 @@ def main() -> None:
 
 def _in_turns(work: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
     """Median seconds of each, measured in turns after one unmeasured round."""
-    found: dict[str, list[float]] = {name: [] for name in work}
+    seconds: dict[str, list[float]] = {name: [] for name in work}
     for turn in range(repeats + 1):
-        for name, one in work.items():
+        for name, function in work.items():
             started = clock(device)
-            one()
+            function()
             if turn:
-                found[name].append(clock(device) - started)
-    return {name: statistics.median(times) for name, times in found.items()}
+                seconds[name].append(clock(device) - started)
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 # ── a training step ─────────────────────────────────────────────────────────
@@ -129,7 +131,7 @@ def _tokens(size: dict[str, int], count: int, device: torch.device, seed: int = 
     return torch.from_numpy(drawn.astype(np.int64)).to(device)
 
 
-def _step(who: str, memory: str, size: dict[str, int], device: torch.device) -> Callable[[], object]:
+def _step(side: str, memory: str, size: dict[str, int], device: torch.device) -> Callable[[], object]:
     """Forward and backward of one batch."""
     model = _model(size, device)
     B, L = size["segments"], size["length"]
@@ -163,12 +165,12 @@ def _step(who: str, memory: str, size: dict[str, int], device: torch.device) -> 
         positive_N = torch.cat([target_N, memory_NN + other_NN], 1).logsumexp(1)
         (whole_N - positive_N).mean().backward()
 
-    return ours if who == "ours" else published
+    return ours if side == "ours" else published
 
 
-def _peak(o: argparse.Namespace, who: str, memory: str) -> int:
+def _peak(o: argparse.Namespace, side: str, memory: str) -> int:
     common = [f"--threads={o.threads}", *(["--gpu"] if o.gpu else []), *(["--smoke"] if o.smoke else [])]
-    return run_worker(__file__, [f"--worker={who}", f"--memory={memory}", *common])["peak_bytes"]
+    return run_worker(__file__, [f"--worker={side}", f"--memory={memory}", *common])["peak_bytes"]
 
 
 # ── evaluation and retrieval ────────────────────────────────────────────────
@@ -194,16 +196,16 @@ def _retrieval(
     query_NH = _keys(model, _tokens(size, 2 * length, device, 3))
     build_index(IndexBuild(folder / "index", store, INDEX, 0))
     exact = OnePieceSearch(load_parts(store, None, SearchOptions()))
-    truth, probes, found = exact.search(query_NH, k), 1, 0.0
+    truth, probes, reached = exact.search(query_NH, k), 1, 0.0
     while True:
         options = SearchOptions(probes=probes, oversample=size["oversample"])
         index = OnePieceSearch(load_parts(store, folder / "index", options))
-        found = recall(index.search(query_NH, k), truth)
-        if found >= RECALL or probes > len(store):
+        reached = recall(index.search(query_NH, k), truth)
+        if reached >= RECALL or probes > len(store):
             break
         probes *= 2
-    if found < RECALL:
-        console.print(f"[red]recall {found:.3f} at most, not {RECALL}: retrieval has no ratios[/]")
+    if reached < RECALL:
+        console.print(f"[red]recall {reached:.3f} at most, not {RECALL}: retrieval has no ratios[/]")
     search = _in_turns(
         {"exact": lambda: exact.search(query_NH, k), "index": lambda: index.search(query_NH, k)}, device, repeats
     )
@@ -216,11 +218,11 @@ def _retrieval(
     ratios = {
         "evaluation_vs_brute_force": brute["brute force"] / brute["ours"],
         "all_settings_over_one": brute["all settings"] / brute["ours"],
-        "index_vs_exact_at_recall_95": search["exact"] / search["index"] if found >= RECALL else math.nan,
-        "knn_evaluation_slowdown": evaluation["kNN"] / evaluation["plain"] if found >= RECALL else math.nan,
+        "index_vs_exact_at_recall_95": search["exact"] / search["index"] if reached >= RECALL else math.nan,
+        "knn_evaluation_slowdown": evaluation["kNN"] / evaluation["plain"] if reached >= RECALL else math.nan,
     }
-    told = {
-        "recall": found,
+    figures = {
+        "recall": reached,
         "probes": probes,
         "search_seconds": search,
         "queries": len(query_NH),
@@ -230,12 +232,12 @@ def _retrieval(
             "brute force": tokens / brute["brute force"],
         },
     }
-    return ratios, told
+    return ratios, figures
 
 
 @torch.inference_mode()
 def _brute_force(model: DecoderLM, text: Text, probe: Probe) -> float:
-    """Window by window, all logits, the whole memory masked by -10000, long memory made anew for every window."""
+    """Window by window, all logits, the memory masked by -10000, long memory rebuilt for every window."""
     H, total, history = model.hidden_size, 0.0, []
     for window in plan_windows(len(text.token_N), probe.tokens_per_sample, probe.context_window):
         state, key = model.represent(text.token_N[None, window.start : window.end])

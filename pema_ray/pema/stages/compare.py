@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from pema_ray.errors import UserError
@@ -54,15 +55,11 @@ def _cluster(run: Run) -> Iterator[None]:
     """Ray with room for generation and, if anything is trained, for all training workers."""
     config = run.config
     t, g = config.train, config.generate
-    with ExitStack() as stack:
-        stack.enter_context(
-            ray_cluster(config.ray, g.cpus_per_actor, g.gpus_per_actor, readers=1, placement=config.placement)
-        )
-        if any(ComparedSystem(run, name, config.seed).is_trained for name in config.compare.systems):
-            workers = t.min_workers or t.workers
-            stack.enter_context(
-                ray_cluster(config.ray, t.cpus_per_worker, t.gpus_per_worker, workers, placement=config.placement)
-            )
+    cluster = partial(ray_cluster, config.ray, placement=config.placement)
+    training = nullcontext()
+    if any(ComparedSystem(run, name, config.seed).is_trained for name in config.compare.systems):
+        training = cluster(t.cpus_per_worker, t.gpus_per_worker, t.min_workers or t.workers)
+    with cluster(g.cpus_per_actor, g.gpus_per_actor, readers=1), training:
         yield
 
 
