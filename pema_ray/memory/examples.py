@@ -139,8 +139,12 @@ class PreparedPairs:
     def at_hand(self) -> bool:
         return len(self) <= _FEW and self.wording.similar is None
 
+    @property
+    def digest(self) -> str:
+        return self._digest
+
     @cached_property
-    def digest(self) -> str:  # reads the whole file
+    def _digest(self) -> str:  # reads the whole file
         parts = [content_digest(self.path), self.wording.digest, self.wording.probe]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

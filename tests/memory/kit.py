@@ -153,7 +153,7 @@ def write_memory(folder: Path, shards: Sequence[MemoryRows], **changes: Any) -> 
         "key_dtype": shards[0].key.dtype, "plan_hash": "0" * 16, "rows": sum(info.rows for info in infos),
         "examples": sum(info.examples for info in infos), "shards": tuple(infos),
     }  # fmt: skip
-    Manifest(**{**fields, **changes}).save(folder)
+    Manifest.model_validate(fields | changes).save(folder)
     return ExternalMemory.open(folder)
 
 

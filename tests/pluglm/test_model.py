@@ -15,6 +15,7 @@ from pema_ray.pluglm.memory.entries import NewEntry
 from pema_ray.pluglm.memory.knowledge_memory import KnowledgeMemory
 from pema_ray.pluglm.model.config import PlugLMConfig
 from pema_ray.pluglm.model.encoder import PlugLMForMaskedLM, StaleKeys
+from pema_ray.pluglm.model.heads import PlugLMForSequenceClassification
 from pema_ray.pluglm.model.knowledge import Knowledge, document_codes
 from pema_ray.pluglm.model.loading import load_pluglm
 from tests.pluglm.conftest import BACKBONE
@@ -73,6 +74,13 @@ def test_other_models_are_refused_by_name(tmp_path) -> None:
 def test_settings_that_cannot_be_are_refused(settings, message) -> None:
     with pytest.raises(UserError, match=message):
         PlugLMConfig(backbone={"model_type": "bert", **BACKBONE}, **{"max_document_tokens": 16, **settings})
+
+
+@pytest.mark.parametrize(("classifier_dropout", "expected"), [(None, 0.3), (0.0, 0.0), (0.2, 0.2)])
+def test_a_classifiers_dropout_is_the_backbones(classifier_dropout, expected) -> None:
+    backbone = {"model_type": "bert", **BACKBONE, "hidden_dropout_prob": 0.3, "classifier_dropout": classifier_dropout}
+    config = PlugLMConfig(backbone=backbone, max_document_tokens=16)
+    assert PlugLMForSequenceClassification(config).dropout.p == expected
 
 
 # ── the layers ──────────────────────────────────────────────────────────────

@@ -169,6 +169,25 @@ def test_bioasq_questions(tmp_path, words_tokenizer) -> None:
     assert task.scores(examples, answers) == {"strict_accuracy": 1.0, "lenient_accuracy": 1.0, "mrr": 1.0}
 
 
+def test_a_factoids_answer_is_found_behind_letters_that_grow_in_lower_case(tmp_path) -> None:
+    path = tmp_path / "bioasq.json"
+    task = task_of("factoid")
+    for exact in ("W7", ["W7"], [["W7"]]):
+        question = {"id": "a", "type": "factoid", "body": "w1", "exact_answer": exact, "snippets": [{"text": "İİ w7"}]}
+        path.write_text(json.dumps({"questions": [question]}))
+        (example,) = task.read(path)
+        assert (example.label, example.starts, task.label_text(example)) == (["W7"], (3,), "w7")
+
+
+def test_labels_that_only_look_like_integers_are_sorted_as_text(tmp_path) -> None:
+    path = tmp_path / "labels.jsonl"
+    for labels, expected in ((("10", "9", "-1"), ["-1", "9", "10"]), (("10", "9", "²"), ["10", "9", "²"])):
+        path.write_text("".join(json.dumps({"sentence": "w1", "label": label}) + "\n" for label in labels))
+        task = task_of("classification")
+        task.prepare(task.read(path))
+        assert task.labels == expected
+
+
 def test_cloze_questions(tmp_path, words_tokenizer) -> None:
     path = tmp_path / "lama.jsonl"
     rows = [
@@ -270,6 +289,25 @@ def test_metrics_that_a_task_does_not_have_are_refused_before_it_is_learned(tmp_
         ("answers", "a.json", "[]", "expected a JSON object"),
         ("answers", "a.json", '{"data": [{"paragraphs": [{"qas": [{"id": 1}]}]}]}', "question 1: not as SQuAD has it"),
         ("yes_no", "a.json", '{"questions": []}', "no questions of type 'yesno'"),
+        ("yes_no", "a.json", '{"questions": ["x"]}', "question 1: not as BioASQ has it"),
+        (
+            "factoid",
+            "a.json",
+            json.dumps(
+                {
+                    "questions": [
+                        {
+                            "type": "factoid",
+                            "id": "x",
+                            "body": "w1",
+                            "exact_answer": [[5]],
+                            "snippets": [{"text": "w2"}],
+                        }
+                    ]
+                }
+            ),
+            "question x: not as BioASQ has it",
+        ),
         ("cloze", "a.jsonl", '{"masked_sentences": ["x"], "obj_label": "y"}\n', r"expected one \[MASK\]"),
     ],
 )

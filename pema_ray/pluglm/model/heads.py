@@ -53,7 +53,8 @@ class PlugLMAnswerOutput(QuestionAnsweringModelOutput):
 
 def _dropout(config: PlugLMConfig) -> nn.Dropout:
     backbone: Any = config.backbone
-    return nn.Dropout(getattr(backbone, "classifier_dropout", None) or backbone.hidden_dropout_prob)
+    share = getattr(backbone, "classifier_dropout", None)
+    return nn.Dropout(backbone.hidden_dropout_prob if share is None else share)
 
 
 class PlugLMForSequenceClassification(PlugLMPreTrainedModel):

@@ -37,6 +37,7 @@ class Knowledge(Protocol):
     @property
     def name(self) -> str:
         """`<memory> version <n>`, for messages and answers."""
+        ...
 
     @property
     def version(self) -> int: ...
@@ -44,10 +45,12 @@ class Knowledge(Protocol):
     @property
     def fingerprint(self) -> str:
         """Fingerprint of the knowledge encoder that made its keys and values."""
+        ...
 
     @property
     def sizes(self) -> tuple[int, int]:
         """(Q, D)"""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -60,18 +63,23 @@ class Knowledge(Protocol):
         Raises:
             UserError: the memory is empty, or a sequence may retrieve fewer than `k` entries.
         """
+        ...
 
     def vectors(self, entry_M: Tensor) -> tuple[Tensor, Tensor]:
         """Stored (keys `[M, Q]`, values `[M, D]`) as float32 on the CPU; `entry_M` may have any shape."""
+        ...
 
     def tokens(self, entry_M: Tensor) -> Tokens:
         """Tokens of the entries' documents."""
+        ...
 
     def pieces_of(self, document_B: Tensor) -> Tensor:
         """Number of entries of each document, by code `[B]`."""
+        ...
 
     def piece_of(self, document_B: Tensor, number_B: Tensor) -> Tensor:
         """Id of each document's `number`-th entry, from 0, in the order of ids `[B]`; -1 where there is none."""
+        ...
 
 
 def document_code(document_id: str) -> int:

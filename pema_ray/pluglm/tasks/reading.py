@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,28 +118,31 @@ def read_bioasq(path: Path, kind: str) -> list[TaskExample]:
     A factoid's label is one list of all synonyms of its gold answers.
     """
     examples = []
-    for question in _json(path).get("questions", []):
-        if question.get("type") != kind:
-            continue
+    for number, question in enumerate(_json(path).get("questions") or [], 1):
         try:
+            if question.get("type") != kind:
+                continue
             key, body, exact = str(question["id"]), question["body"], question.get("exact_answer")
             snippets = [snippet["text"] for snippet in question["snippets"]]
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{path}, question {question.get('id')}: not as BioASQ has it: {error!r}.") from None
+            passage = " ".join(snippets)
+            answers = [] if kind == "yesno" else [exact] if isinstance(exact, str) else exact or []
+            golds = [gold for group in answers for gold in ([group] if isinstance(group, str) else group)]
+            patterns = [re.compile(re.escape(gold), re.IGNORECASE) for gold in golds]
+        except (KeyError, TypeError, AttributeError) as error:
+            name = question.get("id", number) if isinstance(question, dict) else number
+            raise UserError(f"{path}, question {name}: not as BioASQ has it: {error!r}.") from None
         if not snippets:
             raise UserError(f"{path}, question {key}: has no snippets.")
         if kind == "yesno":
             label = exact.lower() if isinstance(exact, str) else None
             if label not in ("yes", "no", None):
                 raise UserError(f"{path}, question {key}: exact_answer {exact!r}: expected yes or no.")
-            examples.append(TaskExample(key, body, label, " ".join(snippets), group=key))
+            examples.append(TaskExample(key, body, label, passage, group=key))
             continue
-        synonyms = [] if exact is None else [[gold] if isinstance(gold, str) else gold for gold in exact]
-        golds = [gold for group in synonyms for gold in group] or None  # None: without a score
-        for number, snippet in enumerate(snippets):
-            places = [snippet.lower().find(gold.lower()) for gold in golds or ()]
-            starts = tuple(place for place in places if place >= 0)
-            examples.append(TaskExample(f"{key}.{number}", body, golds, snippet, starts=starts, group=key))
+        for place, snippet in enumerate(snippets):
+            starts = tuple(match.start() for pattern in patterns if (match := pattern.search(snippet)))
+            # without gold answers (None) a question is answered, not scored
+            examples.append(TaskExample(f"{key}.{place}", body, golds or None, snippet, starts=starts, group=key))
     return _nonempty(path, examples, f"questions of type '{kind}'")
 
 

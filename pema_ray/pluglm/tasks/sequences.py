@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -57,7 +58,7 @@ class Classification(FinetuningTask):
         labels = {str(example.label) for example in train if example.label is not None}
         if len(labels) < 2:
             raise UserError(f"Training examples have {len(labels)} labels in column '{self._columns[2]}', at least 2.")
-        are_integers = all(label.lstrip("-").isdigit() for label in labels)
+        are_integers = all(re.fullmatch(r"-?\d+", label) for label in labels)
         self.labels = sorted(labels, key=int) if are_integers else sorted(labels)
         require_metric(self.metric, len(self.labels))
 

@@ -5,6 +5,7 @@ Long passages are cut into overlapping windows; position 0 means that a window h
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -163,8 +164,8 @@ def _gold_at(example: TaskExample) -> str:
     """The gold answer at the first of `starts`, as spelled in the passage; without `starts`, the first gold answer."""
     if not example.starts:
         return example.label[0] if example.label else ""
-    rest = example.pair[example.starts[0] :]
-    return next(rest[: len(gold)] for gold in example.label if rest.lower().startswith(gold.lower()))
+    patterns = (re.compile(re.escape(gold), re.IGNORECASE) for gold in example.label)
+    return next(match.group() for pattern in patterns if (match := pattern.match(example.pair, example.starts[0])))
 
 
 def _cut(text: str, tokenizer: Any, max_tokens: int) -> str:
