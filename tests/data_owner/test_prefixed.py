@@ -1,4 +1,4 @@
-"""Behind a prefix that is the KV of the replaced tokens, a PLM answers as without; prompts that begin otherwise are refused."""
+"""Behind a prefix that is the KV of the replaced tokens, a PLM answers as without; other prompts are refused."""
 
 from __future__ import annotations
 

@@ -35,6 +35,8 @@ from pema_ray.tasks import Pair
 
 def _plm_name(config: ExperimentConfig, shots: int) -> str:
     """The name of the PLM without an adapter: "alone" if no row of the table shows it examples."""
+    if config.plm.prefix is not None:
+        return "PLM, trained prefix"
     if shots:
         return f"PLM, {shots} examples shown" if shots > 1 else "PLM, 1 example shown"
     return "PLM, no examples shown" if config.task.shots else "PLM alone"
@@ -88,9 +90,10 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
 def _other_systems(run: Run, pairs: Sequence[Pair]) -> list[GenerationJob]:
     """The PLM with the same prompts, with other prompts, and PEMA at other λ."""
     config = run.config
-    predictor = predictor_of(run)
     prompter = run.prompter()
     jobs = [make_job(run, _plm_name(config, config.task.shots), pairs, prompter, config.generate, None)]
+    if config.plm.prefix is not None:  # other prompts begin with other tokens than the prefix replaces
+        return [*jobs, *_at_other_lambdas(run, pairs)]
     shots = config.evaluate.few_shot
     if shots and shots != config.task.shots:
         name = _plm_name(config, shots)
@@ -100,6 +103,13 @@ def _other_systems(run: Run, pairs: Sequence[Pair]) -> list[GenerationJob]:
             console.print(f"[yellow]'{name}' is left out (evaluate.few_shot): {error}[/]")
     if config.task.shots:
         jobs.append(make_job(run, _plm_name(config, 0), pairs, run.prompter(0), config.generate, None))
+    return [*jobs, *_at_other_lambdas(run, pairs)]
+
+
+def _at_other_lambdas(run: Run, pairs: Sequence[Pair]) -> list[GenerationJob]:
+    """PEMA at the constant λ of `evaluate.generate_lambdas`."""
+    config, predictor, prompter = run.config, predictor_of(run), run.prompter()
+    jobs = []
     for lam in config.evaluate.generate_lambdas:
         options = config.generate.model_copy(update={"lambda_max": lam, "schedule": "constant"})
         if lam > 0 and _name(options) != _name(config.generate):

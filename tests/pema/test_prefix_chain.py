@@ -1,0 +1,56 @@
+"""From pairs to a prefix, and from a memory behind it to a report; what was made behind other prefixes is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pema_ray.errors import FingerprintMismatch, UserError
+from pema_ray.evaluation.results import Evaluation
+from pema_ray.memory import ExternalMemory
+from pema_ray.pema.config import load_config
+from pema_ray.pema.method import PEMA
+
+PREFIX = {"rank": 4, "epochs": 4, "validate_every": 2, "learning_rate": 1e-2, "prefix_learning_rate": 5e-2}
+
+
+def test_a_prefix_is_trained_and_every_stage_runs_behind_it(experiment, ray_cluster, tmp_path: Path):
+    path = experiment(
+        task={"shots": 1, "limits": {"train": 20}},
+        prefix={**PREFIX, "max_batch_tokens": 128},
+        evaluate={"few_shot": 1, "generate_lambdas": [1.0]},
+    )
+    alone = load_config(path)
+    for stage in ("prepare", "export_head", "train_prefix"):
+        trained = PEMA.run(stage, alone)
+    assert trained["dev_loss"] < trained["dev_loss_of_examples"] and trained["best_step"] > 0
+    assert PEMA.run("train_prefix", alone) == trained  # reused
+    folder = Path(alone.run_dir) / "train_prefix" / "prefix"
+    behind = load_config(path, [f"run_dir={tmp_path / 'behind'}", f"plm.prefix={folder}"])
+    for stage in PEMA.chain:
+        PEMA.run(stage, behind)
+    run = Path(behind.run_dir)
+    card = json.loads((run / "export_head" / "metrics.json").read_text())["card"]
+    plain = json.loads((Path(alone.run_dir) / "export_head" / "metrics.json").read_text())["card"]
+    assert card["fingerprint"].startswith(plain["fingerprint"] + "+")
+    assert ExternalMemory.open(run / "build_memory" / "train").manifest.fingerprint == card["fingerprint"]
+    evaluation = Evaluation.model_validate_json((run / "evaluate" / "evaluation.json").read_bytes())
+    assert [system.name for system in evaluation.systems if system.kind == "plm"] == ["PLM, trained prefix"]
+    (folder / "prefix.json").write_text(json.dumps({"replaces": [5], "fingerprint": plain["fingerprint"]}))
+    with pytest.raises(UserError, match="the first 1 tokens of every prompt, and this prompt begins otherwise"):
+        PEMA.run("generate", load_config(path, [f"run_dir={run}", f"plm.prefix={folder}", "generate.max_new_tokens=5"]))
+    (folder / "prefix.json").write_text(json.dumps({"replaces": [5], "fingerprint": "another"}))
+    with pytest.raises(FingerprintMismatch):
+        PEMA.run("export_head", load_config(path, [f"run_dir={tmp_path / 'third'}", f"plm.prefix={folder}"]))
+
+
+def test_what_a_prefix_cannot_start_from_is_refused(experiment):
+    without = load_config(experiment())
+    for stage in ("prepare", "export_head"):
+        PEMA.run(stage, without)
+    with pytest.raises(UserError, match=r"starts from examples that all prompts show: set task.shots=3"):
+        PEMA.run("train_prefix", without)
+    with pytest.raises(UserError, match=r"leave plm.prefix out"):
+        PEMA.run("train_prefix", load_config(experiment(), ["plm.prefix=anywhere"]))
