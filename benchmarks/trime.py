@@ -30,7 +30,7 @@ from pema_ray.memory.shards import MemoryRows, write_shard
 from pema_ray.trime.config import DecoderShape, TrimeEvaluateConfig
 from pema_ray.trime.evaluation.statistics import Probe, Text, measure
 from pema_ray.trime.model.decoder import DecoderLM
-from pema_ray.trime.objective.objective import TrimeObjective, Ways
+from pema_ray.trime.objective.objective import MemoryMode, TrimeObjective
 from pema_ray.trime.text.windows import plan_windows
 
 NAME = "trime"
@@ -142,8 +142,8 @@ def _step(side: str, memory: str, size: dict[str, int], device: torch.device) ->
 
     def ours() -> None:
         model.zero_grad()
-        ways = Ways(memory, across_documents=True)  # type: ignore[arg-type]
-        loss, _ = objective(input_BL, label_BL, torch.zeros_like(input_BL), segment_BL, ways, float(B * L))
+        mode = MemoryMode(memory, across_documents=True)  # type: ignore[arg-type]
+        loss, _ = objective(input_BL, label_BL, torch.zeros_like(input_BL), segment_BL, mode, float(B * L))
         loss.backward()
 
     def published() -> None:

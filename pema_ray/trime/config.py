@@ -30,8 +30,8 @@ class PrepareConfig(Section):
     corpus: Literal["files", "bible"] = "files"
     """`files`: the user's own; `bible`: translations that come as Python packages (extra `demo`)."""
     files: dict[str, tuple[str, ...]] = {}
-    """Split -> files: `.txt`, or `.jsonl` with `text` and, if there is one, `title`. The split `all` is dealt out by
-    `shares`."""
+    """Split -> files: `.txt`, or `.jsonl` with `text` and, if there is one, `title`. `shares` divide the
+    split `all`."""
     shares: dict[Literal["dev", "test"], float] = {}
     """Of the split `all`: what part of its documents, by length, goes to dev and to test (drawn with `seed`)."""
     document_start: str | None = r"^ ?= [^=](.*[^=])? = ?$"
@@ -61,13 +61,13 @@ class PrepareConfig(Section):
     max_words: int | None = Field(default=None, ge=2)
     """Largest vocabulary, `<eos>` and `<unk>` included; of `bpe` its size (8192 if none)."""
     max_unknown: float = Field(default=0.1, ge=0, le=1)
-    """Share of a held-out split's tokens that may be missing from the vocabulary; more of them are refused."""
+    """Share of a held-out split's tokens that the vocabulary may lack; more are refused."""
     vocabulary_from: str | None = None
-    """Another run's folder whose vocabulary is taken, so that its model can read this text."""
+    """Another run's folder; its vocabulary is used, so that its model can read this text."""
     seed: int | None = Field(default=None, ge=0)
     """What `shares` are drawn with; none: the experiment's `seed`."""
     tokens_per_shard: int = Field(default=1 << 20, ge=1)
-    """Roughly: the unit of work and of resuming."""
+    """About this many tokens; a shard is the unit of work and of resuming."""
 
     @field_validator("files")
     @classmethod
@@ -89,7 +89,7 @@ class PrepareConfig(Section):
 
 
 class DecoderShape(Section):
-    """Layers, sizes, dropout of the decoder."""
+    """Layers, sizes and dropout of the decoder."""
 
     layers: int = Field(default=2, ge=1)
     """Layers of the decoder."""
@@ -159,7 +159,29 @@ class BatchesConfig(Section):
     """CPUs that one of them asks of Ray."""
 
 
-class TrimeTrainConfig(TrainingConfig):
+class TokenTrainingConfig(TrainingConfig):
+    """What the trainings of language models and of translators share."""
+
+    ce_epochs: float = Field(default=0, ge=0)
+    """Epochs of plain cross-entropy before the memory comes in (`ce-warmup-epoch`)."""
+    learning_rate: float
+    schedule: Schedule
+    final_learning_rate: float = Field(default=0.0, ge=0)
+    """Where the schedules `cosine` and `polynomial` end."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """β1 and β2 of `adam` and `adamw`."""
+    validate_every: int
+    patience: int | None = Field(default=None, ge=1)
+    """Validations without a better one before training stops; none: never."""
+
+    @model_validator(mode="after")
+    def _accumulates_groups(self) -> TokenTrainingConfig:
+        if self.accumulate != 1:
+            raise ValueError("accumulate follows from batches.groups_per_update: set that, and leave this at 1")
+        return self
+
+
+class TrimeTrainConfig(TokenTrainingConfig):
     """The objective and the optimiser."""
 
     memory: MemoryKind = "local"
@@ -167,9 +189,7 @@ class TrimeTrainConfig(TrainingConfig):
     hide_local: float = Field(default=0.9, ge=0, le=1)
     """p of `ext`: how often an update sees other segments only (`cross-sent-ratio`)."""
     across_documents: bool = False
-    """Whether a `long` memory goes on over the end of a document, as the published code's does."""
-    ce_epochs: float = Field(default=0, ge=0)
-    """Epochs of plain cross-entropy before the memory comes in (`ce-warmup-epoch`)."""
+    """Whether a `long` memory continues past the end of a document, as in the published code."""
     updates: int = Field(default=900, ge=1)
     """Steps of the optimiser."""
     optimizer: Literal["nag", "adam", "adamw"] = "adamw"
@@ -178,12 +198,8 @@ class TrimeTrainConfig(TrainingConfig):
     """The learning rate, at its highest."""
     schedule: Schedule = "cosine"
     """How the learning rate falls after `warm_up_steps`."""
-    final_learning_rate: float = Field(default=0.0, ge=0)
-    """Where the schedules `cosine` and `polynomial` end."""
     momentum: float = Field(default=0.99, ge=0, lt=1)
     """Momentum of `nag`."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    """β1 and β2 of `adam` and `adamw`."""
     weight_decay: float = Field(default=0.0, ge=0)
     """On all parameters, as fairseq's."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -191,17 +207,9 @@ class TrimeTrainConfig(TrainingConfig):
     validate_every: int = Field(default=100, ge=1)
     """Updates between two validations; a checkpoint is written with each."""
     validation_groups: int = Field(default=64, ge=1)
-    """The first so many groups of the dev split."""
-    patience: int | None = Field(default=None, ge=1)
-    """Validations without a better one before training stops; none: never."""
+    """Groups of the dev split that are used, from its start."""
     keep_checkpoints: bool = False
     """Keep the model of every validation, not only the best and the last."""
-
-    @model_validator(mode="after")
-    def _accumulates_groups(self) -> TrimeTrainConfig:
-        if self.accumulate != 1:
-            raise ValueError("accumulate follows from batches.groups_per_update: set that, and leave this at 1")
-        return self
 
 
 class PlanConfig(Section):
@@ -219,7 +227,7 @@ class DatastoreConfig(Section):
     """The external memory: keys of every training position."""
 
     rows_per_shard: int = Field(default=65_536, ge=1)
-    """Roughly: the unit of work and of resuming."""
+    """About this many rows; a shard is the unit of work and of resuming."""
     max_batch_tokens: int = Field(default=8192, ge=1)
     """Most token positions of one forward pass."""
     key_dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float16"
@@ -238,7 +246,7 @@ class SearchConfig(Section):
     probes: int = Field(default=32, ge=1)
     """Lists that an `ivf_*` index looks into."""
     rescore: bool = True
-    """Compare with the keys themselves what an `ivf_pq*` index found."""
+    """Compare the candidates of an `ivf_pq*` index with the exact keys."""
     oversample: int = Field(default=2, ge=1)
     """Candidates for each neighbour, where they are rescored."""
     search_actors: int = Field(default=0, ge=0)
@@ -251,15 +259,15 @@ class TrimeEvaluateConfig(SearchConfig):
     """Windows, memories, calibration."""
 
     tokens_per_sample: int | None = Field(default=None, ge=2)
-    """Of a window, its context included; none: `batches.segment`."""
+    """Tokens of a window, its context included; none: `batches.segment`."""
     context_window: int | None = Field(default=None, ge=0)
-    """Of it, tokens that are context only; none: half."""
+    """Tokens of a window that are context only; none: half."""
     batch_windows: int = Field(default=16, ge=1)
     """Windows that go through the model together."""
     mem_size: int = Field(default=2048, ge=0)
-    """Long memory: the last so many positions before a window."""
+    """Long memory: this many positions before a window."""
     mem_sizes: tuple[int, ...] = ()
-    """Others, to plot perplexity against memory size; 0 (local memory alone) and `mem_size` are always there."""
+    """Further sizes, to plot perplexity; 0 (local memory alone) and `mem_size` are always among them."""
     count_context_twice: bool = False
     """A window's context stands in the long memory as well, as in the published code."""
     reset_at_documents: bool = False
@@ -267,18 +275,18 @@ class TrimeEvaluateConfig(SearchConfig):
     neighbours: int = Field(default=256, ge=1)
     """k of the external memory."""
     neighbour_counts: tuple[int, ...] = ()
-    """Others, for the plot of perplexity against k."""
+    """Further values of k, to plot perplexity."""
     taus: tuple[float, ...] = (0.7, 0.8, 0.9, 1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.4, 1.6, 2.0)
     """τ to choose from, where memory and vocabulary share a normaliser."""
     cache_taus: tuple[float, ...] = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 2.5, 3.2, 4.0, 6.0)
-    """The same for the continuous cache of a plain language model: over final states, which are larger than keys."""
+    """τ of a plain language model's continuous cache, over final states, which are larger than keys."""
     interp_temps: tuple[float, ...] = ()
     """Temperatures of the raw similarity in the second interpolation; none: √H (inner product) or H (l2) times
     0.008 to 4."""
     max_tokens: dict[Literal["dev", "test"], int] = {}
-    """Only the first so many tokens of a split."""
+    """Split -> tokens that are used, from its start."""
     systems: tuple[str, ...] = ()
-    """Which ways of evaluating, of `pema_ray.trime.evaluation.systems`; none: those that go with `train.memory`."""
+    """Systems of `pema_ray.trime.evaluation.systems`; none: those that go with `train.memory`."""
     model: str | None = None
     """A trained model's folder (`<run>/train/model`) instead of this run's own: another domain's, whose run this one's
     `prepare.vocabulary_from` names."""
@@ -305,9 +313,9 @@ class TableConfig(Section):
     """The demonstration: every objective with every seed, at equal steps and at equal time, in one table."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of weights, batches and dropout; the split of the corpus is one for all (`prepare.seed`)."""
+    """Of weights, batches and dropout; all share one split of the corpus (`prepare.seed`)."""
     memories: tuple[MemoryKind, ...] = ("none", "local", "long", "ext")
-    """Objectives; `none` is what the others are measured against, and whose time they are given."""
+    """Objectives; `none` is the baseline, whose training time the others get."""
     equal_time: bool = True
     """Train each TRIME model a second time, for as many updates as fit into the plain model's time."""
     settings: dict[MemoryKind, dict[str, Any]] = {}

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -29,6 +28,8 @@ from pema_ray.trime.config import DatastoreConfig
 from pema_ray.trime.model.memory_lm import MemoryLM
 from pema_ray.trime.text.windows import plan_windows
 
+KeyMaker = Callable[[Path, torch.device], Callable[[ExtractBatch], Tensor]]
+
 
 class KeySource:
     """A TRIME model as the extractor that a memory is built with: rows are keys g(c) instead of final states."""
@@ -38,38 +39,32 @@ class KeySource:
 
     @torch.inference_mode()
     def extract(self, batch: ExtractBatch) -> Tensor:
-        """`[N, H]` float32: keys of the wanted positions, sequence after sequence."""
+        """`[N, H]` float32: keys of the requested positions, sequence after sequence."""
         longest = max(len(ids) for ids in batch.token_ids)
         token_BT = torch.zeros(len(batch.token_ids), longest, dtype=torch.int64)
         for row, ids in enumerate(batch.token_ids):
             token_BT[row, : len(ids)] = torch.tensor(ids)
         key_BTH = self._model.represent(token_BT.to(self._device)).key_BTH.float().cpu()
-        wanted = zip(key_BTH, batch.token_ids, batch.first, strict=True)
-        return torch.cat([key_TH[first : len(ids)] for key_TH, ids, first in wanted])
-
-
-class MakesKeys(Protocol):
-    """A model as the extractor that a memory is built with."""
-
-    def extract(self, batch: ExtractBatch) -> Tensor: ...
+        sequences = zip(key_BTH, batch.token_ids, batch.first, strict=True)
+        return torch.cat([key_TH[first : len(ids)] for key_TH, ids, first in sequences])
 
 
 @dataclass(frozen=True)
 class LoadKeys:
-    """What an actor calls: reads a model from a folder and makes keys with it.
+    """Reads a model from a folder, in an actor, and makes keys with it.
 
     Attributes:
-        make: reads the model; a function of a module, as it travels to the actors.
+        make: reads the model and returns the function that makes keys; a function of a module, since it is pickled.
     """
 
-    make: Callable[[Path, torch.device], MakesKeys]
+    make: KeyMaker
     folder: Path
     threads: int
     device: str = "auto"
 
     def __call__(self) -> BlockingExtractor:
         set_threads(self.threads)
-        return BlockingExtractor(self.make(self.folder, pick_device(self.device)).extract)
+        return BlockingExtractor(self.make(self.folder, pick_device(self.device)))
 
 
 def examples_of(token_N: np.ndarray, tokens_per_sample: int, context_window: int) -> list[EncodedPair]:
@@ -91,7 +86,7 @@ def plan_datastore(
     tokens_per_sample: int,
     context_window: int,
 ) -> MemoryBuild:
-    """The build of a text's datastore; `pema_ray.memory.build.run_build` does it, with `KeySource` as its source.
+    """The build of a text's datastore, for `pema_ray.memory.build.run_build` with `KeySource`.
 
     Raises:
         UserError: the text has no token to predict.

@@ -20,7 +20,7 @@ TRIME = Method(
             evidence=("vocabulary.json", "corpus.json"),
         ),
         "batches": Stage(
-            "Of batches.order=bm25: search every segment's nearest ones, and walk from each to the next.",
+            "For batches.order=bm25: find every segment's nearest ones, and order the segments along them.",
             "pema_ray.trime.stages.batches",
             reads=("batches", "ray"),
             depends_on=("batches.segment", "batches.order", "batches.neighbours"),

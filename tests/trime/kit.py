@@ -26,10 +26,10 @@ def tiny_model(adaptive: bool = False, max_positions: int = 96, seed: int = 0) -
     return model
 
 
-def keys_of(count: int, hidden: int = HIDDEN, seed: int = 0, whole: bool = False) -> tuple[Tensor, Tensor]:
-    """Random keys `[M, H]` and tokens `[M]`; whole numbers, so that many similarities are equal."""
+def keys_of(count: int, hidden: int = HIDDEN, seed: int = 0, integers: bool = False) -> tuple[Tensor, Tensor]:
+    """Random keys `[M, H]` and tokens `[M]`; `integers` make many similarities equal."""
     torch.manual_seed(seed)
-    key_MH = torch.randint(-2, 3, (count, hidden)).float() if whole else torch.randn(count, hidden)
+    key_MH = torch.randint(-2, 3, (count, hidden)).float() if integers else torch.randn(count, hidden)
     return key_MH, torch.randint(0, VOCABULARY, (count,))
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pema_ray.errors import UserError
-from pema_ray.trime.stages.batches import build_index, read_walk, search
+from pema_ray.trime.stages.batches import build_index, load_index, read_walk, search
 from pema_ray.trime.text.batches import groups_of_epoch, share_of, walk
 from pema_ray.trime.text.segments import PADDING, Segments, TokenStream
 
@@ -100,11 +102,11 @@ def test_bm25_finds_segments_of_the_same_words_first_and_never_the_segment_itsel
     topics = [[1, 2, 3, 4], [11, 12, 13, 14], [1, 2, 3, 5], [11, 12, 13, 15], [1, 2, 8, 7], [21, 22, 23, 24]]
     segments = Segments(stream([token for topic in topics for token in topic]), 4)
     build_index(segments, tmp_path)
-    found = search(segments, tmp_path, range(6), neighbours=3)
-    assert found[0].tolist() == [2, 4, -1] and found[2].tolist() == [0, 4, -1]
-    assert found[1].tolist() == [3, -1, -1] and found[3].tolist() == [1, -1, -1]
-    assert found[5].tolist() == [-1, -1, -1]
-    path = walk(found, seed=0).tolist()
+    nearest = search(load_index(tmp_path), segments, range(6), neighbours=3)
+    assert nearest[0].tolist() == [2, 4, -1] and nearest[2].tolist() == [0, 4, -1]
+    assert nearest[1].tolist() == [3, -1, -1] and nearest[3].tolist() == [1, -1, -1]
+    assert nearest[5].tolist() == [-1, -1, -1]
+    path = walk(nearest, seed=0).tolist()
     place = {segment: i for i, segment in enumerate(path)}
     assert abs(place[1] - place[3]) == 1
 
@@ -115,9 +117,6 @@ def test_a_corpus_too_small_to_search_is_refused(tmp_path: Path):
 
 
 def test_a_walk_of_another_length_is_refused_by_name(tmp_path: Path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     with pytest.raises(UserError, match=r"walk.parquet: cannot be read.*pema-ray trime batches"):
         read_walk(tmp_path, 3)
     pq.write_table(pa.table({"segment": np.array([2, 0, 1])}), tmp_path / "walk.parquet")

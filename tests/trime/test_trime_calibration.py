@@ -31,8 +31,8 @@ def measured() -> Statistics:
 
 @given(st.floats(0, 1), st.floats(0.2, 5))
 def test_golden_section_finds_the_lowest_point(lowest: float, steep: float):
-    found = golden_section(lambda x: steep * (x - lowest) ** 2)
-    assert found == pytest.approx(lowest, abs=2e-3)
+    minimum = golden_section(lambda x: steep * (x - lowest) ** 2)
+    assert minimum == pytest.approx(lowest, abs=2e-3)
 
 
 def test_golden_section_bears_infinity_at_an_end():
@@ -49,26 +49,26 @@ def test_golden_section_bears_infinity_at_an_end():
     ],
 )  # fmt: skip
 def test_no_setting_of_a_fine_grid_is_better(mixture: Mixture, measured: Statistics):
-    found = calibrate(measured, PROBE, mixture)
-    assert nll(measured, PROBE, mixture, found.settings) == pytest.approx(found.nll)
+    calibrated = calibrate(measured, PROBE, mixture)
+    assert nll(measured, PROBE, mixture, calibrated.settings) == pytest.approx(calibrated.nll)
     weights = [n / 20 for n in range(20)]
     for tau in PROBE.taus:
         for temp in PROBE.interp_temps:
             for weight in weights if mixture.rule == "li" else [0.0]:
                 for second in weights if mixture.second else [0.0]:
                     tried = nll(measured, PROBE, mixture, Settings(tau, weight, temp, second))
-                    assert found.nll <= tried + 1e-5
+                    assert calibrated.nll <= tried + 1e-5
 
 
 def test_a_mixture_is_never_worse_than_what_it_mixes(measured: Statistics):
     plain = calibrate(measured, PROBE, Mixture("none")).nll
     cache = calibrate(measured, PROBE, Mixture("li", 32)).nll
-    both = calibrate(measured, PROBE, Mixture("li", 32, second=True, neighbours=16)).nll
-    assert both <= cache + 1e-6 <= plain + 2e-6
+    with_knn = calibrate(measured, PROBE, Mixture("li", 32, second=True, neighbours=16)).nll
+    assert with_knn <= cache + 1e-6 <= plain + 2e-6
     assert cache < plain - 0.1  # the text repeats itself
 
 
-def test_the_model_is_not_asked_again(measured: Statistics):
+def test_statistics_suffice_without_the_model(measured: Statistics):
     """Statistics alone give the probability of every token."""
     log_p = token_log_probs(measured, PROBE, Mixture("gn", 32), Settings(tau=1.0))
     assert log_p.shape == (len(measured),)

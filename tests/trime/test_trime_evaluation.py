@@ -32,7 +32,7 @@ def text(count: int = 61, seed: int = 0, documents: bool = False) -> Text:
 
 
 @given(st.integers(2, 80), st.integers(1, 20), st.integers(0, 30))
-def test_every_token_is_scored_once_and_windows_overlap_as_asked(tokens: int, new: int, context: int):
+def test_every_token_is_scored_once_and_windows_overlap_as_configured(tokens: int, new: int, context: int):
     windows = plan_windows(tokens, new + context, context)
     scored = [position for w in windows for position in range(w.first, w.end)]
     assert scored == list(range(tokens - 1))
@@ -70,7 +70,7 @@ def test_recent_keys_are_the_last_ones_in_order(capacity: int, lengths: list[int
 @torch.no_grad()
 def naive(model, given: Text, p: Probe, mixture: Mixture, s: Settings, store=None) -> tuple[list[float], list[float]]:
     """log P of every token, and the whole distribution's sum, in float64, from the definitions."""
-    found, sums, key_at = [], [], {}
+    log_p, sums, key_at = [], [], {}
     for window in plan_windows(len(given.token_N), p.tokens_per_sample, p.context_window):
         states, keys = model.represent(given.token_N[None, window.start : window.end])
         vectors = (keys if p.vectors == "key" else states)[0].double()
@@ -93,11 +93,11 @@ def naive(model, given: Text, p: Probe, mixture: Mixture, s: Settings, store=Non
             full = mix(
                 log_p_TV[i - window.start], norm_T[i - window.start], memory, near, mixture, s, model.hidden_size
             )
-            found.append(float(full[given.token_N[i + 1]].log()))
+            log_p.append(float(full[given.token_N[i + 1]].log()))
             sums.append(float(full.sum()))
         for j in range(window.first, window.end):
             key_at[j] = vectors[j - window.start]
-    return found, sums
+    return log_p, sums
 
 
 def mix(log_p_V, norm, memory, near, mixture: Mixture, s: Settings, hidden: int):
@@ -174,9 +174,9 @@ def test_no_later_token_changes_an_earlier_probability():
     s = Settings(tau=1.0, weight=0.3, interp_temp=1.0, second_weight=0.2)
     before = measure(model, given, p, search)
     for changed in (13, 30, 59):
-        other = given.token_N.clone()
-        other[changed] = (other[changed] + 1) % VOCABULARY
-        after = measure(model, Text(other), p, search)
+        token_N = given.token_N.clone()
+        token_N[changed] = (token_N[changed] + 1) % VOCABULARY
+        after = measure(model, Text(token_N), p, search)
         for mixture in MIXTURES.values():
             old, new = (token_log_probs(x, p, mixture, s)[: changed - 1] for x in (before, after))
             assert torch.allclose(old, new, atol=1e-6)
@@ -206,7 +206,7 @@ class _Nothing:
         return SearchResult(torch.full((n, k), -torch.inf), torch.full((n, k), -1), torch.full((n, k), -1))
 
 
-def test_neighbours_that_were_not_found_have_no_say():
+def test_neighbours_that_were_not_found_count_nowhere():
     model, p, s = tiny_model(), probe(), Settings(tau=1.0, interp_temp=1.0, second_weight=0.5)
     statistics = measure(model, text(), p, _Nothing())
     joined = token_log_probs(statistics, p, Mixture("gn", 11, joined=True, second=True, neighbours=7), s)

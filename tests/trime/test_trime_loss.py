@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pema_ray.trime.model.adaptive import AdaptiveEmbedding, AdaptiveSoftmax, Bands, full_log_probs, full_score
 from pema_ray.trime.model.memory_lm import VocabularyScore
@@ -71,7 +72,7 @@ class Batch:
         """-log P of every position by equation 2, the sums written out."""
         label = self.label_BL.flatten().tolist()
         state, key = self.state_BLH.flatten(0, 1), self.key_BLH.flatten(0, 1)
-        found = []
+        nll = []
         for i, target in enumerate(label):
             if target == PADDING:
                 continue
@@ -79,8 +80,8 @@ class Batch:
             for j, token in enumerate(label):
                 if token != PADDING and self.sees(kind, i, j):
                     masses[token] = masses[token] + (key[i] @ key[j] / math.sqrt(key.shape[1])).exp()
-            found.append(-torch.log(masses[target] / torch.stack(masses).sum()))
-        return torch.stack(found)
+            nll.append(-torch.log(masses[target] / torch.stack(masses).sum()))
+        return torch.stack(nll)
 
 
 KINDS = ("local", "long", "long in documents", "ext", "ext hidden")
@@ -104,8 +105,10 @@ def test_loss_and_gradients_are_those_of_equation_2(
     plain_N = batch.plain(kind)
     theirs = torch.autograd.grad((plain_N * weight_N).sum(), batch.inputs, materialize_grads=True)
     torch.testing.assert_close(loss_N, plain_N, atol=1e-10, rtol=1e-10)
-    for name, one, other in zip(("state", "key", "weight"), ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-8, msg=lambda m, n=name: f"gradient of {n}: {m}")
+    for name, actual, expected in zip(("state", "key", "weight"), ours, theirs, strict=True):
+        torch.testing.assert_close(
+            actual, expected, atol=1e-9, rtol=1e-8, msg=lambda m, n=name: f"gradient of {n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -136,8 +139,8 @@ def test_adaptive_softmax_is_a_distribution_and_its_score_is_found_without_it(ti
     inputs = [state_NH, *embedding.weights, *adaptive.parameters()]
     ours = torch.autograd.grad(score.log_prob_N.sum(), inputs, materialize_grads=True)
     theirs = torch.autograd.grad(log_prob_NV[range(rows), target_N].sum(), inputs, materialize_grads=True)
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other)
+    for actual, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 def test_with_an_adaptive_softmax_the_memory_shares_the_head_clusters_normaliser():
@@ -175,23 +178,22 @@ def test_the_vocabularys_normaliser_in_chunks(rows: int, words: int, chunk: int,
     torch.testing.assert_close(ours_N, plain_N)
     share_N = torch.rand(rows, dtype=torch.float64)
     gradients = [torch.autograd.grad((n * share_N).sum(), (state_NH, weight_VH)) for n in (ours_N, plain_N)]
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other)
+    for actual, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 def test_no_tensor_as_large_as_a_whole_logits_matrix_is_ever_made():
     """512 queries against 512 memories and 4,096 words, at most 8,192 logits at a time."""
-    from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
         numbers = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            found = func(*args, **(kwargs or {}))
-            for tensor in found if isinstance(found, tuple | list) else (found,):
+            result = func(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple | list) else (result,):
                 if isinstance(tensor, Tensor):
                     self.numbers = max(self.numbers, tensor.untyped_storage().nbytes() // 4)
-            return found
+            return result
 
     torch.manual_seed(0)
     key_BLH, label_BL = torch.randn(4, 128, 4, requires_grad=True), torch.randint(0, 4096, (4, 128))

@@ -64,8 +64,8 @@ def test_a_saved_model_is_the_same_model(adaptive: bool, tmp_path: Path):
     save_model(model, tmp_path)
     loaded = load_model(tmp_path)
     token_BT = torch.randint(0, 23, (2, 9))
-    for one, other in zip(model.represent(token_BT), loaded.represent(token_BT), strict=True):
-        assert torch.equal(one, other)
+    for expected, actual in zip(model.represent(token_BT), loaded.represent(token_BT), strict=True):
+        assert torch.equal(expected, actual)
     assert fingerprint_of(loaded) == fingerprint_of(model) != fingerprint_of(tiny_model(adaptive, seed=1))
 
 
@@ -106,8 +106,8 @@ def test_any_transformers_model_gives_states_keys_and_its_own_distribution(
         assert not torch.allclose(key_BTH[:, -1], model.represent(token_BT.flip(1))[1][:, -1])
     save_model(model, tmp_path)
     loaded = load_model(tmp_path)
-    for one, other in zip(loaded.represent(token_BT), (state_BTH, key_BTH), strict=True):
-        torch.testing.assert_close(one, other)
+    for actual, reference in zip(loaded.represent(token_BT), (state_BTH, key_BTH), strict=True):
+        torch.testing.assert_close(actual, reference)
 
 
 def test_a_fresh_architecture_takes_the_corpus_s_vocabulary_and_learns(tiny_plm_folder):
@@ -131,21 +131,23 @@ def test_a_vocabulary_that_the_model_does_not_know_is_refused(tiny_plm_folder):
 
 def test_a_dry_run_counts_parameters_updates_rows_and_bytes(tmp_path: Path):
     config = read_config(TrimeConfig, CONFIGS / "wikitext103_247m_long.yaml", [f"run_dir={tmp_path}"])
-    found = estimate(config)
-    assert found.parameters == pytest.approx(247e6, rel=0.01)
-    assert (found.updates, found.tokens_per_update, found.memory) == (286_000, 73_728, 12_288)
-    assert found.key_size == 1024
-    assert found.tokens == 103_227_021
-    assert found.datastore_bytes == 103_227_021 * (2048 + 4)  # the published 211 GB of keys, and token ids
-    assert found.epochs == pytest.approx(204.3, abs=0.1)
-    assert found.training_bytes == found.parameters * 4 * 3
-    seen = 286_000 * 73_728
-    assert 6 * 201e6 * seen < found.flops < 12 * 201e6 * seen  # six operations for a weight of the layers, and the rest
-    assert found.hours == pytest.approx(found.flops / (4 * 4e13) / 3600)
+    result = estimate(config)
+    assert result.parameters == pytest.approx(247e6, rel=0.01)
+    assert (result.updates, result.tokens_per_update, result.memory) == (286_000, 73_728, 12_288)
+    assert result.key_size == 1024
+    assert result.rows == 103_227_021
+    assert result.datastore_bytes == 103_227_021 * (2048 + 4)  # the published 211 GB of keys, and token ids
+    assert result.epochs == pytest.approx(204.3, abs=0.1)
+    assert result.training_bytes == result.parameters * 4 * 3
+    tokens = 286_000 * 73_728
+    assert (
+        6 * 201e6 * tokens < result.flops < 12 * 201e6 * tokens
+    )  # six operations for a weight of the layers, and the rest
+    assert result.hours == pytest.approx(result.flops / (4 * 4e13) / 3600)
     console = Console(width=120)
-    with console.capture() as told:
-        console.print(found.table())
-    assert "286,000 of 73,728 tokens, 204.3 epochs" in told.get()
+    with console.capture() as output:
+        console.print(result.table())
+    assert "286,000 of 73,728 tokens, 204.3 epochs" in output.get()
 
 
 def test_a_dry_run_without_a_corpus_says_what_is_missing(tmp_path: Path):

@@ -202,13 +202,13 @@ def test_prepare_leaves_shards_that_plain_pyarrow_reads_and_makes_only_what_is_m
     assert stream.titles[:2] == ("The House", "Ö")
 
     assert prepare.run(config) == {**metrics}  # reused
-    kept = {path: path.stat().st_mtime_ns for path in shards[1:]}
+    times = {path: path.stat().st_mtime_ns for path in shards[1:]}
     content = shards[0].read_bytes()
     shards[0].unlink()
     (folder / "metrics.json").unlink()
     prepare.run(config)
     assert shards[0].read_bytes() == content
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
 @pytest.mark.cluster

@@ -6,10 +6,13 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from ray.train import Result
@@ -60,9 +63,9 @@ def test_training_with_bm25_batches_needs_its_walk_and_then_runs_with_two_worker
     config = configured(corpus, {"order": "bm25"}, memory="ext", workers=2, ce_epochs=0.2)
     with pytest.raises(UserError, match="stage 'batches' has not been run yet. Run: pema-ray trime batches"):
         train.run(config)
-    found = walk.run(config)
+    walked = walk.run(config)
     segments = Segments(TokenStream.open(corpus / "prepare", "train"), 16)
-    assert sorted(walk.read_walk(corpus / "batches", len(segments))) == list(range(found["segments"]))
+    assert sorted(walk.read_walk(corpus / "batches", len(segments))) == list(range(walked["segments"]))
     metrics = train.run(config)
     first = json.loads((corpus / "train/history.json").read_text())["validation"][0]
     assert metrics["dev_loss"] < first["loss"] and metrics["tokens"] == pytest.approx(8 * 64, abs=64)
@@ -87,8 +90,6 @@ def test_a_killed_worker_is_replaced_and_the_model_is_that_of_an_undisturbed_run
     checkpoint, killed = tmp_path / "train/checkpoint.safetensors", []
 
     def kill_once() -> None:
-        import psutil
-
         while not killed:
             if checkpoint.exists():
                 for process in psutil.Process().children(recursive=True):
@@ -103,11 +104,11 @@ def test_a_killed_worker_is_replaced_and_the_model_is_that_of_an_undisturbed_run
     train.run(config)
     killer.join(1)
     assert killed and killed[0] < 400
-    found, told = load_checkpoint(checkpoint)
-    assert told["step"] == 400
+    tensors_of, state = load_checkpoint(checkpoint)
+    assert state["step"] == 400
     for group, tensors in expected.items():
         for name, tensor in tensors.items():
-            assert torch.equal(tensor, found[group][name]), name
+            assert torch.equal(tensor, tensors_of[group][name]), name
 
 
 @pytest.mark.cluster
@@ -144,29 +145,26 @@ def test_stages_refuse_what_is_not_there_and_other_settings(tmp_path: Path):
 def test_speed_settings_change_no_stamp_and_others_do():
     config = configured(Path("x"))
     same = configured(Path("x"), cpus_per_worker=2, trackers=["mlflow"], max_failures=1)
-    other = configured(Path("x"), learning_rate=0.1)
-    stamps = [TrimeRun(c).stamp("train") for c in (config, same, other)]
+    changed = configured(Path("x"), learning_rate=0.1)
+    stamps = [TrimeRun(c).stamp("train") for c in (config, same, changed)]
     assert stamps[0] == stamps[1] != stamps[2]
-    assert TrimeRun(other).stamp("prepare") == TrimeRun(config).stamp("prepare")
+    assert TrimeRun(changed).stamp("prepare") == TrimeRun(config).stamp("prepare")
 
 
 def test_commands_list_their_settings_and_say_mistakes_in_one_line():
     runner = CliRunner()
-    told = runner.invoke(app, ["trime", "train", "--help"])
-    assert told.exit_code == 0 and "train.hide_local=0.9" in told.output and "model.shape.cutoffs" in told.output
+    result = runner.invoke(app, ["trime", "train", "--help"])
+    assert result.exit_code == 0 and "train.hide_local=0.9" in result.output and "model.shape.cutoffs" in result.output
     dry = ["trime", "train", "--dry-run", "-c", "configs/trime/wikitext103_247m_ext.yaml"]
-    told = runner.invoke(app, dry)
-    assert told.exit_code == 0 and "246,932,928" in told.output and "286,000 of 73,728 tokens" in told.output
-    told = runner.invoke(app, [*dry, "train.memroy=long"])
-    assert told.exit_code == 2
+    result = runner.invoke(app, dry)
+    assert result.exit_code == 0 and "246,932,928" in result.output and "286,000 of 73,728 tokens" in result.output
+    result = runner.invoke(app, [*dry, "train.memroy=long"])
+    assert result.exit_code == 2
 
 
 @pytest.mark.parametrize(
     "script", sorted((Path(__file__).parents[2] / "jobs").glob("trime_*.py")), ids=lambda p: p.stem
 )
 def test_every_stage_has_a_job(script: Path):
-    import subprocess
-    import sys
-
-    told = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True).stdout
-    assert "--config" in told and "section.key=value" in told
+    output = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "--config" in output and "section.key=value" in output

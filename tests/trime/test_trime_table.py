@@ -51,18 +51,18 @@ def test_one_command_makes_the_table_and_goes_on_where_it_stopped(ray_cluster, t
         patch.setattr(table.walk, "run", stop)
         with pytest.raises(Stopped):
             table.run(config)
-    found = Table.model_validate_json((tmp_path / "table" / "table.json").read_text())
-    assert {row.memory for row in found.rows} == {"none", "local"}  # what was finished can be read
+    result = Table.model_validate_json((tmp_path / "table" / "table.json").read_text())
+    assert {row.memory for row in result.rows} == {"none", "local"}  # what was finished can be read
     capsys.readouterr()
     table.run(config)
-    told = capsys.readouterr().out
-    assert told.count("train         finished before, reused") == 3  # CE, and TrimeLM at both budgets
-    found = Table.model_validate_json((tmp_path / "table" / "table.json").read_text())
-    assert {(row.budget, row.memory) for row in found.rows} == {
+    output = capsys.readouterr().out
+    assert output.count("train         finished before, reused") == 3  # CE, and TrimeLM at both budgets
+    result = Table.model_validate_json((tmp_path / "table" / "table.json").read_text())
+    assert {(row.budget, row.memory) for row in result.rows} == {
         ("equal steps", "none"), ("equal steps", "local"), ("equal steps", "ext"), ("equal time", "local"),
         ("equal time", "ext"),
     }  # fmt: skip
-    assert {row.system for row in found.rows if row.memory == "none"} == {
+    assert {row.system for row in result.rows if row.memory == "none"} == {
         "plain", "cache_local", "cache", "knn", "knn_cache",
     }  # fmt: skip
     text = (tmp_path / "table" / "table.md").read_text()
@@ -71,11 +71,11 @@ def test_one_command_makes_the_table_and_goes_on_where_it_stopped(ray_cluster, t
 
 
 def test_paces_are_kept_until_something_that_says_how_long_an_update_takes_changes(tmp_path: Path, monkeypatch):
-    asked: list[tuple[set[str], int]] = []
+    calls: list[tuple[set[str], int]] = []
     machine = {"speed": 1.0}
 
     def measured(configs, prepared, vocabulary):
-        asked.append((set(configs), vocabulary))
+        calls.append((set(configs), vocabulary))
         return {memory: machine["speed"] * {"none": 1.0, "local": 2.0, "long": 4.0}[memory] for memory in configs}
 
     class Prepared:
@@ -99,4 +99,4 @@ def test_paces_are_kept_until_something_that_says_how_long_an_update_takes_chang
     machine["speed"] = 3.0  # other work on the machine: what was measured stays, what is new is set against its `none`
     assert budgets("table.memories=[none, local, long]") == {"local": 50, "long": 25}
     assert budgets("table.memories=[none, local, long]", "batches.segment=64") == {"local": 50, "long": 25}
-    assert asked == [({"none", "local"}, 9), ({"none", "long"}, 9), ({"none", "local", "long"}, 9)]
+    assert calls == [({"none", "local"}, 9), ({"none", "long"}, 9), ({"none", "local", "long"}, 9)]

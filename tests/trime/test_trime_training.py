@@ -1,4 +1,4 @@
-"""Training: nobody learns from what it must not see, workers are interchangeable, a stopped run goes on exactly."""
+"""Training: no position sees what is hidden from it, workers are interchangeable, a resumed run is exact."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from pema_ray.training.strategies import Place
 from pema_ray.training.trainer import POINTS
 from pema_ray.trime.config import DecoderShape, TrimeConfig
 from pema_ray.trime.model.decoder import DecoderLM
-from pema_ray.trime.objective.memories import PADDING
-from pema_ray.trime.objective.objective import TrimeObjective, Ways
+from pema_ray.trime.objective.loss import joint_log_prob
+from pema_ray.trime.objective.memories import PADDING, Places
+from pema_ray.trime.objective.objective import MemoryMode, TrimeObjective
 from pema_ray.trime.text.segments import Segments, TokenStream
 from pema_ray.trime.training import update_time as pace
 from pema_ray.trime.training.trainer import TrimeTrainer, UpdateSchedule
@@ -66,61 +67,58 @@ def train(*arguments, **options):
 # ── who sees whom ───────────────────────────────────────────────────────────
 
 
-def losses(ways: Ways, segments: Segments, numbers: list[int]) -> torch.Tensor:
+def losses(mode: MemoryMode, segments: Segments, numbers: list[int]) -> torch.Tensor:
     """-log P of every position, one by one, `[B, L]`."""
     model = tiny_model(adaptive=True)
     objective = TrimeObjective(model)
     batch = segments.batch(numbers)
-    told = [torch.from_numpy(array) for array in batch]
-    found = torch.zeros(batch.label_BL.shape)
-    state, key = model.represent(told[0])
-    score = model.score(state.flatten(0, 1), told[1].clamp(min=0).flatten())
-    from pema_ray.trime.objective.loss import joint_log_prob
-    from pema_ray.trime.objective.memories import Places
-
-    memory = objective._memory(key, told[1], Places(told[3], told[2]), ways)
+    tensors = [torch.from_numpy(array) for array in batch]
+    loss_BL = torch.zeros(batch.label_BL.shape)
+    state, key = model.represent(tensors[0])
+    score = model.score(state.flatten(0, 1), tensors[1].clamp(min=0).flatten())
+    memory = objective._memory(key, tensors[1], Places(tensors[3], tensors[2]), mode)
     counts = (batch.label_BL != PADDING).flatten()
-    kept = type(score)(*(t[counts] for t in score))
-    found.flatten()[torch.from_numpy(counts)] = -joint_log_prob(kept, memory).detach()
-    return found
+    score_N = type(score)(*(t[counts] for t in score))
+    loss_BL.flatten()[torch.from_numpy(counts)] = -joint_log_prob(score_N, memory).detach()
+    return loss_BL
 
 
 @pytest.mark.parametrize("memory", ["none", "local", "long"])
 def test_a_later_token_never_changes_an_earlier_probability(memory: str):
     """Every later token: of the same segment, and of later segments in the batch."""
     segments = corpus(4 * LENGTH)
-    ways = Ways(memory, across_documents=True)  # type: ignore[arg-type]
-    before_BL = losses(ways, segments, [0, 1, 2, 3])
+    mode = MemoryMode(memory, across_documents=True)  # type: ignore[arg-type]
+    before_BL = losses(mode, segments, [0, 1, 2, 3])
     for changed in (3, LENGTH, 2 * LENGTH + 5):
         token_T = segments.stream.token_T.copy()
         token_T[changed] = (token_T[changed] + 1) % VOCABULARY
-        other = Segments(TokenStream(token_T, segments.stream.start_D, 0), LENGTH)
-        after_BL = losses(ways, other, [0, 1, 2, 3])
+        changed_segments = Segments(TokenStream(token_T, segments.stream.start_D, 0), LENGTH)
+        after_BL = losses(mode, changed_segments, [0, 1, 2, 3])
         torch.testing.assert_close(after_BL.flatten()[:changed], before_BL.flatten()[:changed], atol=0, rtol=0)
         assert not torch.equal(after_BL.flatten()[changed:], before_BL.flatten()[changed:])
 
 
 def test_external_memory_sees_later_tokens_of_other_segments_alone():
     segments = corpus(3 * LENGTH)
-    before_BL = losses(Ways("ext"), segments, [0, 1, 2])
+    before_BL = losses(MemoryMode("ext"), segments, [0, 1, 2])
     token_T = segments.stream.token_T.copy()
     token_T[-1] = (token_T[-1] + 1) % VOCABULARY
-    after_BL = losses(Ways("ext"), Segments(TokenStream(token_T, segments.stream.start_D, 0), LENGTH), [0, 1, 2])
+    after_BL = losses(MemoryMode("ext"), Segments(TokenStream(token_T, segments.stream.start_D, 0), LENGTH), [0, 1, 2])
     torch.testing.assert_close(after_BL[2, :-1], before_BL[2, :-1], atol=0, rtol=0)
     assert (after_BL[:2] != before_BL[:2]).any()
 
 
 def test_hidden_local_memory_leaves_a_lone_segment_its_vocabulary_only():
     segments = corpus(LENGTH)
-    plain_BL = losses(Ways("none"), segments, [0])
-    torch.testing.assert_close(losses(Ways("ext", hide_local=True), segments, [0]), plain_BL)
-    assert not torch.allclose(losses(Ways("ext"), segments, [0]), plain_BL)
-    torch.testing.assert_close(losses(Ways("ext"), segments, [0]), losses(Ways("local"), segments, [0]))
+    plain_BL = losses(MemoryMode("none"), segments, [0])
+    torch.testing.assert_close(losses(MemoryMode("ext", hide_local=True), segments, [0]), plain_BL)
+    assert not torch.allclose(losses(MemoryMode("ext"), segments, [0]), plain_BL)
+    torch.testing.assert_close(losses(MemoryMode("ext"), segments, [0]), losses(MemoryMode("local"), segments, [0]))
 
 
 def test_a_memory_that_ends_with_its_document_is_smaller():
     segments = corpus(6 * LENGTH)
-    across, within = (losses(Ways("long", across_documents=w), segments, [0, 1, 2, 3, 4, 5]) for w in (True, False))
+    across, within = (losses(MemoryMode("long", across_documents=w), segments, list(range(6))) for w in (True, False))
     torch.testing.assert_close(across.flatten()[:20], within.flatten()[:20])  # the first document
     assert not torch.allclose(across.flatten()[20:], within.flatten()[20:])
 
@@ -129,13 +127,13 @@ def test_padding_counts_nowhere():
     """Three tokens of a last segment weigh as three, and what is after them changes nothing."""
     objective = TrimeObjective(tiny_model())
     batch = corpus(LENGTH + 3).batch([0, 1])
-    told = [torch.from_numpy(array) for array in batch]
+    tensors = [torch.from_numpy(array) for array in batch]
     for memory in ("none", "local", "long", "ext"):
-        loss, sums = objective(*told, Ways(memory), 1.0)
-        noisy = told[0].clone()
+        loss, sums = objective(*tensors, MemoryMode(memory), 1.0)
+        noisy = tensors[0].clone()
         noisy[1, 3:] = 5
-        other, _ = objective(noisy, *told[1:], Ways(memory), 1.0)
-        torch.testing.assert_close(loss, other, atol=0, rtol=0)
+        noisy_loss, _ = objective(noisy, *tensors[1:], MemoryMode(memory), 1.0)
+        torch.testing.assert_close(loss, noisy_loss, atol=0, rtol=0)
         assert float(sums[0]) == pytest.approx(float(loss.detach()), rel=1e-5)
 
 
@@ -145,12 +143,12 @@ def test_bfloat16_gives_the_loss_and_the_direction_of_float32(memory: str, tie: 
     torch.manual_seed(0)
     shape = DecoderShape(hidden_size=16, cutoffs=(7, 15), factor=2, tie_projections=tie, dropout=0)
     model = DecoderLM(shape, VOCABULARY, LENGTH)
-    told = [torch.from_numpy(array) for array in corpus(40).batch([0, 1, 2, 3, 4])]
+    tensors = [torch.from_numpy(array) for array in corpus(40).batch([0, 1, 2, 3, 4])]
     gradients, losses = [], []
     for dtype in (torch.float32, torch.bfloat16):
-        loss, _ = TrimeObjective(model, dtype)(*told, Ways(memory), 40.0)  # type: ignore[arg-type]
-        found = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
-        gradients.append(torch.cat([gradient.flatten() for gradient in found]))
+        loss, _ = TrimeObjective(model, dtype)(*tensors, MemoryMode(memory), 40.0)  # type: ignore[arg-type]
+        parts = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+        gradients.append(torch.cat([gradient.flatten() for gradient in parts]))
         losses.append(float(loss.detach()))
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
     assert torch.cosine_similarity(*gradients, dim=0) > 0.99
@@ -163,9 +161,9 @@ def test_warm_up_by_cross_entropy_and_the_coin_are_the_same_for_all_and_follow_t
     config = configured("ext", group=2, ce_epochs=0.5, hide_local=0.5)
     schedule = UpdateSchedule(config, 11)
     assert schedule.groups_per_epoch == 6
-    assert [schedule.ways(number, number).memory for number in range(5)] == ["none"] * 3 + ["ext"] * 2
-    coins = [schedule.ways(10, update).hide_local for update in range(200)]
-    assert coins == [UpdateSchedule(config, 11).ways(10, update).hide_local for update in range(200)]
+    assert [schedule.mode(number, number).memory for number in range(5)] == ["none"] * 3 + ["ext"] * 2
+    coins = [schedule.mode(10, update).hide_local for update in range(200)]
+    assert coins == [UpdateSchedule(config, 11).mode(10, update).hide_local for update in range(200)]
     assert 70 < sum(coins) < 130
 
 
@@ -177,15 +175,15 @@ def test_an_update_may_reach_over_the_end_of_an_epoch():
 
 @pytest.mark.parametrize("memory", ["local", "long", "ext"])
 @pytest.mark.parametrize("optimizer", ["adamw", "nag"])
-def test_a_run_that_stopped_goes_on_bit_by_bit(memory: str, optimizer: str, tmp_path: Path):
+def test_a_resumed_run_is_bit_for_bit_the_same(memory: str, optimizer: str, tmp_path: Path):
     settings = {"optimizer": optimizer, "momentum": 0.9, "dropout": 0.2}
-    whole, model = train(configured(memory, **settings), tmp_path / "whole")
+    undisturbed, model = train(configured(memory, **settings), tmp_path / "whole")
     die(trainer_of(configured(memory, **settings), tmp_path / "stopped"), 5)
     assert load_checkpoint(tmp_path / "stopped/checkpoint.safetensors")[1]["step"] == 3
-    resumed, again = train(configured(memory, **settings), tmp_path / "stopped")
-    assert losses_of(resumed) == losses_of(whole)
+    resumed, resumed_model = train(configured(memory, **settings), tmp_path / "stopped")
+    assert losses_of(resumed) == losses_of(undisturbed)
     for name, tensor in model.items():
-        assert torch.equal(tensor, again[name]), name
+        assert torch.equal(tensor, resumed_model[name]), name
 
 
 def losses_of(history: TrainerHistory) -> list[tuple[str, float]]:
@@ -264,8 +262,8 @@ def test_two_processes_under_deepspeed_train_the_model_of_one(tmp_path: Path):
 def compare_with_one(config: TrimeConfig, alone_folder: Path, shared_folder: Path) -> None:
     """Train in this process; its model, optimiser and losses are those of the others."""
     train(config, alone_folder, walk_S=WALK)
-    for kept in ("checkpoint.safetensors", "best.safetensors"):
-        (alone, _), (shared, _) = (load_checkpoint(folder / kept) for folder in (alone_folder, shared_folder))
+    for name in ("checkpoint.safetensors", "best.safetensors"):
+        (alone, _), (shared, _) = (load_checkpoint(folder / name) for folder in (alone_folder, shared_folder))
         for group, tensors in alone.items():
             for key, tensor in tensors.items():
                 torch.testing.assert_close(shared[group][key], tensor, atol=2e-6, rtol=1e-4, msg=f"{group} {key}")
@@ -299,5 +297,5 @@ def test_the_pace_of_objectives_is_measured_in_turns(tmp_path: Path, monkeypatch
 
 def test_the_pace_is_measured_over_more_updates_than_the_training_has(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(pace.TokenStream, "open", lambda folder, split: corpus(83).stream)
-    found = pace.seconds_per_update({"local": configured("local", updates=2)}, tmp_path, VOCABULARY, rounds=3)
-    assert found["local"] > 0
+    seconds = pace.seconds_per_update({"local": configured("local", updates=2)}, tmp_path, VOCABULARY, rounds=3)
+    assert seconds["local"] > 0

@@ -1,4 +1,4 @@
-"""Chooses τ, λ, interp_temp and lmbda on the dev split, from one pass's `Statistics`: the model is not asked again.
+"""Chooses τ, λ, interp_temp and lmbda on the dev split, from one pass's `Statistics`: the model does not run again.
 
 Temperatures are those of the pass's grid; weights are found by golden section, which is exact because the loss of a
 mixture is convex in them. Knows torch alone. N scored tokens.
@@ -19,15 +19,14 @@ from pema_ray.trime.evaluation.statistics import Probe, Statistics
 
 Rule = Literal["none", "gn", "li"]
 _GOLDEN = (math.sqrt(5) - 1) / 2
-_WEIGHT_ERROR = 1e-3  # and at a glance, where settings are only ranked:
-_GLANCE_ERROR = 0.03
-_GLANCE, _SHORTLIST = 2048, 6  # tokens that rank the grid's temperatures, and how many go on to all tokens
+_WEIGHT_ERROR, _RANK_ERROR = 1e-3, 0.03  # of a chosen weight; of one that only ranks temperatures
+_RANK_TOKENS, _SHORTLIST = 2048, 6  # tokens that rank the grid's temperatures, and how many are tried on all tokens
 _ROUNDS = 4  # of two weights in turns; the loss is flat to 1e-4 by then
 
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """How the distributions are put together, before any of it is chosen.
+    """How the distributions are combined, before calibration.
 
     Attributes:
         rule: of the local and long memory (and the external one, if it is `joined`) with the vocabulary.
@@ -54,7 +53,7 @@ class Mixture:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What calibration chose; 1 and 0 where the mixture has no use for it."""
+    """What calibration chose; 1 and 0 where the mixture does not use it."""
 
     tau: float = 1.0
     weight: float = 0.0
@@ -91,20 +90,22 @@ def nll(statistics: Statistics, probe: Probe, mixture: Mixture, settings: Settin
 def calibrate(statistics: Statistics, probe: Probe, mixture: Mixture) -> Calibrated:
     """The settings with the lowest NLL: every temperature of the grid, each with its best weights.
 
-    Of a long text, tokens evenly picked rank the temperatures, and the best few are compared on all of it.
+    Of a long text, evenly spaced tokens rank the temperatures, and the best few are compared on all tokens.
     """
     taus = probe.taus if mixture.rule != "none" else probe.taus[:1]
     temps = probe.interp_temps if mixture.second else probe.interp_temps[:1]
     grid = [Settings(tau=tau, interp_temp=temp) for tau in taus for temp in temps]
-    stride = len(statistics) // _GLANCE
+    stride = len(statistics) // _RANK_TOKENS
     if stride > 1 and len(grid) > _SHORTLIST:
-        grid = _ranked(statistics.take(slice(None, None, stride)), probe, mixture, grid)[:_SHORTLIST]
-    return min((_weighed(statistics, probe, mixture, settings) for settings in grid), key=lambda found: found.nll)
+        grid = _ranked(statistics[::stride], probe, mixture, grid)[:_SHORTLIST]
+    return min(
+        (_weighed(statistics, probe, mixture, settings) for settings in grid), key=lambda calibrated: calibrated.nll
+    )
 
 
 def _ranked(statistics: Statistics, probe: Probe, mixture: Mixture, grid: list[Settings]) -> list[Settings]:
     """The grid's temperatures, the best first."""
-    nlls = [_weighed(statistics, probe, mixture, settings, _GLANCE_ERROR).nll for settings in grid]
+    nlls = [_weighed(statistics, probe, mixture, settings, _RANK_ERROR).nll for settings in grid]
     return [grid[place] for place in sorted(range(len(grid)), key=nlls.__getitem__)]
 
 
@@ -119,14 +120,14 @@ def _weighed(
         log_p_N = first(weight)
         return float(-(log_p_N if second is None else linear(log_p_N, *second, second_weight)).mean())
 
-    weight, other = (0.5 if mixture.rule == "li" else 0.0), (0.3 if mixture.second else 0.0)
+    weight, second_weight = (0.5 if mixture.rule == "li" else 0.0), (0.3 if mixture.second else 0.0)
     rounds = _ROUNDS if error == _WEIGHT_ERROR else 1
     for _ in range(rounds if mixture.rule == "li" and mixture.second else 1):
         if mixture.rule == "li":
-            weight = golden_section(lambda w: loss(w, other), error=error)  # noqa: B023  used at once
+            weight = golden_section(lambda w: loss(w, second_weight), error=error)  # noqa: B023  used at once
         if mixture.second:
-            other = golden_section(lambda w: loss(weight, w), error=error)  # noqa: B023
-    return Calibrated(replace(settings, weight=weight, second_weight=other), loss(weight, other))
+            second_weight = golden_section(lambda w: loss(weight, w), error=error)  # noqa: B023
+    return Calibrated(replace(settings, weight=weight, second_weight=second_weight), loss(weight, second_weight))
 
 
 def _first(statistics: Statistics, probe: Probe, mixture: Mixture, tau: float) -> Callable[[float], Tensor]:
@@ -141,23 +142,24 @@ def _first(statistics: Statistics, probe: Probe, mixture: Mixture, tau: float) -
         more_all_N, more_hit_N = statistics.external.at(probe.neighbours.index(mixture.neighbours), place)
         all_N, hit_N = torch.logaddexp(all_N, more_all_N.double()), torch.logaddexp(hit_N, more_hit_N.double())
     if mixture.rule == "gn":
-        found_N = joint(vocab_N, norm_N, all_N, hit_N)
-        return lambda weight: found_N
+        log_p_N = joint(vocab_N, norm_N, all_N, hit_N)
+        return lambda weight: log_p_N
     return lambda weight: linear(vocab_N, all_N, hit_N, weight)
 
 
 def _second(statistics: Statistics, probe: Probe, mixture: Mixture, interp_temp: float) -> tuple[Tensor, Tensor]:
     assert statistics.second is not None
-    found = statistics.second.at(probe.neighbours.index(mixture.neighbours), probe.interp_temps.index(interp_temp))
-    return found[0].double(), found[1].double()
+    k, temp = probe.neighbours.index(mixture.neighbours), probe.interp_temps.index(interp_temp)
+    all_N, hit_N = statistics.second.at(k, temp)
+    return all_N.double(), hit_N.double()
 
 
 def golden_section(
     loss: Callable[[float], float], low: float = 0.0, high: float = 1.0, error: float = _WEIGHT_ERROR
 ) -> float:
-    """Where a convex function of [low, high] is least, within `error`; the ends are looked at too.
+    """Where a convex function of [low, high] is least, within `error`; the ends are tried too.
 
-    At the end 1 the loss may be infinite: tokens that no memory entry has.
+    At weight 1 the loss may be infinite: no memory entry has the token.
     """
     begin, end = low, high
     left, right = end - _GOLDEN * (end - begin), begin + _GOLDEN * (end - begin)

@@ -1,7 +1,7 @@
 """How the vocabulary's distribution and the memories' become one: `gn`, `li`, and kNN-LM's second interpolation.
 
-Each rule exists twice: of targets alone (what perplexity needs) and over the whole vocabulary (what a reader, a service
-or a proof of normalisation needs). Knows torch alone. Shapes: N queries, M entries, V vocabulary.
+Each rule exists twice: of targets alone, for perplexity, and over the whole vocabulary, for the service and decoding.
+Knows torch alone. Shapes: N queries, M entries, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def joint(log_vocab_N: Tensor, log_norm_N: Tensor, all_N: Tensor, hit_N: Tensor)
 
 
 def linear(log_p_N: Tensor, all_N: Tensor, hit_N: Tensor, weight: float) -> Tensor:
-    """`li`: log of (1 - λ) P + λ P_mem, where P_mem = Σ_hit / Σ_all; an empty memory has no say.
+    """`li`: log of (1 - λ) P + λ P_mem, where P_mem = Σ_hit / Σ_all; with an empty memory it is P.
 
     Equation 3 of kNN-LM, and the continuous cache's (Grave et al., 2017).
     """
@@ -47,8 +47,8 @@ def memory_mass(similarity_NM: Tensor, token_NM: Tensor, temperature: float, voc
 
 def joint_over_vocabulary(log_vocab_NV: Tensor, log_norm_N: Tensor, mass_NV: Tensor) -> Tensor:
     """`gn` for every word: log P `[N, V]`."""
-    whole_NV = torch.logaddexp(log_vocab_NV + log_norm_N[:, None], mass_NV)
-    return whole_NV - torch.logaddexp(log_norm_N, mass_NV.logsumexp(1))[:, None]
+    joint_NV = torch.logaddexp(log_vocab_NV + log_norm_N[:, None], mass_NV)
+    return joint_NV - torch.logaddexp(log_norm_N, mass_NV.logsumexp(1))[:, None]
 
 
 def linear_over_vocabulary(log_p_NV: Tensor, mass_NV: Tensor, weight: float) -> Tensor:

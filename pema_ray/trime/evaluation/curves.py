@@ -18,20 +18,20 @@ def curves_of(dev: Statistics, probe: Probe, systems: Sequence[EvaluationSystem]
     """Every curve that the systems of a pass have.
 
     Args:
-        datastore: the name of the one that was asked; None: systems that need one have no curves.
+        datastore: the name of the searched one; None: systems that need one have no curves.
     """
-    found: list[Curve] = []
-    able = [system for system in systems if datastore is not None or not system.mixture.external]
-    for system in able if len(probe.sizes) > 1 else ():
+    curves: list[Curve] = []
+    measured = [system for system in systems if datastore is not None or not system.mixture.external]
+    for system in measured if len(probe.sizes) > 1 else ():
         if system.mixture.size > 0:
             points = [(size, _best(dev, probe, replace(system.mixture, size=size))) for size in probe.sizes]
-            found.append(_curve("Perplexity against memory size", "entries of long memory", system, points))
-    for system in able if len(probe.neighbours) > 1 else ():
+            curves.append(_curve("Perplexity against memory size", "entries of long memory", system, points))
+    for system in measured if len(probe.neighbours) > 1 else ():
         if system.mixture.external:
             points = [(k, _best(dev, probe, replace(system.mixture, neighbours=k))) for k in probe.neighbours]
-            found.append(_curve("Perplexity against k", "neighbours", system, points))
-    weighted = [system for system in able if system.mixture.rule == "li" or system.mixture.second]
-    return found + [_over_weight(dev, probe, system) for system in weighted]
+            curves.append(_curve("Perplexity against k", "neighbours", system, points))
+    weighted = [system for system in measured if system.mixture.rule == "li" or system.mixture.second]
+    return curves + [_over_weight(dev, probe, system) for system in weighted]
 
 
 def _best(dev: Statistics, probe: Probe, mixture: Mixture) -> float:
@@ -40,9 +40,9 @@ def _best(dev: Statistics, probe: Probe, mixture: Mixture) -> float:
 
 def _over_weight(dev: Statistics, probe: Probe, system: EvaluationSystem) -> Curve:
     """Against lmbda of the second interpolation, or λ of `li`; all else as calibrated."""
-    chosen = calibrate(dev, probe, system.mixture).settings
+    settings = calibrate(dev, probe, system.mixture).settings
     name = "second_weight" if system.mixture.second else "weight"
-    points = [(w, math.exp(nll(dev, probe, system.mixture, replace(chosen, **{name: w})))) for w in _WEIGHTS]
+    points = [(w, math.exp(nll(dev, probe, system.mixture, replace(settings, **{name: w})))) for w in _WEIGHTS]
     return _curve("Perplexity against λ", "weight of the memory's distribution", system, points)
 
 

@@ -1,6 +1,6 @@
-"""Which memory entries raised the probability of each token: the share of P(x) that every entry brings.
+"""Which memory entries raised the probability of each token: the share of P(x) that every entry adds.
 
-An entry brings `exp(sim/θ)` over the joint normaliser (`gn`), λ times its part of the memory's distribution (`li`), and
+An entry adds `exp(sim/θ)` over the joint normaliser (`gn`), λ times its part of the memory's distribution (`li`), and
 lmbda times that of the second interpolation, which also scales all else by 1 - lmbda. The shares of all entries and the
 vocabulary's add up to P(x). Shapes: N tokens, M memory entries, K neighbours.
 """
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from pema_ray.runtime.hardware import pick_device
 from pema_ray.trime.datastore import open_datastore
 from pema_ray.trime.evaluation.calibration import Mixture, Settings
 from pema_ray.trime.evaluation.results import Chosen, TrimeEvaluation
-from pema_ray.trime.evaluation.statistics import Probe, Scored, Text, walk
+from pema_ray.trime.evaluation.statistics import Probe, Text, walk
 from pema_ray.trime.evaluation.systems import make_probe, make_system
 from pema_ray.trime.model.memory_lm import MemoryLM
 from pema_ray.trime.model.registry import load_model
@@ -37,32 +38,32 @@ _LEAD, _SHOWN, _ENTRIES, _BEFORE = 4000, 240, 4, 10  # tokens before, tokens sho
 
 @dataclass(frozen=True, slots=True)
 class AttributedEntry:
-    """A memory entry whose token is the one that came, and what it brought."""
+    """A memory entry with the token of the text, and its share."""
 
     source: str
     """`window`, `earlier` or `datastore`."""
     place: int
     """Its token's position in the text, or its row in the datastore."""
     share: float
-    """Of P(x)'s own sum: probability, not percent of it."""
+    """What it adds to P(x): a probability, not a percentage."""
     before: str = ""
     """The words in front of its token."""
 
 
 @dataclass(frozen=True, slots=True)
-class Why:
+class ExplainedToken:
     """One token of the text."""
 
     piece: str
     position: int
     probability: float
     vocabulary: float
-    """P_vocab(x), what the model says without any memory."""
+    """P_vocab(x), without any memory."""
     entries: tuple[AttributedEntry, ...]
 
     @property
     def raised(self) -> float:
-        """By how much the memories changed P(x), as log10 of the ratio, within ±2; what colours the page."""
+        """By how much the memories changed P(x): log10 of the ratio, within ±2. It colours the page."""
         ratio = max(self.probability, 1e-12) / max(self.vocabulary, 1e-12)
         return max(-2.0, min(2.0, float(torch.tensor(ratio).log10())))
 
@@ -73,7 +74,7 @@ class Explained:
 
     title: str
     system: str
-    tokens: tuple[Why, ...]
+    tokens: tuple[ExplainedToken, ...]
 
 
 @torch.inference_mode()
@@ -88,97 +89,83 @@ def explain(
 ) -> Iterator[tuple[int, float, float, list[AttributedEntry]]]:
     """(position, P(x), P_vocab(x), entries of the same token by share) for every token from position `first` on."""
     size = probe.sizes.index(mixture.size)
-    for batch in walk(model, text, probe):
-        for scored in batch:
-            if scored.window.end >= first:
-                yield from _window(model, text, probe, mixture, settings, neighbours, scored, size, first)
-
-
-def _window(
-    model: MemoryLM,
-    text: Text,
-    probe: Probe,
-    mixture: Mixture,
-    settings: Settings,
-    neighbours: Neighbours | None,
-    scored: Scored,
-    size: int,
-    first: int,
-) -> Iterator[tuple[int, float, float, list[AttributedEntry]]]:
-    position_N = torch.arange(scored.window.first, scored.window.end) + 1
-    target_N = text.token_N[position_N]
-    score = model.score(scored.state_NH, target_N)
-    theta = settings.tau * model.hidden_size**0.5
-    near_NM = scored.similarity_NM[:, : scored.ends[size]].float() / theta
-    place_M = scored.entry_M[: scored.ends[size]]
-    found: SearchResult | None = None
-    if mixture.external:
-        assert neighbours is not None
-        found = neighbours.search(scored.key_NH.cpu().numpy(), mixture.neighbours)
-    for n, position in enumerate(position_N.tolist()):
-        if position < first:
+    for scored in chain.from_iterable(walk(model, text, probe)):
+        if scored.window.end < first:
             continue
-        target, rest = int(target_N[n]), 1 - settings.second_weight
-        vocabulary, near_M = float(score.log_prob_N[n].exp()), near_NM[n]
-        shares: list[tuple[Tensor, Tensor, str]] = []
-        p = vocabulary
-        if mixture.rule == "gn":
-            parts = [score.log_normaliser_N[n : n + 1], near_M]
-            if mixture.joined and found is not None:
-                parts.append(found.similarity_NK[n].to(near_M.device) / theta)
-            whole = torch.cat(parts).logsumexp(0)
-            p = vocabulary * float((score.log_normaliser_N[n] - whole).exp())
-            shares.append(((near_M - whole).exp(), place_M, "near"))
-            if mixture.joined and found is not None:
-                shares.append(((parts[2] - whole).exp().cpu(), found.row_NK[n], "datastore"))
-        elif mixture.rule == "li" and bool(near_M.isfinite().any()):
-            p = (1 - settings.weight) * vocabulary
-            shares.append((settings.weight * near_M.softmax(0), place_M, "near"))
-        shares = [(rest * share, place, kind) for share, place, kind in shares]
-        p *= rest
-        if mixture.second and found is not None:
-            second_K = (found.similarity_NK[n] / settings.interp_temp).softmax(0)
-            shares.append((settings.second_weight * second_K, found.row_NK[n], "datastore"))
-        entries: dict[tuple[str, int], float] = {}
-        for share, place, kind in shares:
-            tokens = text.token_N[place] if kind == "near" else found.token_NK[n]  # type: ignore[union-attr]
-            for at in torch.nonzero(tokens == target).flatten().tolist():
-                where = int(place[at])
-                source = kind if kind == "datastore" else "window" if where > scored.window.start else "earlier"
-                entries[source, where] = entries.get((source, where), 0.0) + float(share[at])
-        p += sum(entries.values())
-        told = [AttributedEntry(source, where, share) for (source, where), share in entries.items() if share > 0]
-        yield position, p, vocabulary, sorted(told, key=lambda entry: -entry.share)
+        position_N = torch.arange(scored.window.first, scored.window.end) + 1
+        target_N = text.token_N[position_N]
+        score = model.score(scored.state_NH, target_N)
+        theta = settings.tau * model.hidden_size**0.5
+        near_NM = scored.similarity_NM[:, : scored.ends[size]].float() / theta
+        entry_M = scored.entry_M[: scored.ends[size]]
+        nearest: SearchResult | None = None
+        if mixture.external:
+            assert neighbours is not None
+            nearest = neighbours.search(scored.key_NH.cpu().numpy(), mixture.neighbours)
+        for n, position in enumerate(position_N.tolist()):
+            if position < first:
+                continue
+            target, rest = int(target_N[n]), 1 - settings.second_weight
+            vocabulary, near_M = float(score.log_prob_N[n].exp()), near_NM[n]
+            shares: list[tuple[Tensor, Tensor, str]] = []
+            p = vocabulary
+            if mixture.rule == "gn":
+                parts = [score.log_normaliser_N[n : n + 1], near_M]
+                if mixture.joined and nearest is not None:
+                    parts.append(nearest.similarity_NK[n].to(near_M.device) / theta)
+                normaliser = torch.cat(parts).logsumexp(0)
+                p = vocabulary * float((score.log_normaliser_N[n] - normaliser).exp())
+                shares.append(((near_M - normaliser).exp(), entry_M, "near"))
+                if mixture.joined and nearest is not None:
+                    shares.append(((parts[2] - normaliser).exp().cpu(), nearest.row_NK[n], "datastore"))
+            elif mixture.rule == "li" and bool(near_M.isfinite().any()):
+                p = (1 - settings.weight) * vocabulary
+                shares.append((settings.weight * near_M.softmax(0), entry_M, "near"))
+            shares = [(rest * share_M, place_M, kind) for share_M, place_M, kind in shares]
+            p *= rest
+            if mixture.second and nearest is not None:
+                second_K = (nearest.similarity_NK[n] / settings.interp_temp).softmax(0)
+                shares.append((settings.second_weight * second_K, nearest.row_NK[n], "datastore"))
+            entries: dict[tuple[str, int], float] = {}
+            for share_M, place_M, kind in shares:
+                token_M = text.token_N[place_M] if kind == "near" else nearest.token_NK[n]  # type: ignore[union-attr]
+                for at in torch.nonzero(token_M == target).flatten().tolist():
+                    place = int(place_M[at])
+                    source = kind if kind == "datastore" else "window" if place > scored.window.start else "earlier"
+                    entries[source, place] = entries.get((source, place), 0.0) + float(share_M[at])
+            p += sum(entries.values())
+            attributed = [AttributedEntry(*key, share) for key, share in entries.items() if share > 0]
+            yield position, p, vocabulary, sorted(attributed, key=lambda entry: -entry.share)
 
 
-def explain_test(run: TrimeRun, found: TrimeEvaluation) -> Explained | None:
-    """Some of the test text, by the system with the best score there that the run itself can ask."""
-    able = [one for one in found.scores if one.datastore in (None, OWN) and one.system not in ("plain",)]
-    if not able:
+def explain_test(run: TrimeRun, evaluation: TrimeEvaluation) -> Explained | None:
+    """Part of the test text, by the best system there that needs no other run's datastore."""
+    systems = [row for row in evaluation.scores if row.datastore in (None, OWN) and row.system != "plain"]
+    if not systems:
         return None
     text = text_of(run, "test", torch.device("cpu"))
     end = min(len(text.token_N), _LEAD + _SHOWN)
     shown = Text(text.token_N[:end], None if text.document_N is None else text.document_N[:end])
-    best = min(able, key=lambda one: one.test_nll)
-    return explain_with(run, best.system, best.chosen, shown, max(1, end - _SHOWN), f"{found.model}: test text")
+    best = min(systems, key=lambda row: row.test_nll)
+    return explain_with(run, best.system, best.chosen, shown, max(1, end - _SHOWN), f"{evaluation.model}: test text")
 
 
-def explain_text(run: TrimeRun, found: TrimeEvaluation, system: str | None, words: str, title: str) -> Explained:
-    """Any text, by a system that has been calibrated; by default the best.
+def explain_text(run: TrimeRun, evaluation: TrimeEvaluation, system: str | None, words: str, title: str) -> Explained:
+    """Any text, by a calibrated system; by default the best.
 
     Raises:
         UserError: the system has not been evaluated, or the text has no token.
     """
-    able = {one.system: one for one in found.scores if one.datastore in (None, OWN)}
-    name = system or min(able.values(), key=lambda one: one.dev_nll).system
-    if name not in able:
-        raise UserError(f"System '{name}' has not been evaluated; there are {', '.join(able)}.")
+    systems = {row.system: row for row in evaluation.scores if row.datastore in (None, OWN)}
+    name = system or min(systems.values(), key=lambda row: row.dev_nll).system
+    if name not in systems:
+        raise UserError(f"System '{name}' has not been evaluated; there are {', '.join(systems)}.")
     vocabulary = Vocabulary.load(run.path("prepare"))
     ids = vocabulary.encode(words)
     if not len(ids):
         raise UserError(f"{title}: holds no token.")
     token_N = torch.cat([torch.tensor([vocabulary.eos_id]), torch.from_numpy(ids).long()])
-    return explain_with(run, name, able[name].chosen, Text(token_N), 1, title)
+    return explain_with(run, name, systems[name].chosen, Text(token_N), 1, title)
 
 
 def explain_with(run: TrimeRun, name: str, chosen: Chosen, text: Text, first: int, title: str) -> Explained:
@@ -188,12 +175,12 @@ def explain_with(run: TrimeRun, name: str, chosen: Chosen, text: Text, first: in
     system = make_system(name, c.evaluate)
     probe = make_probe(c, system.vectors or "key", model.hidden_size)
     vocabulary, train = Vocabulary.load(run.path("prepare")), TokenStream.open(run.path("prepare"), "train")
-    trained = with_eos(train)
+    train_tokens = with_eos(train)
 
     def before(entry: AttributedEntry) -> str:
-        tokens: Any = trained if entry.source == "datastore" else text.token_N.numpy()
+        tokens: Any = train_tokens if entry.source == "datastore" else text.token_N.numpy()
         at = entry.place + 1 if entry.source == "datastore" else entry.place  # row r pairs position r with the next
-        return _join(vocabulary, tokens[max(0, at - _BEFORE) : at])
+        return " ".join(vocabulary.decode([int(i) for i in tokens[max(0, at - _BEFORE) : at]]).split())
 
     with ExitStack() as stack:
         search = None
@@ -204,12 +191,12 @@ def explain_with(run: TrimeRun, name: str, chosen: Chosen, text: Text, first: in
         rows = list(explain(model, text, probe, system.mixture, settings_of(chosen), search, first))
     pieces = vocabulary.pieces(text.token_N.tolist())
     tokens = tuple(
-        Why(
+        ExplainedToken(
             pieces[at],
             at,
             p,
             v,
-            tuple(AttributedEntry(e.source, e.place, e.share, before(e)) for e in entries[:_ENTRIES]),
+            tuple(replace(entry, before=before(entry)) for entry in entries[:_ENTRIES]),
         )
         for at, p, v, entries in rows
     )
@@ -217,9 +204,5 @@ def explain_with(run: TrimeRun, name: str, chosen: Chosen, text: Text, first: in
 
 
 def settings_of(chosen: Chosen) -> Settings:
-    """What calibration chose, as it was kept."""
+    """What calibration chose, as the evaluation kept it."""
     return Settings(chosen.tau or 1.0, chosen.weight or 0.0, chosen.interp_temp or 1.0, chosen.second_weight or 0.0)
-
-
-def _join(vocabulary: Vocabulary, ids: Any) -> str:
-    return " ".join(vocabulary.decode([int(i) for i in ids]).split())

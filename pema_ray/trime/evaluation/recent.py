@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 class RecentKeys:
-    """Keys of consecutive positions, the oldest forgotten once there are more than `capacity`.
+    """Keys of the last `capacity` consecutive positions.
 
-    Held in a buffer of twice that, so that a window costs a copy of its own keys and now and then one of all.
+    The buffer is twice as long, so that a window copies its own keys and only now and then all of them.
     """
 
     def __init__(self, capacity: int, hidden_size: int, device: torch.device | str = "cpu") -> None:
@@ -25,12 +25,11 @@ class RecentKeys:
 
     @property
     def begin(self) -> int:
-        """The oldest position that is still here."""
+        """The oldest position kept."""
         return self.end - min(self._filled, self.capacity)
 
     def append(self, key_PH: Tensor) -> None:
-        """The keys of the positions that follow."""
-        new = len(key_PH)
+        """Add the keys of the next positions."""
         kept_PH = key_PH[-self.capacity :]
         if self._filled + len(kept_PH) > len(self._buffer_PH):
             keep = self.capacity - len(kept_PH)
@@ -38,10 +37,10 @@ class RecentKeys:
             self._filled = keep
         self._buffer_PH[self._filled : self._filled + len(kept_PH)] = kept_PH
         self._filled += len(kept_PH)
-        self.end += new
+        self.end += len(key_PH)
 
     def between(self, low: int, high: int) -> Tensor:
-        """Keys of positions `low … high - 1`, all of them still here."""
+        """Keys of positions `low … high - 1`, all of which must be kept."""
         assert self.begin <= low <= high <= self.end
         base = self._filled - self.end
         return self._buffer_PH[low + base : high + base]

@@ -1,4 +1,4 @@
-"""What an evaluation found, typed: JSON on disk, Markdown for a reader. Knows no model."""
+"""The results of an evaluation, typed: JSON on disk, Markdown for a reader. Knows no model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pema_ray.runtime.settings import Section
 
 
 class Chosen(Section):
-    """What was chosen on the dev split, where the system has a use for it."""
+    """What was chosen on the dev split; None where the system does not use it."""
 
     tau: float | None = None
     weight: float | None = None
@@ -20,8 +20,8 @@ class Chosen(Section):
     """lmbda."""
 
     def __str__(self) -> str:
-        told = {"τ": self.tau, "λ": self.weight, "T": self.interp_temp, "lmbda": self.second_weight}
-        return ", ".join(f"{name} {value:.3g}" for name, value in told.items() if value is not None) or "–"
+        values = {"τ": self.tau, "λ": self.weight, "T": self.interp_temp, "lmbda": self.second_weight}
+        return ", ".join(f"{name} {value:.3g}" for name, value in values.items() if value is not None) or "–"
 
 
 class SystemScores(Section):
@@ -30,7 +30,7 @@ class SystemScores(Section):
     system: str
     label: str
     datastore: str | None = None
-    """Its name; None: the system asks none."""
+    """Its name; None: the system searches none."""
     chosen: Chosen
     dev_nll: float
     """Nats per token."""
@@ -46,7 +46,7 @@ class SystemScores(Section):
 
 
 class Curve(Section):
-    """Dev perplexity against one thing that was varied, all else calibrated anew (or, for λ, held)."""
+    """Dev perplexity against one varied setting; the others are calibrated anew (or, for λ, kept)."""
 
     title: str
     x_label: str
@@ -93,20 +93,20 @@ class TrimeEvaluation(Section):
         return cls.model_validate_json((folder / "evaluation.json").read_text())
 
 
-def markdown(found: TrimeEvaluation) -> str:
+def markdown(evaluation: TrimeEvaluation) -> str:
     """The table of one model."""
-    unit = "bits per character" if found.per_character else "perplexity"
+    unit = "bits per character" if evaluation.per_character else "perplexity"
     lines = [
-        f"{found.model} ({found.fingerprint}), trained with memory `{found.memory}`; {found.tokens['dev']:,} dev and "
-        f"{found.tokens['test']:,} test tokens; τ, λ, T chosen on dev.",
+        f"{evaluation.model} ({evaluation.fingerprint}), trained with memory `{evaluation.memory}`; "
+        f"{evaluation.tokens['dev']:,} dev and {evaluation.tokens['test']:,} test tokens; τ, λ, T chosen on dev.",
         "",
         f"| system | datastore | chosen | dev {unit} | test {unit} |",
         "|---|---|---|---|---|",
     ]
-    for one in found.scores:
-        dev, test = (shown(value, found.per_character) for value in (one.dev_nll, one.test_nll))
-        lines.append(f"| {one.label} | {one.datastore or '–'} | {one.chosen} | {dev} | {test} |")
-    speeds = ", ".join(f"{one.name} {one.tokens_per_second:,.0f}" for one in found.passes)
+    for row in evaluation.scores:
+        dev, test = (shown(value, evaluation.per_character) for value in (row.dev_nll, row.test_nll))
+        lines.append(f"| {row.label} | {row.datastore or '–'} | {row.chosen} | {dev} | {test} |")
+    speeds = ", ".join(f"{row.name} {row.tokens_per_second:,.0f}" for row in evaluation.passes)
     return "\n".join(lines) + (f"\n\nTokens a second: {speeds}.\n" if speeds else "\n")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class LogSums:
-    """What a memory says of each target, in numbers that calibration can go on with.
+    """The memory's sums for each target, as calibration needs them.
 
     Attributes:
         all_NSG: log Σ exp(sim / θ) over the first entries, as many as each size says; -inf of none.
@@ -29,7 +29,7 @@ class LogSums:
     def concatenate(cls, parts: Sequence[LogSums]) -> LogSums:
         return cls(torch.cat([part.all_NSG for part in parts]), torch.cat([part.hit_NSG for part in parts]))
 
-    def take(self, rows: slice) -> LogSums:
+    def __getitem__(self, rows: slice) -> LogSums:
         return LogSums(self.all_NSG[rows], self.hit_NSG[rows])
 
     def cpu(self) -> LogSums:
@@ -54,12 +54,11 @@ def log_sums(similarity_NM: Tensor, hit_NM: Tensor, ends: Sequence[int], tempera
     hit_NSG = all_NSG.clone()
     begin = 0
     for size, end in enumerate(ends):
-        for number, (whole, hits) in enumerate(
-            _segment(similarity_NM[:, begin:end], hit_NM[:, begin:end], temperatures)
-        ):
-            before = size - 1
-            all_NSG[:, size, number] = whole if size == 0 else torch.logaddexp(all_NSG[:, before, number], whole)
-            hit_NSG[:, size, number] = hits if size == 0 else torch.logaddexp(hit_NSG[:, before, number], hits)
+        columns = _segment(similarity_NM[:, begin:end], hit_NM[:, begin:end], temperatures)
+        for number, (all_N, hit_N) in enumerate(columns):
+            smaller = size - 1
+            all_NSG[:, size, number] = all_N if size == 0 else torch.logaddexp(all_NSG[:, smaller, number], all_N)
+            hit_NSG[:, size, number] = hit_N if size == 0 else torch.logaddexp(hit_NSG[:, smaller, number], hit_N)
         begin = max(begin, end)
     return LogSums(all_NSG, hit_NSG)
 

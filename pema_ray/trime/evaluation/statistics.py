@@ -1,8 +1,8 @@
-"""One pass of a model over a text, which measures what every way of evaluating it needs (paper section 4).
+"""One pass of a model over a text measures what every system of evaluation needs (paper section 4).
 
 Local memory: the window's earlier tokens, context tokens too. Long memory: the last `size` positions before the window,
-with the keys they were scored with. External memory: the nearest entries of a datastore. Knows torch, no Ray: who finds
-neighbours is handed in. Shapes: W windows, T positions, N scored tokens, M memory entries, K neighbours, H hidden.
+with the keys they were scored with. External memory: the nearest entries of a datastore, whose search is a parameter.
+Knows torch, no Ray. Shapes: W windows, T positions, N scored tokens, M memory entries, K neighbours, H hidden.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -73,10 +73,10 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Of every scored token, in order: all that is needed to choose τ, λ, k and sizes without the model.
+    """Of every scored token, in order: all that calibration needs to choose τ, λ, k and sizes.
 
     Attributes:
-        position_N: where the predicted token stands in the text.
+        position_N: of the predicted token in the text.
         log_vocab_N, log_norm_N: log P_vocab(x) and the vocabulary's log-normaliser.
         context: of the local and long memory, by size and τ.
         external: of the neighbours, by k and τ; second: by k and interp_temp. None without a datastore.
@@ -92,42 +92,31 @@ class Statistics:
     def __len__(self) -> int:
         return len(self.position_N)
 
-    def take(self, rows: slice) -> Statistics:
-        """Of some tokens."""
-        return Statistics(
-            self.position_N[rows],
-            self.log_vocab_N[rows],
-            self.log_norm_N[rows],
-            self.context.take(rows),
-            None if self.external is None else self.external.take(rows),
-            None if self.second is None else self.second.take(rows),
-        )
+    def __getitem__(self, rows: slice) -> Statistics:
+        def cut(column: Any) -> Any:
+            return None if column is None else column[rows]
+
+        return Statistics(*(cut(getattr(self, column.name)) for column in fields(self)))
 
     @classmethod
     def concatenate(cls, parts: Sequence[Statistics]) -> Statistics:
-        position, vocab, norm = (
-            torch.cat([getattr(part, name) for part in parts]) for name in ("position_N", "log_vocab_N", "log_norm_N")
-        )
-        external = [part.external for part in parts if part.external is not None]
-        second = [part.second for part in parts if part.second is not None]
-        return cls(
-            position,
-            vocab,
-            norm,
-            LogSums.concatenate([part.context for part in parts]),
-            LogSums.concatenate(external) if external else None,
-            LogSums.concatenate(second) if second else None,
-        )
+        def joined(name: str) -> Any:
+            columns = [getattr(part, name) for part in parts]
+            if columns[0] is None:
+                return None
+            return LogSums.concatenate(columns) if isinstance(columns[0], LogSums) else torch.cat(columns)
+
+        return cls(*(joined(column.name) for column in fields(cls)))
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A window's scored tokens and the memory each of them sees.
+    """A window's scored tokens and the memory that each of them sees.
 
     Attributes:
         state_NH, key_NH: of the scored inputs.
         similarity_NM: raw, of local entries first, then of long ones from the newest on; -inf: hidden.
-        entry_M: the position that each entry's token stands at; ends: columns that each size reaches to.
+        entry_M: the position of each entry's token; ends: how many columns each size has.
     """
 
     window: Window
@@ -154,28 +143,28 @@ def measure(
     """
     parts: list[Statistics] = []
 
-    def finish(batch: list[Scored], asked: Future[SearchResult] | None) -> None:
-        parts.append(_statistics(model, text, probe, batch, None if asked is None else asked.result()))
+    def finish(batch: list[Scored], search: Future[SearchResult] | None) -> None:
+        parts.append(_statistics(model, text, probe, batch, None if search is None else search.result()))
         if on_batch:
             on_batch(len(parts[-1]))
 
-    waiting: tuple[list[Scored], Future[SearchResult] | None] | None = None
-    with ThreadPoolExecutor(1) as searching:  # while the model computes the next windows
+    pending: tuple[list[Scored], Future[SearchResult] | None] | None = None
+    with ThreadPoolExecutor(1) as executor:  # searches while the model computes the next windows
         for batch in walk(model, text, probe):
-            asked = None
+            search = None
             if neighbours is not None:
-                query_NH = torch.cat([one.key_NH for one in batch]).cpu().numpy()
-                asked = searching.submit(neighbours.search, query_NH, probe.neighbours[-1])
-            if waiting is not None:
-                finish(*waiting)
-            waiting = batch, asked
-        if waiting is not None:
-            finish(*waiting)
+                query_NH = torch.cat([scored.key_NH for scored in batch]).cpu().numpy()
+                search = executor.submit(neighbours.search, query_NH, probe.neighbours[-1])
+            if pending is not None:
+                finish(*pending)
+            pending = batch, search
+        if pending is not None:
+            finish(*pending)
     return Statistics.concatenate(parts)
 
 
 def walk(model: MemoryLM, text: Text, probe: Probe) -> Iterator[list[Scored]]:
-    """The windows of a text, in order and some at a time, each with the memory it sees.
+    """The windows of a text, in order and in batches, each with the memory that it sees.
 
     Raises:
         UserError: windows longer than the model's positions, or without room for new tokens.
@@ -188,17 +177,17 @@ def walk(model: MemoryLM, text: Text, probe: Probe) -> Iterator[list[Scored]]:
     tokens = text.token_N
     recent = RecentKeys(max(probe.sizes) + probe.tokens_per_sample, model.hidden_size, tokens.device)
     for batch in batches(plan_windows(len(tokens), probe.tokens_per_sample, probe.context_window), probe.batch_windows):
-        found = model.represent(_stack(tokens, batch))
-        compared_WTH = (found.key_BTH if probe.vectors == "key" else found.state_BTH).float()
+        states = model.represent(_stack(tokens, batch))
+        compared_WTH = (states.key_BTH if probe.vectors == "key" else states.state_BTH).float()
         scored = []
         for row, window in enumerate(batch):
-            scored.append(_look_back(text, probe, window, found, compared_WTH[row], row, recent))
+            scored.append(_look_back(text, probe, window, states, compared_WTH[row], row, recent))
             recent.append(compared_WTH[row, window.first - window.start : window.length])
         yield scored
 
 
 def _stack(tokens: Tensor, batch: Sequence[Window]) -> Tensor:
-    """`[W, T]`, shorter windows filled up behind, where no earlier position sees it."""
+    """`[W, T]`; shorter windows are padded at the end, where no earlier position sees it."""
     longest = max(window.length for window in batch)
     stacked = tokens.new_zeros(len(batch), longest)
     for row, window in enumerate(batch):
@@ -207,39 +196,40 @@ def _stack(tokens: Tensor, batch: Sequence[Window]) -> Tensor:
 
 
 def _look_back(
-    text: Text, probe: Probe, window: Window, found: LMStates, compared_TH: Tensor, row: int, recent: RecentKeys
+    text: Text, probe: Probe, window: Window, states: LMStates, compared_TH: Tensor, row: int, recent: RecentKeys
 ) -> Scored:
     new = slice(window.first - window.start, window.length)
     until = window.first if probe.count_context_twice else window.start  # long memory ends where the window begins
-    most = min(max(probe.sizes), until - recent.begin)
-    memory_MH = torch.cat([compared_TH[: window.length], recent.between(until - most, until).flip(0)])
+    longest = min(max(probe.sizes), until - recent.begin)
+    memory_MH = torch.cat([compared_TH[: window.length], recent.between(until - longest, until).flip(0)])
     device = compared_TH.device
-    own_T, long_M = (torch.arange(a, b, device=device) for a, b in ((window.start, window.end), (until - most, until)))
+    own_T = torch.arange(window.start, window.end, device=device)
+    long_M = torch.arange(until - longest, until, device=device)
     entry_M = torch.cat([own_T, long_M.flip(0)]) + 1  # entry j pairs the context that ends at j with the token at j + 1
     target_at_N = torch.arange(window.first, window.end, device=device) + 1
     hidden_NM = entry_M[None] >= target_at_N[:, None]
     if probe.reset_at_documents and text.document_N is not None:
         hidden_NM |= text.document_N[entry_M][None] != text.document_N[target_at_N][:, None]
     similarity_NM = (compared_TH[new] @ memory_MH.T).masked_fill_(hidden_NM, -torch.inf)
-    ends = tuple(window.length + min(size, most) for size in probe.sizes)
-    return Scored(window, found.state_BTH[row, new], found.key_BTH[row, new].float(), similarity_NM, entry_M, ends)
+    ends = tuple(window.length + min(size, longest) for size in probe.sizes)
+    return Scored(window, states.state_BTH[row, new], states.key_BTH[row, new].float(), similarity_NM, entry_M, ends)
 
 
 def _statistics(
-    model: MemoryLM, text: Text, probe: Probe, batch: Sequence[Scored], found: SearchResult | None
+    model: MemoryLM, text: Text, probe: Probe, batch: Sequence[Scored], nearest: SearchResult | None
 ) -> Statistics:
-    position_N = torch.cat([torch.arange(one.window.first, one.window.end) + 1 for one in batch])
+    position_N = torch.cat([torch.arange(scored.window.first, scored.window.end) + 1 for scored in batch])
     target_N, thetas = text.token_N[position_N.to(text.token_N.device)], probe.thetas(model.hidden_size)
-    score = model.score(torch.cat([one.state_NH for one in batch]), target_N)
+    score = model.score(torch.cat([scored.state_NH for scored in batch]), target_N)
     context = []
-    for one, target in zip(batch, target_N.split([one.window.scored for one in batch]), strict=True):
-        hit_NM = text.token_N[one.entry_M][None] == target[:, None]
-        context.append(log_sums(one.similarity_NM, hit_NM, one.ends, thetas).cpu())
+    for scored, target in zip(batch, target_N.split([scored.window.scored for scored in batch]), strict=True):
+        hit_NM = text.token_N[scored.entry_M][None] == target[:, None]
+        context.append(log_sums(scored.similarity_NM, hit_NM, scored.ends, thetas).cpu())
     external = second = None
-    if found is not None:
-        hit_NK = found.token_NK == target_N[:, None].cpu()
-        external = log_sums(found.similarity_NK, hit_NK, probe.neighbours, thetas)
-        second = log_sums(found.similarity_NK, hit_NK, probe.neighbours, probe.interp_temps)
+    if nearest is not None:
+        hit_NK = nearest.token_NK == target_N[:, None].cpu()
+        external = log_sums(nearest.similarity_NK, hit_NK, probe.neighbours, thetas)
+        second = log_sums(nearest.similarity_NK, hit_NK, probe.neighbours, probe.interp_temps)
     return Statistics(
         position_N,
         score.log_prob_N.float().cpu(),

@@ -1,6 +1,6 @@
-"""Ways of evaluating a model, by the names that tables use: which memories it sees, and how they are mixed in.
+"""Systems of evaluation, by the names in tables: which memories a model sees, and how they are mixed in.
 
-Knows the configuration alone; `calibration.Mixture` is what a name stands for.
+Knows the configuration alone; each name means a `calibration.Mixture`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class EvaluationSystem:
     name: str
     label: str
     vectors: Vectors | None
-    """What its local and long memory compare; None: it has none, and any pass will do."""
+    """What its local and long memory compare; None: it has none, and any pass measures it."""
     mixture: Mixture
 
 
@@ -51,22 +51,22 @@ def names_of(config: TrimeConfig) -> tuple[str, ...]:
     return config.evaluate.systems or _DEFAULTS[config.train.memory]
 
 
-def asks_a_datastore(config: TrimeConfig) -> bool:
+def needs_datastore(config: TrimeConfig) -> bool:
     return any(make_system(name, config.evaluate).mixture.external for name in names_of(config))
 
 
 def make_system(name: str, config: TrimeEvaluateConfig) -> EvaluationSystem:
     assert name in SYSTEM_NAMES
     size = config.mem_size
-    near, joined, second = name.removesuffix("_knn"), name.startswith("ext"), "knn" in name
+    second = "knn" in name
     cached = {"cache_local": 0, "cache": size, "knn_cache": size}
     if name in ("plain", "knn"):
         mixture, vectors = Mixture("none", second=second, neighbours=config.neighbours), None
     elif name in cached:
         mixture, vectors = Mixture("li", cached[name], second=second, neighbours=config.neighbours), "state"
     else:
-        size_of = 0 if near == "local" else size
-        mixture, vectors = Mixture("gn", size_of, joined, second, config.neighbours), "key"
+        long = 0 if name.startswith("local") else size
+        mixture, vectors = Mixture("gn", long, name.startswith("ext"), second, config.neighbours), "key"
     return EvaluationSystem(name, _LABELS[name].format(size=size, k=config.neighbours), vectors, mixture)
 
 
@@ -78,11 +78,10 @@ def window_of(config: TrimeConfig) -> tuple[int, int]:
 
 
 def make_probe(config: TrimeConfig, vectors: Vectors, hidden_size: int) -> Probe:
-    """What one pass has to measure, so that all systems over these vectors can be calibrated and plotted."""
+    """What one pass measures for all systems over these vectors: to calibrate and to plot them."""
     c = config.evaluate
     length, context = window_of(config)
-    squared = config.index.metric == "l2"
-    scale = hidden_size if squared else math.sqrt(hidden_size)
+    scale = hidden_size if config.index.metric == "l2" else math.sqrt(hidden_size)
     return Probe(
         tokens_per_sample=length,
         context_window=context,

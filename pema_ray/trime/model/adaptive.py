@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pema_ray.trime.model.memory_lm import VocabularyScore
-from pema_ray.trime.objective.softmax import log_normaliser
+from pema_ray.trime.objective.softmax import log_normaliser, sum_dtype
 
 
 class Bands(NamedTuple):
@@ -28,7 +28,7 @@ class Bands(NamedTuple):
 
     @classmethod
     def of(cls, vocabulary: int, cutoffs: Sequence[int], factor: float, hidden: int) -> Bands:
-        """Cut-offs beyond the vocabulary fall away."""
+        """Cut-offs beyond the vocabulary are dropped."""
         edges = (0, *(cut for cut in cutoffs if cut < vocabulary), vocabulary)
         return cls(edges, tuple(int(hidden // factor**band) for band in range(len(edges) - 1)))
 
@@ -56,9 +56,9 @@ class AdaptiveEmbedding(nn.Module):
         embedded = self.projections[0].new_zeros(*token_BT.shape, self.hidden_size)
         for band, weight_KD in enumerate(self.weights):
             first, end = self.bands.edges[band], self.bands.edges[band + 1]
-            here = (token_BT >= first) & (token_BT < end)
-            found = F.linear(F.embedding(token_BT[here] - first, weight_KD), self.projections[band])
-            embedded = embedded.masked_scatter(here[..., None], found.to(embedded.dtype))
+            in_band_BT = (token_BT >= first) & (token_BT < end)
+            projected = F.linear(F.embedding(token_BT[in_band_BT] - first, weight_KD), self.projections[band])
+            embedded = embedded.masked_scatter(in_band_BT[..., None], projected.to(embedded.dtype))
         return embedded
 
 
@@ -73,7 +73,7 @@ class AdaptiveSoftmax(nn.Module):
     def __init__(self, embedding: AdaptiveEmbedding, tie_projections: bool, tail_dropout: float) -> None:
         super().__init__()
         self.bands, self.tail_dropout = embedding.bands, tail_dropout
-        self._tied = [embedding]  # in a list, so that the embedding's parameters have one name only
+        self._tied = [embedding]  # in a list: the embedding's parameters are registered under one name only
         tails = len(self.bands) - 1
         self.cluster_HC = nn.Parameter(nn.init.xavier_uniform_(torch.empty(tails, embedding.hidden_size)))
         self.maps = nn.ParameterList(
@@ -90,24 +90,24 @@ class AdaptiveSoftmax(nn.Module):
         return cast(Tensor, self._tied[0].weights[band])
 
     def _tail(self, band: int, state_NH: Tensor) -> Tensor:
-        """States `[N, D]` as the tail cluster of a band sees them."""
+        """States projected to the size of a tail cluster, `[N, D]`."""
         tied_HD, dtype = self._tied[0].projections[band], state_NH.dtype
         small = F.linear(state_NH, self.maps[band - 1].to(dtype)) if len(self.maps) else state_NH @ tied_HD.to(dtype)
         return F.dropout(small, self.tail_dropout, self.training)
 
     def score(self, state_NH: Tensor, target_N: Tensor) -> VocabularyScore:
-        """log P(target) `[N]` and the head's log-normaliser `[N]`; the tails see only the targets that are theirs.
+        """log P(target) `[N]` and the head's log-normaliser `[N]`; a tail computes only its own targets.
 
-        A tail without targets is computed all the same, of no rows: processes must agree on which parameters take part.
+        A tail without targets is computed too, on zero rows: all processes must use the same parameters.
         """
         head_KH = self._head_KH.to(state_NH.dtype)
         normaliser_N = log_normaliser(state_NH, head_KH)
         column_N, within = target_N, []
         for band in range(1, len(self.bands)):
             first, end = self.bands.edges[band], self.bands.edges[band + 1]
-            here_N = (target_N >= first) & (target_N < end)
-            column_N = torch.where(here_N, self.bands.edges[1] + band - 1, column_N)
-            within.append(here_N.nonzero()[:, 0])
+            in_band_N = (target_N >= first) & (target_N < end)
+            column_N = torch.where(in_band_N, self.bands.edges[1] + band - 1, column_N)
+            within.append(in_band_N.nonzero()[:, 0])
         log_prob_N = _dot(state_NH, head_KH, column_N) - normaliser_N
         for band, index_n in enumerate(within, start=1):
             small_nD, words_KD = self._tail(band, state_NH[index_n]), self._words(band).to(state_NH.dtype)
@@ -118,12 +118,10 @@ class AdaptiveSoftmax(nn.Module):
 
     def log_probs(self, state_NH: Tensor) -> tuple[Tensor, Tensor]:
         """(log P `[N, V]`, the head's log-normaliser `[N]`), whole."""
-        logits = F.linear(state_NH, self._head_KH.to(state_NH.dtype)).to(_wide(state_NH))
-        normaliser_N = logits.logsumexp(-1)
-        head = logits - normaliser_N[:, None]
+        head, normaliser_N = full_log_probs(state_NH, self._head_KH)
         parts = [head[:, : self.bands.edges[1]]]
         for band in range(1, len(self.bands)):
-            inner = F.linear(self._tail(band, state_NH), self._words(band).to(state_NH.dtype)).to(logits.dtype)
+            inner = F.linear(self._tail(band, state_NH), self._words(band).to(state_NH.dtype)).to(head.dtype)
             parts.append(head[:, self.bands.edges[1] + band - 1, None] + inner.log_softmax(-1))
         return torch.cat(parts, 1), normaliser_N
 
@@ -151,15 +149,12 @@ def full_score(state_NH: Tensor, weight_VH: Tensor, target_N: Tensor) -> Vocabul
 
 def full_log_probs(state_NH: Tensor, weight_VH: Tensor) -> tuple[Tensor, Tensor]:
     """(log P `[N, V]`, log-normaliser `[N]`) of a plain softmax without bias."""
-    logits = F.linear(state_NH, weight_VH.to(state_NH.dtype)).to(_wide(state_NH))
+    logits = F.linear(state_NH, weight_VH.to(state_NH.dtype)).to(sum_dtype(state_NH))
     normaliser_N = logits.logsumexp(-1)
     return logits - normaliser_N[:, None], normaliser_N
 
 
 def _dot(state_NH: Tensor, weight_KH: Tensor, index_N: Tensor) -> Tensor:
     """The logit of one word for each state."""
-    return torch.linalg.vecdot(state_NH.to(_wide(state_NH)), F.embedding(index_N, weight_KH).to(_wide(state_NH)))
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+    dtype = sum_dtype(state_NH)
+    return torch.linalg.vecdot(state_NH.to(dtype), F.embedding(index_N, weight_KH).to(dtype))

@@ -1,4 +1,4 @@
-"""What a TRIME language model is to its neighbours: states, memory keys, and a vocabulary softmax. Knows torch alone.
+"""The interface of a TRIME language model: states, memory keys, and a vocabulary softmax. Knows torch alone.
 
 Shapes: B sequences, T positions, H hidden size, N positions of any sequences, V vocabulary.
 """
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class LMStates(NamedTuple):
-    """What the model makes of a sequence, position by position."""
+    """States and keys of every position."""
 
     state_BTH: Tensor
     """f(c): the final state, which the output embeddings are multiplied with."""
@@ -49,24 +49,8 @@ class MemoryLM(Protocol):
         ...
 
 
-class TrainableLM(nn.Module):
-    """A `MemoryLM` that is a torch module: what training, saving and loading are about."""
-
-    hidden_size: int
-    vocabulary_size: int
-    max_positions: int
-
-    def represent(self, token_BT: Tensor) -> LMStates:
-        """As `MemoryLM.represent`."""
-        raise NotImplementedError
-
-    def score(self, state_NH: Tensor, target_N: Tensor) -> VocabularyScore:
-        """As `MemoryLM.score`."""
-        raise NotImplementedError
-
-    def log_probs(self, state_NH: Tensor) -> tuple[Tensor, Tensor]:
-        """As `MemoryLM.log_probs`."""
-        raise NotImplementedError
+class TrainableLM(nn.Module, MemoryLM):
+    """A `MemoryLM` that is a torch module: it can be trained, saved and loaded."""
 
     def forward(self, token_BT: Tensor) -> LMStates:
         return self.represent(token_BT)

@@ -50,44 +50,44 @@ def shape_of(config: ModelConfig) -> DecoderShape | None:
     if config.name == "decoder":
         return config.shape
     if config.name not in PUBLISHED:
-        known = ["decoder", *PUBLISHED]
+        names = ["decoder", *PUBLISHED]
         raise UserError(
-            f"model.name: unknown model '{config.name}'.{nearest(config.name, known)} Known are {', '.join(known)} and "
+            f"model.name: unknown model '{config.name}'.{nearest(config.name, names)} Known are {', '.join(names)} and "
             f"{TRANSFORMERS}<name or folder>."
         )
     return PUBLISHED[config.name]
 
 
 def make_model(config: ModelConfig, vocabulary_size: int, segment: int) -> TrainableLM:
-    """A model for segments of so many tokens, its weights drawn from torch's generator (or pretrained)."""
+    """A model for segments of this many tokens; weights are drawn from torch's generator, or pretrained."""
     shape = shape_of(config)
     if shape is not None:
         return DecoderLM(shape, vocabulary_size, segment)
     from pema_ray.trime.model.transformers_model import TransformersLM
 
-    made = TransformersLM.from_pretrained(config.name.removeprefix(TRANSFORMERS), config.fresh, vocabulary_size)
-    if segment > made.max_positions:
+    model = TransformersLM.from_pretrained(config.name.removeprefix(TRANSFORMERS), config.fresh, vocabulary_size)
+    if segment > model.max_positions:
         raise UserError(
-            f"batches.segment ({segment}) is more than the {made.max_positions} positions that {config.name} knows."
+            f"batches.segment ({segment}) is more than the {model.max_positions} positions that {config.name} knows."
         )
-    return made
+    return model
 
 
 def save_model(model: TrainableLM, folder: Path) -> None:
     """Write the folder, its `config.json` last."""
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, DecoderLM):
-        built: dict[str, Any] = {"kind": "decoder", "shape": model.shape.model_dump(mode="json")}
+        settings: dict[str, Any] = {"kind": "decoder", "shape": model.shape.model_dump(mode="json")}
     else:
         from pema_ray.trime.model.transformers_model import TransformersLM
 
         assert isinstance(model, TransformersLM)
-        built = {"kind": "transformers", "transformers": model.described}
-    built |= {"vocabulary_size": model.vocabulary_size, "max_positions": model.max_positions}
+        settings = {"kind": "transformers", "transformers": model.described}
+    settings |= {"vocabulary_size": model.vocabulary_size, "max_positions": model.max_positions}
     with atomic_file(folder / _TENSORS) as temporary:
         save_tensors(model, str(temporary))
     with atomic_file(folder / _CONFIG) as temporary:
-        temporary.write_text(json.dumps({**built, "fingerprint": fingerprint_of(model)}, indent=2) + "\n")
+        temporary.write_text(json.dumps({**settings, "fingerprint": fingerprint_of(model)}, indent=2) + "\n")
 
 
 def load_model(folder: Path) -> TrainableLM:
@@ -97,20 +97,20 @@ def load_model(folder: Path) -> TrainableLM:
         UserError: the folder holds none, or one that is damaged.
     """
     try:
-        told = json.loads((folder / _CONFIG).read_text())
-        if told["kind"] == "decoder":
-            shape = DecoderShape.model_validate(told["shape"])
-            made: TrainableLM = DecoderLM(shape, told["vocabulary_size"], told["max_positions"])
+        settings = json.loads((folder / _CONFIG).read_text())
+        if settings["kind"] == "decoder":
+            shape = DecoderShape.model_validate(settings["shape"])
+            model: TrainableLM = DecoderLM(shape, settings["vocabulary_size"], settings["max_positions"])
         else:
             from pema_ray.trime.model.transformers_model import TransformersLM
 
-            made = TransformersLM.from_described(told["transformers"])
-        load_tensors(made, folder / _TENSORS)
+            model = TransformersLM.from_described(settings["transformers"])
+        load_tensors(model, folder / _TENSORS)
     except FileNotFoundError:
         raise UserError(f"{folder}: holds no trained model. Run: pema-ray trime train") from None
     except (ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
         raise UserError(f"{folder}: not a readable model: {str(error).splitlines()[0]}") from None
-    return made.eval()
+    return model.eval()
 
 
 def read_fingerprint(folder: Path) -> str:
@@ -131,5 +131,5 @@ def fingerprint_of(model: nn.Module) -> str:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Of those that are learned: a table of sinusoidal positions is none."""
+    """Of the trainable ones: a table of sinusoidal positions is none."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -43,12 +43,12 @@ class TransformersLM(TrainableLM):
             self._scale *= float(getattr(config, setting, None) or 1.0) ** power
         self.vocabulary_size = int(head.weight.shape[0])
         self._caught: Tensor | None = None
-        _feed_forward(causal, name).register_forward_pre_hook(self._catch)
+        last_feed_forward(causal, name).register_forward_pre_hook(self._catch)
         self.hidden_size = self._prove()
 
     @classmethod
     def from_pretrained(cls, name: str, fresh: bool, vocabulary_size: int) -> TransformersLM:
-        """A hub model or folder; `fresh`: its architecture with random weights and so many words."""
+        """A hub model or folder; `fresh`: its architecture with random weights and this vocabulary size."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
         try:
@@ -59,13 +59,13 @@ class TransformersLM(TrainableLM):
             causal = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         except (OSError, ValueError) as error:
             raise UserError(f"model.name={name}: cannot be loaded: {str(error).splitlines()[0]}") from None
-        made = cls(causal, name)
-        if vocabulary_size > made.vocabulary_size:
+        model = cls(causal, name)
+        if vocabulary_size > model.vocabulary_size:
             raise UserError(
-                f"model.name={name}: knows {made.vocabulary_size:,} tokens, the corpus was prepared with "
+                f"model.name={name}: knows {model.vocabulary_size:,} tokens, the corpus was prepared with "
                 f"{vocabulary_size:,}. Prepare with vocabulary=tokenizer, or train from scratch: model.fresh=true."
             )
-        return made
+        return model
 
     @classmethod
     def from_described(cls, described: dict[str, Any]) -> TransformersLM:
@@ -99,7 +99,7 @@ class TransformersLM(TrainableLM):
 
     @torch.no_grad()
     def _prove(self) -> int:
-        """The keys' size, once it is sure that logits are E · f."""
+        """Check that logits are E · f, and return the keys' size."""
         was_training = self.training
         self.eval()
         token_BT = torch.arange(8)[None] % self.vocabulary_size
@@ -115,13 +115,13 @@ class TransformersLM(TrainableLM):
         return int(key_BTH.shape[-1])
 
 
-def _feed_forward(causal: nn.Module, name: str) -> nn.Module:
-    """The last layer's feed-forward block: the first known name in the last module of the longest list."""
-    lists = [module for module in causal.modules() if isinstance(module, nn.ModuleList) and len(module)]
+def last_feed_forward(network: nn.Module, name: str) -> nn.Module:
+    """The last layer's feed-forward block: the first of `_FEED_FORWARD` in the last module of the longest list."""
+    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList) and len(module)]
     last = max(lists, key=len)[-1] if lists else nn.Identity()
-    for known in _FEED_FORWARD:
-        if isinstance(found := getattr(last, known, None), nn.Module):
-            return found
+    for attribute in _FEED_FORWARD:
+        if isinstance(block := getattr(last, attribute, None), nn.Module):
+            return block
     raise UserError(
         f"model.name={name}: no feed-forward block found in {type(last).__name__} (looked for "
         f"{', '.join(_FEED_FORWARD)})."

@@ -1,6 +1,6 @@
 """Brings the memories of all training processes together, gradients included. Knows torch.distributed alone.
 
-Shapes: N rows of this process, M those of all, H hidden, C columns of what is said of a row.
+Shapes: N rows of this process, M those of all, H hidden, C tags of a row (its token and segment).
 """
 
 from __future__ import annotations
@@ -16,31 +16,30 @@ class Gathered(NamedTuple):
     """Rows of all processes, in their order, none of them padding."""
 
     key_MH: Tensor
-    whole_MC: Tensor
+    tag_MC: Tensor
     first: int
     """Where this process's own rows begin."""
 
 
-def gather_rows(key_NH: Tensor, told_NC: Tensor, across: bool = True) -> Gathered:
-    """Keys (with gradient) and what is said of them (int64) of all processes, however many rows each has.
+def gather_rows(key_NH: Tensor, tag_NC: Tensor, across: bool = True) -> Gathered:
+    """Keys (with gradient) and their tags (int64) of all processes; each may have another number of rows.
 
-    The gradient of a key is the sum of what all processes find for it: remote keys learn too. A process that is
-    alone, or keeps to itself, gets its own rows back.
+    A key's gradient is summed over all processes: remote keys learn too. A single process gets its own rows, and so
+    does each one without `across`.
     """
     if not across or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return Gathered(key_NH, told_NC, 0)
+        return Gathered(key_NH, tag_NC, 0)
     world, rank = dist.get_world_size(), dist.get_rank()
-    mine = torch.tensor([len(key_NH)], device=key_NH.device)
-    sizes = [torch.zeros_like(mine) for _ in range(world)]
-    dist.all_gather(sizes, mine)
+    count = torch.tensor([len(key_NH)], device=key_NH.device)
+    sizes = [torch.zeros_like(count) for _ in range(world)]
+    dist.all_gather(sizes, count)
     counts = [int(size) for size in sizes]
     key_MH = _Gather.apply(key_NH, counts, rank)
-    whole_MC = _exchange(told_NC, counts)
-    return Gathered(key_MH, whole_MC, sum(counts[:rank]))  # type: ignore[arg-type]
+    return Gathered(key_MH, _exchange(tag_NC, counts), sum(counts[:rank]))  # type: ignore[arg-type]
 
 
 def _exchange(rows: Tensor, counts: list[int]) -> Tensor:
-    """All processes' rows, padded for the way only."""
+    """All processes' rows; they are padded for the exchange alone."""
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in counts]

@@ -17,14 +17,14 @@ from pema_ray.trime.objective.memories import PADDING, Kind, Places, external_me
 from pema_ray.trime.objective.softmax import MemoryScore
 
 
-class Ways(NamedTuple):
-    """What of a batch's memory is seen."""
+class MemoryMode(NamedTuple):
+    """Which memory a batch sees."""
 
     memory: Kind
     hide_local: bool = False
-    """Of `ext`: this batch's coin."""
+    """For `ext`: only other segments are seen."""
     across_documents: bool = False
-    """Of `long`."""
+    """For `long`: the memory reaches over the ends of documents."""
     gather: bool = False
     """The memory is that of all processes."""
 
@@ -41,13 +41,19 @@ class TrimeObjective(nn.Module):
         self.model, self.dtype = model, dtype
 
     def forward(
-        self, input_BL: Tensor, label_BL: Tensor, document_BL: Tensor, segment_BL: Tensor, ways: Ways, divisor: float
+        self,
+        input_BL: Tensor,
+        label_BL: Tensor,
+        document_BL: Tensor,
+        segment_BL: Tensor,
+        mode: MemoryMode,
+        divisor: float,
     ) -> tuple[Tensor, Tensor]:
         """(loss, sums): `loss` is the summed -log P over `divisor`; `sums` float64 `[2]` are -log P of equation 2 and
         that of the vocabulary alone, in nats.
 
         Args:
-            divisor: tokens of the whole update over processes; times their number, as strategies average.
+            divisor: tokens of the update / number of processes, since strategies average over processes.
         """
         with self._autocast(input_BL.device):
             state_BLH, key_BLH = self.model.represent(input_BL)
@@ -55,23 +61,23 @@ class TrimeObjective(nn.Module):
         if self.dtype != torch.float32:
             state_BLH, key_BLH = state_BLH.to(self.dtype), key_BLH.to(self.dtype)
         vocabulary = self.model.score(state_BLH[counts_BL], label_BL[counts_BL])
-        memory = self._memory(key_BLH, label_BL, Places(segment_BL, document_BL), ways)
+        memory = self._memory(key_BLH, label_BL, Places(segment_BL, document_BL), mode)
         nll_N = -joint_log_prob(vocabulary, memory)
         sums = torch.stack([nll_N.detach().double().sum(), -vocabulary.log_prob_N.detach().double().sum()])
         return nll_N.sum() / divisor, sums
 
-    def _memory(self, key_BLH: Tensor, label_BL: Tensor, places: Places, ways: Ways) -> MemoryScore | None:
+    def _memory(self, key_BLH: Tensor, label_BL: Tensor, places: Places, mode: MemoryMode) -> MemoryScore | None:
         counts_BL = label_BL != PADDING
-        match ways.memory:
+        match mode.memory:
             case "none":
                 return None
             case "local":
                 score = local_memory(key_BLH, label_BL)
                 return MemoryScore(score.log_positive[counts_BL], score.log_normaliser[counts_BL])
             case "long":
-                return long_memory(key_BLH, label_BL, places, ways.across_documents, ways.gather)
+                return long_memory(key_BLH, label_BL, places, mode.across_documents, mode.gather)
             case "ext":
-                return external_memory(key_BLH, label_BL, places, ways.hide_local, ways.gather)
+                return external_memory(key_BLH, label_BL, places, mode.hide_local, mode.gather)
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(device.type, self.dtype)

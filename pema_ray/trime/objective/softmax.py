@@ -1,4 +1,4 @@
-"""The two sums of TRIME's equation 2, in log space, chunked: neither logits matrix is ever whole. Knows torch alone.
+"""The two sums of TRIME's equation 2, in log space, in chunks: no whole logits matrix is in memory. Knows torch alone.
 
 Shapes: N queries (positions whose next token is predicted), M memories, H hidden, V words, S blocks that do not see
 each other (segments of a local memory; one block otherwise), C the queries of a chunk.
@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 20
-"""Logits that are in memory at a time on a CPU (and a handful of working copies), 4 MiB in float32: they stay in its
-cache, and a causal memory is computed as a staircase, not a square. A GPU is given 16 times as many."""
+"""Logits in memory at a time on a CPU (with a handful of working copies), 4 MiB in float32: they fit its cache, and a
+causal memory computes few hidden ones. A GPU gets 16 times as many."""
 
 
 class Visibility(NamedTuple):
-    """Which memories a query sees, asked for chunk by chunk."""
+    """Which memories a query sees, chunk by chunk."""
 
     mask: Callable[[slice, int], Tensor | None]
-    """(queries, columns) -> bool [1 or S, C, columns] over the first so many memories; None: all of them."""
+    """(queries, columns) -> bool [1 or S, C, columns] over the first `columns` memories; None: all are visible."""
     columns: Callable[[slice], int]
-    """(queries) -> how many memories from the first on any of them may see; those after need not be looked at."""
+    """(queries) -> how many of the first memories any of them may see; later ones are skipped."""
 
 
 class MemoryScore(NamedTuple):
@@ -65,7 +65,7 @@ def log_normaliser(state_NH: Tensor, weight_VH: Tensor, chunk: int | None = None
 class _MemorySums(torch.autograd.Function):
     """Forward keeps two numbers per query; backward computes the logits once more.
 
-    Positives are few: they are picked out of a chunk, not masked into a second one.
+    Positives are few: they are indexed, not masked into a second chunk.
     """
 
     @staticmethod
@@ -79,7 +79,7 @@ class _MemorySums(torch.autograd.Function):
         scale: float,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        positive_SN = torch.full(label_SN.shape, -math.inf, dtype=_wide(query_SNH), device=query_SNH.device)
+        positive_SN = torch.full(label_SN.shape, -math.inf, dtype=sum_dtype(query_SNH), device=query_SNH.device)
         normaliser_SN = torch.full_like(positive_SN, -math.inf)
         for blocks, rows, columns in _chunks(label_SN, visibility, chunk):
             logits_SCM, mask = _logits(query_SNH, key_SMH, visibility, scale, blocks, rows, columns)
@@ -87,14 +87,14 @@ class _MemorySums(torch.autograd.Function):
             index = _positives(label_SN[blocks, rows], label_SM[blocks, :columns], mask)
             positive_SN[blocks, rows] = _sum_by_query(logits_SCM[index], index, positive_SN[blocks, rows])
         ctx.save_for_backward(query_SNH, key_SMH, label_SN, label_SM, positive_SN, normaliser_SN)
-        ctx.asked = (visibility, scale, chunk)
+        ctx.options = (visibility, scale, chunk)
         return positive_SN, normaliser_SN
 
     @staticmethod
     def backward(ctx: Any, gradient_positive_SN: Tensor, gradient_normaliser_SN: Tensor):  # type: ignore[override]
         query_SNH, key_SMH, label_SN, label_SM, positive_SN, normaliser_SN = ctx.saved_tensors
-        visibility, scale, chunk = ctx.asked
-        # A query without a memory hands no gradient on: exp(x - inf) is 0.
+        visibility, scale, chunk = ctx.options
+        # A query without a memory passes no gradient: exp(x - inf) is 0.
         normaliser_SN = torch.where(normaliser_SN == -math.inf, math.inf, normaliser_SN)
         gradient_query, gradient_key = torch.zeros_like(query_SNH), torch.zeros_like(key_SMH)
         for blocks, rows, columns in _chunks(label_SN, visibility, chunk):
@@ -116,9 +116,9 @@ def _chunks(label_SN: Tensor, visibility: Visibility, chunk: int) -> Iterator[tu
     S, N = label_SN.shape
     if not S or not N:
         return
-    most = max(1, visibility.columns(slice(0, N)))
-    rows = max(1, min(N, chunk // most))
-    blocks = max(1, min(S, chunk // (most * rows)))
+    widest = max(1, visibility.columns(slice(0, N)))
+    rows = max(1, min(N, chunk // widest))
+    blocks = max(1, min(S, chunk // (widest * rows)))
     for first_block in range(0, S, blocks):
         for first in range(0, N, rows):
             queries = slice(first, min(N, first + rows))
@@ -129,8 +129,8 @@ def _chunks(label_SN: Tensor, visibility: Visibility, chunk: int) -> Iterator[tu
 def _logits(
     query_SNH: Tensor, key_SMH: Tensor, visibility: Visibility, scale: float, blocks: slice, rows: slice, columns: int
 ) -> tuple[Tensor, Tensor | None]:
-    """A chunk's logits, -inf where nothing is to be seen; and what is (None: all)."""
-    logits_SCM = (query_SNH[blocks, rows] @ key_SMH[blocks, :columns].mT).to(_wide(query_SNH)).mul_(scale)
+    """A chunk's logits, -inf where hidden, and the visibility mask (None: all are visible)."""
+    logits_SCM = (query_SNH[blocks, rows] @ key_SMH[blocks, :columns].mT).to(sum_dtype(query_SNH)).mul_(scale)
     mask = visibility.mask(rows, columns)
     if mask is not None:
         mask = mask if len(mask) == 1 else mask[blocks]
@@ -155,11 +155,11 @@ def _sum_by_query(logit_P: Tensor, index: tuple[Tensor, ...], like_SC: Tensor) -
 
 
 class _LogSumExp(torch.autograd.Function):
-    """As `_MemorySums`: one number per state is kept."""
+    """Keeps one number per state; backward computes the logits once more."""
 
     @staticmethod
     def forward(ctx: Any, state_NH: Tensor, weight_VH: Tensor, chunk: int) -> Tensor:  # type: ignore[override]
-        total_N = torch.empty(len(state_NH), dtype=_wide(state_NH), device=state_NH.device)
+        total_N = torch.empty(len(state_NH), dtype=sum_dtype(state_NH), device=state_NH.device)
         for rows in _rows(len(state_NH), len(weight_VH), chunk):
             total_N[rows] = (state_NH[rows] @ weight_VH.mT).to(total_N.dtype).logsumexp(-1)
         ctx.save_for_backward(state_NH, weight_VH, total_N)
@@ -188,6 +188,6 @@ def _chunk(tensor: Tensor) -> int:
     return CHUNK if tensor.device.type == "cpu" else 16 * CHUNK
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
-    """Sums of exponentials are taken in float32 at least."""
+def sum_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype of sums of exponentials: float32 at least."""
     return torch.promote_types(tensor.dtype, torch.float32)

@@ -16,7 +16,7 @@ from pema_ray.trime.service.service import TrimeService, TrimeServiceConfig, Tri
 
 
 class TrimeArgs(Section):
-    """Of the application."""
+    """Arguments of the application."""
 
     service: TrimeServiceConfig
     live: TrimeUserConfig = TrimeUserConfig()
@@ -27,13 +27,13 @@ class TrimeArgs(Section):
 
 def trime(args: Mapping[str, Any] | None = None) -> Application:
     """A TRIME model with its datastores behind HTTP."""
-    wanted = validate(TrimeArgs, dict(args or {}), "args")
+    settings = validate(TrimeArgs, dict(args or {}), "args")
 
     @serve.deployment(
         name="Trime",
-        num_replicas=1,  # which owns the actors of its datastores
-        ray_actor_options={"num_cpus": wanted.cpus, "num_gpus": wanted.gpus},
-        user_config=wanted.live.model_dump(),
+        num_replicas=1,  # it owns the actors of its datastores
+        ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
+        user_config=settings.live.model_dump(),
     )
     @serve.ingress()
     class Ingress:
@@ -48,4 +48,4 @@ def trime(args: Mapping[str, Any] | None = None) -> Application:
             self.service.refused = await refused(self.service.change(live), self._serving)
             self._serving = True
 
-    return Ingress.bind(wanted.service.model_dump())
+    return Ingress.bind(settings.service.model_dump())

@@ -1,7 +1,7 @@
 """A TRIME model as a service: how likely a text is, and what comes next, with a chosen datastore.
 
-Datastores lie in sharded search actors and are swapped while requests go on: each request keeps the one it began with.
-Knows FastAPI and asks Ray for actors; `pema_ray.trime.service.application` makes the deployment.
+Search actors hold the datastores, which can be swapped while requests run: each request keeps the one it started with.
+Knows FastAPI and starts Ray actors; `pema_ray.trime.service.application` makes the deployment.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from fastapi import FastAPI
@@ -31,7 +31,7 @@ from pema_ray.trime.datastore import open_datastore
 from pema_ray.trime.evaluation.calibration import Mixture, Settings, token_log_probs
 from pema_ray.trime.evaluation.combination import joint_over_vocabulary, linear_over_vocabulary, memory_mass
 from pema_ray.trime.evaluation.explain import settings_of
-from pema_ray.trime.evaluation.results import TrimeEvaluation
+from pema_ray.trime.evaluation.results import Chosen, TrimeEvaluation
 from pema_ray.trime.evaluation.statistics import Probe, Text, measure, walk
 from pema_ray.trime.evaluation.systems import EvaluationSystem, make_probe, make_system
 from pema_ray.trime.model.memory_lm import MemoryLM
@@ -40,20 +40,18 @@ from pema_ray.trime.run import TrimeRun
 from pema_ray.trime.stages.datastore import card_of
 from pema_ray.trime.text.vocabulary import Vocabulary
 
-Answer = TypeVar("Answer")
-
 
 class TrimeServiceConfig(Section):
-    """What is served, and how large requests may be."""
+    """The model that is served, and limits of requests."""
 
     config: str
     """The experiment's YAML file: its run holds vocabulary, model and calibration (`evaluate`)."""
     overrides: tuple[str, ...] = ()
     """`section.key=value`, as on the command line."""
     system: str = "long_knn"
-    """How a text is scored where a datastore is asked."""
+    """The system of requests with a datastore."""
     without: str = "long"
-    """And where none is."""
+    """The system of requests without one."""
     search_actors: int = Field(default=2, ge=0)
     """Of each datastore; 0: the replica searches by itself."""
     cpus_per_actor: float = Field(default=0.5, gt=0)
@@ -65,7 +63,7 @@ class TrimeServiceConfig(Section):
 
 
 class TrimeUserConfig(Section):
-    """What may be changed while requests go on: Serve's `user_config`."""
+    """What may change while requests run: Serve's `user_config`."""
 
     datastores: dict[str, str] = {}
     """Name -> folder; an index beside it (`<folder>/../index`) is used if it is this datastore's."""
@@ -83,7 +81,7 @@ class TextRequest(Section):
 
 @dataclass(frozen=True)
 class LoadedDatastore:
-    """A datastore that is being served; `close` ends its actors once no request uses it."""
+    """A datastore that is served; `close` stops its actors once no request uses it."""
 
     folder: str
     search: Neighbours
@@ -91,10 +89,10 @@ class LoadedDatastore:
 
 
 class TrimeService:
-    """What the API stands on.
+    """Scores texts and predicts next tokens, for the API.
 
     Raises:
-        UserError: the run was not evaluated with these settings, or `system` not calibrated.
+        UserError: the run was not evaluated with these settings, or a system of the service is not calibrated.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -113,24 +111,24 @@ class TrimeService:
                 f"{self.config.config}. Settings that its stages were given on the command line belong in "
                 "service.overrides."
             )
-        self._chosen = TrimeEvaluation.load(run.path("evaluate"))
-        self._systems = {asks: self._system(name) for asks, name in self._names().items()}
-        self._held: dict[str, LoadedDatastore] = {}
+        chosen = {row.system: row.chosen for row in reversed(TrimeEvaluation.load(run.path("evaluate")).scores)}
+        self._systems = {
+            True: self._system(self.config.system, chosen),
+            False: self._system(self.config.without, chosen),
+        }
+        """With a datastore, and without one."""
+        self._datastores: dict[str, LoadedDatastore] = {}
         self.refused: str | None = None
-        """Why the last change of datastores was not made, if it was not."""
+        """Why the last change of datastores was rejected, if it was."""
 
-    def _names(self) -> dict[bool, str]:
-        return {True: self.config.system, False: self.config.without}
-
-    def _system(self, name: str) -> tuple[EvaluationSystem, Probe, Settings]:
+    def _system(self, name: str, chosen: Mapping[str, Chosen]) -> tuple[EvaluationSystem, Probe, Settings]:
         """A system as it was calibrated, and a probe of its settings alone."""
-        known = [one.system for one in self._chosen.scores]
-        if name not in known:
+        if name not in chosen:
             raise UserError(
-                f"System '{name}' of this run has no calibration.{nearest(name, known)} "
+                f"System '{name}' of this run has no calibration.{nearest(name, list(chosen))} "
                 f"Run: pema-ray trime evaluate, with '{name}' among evaluate.systems."
             )
-        settings = settings_of(next(one.chosen for one in self._chosen.scores if one.system == name))
+        settings = settings_of(chosen[name])
         system = make_system(name, self.experiment.evaluate)
         probe = make_probe(self.experiment, system.vectors or "key", self.model.hidden_size)
         probe = replace(
@@ -147,29 +145,29 @@ class TrimeService:
     @property
     def datastores(self) -> dict[str, int]:
         """Name -> entries."""
-        return {name: len(held.search) for name, held in self._held.items()}
+        return {name: len(datastore.search) for name, datastore in self._datastores.items()}
 
     async def change(self, live: Mapping[str, Any]) -> None:
-        """Serve other datastores; requests that are under way keep theirs.
+        """Serve other datastores; running requests keep theirs.
 
         Raises:
             UserError: a datastore is missing, another model's, or smaller than k; then nothing changes.
         """
-        wanted = validate(TrimeUserConfig, dict(live), "user_config")
-        kept = {n: self._held[n] for n, f in wanted.datastores.items() if n in self._held and self._held[n].folder == f}
+        folders = validate(TrimeUserConfig, dict(live), "user_config").datastores
+        kept = {n: old for n, folder in folders.items() if (old := self._datastores.get(n)) and old.folder == folder}
         new: dict[str, LoadedDatastore] = {}
         try:
-            for name, folder in wanted.datastores.items():
+            for name, folder in folders.items():
                 if name not in kept:
                     new[name] = await asyncio.to_thread(self._open, folder)
         except Exception:
-            for held in new.values():
-                held.close()
+            for loaded in new.values():
+                loaded.close()
             raise
-        gone = [held for name, held in self._held.items() if name not in kept]
-        self._held = kept | new
-        if gone:  # behind all that was asked before
-            await asyncio.get_running_loop().run_in_executor(self._thread, lambda: [held.close() for held in gone])
+        removed = [loaded for name, loaded in self._datastores.items() if name not in kept]
+        self._datastores = kept | new
+        if removed:  # after all earlier requests
+            await asyncio.get_running_loop().run_in_executor(self._thread, lambda: [old.close() for old in removed])
 
     def _open(self, folder: str) -> LoadedDatastore:
         c, e = self.config, self.experiment.evaluate
@@ -178,29 +176,31 @@ class TrimeService:
         index = Path(folder).parent / "index"
         options = SearchOptions(self.experiment.index.metric, e.probes, e.rescore, e.oversample)
         stack = ExitStack()
-        where = index if (index / "index.json").exists() else None
-        search = stack.enter_context(open_search(store, where, options, c.search_actors, c.cpus_per_actor))
+        existing = index if (index / "index.json").exists() else None
+        search = stack.enter_context(open_search(store, existing, options, c.search_actors, c.cpus_per_actor))
         return LoadedDatastore(folder, search, stack.close)
 
     # ── answers ─────────────────────────────────────────────────────────────
 
-    async def score(self, ask: TextRequest) -> dict[str, Any]:
+    async def score(self, request: TextRequest) -> dict[str, Any]:
         """Each token's log-probability, with the memories and from the vocabulary alone."""
-        return await self._computed(lambda search: self._score(ask, search), ask)
+        return await self._answer(self._score, request)
 
-    async def next(self, ask: TextRequest) -> dict[str, Any]:
+    async def next(self, request: TextRequest) -> dict[str, Any]:
         """The most probable tokens after a text."""
-        return await self._computed(lambda search: self._next(ask, search), ask)
+        return await self._answer(self._next, request)
 
-    async def _computed(self, work: Callable[[Neighbours | None], Answer], ask: TextRequest) -> Answer:
-        if ask.datastore is not None and ask.datastore not in self._held:
-            known = list(self._held)
-            raise UnknownDatastore(
-                f"No datastore '{ask.datastore}'.{nearest(ask.datastore, known)} "
-                f"There are: {', '.join(known) or 'none'}."
-            )
-        search = self._held[ask.datastore].search if ask.datastore is not None else None
-        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: work(search))
+    async def _answer(self, work: Callable[..., dict[str, Any]], request: TextRequest) -> dict[str, Any]:
+        """`work(request, search)` in the compute thread, and what it was computed with."""
+        name = request.datastore
+        if name is not None and name not in self._datastores:
+            names = list(self._datastores)
+            there = ", ".join(names) or "none"
+            raise UnknownDatastore(f"No datastore '{name}'.{nearest(name, names)} There are: {there}.")
+        search = None if name is None else self._datastores[name].search
+        answer = await asyncio.get_running_loop().run_in_executor(self._thread, work, request, search)
+        system = self._systems[search is not None][0].name
+        return {"model": self.card.label, "datastore": name, "system": system, **answer}
 
     def _text(self, words: str) -> Text:
         ids = self.vocabulary.encode(words)
@@ -211,34 +211,26 @@ class TrimeService:
         first = torch.tensor([self.vocabulary.eos_id])
         return Text(torch.cat([first, torch.from_numpy(ids).long()]).to(self.device))
 
-    def _score(self, ask: TextRequest, search: Neighbours | None) -> dict[str, Any]:
+    def _score(self, request: TextRequest, search: Neighbours | None) -> dict[str, Any]:
         system, probe, settings = self._systems[search is not None]
-        text = self._text(ask.text)
-        found = measure(self.model, text, probe, search)
-        log_p = token_log_probs(found, probe, system.mixture, settings).tolist()
+        text = self._text(request.text)
+        statistics = measure(self.model, text, probe, search)
+        log_p = token_log_probs(statistics, probe, system.mixture, settings).tolist()
         pieces = self.vocabulary.pieces(text.token_N[1:].tolist())
-        rows = zip(pieces, log_p, found.log_vocab_N.tolist(), strict=True)
+        rows = zip(pieces, log_p, statistics.log_vocab_N.tolist(), strict=True)
         return {
-            "model": self.card.label,
-            "datastore": ask.datastore,
-            "system": system.name,
             "perplexity": math.exp(-sum(log_p) / len(log_p)),
             "tokens": [{"piece": p, "log_prob": lp, "vocabulary_log_prob": lv} for p, lp, lv in rows],
         }
 
-    def _next(self, ask: TextRequest, search: Neighbours | None) -> dict[str, Any]:
+    def _next(self, request: TextRequest, search: Neighbours | None) -> dict[str, Any]:
         system, probe, settings = self._systems[search is not None]
-        text = self._text(ask.text)
+        text = self._text(request.text)
         log_p_V, log_vocab_V = distribution(self.model, text, probe, system.mixture, settings, search)
-        p, token = log_p_V.exp().topk(min(ask.top, len(log_p_V)))
+        p, token = log_p_V.exp().topk(min(request.top, len(log_p_V)))
         pieces = self.vocabulary.pieces(token.tolist())
         rows = zip(pieces, token.tolist(), p.tolist(), log_vocab_V.exp()[token].tolist(), strict=True)
-        return {
-            "model": self.card.label,
-            "datastore": ask.datastore,
-            "system": system.name,
-            "tokens": [{"piece": s, "id": i, "probability": x, "vocabulary": v} for s, i, x, v in rows],
-        }
+        return {"tokens": [{"piece": s, "id": i, "probability": x, "vocabulary": v} for s, i, x, v in rows]}
 
 
 class UnknownDatastore(UserError):
@@ -250,7 +242,7 @@ def distribution(
     model: MemoryLM, text: Text, probe: Probe, mixture: Mixture, settings: Settings, search: Neighbours | None
 ) -> tuple[Tensor, Tensor]:
     """log P of every word after the text, with the memories and without: two times `[V]`, float64."""
-    longer = Text(torch.cat([text.token_N, text.token_N.new_zeros(1)]))  # its last token is asked for, not looked at
+    longer = Text(torch.cat([text.token_N, text.token_N.new_zeros(1)]))  # its last token is the target, never an input
     *_, batch = walk(model, longer, probe)
     scored = batch[-1]
     log_vocab_NV, log_norm_N = (part.double() for part in model.log_probs(scored.state_NH[-1:]))
@@ -262,10 +254,9 @@ def distribution(
     far: tuple[Tensor, Tensor] | None = None
     if mixture.external:
         assert search is not None
-        found = search.search(scored.key_NH[-1:].cpu().numpy(), mixture.neighbours)
-        there_NK = found.token_NK >= 0
-        far = (found.similarity_NK.double().masked_fill(~there_NK, -torch.inf).to(near_NM.device),
-               found.token_NK.clamp(min=0).to(near_NM.device))  # fmt: skip
+        result = search.search(scored.key_NH[-1:].cpu().numpy(), mixture.neighbours)
+        similarity_NK = result.similarity_NK.double().masked_fill(result.token_NK < 0, -torch.inf)
+        far = similarity_NK.to(near_NM.device), result.token_NK.clamp(min=0).to(near_NM.device)
     if mixture.rule == "gn":
         mass_NV = memory_mass(*near, theta, V)
         if mixture.joined and far is not None:
@@ -294,11 +285,11 @@ def make_api(service: TrimeService) -> FastAPI:
         return {"data": data, **({"refused": service.refused} if service.refused else {})}
 
     @api.post("/v1/score")
-    async def score(ask: TextRequest) -> dict[str, Any]:
-        return await service.score(ask)
+    async def score(request: TextRequest) -> dict[str, Any]:
+        return await service.score(request)
 
     @api.post("/v1/next")
-    async def next_tokens(ask: TextRequest) -> dict[str, Any]:
-        return await service.next(ask)
+    async def next_tokens(request: TextRequest) -> dict[str, Any]:
+        return await service.next(request)
 
     return api

@@ -67,53 +67,45 @@ def build_index(segments: Segments, folder: Path) -> None:
             "for similar ones. Take a smaller batches.segment, or more text."
         )
     retriever = bm25s.BM25(backend="numpy")
-    retriever.index(_as_corpus(segments, range(len(segments))), show_progress=False)
+    retriever.index(_words(segments, range(len(segments))), show_progress=False)
     retriever.save(str(folder))
 
 
-def search(segments: Segments, folder: Path, numbers: range, neighbours: int) -> np.ndarray:
-    """The nearest segments of some, `[len(numbers), K]`, the nearest first, without the segment itself; -1: no more."""
+def load_index(folder: Path) -> Any:
     import bm25s
 
-    retriever = bm25s.BM25.load(str(folder), mmap=True)
-    return _search(retriever, segments, numbers, neighbours)
+    return bm25s.BM25.load(str(folder), mmap=True)
 
 
-def _search(retriever: Any, segments: Segments, numbers: range, neighbours: int) -> np.ndarray:
-    most = min(neighbours + 1, len(segments))
-    found_NK, score_NK = retriever.retrieve(
-        _as_queries(segments, numbers), k=most, show_progress=False, sorted=True, n_threads=1
+def search(retriever: Any, segments: Segments, numbers: range, neighbours: int) -> np.ndarray:
+    """The nearest segments of some, `[len(numbers), K]`, the nearest first, without the segment itself; -1: no more."""
+    k = min(neighbours + 1, len(segments))
+    nearest_NK, score_NK = retriever.retrieve(
+        _words(segments, numbers), k=k, show_progress=False, sorted=True, n_threads=1
     )
     rows = np.full((len(numbers), neighbours), -1, np.int64)
-    for row, (number, found, scores) in enumerate(zip(numbers, found_NK, score_NK)):
-        others = found[(found != number) & (scores > 0)][:neighbours]
-        rows[row, : len(others)] = others
+    for row, (number, nearest_K, score_K) in enumerate(zip(numbers, nearest_NK, score_NK)):
+        matches = nearest_K[(nearest_K != number) & (score_K > 0)][:neighbours]
+        rows[row, : len(matches)] = matches
     return rows
 
 
-def _as_corpus(segments: Segments, numbers: range) -> list[list[str]]:
+def _words(segments: Segments, numbers: range) -> list[list[str]]:
     """Token ids stand for words."""
     return [[str(token) for token in segments.tokens(number)] for number in numbers]
 
 
-def _as_queries(segments: Segments, numbers: range) -> list[list[str]]:
-    return _as_corpus(segments, numbers)
-
-
 class _Searcher:
     def __init__(self, prepared: Path, length: int, folder: Path, neighbours: int) -> None:
-        import bm25s
-
         self.segments = Segments(TokenStream.open(prepared, "train"), length)
-        self.retriever = bm25s.BM25.load(str(folder), mmap=True)
-        self.neighbours = neighbours
+        self.retriever, self.neighbours = load_index(folder), neighbours
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         parts = []
         for first in batch["first"]:
             numbers = range(int(first), min(int(first) + _QUERIES, len(self.segments)))
-            parts.append(_search(self.retriever, self.segments, numbers, self.neighbours).ravel())
-        return {"first": batch["first"], "found": np.array(parts + [None], dtype=object)[:-1]}
+            parts.append(search(self.retriever, self.segments, numbers, self.neighbours).ravel())
+        return {"first": batch["first"], "nearest": np.array(parts + [None], dtype=object)[:-1]}
 
 
 def _search_all(run: TrimeRun, segments: Segments, folder: Path, tick: Any) -> np.ndarray:
@@ -124,7 +116,7 @@ def _search_all(run: TrimeRun, segments: Segments, folder: Path, tick: Any) -> n
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    found = np.full((len(segments), c.neighbours), -1, np.int64)
+    nearest_SK = np.full((len(segments), c.neighbours), -1, np.int64)
     rows = ray.data.from_items(firsts, override_num_blocks=len(firsts)).map_batches(
         _Searcher,
         fn_constructor_args=(run.path("prepare"), c.segment, folder, c.neighbours),
@@ -133,17 +125,17 @@ def _search_all(run: TrimeRun, segments: Segments, folder: Path, tick: Any) -> n
         num_cpus=c.cpus_per_actor,
     )
     for row in rows.iter_rows():
-        part = np.asarray(row["found"], np.int64).reshape(-1, c.neighbours)
-        found[row["first"] : row["first"] + len(part)] = part
+        part = np.asarray(row["nearest"], np.int64).reshape(-1, c.neighbours)
+        nearest_SK[row["first"] : row["first"] + len(part)] = part
         tick()
-    return found
+    return nearest_SK
 
 
 def read_walk(folder: Path, segments: int) -> np.ndarray:
-    """The order that `pema-ray trime batches` found.
+    """The order of the segments that `pema-ray trime batches` wrote.
 
     Raises:
-        UserError: it is not there, or not a walk through so many segments.
+        UserError: it is not there, or of another number of segments.
     """
     path = folder / WALK
     try:

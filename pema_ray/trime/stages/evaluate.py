@@ -1,6 +1,6 @@
 """`pema-ray trime evaluate`: every system calibrated on dev and scored on test, in one table.
 
-One pass of the model over each split for every datastore; all settings are chosen from what the pass measured.
+The model passes once over each split for every datastore; all settings are chosen from what the pass measured.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +24,11 @@ from pema_ray.runtime.hardware import pick_device
 from pema_ray.runtime.progress import console, track
 from pema_ray.trime.config import TrimeConfig
 from pema_ray.trime.datastore import open_datastore
-from pema_ray.trime.evaluation.calibration import Calibrated, Mixture, Settings, calibrate, nll
+from pema_ray.trime.evaluation.calibration import calibrate, nll
 from pema_ray.trime.evaluation.curves import curves_of
-from pema_ray.trime.evaluation.results import Chosen, Curve, Pass, SystemScores, TrimeEvaluation, markdown
+from pema_ray.trime.evaluation.results import Chosen, Pass, SystemScores, TrimeEvaluation, markdown
 from pema_ray.trime.evaluation.statistics import Probe, Statistics, Text, Vectors, measure
-from pema_ray.trime.evaluation.systems import EvaluationSystem, asks_a_datastore, make_probe, make_system, names_of
+from pema_ray.trime.evaluation.systems import EvaluationSystem, make_probe, make_system, names_of, needs_datastore
 from pema_ray.trime.model.registry import TrainableLM, load_model
 from pema_ray.trime.run import TrimeRun
 from pema_ray.trime.stages.datastore import card_of, with_eos
@@ -39,17 +39,11 @@ OWN = "own"
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """A datastore that is asked, and its index if it has one."""
+    """A datastore to search, and its index if it has one."""
 
     name: str
     folder: Path
     index: Path | None
-
-
-class Measured(NamedTuple):
-    probe: Probe
-    dev: Statistics
-    test: Statistics
 
 
 def run(config: TrimeConfig) -> dict[str, Any]:
@@ -66,39 +60,47 @@ def _evaluate(run: TrimeRun) -> dict[str, Any]:
     card = card_of(run.model_folder, TokenStream.open(run.path("prepare"), "dev").eos_id, model)
     systems = [make_system(name, c.evaluate) for name in names_of(c)]
     scores, curves, passes = [], [], []
-    cluster = ray_cluster(c.ray, 1) if c.evaluate.search_actors and asks_a_datastore(c) else nullcontext()
+    cluster = ray_cluster(c.ray, 1) if c.evaluate.search_actors and needs_datastore(c) else nullcontext()
     with cluster:
-        for vectors, chosen in _by_vectors(systems):
+        for vectors, group in _by_vectors(systems):
             probe = make_probe(c, vectors, model.hidden_size)
-            without = [system for system in chosen if not system.mixture.external]
-            asking = [system for system in chosen if system.mixture.external]
-            rounds: list[Store | None] = list(stores_of(run)) if asking else [None]
-            for number, store in enumerate(rounds):
-                measured, speed = _measure(run, model, card, texts, probe, store)
+            external = [system for system in group if system.mixture.external]
+            stores: list[Store | None] = list(stores_of(run)) if external else [None]
+            for number, store in enumerate(stores):
+                dev, test, speed = _measure(run, model, card, texts, probe, store)
                 passes.append(speed)
-                for system in (without if number == 0 else []) + (asking if store else []):
-                    found = calibrate(measured.dev, probe, system.mixture)
-                    scores.append(_scores(system, store, found, measured))
-                curves += curves_of(measured.dev, probe, chosen, store.name if store else None) if number == 0 else []
+                for system in group if number == 0 else external:
+                    scores.append(_scores(system, store, probe, dev, test))
+                curves += curves_of(dev, probe, group, store.name if store else None) if number == 0 else []
     order = [system.name for system in systems]
-    scores.sort(key=lambda one: order.index(one.system))
-    found = _result(run, card, texts, scores, curves, passes)
-    found.save(run.path("evaluate"))
-    console.print(markdown(found), markup=False, highlight=False)
-    best = min(scores, key=lambda one: one.test_nll)
+    scores.sort(key=lambda row: order.index(row.system))
+    evaluation = TrimeEvaluation(
+        model=card.name,
+        fingerprint=card.fingerprint,
+        memory=c.train.memory,
+        updates=c.train.updates if c.evaluate.model is None else None,
+        tokens={split: len(text.token_N) - 1 for split, text in texts.items()},
+        per_character=c.prepare.vocabulary in ("character", "byte"),
+        scores=tuple(scores),
+        curves=tuple(curves),
+        passes=tuple(passes),
+    )
+    evaluation.save(run.path("evaluate"))
+    console.print(markdown(evaluation), markup=False, highlight=False)
+    best = min(scores, key=lambda row: row.test_nll)
+    names = [f"{row.system} {row.datastore}" if row.datastore else row.system for row in scores]
     return {
-        "test_perplexity": {f"{one.system}{f' {one.datastore}' if one.datastore else ''}": round(one.test_perplexity, 3)
-                            for one in scores},
-        "tokens_per_second": {one.name: round(one.tokens_per_second, 1) for one in passes},
+        "test_perplexity": {name: round(row.test_perplexity, 3) for name, row in zip(names, scores)},
+        "tokens_per_second": {speed.name: round(speed.tokens_per_second, 1) for speed in passes},
         "summary": f"{len(scores)} systems, best {best.label}: test perplexity {best.test_perplexity:.2f}",
-    }  # fmt: skip
+    }
 
 
 def text_of(run: TrimeRun, split: str, device: torch.device) -> Text:
-    """A split behind its `<eos>`, so that every token of it is scored."""
+    """A split after an `<eos>`, so that each of its tokens is scored."""
     stream = TokenStream.open(run.path("prepare"), split)
-    most = run.config.evaluate.max_tokens.get(split)  # type: ignore[call-overload]
-    token_N = with_eos(stream)[: None if most is None else most + 1]
+    limit = run.config.evaluate.max_tokens.get(split)  # type: ignore[call-overload]
+    token_N = with_eos(stream)[: None if limit is None else limit + 1]
     document_N = np.searchsorted(stream.start_D, np.maximum(np.arange(len(token_N)) - 1, 0), side="right") - 1
     return Text(torch.from_numpy(token_N).to(device), torch.from_numpy(document_N).to(device))
 
@@ -114,7 +116,7 @@ def stores_of(run: TrimeRun) -> Iterator[Store]:
 
 
 def _by_vectors(systems: Sequence[EvaluationSystem]) -> Iterator[tuple[Vectors, list[EvaluationSystem]]]:
-    """Systems that one pass serves: those that compare the same vectors, and whoever compares none with the first."""
+    """Systems that share a pass: those that compare the same vectors; those that compare none join the first."""
     kinds: list[Vectors] = list(dict.fromkeys(s.vectors for s in systems if s.vectors is not None)) or ["key"]
     for number, vectors in enumerate(kinds):
         yield vectors, [s for s in systems if s.vectors == vectors or (s.vectors is None and number == 0)]
@@ -122,7 +124,7 @@ def _by_vectors(systems: Sequence[EvaluationSystem]) -> Iterator[tuple[Vectors, 
 
 def _measure(
     run: TrimeRun, model: TrainableLM, card: ModelCard, texts: dict[str, Text], probe: Probe, store: Store | None
-) -> tuple[Measured, Pass]:
+) -> tuple[Statistics, Statistics, Pass]:
     c = run.config.evaluate
     name = f"{probe.vectors} memory" + (f", datastore {store.name}" if store else "")
     tokens = sum(len(text.token_N) - 1 for text in texts.values())
@@ -135,47 +137,25 @@ def _measure(
         bar = stack.enter_context(track(name, tokens, "tokens"))
         started = time.perf_counter()
         dev, test = (measure(model, texts[s], probe, search, lambda n: bar.advance(n)) for s in ("dev", "test"))
-    return Measured(probe, dev, test), Pass(name=name, tokens=tokens, seconds=time.perf_counter() - started)
+    return dev, test, Pass(name=name, tokens=tokens, seconds=time.perf_counter() - started)
 
 
-def _scores(system: EvaluationSystem, store: Store | None, found: Calibrated, measured: Measured) -> SystemScores:
-    mixture = system.mixture
+def _scores(
+    system: EvaluationSystem, store: Store | None, probe: Probe, dev: Statistics, test: Statistics
+) -> SystemScores:
+    """Calibrate on dev, and score both splits."""
+    mixture, calibrated = system.mixture, calibrate(dev, probe, system.mixture)
+    settings = calibrated.settings
     return SystemScores(
         system=system.name,
         label=system.label,
         datastore=store.name if store and mixture.external else None,
-        chosen=chosen_of(mixture, found.settings),
-        dev_nll=found.nll,
-        test_nll=nll(measured.test, measured.probe, mixture, found.settings),
-    )
-
-
-def chosen_of(mixture: Mixture, settings: Settings) -> Chosen:
-    return Chosen(
-        tau=settings.tau if mixture.rule != "none" else None,
-        weight=settings.weight if mixture.rule == "li" else None,
-        interp_temp=settings.interp_temp if mixture.second else None,
-        second_weight=settings.second_weight if mixture.second else None,
-    )
-
-
-def _result(
-    run: TrimeRun,
-    card: ModelCard,
-    texts: dict[str, Text],
-    scores: list[SystemScores],
-    curves: list[Curve],
-    passes: list[Pass],
-) -> TrimeEvaluation:
-    c = run.config
-    return TrimeEvaluation(
-        model=card.name,
-        fingerprint=card.fingerprint,
-        memory=c.train.memory,
-        updates=c.train.updates if c.evaluate.model is None else None,
-        tokens={split: len(text.token_N) - 1 for split, text in texts.items()},
-        per_character=c.prepare.vocabulary in ("character", "byte"),
-        scores=tuple(scores),
-        curves=tuple(curves),
-        passes=tuple(passes),
+        chosen=Chosen(
+            tau=settings.tau if mixture.rule != "none" else None,
+            weight=settings.weight if mixture.rule == "li" else None,
+            interp_temp=settings.interp_temp if mixture.second else None,
+            second_weight=settings.second_weight if mixture.second else None,
+        ),
+        dev_nll=calibrated.nll,
+        test_nll=nll(test, probe, mixture, settings),
     )

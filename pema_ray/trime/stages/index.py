@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,62 +40,55 @@ def _build(run: TrimeRun) -> dict[str, Any]:
     build = IndexBuild(run.path("index"), store, c, run.config.seed)
     build.prepare()
     missing = build.missing
-    if len(missing) > 1 and c.actors > 1:
-        with ray_cluster(run.config.ray, c.cpus_per_actor), track("index", len(missing), "parts") as bar:
-            for _ in add_parts(build, missing, c):
-                bar.advance(1)
-    else:
-        with track("index", len(missing), "parts") as bar:
-            for number in missing:
-                build.add(number)
-                bar.advance(1)
+    on_ray = len(missing) > 1 and c.actors > 1
+    cluster = ray_cluster(run.config.ray, c.cpus_per_actor) if on_ray else nullcontext()
+    with cluster, track("index", len(missing), "parts") as bar:
+        for _ in add_parts(build, missing, c) if on_ray else map(build.add, missing):
+            bar.advance(1)
     info = build.finish()
-    told: dict[str, Any] = {"rows": info.rows, "bytes": info.bytes, "parts": len(build.parts), "lists": info.lists}
-    said = f"exact search over {info.rows:,} keys"
+    metrics: dict[str, Any] = {"rows": info.rows, "bytes": info.bytes, "parts": len(build.parts), "lists": info.lists}
+    summary = f"exact search over {info.rows:,} keys"
     if info.kind != "exact":
-        told |= measure_recall(run, dev)
-        k, found = told["recall_at"], f"{told['recall']:.3f}, rescored {told['recall_rescored']:.3f}"
-        said = f"{info.kind} over {info.rows:,} keys, {info.bytes / 2**20:,.1f} MiB; recall@{k} {found}"
-    return {**told, "summary": said}
+        metrics |= measure_recall(run, dev)
+        shares = f"{metrics['recall']:.3f}, rescored {metrics['recall_rescored']:.3f}"
+        summary = f"{info.kind} over {info.rows:,} keys, {info.bytes / 2**20:,.1f} MiB; "
+        summary += f"recall@{metrics['recall_at']} {shares}"
+    return {**metrics, "summary": summary}
 
 
 def add_parts(build: IndexBuild, missing: list[int], config: IndexConfig):
-    """Parts by Ray tasks, as they come; a generator of part numbers."""
+    """Add parts by Ray tasks; yields the number of each finished part."""
     import ray
 
-    task: Any = ray.remote(num_cpus=config.cpus_per_actor)(_add)
-    waiting = {task.remote(build, number): number for number in missing[: config.actors]}
-    left = missing[config.actors :]
-    while waiting:
-        (done, *_), _ = ray.wait(list(waiting))
+    task: Any = ray.remote(num_cpus=config.cpus_per_actor)(IndexBuild.add)
+    running = {task.remote(build, number): number for number in missing[: config.actors]}
+    rest = missing[config.actors :]
+    while running:
+        (done, *_), _ = ray.wait(list(running))
         ray.get(done)
-        yield waiting.pop(done)
-        if left:
-            number = left.pop(0)
-            waiting[task.remote(build, number)] = number
-
-
-def _add(build: IndexBuild, number: int) -> None:
-    build.add(number)
+        yield running.pop(done)
+        if rest:
+            number = rest.pop(0)
+            running[task.remote(build, number)] = number
 
 
 def measure_recall(run: TrimeRun, dev: TokenStream) -> dict[str, Any]:
-    """Of the index as it is asked by `evaluate`, with and without rescoring, and seconds of both searches."""
+    """Recall of the index as `evaluate` searches it, with and without rescoring, and the seconds of the searches."""
     c, e = run.config.index, run.config.evaluate
     query_NH = dev_keys(run, dev, c.recall_queries)
     store = open_datastore(run.path("datastore"), None)
     k = min(c.recall_at, len(store))
 
-    def ask(index: Path | None, rescore: bool):
+    def timed_search(index: Path | None, rescore: bool):
         options = SearchOptions(c.metric, e.probes, rescore, e.oversample)
         search = OnePieceSearch(load_parts(store, index, options))
         search.search(query_NH[:1], k)
         started = time.perf_counter()
         return search.search(query_NH, k), time.perf_counter() - started
 
-    exact, exact_seconds = ask(None, False)
-    plain, seconds = ask(run.path("index"), False)
-    rescored, rescored_seconds = ask(run.path("index"), True)
+    exact, exact_seconds = timed_search(None, False)
+    plain, seconds = timed_search(run.path("index"), False)
+    rescored, rescored_seconds = timed_search(run.path("index"), True)
     return {
         "recall_at": k,
         "recall": round(recall(plain, exact), 4),
@@ -106,7 +100,7 @@ def measure_recall(run: TrimeRun, dev: TokenStream) -> dict[str, Any]:
 
 @torch.inference_mode()
 def dev_keys(run: TrimeRun, dev: TokenStream, count: int) -> np.ndarray:
-    """`[count, H]`: keys of the dev split's first tokens, what a search will be asked."""
+    """`[count, H]`: keys of the dev split's first tokens, the queries that recall is measured with."""
     device = pick_device(run.config.evaluate.device)
     model = load_model(run.model_folder).to(device)
     length, context = window_of(run.config)

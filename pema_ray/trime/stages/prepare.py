@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from pema_ray.trime.text.vocabulary import UNKNOWN, Vocabulary, from_counts, fro
 
 CORPUS = "corpus.json"
 _BYTES_PER_TOKEN = {"word": 5, "bpe": 4, "tokenizer": 4, "character": 1, "byte": 1}
-_SHOWN = 5  # unknown tokens in a complaint
+_SHOWN = 5  # unknown tokens in an error message
 
 
 @dataclass(frozen=True)
@@ -58,49 +59,49 @@ def _prepare(run: TrimeRun) -> dict[str, Any]:
     with ray_cluster(run.config.ray), track("prepare", len(training) + len(shards), "shards") as bar:
         vocabulary = _make_vocabulary(c, training, lambda: bar.advance())
         vocabulary.save(folder)
-        told = _map(_Encode(folder, vocabulary), shards, lambda: bar.advance())
-    corpus = {split: _sum(split, [t for t in told if t["split"] == split]) for split in documents}
+        receipts = _map(partial(_encode, folder, vocabulary), shards, lambda: bar.advance())
+    corpus = {split: _sum([receipt for receipt in receipts if receipt["split"] == split]) for split in documents}
     _refuse_unknown(corpus, c.max_unknown)
     with atomic_file(folder / CORPUS) as temporary:
         temporary.write_text(json.dumps(corpus, indent=2) + "\n")
     counts = {split: {k: v for k, v in part.items() if k != "shards"} for split, part in corpus.items()}
-    said = ", ".join(f"{split} {part['tokens']:,} tokens of {part['documents']:,}" for split, part in counts.items())
+    sizes = ", ".join(f"{split} {part['tokens']:,} tokens of {part['documents']:,}" for split, part in counts.items())
     unknown = corpus["test"]["unknown"] / max(1, corpus["test"]["tokens"])
     return {
         "vocabulary": len(vocabulary),
         "splits": counts,
-        "summary": f"{len(vocabulary):,} {c.vocabulary}s; {said} documents; {unknown:.1%} of test unknown",
+        "summary": f"{len(vocabulary):,} {c.vocabulary}s; {sizes} documents; {unknown:.1%} of test unknown",
     }
 
 
 def cut_into_shards(split: Split, spans: Sequence[Span], config: PrepareConfig) -> Iterator[Shard]:
     """Consecutive documents, about `tokens_per_shard` in each shard; a document is never cut."""
-    most = config.tokens_per_shard * _BYTES_PER_TOKEN[config.vocabulary]
-    held: list[Span] = []
+    limit = config.tokens_per_shard * _BYTES_PER_TOKEN[config.vocabulary]
+    shard: list[Span] = []
     size = number = first = 0
     for position, span in enumerate(spans):
-        held.append(span)
+        shard.append(span)
         size += span.end - span.start
-        if size >= most or position == len(spans) - 1:
-            yield Shard(split, f"shard-{number:05d}.parquet", first, tuple(held))
-            number, first, size, held = number + 1, position + 1, 0, []
+        if size >= limit or position == len(spans) - 1:
+            yield Shard(split, f"shard-{number:05d}.parquet", first, tuple(shard))
+            number, first, size, shard = number + 1, position + 1, 0, []
 
 
 def _make_vocabulary(config: PrepareConfig, shards: Sequence[Shard], tick: Callable[[], None]) -> Vocabulary:
     if config.vocabulary_from is not None:
-        for _ in shards:
-            tick()
-        return Vocabulary.load(Path(config.vocabulary_from) / "prepare")
-    if config.vocabulary in ("bpe", "tokenizer"):
-        texts = (span.text() for shard in shards for span in shard.spans)
-        made = train_bpe(config, texts) if config.vocabulary == "bpe" else from_tokenizer(config)
-        for _ in shards:
-            tick()
-        return made
-    counts: Counter[str] = Counter()
-    for told in _map(_Count(config), shards, tick):
-        counts.update(dict(zip(told["tokens"], told["counts"], strict=True)))
-    return from_counts(config, counts)
+        vocabulary = Vocabulary.load(Path(config.vocabulary_from) / "prepare")
+    elif config.vocabulary == "tokenizer":
+        vocabulary = from_tokenizer(config)
+    elif config.vocabulary == "bpe":
+        vocabulary = train_bpe(config, (span.text() for shard in shards for span in shard.spans))
+    else:
+        counts: Counter[str] = Counter()
+        for part in _map(partial(_count, config), shards, tick):
+            counts.update(dict(zip(part["tokens"], part["counts"], strict=True)))
+        return from_counts(config, counts)
+    for _ in shards:
+        tick()
+    return vocabulary
 
 
 def _map(work: Callable[[Shard], dict[str, Any]], shards: Sequence[Shard], tick: Callable[[], None]) -> list[Any]:
@@ -113,92 +114,82 @@ def _map(work: Callable[[Shard], dict[str, Any]], shards: Sequence[Shard], tick:
     context.print_on_execution_start = False
     plan = ray.put(list(shards))
 
-    def one(row: dict[str, Any]) -> dict[str, Any]:
-        found, error = {}, ""
+    def run_shard(row: dict[str, Any]) -> dict[str, Any]:
+        result, error = {}, ""
         try:
-            found = work(ray.get(plan)[row["number"]])
-        except UserError as refused:  # carried back as data: Ray would bury its one line in a traceback
+            result = work(ray.get(plan)[row["number"]])
+        except UserError as refused:  # returned as data: Ray would bury its one line in a traceback
             error = str(refused)
-        return {"number": row["number"], "told": json.dumps(found), "error": error}
+        return {"number": row["number"], "result": json.dumps(result), "error": error}
 
     numbers = ray.data.from_items([{"number": n} for n in range(len(shards))], override_num_blocks=len(shards))
     done: dict[int, Any] = {}
-    for row in numbers.map(one, num_cpus=1).iter_rows():
+    for row in numbers.map(run_shard, num_cpus=1).iter_rows():
         if row["error"]:
             raise UserError(row["error"])
-        done[row["number"]] = json.loads(row["told"])
+        done[row["number"]] = json.loads(row["result"])
         tick()
     return [done[number] for number in range(len(shards))]
 
 
-@dataclass(frozen=True)
-class _Count:
-    config: PrepareConfig
-
-    def __call__(self, shard: Shard) -> dict[str, Any]:
-        counts: Counter[str] = Counter()
-        for span in shard.spans:
-            counts.update(split_text(span.text(), self.config))
-        return {"tokens": list(counts), "counts": list(counts.values())}
+def _count(config: PrepareConfig, shard: Shard) -> dict[str, Any]:
+    counts: Counter[str] = Counter()
+    for span in shard.spans:
+        counts.update(split_text(span.text(), config))
+    return {"tokens": list(counts), "counts": list(counts.values())}
 
 
-@dataclass(frozen=True)
-class _Encode:
-    folder: Path
-    vocabulary: Vocabulary
-
-    def __call__(self, shard: Shard) -> dict[str, Any]:
-        path = self.folder / shard.split / shard.name
-        receipt = path.with_suffix(".receipt.json")
-        if receipt.exists() and path.exists() and (told := json.loads(receipt.read_text()))["bytes"] == _size(path):
-            return told
-        tokens = [self.vocabulary.encode(span.text()) for span in shard.spans]
-        numbers = range(shard.first, shard.first + len(tokens))
-        table = pa.table(
-            {
-                "document": pa.array(numbers, pa.int64()),
-                "title": [span.title for span in shard.spans],
-                "token": pa.array(tokens, pa.list_(pa.int32())),
-            }
-        )
-        with atomic_file(path) as temporary:
-            pq.write_table(table, temporary, compression="none", use_dictionary=False, write_statistics=False)
-        told = {"split": shard.split, "name": shard.name, "documents": len(tokens), "bytes": _size(path)}
-        told |= {"tokens": sum(map(len, tokens)), **self._unknown(shard, tokens)}
-        with atomic_file(receipt) as temporary:
-            temporary.write_text(json.dumps(told) + "\n")
-        return told
-
-    def _unknown(self, shard: Shard, tokens: list[Any]) -> dict[str, Any]:
-        """How many tokens the vocabulary lacks (an `<unk>` of the corpus itself is known), and the first few."""
-        unknown = self.vocabulary.unknown_id
-        if unknown is None or not any((ids == unknown).any() for ids in tokens):
-            return {"unknown": 0, "examples": []}
-        known = set(self.vocabulary.tokens)
-        missing = Counter(
-            t for s in shard.spans for t in split_text(s.text(), self.vocabulary.config) if t not in known
-        )
-        return {"unknown": missing.total(), "examples": [token for token, _ in missing.most_common(_SHOWN)]}
+def _encode(folder: Path, vocabulary: Vocabulary, shard: Shard) -> dict[str, Any]:
+    """Write a shard of token ids and its receipt, unless they are there; returns the receipt."""
+    path = folder / shard.split / shard.name
+    receipt_path = path.with_suffix(".receipt.json")
+    if receipt_path.exists() and path.exists():
+        receipt = json.loads(receipt_path.read_text())
+        if receipt["bytes"] == path.stat().st_size:
+            return receipt
+    tokens = [vocabulary.encode(span.text()) for span in shard.spans]
+    numbers = range(shard.first, shard.first + len(tokens))
+    table = pa.table(
+        {
+            "document": pa.array(numbers, pa.int64()),
+            "title": [span.title for span in shard.spans],
+            "token": pa.array(tokens, pa.list_(pa.int32())),
+        }
+    )
+    with atomic_file(path) as temporary:
+        pq.write_table(table, temporary, compression="none", use_dictionary=False, write_statistics=False)
+    receipt = {"split": shard.split, "name": shard.name, "documents": len(tokens), "bytes": path.stat().st_size}
+    receipt |= {"tokens": sum(map(len, tokens)), **_unknown(vocabulary, shard, tokens)}
+    with atomic_file(receipt_path) as temporary:
+        temporary.write_text(json.dumps(receipt) + "\n")
+    return receipt
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size
+def _unknown(vocabulary: Vocabulary, shard: Shard, tokens: list[Any]) -> dict[str, Any]:
+    """How many tokens the vocabulary lacks (an `<unk>` of the corpus itself is known), and the first few."""
+    unknown = vocabulary.unknown_id
+    if unknown is None or not any((ids == unknown).any() for ids in tokens):
+        return {"unknown": 0, "examples": []}
+    in_vocabulary = set(vocabulary.tokens)
+    missing = Counter(t for s in shard.spans for t in split_text(s.text(), vocabulary.config) if t not in in_vocabulary)
+    return {"unknown": missing.total(), "examples": [token for token, _ in missing.most_common(_SHOWN)]}
 
 
-def _sum(split: str, told: list[dict[str, Any]]) -> dict[str, Any]:
-    shards = [{k: t[k] for k in ("name", "documents", "tokens", "bytes")} for t in told]
-    examples = [token for t in told for token in t["examples"]][:_SHOWN]
-    total = {key: sum(t[key] for t in told) for key in ("documents", "tokens", "unknown")}
+def _sum(receipts: list[dict[str, Any]]) -> dict[str, Any]:
+    """A split's entry of `corpus.json`."""
+    shards = [{k: receipt[k] for k in ("name", "documents", "tokens", "bytes")} for receipt in receipts]
+    examples = [token for receipt in receipts for token in receipt["examples"]][:_SHOWN]
+    total = {key: sum(receipt[key] for receipt in receipts) for key in ("documents", "tokens", "unknown")}
     return {**total, "examples": examples, "shards": shards}
 
 
-def _refuse_unknown(corpus: Mapping[str, dict[str, Any]], most: float) -> None:
+def _refuse_unknown(corpus: Mapping[str, dict[str, Any]], limit: float) -> None:
     for name in ("dev", "test"):
         part = corpus[name]
         share = part["unknown"] / max(1, part["tokens"])
-        if share > most:
+        if share > limit:
             raise UserError(
                 f"{share:.1%} of the {name} split's {part['tokens']:,} tokens are not in the training vocabulary and "
                 f"would be {UNKNOWN} (such as {', '.join(map(repr, part['examples']))}); prepare.max_unknown allows "
-                f"{most:.1%}. Take a vocabulary of bpe, a smaller min_count, or more training text."
+                f"{limit:.1%}. Take a vocabulary of bpe, a smaller min_count, or more training text."
             )

@@ -1,8 +1,8 @@
 """The demonstration: TRIME's objectives beside the plain language model, its cache and kNN-LM, in one table.
 
 For every seed each objective is trained for the same number of updates, and then for as many as fit into the plain
-model's time (`pace.json` says how long an update of each takes); every model is evaluated in all ways that go with it.
-All runs share one prepared corpus. A run that is finished is not done again. Imports no model: it runs the stages.
+model's time (`pace.json` says how long an update of each takes); every model is evaluated by all its systems. All runs
+share one prepared corpus. A finished run is not repeated. Imports no model: it runs the stages.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pema_ray.runtime.progress import console
 from pema_ray.runtime.settings import Section, validate
 from pema_ray.trime.config import MemoryKind, TrimeConfig
 from pema_ray.trime.evaluation.results import SystemScores, TrimeEvaluation, shown
-from pema_ray.trime.evaluation.systems import asks_a_datastore
+from pema_ray.trime.evaluation.systems import needs_datastore
 from pema_ray.trime.run import TrimeRun
 from pema_ray.trime.stages import batches as walk
 from pema_ray.trime.stages import datastore as build_datastore
@@ -31,7 +31,7 @@ from pema_ray.trime.training.update_time import seconds_per_update
 
 _ORDERS: dict[MemoryKind, str] = {"none": "random", "local": "random", "long": "keep", "ext": "bm25"}
 _MODELS: dict[MemoryKind, str] = {"none": "CE", "local": "TrimeLM", "long": "TrimeLM_long", "ext": "TrimeLM_ext"}
-Done = tuple[TrimeEvaluation, dict[str, Any]]  # what a run found, and what its training measured
+FinishedRun = tuple[TrimeEvaluation, dict[str, Any]]  # its evaluation and the metrics of its training
 STEPS, TIME = "equal steps", "equal time"
 
 
@@ -56,7 +56,7 @@ class Table(Section):
 
     corpus: str
     tokens: dict[str, int]
-    """Of dev and test those that were scored (`evaluate.max_tokens`)."""
+    """Of dev and test the scored ones (`evaluate.max_tokens`)."""
     parameters: int
     segment: int
     seeds: tuple[int, ...]
@@ -65,11 +65,11 @@ class Table(Section):
 
 
 def run(config: TrimeConfig) -> dict[str, Any]:
-    """Write `<run_dir>/table.json` and `<run_dir>/table.md`; every run lies in a folder of its own beside them."""
+    """Write `<run_dir>/table.json` and `<run_dir>/table.md`, with a folder for every run beside them."""
     c = config
     root = Path(c.run_dir).absolute()
     base = validate(TrimeConfig, _with_prepare_seed(c), "table")
-    told: dict[tuple[str, MemoryKind], list[Done]] = {}
+    runs: dict[tuple[str, MemoryKind], list[FinishedRun]] = {}
     with ray_cluster(c.ray, max(c.train.cpus_per_worker, c.datastore.cpus_per_actor), readers=1):
         prepare.run(base)
         equal = _equal_time(base, root) if c.table.equal_time and "none" in c.table.memories else {}
@@ -77,26 +77,26 @@ def run(config: TrimeConfig) -> dict[str, Any]:
             for memory in c.table.memories:
                 budgets = [(STEPS, c.train.updates), *([(TIME, equal[memory])] if memory in equal else [])]
                 for budget, updates in budgets:
-                    told.setdefault((budget, memory), []).append(_one(base, root, seed, memory, budget, updates))
-                    _write(root, _table(base, told))
-    found = _table(base, told)
-    console.print(markdown(found), markup=False, highlight=False)
-    return {"summary": f"{len(found.rows)} rows of {len(found.seeds)} seeds: {root / 'table.md'}"}
+                    runs.setdefault((budget, memory), []).append(_run(base, root, seed, memory, budget, updates))
+                    _write(root, _table(base, runs))
+    table = _table(base, runs)
+    console.print(markdown(table), markup=False, highlight=False)
+    return {"summary": f"{len(table.rows)} rows of {len(table.seeds)} seeds: {root / 'table.md'}"}
 
 
-def _write(root: Path, found: Table) -> None:
-    """After every run, so that a table that is still growing can be read."""
+def _write(root: Path, table: Table) -> None:
+    """After every run, so that an unfinished table can be read."""
     with atomic_file(root / "table.json") as temporary:
-        temporary.write_text(found.model_dump_json(indent=1) + "\n")
+        temporary.write_text(table.model_dump_json(indent=1) + "\n")
     with atomic_file(root / "table.md") as temporary:
-        temporary.write_text(markdown(found), encoding="utf-8")
+        temporary.write_text(markdown(table), encoding="utf-8")
 
 
 def _with_prepare_seed(config: TrimeConfig) -> dict[str, Any]:
-    """The corpus is dealt out alike for every seed."""
-    told = config.model_dump()
-    told["prepare"]["seed"] = config.seed if config.prepare.seed is None else config.prepare.seed
-    return told
+    """The settings with one split of the corpus for every seed."""
+    settings = config.model_dump()
+    settings["prepare"]["seed"] = config.seed if config.prepare.seed is None else config.prepare.seed
+    return settings
 
 
 def _name(seed: int, memory: MemoryKind, budget: str) -> str:
@@ -104,37 +104,37 @@ def _name(seed: int, memory: MemoryKind, budget: str) -> str:
 
 
 def _equal_time(base: TrimeConfig, root: Path) -> dict[MemoryKind, int]:
-    """Updates of each TRIME objective in the time of the plain model's; kept, since a table may be resumed."""
+    """Updates of each TRIME objective in the plain model's time; paces are kept, since a table may be resumed."""
     path, updates = root / "pace.json", base.train.updates
     memories = base.table.memories
     configs: dict[MemoryKind, TrimeConfig] = {m: settings_of(base, root, 0, m, TIME, updates) for m in memories}
     stamps = {m: _stamp_of_pace(configs[m]) for m in memories}
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    known, pace = kept.get("stamps", {}), kept.get("seconds", {})
-    missing: list[MemoryKind] = [m for m in memories if known.get(m) != stamps[m]]
+    saved = json.loads(path.read_text()) if path.exists() else {}
+    saved_stamps, pace = saved.get("stamps", {}), saved.get("seconds", {})
+    missing: list[MemoryKind] = [m for m in memories if saved_stamps.get(m) != stamps[m]]
     if missing:
         console.print("How long an update of each objective takes, in turns", highlight=False)
-        if "none" in missing:  # what the others are measured by
-            known, pace, missing = {}, {}, list(memories)
+        if "none" in missing:  # the others are relative to it
+            saved_stamps, pace, missing = {}, {}, list(memories)
         run = TrimeRun(base)
-        asked: dict[MemoryKind, TrimeConfig] = {m: configs[m] for m in memories if m in ("none", *missing)}
-        found = seconds_per_update(asked, run.path("prepare"), run.metrics("prepare")["vocabulary"])
-        scale = pace.get("none", found["none"]) / found["none"]  # what was measured before stays as it is
-        pace |= {m: found[m] * scale for m in missing}
+        measured: dict[MemoryKind, TrimeConfig] = {m: configs[m] for m in memories if m in ("none", *missing)}
+        seconds = seconds_per_update(measured, run.path("prepare"), run.metrics("prepare")["vocabulary"])
+        scale = pace.get("none", seconds["none"]) / seconds["none"]  # paces measured before stay as they are
+        pace |= {m: seconds[m] * scale for m in missing}
         with atomic_file(path) as temporary:
-            temporary.write_text(json.dumps({"stamps": known | stamps, "seconds": pace}, indent=1) + "\n")
+            temporary.write_text(json.dumps({"stamps": saved_stamps | stamps, "seconds": pace}, indent=1) + "\n")
     return {memory: max(1, int(updates * pace["none"] / pace[memory])) for memory in memories if memory != "none"}
 
 
 def _stamp_of_pace(config: TrimeConfig) -> str:
-    """Of everything that says how long an update takes."""
-    told = config.model_dump(mode="json", include={"prepare", "model", "batches", "train"})
-    del told["train"]["updates"]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    """Of all settings that the time of an update depends on."""
+    settings = config.model_dump(mode="json", include={"prepare", "model", "batches", "train"})
+    del settings["train"]["updates"]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def settings_of(base: TrimeConfig, root: Path, seed: int, memory: MemoryKind, budget: str, updates: int) -> TrimeConfig:
-    """The experiment of one run: the table's own, with its objective and the order of batches that goes with it."""
+    """The experiment of one run: the table's, with its objective and that objective's order of batches."""
     changed = base.model_copy(
         update={
             "run_dir": str(root / _name(seed, memory, budget)),
@@ -143,18 +143,18 @@ def settings_of(base: TrimeConfig, root: Path, seed: int, memory: MemoryKind, bu
             "train": base.train.model_copy(update={"memory": memory, "updates": updates}),
         }
     )
-    told = changed.model_dump()
+    settings = changed.model_dump()
     for key, value in base.table.settings.get(memory, {}).items():
         *sections, last = key.split(".")
-        inner = told
+        inner = settings
         for section in sections:
             inner = inner.setdefault(section, {})
         inner[last] = value
-    return validate(TrimeConfig, told, f"table.settings.{memory}")
+    return validate(TrimeConfig, settings, f"table.settings.{memory}")
 
 
-def _one(base: TrimeConfig, root: Path, seed: int, memory: MemoryKind, budget: str, updates: int) -> Done:
-    """Train and evaluate one model; what is finished is reused."""
+def _run(base: TrimeConfig, root: Path, seed: int, memory: MemoryKind, budget: str, updates: int) -> FinishedRun:
+    """Train and evaluate one model; finished stages are reused."""
     config = settings_of(base, root, seed, memory, budget, updates)
     run = TrimeRun(config)
     console.print(f"[bold]{_MODELS[memory]}[/], seed {seed}, {budget}: {config.train.updates:,} updates")
@@ -162,7 +162,7 @@ def _one(base: TrimeConfig, root: Path, seed: int, memory: MemoryKind, budget: s
     if config.batches.order == "bm25":
         walk.run(config)
     train.run(config)
-    if asks_a_datastore(config):
+    if needs_datastore(config):
         build_datastore.run(config)
         build_index.run(config)
     evaluate.run(config)
@@ -171,19 +171,19 @@ def _one(base: TrimeConfig, root: Path, seed: int, memory: MemoryKind, budget: s
 
 
 def _share_corpus(base: TrimeConfig, run: TrimeRun) -> None:
-    """`prepare/` of a run is a link to the table's."""
+    """Make `prepare/` of a run a link to the table's."""
     run.folder.mkdir(parents=True, exist_ok=True)
     link, shared = run.path("prepare"), TrimeRun(base).path("prepare")
     if not link.is_symlink():
         link.symlink_to(shared, target_is_directory=True)
 
 
-def _table(base: TrimeConfig, told: Mapping[tuple[str, MemoryKind], list[Done]]) -> Table:
+def _table(base: TrimeConfig, runs: Mapping[tuple[str, MemoryKind], list[FinishedRun]]) -> Table:
     rows = []
-    for (budget, memory), runs in told.items():
-        evaluations, metrics = [found for found, _ in runs], [one for _, one in runs]
+    for (budget, memory), seeds in runs.items():
+        evaluations, trainings = zip(*seeds)
         for place, first in enumerate(evaluations[0].scores):
-            same: list[SystemScores] = [found.scores[place] for found in evaluations]
+            scores: list[SystemScores] = [evaluation.scores[place] for evaluation in evaluations]
             rows.append(
                 Row(
                     budget=budget,
@@ -191,13 +191,13 @@ def _table(base: TrimeConfig, told: Mapping[tuple[str, MemoryKind], list[Done]])
                     system=first.system,
                     label=first.label,
                     datastore=first.datastore,
-                    dev_nll=tuple(one.dev_nll for one in same),
-                    test_nll=tuple(one.test_nll for one in same),
-                    updates=tuple(one["updates"] for one in metrics),
-                    training_seconds=tuple(one["training_seconds"] for one in metrics),
+                    dev_nll=tuple(score.dev_nll for score in scores),
+                    test_nll=tuple(score.test_nll for score in scores),
+                    updates=tuple(training["updates"] for training in trainings),
+                    training_seconds=tuple(training["training_seconds"] for training in trainings),
                 )
             )
-    first, metrics = next(iter(told.values()))[0]
+    first, training = next(iter(runs.values()))[0]
     tokens = {"train": TrimeRun(base).metrics("prepare")["splits"]["train"]["tokens"], **first.tokens}
     corpus = base.prepare.corpus if base.prepare.corpus != "files" else ", ".join(
         Path(name).name for names in base.prepare.files.values() for name in names
@@ -205,7 +205,7 @@ def _table(base: TrimeConfig, told: Mapping[tuple[str, MemoryKind], list[Done]])
     return Table(
         corpus=corpus,
         tokens=tokens,
-        parameters=metrics["parameters"],
+        parameters=training["parameters"],
         segment=base.batches.segment,
         seeds=base.table.seeds,
         per_character=first.per_character,
@@ -214,7 +214,7 @@ def _table(base: TrimeConfig, told: Mapping[tuple[str, MemoryKind], list[Done]])
 
 
 def markdown(table: Table) -> str:
-    """The table, its budgets one after the other; the plain model's rows stand under both, for they are its measure."""
+    """The table, budget by budget; the plain model's rows stand under both, for comparison."""
     unit = "bits per character" if table.per_character else "perplexity"
     lines = [
         f"{table.corpus}: {', '.join(f'{n:,} {split}' for split, n in table.tokens.items())} tokens; "
@@ -239,13 +239,13 @@ def markdown(table: Table) -> str:
 
 
 def _seeds(table: Table) -> str:
-    """How many each row has; while the table grows, some have one fewer."""
+    """How many each row has; in an unfinished table some have one fewer."""
     counts = sorted({len(row.test_nll) for row in table.rows})
     return "one seed" if counts == [1] else f"mean ± sd of {' to '.join(map(str, counts))} seeds"
 
 
 def mean_and_sd(nlls: Sequence[float], per_character: bool) -> str:
-    """Of what is shown (perplexity or bits), over seeds."""
+    """Mean and deviation of perplexity or bits, over seeds."""
     values = [nll / math.log(2) if per_character else math.exp(nll) for nll in nlls]
     if len(values) == 1:
         return shown(nlls[0], per_character)

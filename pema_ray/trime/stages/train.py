@@ -41,7 +41,7 @@ def run(config: TrimeConfig) -> dict[str, Any]:
 
 def _train(run: TrimeRun) -> dict[str, Any]:
     c = run.config
-    shape_of(c.model)  # refused here rather than in a worker
+    shape_of(c.model)  # rejects an unknown name here rather than in a worker
     prepared = run.metrics("prepare")
     job = TrimeTrainingJob(
         c,

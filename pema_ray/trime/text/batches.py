@@ -17,10 +17,10 @@ Order = Literal["random", "keep", "bm25"]
 def groups_of_epoch(
     segments: int, group: int, order: Order, seed: int, epoch: int, walk_S: np.ndarray | None = None
 ) -> list[np.ndarray]:
-    """Numbers of the segments of every group of an epoch; the last made may be smaller.
+    """Numbers of the segments of every group of an epoch; one group may be smaller.
 
     - `random`: a permutation of the segments, another one every epoch;
-    - `keep`: consecutive segments, so that a group's memory is what was just read; groups in random order;
+    - `keep`: consecutive segments, so that a group's memory is the text just before; groups in random order;
     - `bm25`: consecutive segments of the walk; groups in random order.
     """
     generator = np.random.default_rng([seed, epoch])
@@ -29,8 +29,8 @@ def groups_of_epoch(
     if order == "bm25":
         assert walk_S is not None
         assert len(walk_S) == segments
-    found = _cut(np.arange(segments) if walk_S is None or order == "keep" else walk_S, group)
-    return [found[number] for number in generator.permutation(len(found))]
+    groups = _cut(np.arange(segments) if walk_S is None or order == "keep" else walk_S, group)
+    return [groups[number] for number in generator.permutation(len(groups))]
 
 
 def _cut(number_S: np.ndarray, group: int) -> list[np.ndarray]:
@@ -44,23 +44,23 @@ def share_of(group_G: np.ndarray, rank: int, world: int) -> tuple[np.ndarray, in
 
 
 def walk(neighbours_SK: Sequence[Sequence[int]] | np.ndarray, seed: int) -> np.ndarray:
-    """BM25's order of the segments `[S]`: from a random one to the nearest unused neighbour, and so on; where none is
-    left unused, to a random unused segment.
+    """BM25's order of the segments `[S]`: from a random one to its nearest unused neighbour, and so on; without one, to
+    a random unused segment.
 
     Args:
-        neighbours_SK: of every segment, the nearest first; its own number and negative ones are passed over.
+        neighbours_SK: of every segment, the nearest first; its own number and negative ones are skipped.
     """
     number = len(neighbours_SK)
-    order = np.random.default_rng(seed).permutation(number)  # where the walk begins, and begins again
+    order = np.random.default_rng(seed).permutation(number)  # where the walk begins, and resumes
     used = np.zeros(number, bool)
     path = np.empty(number, np.int64)
     at, resume = -1, 0
     for place in range(number):
-        found = next((n for n in neighbours_SK[at] if n >= 0 and not used[n]), None) if at >= 0 else None
-        if found is None:
+        following = next((n for n in neighbours_SK[at] if n >= 0 and not used[n]), None) if at >= 0 else None
+        if following is None:
             while used[order[resume]]:
                 resume += 1
-            found = order[resume]
-        at = int(found)
+            following = order[resume]
+        at = int(following)
         used[at], path[place] = True, at
     return path

@@ -1,4 +1,4 @@
-"""Where documents begin and end: in text files, JSON Lines, and in packaged Bible translations. Knows no vocabulary.
+"""Where documents begin and end in text files, JSON Lines and packaged Bible translations. Knows no vocabulary.
 
 Files are scanned once and named by byte ranges, so that any process can read its own documents.
 """
@@ -42,19 +42,19 @@ def find_documents(config: PrepareConfig, seed: int, folder: Path) -> dict[Split
         folder: where the packaged corpus is written out as JSON Lines.
 
     Raises:
-        UserError: a file is missing, empty or no text; a split has no document.
+        UserError: a file is missing, empty or not text; a split has no document.
     """
     files = bible_files(config, folder) if config.corpus == "bible" else config.files
-    found = {split: [span for name in names for span in scan(Path(name), config)] for split, names in files.items()}
-    if "all" in found:
-        for split, spans in deal_out(found.pop("all"), config.shares, seed).items():
-            found[split] = found.get(split, []) + spans
+    documents = {split: [span for name in names for span in scan(Path(name), config)] for split, names in files.items()}
+    if "all" in documents:
+        for split, spans in deal_out(documents.pop("all"), config.shares, seed).items():
+            documents[split] = documents.get(split, []) + spans
     for split in SPLITS:
-        if not found.get(split):
+        if not documents.get(split):
             raise UserError(
                 f"prepare.files: the split '{split}' has no document. Name its files, or use all and shares."
             )
-    return {split: found[split] for split in SPLITS}
+    return {split: documents[split] for split in SPLITS}
 
 
 def scan(path: Path, config: PrepareConfig) -> list[Span]:
@@ -62,12 +62,12 @@ def scan(path: Path, config: PrepareConfig) -> list[Span]:
     if not path.is_file():
         raise UserError(f"{path}: no such file (prepare.files).")
     try:
-        found = _scan_jsonl(path) if path.suffix == ".jsonl" else _scan_text(path, config.document_start)
+        spans = _scan_jsonl(path) if path.suffix == ".jsonl" else _scan_text(path, config.document_start)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not valid UTF-8 (near byte {error.start} of a line).") from None
-    if not found:
+    if not spans:
         raise UserError(f"{path}: holds no text.")
-    return found
+    return spans
 
 
 def _scan_text(path: Path, document_start: str | None) -> list[Span]:
@@ -75,40 +75,40 @@ def _scan_text(path: Path, document_start: str | None) -> list[Span]:
         begins = re.compile(document_start) if document_start else None
     except re.error as error:
         raise UserError(f"prepare.document_start: no regular expression: {error}") from None
-    found: list[Span] = []
+    spans: list[Span] = []
     start, title, text_seen, position = 0, path.stem, False, 0
     with path.open("rb") as file:
         for raw in file:
             line = raw.decode("utf-8").rstrip("\n")
             if begins and begins.search(line):
                 if text_seen:
-                    found.append(Span(str(path.absolute()), start, position, title))
+                    spans.append(Span(str(path.absolute()), start, position, title))
                     start = position
                 title, text_seen = line.strip(" ="), True  # empty lines before the first title belong to it
             elif line.strip():
                 text_seen = True
             position += len(raw)
     if text_seen:
-        found.append(Span(str(path.absolute()), start, position, title))
-    return found
+        spans.append(Span(str(path.absolute()), start, position, title))
+    return spans
 
 
 def _scan_jsonl(path: Path) -> list[Span]:
-    found: list[Span] = []
+    spans: list[Span] = []
     position = 0
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             if raw.strip():
                 try:
-                    told = json.loads(raw)
+                    row = json.loads(raw)
                 except json.JSONDecodeError as error:
                     raise UserError(f"{path}: line {number}: broken JSON: {error.msg}.") from None
-                if not isinstance(told, dict) or not isinstance(told.get("text"), str) or not told["text"].strip():
+                if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not row["text"].strip():
                     raise UserError(f"{path}: line {number}: has no 'text'.")
-                title = str(told.get("title", f"{path.stem} {number}"))
-                found.append(Span(str(path.absolute()), position, position + len(raw), title))
+                title = str(row.get("title", f"{path.stem} {number}"))
+                spans.append(Span(str(path.absolute()), position, position + len(raw), title))
             position += len(raw)
-    return found
+    return spans
 
 
 def deal_out(spans: list[Span], shares: dict[Any, float], seed: int) -> dict[Split, list[Span]]:
@@ -116,14 +116,14 @@ def deal_out(spans: list[Span], shares: dict[Any, float], seed: int) -> dict[Spl
     order = list(range(len(spans)))
     random.Random(seed).shuffle(order)
     total = sum(span.end - span.start for span in spans)
-    goes: dict[int, Split] = {}
+    split_of: dict[int, Split] = {}
     for split in ("dev", "test"):
-        has = 0
-        while order and has < shares.get(split, 0) * total:
+        size = 0
+        while order and size < shares.get(split, 0) * total:
             number = order.pop()
-            goes[number] = split
-            has += spans[number].end - spans[number].start
-    return {split: [span for i, span in enumerate(spans) if goes.get(i, "train") == split] for split in SPLITS}
+            split_of[number] = split
+            size += spans[number].end - spans[number].start
+    return {split: [span for i, span in enumerate(spans) if split_of.get(i, "train") == split] for split in SPLITS}
 
 
 # ── the packaged corpus ─────────────────────────────────────────────────────
@@ -152,12 +152,12 @@ def bible_files(config: PrepareConfig, folder: Path) -> dict[str, tuple[str, ...
     return names
 
 
-def _books(name: str, wanted: tuple[str, ...]) -> dict[str, list[str]]:
+def _books(name: str, books: tuple[str, ...]) -> dict[str, list[str]]:
     """Book -> verses, in canonical order."""
     from pema_ray.tasks.bible import translation
 
     verses: dict[str, list[str]] = {}
     for _, book, text in translation(name):
-        if not wanted or book in wanted:
+        if not books or book in books:
             verses.setdefault(book, []).append(text)
     return verses

@@ -36,15 +36,15 @@ class TokenStream:
 
     @classmethod
     def open(cls, folder: Path, split: str) -> TokenStream:
-        """The stream of `<run>/prepare`; raises `UserError` if it has not been prepared, or lost a shard."""
+        """The stream of `<run>/prepare`; raises `UserError` if the split or a shard is missing."""
         try:
-            told = json.loads((folder / "corpus.json").read_text())[split]
+            corpus = json.loads((folder / "corpus.json").read_text())[split]
             words = json.loads((folder / "vocabulary.json").read_text(encoding="utf-8"))
             eos = words["tokens"].index(words["eos"])
         except (OSError, ValueError, KeyError):
             raise UserError(f"{folder}: no prepared split '{split}'. Run: pema-ray trime prepare") from None
         parts, lengths, titles = [], [], []
-        for shard in told["shards"]:
+        for shard in corpus["shards"]:
             path = folder / split / shard["name"]
             try:
                 table = pq.read_table(path, memory_map=True)
@@ -60,12 +60,12 @@ class TokenStream:
 
 
 class SegmentBatch(NamedTuple):
-    """Segments as a model is given them; int64 `[B, L]`."""
+    """Segments as input of a model; int64 `[B, L]`."""
 
     input_BL: np.ndarray
     """Position t holds the token before its label; `<eos>` before the first of the split."""
     label_BL: np.ndarray
-    """What follows; -1 where the last segment of a split has ended."""
+    """The next token; -1 after the end of the split."""
     document_BL: np.ndarray
     """Number of the label's document."""
     segment_BL: np.ndarray
@@ -89,16 +89,16 @@ class Segments:
     def batch(self, numbers: Sequence[int] | np.ndarray, first: int = 0) -> SegmentBatch:
         """Segments by number, in this order; `first` is the place of the first one in a larger batch."""
         position_BL = np.asarray(numbers, np.int64)[:, None] * self.length + np.arange(self.length)
-        there_BL = position_BL < len(self.stream)
-        position_BL = np.where(there_BL, position_BL, 0)
-        label_BL = np.where(there_BL, self.stream.token_T[position_BL], PADDING).astype(np.int64)
+        inside_BL = position_BL < len(self.stream)
+        position_BL = np.where(inside_BL, position_BL, 0)
+        label_BL = np.where(inside_BL, self.stream.token_T[position_BL], PADDING).astype(np.int64)
         before_BL = np.where(position_BL > 0, self.stream.token_T[position_BL - 1], self.stream.eos_id)
-        input_BL = np.where(there_BL, before_BL, self.stream.eos_id).astype(np.int64)
+        input_BL = np.where(inside_BL, before_BL, self.stream.eos_id).astype(np.int64)
         document_BL = np.searchsorted(self.stream.start_D, position_BL, side="right") - 1
         segment_BL = np.repeat(np.arange(first, first + len(position_BL))[:, None], self.length, 1)
         return SegmentBatch(input_BL, label_BL, document_BL, segment_BL)
 
     def none(self) -> SegmentBatch:
-        """A batch of one segment that is all padding: what a worker without a segment computes."""
+        """A batch of one segment of padding, for a worker that has none."""
         full = np.zeros((1, self.length), np.int64)
         return SegmentBatch(full + self.stream.eos_id, full + PADDING, full, full)

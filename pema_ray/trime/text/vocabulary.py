@@ -1,7 +1,7 @@
 """Text to token ids and back: words, byte-level BPE, characters or bytes. Knows `tokenizers` and no model.
 
 Ids run from the most frequent token down, as adaptive softmax wants them. `<eos>` ends a line and stands before the
-first token of a corpus; `<unk>` is whatever the vocabulary does not have.
+first token of a corpus; `<unk>` stands for a token that the vocabulary lacks.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Vocabulary:
 
     @property
     def unknown_id(self) -> int | None:
-        """None: everything can be said (`bpe`, `tokenizer`)."""
+        """None: every text can be encoded (`bpe`, `tokenizer`)."""
         return None if self._bpe else self._ids[UNKNOWN]
 
     def encode(self, text: str) -> np.ndarray:
@@ -66,7 +66,7 @@ class Vocabulary:
         return np.fromiter((self._ids.get(t, unknown) for t in split_text(text, self.config)), np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """A text that reads well; of `bpe`, `character` and `byte`, the very text."""
+        """Readable text; of `bpe`, `character` and `byte` the original."""
         match self.config.vocabulary:
             case "tokenizer":
                 return self._tokenizer.decode([int(i) for i in ids])
@@ -85,7 +85,7 @@ class Vocabulary:
         return " ".join(self.tokens[i] for i in ids).replace(f" {EOS}", "\n").replace(EOS, "")
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """Each token as it may be shown by itself."""
+        """Each token as text of its own."""
         if self._bpe:
             return [self.eos if i == self.eos_id else self._tokenizer.decode([int(i)]) for i in ids]
         return [self.tokens[i] for i in ids]
@@ -98,17 +98,17 @@ class Vocabulary:
         return Tokenizer.from_str(self._bpe)
 
     def save(self, folder: Path) -> None:
-        told = {"config": self.config.model_dump(mode="json"), "tokens": self.tokens, "eos": self.eos, "bpe": self._bpe}
+        data = {"config": self.config.model_dump(mode="json"), "tokens": self.tokens, "eos": self.eos, "bpe": self._bpe}
         with atomic_file(folder / FILE) as temporary:
-            temporary.write_text(json.dumps(told, ensure_ascii=False) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(data, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Vocabulary:
         """Raises `UserError` if the folder holds none."""
         path = folder / FILE
         try:
-            told = json.loads(path.read_text(encoding="utf-8"))
-            return cls(PrepareConfig.model_validate(told["config"]), told["tokens"], told["bpe"], told["eos"])
+            data = json.loads(path.read_text(encoding="utf-8"))
+            return cls(PrepareConfig.model_validate(data["config"]), data["tokens"], data["bpe"], data["eos"])
         except FileNotFoundError:
             raise UserError(f"{path}: no such vocabulary. Run: pema-ray trime prepare") from None
         except (ValueError, KeyError, TypeError) as error:
@@ -116,13 +116,13 @@ class Vocabulary:
 
 
 def lines_of(text: str, config: PrepareConfig) -> Iterator[str]:
-    """The lines of a text without their ends; the last one's end does not begin another."""
+    """The lines of a text without their ends; the last one's end begins no further line."""
     text = text.lower() if config.lowercase else text
     return iter(text.removesuffix("\n").split("\n"))
 
 
 def split_text(text: str, config: PrepareConfig) -> Iterator[str]:
-    """Tokens of a text, before a vocabulary says which it knows. Not of `bpe` and `tokenizer`."""
+    """Tokens of a text, unknown ones included. Not of `bpe` and `tokenizer`."""
     text = text.lower() if config.lowercase else text
     if config.vocabulary == "character":
         yield from text
@@ -154,21 +154,34 @@ def from_counts(config: PrepareConfig, counts: Counter[str]) -> Vocabulary:
 
 def train_bpe(config: PrepareConfig, texts: Iterable[str]) -> Vocabulary:
     """A byte-level BPE of `max_words` tokens; ids keep the order in which merges were found."""
+    lines = (line for text in texts for line in lines_of(text, config))
+    raw = train_tokenizer(lines, config.max_words or _DEFAULT_BPE, [EOS], False, config.min_count)
+    by_id = sorted(raw.get_vocab().items(), key=lambda item: item[1])
+    return Vocabulary(config, [token for token, _ in by_id], raw.to_str())
+
+
+def train_tokenizer(texts: Iterable[str], size: int, special: list[str], prefix_space: bool, min_count: int = 0) -> Any:
+    """A byte-level BPE of the `tokenizers` library.
+
+    Args:
+        special: its special tokens, with the first ids.
+        prefix_space: whether a text is read with a space in front.
+        min_count: how often a merged pair must occur.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
     raw.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=config.max_words or _DEFAULT_BPE,
-        min_frequency=config.min_count,
-        special_tokens=[EOS],
+        vocab_size=size,
+        min_frequency=min_count,
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    raw.train_from_iterator((line for text in texts for line in lines_of(text, config)), trainer)
-    by_id = sorted(raw.get_vocab().items(), key=lambda item: item[1])
-    return Vocabulary(config, [token for token, _ in by_id], raw.to_str())
+    raw.train_from_iterator(texts, trainer)
+    return raw
 
 
 def from_tokenizer(config: PrepareConfig) -> Vocabulary:

@@ -1,4 +1,4 @@
-"""What TRIME's two trainings do around Ray Train: a bar, `history.json`, figures."""
+"""What TRIME's two trainings share on the driver: a progress bar, `history.json`, metrics."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def train_on_ray(
     updates: int,
     tokens: str = "tokens",
 ) -> dict[str, Any]:
-    """Do `work(job)` in every worker and write `history.json`.
+    """Run `work(job)` in every worker and write `history.json`.
 
     Args:
         work: returns `outcome(trainer)`.
         updates: of the whole training.
-        tokens: what is counted, in words.
+        tokens: their name in the summary.
 
     Returns:
         The stage's metrics.

@@ -1,4 +1,4 @@
-"""What the trainings of language models and of translators share: losses per token. No Ray."""
+"""What the trainers of language models and of translators share: losses per token. No Ray."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pema_ray.training.history import OnPoint, OnSaved, Point, TrainerHistory
 from pema_ray.training.schedules import learning_rate
 from pema_ray.training.strategies import Place
 from pema_ray.training.trainer import StepInputs, Trainer
-from pema_ray.trime.config import TrimeConfig, TrimeTrainConfig
-from pema_ray.trime.translation.config import MtConfig, MtTrainConfig
+from pema_ray.trime.config import TokenTrainingConfig, TrimeConfig
+from pema_ray.trime.translation.config import MtConfig
 
-S = TypeVar("S", TrimeTrainConfig, MtTrainConfig)
+S = TypeVar("S", bound=TokenTrainingConfig)
 Config = TypeVar("Config", TrimeConfig, MtConfig)
 Split = TypeVar("Split")
 

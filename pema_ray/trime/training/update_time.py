@@ -1,6 +1,6 @@
 """How long an update of each objective takes, measured in turns in this process, so that other work slows all alike.
 
-What the table's *equal time* is made of: wall times of trainings hours apart compare machines' loads, not objectives.
+The table's *equal time* follows from it: wall times of trainings hours apart would compare the machine's loads.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ ROUNDS = 12
 def seconds_per_update(
     configs: Mapping[MemoryKind, TrimeConfig], prepared: Path, vocabulary: int, rounds: int = ROUNDS
 ) -> dict[MemoryKind, float]:
-    """Median seconds of each objective's update, after two that are not counted; its memory is on from the first.
+    """Median seconds of each objective's update, after two that are not counted; no warm-up by cross-entropy.
 
     Args:
-        configs: of each objective; they differ in nothing that is not the objective's.
+        configs: of each objective; they differ in the objective's settings alone.
         prepared: the corpus that they share.
-        vocabulary: its words.
+        vocabulary: its number of words.
     """
     trainers: dict[MemoryKind, TrimeTrainer] = {
         memory: _trainer(config, prepared, vocabulary, rounds + 2) for memory, config in configs.items()
@@ -50,7 +50,7 @@ def seconds_per_update(
 
 
 def _trainer(config: TrimeConfig, prepared: Path, vocabulary: int, updates: int) -> TrimeTrainer:
-    """A trainer of one process, for so many updates; it has its strategy."""
+    """A trainer of one process with its strategy, for this many updates."""
     train = config.train.model_copy(update={"ce_epochs": 0.0, "strategy": "ddp", "updates": updates})
     c = config.model_copy(update={"train": train})
     torch.manual_seed(c.seed)
@@ -58,7 +58,7 @@ def _trainer(config: TrimeConfig, prepared: Path, vocabulary: int, updates: int)
     text = Segments(TokenStream.open(prepared, "train"), c.batches.segment)
     place = Place(device=pick_device("auto" if train.gpus_per_worker else "cpu"))
     model.to(place.device)
-    walk_S = np.arange(len(text)) if c.batches.order == "bm25" else None  # what is near whom changes no time
+    walk_S = np.arange(len(text)) if c.batches.order == "bm25" else None  # the order changes no time
     trainer = TrimeTrainer(c, model, text, text, prepared, place=place, walk_S=walk_S)
     trainer.strategy = trainer.make_strategy()
     return trainer

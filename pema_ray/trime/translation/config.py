@@ -14,9 +14,8 @@ from pema_ray.errors import nearest
 from pema_ray.memory.search.config import IndexConfig
 from pema_ray.runtime.cluster import RayConfig
 from pema_ray.runtime.settings import Folder, Section
-from pema_ray.training.config import TrainingConfig
 from pema_ray.training.schedules import Schedule
-from pema_ray.trime.config import DatastoreConfig, SearchConfig, Split
+from pema_ray.trime.config import DatastoreConfig, SearchConfig, Split, TokenTrainingConfig
 
 SYSTEM_NAMES = ("plain", "knn", "trime")
 System = Literal["plain", "knn", "trime"]
@@ -100,7 +99,7 @@ class MtBatchesConfig(Section):
     """Of `bm25`: how many nearest sentences are kept for the walk."""
 
 
-class MtTrainConfig(TrainingConfig):
+class MtTrainConfig(TokenTrainingConfig):
     """The objective and the optimiser (AdamW, which fairseq calls adam)."""
 
     memory: Literal["none", "trime"] = "trime"
@@ -108,58 +107,44 @@ class MtTrainConfig(TrainingConfig):
     temperature: float = Field(default=10.0, gt=0)
     """Temperature of the memories' similarity: divides g · g_j / √H."""
     top_k: int | None = Field(default=8, ge=1)
-    """Only so many of the most similar memories, before normaliser and positives; none: all of them."""
-    ce_epochs: float = Field(default=0, ge=0)
-    """Epochs of plain cross-entropy before the memory comes in (`ce-warmup-epoch`)."""
+    """Only this many most similar memories enter normaliser and positives; none: all."""
     epochs: float = Field(default=10, gt=0)
     """Passes over the training split."""
     learning_rate: float = Field(default=5e-4, gt=0)
     """The learning rate, at its highest."""
     schedule: Schedule = "inverse_sqrt"
     """How the learning rate falls after `warm_up_steps`."""
-    final_learning_rate: float = Field(default=0.0, ge=0)
-    """Where the schedules `cosine` and `polynomial` end."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    """β1 and β2 of AdamW."""
     weight_decay: float = Field(default=1e-4, ge=0)
     """On all parameters, as fairseq's."""
     validate_every: int = Field(default=200, ge=1)
     """Updates between two validations; a checkpoint is written with each."""
-    patience: int | None = Field(default=None, ge=1)
-    """Validations without a better one before training stops; none: never."""
-
-    @model_validator(mode="after")
-    def _accumulates_groups(self) -> MtTrainConfig:
-        if self.accumulate != 1:
-            raise ValueError("accumulate follows from batches.groups_per_update: set that, and leave this at 1")
-        return self
 
 
 class MtGenerateConfig(SearchConfig):
     """Decoding: which systems, beam, memory; calibration on dev."""
 
     systems: tuple[System, ...] = ()
-    """`plain`, `knn` (kNN-MT: weight λ), `trime` (one normaliser); none: `plain`, and the one that the training
-    objective goes with."""
+    """`plain`, `knn` (kNN-MT: weight λ), `trime` (one normaliser); none: `plain`, and the one that goes with
+    `train.memory`."""
     beam: int = Field(default=4, ge=1)
     """Hypotheses of beam search; 1 is greedy."""
     length_penalty: float = 0.6
     """A hypothesis scores Σ log P / (its length)^this."""
     length_factor: float = Field(default=1.2, ge=0)
-    """Longest answer: this many tokens per source token, and `length_extra`."""
+    """Longest answer: this × source tokens + `length_extra`."""
     length_extra: int = Field(default=10, ge=1)
-    """Longest answer: so many tokens more than `length_factor` allows."""
+    """Longest answer: tokens added to those of `length_factor`."""
     batch_sentences: int = Field(default=32, ge=1)
     """Sentences that are decoded together."""
     neighbours: int = Field(default=16, ge=1)
-    """k, neighbours that are looked up."""
+    """k, neighbours of a position."""
     temperatures: tuple[float, ...] = ()
-    """T to choose from on dev; one is taken as it is. `knn` divides the negative squared distance (or the inner
+    """T to choose from on dev; a single one is used as it is. `knn` divides the negative squared distance (or the inner
     product), `trime` g · g_j / √H. None: a grid."""
     weights: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
     """λ of `knn` to choose from on dev."""
     calibration_pairs: int = Field(default=500, ge=1)
-    """The first so many dev pairs, teacher-forced."""
+    """Dev pairs that are used, from the start of the split."""
 
     @field_validator("systems", mode="before")
     @classmethod
@@ -214,7 +199,7 @@ class MtConfig(Section):
 
     @property
     def systems(self) -> tuple[System, ...]:
-        """What is decoded with: as configured, or what goes with the training objective."""
+        """The systems that decode: as configured, or those that go with the training objective."""
         return self.generate.systems or ("plain", "trime" if self.train.memory == "trime" else "knn")
 
     @model_validator(mode="after")

@@ -1,13 +1,13 @@
 """Parallel text: where pairs come from, their subwords, and the ids kept as Parquet. Knows `tokenizers` and no model.
 
-Of subwords made here, id 0 ends a sentence (`<eos>`) and id 1 pads, and begins, one (`<pad>`), on both sides.
+Of `BytePairs`, on both sides, id 0 ends a sentence (`<eos>`), and id 1 (`<pad>`) pads it and begins it.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 from pema_ray.errors import UserError
 from pema_ray.runtime.files import atomic_file
 from pema_ray.trime.config import Split
+from pema_ray.trime.model.registry import TRANSFORMERS
 from pema_ray.trime.text.corpus import SPLITS
+from pema_ray.trime.text.vocabulary import train_tokenizer
 from pema_ray.trime.translation.config import MtDataConfig
-from pema_ray.trime.translation.model import TRANSFORMERS
 
 EOS, PAD = "<eos>", "<pad>"
 Pair = tuple[str, str]
@@ -29,7 +30,7 @@ Pair = tuple[str, str]
 
 
 class Subwords(Protocol):
-    """Text to ids and back, of both sides; the end of a sentence is not among the ids."""
+    """Text of both sides to ids and back; the ids lack the end of a sentence."""
 
     source_words: int
     target_words: int
@@ -56,7 +57,8 @@ class BytePairs:
     @classmethod
     def train(cls, pairs: Sequence[Pair], config: MtDataConfig) -> BytePairs:
         sizes = (config.source_subwords, config.target_subwords)
-        return cls(*(_train((pair[side] for pair in pairs), sizes[side]) for side in (0, 1)))
+        texts = ((source for source, _ in pairs), (target for _, target in pairs))
+        return cls(*(train_tokenizer(side, size, [EOS, PAD], True) for side, size in zip(texts, sizes)))
 
     @classmethod
     def load(cls, folder: Path) -> BytePairs:
@@ -70,17 +72,17 @@ class BytePairs:
                 temporary.write_text(raw.to_str(), encoding="utf-8")
 
     def source(self, texts: Sequence[str]) -> list[list[int]]:
-        return [found.ids for found in self._source.encode_batch(list(texts))]
+        return [encoding.ids for encoding in self._source.encode_batch(list(texts))]
 
     def target(self, texts: Sequence[str]) -> list[list[int]]:
-        return [found.ids for found in self._target.encode_batch(list(texts))]
+        return [encoding.ids for encoding in self._target.encode_batch(list(texts))]
 
     def text(self, ids: Sequence[int]) -> str:
         return self._target.decode(list(ids)).strip()
 
 
 class PretrainedSubwords:
-    """The tokenizer of a checkpoint, which ends sources with a token that they keep."""
+    """The tokenizer of a checkpoint; its final `<eos>` is removed from the ids."""
 
     def __init__(self, name: str) -> None:
         from transformers import AutoTokenizer
@@ -88,8 +90,8 @@ class PretrainedSubwords:
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(name.removeprefix(TRANSFORMERS))
         except (OSError, ValueError, ImportError) as error:
-            said = str(error).strip().splitlines()[0]
-            raise UserError(f"model.name={name}: its tokenizer cannot be loaded: {said}") from None
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"model.name={name}: its tokenizer cannot be loaded: {reason}") from None
         if self._tokenizer.eos_token_id is None:
             raise UserError(f"model.name={name}: its tokenizer has no token that ends a sentence.")
         self.eos = int(self._tokenizer.eos_token_id)
@@ -108,22 +110,8 @@ class PretrainedSubwords:
         return ids[:-1] if ids and ids[-1] == self.eos else ids
 
 
-def _train(texts: Iterable[str], size: int) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    raw.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[EOS, PAD], initial_alphabet=alphabet, show_progress=False
-    )
-    raw.train_from_iterator(texts, trainer)
-    return raw
-
-
 def load_subwords(folder: Path, model_name: str) -> Subwords:
-    """What a run's text was encoded with."""
+    """The subwords that encoded a run's text."""
     return PretrainedSubwords(model_name) if model_name.startswith(TRANSFORMERS) else BytePairs.load(folder)
 
 
@@ -143,7 +131,7 @@ class Parallel:
 
     @property
     def length(self) -> int:
-        """Mean target length; BM25 batching asks for it to speak of."""
+        """Mean target length, rounded."""
         return round(sum(map(len, self.target)) / max(1, len(self)))
 
     def tokens(self, number: int) -> list[int]:
@@ -170,8 +158,8 @@ class Parallel:
         try:
             table = pq.read_table(path)
         except (OSError, pa.ArrowException) as error:
-            said = str(error).splitlines()[0]
-            raise UserError(f"{path}: cannot be read: {said} Run: pema-ray trime mt-train") from None
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path}: cannot be read: {reason} Run: pema-ray trime mt-train") from None
         return cls(*(table.column(name).to_pylist() for name in ("source", "target", "reference")))
 
     def first(self, count: int) -> Parallel:
@@ -179,43 +167,42 @@ class Parallel:
 
 
 def prepare(config: MtDataConfig, model_name: str, seed: int, folder: Path) -> dict[str, Any]:
-    """Read the pairs, make the subwords, and write `<split>.parquet`; returns what there is.
+    """Read the pairs, make the subwords, and write `<split>.parquet`; returns the counts.
 
     Raises:
         UserError: a file is missing or broken, sides do not match, a split is empty, or a held-out pair is too long.
     """
-    pairs = {split: _limited(found, config.limits.get(split), seed) for split, found in read_pairs(config).items()}
+    pairs = {split: _limited(part, config.limits.get(split), seed) for split, part in read_pairs(config).items()}
     folder.mkdir(parents=True, exist_ok=True)
     if model_name.startswith(TRANSFORMERS):
         subwords: Subwords = PretrainedSubwords(model_name)
     else:
         subwords = BytePairs.train(pairs["train"], config)
         subwords.save(folder)
-    told: dict[str, Any] = {"source_words": subwords.source_words, "target_words": subwords.target_words}
-    for split, found in pairs.items():
-        encoded = Parallel(
-            subwords.source([s for s, _ in found]), subwords.target([t for _, t in found]), [t for _, t in found]
-        )
+    counts: dict[str, Any] = {"source_words": subwords.source_words, "target_words": subwords.target_words}
+    for split, part in pairs.items():
+        sources, targets = [source for source, _ in part], [target for _, target in part]
+        encoded = Parallel(subwords.source(sources), subwords.target(targets), targets)
         encoded, left_out = _of_length(encoded, split, config.max_tokens)
         encoded.save(folder / f"{split}.parquet")
-        told[split] = {"pairs": len(encoded), "target_tokens": sum(map(len, encoded.target)), "left_out": left_out}
-    return told
+        counts[split] = {"pairs": len(encoded), "target_tokens": sum(map(len, encoded.target)), "left_out": left_out}
+    return counts
 
 
-def _of_length(found: Parallel, split: str, most: int) -> tuple[Parallel, int]:
-    """Training pairs that fit; all the others must."""
-    fits = [len(s) < most and 0 < len(t) < most for s, t in zip(found.source, found.target)]  # <eos> comes to it
+def _of_length(pairs: Parallel, split: str, limit: int) -> tuple[Parallel, int]:
+    """The training pairs that fit, and how many do not; all pairs of other splits must."""
+    fits = [len(s) < limit and 0 < len(t) < limit for s, t in zip(pairs.source, pairs.target)]  # <eos> is added
     if split != "train" and not all(fits):
         number = fits.index(False)
         raise UserError(
-            f"Split '{split}', pair {number}: {len(found.source[number])} source and {len(found.target[number])} "
-            f"target subwords; data.max_tokens={most} allows {most - 1}. Raise it, or shorten the pair."
+            f"Split '{split}', pair {number}: {len(pairs.source[number])} source and {len(pairs.target[number])} "
+            f"target subwords; data.max_tokens={limit} allows {limit - 1}. Raise it, or shorten the pair."
         )
     kept = [number for number, good in enumerate(fits) if good]
     if not kept:
-        raise UserError(f"Split '{split}': no pair is shorter than data.max_tokens={most}.")
-    parts = (found.source, found.target, found.reference)
-    return Parallel(*([part[n] for n in kept] for part in parts)), len(found) - len(kept)  # type: ignore[arg-type]
+        raise UserError(f"Split '{split}': no pair is shorter than data.max_tokens={limit}.")
+    columns = (pairs.source, pairs.target, pairs.reference)
+    return Parallel(*([column[n] for n in kept] for column in columns)), len(pairs) - len(kept)  # type: ignore[arg-type]
 
 
 # ── where pairs come from ───────────────────────────────────────────────────
@@ -223,27 +210,27 @@ def _of_length(found: Parallel, split: str, most: int) -> tuple[Parallel, int]:
 
 def read_pairs(config: MtDataConfig) -> dict[Split, list[Pair]]:
     """The pairs of every split."""
-    found: dict[Split, list[Pair]]
+    splits: dict[Split, list[Pair]]
     if config.corpus == "bible":
-        found = _bible(config)
+        splits = _bible(config)
     elif not config.files:
         raise UserError("data.files: names no file. Give data.files={train: [...], dev: [...], test: [...]}.")
     else:
-        found = {split: _read(split, [Path(name) for name in config.files[split]], config) for split in SPLITS}
-    for split, pairs in found.items():
+        splits = {split: _read(split, [Path(name) for name in config.files[split]], config) for split in SPLITS}
+    for split, pairs in splits.items():
         if not pairs:
             raise UserError(f"The split '{split}' has no pair (data.{config.corpus}).")
-    return found
+    return splits
 
 
 def _bible(config: MtDataConfig) -> dict[Split, list[Pair]]:
     from pema_ray.tasks.bible import check_books, split_of, verses
 
     check_books((*config.dev_books, *config.test_books))
-    found: dict[Any, list[Pair]] = {split: [] for split in SPLITS}
+    splits: dict[Any, list[Pair]] = {split: [] for split in SPLITS}
     for _, book, source, target in verses():
-        found[split_of(book, config.dev_books, config.test_books)].append((source, target))
-    return found
+        splits[split_of(book, config.dev_books, config.test_books)].append((source, target))
+    return splits
 
 
 def _read(split: str, paths: list[Path], config: MtDataConfig) -> list[Pair]:
@@ -273,8 +260,8 @@ def _read_jsonl(path: Path, config: MtDataConfig) -> list[Pair]:
             if not line.strip():
                 continue
             try:
-                told = json.loads(line)
-                pair = (told[config.source].strip(), told[config.target].strip())
+                row = json.loads(line)
+                pair = (row[config.source].strip(), row[config.target].strip())
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}: line {number}: broken JSON: {error.msg}.") from None
             except (KeyError, TypeError, AttributeError):
@@ -286,16 +273,16 @@ def _read_jsonl(path: Path, config: MtDataConfig) -> list[Pair]:
     return pairs
 
 
-def _limited(pairs: list[Pair], most: int | None, seed: int) -> list[Pair]:
-    """So many of them, drawn, in their order."""
-    if most is None or most >= len(pairs):
+def _limited(pairs: list[Pair], limit: int | None, seed: int) -> list[Pair]:
+    """A random sample of at most `limit` pairs, in their order."""
+    if limit is None or limit >= len(pairs):
         return pairs
-    return [pairs[number] for number in sorted(random.Random(seed).sample(range(len(pairs)), most))]
+    return [pairs[number] for number in sorted(random.Random(seed).sample(range(len(pairs)), limit))]
 
 
 def padded(rows: Sequence[Sequence[int]], fill: int) -> np.ndarray:
     """`[B, T]` int64."""
-    found = np.full((len(rows), max(map(len, rows))), fill, np.int64)
+    array_BT = np.full((len(rows), max(map(len, rows))), fill, np.int64)
     for row, ids in enumerate(rows):
-        found[row, : len(ids)] = ids
-    return found
+        array_BT[row, : len(ids)] = ids
+    return array_BT

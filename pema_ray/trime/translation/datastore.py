@@ -6,8 +6,7 @@ Shards, receipts, manifest, number formats and resuming are the memory's own; th
 
 from __future__ import annotations
 
-import time
-from contextlib import nullcontext
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,16 @@ import torch
 from torch import Tensor
 
 from pema_ray.line import ExtractBatch, ModelCard
-from pema_ray.memory.build import run_build
 from pema_ray.memory.config import BuildMemoryConfig
 from pema_ray.memory.examples import ListedExamples
-from pema_ray.memory.planning import prepare_folder
 from pema_ray.memory.search.index import IndexBuild, build_index, load_parts
 from pema_ray.memory.search.nearest import OnePieceSearch, SearchOptions, recall
 from pema_ray.memory.specification import MemoryBuild
-from pema_ray.runtime.cluster import ray_cluster
 from pema_ray.runtime.progress import track
 from pema_ray.tasks import EncodedPair
 from pema_ray.trime.config import DatastoreConfig
-from pema_ray.trime.datastore import LoadKeys, open_datastore
+from pema_ray.trime.datastore import open_datastore
+from pema_ray.trime.stages.datastore import build_on_ray
 from pema_ray.trime.translation.config import MtConfig
 from pema_ray.trime.translation.data import Parallel, load_subwords, padded
 from pema_ray.trime.translation.model import Translator, load_translator, read_fingerprint
@@ -37,7 +34,7 @@ from pema_ray.trime.translation.run import MtRun
 class DecoderKeys:
     """A translator as the extractor that a memory is built with.
 
-    A sequence is a source, `<eos>` (from where rows are wanted: `first`), and a target.
+    A sequence is a source, `<eos>` (the `first` position with a row), and a target.
     """
 
     def __init__(self, model: Translator, device: torch.device | str = "cpu") -> None:
@@ -55,9 +52,9 @@ class DecoderKeys:
         return torch.cat([key_TH[: len(ids) - first] for key_TH, (ids, first) in zip(key_BTH, parts)])
 
 
-def key_source(folder: Path, device: torch.device) -> DecoderKeys:
-    """The keys of a translator that is read from a folder."""
-    return DecoderKeys(load_translator(folder).to(device), device)
+def key_maker(folder: Path, device: torch.device) -> Callable[[ExtractBatch], Tensor]:
+    """The keys of the translator in a folder."""
+    return DecoderKeys(load_translator(folder).to(device), device).extract
 
 
 def run(config: MtConfig) -> dict[str, Any]:
@@ -68,7 +65,7 @@ def run(config: MtConfig) -> dict[str, Any]:
 
 
 def card_of(run: MtRun, model: Translator | None = None) -> ModelCard:
-    """What names a translator in a datastore."""
+    """The card of a translator in a datastore."""
     folder = run.path("train", "model")
     model = model or load_translator(folder)
     eos = load_subwords(run.path("prepare"), run.config.model.name).eos
@@ -99,20 +96,7 @@ def _build(run: MtRun) -> dict[str, Any]:
     c = run.config.datastore
     pairs = Parallel.load(run.path("prepare"), "train")
     build = plan_datastore(run.path("datastore"), pairs, card_of(run), run.folder.name, c)
-    missing, started = len(prepare_folder(build)[0]), time.perf_counter()
-    factory = LoadKeys(key_source, run.path("train", "model"), max(1, int(c.cpus_per_actor)))
-    cluster = ray_cluster(run.config.ray, c.cpus_per_actor, c.gpus_per_actor, readers=1) if missing else nullcontext()
-    with cluster, track("datastore", missing, "shards") as bar:
-        manifest = run_build(build, factory, lambda info: bar.advance(1, info.rows))
-    size = sum(shard.bytes for shard in manifest.shards)
-    rate = bar.rows / (time.perf_counter() - started)
-    return {
-        "rows": manifest.rows,
-        "hidden_size": manifest.hidden_size,
-        "bytes": size,
-        "summary": f"{manifest.rows:,} keys of {manifest.hidden_size} {manifest.key_dtype}, {size / 2**20:,.1f} MiB, "
-        f"{rate:,.0f} rows/s",
-    }
+    return build_on_ray(build, key_maker, run.path("train", "model"), c, run.config.ray)[0]
 
 
 def _index(run: MtRun) -> dict[str, Any]:
@@ -122,22 +106,22 @@ def _index(run: MtRun) -> dict[str, Any]:
     build.prepare()
     with track("index", len(build.missing), "parts") as bar:
         info = build_index(build, lambda number: bar.advance(1))
-    told: dict[str, Any] = {"rows": info.rows, "bytes": info.bytes, "parts": len(build.parts), "lists": info.lists}
+    metrics: dict[str, Any] = {"rows": info.rows, "bytes": info.bytes, "parts": len(build.parts), "lists": info.lists}
     if info.kind == "exact":
-        return {**told, "summary": f"exact search over {info.rows:,} keys"}
+        return {**metrics, "summary": f"exact search over {info.rows:,} keys"}
     g, queries = run.config.generate, dev_keys(run, model, c.recall_queries)
-    at = min(c.recall_at, len(store))
+    k = min(c.recall_at, len(store))
 
-    def ask(index: Path | None):
+    def search(index: Path | None):
         options = SearchOptions(c.metric, g.probes, g.rescore, g.oversample)
-        return OnePieceSearch(load_parts(store, index, options)).search(queries, at)
+        return OnePieceSearch(load_parts(store, index, options)).search(queries, k)
 
-    told["recall"] = round(recall(ask(run.path("index")), ask(None)), 4)
-    return {**told, "summary": f"{info.kind} over {info.rows:,} keys; recall@{at} {told['recall']:.3f}"}
+    share = round(recall(search(run.path("index")), search(None)), 4)
+    return {**metrics, "recall": share, "summary": f"{info.kind} over {info.rows:,} keys; recall@{k} {share:.3f}"}
 
 
 def dev_keys(run: MtRun, model: Translator, count: int) -> np.ndarray:
-    """`[count, H]`: keys of the dev split's first target tokens, what a search will be asked."""
+    """`[count, H]`: keys of the dev split's first target tokens, the queries that recall is measured with."""
     dev = Parallel.load(run.path("prepare"), "dev").first(count)
     eos = load_subwords(run.path("prepare"), run.config.model.name).eos
     source = DecoderKeys(model)

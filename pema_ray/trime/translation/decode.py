@@ -25,7 +25,7 @@ from pema_ray.trime.translation.model import Translator
 
 @dataclass(frozen=True, slots=True)
 class Mixing:
-    """How the memory speaks. `weight` is λ of `knn`; `trime` finds its own."""
+    """How the memory is mixed in. `weight` is λ of `knn`; `trime` has none."""
 
     system: System
     neighbours: int = 16
@@ -37,11 +37,11 @@ class Mixing:
         return self.temperature * (math.sqrt(hidden) if self.system == "trime" else 1.0)
 
 
-def mixed_log_probs(logits_NV: Tensor, found: SearchResult, mixing: Mixing, hidden: int) -> Tensor:
+def mixed_log_probs(logits_NV: Tensor, nearest: SearchResult, mixing: Mixing, hidden: int) -> Tensor:
     """log P of every next token `[N, V]`, from the network's logits and the nearest entries."""
     normaliser_N = logits_NV.logsumexp(-1)
     log_p_NV = logits_NV - normaliser_N[:, None]
-    similarity_NK, token_NK = found.similarity_NK.to(logits_NV), found.token_NK.to(logits_NV.device).clamp(min=0)
+    similarity_NK, token_NK = nearest.similarity_NK.to(logits_NV), nearest.token_NK.to(logits_NV.device).clamp(min=0)
     mass_NV = memory_mass(similarity_NK, token_NK, mixing.theta(hidden), logits_NV.shape[1])
     if mixing.system == "trime":
         return joint_over_vocabulary(log_p_NV, normaliser_N, mass_NV)
@@ -63,7 +63,7 @@ class TranslationDecoder:
 
     @torch.inference_mode()
     def translate(self, sources: Sequence[Sequence[int]], config: MtGenerateConfig) -> list[list[int]]:
-        """The best answer to each source (ids without `<eos>`), in their order; sources of like length go together."""
+        """The best answer to each source (ids without `<eos>`), in their order; sources are batched by length."""
         order = sorted(range(len(sources)), key=lambda number: len(sources[number]))
         answers: list[list[int]] = [[] for _ in sources]
         hook = self._model.network.register_forward_hook(self._catch)
@@ -94,13 +94,13 @@ class TranslationDecoder:
             forced_eos_token_id=None,
         )
         processors: Any = LogitsProcessorList([self._process])  # type: ignore[list-item]
-        found_BT = m.network.generate(
+        answer_BT = m.network.generate(
             input_ids=source_BS,
             attention_mask=(source_BS != m.pad).long(),
             generation_config=settings,
             logits_processor=processors,
         )
-        return [self._cut(ids) for ids in found_BT[:, 1:].tolist()]
+        return [self._cut(ids) for ids in answer_BT[:, 1:].tolist()]
 
     def _cut(self, ids: list[int]) -> list[int]:
         return ids[: ids.index(self._eos)] if self._eos in ids else [i for i in ids if i != self._model.pad]
@@ -109,7 +109,7 @@ class TranslationDecoder:
         self._logits = output.logits[:, -1].float()
 
     def _process(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """What `generate` scores continuations with: log P, whatever it had in mind; never is padding one of them."""
+        """Replaces the scores of `generate` by this system's log P; padding is never generated."""
         assert self._logits is not None
         log_p_NV = self.log_probs(self._logits, self._model.take_key()[:, -1])
         log_p_NV[:, self._model.pad] = -math.inf
@@ -119,5 +119,5 @@ class TranslationDecoder:
         """log P of every next token."""
         if self._search is None or self._mixing.system == "plain":
             return logits_NV.log_softmax(-1)
-        found = self._search.search(key_NH.float().cpu().numpy(), self._mixing.neighbours)
-        return mixed_log_probs(logits_NV, found, self._mixing, key_NH.shape[-1])
+        nearest = self._search.search(key_NH.float().cpu().numpy(), self._mixing.neighbours)
+        return mixed_log_probs(logits_NV, nearest, self._mixing, key_NH.shape[-1])

@@ -1,63 +1,31 @@
-"""What a translation experiment takes, counted before any machine is rented."""
+"""What a translation experiment takes, counted without running it."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from rich.table import Table
-from torch import nn
-
 from pema_ray.errors import UserError
+from pema_ray.trime.dry_run import GIB, TrainingEstimate, inner_parameters
 from pema_ray.trime.model.registry import count_parameters
 from pema_ray.trime.translation.config import MtConfig
 from pema_ray.trime.translation.model import Translator, make_translator
 from pema_ray.trime.translation.run import MtRun
 
-_GIB = 2**30
 
+@dataclass(frozen=True, kw_only=True)
+class MtEstimate(TrainingEstimate):
+    """Rows are target positions with `<eos>`; `updates` is the minimum, of groups without padding."""
 
-@dataclass(frozen=True)
-class MtEstimate:
-    """Rows are counted; `updates` is the least there can be, for groups that padding does not thin out."""
-
-    parameters: int
     pairs: int
-    rows: int
-    """Target positions, `<eos>` among them: of training, and of the datastore."""
-    updates: int
-    memory: int
-    """Most positions that a position may look at while training."""
-    key_size: int
-    training_bytes: int
-    """Weights, gradients, AdamW's two states; activations apart."""
-    flops: float
-    flops_per_second: float
-    """Of all workers."""
 
-    @property
-    def hours(self) -> float:
-        return self.flops / self.flops_per_second / 3600
-
-    @property
-    def datastore_bytes(self) -> int:
-        """Keys in float16 and token ids in int32."""
-        return self.rows * (2 * self.key_size + 4)
-
-    def table(self) -> Table:
-        table = Table(show_header=False, box=None)
-        for name, value in {
-            "parameters": f"{self.parameters:,}",
+    def data(self) -> dict[str, str]:
+        return {
             "training pairs": f"{self.pairs:,} pairs, {self.rows:,} target positions",
             "updates": f"at least {self.updates:,}",
             "memory": f"{self.memory:,} positions",
-            "datastore": f"{self.rows:,} rows of {self.key_size} float16, {self.datastore_bytes / _GIB:,.2f} GiB",
-            "weights, gradients, optimiser": f"{self.training_bytes / _GIB:,.2f} GiB a worker (activations apart)",
-            "operations": f"{self.flops:.2e}",
-            "hours": f"{self.hours:,.1f} at {self.flops_per_second:.1e} operations/s (plan.flops_per_second × workers)",
-        }.items():
-            table.add_row(name, value)
-        return table
+            "datastore": f"{self.rows:,} rows of {self.key_size} float16, {self.datastore_bytes / GIB:,.2f} GiB",
+        }
 
 
 def estimate(config: MtConfig) -> MtEstimate:
@@ -87,9 +55,9 @@ def estimate(config: MtConfig) -> MtEstimate:
 def _corpus(config: MtConfig) -> tuple[int, int, tuple[int, int]]:
     """Training pairs, target positions, and words of the source's and the target's vocabulary."""
     run = MtRun(config)
-    if found := run.finished("prepare"):
-        train = found["train"]
-        return train["pairs"], train["target_tokens"] + train["pairs"], (found["source_words"], found["target_words"])
+    if metrics := run.finished("prepare"):
+        train, words = metrics["train"], (metrics["source_words"], metrics["target_words"])
+        return train["pairs"], train["target_tokens"] + train["pairs"], words
     if config.plan.pairs is None or config.plan.target_tokens is None:
         raise UserError(
             f"{run.folder}: the text is not prepared yet. Run: pema-ray trime mt-train, or set plan.pairs and "
@@ -102,8 +70,8 @@ def _corpus(config: MtConfig) -> tuple[int, int, tuple[int, int]]:
 def _flops_per_row(model: Translator, memory: int) -> float:
     """Of training: forward and twice as much backward, of a source as long as its target; attention is left out.
 
-    The memory's logits are computed once more on the way back (8, not 6).
+    The backward pass computes the memory's logits once more (8, not 6).
     """
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    inner = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
-    return 6.0 * (inner + model.vocabulary_size * model.hidden_size) + 8.0 * memory * model.hidden_size
+    return (
+        6.0 * (inner_parameters(model) + model.vocabulary_size * model.hidden_size) + 8.0 * memory * model.hidden_size
+    )

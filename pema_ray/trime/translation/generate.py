@@ -15,7 +15,7 @@ from pema_ray.runtime.cluster import ray_cluster
 from pema_ray.runtime.files import atomic_file
 from pema_ray.runtime.hardware import pick_device
 from pema_ray.trime.datastore import open_datastore
-from pema_ray.trime.translation.calibrate import calibrate, listen, nll
+from pema_ray.trime.translation.calibrate import calibrate, nll, score_targets
 from pema_ray.trime.translation.config import MtConfig
 from pema_ray.trime.translation.data import Parallel, load_subwords
 from pema_ray.trime.translation.datastore import card_of
@@ -48,14 +48,14 @@ def _generate(run: MtRun) -> dict[str, Any]:
             temporary.write_text("".join(f"{' '.join(text.split())}\n" for text in texts), encoding="utf-8")
         scores = scorer.score(texts)
         seconds = time.perf_counter() - started
-        told = {"bleu": round(scores.bleu, 2), "chrf": round(scores.chrf, 2)}
+        quality = {"bleu": round(scores.bleu, 2), "chrf": round(scores.chrf, 2)}
         speed = {"seconds": round(seconds, 2), "tokens_per_second": round(sum(map(len, answers)) / seconds, 1)}
-        systems[mixing.system] = {**told, **speed, **more}
+        systems[mixing.system] = {**quality, **speed, **more}
 
     if "plain" in c.systems:
         translate(Mixing("plain"), None, {})
-    asked = [name for name in c.systems if name != "plain"]
-    if asked:
+    mixed = [name for name in c.systems if name != "plain"]
+    if mixed:
         store = open_datastore(run.path("datastore"), card_of(run, model))
         if g.neighbours > len(store):
             raise UserError(
@@ -64,10 +64,10 @@ def _generate(run: MtRun) -> dict[str, Any]:
         options = SearchOptions(c.index.metric, g.probes, g.rescore, g.oversample)
         cluster = ray_cluster(c.ray, 1, workers=g.search_actors) if g.search_actors else nullcontext()
         with cluster, open_search(store, run.path("index"), options, g.search_actors) as search:
-            for name in asked:
+            for name in mixed:
                 mixing, more = _calibrated(run, name, model, subwords.eos, search)
                 translate(mixing, search, more)
-    bleu = ", ".join(f"{name} {told['bleu']:.2f}" for name, told in systems.items())
+    bleu = ", ".join(f"{name} {figures['bleu']:.2f}" for name, figures in systems.items())
     signature, _ = scorer.signatures
     settings = {"beam": g.beam, "length_penalty": g.length_penalty, "pairs": len(test), "signature": signature}
     return {**settings, "systems": systems, "summary": f"{len(test):,} test pairs; sacreBLEU {bleu} ({signature})"}
@@ -76,17 +76,18 @@ def _generate(run: MtRun) -> dict[str, Any]:
 def _calibrated(
     run: MtRun, system: Any, model: Translator, eos: int, search: Neighbours
 ) -> tuple[Mixing, dict[str, Any]]:
-    """The mixing that dev likes best, and what it was."""
+    """The mixing with the best dev likelihood, and its figures for the metrics."""
     g = run.config.generate
     dev = Parallel.load(run.path("prepare"), "dev").first(g.calibration_pairs)
-    heard = listen(model, eos, dev, search, g.neighbours)
-    found = calibrate(heard, Mixing(system, g.neighbours), _temperatures(run, system, model.hidden_size), g.weights)
-    told = {"plain_dev_nll": round(-float(heard.log_prob_N.double().mean()), 4), "dev_nll": round(nll(heard, found), 4)}
-    return found, {**{k: v for k, v in asdict(found).items() if k != "system"}, **told}
+    scores = score_targets(model, eos, dev, search, g.neighbours)
+    mixing = calibrate(scores, Mixing(system, g.neighbours), _temperatures(run, system, model.hidden_size), g.weights)
+    settings = {k: v for k, v in asdict(mixing).items() if k != "system"}
+    plain_nll = -float(scores.log_prob_N.double().mean())
+    return mixing, {**settings, "plain_dev_nll": round(plain_nll, 4), "dev_nll": round(nll(scores, mixing), 4)}
 
 
 def _temperatures(run: MtRun, system: str, hidden: int) -> tuple[float, ...]:
-    """Around the training's for `trime`; for `knn` around what similarities of such keys are like."""
+    """A grid: around the training's temperature for `trime`; for `knn` at the scale of the keys' similarities."""
     if run.config.generate.temperatures:
         return run.config.generate.temperatures
     if system == "trime":

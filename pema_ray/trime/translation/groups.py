@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pema_ray.errors import UserError
-from pema_ray.trime.stages.batches import build_index, search
+from pema_ray.trime.stages.batches import build_index, load_index, search
 from pema_ray.trime.text.batches import walk
 from pema_ray.trime.translation.config import MtBatchesConfig
 from pema_ray.trime.translation.data import Parallel
@@ -31,10 +31,11 @@ def bm25_walk(pairs: Parallel, neighbours: int, seed: int, folder: Path) -> np.n
             f"batches.order=bm25: {len(pairs)} training pairs are too few to search for similar ones. Take more, or "
             "batches.order=random."
         )
-    corpus: Any = pairs  # has what a search asks of segments: a number of them, and their tokens
+    corpus: Any = pairs  # a search needs of segments what pairs have too: their number and their tokens
     build_index(corpus, folder)
+    retriever = load_index(folder)
     parts = [
-        search(corpus, folder, range(first, min(first + _AT_A_TIME, len(pairs))), neighbours)
+        search(retriever, corpus, range(first, min(first + _AT_A_TIME, len(pairs))), neighbours)
         for first in range(0, len(pairs), _AT_A_TIME)
     ]
     return walk(np.concatenate(parts), seed)

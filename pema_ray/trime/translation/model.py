@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from pema_ray.errors import UserError
 from pema_ray.runtime.files import atomic_file
 from pema_ray.trime.model.memory_lm import LMStates
-from pema_ray.trime.model.registry import fingerprint_of
+from pema_ray.trime.model.registry import TRANSFORMERS, fingerprint_of
+from pema_ray.trime.model.transformers_model import last_feed_forward
 from pema_ray.trime.translation.config import MtModelConfig
 
-TRANSFORMERS = "transformers:"
-_FEED_FORWARD = ("fc1", "mlp", "feed_forward", "ffn")
 _FINGERPRINT = "trime_mt.json"
 
 
@@ -42,7 +41,7 @@ class Translator(nn.Module):
         if self.pad is None or self.start is None:
             raise UserError(f"model.name={name}: has no padding or no token that decoding starts with.")
         self._caught: Tensor | None = None
-        _feed_forward(network, name).register_forward_pre_hook(self._catch)
+        last_feed_forward(network.get_decoder(), name).register_forward_pre_hook(self._catch)
         self.hidden_size = self._prove()
 
     def represent(self, source_BS: Tensor, input_BT: Tensor) -> LMStates:
@@ -57,12 +56,12 @@ class Translator(nn.Module):
 
     def logits(self, state_NH: Tensor) -> Tensor:
         """E_w · f, and Marian's bias where a checkpoint has one: `[N, V]`."""
-        found = self.network.get_output_embeddings()(state_NH)
+        logits_NV = self.network.get_output_embeddings()(state_NH)
         bias = getattr(self.network, "final_logits_bias", None)
-        return found if bias is None else found + bias
+        return logits_NV if bias is None else logits_NV + bias
 
     def take_key(self) -> Tensor:
-        """What the hook saw last: keys of the positions that went through the decoder."""
+        """The keys of the decoder's last forward pass; each can be taken once."""
         assert self._caught is not None
         key, self._caught = self._caught, None
         return key
@@ -72,7 +71,7 @@ class Translator(nn.Module):
 
     @torch.no_grad()
     def _prove(self) -> int:
-        """The keys' size, once it is sure that logits are the head's of the last state."""
+        """Check that logits are the head's of the last state, and return the keys' size."""
         was_training = self.training
         self.eval()
         source = torch.tensor([[i for i in range(4) if i != self.pad]])
@@ -86,15 +85,6 @@ class Translator(nn.Module):
         return int(key.shape[-1])
 
 
-def _feed_forward(network: Any, name: str) -> nn.Module:
-    lists = [m for m in network.get_decoder().modules() if isinstance(m, nn.ModuleList) and len(m)]
-    last = max(lists, key=len)[-1] if lists else nn.Identity()
-    for known in _FEED_FORWARD:
-        if isinstance(found := getattr(last, known, None), nn.Module):
-            return found
-    raise UserError(f"model.name={name}: no feed-forward block found in its decoder's {type(last).__name__}.")
-
-
 def make_translator(config: MtModelConfig, source_words: int, target_words: int, positions: int) -> Translator:
     """A model with weights drawn from torch's generator, or a checkpoint's. Ids 0 and 1 end and pad both sides.
 
@@ -102,12 +92,12 @@ def make_translator(config: MtModelConfig, source_words: int, target_words: int,
         positions: longest source or target, with the tokens that are added to it.
     """
     if config.name.startswith(TRANSFORMERS):
-        made = load_checkpoint_model(config.name.removeprefix(TRANSFORMERS), config.name)
-        if positions > made.max_positions:
+        model = load_checkpoint_model(config.name.removeprefix(TRANSFORMERS), config.name)
+        if positions > model.max_positions:
             raise UserError(
-                f"data.max_tokens asks for {positions} positions, {config.name} knows {made.max_positions}. Lower it."
+                f"data.max_tokens asks for {positions} positions, {config.name} knows {model.max_positions}. Lower it."
             )
-        return made
+        return model
     if config.name != "marian":
         raise UserError(f"model.name={config.name}: it is marian or transformers:<hub name or folder>.")
     from transformers import MarianConfig, MarianMTModel
@@ -168,17 +158,17 @@ def load_translator(folder: Path) -> Translator:
         UserError: the folder holds none, or one that is damaged.
     """
     fingerprint = read_fingerprint(folder)
-    made = load_checkpoint_model(str(folder), str(folder)).eval()
-    if fingerprint_of(made) != fingerprint:
+    model = load_checkpoint_model(str(folder), str(folder)).eval()
+    if fingerprint_of(model) != fingerprint:
         raise UserError(
             f"{folder}: damaged: its weights are not those that were written. Delete "
             f"{folder.parent} and run: pema-ray trime mt-train"
         )
-    return made
+    return model
 
 
 def read_fingerprint(folder: Path) -> str:
-    """What names the model, without reading its weights."""
+    """The fingerprint in a model's folder, without reading its weights."""
     try:
         return json.loads((folder / _FINGERPRINT).read_text())["fingerprint"]
     except (OSError, ValueError, KeyError):

@@ -22,8 +22,8 @@ from pema_ray.trime.objective.softmax import CHUNK, MemoryScore
 from pema_ray.trime.translation.model import Translator
 
 
-class MtWays(NamedTuple):
-    """What of a batch's memory is seen."""
+class MtMemoryMode(NamedTuple):
+    """Which memory a batch sees."""
 
     memory: bool
     """Off: cross-entropy."""
@@ -39,15 +39,21 @@ class MtObjective(nn.Module):
         self.model = model
 
     def forward(
-        self, source_BS: Tensor, input_BT: Tensor, label_BT: Tensor, sentence_B: Tensor, ways: MtWays, divisor: float
+        self,
+        source_BS: Tensor,
+        input_BT: Tensor,
+        label_BT: Tensor,
+        sentence_B: Tensor,
+        mode: MtMemoryMode,
+        divisor: float,
     ) -> tuple[Tensor, Tensor]:
         """(loss, sums): `loss` is the summed -log P over `divisor`; `sums` float64 `[2]` are -log P of the objective
         and that of the vocabulary alone, in nats.
 
         Args:
             source_BS: padded with the model's padding; label_BT: int64, `PADDING` where there is none.
-            sentence_B: number of the sentence, the same in no other place of the group.
-            divisor: target tokens of the whole update over processes; times their number, as strategies average.
+            sentence_B: numbers of the sentences, unique within the group.
+            divisor: target tokens of the update / number of processes, since strategies average over processes.
         """
         state_BTH, key_BTH = self.model.represent(source_BS, input_BT)
         counts_BT = label_BT != PADDING
@@ -57,9 +63,9 @@ class MtObjective(nn.Module):
         log_prob_N = logits_NV.gather(1, label_N[:, None])[:, 0] - normaliser_N
         vocabulary = VocabularyScore(log_prob_N, normaliser_N)
         memory = None
-        if ways.memory:
+        if mode.memory:
             sentence_N = sentence_B[:, None].expand_as(label_BT)[counts_BT]
-            memory = other_sentences(key_BTH[counts_BT], label_N, sentence_N, ways.temperature, ways.top_k)
+            memory = other_sentences(key_BTH[counts_BT], label_N, sentence_N, mode.temperature, mode.top_k)
         nll_N = -joint_log_prob(vocabulary, memory)
         sums = torch.stack([nll_N.detach().double().sum(), -log_prob_N.detach().double().sum()])
         return nll_N.sum() / divisor, sums
@@ -70,13 +76,13 @@ def other_sentences(
 ) -> MemoryScore:
     """Both sums over the positions of other sentences, of all processes, differentiable in queries and keys.
 
-    The nearest are found without a gradient, a chunk of inner products at a time; then theirs alone are computed again,
-    so that N × K and not N × M of them are kept for the backward pass.
+    The nearest are found without a gradient, in chunks; then only their inner products are computed again, so that the
+    backward pass keeps N × K of them, not N × M.
     """
     memory = gather_rows(key_NH, torch.stack([label_N, sentence_N], 1))
-    label_M, sentence_M = memory.whole_MC.unbind(1)
-    kept = len(label_M) if top_k is None else min(top_k, len(label_M))
-    nearest_NK = _nearest(key_NH, memory.key_MH, sentence_N, sentence_M, kept, chunk)
+    label_M, sentence_M = memory.tag_MC.unbind(1)
+    k = len(label_M) if top_k is None else min(top_k, len(label_M))
+    nearest_NK = _nearest(key_NH, memory.key_MH, sentence_N, sentence_M, k, chunk)
     scale = 1 / (math.sqrt(key_NH.shape[-1]) * temperature)
     score_NK = torch.linalg.vecdot(key_NH[:, None].float(), memory.key_MH[nearest_NK].float()) * scale
     seen_NK = sentence_M[nearest_NK] != sentence_N[:, None]
@@ -85,20 +91,20 @@ def other_sentences(
 
 
 @torch.no_grad()
-def _nearest(key_NH: Tensor, key_MH: Tensor, sentence_N: Tensor, sentence_M: Tensor, kept: int, chunk: int) -> Tensor:
-    """`[N, K]`: the most similar memories; those of the own sentence come last, where there are no others."""
-    found = [torch.empty(0, kept, dtype=torch.int64, device=key_NH.device)]
+def _nearest(key_NH: Tensor, key_MH: Tensor, sentence_N: Tensor, sentence_M: Tensor, k: int, chunk: int) -> Tensor:
+    """`[N, K]`: the most similar memories; those of the query's own sentence come last."""
+    parts = [torch.empty(0, k, dtype=torch.int64, device=key_NH.device)]
     step = max(1, chunk // max(1, len(key_MH)))
     for first in range(0, len(key_NH), step):
         rows = slice(first, first + step)
         similarity_CM = (key_NH[rows] @ key_MH.mT).float()
         similarity_CM.masked_fill_(sentence_M == sentence_N[rows, None], -math.inf)
-        found.append(similarity_CM.topk(kept, dim=1).indices)
-    return torch.cat(found)
+        parts.append(similarity_CM.topk(k, dim=1).indices)
+    return torch.cat(parts)
 
 
 def _log_sum(score_NK: Tensor, counts_NK: Tensor) -> Tensor:
-    """log Σ exp over those that count `[N]`; -inf, and no gradient, where none does."""
+    """log Σ exp over the scores that count `[N]`; -inf without a gradient where none does."""
     none_N = ~counts_NK.any(1)
     safe_NK = score_NK.masked_fill(~counts_NK & ~none_N[:, None], -math.inf)
     if not score_NK.shape[1]:

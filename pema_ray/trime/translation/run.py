@@ -1,4 +1,4 @@
-"""The run folder of a translation experiment: what its stages depend on beside their table."""
+"""The run folder of a translation experiment: what its stages depend on beyond their table."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class MtRun(StageRun[MtConfig]):
     incidental = INCIDENTAL
 
     def parents(self, stage: str) -> tuple[str, ...]:
-        found = super().parents(stage)
-        return found + ("index",) if stage == "generate" and set(self.config.systems) != {"plain"} else found
+        parents = super().parents(stage)
+        return parents + ("index",) if stage == "generate" and set(self.config.systems) != {"plain"} else parents
 
     def evidence(self, stage: str) -> tuple[str, ...]:
-        translations = (f"{name}.txt" for name in self.config.systems)
-        return tuple(translations) if stage == "generate" else super().evidence(stage)
+        translations = tuple(f"{name}.txt" for name in self.config.systems)
+        return translations if stage == "generate" else super().evidence(stage)
 
     def others(self, stage: str) -> list[Any]:
         """The model's name, and the text."""

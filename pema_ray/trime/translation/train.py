@@ -42,13 +42,10 @@ def run(config: MtConfig) -> dict[str, Any]:
 
 def _prepare(run: MtRun) -> dict[str, Any]:
     c = run.config
-    told = prepare(c.data, c.model.name, c.seed, run.path("prepare"))
-    train = told["train"]
+    counts = prepare(c.data, c.model.name, c.seed, run.path("prepare"))
+    train = counts["train"]
     summary = f"{train['pairs']:,} training pairs, {train['target_tokens']:,} target subwords"
-    return {
-        **told,
-        "summary": summary + f"; {train['left_out']:,} too long" * bool(train["left_out"]),
-    }
+    return {**counts, "summary": summary + f"; {train['left_out']:,} too long" * bool(train["left_out"])}
 
 
 def _train(run: MtRun) -> dict[str, Any]:
@@ -64,7 +61,7 @@ def _train(run: MtRun) -> dict[str, Any]:
 
 
 def make_trainer(job: MtTrainingJob, **more: Any) -> MtTrainer:
-    """The loop of one worker."""
+    """The trainer of one worker."""
     c = job.config
     torch.manual_seed(c.seed)
     model = make_translator(c.model, job.source_words, job.target_words, c.data.max_tokens)

@@ -1,4 +1,4 @@
-"""Translation: the objective, what is decoded with it, and that a stopped training goes on exactly."""
+"""Translation: the objective, decoding, and that a resumed training equals an undisturbed one."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from pema_ray.trime.model.memory_lm import VocabularyScore
 from pema_ray.trime.objective.loss import joint_log_prob
 from pema_ray.trime.objective.memories import PADDING
 from pema_ray.trime.translation import dry_run
-from pema_ray.trime.translation.calibrate import Heard, nll
+from pema_ray.trime.translation.calibrate import TargetScores, nll
 from pema_ray.trime.translation.config import MtBatchesConfig, MtConfig, MtGenerateConfig, MtModelConfig
 from pema_ray.trime.translation.data import BytePairs, Parallel, read_pairs
 from pema_ray.trime.translation.datastore import DecoderKeys
 from pema_ray.trime.translation.decode import Mixing, TranslationDecoder, mixed_log_probs
 from pema_ray.trime.translation.groups import bm25_walk, cut, groups_of
 from pema_ray.trime.translation.model import Translator, load_translator, make_translator, save_translator
-from pema_ray.trime.translation.objective import MtObjective, MtWays, other_sentences
+from pema_ray.trime.translation.objective import MtMemoryMode, MtObjective, other_sentences
 from pema_ray.trime.translation.trainer import MtTrainer
 
 EOS, PAD, WORDS, HIDDEN = 0, 1, 6, 8
@@ -60,22 +60,22 @@ def part_of(key_MH: torch.Tensor, token_M: torch.Tensor, metric: str) -> OnePiec
 
 def naive(logits_NV, key_NH, label_N, sentence_N, temperature, top_k):
     """Position by position, in float64."""
-    found = []
+    log_p = []
     for n in range(len(label_N)):
         others = [m for m in range(len(label_N)) if sentence_N[m] != sentence_N[n]]
-        scores = [(key_NH[n] @ key_NH[m] / math.sqrt(key_NH.shape[1]) / temperature, int(label_N[m])) for m in others]
-        scores = sorted(scores, key=lambda one: -float(one[0].detach()))[:top_k]
-        whole = logits_NV[n].exp().sum() + sum(s.exp() for s, _ in scores)
-        mass = logits_NV[n, label_N[n]].exp() + sum(s.exp() for s, label in scores if label == label_N[n])
-        found.append((mass / whole).log())
-    return torch.stack(found)
+        memory = [(key_NH[n] @ key_NH[m] / math.sqrt(key_NH.shape[1]) / temperature, int(label_N[m])) for m in others]
+        memory = sorted(memory, key=lambda one: -float(one[0].detach()))[:top_k]
+        total = logits_NV[n].exp().sum() + sum(s.exp() for s, _ in memory)
+        mass = logits_NV[n, label_N[n]].exp() + sum(s.exp() for s, label in memory if label == label_N[n])
+        log_p.append((mass / total).log())
+    return torch.stack(log_p)
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 8, None])
 def test_the_objective_and_its_gradients_are_those_of_a_naive_reference(top_k: int | None):
     torch.manual_seed(1)
     label_N, sentence_N = torch.randint(0, 4, (13,)), torch.tensor([0] * 4 + [7] * 6 + [3] * 3)
-    made = []
+    results = []
     for function in ("ours", "naive"):
         torch.manual_seed(2)
         double = torch.float64
@@ -88,8 +88,8 @@ def test_the_objective_and_its_gradients_are_those_of_a_naive_reference(top_k: i
         else:
             log_p = naive(logits, key, label_N, sentence_N, 2.0, top_k)
         (-log_p).sum().backward()
-        made.append((log_p.detach(), logits.grad, key.grad))
-    for ours, reference in zip(*made):
+        results.append((log_p.detach(), logits.grad, key.grad))
+    for ours, reference in zip(*results):
         torch.testing.assert_close(ours.double(), reference, atol=1e-5, rtol=1e-5)
 
 
@@ -106,15 +106,15 @@ def test_padding_counts_nowhere_and_others_targets_do():
     objective = MtObjective(tiny())
     source = torch.tensor([[3, 4, EOS], [5, EOS, PAD]])
     inputs, label = torch.tensor([[PAD, 2, 3], [PAD, 4, PAD]]), torch.tensor([[2, 3, EOS], [4, EOS, PADDING]])
-    told = (torch.tensor([0, 1]), MtWays(True, 1.0, None), 1.0)
-    loss, sums = objective(source, inputs, label, *told)
-    other = inputs.clone()
-    other[1, 2] = 5
-    torch.testing.assert_close(objective(source, other, label, *told)[0], loss)
+    rest = (torch.tensor([0, 1]), MtMemoryMode(True, 1.0, None), 1.0)
+    loss, sums = objective(source, inputs, label, *rest)
+    noisy = inputs.clone()
+    noisy[1, 2] = 5
+    torch.testing.assert_close(objective(source, noisy, label, *rest)[0], loss)
     assert sums[0] != sums[1]
     longer = torch.nn.functional.pad(source, (0, 2), value=PAD)
-    torch.testing.assert_close(objective(longer, inputs, label, *told)[0], loss)
-    plain = objective(source, inputs, label, torch.tensor([0, 1]), MtWays(False), 1.0)
+    torch.testing.assert_close(objective(longer, inputs, label, *rest)[0], loss)
+    plain = objective(source, inputs, label, torch.tensor([0, 1]), MtMemoryMode(False), 1.0)
     assert float(plain[1][0]) == float(plain[1][1]) == pytest.approx(float(sums[1]))
 
 
@@ -127,8 +127,8 @@ def test_distributions_are_those_of_brute_force_and_sum_to_one(system, metric):
     key_MH, token_M, query_NH = torch.randn(40, HIDDEN), torch.randint(0, WORDS, (40,)), torch.randn(5, HIDDEN)
     logits_NV = torch.randn(5, WORDS)
     mixing = Mixing(system, 7, 1.5, 0.3)
-    found = part_of(key_MH, token_M, metric).search(query_NH.numpy(), 7)
-    p_NV = mixed_log_probs(logits_NV, found, mixing, HIDDEN).exp()
+    nearest = part_of(key_MH, token_M, metric).search(query_NH.numpy(), 7)
+    p_NV = mixed_log_probs(logits_NV, nearest, mixing, HIDDEN).exp()
     torch.testing.assert_close(p_NV.sum(1), torch.ones(5), atol=1e-5, rtol=0)
     for n in range(5):
         similarity_M = key_MH @ query_NH[n] if metric == "inner_product" else -(key_MH - query_NH[n]).square().sum(1)
@@ -142,14 +142,15 @@ def test_distributions_are_those_of_brute_force_and_sum_to_one(system, metric):
 def test_calibration_measures_what_decoding_uses():
     torch.manual_seed(4)
     logits_NV, target_N = torch.randn(6, WORDS), torch.randint(0, WORDS, (6,))
-    found = part_of(torch.randn(30, HIDDEN), torch.randint(0, WORDS, (30,)), "l2").search(np.ones((6, HIDDEN)), 9)
+    nearest = part_of(torch.randn(30, HIDDEN), torch.randint(0, WORDS, (30,)), "l2").search(np.ones((6, HIDDEN)), 9)
     normaliser_N = logits_NV.logsumexp(-1)
     log_prob_N = logits_NV.gather(1, target_N[:, None])[:, 0] - normaliser_N
-    heard = Heard(log_prob_N, normaliser_N, found.similarity_NK, found.token_NK == target_N[:, None], HIDDEN)
+    hit_NK = nearest.token_NK == target_N[:, None]
+    scores = TargetScores(log_prob_N, normaliser_N, nearest.similarity_NK, hit_NK, HIDDEN)
     for mixing in (Mixing("knn", 9, 2.0, 0.4), Mixing("trime", 9, 2.0)):
-        log_p_NV = mixed_log_probs(logits_NV, found, mixing, HIDDEN)
+        log_p_NV = mixed_log_probs(logits_NV, nearest, mixing, HIDDEN)
         expected = -float(log_p_NV.gather(1, target_N[:, None]).mean())
-        assert nll(heard, mixing) == pytest.approx(expected, rel=1e-5)
+        assert nll(scores, mixing) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("system", ["plain", "knn", "trime"])
@@ -170,29 +171,29 @@ def test_a_beam_as_wide_as_the_tree_finds_the_best_answer(system):
     inner = range(2, WORDS)
     ended = [(*a, EOS) for n in range(longest) for a in itertools.product(inner, repeat=n)]
     best = max([*ended, *itertools.product(inner, repeat=longest)], key=score)
-    (found,) = decoder.translate([source], config)
-    assert found == [token for token in best if token != EOS]
+    (answer,) = decoder.translate([source], config)
+    assert answer == [token for token in best if token != EOS]
     greedy: list[int] = []
     while len(greedy) < longest and EOS not in greedy:
         state, key = model.represent(torch.tensor([[*source, EOS]]), torch.tensor([[PAD, *greedy]]))
         log_p_V = decoder.log_probs(model.logits(state[0, -1:]), key[0, -1:].detach())[0].detach()
         log_p_V[PAD] = -math.inf
         greedy.append(int(log_p_V.argmax()))
-    (found,) = decoder.translate([source], config.model_copy(update={"beam": 1}))
-    assert found == [token for token in greedy if token != EOS]
+    (answer,) = decoder.translate([source], config.model_copy(update={"beam": 1}))
+    assert answer == [token for token in greedy if token != EOS]
 
 
 def test_rows_of_a_datastore_are_the_keys_of_each_target_and_its_end():
     model, data = tiny(), pairs(3)
-    found = DecoderKeys(model).extract(
+    key_NH = DecoderKeys(model).extract(
         ExtractBatch([[*s, EOS, *t] for s, t in zip(data.source, data.target)], [len(s) for s in data.source])
     )
-    alone = [
+    expected = [
         model.represent(torch.tensor([[*s, EOS]]), torch.tensor([[PAD, *t]])).key_BTH[0].detach()
         for s, t in zip(data.source, data.target)
     ]
-    torch.testing.assert_close(found, torch.cat(alone), atol=1e-5, rtol=1e-5)
-    assert len(found) == sum(len(t) + 1 for t in data.target)
+    torch.testing.assert_close(key_NH, torch.cat(expected), atol=1e-5, rtol=1e-5)
+    assert len(key_NH) == sum(len(t) + 1 for t in data.target)
 
 
 # ── groups, training ────────────────────────────────────────────────────────
@@ -218,32 +219,34 @@ def test_the_walk_goes_to_the_most_similar_target(tmp_path: Path):
 def trained(folder: Path, epochs: float, **train) -> tuple[MtTrainer, dict]:
     settings = {"epochs": epochs, "validate_every": 2, "schedule": "constant", "learning_rate": 0.01, **train}
     config = MtConfig.model_validate({"batches": {"order": "random", "max_tokens": 30}, "train": settings})
-    told: dict = {}
+    points: dict = {}
     trainer = MtTrainer(config, tiny(dropout=0.2), pairs(16), pairs(5, 1), folder, EOS)
-    trainer.on_point = lambda kind, point: told.update({point["step"]: point})
+    trainer.on_point = lambda kind, point: points.update({point["step"]: point})
     trainer.run()
-    return trainer, told
+    return trainer, points
 
 
 def test_a_resumed_training_is_bit_for_bit_the_same(tmp_path: Path):
-    whole, _ = trained(tmp_path / "whole", 2, ce_epochs=0.5)
-    half = 2 / whole.steps * (whole.steps // 4 * 2)
+    undisturbed, _ = trained(tmp_path / "whole", 2, ce_epochs=0.5)
+    half = 2 / undisturbed.steps * (undisturbed.steps // 4 * 2)
     trained(tmp_path / "halves", half, ce_epochs=0.5)
-    _, told = trained(tmp_path / "halves", 2, ce_epochs=0.5)
-    assert min(told) > 1  # it did go on
-    (first, step), (second, again) = (load_checkpoint(tmp_path / name / CHECKPOINT) for name in ("whole", "halves"))
-    assert step["step"] == again["step"] == whole.steps
+    _, points = trained(tmp_path / "halves", 2, ce_epochs=0.5)
+    assert min(points) > 1  # it resumed
+    (tensors, state), (resumed, resumed_state) = (
+        load_checkpoint(tmp_path / name / CHECKPOINT) for name in ("whole", "halves")
+    )
+    assert state["step"] == resumed_state["step"] == undisturbed.steps
     for group in ("model", "optimizer"):
-        assert all(torch.equal(tensor, second[group][name]) for name, tensor in first[group].items())
+        assert all(torch.equal(tensor, resumed[group][name]) for name, tensor in tensors[group].items())
 
 
 def test_the_warm_up_by_cross_entropy_happens(tmp_path: Path):
-    whole, told = trained(tmp_path, 2, ce_epochs=1)
-    each = whole.steps // 2
-    for step, point in told.items():
-        if step not in (0, whole.steps) and step % 2:  # training points that no validation replaced
-            assert (point["loss"] == point["vocabulary_loss"]) == (step <= each)
-    assert not whole.ways(0).memory and whole.ways(each).memory
+    trainer, points = trained(tmp_path, 2, ce_epochs=1)
+    warm_up = trainer.steps // 2
+    for step, point in points.items():
+        if step not in (0, trainer.steps) and step % 2:  # training points that no validation replaced
+            assert (point["loss"] == point["vocabulary_loss"]) == (step <= warm_up)
+    assert not trainer.mode(0).memory and trainer.mode(warm_up).memory
 
 
 def test_a_saved_model_is_the_same_model(tmp_path: Path):
@@ -267,15 +270,15 @@ def test_the_published_shape_has_39_million_parameters():
 
 
 def test_subwords_give_the_text_back(tmp_path: Path):
-    made = BytePairs.train([("Das Haus ist groß.", "The house is large.")] * 3, MtConfig().data)
-    made.save(tmp_path)
-    again = BytePairs.load(tmp_path)
-    (ids,) = again.target(["The größe, is large!"])
-    assert again.text(ids) == "The größe, is large!" and EOS not in ids and PAD not in ids
+    subwords = BytePairs.train([("Das Haus ist groß.", "The house is large.")] * 3, MtConfig().data)
+    subwords.save(tmp_path)
+    loaded = BytePairs.load(tmp_path)
+    (ids,) = loaded.target(["The größe, is large!"])
+    assert loaded.text(ids) == "The größe, is large!" and EOS not in ids and PAD not in ids
 
 
 @pytest.mark.parametrize(
-    ("train", "said"),
+    ("train", "complaint"),
     [
         (("a\nb\n", "x\n"), "2 lines.*1: they are no pairs"),
         (("a\n\n", "x\ny\n"), "line 2 is empty"),
@@ -284,7 +287,7 @@ def test_subwords_give_the_text_back(tmp_path: Path):
         (("",), "'train' has no pair"),
     ],
 )
-def test_bad_files_are_told_in_words(train: tuple[str, ...], said: str, tmp_path: Path):
+def test_bad_files_are_rejected_by_name(train: tuple[str, ...], complaint: str, tmp_path: Path):
     names = [tmp_path / f"train.{n}" for n in range(len(train))]
     for name, text in zip(names, train):
         name.write_text(text)
@@ -292,12 +295,12 @@ def test_bad_files_are_told_in_words(train: tuple[str, ...], said: str, tmp_path
     good.write_text('{"source": "a", "target": "x"}\n')
     files = {"train": [str(n) for n in names], "dev": [str(good)], "test": [str(good)]}
     config = MtConfig.model_validate({"data": {"files": files}})
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=complaint):
         read_pairs(config.data)
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "complaint"),
     [
         ("generate.systems=[knnn]", "Did you mean 'knn'"),
         ("generate.weights=[1.5]", "weights must lie in"),
@@ -306,8 +309,8 @@ def test_bad_files_are_told_in_words(train: tuple[str, ...], said: str, tmp_path
         ("index.metric=l2", "index.metric=l2 does not go with 'trime'"),  # what a trime model is evaluated with
     ],
 )
-def test_bad_settings_are_told_in_words(setting: str, said: str):
-    with pytest.raises(UserError, match=said):
+def test_bad_settings_are_rejected_by_name(setting: str, complaint: str):
+    with pytest.raises(UserError, match=complaint):
         read_config(MtConfig, None, [setting])
 
 
@@ -317,7 +320,7 @@ def test_squared_distances_go_with_knn(tmp_path: Path):
     assert read_config(MtConfig, None, ["index.metric=l2", "train.memory=none"]).systems == ("plain", "knn")
 
 
-def test_missing_files_and_too_long_targets_are_told(tmp_path: Path):
+def test_missing_files_and_too_long_targets_are_rejected(tmp_path: Path):
     config = MtConfig.model_validate({"data": {"files": dict.fromkeys(("train", "dev", "test"), ("no.jsonl",))}})
     with pytest.raises(UserError, match="no such file"):
         read_pairs(config.data)
@@ -330,20 +333,20 @@ def test_missing_files_and_too_long_targets_are_told(tmp_path: Path):
 
 def test_the_published_setting_is_counted_before_its_text_is_there(tmp_path: Path):
     path = Path(__file__).parents[3] / "configs" / "trime" / "mt_iwslt14_trime.yaml"
-    found = dry_run.estimate(read_config(MtConfig, path, [f"run_dir={tmp_path}"]))
-    assert round(found.parameters / 1e6) == 39
-    assert (found.rows, found.key_size) == (3_949_114, 512)  # the published datastore
-    assert found.datastore_bytes == 3_949_114 * (1024 + 4)
-    assert found.updates == 50 * -(-3_949_114 // 16_384)
-    assert found.memory == 16_384
-    assert found.training_bytes == found.parameters * 16
-    assert found.hours == pytest.approx(found.flops / (4 * 2e13) / 3600)
+    estimate = dry_run.estimate(read_config(MtConfig, path, [f"run_dir={tmp_path}"]))
+    assert round(estimate.parameters / 1e6) == 39
+    assert (estimate.rows, estimate.key_size) == (3_949_114, 512)  # the published datastore
+    assert estimate.datastore_bytes == 3_949_114 * (1024 + 4)
+    assert estimate.updates == 50 * -(-3_949_114 // 16_384)
+    assert estimate.memory == 16_384
+    assert estimate.training_bytes == estimate.parameters * 16
+    assert estimate.hours == pytest.approx(estimate.flops / (4 * 2e13) / 3600)
     with pytest.raises(UserError, match="not prepared yet. Run: pema-ray trime mt-train, or set plan.pairs"):
         dry_run.estimate(read_config(MtConfig, None, [f"run_dir={tmp_path}"]))
 
 
 def test_the_command_has_a_dry_run(tmp_path: Path):
     config = "configs/trime/mt_iwslt14_ce.yaml"
-    told = CliRunner().invoke(app, ["trime", "mt-train", "--dry-run", "-c", config, f"run_dir={tmp_path}"])
-    assert told.exit_code == 0 and "3,949,114 target positions" in told.output and "0 positions" in told.output
+    result = CliRunner().invoke(app, ["trime", "mt-train", "--dry-run", "-c", config, f"run_dir={tmp_path}"])
+    assert result.exit_code == 0 and "3,949,114 target positions" in result.output and "0 positions" in result.output
     assert not list(tmp_path.iterdir())

@@ -26,10 +26,10 @@ def test_the_stages_go_from_text_to_scores(tmp_path: Path):
     text.write_text("".join(json.dumps({"source": line.upper(), "target": line}) + "\n" for line in lines))
     files = f"data.files={{train: [{text}], dev: [{text}], test: [{text}]}}"
     sizes = ["model.encoder_layers=1", "model.decoder_layers=1", "model.hidden_size=16", "model.ffn_size=16"]
-    quick = ["data.limits={dev: 4, test: 4}", "batches.max_tokens=120", "train.epochs=1", "train.cpus_per_worker=1"]
-    more = ["generate.systems=[plain, knn, trime]", "generate.neighbours=4", "generate.length_extra=4"]
-    told = [f"run_dir={tmp_path / 'run'}", files, *sizes, *quick, *more]
-    config = read_config(MtConfig, None, told)
+    training = ["data.limits={dev: 4, test: 4}", "batches.max_tokens=120", "train.epochs=1", "train.cpus_per_worker=1"]
+    decoding = ["generate.systems=[plain, knn, trime]", "generate.neighbours=4", "generate.length_extra=4"]
+    overrides = [f"run_dir={tmp_path / 'run'}", files, *sizes, *training, *decoding]
+    config = read_config(MtConfig, None, overrides)
     with pytest.raises(UserError, match="mt-train"):
         datastore.run(config)
     trained = train.run(config)
@@ -42,8 +42,8 @@ def test_the_stages_go_from_text_to_scores(tmp_path: Path):
     pairs = Parallel.load(tmp_path / "run" / "prepare", "train")
     store = ExternalMemory.open(tmp_path / "run" / "datastore")
     assert store.view().target.tolist() == [token for target in pairs.target for token in [*target, 0]]
-    found = generate.run(config)
-    assert set(found["systems"]) == {"plain", "knn", "trime"} and "version:" in found["signature"]
+    metrics = generate.run(config)
+    assert set(metrics["systems"]) == {"plain", "knn", "trime"} and "version:" in metrics["signature"]
     assert len((tmp_path / "run" / "generate" / "trime.txt").read_text().splitlines()) == 4
     with pytest.raises(UserError, match="generate.neighbours"):
-        generate.run(read_config(MtConfig, None, [*told, "generate.neighbours=100000"]))
+        generate.run(read_config(MtConfig, None, [*overrides, "generate.neighbours=100000"]))
