@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import DynamicCache
@@ -24,7 +25,7 @@ def prefix_shape(plm: LoadedPLM) -> PrefixShape | None:
     and values, or its layers differ in size."""
     if not holds_plain_rows(plm):
         return None
-    cache = DynamicCache(config=plm.model.config)
+    cache: Any = DynamicCache(config=plm.model.config)
     plm.decoder(
         input_ids=torch.tensor([random_ids(plm, 1, 0)], device=plm.device), past_key_values=cache, use_cache=True
     )
@@ -39,7 +40,7 @@ def prefix_cache(plm: LoadedPLM, prefix: Prefix) -> DynamicCache:
     """A cache that holds a prefix, for one sequence, in the PLM's number format; gradients flow to its embeddings."""
     cache = DynamicCache(config=plm.model.config)
     for number, (keys, values) in enumerate(prefix.keys_and_values()):
-        cache.update(*(rows.to(plm.device, plm.model.dtype) for rows in (keys, values)), number)
+        cache.update(keys.to(plm.device, plm.model.dtype), values.to(plm.device, plm.model.dtype), number)
     return cache
 
 
@@ -49,7 +50,7 @@ def read_prefix(plm: LoadedPLM, token_ids: Sequence[int]) -> Prefix:
     Raises:
         UserError: a layer attends to a window that is shorter than the text.
     """
-    cache = DynamicCache(config=plm.model.config)
+    cache: Any = DynamicCache(config=plm.model.config)
     ids = torch.tensor([list(token_ids)], device=plm.device)
     plm.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
     layers = [(layer.keys, layer.values) for layer in cache.layers]
