@@ -87,7 +87,7 @@ def test_a_hash_sees_every_weight() -> None:
 @pytest.mark.slow
 def test_seeds_are_run_once_and_the_worst_is_told(tmp_path) -> None:
     """The benchmark of several seeds, in its smallest size."""
-    script = Path(__file__).resolve().parents[2] / "benchmarks" / "pluglm_facts.py"
+    script = Path(__file__).resolve().parents[3] / "benchmarks" / "pluglm_facts.py"
     command = [sys.executable, str(script), "--smoke", "--seeds", "0", "1", "--out", str(tmp_path / "runs")]
     command += ["--results-dir", str(tmp_path / "results")]
     for _ in range(2):

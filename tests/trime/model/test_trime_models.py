@@ -25,7 +25,7 @@ from pema_ray.trime.model.registry import (
 from pema_ray.trime.model.transformers_model import TransformersLM
 from tests.trime.kit import tiny_model
 
-CONFIGS = Path(__file__).parents[2] / "configs/trime"
+CONFIGS = Path(__file__).parents[3] / "configs/trime"
 LANGUAGE_MODELS = sorted(path for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("mt_"))
 
 

@@ -163,7 +163,7 @@ def test_commands_list_their_settings_and_say_mistakes_in_one_line():
 
 
 @pytest.mark.parametrize(
-    "script", sorted((Path(__file__).parents[2] / "jobs").glob("trime_*.py")), ids=lambda p: p.stem
+    "script", sorted((Path(__file__).parents[3] / "jobs").glob("trime_*.py")), ids=lambda p: p.stem
 )
 def test_every_stage_has_a_job(script: Path):
     output = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True).stdout

@@ -23,7 +23,7 @@ from pema_ray.pluglm.service.editor_keys import new_key
 from pema_ray.pluglm.stages.finetune import run as finetune
 from pema_ray.pluglm.stages.pretrain import save_model
 
-CONFIG = Path(__file__).parents[2] / "serve_configs" / "pluglm.yaml"
+CONFIG = Path(__file__).parents[3] / "serve_configs" / "pluglm.yaml"
 
 
 @pytest.fixture
