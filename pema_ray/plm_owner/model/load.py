@@ -88,6 +88,8 @@ def load_plm(config: PLMConfig) -> LoadedPLM:
         UserError: the model cannot be found, is no causal LM, its checkpoint is incomplete, or it cannot be loaded with
             the configured attention kernel, quantisation, revision or device map.
     """
+    if config.prefix is not None:
+        raise UserError("plm.prefix belongs to a data owner's stages: a PLM is loaded and served without a prefix.")
     with TRANSFORMERS_LOCK:
         return _load(config)
 

@@ -312,3 +312,8 @@ def test_plms_may_be_loaded_in_several_threads_at_once(tiny_plm_folder):
     for plm in [*loaded, load_plm(config)]:
         assert not any(parameter.is_meta for parameter in plm.model.parameters())
         assert plm.model.get_output_embeddings().weight is plm.model.get_input_embeddings().weight
+
+
+def test_a_prefix_is_never_ignored(tiny_plm_folder):
+    with pytest.raises(UserError, match="plm.prefix belongs to a data owner's stages"):
+        load_plm(PLMConfig(name=tiny_plm_folder("llama"), prefix="anywhere"))
