@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -16,13 +17,15 @@ from typing import TypeVar
 import torch
 
 from pema_ray.errors import FingerprintMismatch, UserError
-from pema_ray.line import Description, ExtractBatch, LMHeadBundle, PLMClient, Step, Stepped
+from pema_ray.line import Busy, Description, ExtractBatch, LMHeadBundle, PLMClient, Step, Stepped
 from pema_ray.line.messages import ModelCard
 from pema_ray.line.prefix import Prefix
 from pema_ray.line.protocol import AdaptablePLM, PrefixLost
 
 _DESCRIPTION = "prefix.json"
 _HANDLE_DIGITS = 12  # of a prefix, in a fingerprint
+_ATTEMPTS = 4  # others may put theirs in this one's place
+_CROWDED = "the PLM owner has no room for this prefix beside others that are in use"
 T = TypeVar("T")
 
 
@@ -66,12 +69,17 @@ class TrainedPrefix:
         """
         if card.fingerprint != self.fingerprint:
             raise FingerprintMismatch("The prefix's PLM", card.label, self.fingerprint)
-        longer = len(self.prefix) - len(self.replaces)
-        return replace(
-            card,
-            fingerprint=f"{card.fingerprint}+{self.prefix.handle[:_HANDLE_DIGITS]}",
-            max_positions=card.max_positions - longer,
-        )
+        return replace(card, fingerprint=self.own_fingerprint, max_positions=card.max_positions - self.longer)
+
+    @property
+    def own_fingerprint(self) -> str:
+        """Of the PLM behind this prefix."""
+        return f"{self.fingerprint}+{self.prefix.handle[:_HANDLE_DIGITS]}"
+
+    @property
+    def longer(self) -> int:
+        """Positions that the prefix takes beyond those of the tokens that it replaces."""
+        return len(self.prefix) - len(self.replaces)
 
 
 class PrefixedPLM:
@@ -90,7 +98,8 @@ class PrefixedPLM:
 
     async def describe(self) -> Description:
         description = await self._client.describe()
-        return replace(description, card=self._trained.card(description.card))
+        limits = replace(description.limits, max_tokens=description.limits.max_tokens - self._trained.longer)
+        return Description(self._trained.card(description.card), limits)
 
     async def lm_head(self) -> LMHeadBundle:
         bundle = await self._client.lm_head()
@@ -100,14 +109,22 @@ class PrefixedPLM:
         return await self._with_prefix(lambda: self._client.extract(self._behind(batch)))
 
     async def step(self, steps: Sequence[Step]) -> list[Stepped | Exception]:
-        sent = [self._step(step) for step in steps]
-        outcomes = await self._client.step(sent)
-        lost = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, PrefixLost)]
-        if lost:  # of openings alone
-            await self._client.put_prefix(self._trained.prefix)
-            for i, outcome in zip(lost, await self._client.step([sent[i] for i in lost]), strict=True):
-                outcomes[i] = outcome
-        return outcomes
+        outcomes: list[Stepped | Exception] = []
+        sent: dict[int, Step] = {}
+        for i, step in enumerate(steps):
+            outcomes.append(PrefixLost(step.session))
+            try:
+                sent[i] = self._step(step)
+            except UserError as error:
+                outcomes[i] = error
+        for attempt in range(_ATTEMPTS):
+            lost = [i for i in sent if isinstance(outcomes[i], PrefixLost)]
+            if lost and attempt:
+                await self._client.put_prefix(self._trained.prefix)
+            if lost:
+                for i, outcome in zip(lost, await self._client.step([sent[i] for i in lost]), strict=True):
+                    outcomes[i] = outcome
+        return [Busy(_CROWDED) if isinstance(outcome, PrefixLost) else outcome for outcome in outcomes]
 
     async def close(self, sessions: Sequence[str]) -> None:
         await self._client.close(sessions)
@@ -116,11 +133,11 @@ class PrefixedPLM:
         await self._client.end()
 
     async def _with_prefix(self, request: Callable[[], Awaitable[T]]) -> T:
-        try:
-            return await request()
-        except PrefixLost:
+        for _ in range(_ATTEMPTS):
+            with suppress(PrefixLost):
+                return await request()
             await self._client.put_prefix(self._trained.prefix)
-            return await request()
+        raise Busy(_CROWDED)
 
     def _behind(self, batch: ExtractBatch) -> ExtractBatch:
         """The batch without the tokens that the prefix replaces."""

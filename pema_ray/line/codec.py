@@ -8,7 +8,7 @@ is allocated. N rows, H hidden.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import Annotated, Any, TypeVar
 
@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 import torch
 
+from pema_ray.errors import UserError
 from pema_ray.line.messages import ExtractBatch
 from pema_ray.line.protocol import Busy, SessionLost, Step, Stepped
 
@@ -153,6 +154,7 @@ def encode_extract(batch: ExtractBatch, fingerprint: str) -> bytes:
     Args:
         fingerprint: of the PLM that must compute them.
     """
+    _refuse_handles([batch.handle])
     ids = _token_array([*batch.prefix, *(token for sequence in batch.token_ids for token in sequence)])
     lengths = [len(sequence) for sequence in batch.token_ids]
     array = _Array("int32", ids.shape)
@@ -178,12 +180,18 @@ def decode_extract(data: bytes) -> tuple[ExtractBatch, str]:
         raise BadFrame(str(error)) from None
 
 
+def _refuse_handles(handles: Iterable[str]) -> None:
+    if any(handles):
+        raise UserError("Frames carry no prefixes yet: use a PLM of your own (plm.name).")
+
+
 def encode_steps(steps: Sequence[Step], fingerprint: str) -> bytes:
     """Steps of any number of sessions.
 
     Args:
         fingerprint: of the PLM that must take them.
     """
+    _refuse_handles(step.handle for step in steps)
     ids = _token_array([token for step in steps for token in step.tokens])
     headers = [_StepHeader(s.session, s.position, len(s.tokens), s.states, s.draft, s.waits) for s in steps]
     return _frame(_StepsHeader([_Array("int32", ids.shape)], fingerprint, headers), [ids])

@@ -125,5 +125,5 @@ class Prefix:
             heads = config["num_attention_heads"]
             shape = PrefixShape(config["num_layers"], heads, config["token_dim"] // heads)
             return cls(load_file(folder / _WEIGHTS)[_TENSOR], shape, config["num_frozen_tokens"])
-        except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError, SafetensorError) as error:
             raise UserError(f"{folder}: the prefix is damaged: {error}") from None

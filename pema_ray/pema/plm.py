@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pema_ray.data_owner.prefixed import PrefixedPLM, TrainedPrefix
+from pema_ray.errors import FingerprintMismatch
 from pema_ray.line import ModelCard, PLMClient
 from pema_ray.line.plm_config import PLMConfig
 
@@ -24,7 +25,9 @@ def connect(config: PLMConfig, card: ModelCard | None = None, engine: Mapping[st
         engine: settings (`EngineConfig`) of the engine of a PLM of one's own; the others are configured by their owner.
     """
     if config.prefix is not None:
-        trained = TrainedPrefix.from_pretrained(config.prefix)
+        trained = TrainedPrefix.from_pretrained(Path(config.prefix).expanduser())
+        if card is not None and card.fingerprint != trained.own_fingerprint:
+            raise FingerprintMismatch(f"plm.prefix={config.prefix}", trained.own_fingerprint, card.fingerprint)
         alone = None if card is None else replace(card, fingerprint=trained.fingerprint)
         return PrefixedPLM(connect(config.model_copy(update={"prefix": None}), alone, engine), trained)
     fingerprint = config.fingerprint if card is None else card.fingerprint

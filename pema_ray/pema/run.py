@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from pema_ray.errors import UserError
@@ -25,13 +26,15 @@ class Run(StageRun[ExperimentConfig]):
     method = PEMA
     incidental = HOW_FAST | {
         "overwrite", "max_rejected", "threads", "published", "max_actors", "requests_in_flight", "patience_seconds",
-        "key_file", "ca_file", "timeout_seconds", "workers",
+        "key_file", "ca_file", "timeout_seconds", "workers", "prefix",
     }  # fmt: skip
     claims_at_once = False  # a refused training keeps the existing adapter
 
     def others(self, stage: str) -> list[Any]:
         if stage == "prepare":
             return [chosen_settings(self.task), self.file_hashes]
+        if stage == "export_head" and self.config.plm.prefix is not None:  # it names a folder that may be trained anew
+            return [self.input_files.sha256(Path(self.config.plm.prefix).expanduser())]
         if stage == "compare":
             return [COMPARE_PROTOCOL]
         if stage != "train":

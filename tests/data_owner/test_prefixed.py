@@ -10,7 +10,7 @@ import torch
 
 from pema_ray.data_owner.prefixed import PrefixedPLM, TrainedPrefix
 from pema_ray.errors import FingerprintMismatch, UserError
-from pema_ray.line import BlockingPLM, ExtractBatch, Step
+from pema_ray.line import BlockingPLM, Busy, ExtractBatch, Step
 from pema_ray.plm_owner.engine import EngineConfig, LocalPLM
 
 SHOWN = tuple(range(40, 52))
@@ -65,23 +65,30 @@ def test_a_prefix_that_was_dropped_is_put_again(plain, prefixed, trained):
         torch.testing.assert_close(request(prefixed), expected, **CLOSE)
 
 
+def only(outcomes):
+    """Raise the first step's error; the others were taken."""
+    first, *others = outcomes
+    assert all(outcome.state_NH.shape == (1, 32) for outcome in others)
+    raise first
+
+
 def test_a_prompt_that_begins_otherwise_is_refused(prefixed):
     for request in (
         lambda: prefixed.extract(ExtractBatch([[41, *SHOWN]], [12])),
         lambda: prefixed.extract(ExtractBatch([[5, 9]], [0], SHOWN[:-1])),
-        lambda: prefixed.step([Step("a", 0, [5, 9, 7], 1)]),
+        lambda: only(prefixed.step([Step("a", 0, [5, 9, 7], 1), Step("b", 0, [*SHOWN, 5], 1)])),
     ):
         with pytest.raises(UserError, match="the first 12 tokens of every prompt, and this prompt begins otherwise"):
             request()
     for request in (
         lambda: prefixed.extract(ExtractBatch([[*SHOWN, 5]], [11])),
-        lambda: prefixed.step([Step("a", 0, [*SHOWN, 5], 2)]),
+        lambda: only(prefixed.step([Step("a", 0, [*SHOWN, 5], 2)])),
     ):
         with pytest.raises(UserError, match="a position that the prefix replaces"):
             request()
     prefixed.step([Step("a", 0, [*SHOWN, 5], 1)])
     with pytest.raises(UserError, match="cannot be rewound into"):
-        prefixed.step([Step("a", 11, [5], 1)])
+        only(prefixed.step([Step("a", 11, [5], 1)]))
 
 
 def test_its_card_is_the_prefixs_own(plain, prefixed, trained):
@@ -105,6 +112,22 @@ def test_a_folder_gives_back_what_was_saved(trained, tmp_path):
         TrainedPrefix.from_pretrained(tmp_path / "prefix")
     with pytest.raises(UserError, match=r"holds no prefix: prefix.json is missing"):
         TrainedPrefix.from_pretrained(tmp_path)
+
+
+def test_clients_that_crowd_each_other_out_are_told_to_retry(prefixed, trained):
+    local, other = prefixed.client._client, trained.prefix.replaced(-trained.prefix.embeddings)
+    put, others = local.put_prefix, []
+
+    async def put_and_be_overtaken(prefix):
+        await put(prefix)
+        await put(other)
+        others.append(prefix)
+
+    local.put_prefix = put_and_be_overtaken
+    with pytest.raises(Busy, match="no room for this prefix"):
+        prefixed.extract(ExtractBatch([[*SHOWN, 5, 9]], [13]))
+    (outcome,) = prefixed.step([Step("a", 0, [*SHOWN, 5], 1)])
+    assert isinstance(outcome, Busy) and len(others) > 4
 
 
 def test_a_plm_owner_without_prefixes_is_refused_by_name():

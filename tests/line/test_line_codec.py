@@ -192,3 +192,12 @@ def test_frames_of_an_older_version_are_refused_by_name():
     frame[4] = 1
     with pytest.raises(BadFrame, match=f"has version 1, this side speaks {VERSION}"):
         codec.decode_steps(bytes(frame))
+
+
+def test_a_prefix_is_never_lost_on_the_wire():
+    for encode in (
+        lambda: codec.encode_extract(ExtractBatch([[5]], [0], (), "handle"), "fp"),
+        lambda: codec.encode_steps([Step("a", 0, [5], handle="handle")], "fp"),
+    ):
+        with pytest.raises(UserError, match="Frames carry no prefixes yet"):
+            encode()

@@ -12,6 +12,7 @@ from pema_ray.evaluation.results import Evaluation
 from pema_ray.memory import ExternalMemory
 from pema_ray.pema.config import load_config
 from pema_ray.pema.method import PEMA
+from pema_ray.pema.run import Run
 
 PREFIX = {"rank": 4, "epochs": 4, "validate_every": 2, "learning_rate": 1e-2, "prefix_learning_rate": 5e-2}
 
@@ -38,12 +39,16 @@ def test_a_prefix_is_trained_and_every_stage_runs_behind_it(experiment, ray_clus
     assert ExternalMemory.open(run / "build_memory" / "train").manifest.fingerprint == card["fingerprint"]
     evaluation = Evaluation.model_validate_json((run / "evaluate" / "evaluation.json").read_bytes())
     assert [system.name for system in evaluation.systems if system.kind == "plm"] == ["PLM, trained prefix"]
+    assert Run(behind).finished("generate")
     (folder / "prefix.json").write_text(json.dumps({"replaces": [5], "fingerprint": plain["fingerprint"]}))
-    with pytest.raises(UserError, match="the first 1 tokens of every prompt, and this prompt begins otherwise"):
-        PEMA.run("generate", load_config(path, [f"run_dir={run}", f"plm.prefix={folder}", "generate.max_new_tokens=5"]))
+    assert not Run(behind).finished("export_head")  # the folder holds another prefix now
+    PEMA.run("export_head", behind)
+    with pytest.raises(UserError, match="holds a memory built from other examples or with other settings"):
+        PEMA.run("build_memory", behind)
+    third = load_config(path, [f"run_dir={tmp_path / 'third'}", f"plm.prefix={folder}"])
     (folder / "prefix.json").write_text(json.dumps({"replaces": [5], "fingerprint": "another"}))
     with pytest.raises(FingerprintMismatch):
-        PEMA.run("export_head", load_config(path, [f"run_dir={tmp_path / 'third'}", f"plm.prefix={folder}"]))
+        PEMA.run("export_head", third)
 
 
 def test_what_a_prefix_cannot_start_from_is_refused(experiment):
@@ -52,5 +57,9 @@ def test_what_a_prefix_cannot_start_from_is_refused(experiment):
         PEMA.run(stage, without)
     with pytest.raises(UserError, match=r"starts from examples that all prompts show: set task.shots=3"):
         PEMA.run("train_prefix", without)
+    with pytest.raises(UserError, match=r"leave 'workers' at its default"):
+        load_config(experiment(), ["prefix.workers=2"])
+    with pytest.raises(UserError, match=r"compare measures the PLM alone .* leave plm.prefix out"):
+        PEMA.run("compare", load_config(experiment(), ["plm.prefix=anywhere"]))
     with pytest.raises(UserError, match=r"leave plm.prefix out"):
         PEMA.run("train_prefix", load_config(experiment(), ["plm.prefix=anywhere"]))

@@ -119,3 +119,11 @@ class PrefixConfig(TrainingConfig):
     """Steps between two validations on the dev pairs."""
     patience: int = Field(default=5, ge=1)
     """Validations without a better dev loss before training stops."""
+
+    @model_validator(mode="after")
+    def _trains_in_one_process(self) -> PrefixConfig:
+        for name, setting in TrainingConfig.model_fields.items():
+            own = name in PrefixConfig.__annotations__ or name in ("clip", "resume")
+            if not own and getattr(self, name) != setting.get_default(call_default_factory=True):
+                raise ValueError(f"a prefix is trained in this process: leave '{name}' at its default")
+        return self

@@ -28,6 +28,8 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
         raise UserError(
             f"generate.split={config.generate.split}: compare needs test, since all systems are tuned on dev."
         )
+    if config.plm.prefix is not None:
+        raise UserError("compare measures the PLM alone and with other prompts: leave plm.prefix out.")
     for name in settings.systems:  # fail now, not after the other systems have finished
         check(config, name)
 

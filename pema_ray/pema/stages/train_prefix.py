@@ -33,7 +33,6 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
         )
 
     def work() -> dict[str, Any]:
-        run.claim("train_prefix")
         history = _train(run)
         first, best = history.validation[0], min(history.validation, key=lambda point: point["loss"])
         return {
@@ -57,7 +56,8 @@ def _train(run: Run) -> TrainerHistory:
         )
     pairs = {split: [prompter.encode_pair(pair) for pair in run.pairs(split)] for split in ("train", "dev")}
     set_threads(config.plm.threads)
-    with BlockingPLM(connect(config.plm, run.bundle.card, {"max_tokens": None})) as plm:
+    engine = {"max_tokens": None, "prefix_positions": 2 * shared}  # each step puts another prefix
+    with BlockingPLM(connect(config.plm, run.bundle.card, engine)) as plm:
         end = run.bundle.card.eos_token_ids[0] if end is None else end
         replaced = tuple(pairs["train"][0].prompt[:shared])
         start = plm.read_prefix(replaced)
@@ -66,6 +66,11 @@ def _train(run: Run) -> TrainerHistory:
             c, plm, run.bundle.head, Prefix(start.embeddings, start.shape, c.frozen), batches["train"], batches["dev"],
             folder, config.seed,
         )  # fmt: skip
+        _ = trainer.model  # refuses what cannot be trained, before anything is set aside
+        run.claim("train_prefix")
+        if not c.resume:
+            for name in trainer.resumed_from:
+                (folder / name).unlink(missing_ok=True)
         with track("training prefix", trainer.steps) as bar:
             trainer.on_point = showing_loss(bar)
             history = trainer.run()
@@ -80,6 +85,13 @@ def _batches(
 ) -> list[tuple[ExtractBatch, torch.Tensor]]:
     """Prompts without their shared tokens, and the targets of every requested representation, the end token last."""
     batches = []
+    start = pairs[0].prompt[:shared]
+    for example in pairs:
+        if example.prompt[:shared] != start or len(example.prompt) == shared:
+            raise UserError(
+                f"The prompt of example {example.example_id} does not begin with the {shared} tokens that the others "
+                "share and go on, so a prefix cannot take their place. Remove the example."
+            )
     for examples in plan_batches(pairs, max_tokens, shared):
         token_ids = [example.prompt[shared:] + example.target for example in examples]
         first = [len(example.prompt) - shared - 1 for example in examples]

@@ -23,7 +23,7 @@ from pema_ray.plm_owner.engine.extraction import Extraction, ExtractJob, Gradien
 from pema_ray.plm_owner.engine.fair import FairQueue
 from pema_ray.plm_owner.engine.prefixes import Prefixes, read_prefix
 from pema_ray.plm_owner.engine.sessions import Sessions, StepJob
-from pema_ray.plm_owner.engine.slots import SlotTokens, make_caches
+from pema_ray.plm_owner.engine.slots import SlotCaches, SlotTokens, make_caches
 from pema_ray.plm_owner.model.load import LoadedPLM
 
 Job = StepJob | ExtractJob
@@ -49,8 +49,9 @@ class Batcher:
         self._vocabulary = min(head.vocab_size, plm.model.get_input_embeddings().weight.shape[0])
         self._caches = make_caches(plm, config.slots, self.max_tokens)
         self._sessions = Sessions(self._caches, config.slots, config.idle_seconds, clock)
-        self.prefixes = Prefixes(plm, config.prefix_positions)
         self._extraction = Extraction(plm, self.pass_tokens, config.share_passes)
+        usable = isinstance(self._caches, SlotCaches) and self._extraction.reuses_prefixes
+        self.prefixes = Prefixes(plm, config.prefix_positions, usable)
         self._waiting: deque[StepJob] = deque()
         self._active: list[StepJob] = []
         self._extractions: list[ExtractJob] = []
@@ -68,12 +69,14 @@ class Batcher:
         """
         slot_deadline = deadline if step.waits else min(deadline, self._clock() + _SLOT_GRACE)
         job = StepJob(owner, step, deadline, slot_deadline)
+        job.prefix, job.result = self._find_prefix(owner, step.handle)
         self._waiting.append(job)
         return job
 
     def submit_extraction(self, owner: str, batch: ExtractBatch, deadline: float = float("inf")) -> ExtractJob:
         """Queue an extraction; those of one owner run in order."""
         job = ExtractJob(owner, batch, deadline, tokens=batch.tokens)
+        job.owned, job.result = self._find_prefix(owner, batch.handle)
         self._extractions.append(job)
         return job
 
@@ -82,8 +85,16 @@ class Batcher:
     ) -> GradientJob:
         """Queue a gradient of the batch's prefix, among the extractions of its owner."""
         job = GradientJob(owner, batch, deadline, tokens=batch.tokens, d_state_NH=d_state_NH)
+        job.owned, job.result = self._find_prefix(owner, batch.handle)
         self._extractions.append(job)
         return job
+
+    def _find_prefix(self, owner: str, handle: str) -> tuple[Prefix | None, PrefixLost | None]:
+        """The prefix of a request, or why there is none; a request keeps what it was given, whatever is put later."""
+        try:
+            return (self.prefixes.get(owner, handle) if handle else None), None
+        except PrefixLost as error:
+            return None, error
 
     @torch.inference_mode()
     def read_prefix(self, token_ids: Sequence[int]) -> Prefix:
@@ -92,6 +103,9 @@ class Batcher:
         Raises:
             UserError: this PLM takes no prefix, or not one so long, or the text holds what is no token.
         """
+        _ = self.prefixes.required_shape
+        if not token_ids:
+            raise UserError("A prefix starts from at least one token.")
         self._check_length(len(token_ids))
         self._check_tokens([token_ids])
         return read_prefix(self._plm, token_ids)
@@ -251,15 +265,19 @@ class Batcher:
         full = False
         self._sessions.begin_scan()
         for job in self._waiting:
+            if job.result is not None:
+                refused.append(job)
+                continue
             slot = self._sessions.find(job.key)
+            if slot is not None and slot.job is None and job.step.position == 0 and job.step.handle != slot.handle:
+                self._sessions.close(job.key)  # opened anew behind another prefix
+                slot = None
             try:
                 if job.key in waiting_sessions or (slot is not None and slot.job is not None):
                     began = False
                 elif slot is None and job.step.position == 0:
                     if self._sessions.was_closed(job.key):
                         raise SessionLost(job.step.session)
-                    if job.step.handle:
-                        job.prefix = self.prefixes.get(job.owner, job.step.handle)
                     self._check(job.step, 0 if job.prefix is None else len(job.prefix))
                     prefilling = (active for active in self._active if len(active.remaining) > _SHORT)
                     began, full = self._sessions.open(job, prefilling, full)
@@ -270,7 +288,7 @@ class Batcher:
                 if not began and self._clock() > (job.slot_deadline if full else job.deadline):
                     reason = f"no slot became free in time: {self.config.slots} sessions are being decoded."
                     raise Busy(reason, 1.0 if job.step.waits else 0.0)
-            except (SessionLost, PrefixLost, UserError, Busy) as error:
+            except (SessionLost, UserError, Busy) as error:
                 job.result = error
                 refused.append(job)
                 continue
@@ -286,24 +304,24 @@ class Batcher:
         """Refuse extractions that are invalid or have waited too long; returns them."""
         refused: list[Job] = []
         for job in self._extractions:
+            if job.result is not None:
+                refused.append(job)
+                continue
             try:
                 if not job.checked:
                     self._check_extraction(job)
                     job.checked = True
                 if not job.begun and self._clock() > job.deadline:
                     raise Busy(f"{self.waiting_tokens} tokens wait for representations.")
-            except (UserError, Busy, PrefixLost) as error:
+            except (UserError, Busy) as error:
                 job.result = error
                 refused.append(job)
         self._extractions = [job for job in self._extractions if job.result is None]
         return refused
 
     def _check_extraction(self, job: ExtractJob) -> None:
-        """Look up the job's prefix, and refuse what would fail in a pass."""
-        batch, positions = job.batch, 0
-        if batch.handle:
-            job.owned = self.prefixes.get(job.owner, batch.handle)
-            positions = len(job.owned)
+        """Refuse what would fail in a pass."""
+        batch, positions = job.batch, 0 if job.owned is None else len(job.owned)
         self._check_length(positions + batch.longest)
         self._check_tokens([batch.prefix, *batch.token_ids])
         if not isinstance(job, GradientJob):

@@ -17,6 +17,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from pema_ray.errors import UserError
 from pema_ray.line import ExtractBatch
 from pema_ray.line.prefix import Prefix
 from pema_ray.plm_owner.engine.checks import attempt, holds_plain_rows, plain_states, random_ids, same_states
@@ -26,6 +27,7 @@ from pema_ray.plm_owner.model.states import capture_state
 
 _SHORTEST_PREFIX = 8  # tokens; a shorter one is computed with every sequence
 _MAX_PREFIXES = 8  # owners whose last prefix is cached
+_GRADIENT_BUDGET = 512  # positions whose graph is kept, at least, if a pass may have as many
 _ROWS_OF_PREFIX = 64  # a pass attends to at most this × its budget of prefix positions
 
 
@@ -147,7 +149,11 @@ class Extraction:
             return 1, len(ids)
         pieces = [(job, job._pieces.pop(0))]
         if isinstance(job, GradientJob):
-            return self._differentiate(job, pieces[0][1])
+            try:
+                return self._differentiate(job, pieces[0][1])
+            except (RuntimeError, NotImplementedError) as error:  # memory, or a kernel without a backward pass
+                job.result = UserError(f"{self._plm.name}: the gradient of a prefix cannot be computed: {error}")
+                return 0, 0
         if self._share_passes and self.batches:
             self._fill(pieces, jobs[1:])
         positions = self._run(pieces)
@@ -166,7 +172,7 @@ class Extraction:
         for job in jobs:
             if count == limit or (count + 1) * width > self.budget:
                 return
-            if isinstance(job, GradientJob) or job.batch.prefix != first.batch.prefix:
+            if isinstance(job, GradientJob) or job.owned is not None or job.batch.prefix != first.batch.prefix:
                 continue
             if not job.begun:
                 self._begin(job)
@@ -188,7 +194,8 @@ class Extraction:
         elif job.owned is not None:
             job._prefix = self._new_prefix((), job)
         lengths = [job.length(i) for i in range(len(job.batch.token_ids))]
-        job._pieces = cut(lengths, self.budget, self._max_sequences(job) if self.batches else 1)
+        budget = max(_GRADIENT_BUDGET, self.budget // 4) if isinstance(job, GradientJob) else self.budget
+        job._pieces = cut(lengths, min(self.budget, budget), self._max_sequences(job) if self.batches else 1)
 
     def _max_sequences(self, job: ExtractJob) -> int:
         """Of a pass."""
@@ -249,9 +256,11 @@ class Extraction:
             states, positions = self._states(
                 [(job, i) for i in piece], prefix_cache(self._plm, job.owned.replaced(embeddings))
             )
-            d_states = [job.d_state_NH[job.rows(i)].to(state) for i, state in zip(piece, states, strict=True)]
-            (gradient,) = torch.autograd.grad(torch.cat(states), embeddings, torch.cat(d_states))
-        exact = gradient.double() if gradient.dtype == torch.float64 else gradient.float()
+            largest = float(job.d_state_NH.abs().max()) or 1.0  # small numbers are no numbers of 16 bits
+            d_state = torch.cat([job.d_state_NH[job.rows(i)] for i in piece]) / largest
+            state_NH = torch.cat(states)
+            (gradient,) = torch.autograd.grad(state_NH, embeddings, d_state.to(state_NH))
+        exact = (gradient if gradient.dtype == torch.float64 else gradient.float()) * largest
         job.gradient = exact if job.gradient is None else job.gradient + exact
         job.tokens -= sum(len(job.batch.token_ids[i]) for i in piece)
         if not job._pieces:

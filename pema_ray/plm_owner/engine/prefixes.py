@@ -22,7 +22,7 @@ from pema_ray.plm_owner.model.load import LoadedPLM
 @torch.inference_mode()
 def prefix_shape(plm: LoadedPLM) -> PrefixShape | None:
     """What a prefix of this PLM holds of each position; None for a PLM that takes none: its cache holds more than keys
-    and values, or its layers differ in size."""
+    and values, its layers differ in size, or they lie on several devices."""
     if not holds_plain_rows(plm):
         return None
     cache: Any = DynamicCache(config=plm.model.config)
@@ -30,7 +30,7 @@ def prefix_shape(plm: LoadedPLM) -> PrefixShape | None:
         input_ids=torch.tensor([random_ids(plm, 1, 0)], device=plm.device), past_key_values=cache, use_cache=True
     )
     shapes = {tuple(rows.shape) for layer in cache.layers for rows in (layer.keys, layer.values)}
-    if len(shapes) != 1:
+    if len(shapes) != 1 or len({layer.keys.device for layer in cache.layers}) != 1:
         return None
     ((_, heads, _, size),) = shapes
     return PrefixShape(len(cache.layers), heads, size)
@@ -64,33 +64,47 @@ class Prefixes:
     """What every data owner has put, the least recently used dropped first.
 
     Args:
-        budget: positions kept for one owner, over all its prefixes.
+        budget: positions kept for one owner, over all its prefixes; 0: none are taken.
+        usable: whether the engine reuses keys and values for extractions and for sessions alike.
+
+    Attributes:
+        shape: of the prefixes that are taken; None: none.
     """
 
-    def __init__(self, plm: LoadedPLM, budget: int) -> None:
+    def __init__(self, plm: LoadedPLM, budget: int, usable: bool = True) -> None:
         self._plm, self._budget = plm, budget
         self._kept: dict[str, OrderedDict[str, Prefix]] = {}
-        self.shape = prefix_shape(plm)
+        self.shape = prefix_shape(plm) if usable and budget else None
 
     def put(self, owner: str, prefix: Prefix) -> None:
-        """Keep a prefix.
+        """Keep a copy of a prefix.
 
         Raises:
-            UserError: this PLM takes none of this shape, or none so long.
+            UserError: this PLM takes none of this shape, none so long, or none with such numbers.
         """
-        if self.shape is None:
-            raise UserError(f"{self._plm.name} takes no prefix: its caches hold more than keys and values of one size.")
-        if prefix.shape != self.shape:
+        if prefix.shape != self.required_shape:
             raise UserError(f"This prefix is for another PLM: it has {prefix.shape}, {self._plm.name} {self.shape}.")
         if len(prefix) > self._budget:
             raise UserError(f"A prefix of {len(prefix)} positions is longer than is kept here ({self._budget}).")
-        if not torch.isfinite(prefix.embeddings).all():
-            raise UserError("A prefix must be finite: this one holds infinities or NaN.")
+        if not prefix.embeddings.is_floating_point():
+            raise UserError(f"A prefix holds floating-point numbers, not {prefix.embeddings.dtype}.")
+        if not torch.isfinite(prefix.embeddings.to(self._plm.model.dtype)).all():
+            raise UserError(f"A prefix must be finite in {self._plm.model.dtype}: this one holds infinities or NaN.")
         kept = self._kept.setdefault(owner, OrderedDict())
-        kept[prefix.handle] = prefix
+        kept[prefix.handle] = prefix.replaced(prefix.embeddings.detach().cpu().clone())
         kept.move_to_end(prefix.handle)
         while sum(map(len, kept.values())) > self._budget:
             kept.popitem(last=False)
+
+    @property
+    def required_shape(self) -> PrefixShape:
+        """Raises UserError if this PLM takes no prefix."""
+        if self.shape is None:
+            raise UserError(
+                f"{self._plm.name} takes no prefix: its caches hold more than keys and values of one size, or lie on "
+                "several devices, or it decodes one sequence at a time, or engine.prefix_positions is 0."
+            )
+        return self.shape
 
     def get(self, owner: str, handle: str) -> Prefix:
         """What this owner has put under a handle.

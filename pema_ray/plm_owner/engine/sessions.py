@@ -28,8 +28,10 @@ class Slot:
     owner: str = ""
     ids: list[int] = field(default_factory=list)
     """Tokens whose keys and values are in the cache, even after the session has ended."""
+    handle: str = ""
+    """Of the data owner's prefix before its tokens; empty: none."""
     prefix_positions: int = 0
-    """The first so many of `ids` stand for a data owner's prefix, whose positions have no tokens."""
+    """The first so many of `ids` stand for that prefix, whose positions have no tokens."""
     session: str | None = None
     job: StepJob | None = None
     used: float = 0.0
@@ -154,10 +156,13 @@ class Sessions:
             return False, True
         if source is not None and source is not target:
             self._caches.copy(source.number, target.number, shared)
+        if target.handle:  # a prefix may lead to infinities, which masks do not hide from the next sequence
+            self._caches.clear(target.number, shared)
         if job.prefix is not None and shared < len(prefix):
             self._caches.load(target.number, job.prefix)
             shared = len(prefix)
-        target.owner, target.session, target.prefix_positions = job.owner, step.session, len(prefix)
+        target.owner, target.session = job.owner, step.session
+        target.handle, target.prefix_positions = step.handle, len(prefix)
         self._by_key[job.key] = target
         self._begin(job, target, ids, shared)
         return True, False

@@ -57,6 +57,10 @@ class Caches(Protocol):
         """Let a slot begin with a data owner's prefix."""
         ...
 
+    def clear(self, slot: int, start: int) -> None:
+        """Zero a slot from a position on."""
+        ...
+
 
 def make_caches(plm: LoadedPLM, slots: int, max_positions: int) -> Caches:
     """Caches for this PLM, of `max_positions` a slot.
@@ -153,6 +157,11 @@ class _SlotLayer(DynamicLayer):
             grown[:, :, : cache_ShTD.shape[2]] = cache_ShTD
         return grown
 
+    def clear(self, slot: int, start: int) -> None:
+        for cache_ShTD in (self.keys, self.values):
+            if cache_ShTD is not None:
+                cache_ShTD[slot, :, start:] = 0
+
     def load(self, slot: int, keys_1hnD: torch.Tensor, values_1hnD: torch.Tensor, capacity: int) -> None:
         """Let a slot begin with these keys and values."""
         self.keys = self._grown(self.keys, keys_1hnD, capacity)
@@ -224,6 +233,11 @@ class SlotCaches:
         for layer in self._cache.layers:
             layer.copy(source, target, length)
         self._length[target] = length
+
+    @torch.inference_mode()
+    def clear(self, slot: int, start: int) -> None:
+        for layer in self._cache.layers:
+            layer.clear(slot, start)
 
     @torch.inference_mode()
     def load(self, slot: int, prefix: Prefix) -> None:
@@ -304,3 +318,6 @@ class SeparateCaches:
 
     def load(self, slot: int, prefix: Prefix) -> None:
         raise UserError(f"{self._plm.name} decodes one sequence at a time, and behind no prefix.")
+
+    def clear(self, slot: int, start: int) -> None:
+        """A slot that is opened anew is computed from its first token."""

@@ -146,7 +146,9 @@ def test_gradients_of_split_batches_sum(plm_of, batcher_for):
     rest = ExtractBatch(SEQUENCES[1:], FIRST[1:], (), prefix.handle)
     parts = zip((first, rest), d_state_NH.split([first.rows, rest.rows]), strict=True)
     summed = sum(finish(batcher, batcher.submit_gradient("me", batch, d_state)) for batch, d_state in parts)
-    torch.testing.assert_close(finish(batcher, batcher.submit_gradient("me", whole, d_state_NH)), summed)
+    torch.testing.assert_close(
+        finish(batcher, batcher.submit_gradient("me", whole, d_state_NH)), summed, **close("llama")
+    )
 
 
 def test_a_prefix_is_its_owners_alone_and_the_oldest_goes(plm_of, batcher_for):
@@ -189,6 +191,10 @@ def test_what_fits_no_pass_is_refused_by_name(plm_of, batcher_for):
         batcher.prefixes.put("me", random_prefix(batcher_for(plm_of("gpt2"))))
     with pytest.raises(UserError, match="must be finite"):
         batcher.prefixes.put("me", prefix.replaced(prefix.embeddings / 0))
+    with pytest.raises(UserError, match=r"floating-point numbers, not torch.int32"):
+        batcher.prefixes.put("me", prefix.replaced(prefix.embeddings.int()))
+    with pytest.raises(UserError, match="at least one token"):
+        batcher.read_prefix([])
     batcher.prefixes.put("me", prefix)
     long = ExtractBatch(SEQUENCES, FIRST, (), prefix.handle)
     with pytest.raises(UserError, match="A text of 13 tokens is longer"):
@@ -205,12 +211,54 @@ def test_what_fits_no_pass_is_refused_by_name(plm_of, batcher_for):
         finish(batcher, batcher.submit_gradient("me", ExtractBatch(SEQUENCES[:1], [0]), torch.zeros(5, 32)))
 
 
+def test_a_gradient_too_small_for_16_bits_is_not_lost(plm_of, batcher_for):
+    batcher = batcher_for(plm_of("llama", torch.float16))
+    shape = batcher.prefixes.shape
+    prefix = Prefix(torch.randn(6, shape.width, generator=torch.Generator().manual_seed(0)), shape)
+    batcher.prefixes.put("me", prefix)
+    batch = ExtractBatch(SEQUENCES, FIRST, (), prefix.handle)
+    d_state_NH = torch.randn(batch.rows, 32, generator=torch.Generator().manual_seed(1))
+    large, small = (finish(batcher, batcher.submit_gradient("me", batch, d_state_NH * size)) for size in (1, 1e-8))
+    torch.testing.assert_close(small * 1e8, large, atol=2e-2, rtol=2e-2)
+
+
+def test_a_failing_gradient_ends_its_request_alone(plm_of, batcher_for, monkeypatch):
+    batcher = batcher_for(plm_of("llama"))
+    prefix = random_prefix(batcher)
+    batcher.prefixes.put("me", prefix)
+    batch = ExtractBatch(SEQUENCES, FIRST, (), prefix.handle)
+
+    def out_of_memory(*arguments, **keywords):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.autograd, "grad", out_of_memory)
+        with pytest.raises(UserError, match="the gradient of a prefix cannot be computed: out of memory"):
+            finish(batcher, batcher.submit_gradient("me", batch, torch.ones(batch.rows, 32)))
+    assert finish(batcher, batcher.submit_gradient("me", batch, torch.ones(batch.rows, 32))) is not None
+
+
+def test_a_request_keeps_the_prefix_that_it_was_given(plm_of, batcher_for):
+    batcher = batcher_for(plm_of("llama"), prefix_positions=6)
+    first, second = random_prefix(batcher, 6, 0), random_prefix(batcher, 6, 1)
+    batcher.prefixes.put("me", first)
+    batch = ExtractBatch(SEQUENCES, FIRST, (), first.handle)
+    expected = finish(batcher, batcher.submit_extraction("me", batch))
+    waiting = batcher.submit_extraction("me", batch)
+    batcher.prefixes.put("me", second)  # in its place
+    torch.testing.assert_close(finish(batcher, waiting), expected)
+
+
 @pytest.mark.parametrize("kind", ["mamba", "jamba"])
 def test_models_whose_caches_hold_more_take_none(kind: str, plm_of, batcher_for):
     batcher = batcher_for(plm_of(kind, torch.float32))
     assert batcher.prefixes.shape is None
-    with pytest.raises(UserError, match=f"{kind}.* takes no prefix"):
-        batcher.prefixes.put("me", random_prefix(batcher_for(plm_of("llama"))))
+    for request in (
+        lambda: batcher.prefixes.put("me", random_prefix(batcher_for(plm_of("llama")))),
+        lambda: batcher.read_prefix(TEXT),
+    ):
+        with pytest.raises(UserError, match=f"{kind}.* takes no prefix"):
+            request()
 
 
 def test_a_text_longer_than_a_window_starts_no_prefix(plm_of, batcher_for):
@@ -270,3 +318,31 @@ def test_openings_behind_an_unknown_prefix_are_lost(plm_of, batcher_for):
     assert take(batcher, "a", 0, SEQUENCES[1], prefix.handle).state_NH.shape == (1, 32)
     with pytest.raises(UserError, match="A text of 13 tokens"):
         take(batcher, "a", 3, [5, 6, 7, 8])
+
+
+def test_an_opening_behind_another_prefix_opens_anew(plm_of, batcher_for):
+    batcher = batcher_for(plm_of("llama"))
+    prefix = random_prefix(batcher)
+    batcher.prefixes.put("me", prefix)
+    text = SEQUENCES[0]
+    for handle in ("", prefix.handle, ""):
+        state = take(batcher, "a", 0, text, handle).state_NH
+        expected = finish(batcher, batcher.submit_extraction("me", ExtractBatch([text], [4], (), handle)))
+        torch.testing.assert_close(state, expected, **close("llama"))
+    with pytest.raises(PrefixLost):
+        take(batcher, "a", 0, text, "nobody put it")
+
+
+def test_a_prefix_that_leads_to_infinities_stays_with_its_owner(plm_of, batcher_for):
+    batcher = batcher_for(plm_of("llama", torch.float32), slots=2)
+    prefix = random_prefix(batcher, 30)
+    prefix = prefix.replaced((prefix.embeddings.clamp(-3, 3) * 1e38).float())
+    batcher.prefixes.put("me", prefix)
+    spoiled = take(batcher, "a", 0, SEQUENCES[2], prefix.handle, states=7)
+    assert not torch.isfinite(spoiled.state_NH).all()
+    batcher.close("me", "a")
+    steps = [Step("long", 0, list(range(5, 60))), Step("short", 0, SEQUENCES[1])]
+    jobs = [batcher.submit("you", step) for step in steps]
+    assert all(torch.isfinite(finish(batcher, job).state_NH).all() for job in jobs)
+    more = [batcher.submit("you", Step("long", 55, [7])), batcher.submit("you", Step("short", 3, [7]))]
+    assert all(torch.isfinite(finish(batcher, job).state_NH).all() for job in more)
