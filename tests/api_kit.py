@@ -66,7 +66,7 @@ class Service:
     """The API with one replica of the PLM owner.
 
     Args:
-        live: adapters and tasks, as `Live` takes them.
+        live: adapters and tasks, as `DataOwnerUserConfig` takes them.
         decoder: settings, as `DecoderConfig` takes them.
         engine: settings of the PLM owner's engine.
     """

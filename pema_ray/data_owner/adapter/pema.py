@@ -228,7 +228,7 @@ class PemaAdapter(nn.Module):
             f"- rank {c.rank}, hidden size {c.hidden_size}, {c.space.replace('_', '-')}"
             f"{', residual' if c.residual else ''}"
             f"{looks}, κ = {c.kappa}, dropout {c.dropout}\n\n{figures}"
-            "```python\nfrom pema_ray.data_owner import PemaAdapter\n\n"
+            "```python\nfrom pema_ray.data_owner.adapter.pema import PemaAdapter\n\n"
             'adapter = PemaAdapter.from_pretrained("this/folder")\n```\n\n'
             "It holds what was learned from the data owner's text; treat it as you would treat that text.\n"
         )

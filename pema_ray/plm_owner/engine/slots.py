@@ -141,11 +141,14 @@ class _SlotLayer(DynamicLayer):
         current = self._current[0].on(key_states.device)
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        self.keys = self._grown(self.keys, key_states, current.capacity)
-        self.values = self._grown(self.values, value_states, current.capacity)
-        for cache_ShTD, new_BhnD in ((self.keys, key_states), (self.values, value_states)):
-            cache_ShTD[current.row_B1, :, current.position_Bn] = new_BhnD.transpose(1, 2)
+        self.keys = self._written(self.keys, key_states, current)
+        self.values = self._written(self.values, value_states, current)
         return self.keys[current.rows, :, : current.total], self.values[current.rows, :, : current.total]
+
+    def _written(self, cache_ShTD: torch.Tensor | None, new_BhnD: torch.Tensor, current: _Pass) -> torch.Tensor:
+        cache_ShTD = self._grown(cache_ShTD, new_BhnD, current.capacity)
+        cache_ShTD[current.row_B1, :, current.position_Bn] = new_BhnD.transpose(1, 2)
+        return cache_ShTD
 
     def _grown(self, cache_ShTD: torch.Tensor | None, new_BhnD: torch.Tensor, capacity: int) -> torch.Tensor:
         """The cache with room for `capacity` positions in each slot."""

@@ -134,8 +134,8 @@ class Sequences:
 
     Attributes:
         token: all tokens, one sequence after the other (int32).
-        end_N: where each ends (int64).
-        document_N: `document_code` of the document each was cut from.
+        end: where each ends (int64).
+        document: `document_code` of the document each was cut from.
     """
 
     token: Sequence[np.ndarray]

@@ -60,7 +60,10 @@ def add_parts(build: IndexBuild, missing: list[int], config: IndexConfig):
     """Add parts by Ray tasks; yields the number of each finished part."""
     import ray
 
-    task: Any = ray.remote(num_cpus=config.cpus_per_actor)(IndexBuild.add)
+    def add(build: IndexBuild, number: int) -> None:
+        build.add(number)
+
+    task: Any = ray.remote(num_cpus=config.cpus_per_actor)(add)
     running = {task.remote(build, number): number for number in missing[: config.actors]}
     rest = missing[config.actors :]
     while running:

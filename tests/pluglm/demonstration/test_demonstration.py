@@ -1,4 +1,4 @@
-"""The demonstration of edited facts: its world, figures and page. Whether it learns is not tested local."""
+"""The demonstration of edited facts: its world, figures and page. Whether it learns is not tested here."""
 
 from __future__ import annotations
 
