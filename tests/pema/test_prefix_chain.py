@@ -13,6 +13,8 @@ from pema_ray.memory import ExternalMemory
 from pema_ray.pema.config import load_config
 from pema_ray.pema.method import PEMA
 from pema_ray.pema.run import Run
+from pema_ray.pema.stages.train_prefix import _batches
+from pema_ray.tasks import EncodedPair
 
 PREFIX = {"rank": 4, "epochs": 4, "validate_every": 2, "learning_rate": 1e-2, "prefix_learning_rate": 5e-2}
 
@@ -49,6 +51,14 @@ def test_a_prefix_is_trained_and_every_stage_runs_behind_it(experiment, ray_clus
     (folder / "prefix.json").write_text(json.dumps({"replaces": [5], "fingerprint": "another"}))
     with pytest.raises(FingerprintMismatch):
         PEMA.run("export_head", third)
+
+
+def test_a_prompt_that_a_prefix_cannot_stand_before_is_named():
+    pairs = [EncodedPair(1, [5, 6, 7], [8]), EncodedPair(2, [5, 9, 7], [8])]
+    assert len(_batches(pairs[:1], (5, 6), 1, 64)) == 1
+    for wrong in (pairs, [EncodedPair(2, [5, 6], [8])]):
+        with pytest.raises(UserError, match=r"example 2 does not continue the 2 tokens"):
+            _batches(wrong, (5, 6), 1, 64)
 
 
 def test_what_a_prefix_cannot_start_from_is_refused(experiment):

@@ -61,7 +61,7 @@ def _train(run: Run) -> TrainerHistory:
         end = run.bundle.card.eos_token_ids[0] if end is None else end
         replaced = tuple(pairs["train"][0].prompt[:shared])
         start = plm.read_prefix(replaced)
-        batches = {split: _batches(examples, shared, end, c.max_batch_tokens) for split, examples in pairs.items()}
+        batches = {split: _batches(examples, replaced, end, c.max_batch_tokens) for split, examples in pairs.items()}
         trainer = PrefixTrainer(
             c, plm, run.bundle.head, Prefix(start.embeddings, start.shape, c.frozen), batches["train"], batches["dev"],
             folder, config.seed,
@@ -81,16 +81,19 @@ def _train(run: Run) -> TrainerHistory:
 
 
 def _batches(
-    pairs: Sequence[EncodedPair], shared: int, end: int, max_tokens: int
+    pairs: Sequence[EncodedPair], replaced: tuple[int, ...], end: int, max_tokens: int
 ) -> list[tuple[ExtractBatch, torch.Tensor]]:
-    """Prompts without their shared tokens, and the targets of every requested representation, the end token last."""
-    batches = []
-    start = pairs[0].prompt[:shared]
+    """Prompts without the tokens that the prefix replaces, and the target of every requested representation.
+
+    Raises:
+        UserError: a prompt begins otherwise, or ends with these tokens.
+    """
+    batches, shared = [], len(replaced)
     for example in pairs:
-        if example.prompt[:shared] != start or len(example.prompt) == shared:
+        if tuple(example.prompt[:shared]) != replaced or len(example.prompt) == shared:
             raise UserError(
-                f"The prompt of example {example.example_id} does not begin with the {shared} tokens that the others "
-                "share and go on, so a prefix cannot take their place. Remove the example."
+                f"The prompt of example {example.example_id} does not continue the {shared} tokens that all prompts "
+                "should begin with, so a prefix cannot replace them. Remove the example."
             )
     for examples in plan_batches(pairs, max_tokens, shared):
         token_ids = [example.prompt[shared:] + example.target for example in examples]
