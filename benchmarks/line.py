@@ -20,12 +20,12 @@ from _wire import Wire
 from build_memory import PACKAGED, tiny_model
 
 from pema_ray.data_owner.remote import RemotePLM
-from pema_ray.demonstrations.organisation import Organisation
-from pema_ray.demonstrations.two_owners import PLM_PORT, set_up_plm_owner
 from pema_ray.line import ExtractBatch, PLMClient, Step, Stepped
 from pema_ray.line.plm_config import PLMConfig
 from pema_ray.memory.plan import ShardPlan
 from pema_ray.memory.rows import rows_of_shard
+from pema_ray.pema.demonstration.organisation import Organisation
+from pema_ray.pema.demonstration.two_owners import PLM_PORT, set_up_plm_owner
 from pema_ray.plm_owner import EngineConfig, LocalPLM
 from pema_ray.plm_owner.service.access import Quota, add_client
 from pema_ray.tasks import Prompter, load_pairs, load_task

@@ -105,7 +105,7 @@ def two_owners(
     folder: Annotated[Path, typer.Option(help="Gets a folder for each organisation.")] = Path("runs/two_owners"),
 ) -> None:
     """Run two organisations on this machine: a PLM owner behind TLS and a key, and a data owner without weights."""
-    from pema_ray.demonstrations.two_owners import run
+    from pema_ray.pema.demonstration.two_owners import run
 
     run(config, folder, overrides or [])
 

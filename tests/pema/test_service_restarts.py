@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from pema_ray.demonstrations.organisation import self_signed_certificate
 from pema_ray.errors import UserError
 from pema_ray.memory import ExternalMemory
 from pema_ray.pema.config import load_config
+from pema_ray.pema.demonstration.organisation import self_signed_certificate
 from pema_ray.pema.method import PEMA
 from pema_ray.plm_owner.service.access import Quota, add_client
 

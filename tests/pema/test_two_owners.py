@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pema_ray.demonstrations import two_owners
-from pema_ray.demonstrations.organisation import Organisation
 from pema_ray.evaluation.results import Evaluation
 from pema_ray.memory import ExternalMemory
+from pema_ray.pema.demonstration import two_owners
+from pema_ray.pema.demonstration.organisation import Organisation
 
 
 def test_a_data_owners_process_cannot_import_the_plm_owners_code(tmp_path: Path):

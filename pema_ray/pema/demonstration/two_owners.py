@@ -19,9 +19,9 @@ from typing import Any
 import yaml
 
 import pema_ray
-from pema_ray.demonstrations.organisation import Organisation, self_signed_certificate, two_organisations
 from pema_ray.errors import UserError
 from pema_ray.pema.config import load_config
+from pema_ray.pema.demonstration.organisation import Organisation, self_signed_certificate, two_organisations
 from pema_ray.runtime.progress import console
 
 PLM_PORT, _API_PORT = 8443, 8001

@@ -1,1 +1,0 @@
-"""Demonstrations that run whole topologies on one machine. They call the command line, as a user would."""
