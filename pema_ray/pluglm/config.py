@@ -157,9 +157,7 @@ class PretrainSettings(MemoryTrainingConfig):
     checkpoint_every: int = Field(default=200, ge=1)
     """Steps between two checkpoints."""
     validate_every: int = Field(default=200, ge=1)
-    """Steps between two validations, with `validation` texts."""
-    validation_sequences: int = Field(default=1024, ge=1)
-    """At most so many sequences of `validation`, from the first."""
+    """Steps between two validations, with the first 1,024 sequences of `validation`."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> PretrainSettings:

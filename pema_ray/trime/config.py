@@ -278,8 +278,6 @@ class TrimeEvaluateConfig(SearchConfig):
     """Further values of k, to plot perplexity."""
     taus: tuple[float, ...] = (0.7, 0.8, 0.9, 1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.4, 1.6, 2.0)
     """τ to choose from, where memory and vocabulary share a normaliser."""
-    cache_taus: tuple[float, ...] = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 2.5, 3.2, 4.0, 6.0)
-    """τ of a plain language model's continuous cache, over final states, which are larger than keys."""
     interp_temps: tuple[float, ...] = ()
     """Temperatures of the raw similarity in the second interpolation; none: √H (inner product) or H (l2) times
     0.008 to 4."""
@@ -301,7 +299,7 @@ class TrimeEvaluateConfig(SearchConfig):
                 raise ValueError(f"'{name}' is no system.{nearest(name, SYSTEM_NAMES)}")
         return names
 
-    @field_validator("taus", "cache_taus", "interp_temps")
+    @field_validator("taus", "interp_temps")
     @classmethod
     def _are_temperatures(cls, values: tuple[float, ...]) -> tuple[float, ...]:
         if any(not value > 0 for value in values):
@@ -315,9 +313,7 @@ class TableConfig(Section):
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of weights, batches and dropout; all share one split of the corpus (`prepare.seed`)."""
     memories: tuple[MemoryKind, ...] = ("none", "local", "long", "ext")
-    """Objectives; `none` is the baseline, whose training time the others get."""
-    equal_time: bool = True
-    """Train each TRIME model a second time, for as many updates as fit into the plain model's time."""
+    """Objectives; `none` is the baseline, whose training time the others get, each in a second training."""
     settings: dict[MemoryKind, dict[str, Any]] = {}
     """Objective -> settings (`section.key`) of it alone."""
 

@@ -41,8 +41,6 @@ class DecoderConfig(UnrollingConfig):
     """For a whole answer."""
     draft: int = Field(default=8, ge=0, le=16)
     """Longest draft. Draft length and source adapt to measured acceptance and latency."""
-    draft_by_plm: bool = True
-    """Let the PLM owner draft as well, where round trips are long."""
     max_live: int = Field(default=256, ge=1)
     """Answers at a time (beam search counts every beam); more are rejected with status 503."""
     device: str = "auto"
@@ -176,8 +174,7 @@ class DataOwner:
         self.decoder = Decoder(
             client, head, self.tokenizer, eos, c.max_live, threads=c.threads, max_sessions=described.limits.max_sessions
         )
-        if c.draft_by_plm:
-            self.decoder.allow_plm_drafts(min(c.draft, described.limits.max_draft))
+        self.decoder.allow_plm_drafts(min(c.draft, described.limits.max_draft))
         self._use(await asyncio.to_thread(self._load, self._user_config))
 
     def use_metrics(self, metrics: RayMetrics) -> None:

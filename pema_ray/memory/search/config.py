@@ -26,8 +26,6 @@ class IndexConfig(Section):
     4 bits up to a quarter of the key's size."""
     train_rows: int = Field(default=500_000, ge=1)
     """Keys, drawn with `seed`, that lists and codes are learned from."""
-    recall_queries: int = Field(default=256, ge=1)
-    """Keys of dev tokens that recall is measured with."""
     recall_at: int = Field(default=100, ge=1)
     """Neighbours of each key that recall is measured with."""
     actors: int = Field(default=1, ge=1)

@@ -20,6 +20,7 @@ from pema_ray.errors import UserError
 from pema_ray.memory.codec import Keys
 
 Metric = Literal["inner_product", "l2"]
+RECALL_QUERIES = 256  # keys of dev tokens that the recall of an index is measured with
 _RESCORE_CHUNK = 2**20  # numbers of keys decoded at a time while rescoring: they stay in the cache
 
 

@@ -27,6 +27,8 @@ from pema_ray.training.history import OnPoint, OnSaved, Point, TrainerHistory
 from pema_ray.training.strategies import Place
 from pema_ray.training.trainer import StepInputs
 
+_VALIDATION_SEQUENCES = 1024
+
 
 class Pretrainer(MemoryTrainer[PretrainSettings]):
     """Trains a model on the place's device; it leaves a checkpoint and the memory of that model."""
@@ -162,7 +164,7 @@ class Pretrainer(MemoryTrainer[PretrainSettings]):
         """Mean cross entropy of masked tokens, with the masks of epoch 0."""
         if self.dev is None:
             return None
-        count = min(len(self.dev), self.settings.validation_sequences)
+        count = min(len(self.dev), _VALIDATION_SEQUENCES)
         numbers = range(self.place.rank, count, self.place.world)
         size = max(1, self.settings.batch_size // self.settings.accumulate // self.place.world)
         sums = torch.zeros(2, dtype=torch.float64, device=self.place.device)  # cross entropy, tokens predicted

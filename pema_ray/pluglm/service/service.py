@@ -37,6 +37,8 @@ from pema_ray.runtime.settings import Section, validate
 
 logger = logging.getLogger(__name__)
 
+_MAX_EDITS = 256  # in one request
+
 
 class PlugLMServiceConfig(Section):
     """Models, memory, editors, and limits of requests."""
@@ -53,8 +55,6 @@ class PlugLMServiceConfig(Section):
     """Interval between checks for versions that others published."""
     max_texts: int = Field(default=64, ge=1)
     """Texts per request."""
-    max_edits: int = Field(default=256, ge=1)
-    """Edits per request."""
     threads: int = Field(default=1, ge=0)
     """CPU threads of torch."""
 
@@ -174,8 +174,8 @@ class PlugLMService:
             VersionConflict: `only_on` is not current.
             UserError: an id is unknown, a text is empty, or the memory would be too small. Nothing was published.
         """
-        if len(edits.edits) > self.config.max_edits:
-            raise UserError(f"{len(edits.edits)} edits in one request, this service takes {self.config.max_edits}.")
+        if len(edits.edits) > _MAX_EDITS:
+            raise UserError(f"{len(edits.edits)} edits in one request, this service takes {_MAX_EDITS}.")
         async with self._editing:  # one at a time, so that the response names the version of these edits
             memory = await asyncio.to_thread(self._publish, edits)
             response = {"memory": memory.name, "version": memory.version, "entries": len(memory)}

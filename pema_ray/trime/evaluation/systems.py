@@ -12,6 +12,8 @@ from pema_ray.trime.config import SYSTEM_NAMES, MemoryKind, TrimeConfig, TrimeEv
 from pema_ray.trime.evaluation.calibration import Mixture
 from pema_ray.trime.evaluation.statistics import Probe, Vectors
 
+# τ of a plain language model's continuous cache, over final states, which are larger than keys
+_CACHE_TAUS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 2.5, 3.2, 4.0, 6.0)
 _DEFAULTS: dict[MemoryKind, tuple[str, ...]] = {
     "none": ("plain", "cache_local", "cache", "knn", "knn_cache"),
     "local": ("local", "long", "long_knn"),
@@ -87,7 +89,7 @@ def make_probe(config: TrimeConfig, vectors: Vectors, hidden_size: int) -> Probe
         context_window=context,
         batch_windows=c.batch_windows,
         sizes=tuple(sorted({0, c.mem_size, *c.mem_sizes})),
-        taus=c.taus if vectors == "key" else c.cache_taus,
+        taus=c.taus if vectors == "key" else _CACHE_TAUS,
         neighbours=tuple(sorted({c.neighbours, *c.neighbour_counts})),
         interp_temps=c.interp_temps or tuple(round(scale * factor, 6) for factor in _INTERP_TEMPS),
         vectors=vectors,

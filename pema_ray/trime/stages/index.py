@@ -13,7 +13,7 @@ import torch
 
 from pema_ray.memory.search.config import IndexConfig
 from pema_ray.memory.search.index import IndexBuild, load_parts
-from pema_ray.memory.search.nearest import OnePieceSearch, SearchOptions, recall
+from pema_ray.memory.search.nearest import RECALL_QUERIES, OnePieceSearch, SearchOptions, recall
 from pema_ray.runtime.cluster import ray_cluster
 from pema_ray.runtime.hardware import pick_device
 from pema_ray.runtime.progress import track
@@ -78,7 +78,7 @@ def add_parts(build: IndexBuild, missing: list[int], config: IndexConfig):
 def measure_recall(run: TrimeRun, dev: TokenStream) -> dict[str, Any]:
     """Recall of the index as `evaluate` searches it, with and without rescoring, and the seconds of the searches."""
     c, e = run.config.index, run.config.evaluate
-    query_NH = dev_keys(run, dev, c.recall_queries)
+    query_NH = dev_keys(run, dev, RECALL_QUERIES)
     store = open_datastore(run.path("datastore"), None)
     k = min(c.recall_at, len(store))
 

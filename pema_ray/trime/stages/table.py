@@ -72,7 +72,7 @@ def run(config: TrimeConfig) -> dict[str, Any]:
     runs: dict[tuple[str, MemoryKind], list[FinishedRun]] = {}
     with ray_cluster(c.ray, max(c.train.cpus_per_worker, c.datastore.cpus_per_actor), readers=1):
         prepare.run(base)
-        equal = _equal_time(base, root) if c.table.equal_time and "none" in c.table.memories else {}
+        equal = _equal_time(base, root) if "none" in c.table.memories else {}
         for seed in c.table.seeds:
             for memory in c.table.memories:
                 budgets = [(STEPS, c.train.updates), *([(TIME, equal[memory])] if memory in equal else [])]

@@ -134,8 +134,6 @@ class MtGenerateConfig(SearchConfig):
     """Longest answer: this × source tokens + `length_extra`."""
     length_extra: int = Field(default=10, ge=1)
     """Longest answer: tokens added to those of `length_factor`."""
-    batch_sentences: int = Field(default=32, ge=1)
-    """Sentences that are decoded together."""
     neighbours: int = Field(default=16, ge=1)
     """k, neighbours of a position."""
     temperatures: tuple[float, ...] = ()

@@ -18,7 +18,7 @@ from pema_ray.line import ExtractBatch, ModelCard
 from pema_ray.memory.config import BuildMemoryConfig
 from pema_ray.memory.examples import ListedExamples
 from pema_ray.memory.search.index import IndexBuild, build_index, load_parts
-from pema_ray.memory.search.nearest import OnePieceSearch, SearchOptions, recall
+from pema_ray.memory.search.nearest import RECALL_QUERIES, OnePieceSearch, SearchOptions, recall
 from pema_ray.memory.specification import MemoryBuild
 from pema_ray.runtime.progress import track
 from pema_ray.tasks import EncodedPair
@@ -109,7 +109,7 @@ def _index(run: MtRun) -> dict[str, Any]:
     metrics: dict[str, Any] = {"rows": info.rows, "bytes": info.bytes, "parts": len(build.parts), "lists": info.lists}
     if info.kind == "exact":
         return {**metrics, "summary": f"exact search over {info.rows:,} keys"}
-    g, queries = run.config.generate, dev_keys(run, model, c.recall_queries)
+    g, queries = run.config.generate, dev_keys(run, model, RECALL_QUERIES)
     k = min(c.recall_at, len(store))
 
     def search(index: Path | None):

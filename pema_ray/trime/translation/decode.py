@@ -22,6 +22,8 @@ from pema_ray.trime.translation.config import MtGenerateConfig, System
 from pema_ray.trime.translation.data import padded
 from pema_ray.trime.translation.model import Translator
 
+_BATCH = 32  # sentences that are decoded together
+
 
 @dataclass(frozen=True, slots=True)
 class Mixing:
@@ -68,8 +70,8 @@ class TranslationDecoder:
         answers: list[list[int]] = [[] for _ in sources]
         hook = self._model.network.register_forward_hook(self._catch)
         try:
-            for first in range(0, len(order), config.batch_sentences):
-                batch = order[first : first + config.batch_sentences]
+            for first in range(0, len(order), _BATCH):
+                batch = order[first : first + _BATCH]
                 for number, answer in zip(batch, self._batch([[*sources[n], self._eos] for n in batch], config)):
                     answers[number] = answer
         finally:
