@@ -156,7 +156,7 @@ class PemaAdapter(nn.Module):
         log_adapter_BT, log_memory_BT = self.local_memory(x_BTH, target_BT)
         return log_adapter_BT[real_BT], log_memory_BT[real_BT]
 
-    def trust(self, log_pema_NV: torch.Tensor, state_NH: torch.Tensor, head: LMHead) -> torch.Tensor:
+    def with_predicted_lambda(self, log_pema_NV: torch.Tensor, state_NH: torch.Tensor, head: LMHead) -> torch.Tensor:
         """`log(g P_PEMA + (1 - g) P_LM)` if λ is predicted; else `log P_PEMA`."""
         if self.gate is None:
             return log_pema_NV
@@ -165,7 +165,7 @@ class PemaAdapter(nn.Module):
         return torch.logaddexp(log_pema_NV + F.logsigmoid(score), log_plm + F.logsigmoid(-score))
 
     def predicted_lambda(self, state_NH: torch.Tensor, head: LMHead) -> torch.Tensor:
-        """`g` of `trust`, float32 `[N]`; ones if λ is not predicted."""
+        """`g` of `with_predicted_lambda`, float32 `[N]`; ones if λ is not predicted."""
         if self.gate is None:
             return torch.ones(len(state_NH), device=state_NH.device)
         return self.gate(self.enter(state_NH, head))[:, 0].sigmoid()
@@ -182,7 +182,7 @@ class PemaAdapter(nn.Module):
         Args:
             sequences: for an adapter that looks back, `(target_N, example_N, selected_N)`: the first two as `look`
                 takes them; log P is that of the selected rows (bool) alone.
-            alone: without `trust`.
+            alone: without the predicted λ.
 
         Raises:
             ValueError: the adapter looks back, and no sequences are given.
@@ -192,13 +192,13 @@ class PemaAdapter(nn.Module):
             if self.config.looks_back:
                 raise ValueError("this adapter looks back: its rows need their sequences")
             log_p = head.log_probs(self.leave(self.predict(x), head))
-            return log_p if alone else self.trust(log_p, state_NH, head)
+            return log_p if alone else self.with_predicted_lambda(log_p, state_NH, head)
         target_N, example_N, selected_N = sequences
         attended = self.look(x, target_N, example_N, head)[selected_N]
         log_p = head.log_probs(self.leave(self.predict(attended), head))
         if self.local_memory is not None:
             log_p = log_mixture(x, log_p, self.local_memory, target_N, example_N, selected_N)
-        return log_p if alone else self.trust(log_p, state_NH[selected_N], head)
+        return log_p if alone else self.with_predicted_lambda(log_p, state_NH[selected_N], head)
 
     # ── on disk ─────────────────────────────────────────────────────────────
 
