@@ -20,7 +20,7 @@ from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import Busy, Description, ExtractBatch, LMHeadBundle, PLMClient, Step, Stepped
 from pema_ray.line.messages import ModelCard
 from pema_ray.line.prefix import Prefix
-from pema_ray.line.protocol import AdaptablePLM, PrefixLost
+from pema_ray.line.protocol import PrefixLost, adaptable
 
 _DESCRIPTION = "prefix.json"
 _HANDLE_DIGITS = 12  # of a prefix, in a fingerprint
@@ -91,13 +91,15 @@ class PrefixedPLM:
     """
 
     def __init__(self, client: PLMClient, trained: TrainedPrefix) -> None:
-        if not isinstance(client, AdaptablePLM):
-            raise UserError("plm.prefix: this PLM owner takes no prefixes; use a PLM of your own (plm.name).")
-        self._client, self._trained = client, trained
+        self._client, self._trained = adaptable(client), trained
         self._skipped = len(trained.replaces)
 
     async def describe(self) -> Description:
         description = await self._client.describe()
+        if description.prefix_shape is None:
+            raise UserError(
+                "plm.prefix: this PLM owner takes no prefixes. Ask it for adaptation: prefix, or leave it out."
+            )
         limits = replace(description.limits, max_tokens=description.limits.max_tokens - self._trained.longer)
         return Description(self._trained.card(description.card), limits)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from asyncio import sleep
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -22,9 +22,12 @@ import torch
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import Busy, Description, ExtractBatch, Limits, LMHeadBundle, ModelCard, Step, Stepped, codec
 from pema_ray.line.plm_config import PLMConfig
+from pema_ray.line.prefix import Prefix, PrefixShape
+from pema_ray.line.protocol import BACKWARD_TOKENS, PrefixLost
 
 T = TypeVar("T")
 _BUSY = (429, 502, 503, 504)
+_PREFIX_LOST = 410
 _NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER", "HTTP_REQUEST")  # in OpenSSL's messages
 _TOKEN_BYTES = 4
 _SEQUENCE_BYTES = 10  # of a frame's header: a length and a first position
@@ -47,6 +50,12 @@ class _Quota(msgspec.Struct, frozen=True):
     sessions: Annotated[int, msgspec.Meta(ge=0)] = _UNLIMITED
 
 
+class _PrefixShape(msgspec.Struct, frozen=True):
+    layers: _Count
+    heads: _Count
+    head_size: _Count
+
+
 class _Model(msgspec.Struct):
     """The answer of `/v1/model`."""
 
@@ -60,6 +69,7 @@ class _Model(msgspec.Struct):
     max_sessions: _Count
     limits: _RequestLimits
     quota: _Quota = _Quota()
+    prefix_shape: _PrefixShape | None = None
 
 
 class RemotePLM:
@@ -122,6 +132,7 @@ class RemotePLM:
                     max_rows=max(1, min(limits.max_rows, quota.rows_per_minute)),
                     max_sessions=max(1, min(model.max_sessions, quota.sessions)),
                 ),
+                None if model.prefix_shape is None else PrefixShape(**msgspec.structs.asdict(model.prefix_shape)),
             )
         return self._described
 
@@ -142,20 +153,52 @@ class RemotePLM:
         After the first of them this waits for the quota itself, as repeating all of them would use it up again.
         """
         limits = (await self.describe()).limits
-        rows: list[torch.Tensor] = []
-        waited = 0.0
-        for request in _requests(batch, limits.max_rows, self._max_tokens, self._body_bytes):
-            while True:
-                try:
-                    rows.append(await self._extract(request))
-                    waited = 0.0
-                    break
-                except Busy as busy:
-                    waited += busy.retry_after
-                    if not rows or waited > _LONGEST_WAIT:
-                        raise
-                    await sleep(busy.retry_after)
+        requests = _requests(batch, limits.max_rows, self._max_tokens, self._body_bytes)
+        rows = [row_NH async for row_NH in _in_turn(partial(self._extract, request) for request in requests)]
         return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+    async def read_prefix(self, token_ids: Sequence[int]) -> Prefix:
+        shape = await self._prefix_shape()
+        body = codec.encode_text(token_ids, (await self.describe()).card.fingerprint)
+        prefix, _ = await self._frame("/v1/prefixes/read", body, codec.decode_prefix)
+        if len(prefix) != len(token_ids) or prefix.shape != shape:
+            raise UserError(f"{self.config.url}: sent a prefix of {len(prefix)} positions for {len(token_ids)} tokens.")
+        return prefix
+
+    async def put_prefix(self, prefix: Prefix) -> None:
+        await self._prefix_shape()
+        body = codec.encode_prefix(prefix, (await self.describe()).card.fingerprint)
+        if len(body) > self._body_bytes:
+            raise UserError(
+                f"{self.config.url}: takes bodies of {self._body_bytes / 2**20:.2f} MiB (limits.max_body_mb), this "
+                f"prefix has {len(body) / 2**20:.2f}: train a shorter one, or ask for a higher limit."
+            )
+        await self._request("POST", "/v1/prefixes", content=body, headers={"Content-Type": codec.MEDIA_TYPE})
+
+    async def gradient(self, batch: ExtractBatch, d_state_NH: torch.Tensor) -> torch.Tensor:
+        """As `AdaptablePLM.gradient`; the gradients of the requests that `extract` would send are added up."""
+        await self._prefix_shape()
+        limits = (await self.describe()).limits
+        row_bytes = d_state_NH.shape[1] * d_state_NH.element_size()
+        max_rows = max(1, min(limits.max_rows, self._body_bytes // (2 * row_bytes)))
+        requests = list(_requests(batch, max_rows, self._max_tokens // BACKWARD_TOKENS, self._body_bytes, row_bytes))
+        parts = d_state_NH.split([request.rows for request in requests])
+        calls = (partial(self._gradient, request, part) for request, part in zip(requests, parts, strict=True))
+        total: torch.Tensor | None = None
+        async for d_prefix_nW in _in_turn(calls):
+            total = d_prefix_nW if total is None else total + d_prefix_nW
+        assert total is not None
+        return total
+
+    async def _gradient(self, batch: ExtractBatch, d_state_NH: torch.Tensor) -> torch.Tensor:
+        body = codec.encode_gradient(batch, d_state_NH, (await self.describe()).card.fingerprint)
+        return await self._frame("/v1/gradient", body, codec.decode_rows)
+
+    async def _prefix_shape(self) -> PrefixShape:
+        shape = (await self.describe()).prefix_shape
+        if shape is None:
+            raise UserError(f"{self.config.label}: takes no prefixes: its owner has not set adaptation: prefix.")
+        return shape
 
     async def _extract(self, batch: ExtractBatch) -> torch.Tensor:
         card = (await self.describe()).card
@@ -221,6 +264,8 @@ class RemotePLM:
         if response.is_success:
             return response
         message = codec.as_error(response.content)
+        if response.status_code == _PREFIX_LOST:
+            raise PrefixLost(message)
         if response.status_code in _BUSY or not _is_from_api(response):
             raise Busy(message, _seconds(response.headers.get("Retry-After")))
         if response.status_code == 409 and self._fingerprint is not None:
@@ -257,8 +302,30 @@ def _messages(steps: Sequence[Step], max_steps: int, max_rows: int, max_tokens: 
     yield message
 
 
-def _requests(batch: ExtractBatch, max_rows: int, max_tokens: int, max_bytes: int) -> Iterator[ExtractBatch]:
-    """The batch in order, in requests within the limits, each with its prefix; a sequence above them goes alone."""
+async def _in_turn(calls: Iterable[Callable[[], Awaitable[T]]]) -> AsyncIterator[T]:
+    """What calls return, one after the other; from the second on, one that is `Busy` is repeated."""
+    for number, call in enumerate(calls):
+        waited = 0.0
+        while True:
+            try:
+                answer = await call()
+                break
+            except Busy as busy:
+                waited += busy.retry_after
+                if not number or waited > _LONGEST_WAIT:
+                    raise
+                await sleep(busy.retry_after)
+        yield answer
+
+
+def _requests(
+    batch: ExtractBatch, max_rows: int, max_tokens: int, max_bytes: int, row_bytes: int = 0
+) -> Iterator[ExtractBatch]:
+    """The batch in order, in requests within the limits, each with its prefix; a sequence above them goes alone.
+
+    Args:
+        row_bytes: sent for every representation.
+    """
     token_limit = max_tokens - len(batch.prefix)
     empty = _HEADER_BYTES + _TOKEN_BYTES * len(batch.prefix)
     sequences: list[list[int]] = []
@@ -267,15 +334,16 @@ def _requests(batch: ExtractBatch, max_rows: int, max_tokens: int, max_bytes: in
     for sequence, begin in zip(batch.token_ids, batch.first, strict=True):
         for start in range(begin, len(sequence), max_rows):
             ids = sequence[: start + max_rows]  # states do not depend on later tokens
-            new_rows, new_size = len(ids) - start, _TOKEN_BYTES * len(ids) + _SEQUENCE_BYTES
+            new_rows = len(ids) - start
+            new_size = _TOKEN_BYTES * len(ids) + _SEQUENCE_BYTES + row_bytes * new_rows
             full = rows + new_rows > max_rows or tokens + len(ids) > token_limit or size + new_size > max_bytes
             if sequences and full:
-                yield ExtractBatch(sequences, starts, batch.prefix)
+                yield ExtractBatch(sequences, starts, batch.prefix, batch.handle)
                 sequences, starts, rows, tokens, size = [], [], 0, 0, empty
             sequences.append(ids)
             starts.append(start)
             rows, tokens, size = rows + new_rows, tokens + len(ids), size + new_size
-    yield ExtractBatch(sequences, starts, batch.prefix)
+    yield ExtractBatch(sequences, starts, batch.prefix, batch.handle)
 
 
 def _key(file: str | None) -> str | None:

@@ -8,7 +8,7 @@ is allocated. N rows, H hidden.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Annotated, Any, TypeVar
 
@@ -18,14 +18,16 @@ import torch
 
 from pema_ray.errors import UserError
 from pema_ray.line.messages import ExtractBatch
-from pema_ray.line.protocol import Busy, SessionLost, Step, Stepped
+from pema_ray.line.prefix import Prefix, PrefixShape
+from pema_ray.line.protocol import Busy, PrefixLost, SessionLost, Step, Stepped
 
 MEDIA_TYPE = "application/x-pema-line"
-_MAGIC, _VERSION = b"PEMA", 3
+_MAGIC, _VERSION = b"PEMA", 4
 _HEAD = struct.Struct("<4sBI")
 _LARGEST_HEADER = 8 * 2**20
 _LIST_LIMIT = msgspec.Meta(max_length=2**17)
 _LARGEST_SIDE = 2**31
+_Handle = Annotated[str, msgspec.Meta(max_length=64)]  # a sha256, in hexadecimal digits
 _TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NUMPY = {"float32": "<f4", "bfloat16": "<u2", "float16": "<f2", "int32": "<i4", "uint8": "u1"}
 
@@ -43,11 +45,32 @@ class _Header(msgspec.Struct, forbid_unknown_fields=True):
     arrays: Annotated[list[_Array], msgspec.Meta(max_length=4096)]
 
 
-class _ExtractHeader(_Header, tag="extract"):
+class _BatchHeader(_Header):
     fingerprint: str
     prefix: int
     lengths: Annotated[list[int], _LIST_LIMIT]
     first: Annotated[list[int], _LIST_LIMIT]
+    handle: _Handle
+
+
+class _ExtractHeader(_BatchHeader, tag="extract"):
+    pass
+
+
+class _GradientHeader(_BatchHeader, tag="gradient"):
+    pass
+
+
+class _TextHeader(_Header, tag="text"):
+    fingerprint: str
+
+
+class _PrefixHeader(_Header, tag="prefix"):
+    fingerprint: str
+    layers: int
+    heads: int
+    head_size: int
+    frozen: int
 
 
 class _RowsHeader(_Header, tag="rows"):
@@ -61,6 +84,7 @@ class _StepHeader(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     states: int
     draft: int
     waits: bool
+    handle: _Handle
 
 
 class _StepsHeader(_Header, tag="steps"):
@@ -84,7 +108,10 @@ class _FilesHeader(_Header, tag="files"):
     names: list[str]
 
 
-_AnyHeader = _ExtractHeader | _RowsHeader | _StepsHeader | _SteppedHeader | _FilesHeader
+_AnyHeader = (
+    _ExtractHeader | _GradientHeader | _TextHeader | _PrefixHeader | _RowsHeader | _StepsHeader | _SteppedHeader
+    | _FilesHeader
+)  # fmt: skip
 _H = TypeVar("_H", bound=_AnyHeader)
 
 
@@ -154,11 +181,8 @@ def encode_extract(batch: ExtractBatch, fingerprint: str) -> bytes:
     Args:
         fingerprint: of the PLM that must compute them.
     """
-    _refuse_handles([batch.handle])
-    ids = _token_array([*batch.prefix, *(token for sequence in batch.token_ids for token in sequence)])
-    lengths = [len(sequence) for sequence in batch.token_ids]
-    array = _Array("int32", ids.shape)
-    return _frame(_ExtractHeader([array], fingerprint, len(batch.prefix), lengths, list(batch.first)), [ids])
+    ids = _batch_ids(batch)
+    return _frame(_ExtractHeader([_Array("int32", ids.shape)], fingerprint, *_batch_fields(batch)), [ids])
 
 
 def decode_extract(data: bytes) -> tuple[ExtractBatch, str]:
@@ -168,21 +192,109 @@ def decode_extract(data: bytes) -> tuple[ExtractBatch, str]:
         BadFrame: the bytes are no such frame.
     """
     header, arrays = _parse(data, _ExtractHeader)
-    flat = _single_array(arrays, 1, "int32")
+    return _batch_of(header, _single_array(arrays, 1, "int32")), header.fingerprint
+
+
+def encode_gradient(batch: ExtractBatch, d_state_NH: torch.Tensor, fingerprint: str) -> bytes:
+    """A request for the gradient of a batch's key-value prefix.
+
+    Args:
+        d_state_NH: the gradient of a loss with respect to the batch's representations, `[N, H]`.
+        fingerprint: of the PLM that must compute it.
+    """
+    ids, (array, raw) = _batch_ids(batch), _state_array(d_state_NH)
+    arrays = [_Array("int32", ids.shape), array]
+    return _frame(_GradientHeader(arrays, fingerprint, *_batch_fields(batch)), [ids, raw])
+
+
+def decode_gradient(data: bytes) -> tuple[ExtractBatch, torch.Tensor, str]:
+    """Read a frame of `encode_gradient`: the batch, the gradient of its representations, and the fingerprint.
+
+    Raises:
+        BadFrame: the bytes are no such frame, or do not hold one row for each representation.
+    """
+    header, arrays = _parse(data, _GradientHeader)
+    batch = _batch_of(header, _single_array(arrays[:1], 1, "int32"))
+    d_state_NH = _states(header.arrays[1:], arrays[1:])
+    if len(d_state_NH) != batch.rows:
+        raise BadFrame(f"A batch of {batch.rows} representations comes with gradients of {len(d_state_NH)}.")
+    return batch, d_state_NH, header.fingerprint
+
+
+def encode_text(token_ids: Sequence[int], fingerprint: str) -> bytes:
+    """A request for the keys and values of a text.
+
+    Args:
+        fingerprint: of the PLM that must compute them.
+    """
+    ids = _token_array(token_ids)
+    return _frame(_TextHeader([_Array("int32", ids.shape)], fingerprint), [ids])
+
+
+def decode_text(data: bytes) -> tuple[list[int], str]:
+    """Read a frame of `encode_text`: the token ids and the fingerprint.
+
+    Raises:
+        BadFrame: the bytes are no such frame, or hold no token.
+    """
+    header, arrays = _parse(data, _TextHeader)
+    ids = _ids(_single_array(arrays, 1, "int32"))
+    if not ids:
+        raise BadFrame("A text has at least one token.")
+    return ids, header.fingerprint
+
+
+def encode_prefix(prefix: Prefix, fingerprint: str) -> bytes:
+    """A key-value prefix in its own number format.
+
+    Args:
+        fingerprint: of the PLM that it is for.
+
+    Raises:
+        UserError: its numbers are of a format that does not cross the line, such as float64.
+    """
+    if prefix.embeddings.dtype not in _TORCH.values():
+        raise UserError(f"A prefix crosses the line in {', '.join(_TORCH)}, not in {prefix.embeddings.dtype}.")
+    array, raw = _state_array(prefix.embeddings)
+    shape = prefix.shape
+    header = _PrefixHeader([array], fingerprint, shape.layers, shape.heads, shape.head_size, prefix.frozen)
+    return _frame(header, [raw])
+
+
+def decode_prefix(data: bytes) -> tuple[Prefix, str]:
+    """Read a frame of `encode_prefix`: the prefix and the fingerprint.
+
+    Raises:
+        BadFrame: the bytes are no such frame, or not of the shape that it promises.
+    """
+    header, arrays = _parse(data, _PrefixHeader)
+    shape = PrefixShape(header.layers, header.heads, header.head_size)
+    if min(header.layers, header.heads, header.head_size) < 1:
+        raise BadFrame(f"A prefix has sizes above 0, not {shape}.")
+    try:
+        return Prefix(_states(header.arrays, arrays), shape, header.frozen), header.fingerprint
+    except ValueError as error:
+        raise BadFrame(str(error)) from None
+
+
+def _batch_ids(batch: ExtractBatch) -> np.ndarray:
+    return _token_array([*batch.prefix, *(token for sequence in batch.token_ids for token in sequence)])
+
+
+def _batch_fields(batch: ExtractBatch) -> tuple[int, list[int], list[int], str]:
+    return len(batch.prefix), [len(sequence) for sequence in batch.token_ids], list(batch.first), batch.handle
+
+
+def _batch_of(header: _BatchHeader, flat: np.ndarray) -> ExtractBatch:
     tokens = header.prefix + sum(header.lengths)
     if header.prefix < 0 or any(length < 1 for length in header.lengths) or tokens != len(flat):
         raise BadFrame(f"The header promises sequences of {tokens} tokens, not {len(flat)}.")
     ids, ends = _ids(flat), (header.prefix + np.cumsum(header.lengths)).tolist()
     sequences = [ids[e - n : e] for e, n in zip(ends, header.lengths, strict=True)]
     try:
-        return ExtractBatch(sequences, header.first, tuple(ids[: header.prefix])), header.fingerprint
+        return ExtractBatch(sequences, header.first, tuple(ids[: header.prefix]), header.handle)
     except ValueError as error:
         raise BadFrame(str(error)) from None
-
-
-def _refuse_handles(handles: Iterable[str]) -> None:
-    if any(handles):
-        raise UserError("Frames carry no prefixes yet: use a PLM of your own (plm.name).")
 
 
 def encode_steps(steps: Sequence[Step], fingerprint: str) -> bytes:
@@ -191,9 +303,8 @@ def encode_steps(steps: Sequence[Step], fingerprint: str) -> bytes:
     Args:
         fingerprint: of the PLM that must take them.
     """
-    _refuse_handles(step.handle for step in steps)
     ids = _token_array([token for step in steps for token in step.tokens])
-    headers = [_StepHeader(s.session, s.position, len(s.tokens), s.states, s.draft, s.waits) for s in steps]
+    headers = [_StepHeader(s.session, s.position, len(s.tokens), s.states, s.draft, s.waits, s.handle) for s in steps]
     return _frame(_StepsHeader([_Array("int32", ids.shape)], fingerprint, headers), [ids])
 
 
@@ -211,7 +322,8 @@ def decode_steps(data: bytes) -> tuple[list[Step], str]:
     steps, begin = [], 0
     for s in header.steps:
         try:
-            steps.append(Step(s.session, s.position, flat[begin : begin + s.tokens], s.states, s.draft, s.waits))
+            tokens = flat[begin : begin + s.tokens]
+            steps.append(Step(s.session, s.position, tokens, s.states, s.draft, s.waits, s.handle))
         except ValueError as error:
             raise BadFrame(str(error)) from None
         begin += s.tokens
@@ -247,6 +359,8 @@ def encode_stepped(outcomes: Sequence[Stepped | Exception]) -> bytes:
             headers.append(_Outcome(len(o.state_NH), o.drafted))
         elif isinstance(o, SessionLost):
             headers.append(_Outcome(0, error="lost"))
+        elif isinstance(o, PrefixLost):
+            headers.append(_Outcome(0, error="prefix_lost", message=str(o)))
         elif isinstance(o, Busy):
             headers.append(_Outcome(0, error="busy", message=str(o), retry_after=o.retry_after))
         else:
@@ -262,7 +376,7 @@ def decode_stepped(data: bytes, refused: type[Exception]) -> list[Stepped | Exce
     """Read what `encode_stepped` wrote.
 
     Args:
-        refused: the type of an error that is neither `SessionLost` nor `Busy`; it gets the message.
+        refused: the type of an error that is not `SessionLost`, `PrefixLost` or `Busy`; it gets the message.
 
     Raises:
         BadFrame: the bytes are no such frame.
@@ -280,6 +394,7 @@ def decode_stepped(data: bytes, refused: type[Exception]) -> list[Stepped | Exce
         if o.error:
             outcomes.append(
                 SessionLost() if o.error == "lost"
+                else PrefixLost(o.message) if o.error == "prefix_lost"
                 else Busy(o.message, o.retry_after) if o.error == "busy"
                 else refused(o.message)
             )  # fmt: skip

@@ -21,6 +21,7 @@ from pema_ray.line.messages import ExtractBatch, ModelCard
 from pema_ray.line.prefix import Prefix, PrefixShape
 
 LONGEST_NAME = 200  # characters of a session's name
+BACKWARD_TOKENS = 3  # that each token of a gradient counts as: a forward pass, and a backward pass of twice its work
 
 
 class SessionLost(Exception):
@@ -188,6 +189,17 @@ class AdaptablePLM(PLMClient, Protocol):
         ...
 
 
+def adaptable(client: PLMClient) -> AdaptablePLM:
+    """The client, where it has the calls for prefixes; whether its PLM owner takes any, `describe` tells.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not isinstance(client, AdaptablePLM):
+        raise UserError("A prefix cannot stand behind another: leave plm.prefix out.")
+    return client
+
+
 class BlockingPLM:
     """A `PLMClient` for callers without an event loop; use it from one thread.
 
@@ -224,9 +236,7 @@ class BlockingPLM:
 
     @property
     def _adaptable(self) -> AdaptablePLM:
-        if not isinstance(self.client, AdaptablePLM):
-            raise UserError("This PLM owner takes no prefixes: use a PLM of your own (plm.name).")
-        return self.client
+        return adaptable(self.client)
 
     def end(self) -> None:
         self._runner.run(self.client.end())

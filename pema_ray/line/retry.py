@@ -1,7 +1,7 @@
 """A `PLMClient` that waits: for quota, for capacity, for a service that restarts.
 
-It repeats temporary failures alone: `Busy` after its `retry_after`, `ConnectionError` after growing pauses. Any other
-error, such as a revoked key or another PLM, ends the call at once.
+It repeats temporary failures alone: `Busy` after its `retry_after`, `ConnectionError` after growing pauses, and a lost
+prefix after putting it again. Any other error, such as a revoked key or another PLM, ends the call at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 from pema_ray.errors import UserError
 from pema_ray.line.lm_head import LMHeadBundle
 from pema_ray.line.messages import ExtractBatch
-from pema_ray.line.protocol import Busy, Description, PLMClient, Step, Stepped
+from pema_ray.line.prefix import Prefix
+from pema_ray.line.protocol import Busy, Description, PLMClient, PrefixLost, Step, Stepped, adaptable
 
 T = TypeVar("T")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds; the pause doubles with every failed connection
@@ -41,6 +42,7 @@ class PatientPLM:
     ) -> None:
         self.client, self.patience_seconds, self._on_wait = client, patience_seconds, on_wait
         self._waiting, self._last_success = 0, -math.inf
+        self._prefix: Prefix | None = None  # the last one that was put
 
     async def describe(self) -> Description:
         return await self._repeated(self.client.describe)
@@ -49,7 +51,17 @@ class PatientPLM:
         return await self._repeated(self.client.lm_head)
 
     async def extract(self, batch: ExtractBatch) -> torch.Tensor:
-        return await self._repeated(lambda: self.client.extract(batch))
+        return await self._repeated(lambda: self.client.extract(batch), batch.handle)
+
+    async def read_prefix(self, token_ids: Sequence[int]) -> Prefix:
+        return await self._repeated(lambda: adaptable(self.client).read_prefix(token_ids))
+
+    async def put_prefix(self, prefix: Prefix) -> None:
+        self._prefix = prefix
+        await self._repeated(lambda: adaptable(self.client).put_prefix(prefix))
+
+    async def gradient(self, batch: ExtractBatch, d_state_NH: torch.Tensor) -> torch.Tensor:
+        return await self._repeated(lambda: adaptable(self.client).gradient(batch, d_state_NH), batch.handle)
 
     async def step(self, steps: Sequence[Step]) -> list[Stepped | Exception]:
         """As `PLMClient.step`; repeats steps whose message was lost, and busy ones that wait."""
@@ -72,11 +84,20 @@ class PatientPLM:
     async def end(self) -> None:
         await self.client.end()
 
-    async def _repeated(self, call: Callable[[], Awaitable[T]]) -> T:
+    async def _repeated(self, call: Callable[[], Awaitable[T]], handle: str = "") -> T:
+        """What the call returns in the end; if it is told that the prefix of `handle` is lost, that is put again."""
         started, pauses = time.monotonic(), _Pauses()
+        lost = False
         while True:
             try:
+                if lost and self._prefix is not None:
+                    await adaptable(self.client).put_prefix(self._prefix)
                 answer = await call()
+            except PrefixLost:
+                if self._prefix is None or self._prefix.handle != handle:
+                    raise
+                lost = True
+                await self._wait(Busy("it has lost the prefix", _SHORTEST_PAUSE), pauses, started)
             except (Busy, ConnectionError) as error:
                 await self._wait(error, pauses, started)
             else:

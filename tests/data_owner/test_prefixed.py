@@ -134,5 +134,14 @@ def test_a_plm_owner_without_prefixes_is_refused_by_name():
     class Other:
         async def describe(self): ...
 
-    with pytest.raises(UserError, match="takes no prefixes; use a PLM of your own"):
+    with pytest.raises(UserError, match="cannot stand behind another"):
         PrefixedPLM(Other(), TrainedPrefix(None, (), ""))  # type: ignore[arg-type]
+
+
+def test_a_plm_owner_that_takes_none_is_told(tiny_plm, trained):
+    local = LocalPLM(tiny_plm("llama"), EngineConfig(prefix_positions=0))
+    with (
+        BlockingPLM(PrefixedPLM(local, trained)) as client,
+        pytest.raises(UserError, match="this PLM owner takes no prefixes"),
+    ):
+        client.describe()

@@ -16,15 +16,22 @@ from hypothesis import strategies as st
 from pema_ray.errors import UserError
 from pema_ray.line import Busy, ExtractBatch, SessionLost, Step, Stepped, codec
 from pema_ray.line.codec import BadFrame
+from pema_ray.line.prefix import Prefix, PrefixShape
+from pema_ray.line.protocol import PrefixLost
 
 IDS = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=9)
+HANDLES = st.text("0123456789abcdef", max_size=64)
 DECODERS = {
     "extract": codec.decode_extract,
     "steps": codec.decode_steps,
     "rows": codec.decode_rows,
     "stepped": lambda data: codec.decode_stepped(data, UserError),
     "files": codec.decode_files,
+    "gradient": codec.decode_gradient,
+    "text": codec.decode_text,
+    "prefix": codec.decode_prefix,
 }
+SHAPE = PrefixShape(2, 1, 4)
 VERSION = codec.encode_rows(torch.zeros(1, 1))[4]
 GOOD = {
     "extract": codec.encode_extract(ExtractBatch([[1, 2, 3], [4]], [1, 0], (7, 8)), "f" * 16),
@@ -32,6 +39,11 @@ GOOD = {
     "rows": codec.encode_rows(torch.arange(6.0).reshape(2, 3)),
     "stepped": codec.encode_stepped([Stepped(torch.ones(2, 3), (5,)), SessionLost("b"), Busy("full", 2.0)]),
     "files": codec.encode_files({"a.json": b"{}", "tokenizer/b": b"\0\1"}),
+    "gradient": codec.encode_gradient(
+        ExtractBatch([[1, 2, 3], [4]], [1, 0], (7,), "h" * 64), torch.ones(3, 2), "f" * 16
+    ),
+    "text": codec.encode_text([5, 6], "f" * 16),
+    "prefix": codec.encode_prefix(Prefix(torch.ones(3, SHAPE.width), SHAPE), "f" * 16),
 }
 
 
@@ -45,7 +57,8 @@ def frame_of(header: dict, tokens: int = 0) -> bytes:
 
 @given(sequences=st.lists(IDS, min_size=1, max_size=5), prefix=IDS | st.just([]), name=st.text(), data=st.data())
 def test_a_batch_arrives_as_it_was_sent(sequences, prefix, name, data):
-    batch = ExtractBatch(sequences, [data.draw(st.integers(0, len(ids) - 1)) for ids in sequences], tuple(prefix))
+    first = [data.draw(st.integers(0, len(ids) - 1)) for ids in sequences]
+    batch = ExtractBatch(sequences, first, tuple(prefix), data.draw(HANDLES))
     assert codec.decode_extract(codec.encode_extract(batch, name)) == (batch, name)
 
 
@@ -56,7 +69,7 @@ def test_steps_arrive_as_they_were_sent(data, names, plm):
         tokens = data.draw(IDS)
         position, states = data.draw(st.integers(0, 2**40)), data.draw(st.integers(1, len(tokens)))
         draft, waits = data.draw(st.integers(0, 99)), data.draw(st.booleans())
-        steps.append(Step(name, position, tokens, states, draft, waits))
+        steps.append(Step(name, position, tokens, states, draft, waits, data.draw(HANDLES)))
     assert codec.decode_steps(codec.encode_steps(steps, plm)) == (steps, plm)
 
 
@@ -72,10 +85,11 @@ def test_rows_arrive_bit_for_bit(dtype):
 
 def test_outcomes_arrive_with_their_errors():
     sent = [Stepped(torch.randn(2, 4), (7, 8)), SessionLost("x"), Busy("full", 2.5), UserError("too long"),
-            Stepped(torch.randn(1, 4))]  # fmt: skip
-    first, lost, busy, refused, last = codec.decode_stepped(codec.encode_stepped(sent), UserError)
+            PrefixLost("h"), Stepped(torch.randn(1, 4))]  # fmt: skip
+    first, lost, busy, refused, prefix_lost, last = codec.decode_stepped(codec.encode_stepped(sent), UserError)
     assert isinstance(first, Stepped) and torch.equal(first.state_NH, sent[0].state_NH) and first.drafted == (7, 8)
-    assert isinstance(last, Stepped) and torch.equal(last.state_NH, sent[4].state_NH)
+    assert isinstance(last, Stepped) and torch.equal(last.state_NH, sent[5].state_NH)
+    assert isinstance(prefix_lost, PrefixLost)
     assert isinstance(lost, SessionLost)
     assert isinstance(busy, Busy) and busy.retry_after == 2.5
     assert isinstance(refused, UserError) and str(refused) == "too long"
@@ -148,14 +162,14 @@ def test_shapes_that_no_array_can_have_are_refused():
 @pytest.mark.parametrize(
     ("header", "tokens", "problem"),
     [
-        ({"type": "steps", "steps": [["a", 0, 2, 1, 0, True], ["a", 0, 1, 1, 0, True]]}, 3, "named twice"),
-        ({"type": "steps", "steps": [["a", 0, 2, 1, 0, True]]}, 3, "promises steps of 2 tokens, not 3"),
-        ({"type": "steps", "steps": [["a", -1, 3, 1, 0, True]]}, 3, "must not be negative"),
-        ({"type": "steps", "steps": [["a", 0, 3, 9, 0, True]]}, 3, "a step of 3 tokens cannot return 9 states"),
-        ({"type": "steps", "steps": [["", 0, 3, 1, 0, True]]}, 3, "needs a name"),
-        ({"type": "steps", "steps": [["a", 0, -3, 1, 0, True], ["b", 0, 6, 1, 0, True]]}, 3, "promises"),
-        ({"type": "steps", "steps": [["a", 0, 3, 1, 0, True]], "more": 1}, 3, "header"),
-        ({"type": "steps", "steps": [["a", "0", 3, 1, 0, True]]}, 3, "header"),
+        ({"type": "steps", "steps": [["a", 0, 2, 1, 0, True, ""], ["a", 0, 1, 1, 0, True, ""]]}, 3, "named twice"),
+        ({"type": "steps", "steps": [["a", 0, 2, 1, 0, True, ""]]}, 3, "promises steps of 2 tokens, not 3"),
+        ({"type": "steps", "steps": [["a", -1, 3, 1, 0, True, ""]]}, 3, "must not be negative"),
+        ({"type": "steps", "steps": [["a", 0, 3, 9, 0, True, ""]]}, 3, "a step of 3 tokens cannot return 9 states"),
+        ({"type": "steps", "steps": [["", 0, 3, 1, 0, True, ""]]}, 3, "needs a name"),
+        ({"type": "steps", "steps": [["a", 0, -3, 1, 0, True, ""], ["b", 0, 6, 1, 0, True, ""]]}, 3, "promises"),
+        ({"type": "steps", "steps": [["a", 0, 3, 1, 0, True, ""]], "more": 1}, 3, "header"),
+        ({"type": "steps", "steps": [["a", "0", 3, 1, 0, True, ""]]}, 3, "header"),
     ],
 )
 def test_steps_that_make_no_sense_are_refused(header, tokens, problem):
@@ -179,7 +193,7 @@ def test_steps_that_make_no_sense_are_refused(header, tokens, problem):
     ],
 )
 def test_batches_that_make_no_sense_are_refused(header, problem):
-    frame = frame_of({"type": "extract", "arrays": [["int32", [3]]], "fingerprint": "f", **header}, 3)
+    frame = frame_of({"type": "extract", "arrays": [["int32", [3]]], "fingerprint": "f", "handle": "", **header}, 3)
     if problem is None:
         assert codec.decode_extract(frame) == (ExtractBatch([[1, 2]], [0], (0,)), "f")
     else:
@@ -194,10 +208,36 @@ def test_frames_of_an_older_version_are_refused_by_name():
         codec.decode_steps(bytes(frame))
 
 
-def test_a_prefix_is_never_lost_on_the_wire():
-    for encode in (
-        lambda: codec.encode_extract(ExtractBatch([[5]], [0], (), "handle"), "fp"),
-        lambda: codec.encode_steps([Step("a", 0, [5], handle="handle")], "fp"),
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_prefixes_and_gradients_arrive_bit_for_bit(dtype):
+    prefix = Prefix(torch.randn(3, SHAPE.width).to(dtype), SHAPE, 2)
+    received, fingerprint = codec.decode_prefix(codec.encode_prefix(prefix, "plm"))
+    assert (received.shape, received.frozen, fingerprint) == (SHAPE, 2, "plm")
+    assert received.handle == prefix.handle  # content and number format
+    batch, gradient = ExtractBatch([[5, 6], [7]], [1, 0], (8,), prefix.handle), torch.randn(2, 7).to(dtype)
+    same, rows, fingerprint = codec.decode_gradient(codec.encode_gradient(batch, gradient, "plm"))
+    assert (same, fingerprint) == (batch, "plm") and torch.equal(rows, gradient)
+
+
+def test_texts_arrive_as_they_were_sent():
+    assert codec.decode_text(codec.encode_text([5, 2**31 - 1], "plm")) == ([5, 2**31 - 1], "plm")
+    with pytest.raises(BadFrame, match="at least one token"):
+        codec.decode_text(codec.encode_text([], "plm"))
+
+
+def test_prefixes_and_gradients_that_make_no_sense_are_refused_by_name():
+    with pytest.raises(UserError, match=r"crosses the line in float32, .* not in torch.float64"):
+        codec.encode_prefix(Prefix(torch.zeros(3, SHAPE.width, dtype=torch.float64), SHAPE), "plm")
+    with pytest.raises(BadFrame, match="2 representations comes with gradients of 3"):
+        codec.decode_gradient(codec.encode_gradient(ExtractBatch([[5, 6]], [0]), torch.zeros(3, 4), "plm"))
+    frame = codec.encode_prefix(Prefix(torch.zeros(3, SHAPE.width), SHAPE), "plm")
+    for change, problem in (
+        ({"layers": 3}, "rows of 24 numbers, not"),
+        ({"heads": 0}, "sizes above 0"),
+        ({"head_size": -2}, "sizes above 0"),
+        ({"frozen": 4}, "4 frozen positions of 3"),
     ):
-        with pytest.raises(UserError, match="Frames carry no prefixes yet"):
-            encode()
+        length = struct.unpack_from("<I", frame, 5)[0]
+        header = {**msgspec.msgpack.decode(frame[9 : 9 + length]), **change}
+        with pytest.raises(BadFrame, match=problem):
+            codec.decode_prefix(framed_bytes(msgspec.msgpack.encode(header)) + frame[9 + length :])

@@ -62,7 +62,16 @@ def certificate(folder: Path, name: str, days: int = 1, address: str = "127.0.0.
 class Owner:
     """A PLM owner's public service on a port of this machine."""
 
-    def __init__(self, folder: Path, plm: str, days: int = 1, limits: RequestLimits | None = None, **quota) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        plm: str,
+        days: int = 1,
+        limits: RequestLimits | None = None,
+        engine: dict | None = None,
+        replicas: int = 1,
+        **quota,
+    ) -> None:
         self.folder = folder
         self.keys, self.audit = folder / "keys.yaml", folder / "audit.jsonl"
         self.key_file = folder / "key"
@@ -70,7 +79,8 @@ class Owner:
         self.key_file.write_text(self.key + "\n")
         self.certificate, self._private = certificate(folder, "server", days)
         config = {"name": plm, "dtype": "float32", "device": "cpu", "threads": 1}
-        self.handle = DirectHandle(lambda: PLMEngine(config, {"slots": 8, "max_tokens": 90}))
+        settings = {"slots": 8, "max_tokens": 90, **(engine or {})}
+        self.handle = DirectHandle(lambda: PLMEngine(config, settings), replicas)
         self.now, self._remotes = 1000.0, list[RemotePLM]()
         self.access = Access(self.keys, self.audit, clock=lambda: self.now)
         self.api = make_api(self.access, limits or RequestLimits(), partial(Replicas, self.handle))

@@ -13,15 +13,18 @@ from pema_ray.data_owner.training.prefix import PrefixTrainer
 from pema_ray.errors import UserError
 from pema_ray.line import BlockingPLM, ExtractBatch
 from pema_ray.line.prefix import Prefix
+from pema_ray.line.retry import PatientPLM
 from pema_ray.memory.plan import plan_batches
 from pema_ray.pema.config import ExperimentConfig
 from pema_ray.pema.plm import connect
 from pema_ray.pema.run import Run
 from pema_ray.runtime.hardware import set_threads
-from pema_ray.runtime.progress import track
+from pema_ray.runtime.progress import console, track
 from pema_ray.tasks import EncodedPair
 from pema_ray.training.history import TrainerHistory
 from pema_ray.training.ray_loop import showing_loss
+
+_PATIENCE_SECONDS = 600.0  # while no request of a PLM owner succeeds
 
 
 def run(config: ExperimentConfig) -> dict[str, Any]:
@@ -57,7 +60,8 @@ def _train(run: Run) -> TrainerHistory:
     pairs = {split: [prompter.encode_pair(pair) for pair in run.pairs(split)] for split in ("train", "dev")}
     set_threads(config.plm.threads)
     engine = {"max_tokens": None, "prefix_positions": 2 * shared}  # each step puts another prefix
-    with BlockingPLM(connect(config.plm, run.bundle.card, engine)) as plm:
+    client = PatientPLM(connect(config.plm, run.bundle.card, engine), _PATIENCE_SECONDS, _tell)
+    with BlockingPLM(client) as plm:
         end = run.bundle.card.eos_token_ids[0] if end is None else end
         replaced = tuple(pairs["train"][0].prompt[:shared])
         start = plm.read_prefix(replaced)
@@ -78,6 +82,11 @@ def _train(run: Run) -> TrainerHistory:
     trained.save_pretrained(folder / "prefix", run.bundle.card.name)
     (folder / "history.json").write_text(json.dumps(history.to_dict()))
     return history
+
+
+def _tell(wait: str) -> None:
+    if wait:
+        console.print(wait, style="yellow")
 
 
 def _batches(

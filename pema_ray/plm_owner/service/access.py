@@ -103,6 +103,7 @@ class Account:
         sessions: the open ones, with the time of their last step.
         requests: the number of running ones.
         reserved_bytes: of their bodies and answers.
+        prefix_bytes: of the largest prefix that was put, which a gradient is as large as.
     """
 
     def __init__(self, client: Client, clock: Callable[[], float] = time.monotonic) -> None:
@@ -110,7 +111,7 @@ class Account:
         self._used: dict[str, deque[tuple[float, int]]] = {}
         self._sums: dict[str, int] = {}
         self.sessions: dict[str, float] = {}
-        self.requests = self.reserved_bytes = 0
+        self.requests = self.reserved_bytes = self.prefix_bytes = 0
 
     def spend(self, rows: int, tokens: int, opens: set[str]) -> float:
         """Count a request before it runs, and return the time; a refused one does not count.

@@ -1,8 +1,8 @@
 """The PLM owner's public API: all that a data owner of another organisation can request.
 
 Bodies and answers of extraction and sessions are frames of the line (`line.codec`); errors are JSON sentences. Every
-request but the health check and this description needs a key, and is logged without its contents. Extraction, steps and
-LM heads count against their owner's quota; the memory of its concurrent requests is limited.
+request but the health check and this description needs a key, and is logged without its contents. Extraction, steps,
+prefixes, gradients and LM heads count against their owner's quota; the memory of its concurrent requests is limited.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from contextvars import Context
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 import msgspec
@@ -27,7 +27,8 @@ from starlette.requests import ClientDisconnect
 
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import Busy, SessionLost, Step, codec
-from pema_ray.line.protocol import LONGEST_NAME
+from pema_ray.line.prefix import PrefixShape
+from pema_ray.line.protocol import BACKWARD_TOKENS, LONGEST_NAME, PrefixLost
 from pema_ray.plm_owner.service.access import Access, Account, Refused, Reservation
 from pema_ray.plm_owner.service.executor import run_in_executor
 from pema_ray.plm_owner.service.replicas import Replicas
@@ -194,7 +195,9 @@ class _Endpoints:
         quota = call.account.client.quota.model_dump(exclude_none=True)
         plm = await (await self._line_of(call.account, fingerprint)).describe()
         engine = {"max_session_tokens": plm.limits.max_tokens, "max_sessions": plm.limits.max_sessions}
-        return JSONResponse({**plm.card.to_dict(), **engine, "limits": self._limits.model_dump(), "quota": quota})
+        shape = None if plm.prefix_shape is None else asdict(plm.prefix_shape)
+        limits = self._limits.model_dump()
+        return JSONResponse({**plm.card.to_dict(), **engine, "prefix_shape": shape, "limits": limits, "quota": quota})
 
     async def lm_head(self, call: _Request, fingerprint: str | None) -> Response:
         call.account.spend_head(self._limits.lm_heads_per_minute)
@@ -210,11 +213,53 @@ class _Endpoints:
         if batch.rows > limits.max_rows:
             raise Refused(413, f"{batch.rows} rows in one request; {limits.max_rows} are allowed.")
         call.reservation.add(batch.rows * (await line.describe()).card.hidden_size * _STATE_BYTES)
-        spent_at = call.account.spend(batch.rows, batch.tokens, set())
+        return await self._counted(call, batch.rows, batch.tokens, lambda: line.extract_bytes(body))
+
+    async def read_prefix(self, call: _Request) -> Response:
+        body = await self._body_of(call, self._limits.max_body_mb)
+        token_ids, fingerprint = codec.decode_text(body)
+        line = await self._line_of(call.account, fingerprint)
+        shape = await _shape_of(line)
+        call.reservation.add(len(token_ids) * shape.width * _STATE_BYTES)
+        return await self._counted(call, len(token_ids), len(token_ids), lambda: line.read_prefix_bytes(body))
+
+    async def put_prefix(self, call: _Request) -> Response:
+        body = await self._body_of(call, self._limits.max_body_mb)
+        prefix, fingerprint = await run_in_executor(len(body), codec.decode_prefix, body)
+        account, positions = call.account, len(prefix)
+        call.used |= {"tokens": positions}
+        line = await self._line_of(account, fingerprint)
+        await _shape_of(line)
+        spent_at = account.spend(0, positions, set())
         try:
-            return Response(await line.extract_bytes(body), media_type=codec.MEDIA_TYPE)
+            await line.put_prefix_bytes(body)
         except Exception:
-            call.account.refund(spent_at, batch.rows, batch.tokens)
+            account.refund(spent_at, 0, positions)
+            raise
+        account.prefix_bytes = max(account.prefix_bytes, positions * prefix.shape.width * _STATE_BYTES)
+        return Response(status_code=204)
+
+    async def gradient(self, call: _Request) -> Response:
+        limits = self._limits
+        body = await self._body_of(call, limits.max_body_mb)
+        batch, _, fingerprint = await run_in_executor(len(body), codec.decode_gradient, body)
+        line = await self._line_of(call.account, fingerprint)
+        await _shape_of(line)
+        if batch.rows > limits.max_rows:
+            raise Refused(413, f"{batch.rows} rows in one request; {limits.max_rows} are allowed.")
+        call.reservation.add(call.account.prefix_bytes)
+        return await self._counted(call, batch.rows, BACKWARD_TOKENS * batch.tokens, lambda: line.gradient_bytes(body))
+
+    async def _counted(
+        self, call: _Request, rows: int, tokens: int, answer: Callable[[], Awaitable[bytes]]
+    ) -> Response:
+        """The answer, for which rows and tokens are spent, if there is one."""
+        call.used |= {"rows": rows, "tokens": tokens}
+        spent_at = call.account.spend(rows, tokens, set())
+        try:
+            return Response(await answer(), media_type=codec.MEDIA_TYPE)
+        except Exception:
+            call.account.refund(spent_at, rows, tokens)
             raise
 
     async def step(self, call: _Request) -> Response:
@@ -278,6 +323,21 @@ def make_api(access: Access, limits: RequestLimits, replicas: Callable[[str, str
         """Representations of the requested positions of a batch."""
         return await perform(request, authorization, "extract", endpoints.extract)
 
+    @api.post("/v1/prefixes/read", responses=_ANSWER, openapi_extra=_FRAME_BODY)
+    async def read_prefix(request: Request, authorization: Authorization = None) -> Any:
+        """The keys and values of a text, from which a prefix may start."""
+        return await perform(request, authorization, "read-prefix", endpoints.read_prefix)
+
+    @api.post("/v1/prefixes", status_code=204, response_model=None, openapi_extra=_FRAME_BODY)
+    async def put_prefix(request: Request, authorization: Authorization = None) -> Any:
+        """Keep a key-value prefix: extractions, steps and gradients name it by the sha256 of its content."""
+        return await perform(request, authorization, "put-prefix", endpoints.put_prefix)
+
+    @api.post("/v1/gradient", responses=_ANSWER, openapi_extra=_FRAME_BODY)
+    async def gradient(request: Request, authorization: Authorization = None) -> Any:
+        """The gradient of a prefix, from that of a batch's representations."""
+        return await perform(request, authorization, "gradient", endpoints.gradient)
+
     @api.post("/v1/sessions/step", responses=_ANSWER, openapi_extra=_FRAME_BODY)
     async def step(request: Request, authorization: Authorization = None) -> Any:
         """Steps of sessions: open, continue, rewind, in one message. Errors of single steps stand in their places."""
@@ -304,6 +364,18 @@ def make_api(access: Access, limits: RequestLimits, replicas: Callable[[str, str
     return api
 
 
+async def _shape_of(line: Replicas) -> PrefixShape:
+    """Of the prefixes that the PLM takes.
+
+    Raises:
+        Refused: 403, it takes none.
+    """
+    shape = (await line.describe()).prefix_shape
+    if shape is None:
+        raise Refused(403, "This PLM owner takes no prefixes and computes no gradients (adaptation: none).")
+    return shape
+
+
 def _cost(steps: Sequence[Step]) -> tuple[int, int]:
     """Rows and tokens of steps."""
     return sum(s.states + s.draft for s in steps), sum(len(s.tokens) for s in steps)
@@ -327,6 +399,8 @@ def _refusal(error: Exception) -> JSONResponse | None:
     if isinstance(error, FingerprintMismatch):
         message = f"You expect the PLM {error.expected[:64]}; this is {error.found}. Export its LM head anew."
         return _error(409, message, found=error.found)
+    if isinstance(error, PrefixLost):
+        return _error(410, str(error))
     if isinstance(error, UserError):
         return _error(422, str(error))
     if isinstance(error, Busy):

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI
 from ray import serve
@@ -32,6 +32,8 @@ class PLMOwnerArgs(Section):
     engine: EngineConfig = EngineConfig()
     keys: str
     """The file of keys, as `pema-ray serve-key` makes it."""
+    adaptation: Literal["none", "prefix"] = "none"
+    """`prefix`: data owners may train key-value prefixes; the service computes gradients for them (SECURITY.md)."""
     audit: str | None = None
     """A file that gets one line per request."""
     limits: RequestLimits = RequestLimits()
@@ -74,7 +76,8 @@ def plm_engine(plm: PLMConfig, engine: EngineConfig, scale: Scale) -> Applicatio
 def plm_owner(args: Mapping[str, Any] | None = None) -> Application:
     """The PLM owner's public service, for data owners of other organisations."""
     settings = validate(PLMOwnerArgs, dict(args or {}), "args")
-    engine = plm_engine(settings.plm, settings.engine, settings.plm_owner)
+    refused = {} if settings.adaptation == "prefix" else {"prefix_positions": 0}
+    engine = plm_engine(settings.plm, settings.engine.model_copy(update=refused), settings.plm_owner)
 
     @serve.deployment(
         name="PLMOwnerAPI",

@@ -85,6 +85,45 @@ class PLMEngine:
         rows = await engine.extract(owner, batch, self.config.timeout_seconds)
         return await run_in_executor(rows.nbytes, lambda: codec.encode_rows(self.plm.sent(rows)))
 
+    async def read_prefix(self, body: bytes) -> bytes:
+        """The keys and values of a text, frame in and frame out.
+
+        Raises:
+            BadFrame: the bytes are no text.
+            UserError: this PLM takes no prefixes, or none so long.
+        """
+        engine = await self.plm.engine()
+        token_ids, fingerprint = codec.decode_text(body)
+        self.plm.check(fingerprint)
+        prefix = await engine.read_prefix(token_ids)
+        return await run_in_executor(prefix.embeddings.nbytes, codec.encode_prefix, prefix, fingerprint)
+
+    async def put_prefix(self, owner: str, body: bytes) -> None:
+        """Keep the prefix of a frame for this owner.
+
+        Raises:
+            BadFrame: the bytes are no prefix.
+            UserError: this PLM takes none of this kind.
+        """
+        engine = await self.plm.engine()
+        prefix, fingerprint = await run_in_executor(len(body), codec.decode_prefix, body)
+        self.plm.check(fingerprint)
+        await engine.put_prefix(owner, prefix)
+
+    async def gradient(self, owner: str, body: bytes) -> bytes:
+        """The gradient of a batch's prefix, frame in and frame out.
+
+        Raises:
+            BadFrame: the bytes are no batch with gradients.
+            UserError, Busy: as `extract`.
+            PrefixLost: this replica does not hold the prefix.
+        """
+        engine = await self.plm.engine()
+        batch, d_state_NH, fingerprint = await run_in_executor(len(body), codec.decode_gradient, body)
+        self.plm.check(fingerprint)
+        d_prefix_nW = await engine.gradient(owner, batch, d_state_NH, self.config.timeout_seconds)
+        return await run_in_executor(d_prefix_nW.nbytes, codec.encode_rows, d_prefix_nW)
+
     async def close(self, owner: str, sessions: Sequence[str]) -> None:
         """Forget sessions."""
         await (await self.plm.engine()).close(owner, sessions)

@@ -21,6 +21,8 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import Busy, Description, ExtractBatch, LMHeadBundle, SessionLost, Step, Stepped, codec
+from pema_ray.line.prefix import Prefix
+from pema_ray.line.protocol import PrefixLost
 from pema_ray.plm_owner.service.executor import run_in_executor
 
 _TOKEN_BYTES = 4
@@ -98,6 +100,43 @@ class Replicas:
         """The same, frame in and frame out."""
         return await self._call(self._handle.extract, self._owner, body)
 
+    async def read_prefix(self, token_ids: Sequence[int]) -> Prefix:
+        answer = await self.read_prefix_bytes(codec.encode_text(token_ids, await self._pinned()))
+        return (await run_in_executor(len(answer), codec.decode_prefix, answer))[0]
+
+    async def read_prefix_bytes(self, body: bytes) -> bytes:
+        """The same, frame in and frame out."""
+        return await self._call(self._handle.read_prefix, body)
+
+    async def put_prefix(self, prefix: Prefix) -> None:
+        fingerprint = await self._pinned()
+        await self.put_prefix_bytes(
+            await run_in_executor(prefix.embeddings.nbytes, codec.encode_prefix, prefix, fingerprint)
+        )
+
+    async def put_prefix_bytes(self, body: bytes) -> None:
+        """The same for a frame: every replica keeps it; one that starts later answers `PrefixLost`."""
+        try:
+            response = Context().run(self._handle.broadcast, "put_prefix", self._owner, body)
+            answers = await response.results_async(return_exceptions=True)
+        except (RayError, RayServeException) as error:
+            raise Busy(f"no replica of the PLM answers ({type(error).__name__})") from None
+        refused = next((answer for answer in answers if isinstance(answer, UserError | ValueError)), None)
+        if refused is not None:
+            raise self._relabelled(refused) from None
+        if all(isinstance(answer, Exception) for answer in answers):
+            raise Busy("no replica of the PLM answers")
+
+    async def gradient(self, batch: ExtractBatch, d_state_NH: torch.Tensor) -> torch.Tensor:
+        fingerprint = await self._pinned()
+        body = await run_in_executor(d_state_NH.nbytes, codec.encode_gradient, batch, d_state_NH, fingerprint)
+        answer = await self.gradient_bytes(body)
+        return await run_in_executor(len(answer), codec.decode_rows, answer)
+
+    async def gradient_bytes(self, body: bytes) -> bytes:
+        """The same, frame in and frame out."""
+        return await self._call(self._handle.gradient, self._owner, body)
+
     async def end(self) -> None:
         """Wait until the sessions that cancelled calls have opened are closed."""
         await asyncio.gather(*self._answering, return_exceptions=True)
@@ -114,7 +153,7 @@ class Replicas:
         except asyncio.CancelledError:
             response.cancel()
             raise
-        except (UserError, Busy) as error:
+        except (UserError, Busy, PrefixLost) as error:
             raise self._relabelled(error) from None
         except (RayError, RayServeException) as error:
             raise Busy(f"no replica of the PLM answers ({type(error).__name__})") from None
