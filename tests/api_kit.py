@@ -15,6 +15,7 @@ from serving_kit import DirectHandle
 from pema_ray.data_owner.adapter.pema import AdapterConfig, PemaAdapter
 from pema_ray.data_owner.decoding import Answer, Decoder, GenerationRequest, Predictor
 from pema_ray.data_owner.decoding.unrolling import UnrollingSchedule
+from pema_ray.data_owner.prefixed import PrefixedPLM, TrainedPrefix
 from pema_ray.data_owner.service.api import make_api
 from pema_ray.data_owner.service.service import DataOwner
 from pema_ray.line import BlockingPLM, LMHeadBundle, ModelCard, PLMClient
@@ -68,17 +69,28 @@ class Service:
     Args:
         live: adapters and tasks, as `DataOwnerUserConfig` takes them.
         decoder: settings, as `DecoderConfig` takes them.
+        prefix: of the data owner; none by default.
         engine: settings of the PLM owner's engine.
     """
 
     def __init__(
-        self, plm_folder: str, live: Mapping[str, Any], decoder: Mapping[str, Any] | None = None, **engine: Any
+        self,
+        plm_folder: str,
+        live: Mapping[str, Any],
+        decoder: Mapping[str, Any] | None = None,
+        prefix: TrainedPrefix | None = None,
+        **engine: Any,
     ) -> None:
         plm = {"name": plm_folder, "dtype": "float32", "device": "cpu", "threads": 1}
         settings = {"slots": 8, "max_tokens": MAX_TOKENS, **engine}
         self.handle = DirectHandle(lambda: PLMEngine(plm, settings))
         exact = {"lambda_max": 0.7, "timeout_seconds": 20, **(decoder or {}), "dtype": "float32"}
-        self.owner, self._live = DataOwner(lambda: Replicas(self.handle), exact), live
+
+        def connect() -> PLMClient:
+            replicas = Replicas(self.handle)
+            return replicas if prefix is None else PrefixedPLM(replicas, prefix)
+
+        self.owner, self._live = DataOwner(connect, exact), live
 
     async def __aenter__(self) -> Service:
         await self.owner.change(self._live)

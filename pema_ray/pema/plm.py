@@ -55,7 +55,11 @@ def connector(
     """
     if config.is_own:
         config = config.model_copy(update={"threads": config.threads or max(1, int(cpus))})
+    return partial(connect, with_absolute_files(config), card, dict(engine or {}))
+
+
+def with_absolute_files(config: PLMConfig) -> PLMConfig:
+    """The same for a process in another working folder."""
     files = {name: getattr(config, name) for name in ("key_file", "ca_file", "prefix")}
     absolute = {name: str(Path(file).expanduser().absolute()) for name, file in files.items() if file is not None}
-    config = config.model_copy(update=absolute)  # actors have other working folders
-    return partial(connect, config, card, dict(engine or {}))
+    return config.model_copy(update=absolute)

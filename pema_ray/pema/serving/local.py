@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ray.serve import Application
 
+from pema_ray.data_owner.prefixed import PrefixedPLM, TrainedPrefix
 from pema_ray.data_owner.service.service import DataOwnerUserConfig, DecoderConfig
 from pema_ray.line.plm_config import PLMConfig
 from pema_ray.pema.serving.data_owner import data_owner_deployment
@@ -32,6 +35,12 @@ class LocalArgs(Section):
 def local(args: Mapping[str, Any] | None = None) -> Application:
     """The API of the data owner over the replicas of the PLM owner."""
     settings = validate(LocalArgs, dict(args or {}), "args")
-    engine = plm_engine(settings.plm, settings.engine, settings.plm_owner)
+    prefix = settings.plm.prefix  # the data owner's
+    engine = plm_engine(settings.plm.model_copy(update={"prefix": None}), settings.engine, settings.plm_owner)
     deployment = data_owner_deployment(settings.decoder, settings.data_owner, settings.live)
-    return deployment.bind(Replicas, settings.decoder.model_dump(), engine)
+    connect = Replicas if prefix is None else partial(_behind, TrainedPrefix.from_pretrained(Path(prefix).expanduser()))
+    return deployment.bind(connect, settings.decoder.model_dump(), engine)
+
+
+def _behind(trained: TrainedPrefix, engine: Any) -> PrefixedPLM:
+    return PrefixedPLM(Replicas(engine), trained)

@@ -13,6 +13,7 @@ from pema_ray.data_owner.config import UnrollingConfig
 from pema_ray.errors import UserError
 from pema_ray.line.plm_config import PLMConfig
 from pema_ray.pema.config import ExperimentConfig, load_config
+from pema_ray.pema.plm import with_absolute_files
 from pema_ray.pema.run import Run
 from pema_ray.runtime.cluster import ray_cluster
 from pema_ray.runtime.progress import console
@@ -82,7 +83,7 @@ def arguments_of(experiment: ExperimentConfig) -> dict[str, Any]:
         task_args["shown"] = [{"source": pair.source, "target": pair.target} for pair in examples]
     decoder = generate.model_dump(include=set(UnrollingConfig.model_fields))
     arguments: dict[str, Any] = {
-        "plm": experiment.plm.model_dump(),
+        "plm": with_absolute_files(experiment.plm).model_dump(),
         "decoder": {**decoder, "device": experiment.plm.device},
         "live": {"adapters": {run.task.name: str(adapter)}, "tasks": {run.task.name: task_args}},
     }
