@@ -42,10 +42,11 @@ from pema_ray.runtime.hardware import peak_memory, pick_device, set_threads
 from pema_ray.tasks import EncodedPair
 
 _ROWS = 256  # whose logits are held at once
+_SEARCHED = 8192  # rows whose neighbours are searched for at once
 _HEAD_SIZE = 64
 
-Teacher = Callable[[np.ndarray], torch.Tensor]
-"""Rows of the memory → the distributions `[n, V]` to be learned there."""
+Teacher = Callable[[np.ndarray, torch.Tensor], torch.Tensor]
+"""Rows of the memory, and log P `[n, V]` of a model there → `Σ_v p(v) log P(v)` of what is to be learned, `[n]`."""
 
 
 class SmallLM(nn.Module):
@@ -143,40 +144,47 @@ class AlignedMemory:
 # ── what is learned ─────────────────────────────────────────────────────────
 
 
-def gold_teacher(rows: RowsView, head: LMHead) -> Teacher:
+def gold_teacher(rows: RowsView) -> Teacher:
     """All mass on the row's own target."""
 
-    def distribution(chosen_n: np.ndarray) -> torch.Tensor:
-        target = torch.from_numpy(rows.target[chosen_n].astype(np.int64)).to(head.weight.device)
-        return nn.functional.one_hot(target, head.vocab_size).float()
+    def expectation(chosen_n: np.ndarray, log_p_nV: torch.Tensor) -> torch.Tensor:
+        target = torch.from_numpy(rows.target[chosen_n].astype(np.int64)).to(log_p_nV.device)
+        return log_p_nV.gather(1, target[:, None])[:, 0]
 
-    return distribution
+    return expectation
 
 
 def plm_teacher(rows: RowsView, head: LMHead) -> Teacher:
     """The PLM's exact distribution, from its representations and its head."""
 
-    def distribution(chosen_n: np.ndarray) -> torch.Tensor:
+    def expectation(chosen_n: np.ndarray, log_p_nV: torch.Tensor) -> torch.Tensor:
         state = torch.from_numpy(rows[chosen_n]).to(head.weight.device)
-        return head.log_probs(head.norm(state)).exp()
+        return (head.log_probs(head.norm(state)).exp() * log_p_nV).sum(-1)
 
-    return distribution
+    return expectation
 
 
 def neighbour_teacher(rows: RowsView, head: LMHead, neighbours: int, temperature: float, beta: float) -> Teacher:
-    """`β P_kNN + (1 - β)` on the row's own target; a row is not its own neighbour."""
+    """`β P_kNN + (1 - β)` on the row's own target; a row is not its own neighbour. Every row is searched for once."""
     knn = NearestNeighbours(rows, head, neighbours + 1, temperature)
-    gold = gold_teacher(rows, head)
-    target = torch.from_numpy(rows.target.astype(np.int64))
-
-    def distribution(chosen_n: np.ndarray) -> torch.Tensor:
-        distance, neighbour = knn.search(torch.from_numpy(rows[chosen_n]), head)
+    target_N = torch.from_numpy(rows.target.astype(np.int64))
+    token_NK = torch.empty(len(target_N), neighbours + 1, dtype=torch.int32)
+    share_NK = torch.empty(len(target_N), neighbours + 1)
+    for start in range(0, len(target_N), _SEARCHED):
+        number_n = np.arange(start, min(start + _SEARCHED, len(target_N)))
+        distance, neighbour = knn.search(torch.from_numpy(rows[number_n]), head)
         score = -distance / temperature
-        score[(neighbour < 0) | (neighbour == torch.from_numpy(chosen_n)[:, None])] = -torch.inf
-        near = torch.zeros(len(chosen_n), head.vocab_size).scatter_add_(1, target[neighbour], score.softmax(-1))
-        return beta * near.to(head.weight.device) + (1 - beta) * gold(chosen_n)
+        score[(neighbour < 0) | (neighbour == torch.from_numpy(number_n)[:, None])] = -torch.inf
+        token_NK[start : start + _SEARCHED] = target_N[neighbour].int()
+        share_NK[start : start + _SEARCHED] = score.softmax(-1)
+    gold = gold_teacher(rows)
 
-    return distribution
+    def expectation(chosen_n: np.ndarray, log_p_nV: torch.Tensor) -> torch.Tensor:
+        chosen, device = torch.from_numpy(chosen_n), log_p_nV.device
+        near = (share_NK[chosen].to(device) * log_p_nV.gather(1, token_NK[chosen].long().to(device))).sum(-1)
+        return beta * near + (1 - beta) * gold(chosen_n, log_p_nV)
+
+    return expectation
 
 
 # ── training ────────────────────────────────────────────────────────────────
@@ -258,7 +266,7 @@ def _learn(model: SmallLM, pairs: Sequence[EncodedPair], memory: AlignedMemory, 
     leaf = x_NH.detach().requires_grad_()
     for start in range(0, len(row_numbers), _ROWS):
         part = slice(start, start + _ROWS)
-        loss = -(teacher(row_numbers[part]) * model.log_probs(leaf[part])).sum() / len(row_numbers)
+        loss = -teacher(row_numbers[part], model.log_probs(leaf[part])).sum() / len(row_numbers)
         loss.backward()
     x_NH.backward(leaf.grad)
 
@@ -272,7 +280,7 @@ def dev_loss(model: SmallLM, memory: AlignedMemory, teacher: Teacher, max_batch_
         x_NH, row_numbers = model.rows(pairs), memory.rows_of(pairs)
         for start in range(0, len(row_numbers), _ROWS):
             part = slice(start, start + _ROWS)
-            total -= float((teacher(row_numbers[part]) * model.log_probs(x_NH[part])).sum())
+            total -= float(teacher(row_numbers[part], model.log_probs(x_NH[part])).sum())
         rows += len(row_numbers)
     return total / max(1, rows)
 
@@ -471,14 +479,14 @@ def _models(
     def fresh() -> SmallLM:
         return SmallLM(head, s.layers).to(head.weight.device)
 
-    dev_gold = gold_teacher(dev.rows, head)
+    dev_gold = gold_teacher(dev.rows)
     if job.kind == "memory_decoder":
         teacher = neighbour_teacher(train.rows, head, s.neighbours, s.temperature, s.beta)
         expert, training = train_small_lm(fresh, train, teacher, dev_gold, dev, s, job.seed)
         return {"expert": expert}, [training]
     plm, dev_plm = plm_teacher(train.rows, head), plm_teacher(dev.rows, head)
     other, first = train_small_lm(fresh, train, plm, dev_plm, dev, s, job.seed)
-    gold = gold_teacher(train.rows, head)
+    gold = gold_teacher(train.rows)
 
     def like_the_other() -> SmallLM:
         model = fresh()

@@ -110,19 +110,29 @@ def test_a_memory_without_a_row_for_every_token_is_refused(memory_of):
 # ── teachers ────────────────────────────────────────────────────────────────
 
 
+def distributions(teacher, chosen: np.ndarray, vocab_size: int) -> torch.Tensor:
+    """`[n, V]`: an expectation's gradient is the distribution that it is taken under."""
+    log_p = torch.zeros(len(chosen), vocab_size, requires_grad=True)
+    teacher(chosen, log_p).sum().backward()
+    assert log_p.grad is not None
+    return log_p.grad
+
+
 def test_teachers_give_distributions(memory_of, head):
     pytest.importorskip("faiss")
     memory = memory_of(pairs(20))
     chosen = np.array([3, 0, 17])
     for teacher in (
-        gold_teacher(memory.rows, head),
+        gold_teacher(memory.rows),
         plm_teacher(memory.rows, head),
         neighbour_teacher(memory.rows, head, 5, 10.0, 0.5),
     ):
-        torch.testing.assert_close(teacher(chosen).sum(-1), torch.ones(3))
-    assert gold_teacher(memory.rows, head)(chosen).argmax(-1).tolist() == memory.rows.target[chosen].tolist()
+        torch.testing.assert_close(distributions(teacher, chosen, head.vocab_size).sum(-1), torch.ones(3))
+    gold = distributions(gold_teacher(memory.rows), chosen, head.vocab_size)
+    assert gold.argmax(-1).tolist() == memory.rows.target[chosen].tolist()
     state = torch.from_numpy(memory.rows[chosen])
-    torch.testing.assert_close(plm_teacher(memory.rows, head)(chosen).log(), head.log_probs(head.norm(state)))
+    plm = distributions(plm_teacher(memory.rows, head), chosen, head.vocab_size)
+    torch.testing.assert_close(plm.log(), head.log_probs(head.norm(state)))
 
 
 def test_a_row_is_not_its_own_neighbour(head):
@@ -130,7 +140,7 @@ def test_a_row_is_not_its_own_neighbour(head):
     key = np.random.default_rng(0).normal(size=(6, head.weight.shape[1])).astype(np.float32)
     index = np.arange(6)
     rows = RowsView([MemoryRows(encode(key, "float32"), (10 + index).astype(np.int32), index, index.astype(np.int32))])
-    found = neighbour_teacher(rows, head, 5, 10.0, 1.0)(index)
+    found = distributions(neighbour_teacher(rows, head, 5, 10.0, 1.0), index, head.vocab_size)
     assert all(found[n, 10 + n] == 0 for n in range(6))
     torch.testing.assert_close(found.sum(-1), torch.ones(6))
 
@@ -145,9 +155,10 @@ def test_a_model_comes_near_the_plm_and_then_near_the_targets(memory_of, head):
     _, imitation = train_small_lm(lambda: SmallLM(head, 1), train, plm, dev_plm, dev, longer)
     assert imitation.seconds > 0
     everything = np.arange(len(dev.rows))
-    entropy = -float((dev_plm(everything) * dev_plm(everything).log()).sum(-1).mean())
+    log_plm = distributions(dev_plm, everything, head.vocab_size).log()
+    entropy = -float(dev_plm(everything, log_plm).mean())
     assert 0 < min(imitation.dev_losses) - entropy < 0.7 * (imitation.dev_losses[0] - entropy)
-    gold, dev_gold = gold_teacher(train.rows, head), gold_teacher(dev.rows, head)
+    gold, dev_gold = gold_teacher(train.rows), gold_teacher(dev.rows)
     found, training = train_small_lm(lambda: SmallLM(head, 1), train, gold, dev_gold, dev, SETTINGS)
     log_p = target_log_probs([found], dev, head)
     assert -log_p["own"].mean() < 0.6 * -log_p["plm"].mean()  # the rule is simple, and the PLM is random
@@ -157,7 +168,7 @@ def test_a_model_comes_near_the_plm_and_then_near_the_targets(memory_of, head):
 
 def test_one_seed_gives_one_model_and_the_best_rate_is_kept(memory_of, head):
     train, dev = memory_of(pairs(30)), memory_of(pairs(6, seed=1))
-    teachers = gold_teacher(train.rows, head), gold_teacher(dev.rows, head)
+    teachers = gold_teacher(train.rows), gold_teacher(dev.rows)
     settings = SETTINGS.model_copy(update={"learning_rates": (1e-6, 3e-3), "epochs": 3})
     runs = [train_small_lm(lambda: SmallLM(head, 1), train, *teachers, dev, settings)[1] for _ in range(2)]
     assert runs[0].dev_losses == runs[1].dev_losses and runs[0].learning_rate == 3e-3
