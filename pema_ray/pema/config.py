@@ -47,7 +47,8 @@ class EvaluateConfig(Section):
 
 SYSTEMS = (
     "copy", "plm", "few_shot", "few_shot_similar", "knn", "pema", "pema_shots", "pema_published", "pema_kappa_0",
-    "pema_no_stage_1", "pema_adam", "pema_predicted_lambda", "memory_decoder", "proxy_tuning", "lora", "lora_shots",
+    "pema_no_stage_1", "pema_adam", "pema_predicted_lambda", "memory_decoder", "proxy_tuning", "prefix",
+    "pema_prefix", "lora", "lora_shots",
     "pema_look_back", "pema_local_memory",
 )  # fmt: skip
 
@@ -63,7 +64,9 @@ class CompareConfig(Section):
     `lora_shots`), or the most similar ones (`few_shot_similar`)."""
     seeds: int = Field(default=1, ge=1)
     """Trainings of each trained system, with consecutive seeds from the run's on."""
-    single_seed: tuple[str, ...] = ("pema_published", "memory_decoder", "proxy_tuning", "lora", "lora_shots")
+    single_seed: tuple[str, ...] = (
+        "pema_published", "memory_decoder", "proxy_tuning", "prefix", "pema_prefix", "lora", "lora_shots",
+    )  # fmt: skip
     """Slow systems that are trained with one seed only."""
     lambdas: tuple[Share, ...] = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     """λ tried for each adapter if `generate.schedule` is constant; the best NLL on the dev memory wins. Empty: always

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from pema_ray.errors import FingerprintMismatch, UserError
+from pema_ray.evaluation.comparison import Comparison
 from pema_ray.evaluation.results import Evaluation
 from pema_ray.memory import ExternalMemory
 from pema_ray.pema.config import load_config
 from pema_ray.pema.method import PEMA
 from pema_ray.pema.run import Run
+from pema_ray.pema.stages.systems import ComparedSystem
 from pema_ray.pema.stages.train_prefix import _batches
 from pema_ray.tasks import EncodedPair
 
@@ -51,6 +53,30 @@ def test_a_prefix_is_trained_and_every_stage_runs_behind_it(experiment, ray_clus
     (folder / "prefix.json").write_text(json.dumps({"replaces": [5], "fingerprint": "another"}))
     with pytest.raises(FingerprintMismatch):
         PEMA.run("export_head", third)
+
+
+def test_what_stands_behind_a_prefix_is_compared(experiment, ray_cluster):
+    compare = {"systems": ["plm", "pema", "prefix", "pema_prefix"], "few_shot": 1, "bootstrap_samples": 50}
+    path = experiment(task={"limits": {"train": 20}}, prefix={**PREFIX, "max_batch_tokens": 128}, compare=compare)
+    config = load_config(path)
+    for stage in ("prepare", "export_head", "build_memory", "compare"):
+        measured = PEMA.run(stage, config)
+    run = Path(config.run_dir)
+    comparison = Comparison.model_validate_json((run / "compare" / "comparison.json").read_bytes())
+    peers = dict(zip(config.compare.systems, comparison.peers, strict=True))
+    nll = {name: peer.mean("nll") for name, peer in peers.items()}
+    assert nll["prefix"] < nll["plm"] and len(set(nll.values())) == 4
+    assert peers["prefix"].mean("train_seconds") > 0 and peers["prefix"].given.endswith("gradients")
+    assert (
+        peers["pema_prefix"].mean("line_bytes") > peers["prefix"].mean("line_bytes") > peers["plm"].mean("line_bytes")
+    )
+    assert "steps of the prefix" in peers["prefix"].measurements[0].note
+    (run / "compare" / "metrics.json").unlink()
+    assert PEMA.run("compare", config)["nll"] == measured["nll"]
+    other = load_config(path, ["prefix.epochs=2"])
+    for name, again in (("prefix", True), ("pema_prefix", True), ("pema", False)):
+        stamps = [ComparedSystem(Run(c), name, config.seed)._stamp() for c in (config, other)]
+        assert (stamps[0] != stamps[1]) is again
 
 
 def test_a_prompt_that_a_prefix_cannot_stand_before_is_named():

@@ -1,6 +1,7 @@
 """The systems of a comparison that are trained: their names, their settings, and what they need.
 
-A variant is an adapter of another training than the run's own; `LORA` and `SMALL_LMS` are the other trained peers.
+A variant is an adapter of another training than the run's own; `LORA`, `PREFIXES` and `SMALL_LMS` are the other
+trained peers.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ VARIANTS: dict[str, Variant] = {
     ),
 }
 LORA = {"lora": False, "lora_shots": True}  # whether its prompts show examples
+PREFIXES = {"prefix": "plm", "pema_prefix": "pema"}  # which system stands behind a trained prefix
 SMALL_LMS = {"memory_decoder": "Memory Decoder", "proxy_tuning": "proxy-tuning"}
 
 

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -27,15 +28,17 @@ from pema_ray.evaluation.likelihood import TokenLikelihood
 from pema_ray.evaluation.scores import Scorer
 from pema_ray.experiment.stage_run import chosen_settings, claim
 from pema_ray.line.plm_config import PLMConfig
+from pema_ray.line.prefix import Prefix
 from pema_ray.memory import ExternalMemory
 from pema_ray.pema.baselines.small_lm import SmallLMJob, SmallLMSpec, train_peer
-from pema_ray.pema.baselines.variants import LORA, SMALL_LMS, VARIANTS, count, describe_adapter, training_of
+from pema_ray.pema.baselines.variants import LORA, PREFIXES, SMALL_LMS, VARIANTS, count, describe_adapter, training_of
 from pema_ray.pema.config import CompareConfig
 from pema_ray.pema.method import PEMA
 from pema_ray.pema.run import COMPARE_PROTOCOL, Run
 from pema_ray.pema.stages.answers import make_job, predictor_of, run_jobs, write_rows
 from pema_ray.pema.stages.likelihood import likelihood_of
 from pema_ray.pema.stages.train import training_job
+from pema_ray.pema.stages.train_prefix import train as train_prefix
 from pema_ray.runtime.files import atomic_file
 from pema_ray.runtime.placement import ray_options
 from pema_ray.runtime.progress import console, track
@@ -59,7 +62,7 @@ class ComparedSystem:
     @property
     def is_trained(self) -> bool:
         """Whether another seed gives another system."""
-        return self.name in {**VARIANTS, **LORA, **SMALL_LMS}
+        return self.name in {**VARIANTS, **LORA, **PREFIXES, **SMALL_LMS}
 
     @property
     def given(self) -> str:
@@ -67,6 +70,8 @@ class ComparedSystem:
         shots = self.config.compare.few_shot
         if self.name in LORA:
             return "all weights"
+        if self.name in PREFIXES:
+            return f"{_SERVICE}, gradients"
         if self.name in VARIANTS:
             return f"{_SERVICE}; the memory to answer with" if self.config.generate.knn.weight > 0 else _SERVICE
         return {
@@ -88,6 +93,9 @@ class ComparedSystem:
             knn = self.config.generate.knn
             asks = f", k = {knn.neighbours} neighbours" if knn.weight > 0 else ""
             return f"{variant.label} ({describe_adapter(training)}{asks})"
+        if self.name in PREFIXES:
+            inner = "PLM" if self.name == "prefix" else ComparedSystem(self.run, PREFIXES[self.name], self.seed).label
+            return f"{inner} behind a prefix trained from {count(c.few_shot, 'example')}"
         layers = count(c.small_lm.layers, "layer")
         shots = f" on prompts with {count(c.few_shot, 'example')}" if LORA.get(self.name) else ""
         return {
@@ -112,7 +120,7 @@ class ComparedSystem:
         makers: dict[str, Callable[[], Measurement]] = {
             "copy": self._copy, "plm": self._plm, "few_shot": self._few_shot, "few_shot_similar": self._few_shot,
             "knn": self._knn, "lora": self._lora, "lora_shots": self._lora, "memory_decoder": self._small_lm,
-            "proxy_tuning": self._small_lm,
+            "proxy_tuning": self._small_lm, **dict.fromkeys(PREFIXES, self._behind_prefix),
         }  # fmt: skip
         measured = makers.get(self.name, self._pema)()
         with atomic_file(kept) as temporary:
@@ -122,11 +130,11 @@ class ComparedSystem:
 
     def _stamp(self) -> str:
         settings: CompareConfig = self.config.compare
-        shots = self.name in ("few_shot", "few_shot_similar", "pema_shots", "lora_shots")
+        shots = self.name in ("few_shot", "few_shot_similar", "pema_shots", "lora_shots", *PREFIXES)
         grids: dict[str, Any] = {}
-        if self.name in {**VARIANTS, "knn": None}:
+        if self.name in {**VARIANTS, "knn": None, "pema_prefix": None}:
             grids |= {"dev_rows": settings.dev_rows}
-        if self.name in {**VARIANTS, "memory_decoder": None}:
+        if self.name in {**VARIANTS, "memory_decoder": None, "pema_prefix": None}:
             grids |= {"lambdas": settings.lambdas}
         if self.name == "memory_decoder":
             grids |= {"knn.lambdas": settings.knn.lambdas}
@@ -136,6 +144,7 @@ class ComparedSystem:
         sections += [settings.knn] if self.name == "knn" else []
         sections += [settings.lora] if self.name in LORA else []
         sections += [settings.small_lm] if self.name in SMALL_LMS else []
+        sections += [self.config.prefix] if self.name in PREFIXES else []
         described = [chosen_settings(section) for section in sections]
         stages = [self.run.stamp("train"), self.run.stamp("generate")]
         few_shot = settings.few_shot if shots else None
@@ -194,32 +203,67 @@ class ComparedSystem:
 
     def _on_prompts_with_examples(self) -> Measurement:
         """The first system of a run whose prompts show examples: PEMA."""
-        run = self._run_with_examples("first", self.config.build_memory.splits)
-        inner = ComparedSystem(run, "pema", self.seed)
+        return self._inner("pema", self._run_with_examples("first", self.config.build_memory.splits))
+
+    def _inner(self, name: str, run: Run) -> Measurement:
+        """What a system of another run gives, which answers the same pairs; its answers are copied."""
+        inner = ComparedSystem(run, name, self.seed)
         measured = inner.measurement()
         with atomic_file(self.answers) as temporary:
             temporary.write_bytes(inner.answers.read_bytes())
         return measured
 
-    def _run_with_examples(self, show: Literal["first", "similar"], splits: tuple[Split, ...]) -> Run:
+    def _behind_prefix(self) -> Measurement:
+        """The PLM alone, or PEMA, behind a prefix that is trained on the run's training pairs."""
+        shown = self._run_with_examples("first", ())
+        folder = self.folder / "prefix"
+        stamp = f"{shown.stamp('export_head')} {chosen_settings(self.config.prefix)} {self.seed}"
+        history = train_prefix(shown, folder, self.seed, lambda: claim(folder, stamp))
+        inner = PREFIXES[self.name]
+        splits = self.config.build_memory.splits if inner == "pema" else (self._split,)
+        trained = str((folder / "prefix").resolve())
+        measured = self._inner(inner, self._run_with_examples("first", splits, prefix=trained))
+        note = f"the best of {len(history.train):,} steps of the prefix ({history.best_step:,}), chosen on dev"
+        return measured.model_copy(
+            update={
+                "train_seconds": history.seconds + (measured.train_seconds or 0.0),
+                "peak_bytes": max(history.peak_bytes, measured.peak_bytes or 0),
+                "line_bytes": (measured.line_bytes or 0) + self._prefix_bytes(shown, Path(trained), len(history.train)),
+                "note": f"{note}; {measured.note}" if measured.note else note,
+            }
+        )
+
+    def _prefix_bytes(self, run: Run, folder: Path, steps: int) -> int:
+        """What training a prefix brings: representations of all targets, and gradients of the prefix."""
+        prompter = run.prompter()
+        rows = sum(len(prompter.encode_pair(pair).target) + 1 for pair in run.pairs("train"))
+        embeddings = Prefix.from_pretrained(folder).embeddings
+        return rows * self.config.prefix.epochs * self._row_bytes + steps * embeddings.nbytes
+
+    def _run_with_examples(
+        self, show: Literal["first", "similar"], splits: tuple[Split, ...], prefix: str | None = None
+    ) -> Run:
         """A run of its own below this system's folder, with memories of prompts that show `compare.few_shot` examples.
 
         Args:
             splits: whose memories it builds.
+            prefix: stands in place of the examples.
         """
         config, limits, limit = self.config, dict(self.config.task.limits), self.config.train.max_train_pairs
         if limit is not None:  # the first so many, as a smaller limit draws them
             limits["train"] = min(limit, limits.get("train", limit))
         shown = {"shots": config.compare.few_shot, "show": show, "limits": limits}
+        folder = self.run.path("compare", self.name, "run") if prefix is None else self.folder / "run"
         inner = config.model_copy(
             update={
-                "run_dir": str(self.run.path("compare", self.name, "run")),
+                "run_dir": str(folder),
+                "plm": config.plm.model_copy(update={"prefix": prefix}),
                 "task": config.task.model_copy(update=shown),
                 "build_memory": config.build_memory.model_copy(update={"splits": splits}),
                 "compare": config.compare.model_copy(update={"systems": ("pema",)}),
             }
         )
-        for stage in ("prepare", "export_head", "build_memory"):
+        for stage in ("prepare", "export_head", "build_memory") if splits else ("prepare", "export_head"):
             PEMA.run(stage, inner)
         return Run(inner)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
         )
 
     def work() -> dict[str, Any]:
-        history = _train(run)
+        history = train(run, run.path("train_prefix"), config.seed, lambda: run.claim("train_prefix"))
         first, best = history.validation[0], min(history.validation, key=lambda point: point["loss"])
         return {
             "dev_loss": best["loss"],
@@ -49,8 +50,16 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
     return run.perform("train_prefix", work)
 
 
-def _train(run: Run) -> TrainerHistory:
-    config, c, folder = run.config, run.config.prefix, run.path("train_prefix")
+def train(run: Run, folder: Path, seed: int, claim: Callable[[], None]) -> TrainerHistory:
+    """Train on the prompts of a run, and write `prefix/` and `history.json` into a folder.
+
+    Args:
+        claim: takes the folder for this training, once its settings are known to be possible.
+
+    Raises:
+        UserError: prompts show no common examples, or the PLM owner takes no prefixes.
+    """
+    config, c = run.config, run.config.prefix
     prompter = run.prompter()
     shared, end = prompter.shared_tokens, prompter.end_token
     if config.task.shots == 0 or config.task.show == "similar":
@@ -68,10 +77,10 @@ def _train(run: Run) -> TrainerHistory:
         batches = {split: _batches(examples, replaced, end, c.max_batch_tokens) for split, examples in pairs.items()}
         trainer = PrefixTrainer(
             c, plm, run.bundle.head, Prefix(start.embeddings, start.shape, c.frozen), batches["train"], batches["dev"],
-            folder, config.seed,
+            folder, seed,
         )  # fmt: skip
         _ = trainer.model  # refuses what cannot be trained, before anything is set aside
-        run.claim("train_prefix")
+        claim()
         if not c.resume:
             for name in trainer.resumed_from:
                 (folder / name).unlink(missing_ok=True)
