@@ -56,6 +56,14 @@ def test_build_plan_measures_the_driver(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
+def test_gradient_line_measures_steps_decoding_and_memory(tmp_path: Path):
+    figures = smoke("gradient_line", tmp_path)["figures"]
+    assert set(figures["seconds"]) == {"bare", "put", "extract", "gradient"} and figures["peak_bytes"] > 0
+    assert figures["bytes_sent"] > 4 * (figures["numbers"]["prefix"] + figures["numbers"]["states"])
+
+
+@pytest.mark.slow
 def test_generation_measures_the_decoder_beside_plain_generation(tmp_path: Path):
     rates = smoke("generation", tmp_path)["figures"]["tokens_per_second"]
     assert set(rates) == {f"{side}, {length}" for side in ("PEMA", "generate") for length in ("fixed", "task")}

@@ -59,13 +59,18 @@ def run(config: Path, folder: Path, overrides: Iterable[str] = ()) -> dict[str, 
 # ── the PLM owner ───────────────────────────────────────────────────────────────
 
 
-def set_up_plm_owner(owner: Organisation, plm: dict[str, Any]) -> Path:
-    """Write its certificate and the Serve config of its service; returns the config's path."""
+def set_up_plm_owner(owner: Organisation, plm: dict[str, Any], adaptation: str = "none") -> Path:
+    """Write its certificate and the Serve config of its service; returns the config's path.
+
+    Args:
+        adaptation: as `PLMOwnerArgs` takes it.
+    """
     certificate, private = self_signed_certificate(owner.folder, owner.address)
     arguments = {
         "plm": {**{name: value for name, value in plm.items() if value is not None}, "threads": os.cpu_count() or 1},
         "engine": {"max_tokens": 2048},
         "keys": str(owner.folder / "keys.yaml"),
+        "adaptation": adaptation,
         "audit": str(owner.folder / "audit.jsonl"),
         "plm_owner": {"cpus": 0.5},
         "api_cpus": 0.25,
