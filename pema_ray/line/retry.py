@@ -92,6 +92,7 @@ class PatientPLM:
             try:
                 if lost and self._prefix is not None:
                     await adaptable(self.client).put_prefix(self._prefix)
+                    lost = False
                 answer = await call()
             except PrefixLost:
                 if self._prefix is None or self._prefix.handle != handle:

@@ -217,7 +217,7 @@ class ComparedSystem:
         """The PLM alone, or PEMA, behind a prefix that is trained on the run's training pairs."""
         shown = self._run_with_examples("first", ())
         folder = self.folder / "prefix"
-        stamp = f"{shown.stamp('export_head')} {chosen_settings(self.config.prefix)} {self.seed}"
+        stamp = f"{shown.stamp('train_prefix')} {self.seed}"
         history = train_prefix(shown, folder, self.seed, lambda: claim(folder, stamp))
         inner = PREFIXES[self.name]
         splits = self.config.build_memory.splits if inner == "pema" else (self._split,)
