@@ -90,6 +90,7 @@ async def measure_steps(o: argparse.Namespace, config: PLMConfig, folder: Path, 
         remote = RemotePLM(PLMConfig(url=f"https://127.0.0.1:{wire.port}", **files))
         prefix = await remote.read_prefix([5 + i % 90 for i in range(o.positions)])
         d_state_NH = 1e-3 * torch.randn(batch.rows, (await remote.describe()).card.hidden_size)
+        sent = received = 0
         for turn in range(o.rounds + 1):
             changed = prefix.replaced(prefix.embeddings + 1e-4 * turn)  # as after a step of training
             started = time.perf_counter()

@@ -177,8 +177,7 @@ class RemotePLM:
 
     async def gradient(self, batch: ExtractBatch, d_state_NH: torch.Tensor) -> torch.Tensor:
         """As `AdaptablePLM.gradient`; the gradients of the requests that `extract` would send are added up."""
-        await self._prefix_shape()
-        limits = (await self.describe()).limits
+        shape, limits = await self._prefix_shape(), (await self.describe()).limits
         row_bytes = d_state_NH.shape[1] * d_state_NH.element_size()
         max_rows = max(1, min(limits.max_rows, self._body_bytes // (2 * row_bytes)))
         requests = list(_requests(batch, max_rows, self._max_tokens // BACKWARD_TOKENS, self._body_bytes, row_bytes))
@@ -186,6 +185,9 @@ class RemotePLM:
         calls = (partial(self._gradient, request, part) for request, part in zip(requests, parts, strict=True))
         total: torch.Tensor | None = None
         async for d_prefix_nW in _in_turn(calls):
+            expected = (len(d_prefix_nW) if total is None else len(total), shape.width)
+            if d_prefix_nW.shape != expected or not torch.isfinite(d_prefix_nW).all():
+                raise UserError(f"{self.config.url}: sent no gradient of a prefix: {list(d_prefix_nW.shape)}.")
             total = d_prefix_nW if total is None else total + d_prefix_nW
         assert total is not None
         return total
@@ -264,7 +266,7 @@ class RemotePLM:
         if response.is_success:
             return response
         message = codec.as_error(response.content)
-        if response.status_code == _PREFIX_LOST:
+        if response.status_code == _PREFIX_LOST and _is_from_api(response):
             raise PrefixLost(message)
         if response.status_code in _BUSY or not _is_from_api(response):
             raise Busy(message, _seconds(response.headers.get("Retry-After")))
@@ -275,7 +277,7 @@ class RemotePLM:
 
 def _is_from_api(response: httpx.Response) -> bool:
     """Whether the PLM owner's API answered, not Serve's proxy for an application that is away or restarts."""
-    if response.status_code not in (404, 500):
+    if response.status_code not in (404, _PREFIX_LOST, 500):
         return True
     with suppress(msgspec.MsgspecError, KeyError, TypeError):
         return msgspec.json.decode(response.content)["error"]["type"] == "line_error"

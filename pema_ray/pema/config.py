@@ -47,18 +47,18 @@ class EvaluateConfig(Section):
 
 SYSTEMS = (
     "copy", "plm", "few_shot", "few_shot_similar", "knn", "pema", "pema_shots", "pema_published", "pema_kappa_0",
-    "pema_no_stage_1", "pema_adam", "pema_predicted_lambda", "memory_decoder", "proxy_tuning", "prefix",
-    "pema_prefix", "lora", "lora_shots",
-    "pema_look_back", "pema_local_memory",
+    "pema_no_stage_1", "pema_adam", "pema_predicted_lambda", "memory_decoder", "proxy_tuning", "lora", "lora_shots",
+    "prefix", "pema_prefix", "pema_look_back", "pema_local_memory",
 )  # fmt: skip
 
 
 class CompareConfig(Section):
     """PEMA beside its peers on the same pairs, decoded as `generate` says."""
 
-    systems: tuple[str, ...] = SYSTEMS[:-2]
+    systems: tuple[str, ...] = SYSTEMS[:-4]
     """Systems to compare; leave out what takes too long (`lora` trains the whole PLM, `pema_published` trains for many
-    epochs). `pema_look_back` and `pema_local_memory` need `build_memory.prompts`."""
+    epochs). `prefix` and `pema_prefix` need a PLM owner that takes prefixes, `pema_look_back` and `pema_local_memory`
+    `build_memory.prompts`."""
     few_shot: int = Field(default=3, ge=1)
     """Examples in the prompts of the few-shot systems: the first training pairs (`few_shot`, `pema_shots`,
     `lora_shots`), or the most similar ones (`few_shot_similar`)."""

@@ -10,6 +10,8 @@ import torch
 
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.line import Busy, ExtractBatch, SessionLost, Step, Stepped
+from pema_ray.line.prefix import Prefix, PrefixShape
+from pema_ray.line.protocol import PrefixLost
 from pema_ray.line.retry import PatientPLM
 
 BATCH = ExtractBatch([[1, 2]], [0])
@@ -37,6 +39,22 @@ class Scripted:
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+
+class Adaptable(Scripted):
+    """Takes prefixes too; puts are recorded and succeed."""
+
+    def __init__(self, *answers: Any) -> None:
+        super().__init__(*answers)
+        self.puts: list[str] = []
+
+    async def put_prefix(self, prefix: Prefix) -> None:
+        self.puts.append(prefix.handle)
+
+    async def gradient(self, batch: ExtractBatch, d_state_NH: torch.Tensor) -> torch.Tensor:
+        return self._next(batch)
+
+    describe = lm_head = read_prefix = end = Scripted.close  # never called
 
 
 @pytest.fixture
@@ -162,3 +180,16 @@ async def test_the_report_is_cleared_only_when_no_call_waits():
     assert await calls[1] == "rows"
     assert reports == ["waiting for the PLM owner: long, 100 s", "waiting for the PLM owner: short, 1 s"]
     calls[0].cancel()
+
+
+async def test_a_lost_prefix_is_put_again_once_for_each_loss(pauses):
+    prefix = Prefix(torch.zeros(2, 8), PrefixShape(1, 1, 4))
+    batch, gradient = ExtractBatch([[1, 2]], [0], handle=prefix.handle), torch.ones(2, 8)
+    client = Adaptable(PrefixLost(), Busy(QUOTA, 9.0), Busy(QUOTA, 9.0), PrefixLost(), gradient)
+    plm = PatientPLM(client, 600.0)
+    await plm.put_prefix(prefix)
+    assert await plm.gradient(batch, torch.ones(2, 3)) is gradient
+    assert client.puts == [prefix.handle] * 3  # at first, and after two losses
+    client.answers = [PrefixLost()]
+    with pytest.raises(PrefixLost):  # of another prefix, which this client has not put
+        await plm.gradient(ExtractBatch([[1]], [0], handle="another"), torch.ones(1, 3))

@@ -55,7 +55,7 @@ def test_a_prefix_is_trained_and_every_stage_runs_behind_it(experiment, ray_clus
         PEMA.run("export_head", third)
 
 
-def test_what_stands_behind_a_prefix_is_compared(experiment, ray_cluster):
+def test_what_stands_behind_a_prefix_is_compared(experiment, ray_cluster, tiny_plm_folder, tmp_path):
     compare = {"systems": ["plm", "pema", "prefix", "pema_prefix"], "few_shot": 1, "bootstrap_samples": 50}
     path = experiment(task={"limits": {"train": 20}}, prefix={**PREFIX, "max_batch_tokens": 128}, compare=compare)
     config = load_config(path)
@@ -73,7 +73,11 @@ def test_what_stands_behind_a_prefix_is_compared(experiment, ray_cluster):
     assert "steps of the prefix" in peers["prefix"].measurements[0].note
     (run / "compare" / "metrics.json").unlink()
     assert PEMA.run("compare", config)["nll"] == measured["nll"]
-    other = load_config(path, ["prefix.epochs=2"])
+    other = load_config(path, ["prefix.epochs=2"])  # another prefix: the memories of the first are in nobody's way
+    assert PEMA.run("compare", other)["nll"] != measured["nll"]
+    none = load_config(path, ["plm.name=" + tiny_plm_folder("mamba"), f"run_dir={tmp_path / 'mamba'}"])
+    with pytest.raises(UserError, match=r"takes no prefixes: leave out prefix and pema_prefix"):
+        PEMA.run("compare", none)
     for name, again in (("prefix", True), ("pema_prefix", True), ("pema", False)):
         stamps = [ComparedSystem(Run(c), name, config.seed)._stamp() for c in (config, other)]
         assert (stamps[0] != stamps[1]) is again

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 
 import httpx
 import pytest
-from test_line_over_https import Owner
+from https_kit import Owner
 
 from pema_ray.line import Step, codec
 from pema_ray.plm_owner.service import access as access_module

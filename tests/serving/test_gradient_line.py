@@ -6,11 +6,12 @@ from __future__ import annotations
 import asyncio
 import random
 from pathlib import Path
+from unittest.mock import AsyncMock
 
 import pytest
 import torch
+from https_kit import Owner
 from serving_kit import DirectHandle
-from test_line_over_https import Owner
 
 from pema_ray.data_owner.prefixed import PrefixedPLM, TrainedPrefix
 from pema_ray.data_owner.remote import RemotePLM
@@ -188,11 +189,26 @@ async def test_what_is_too_large_or_damaged_is_named(owner_of, in_process):
             await remote.put_prefix(prefix.replaced(prefix.embeddings.repeat(6, 1)))
         with pytest.raises(UserError, match="must be finite"):
             await remote.put_prefix(prefix.replaced(prefix.embeddings * float("inf")))
-        with pytest.raises(UserError, match="91 tokens is longer|91"):
-            await remote.read_prefix([5] * 91)
+        with pytest.raises(UserError, match="A prefix of 65 positions is longer than is kept here"):
+            await remote.read_prefix([5] * 65)
+        with pytest.raises(UserError, match=r"413: A prefix of 600 tokens has 0.1 MiB, more than max_body_mb allows"):
+            await remote.read_prefix([5] * 600)
         async with owner.raw() as http:
             for path in ("/v1/prefixes", "/v1/prefixes/read", "/v1/gradient"):
                 response = await http.post(path, content=b"noise")
                 assert response.status_code == 400, path
                 response = await http.post(path, content=b"", headers={"Authorization": "Bearer no"})
                 assert response.status_code == 401, path
+
+
+async def test_a_gradient_of_another_shape_is_refused(owner_of, in_process, monkeypatch):
+    prefix, _ = in_process
+    batch = ExtractBatch(BATCH.token_ids, BATCH.first, handle=prefix.handle)
+    async with owner_of() as owner:
+        remote = owner.remote()
+        await remote.put_prefix(prefix)
+        width = prefix.shape.width
+        for wrong in (torch.zeros(len(prefix), width - 1), torch.full((len(prefix), width), float("nan"))):
+            monkeypatch.setattr(remote, "_gradient", AsyncMock(return_value=wrong))
+            with pytest.raises(UserError, match="sent no gradient of a prefix"):
+                await remote.gradient(batch, torch.zeros(batch.rows, 32))

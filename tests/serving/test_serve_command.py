@@ -19,7 +19,7 @@ import psutil
 import pytest
 import yaml
 from api_kit import offline_texts, save_adapter
-from test_line_over_https import certificate
+from https_kit import certificate
 from test_serving_cluster import free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]

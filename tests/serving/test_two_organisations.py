@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 from api_kit import offline_texts, save_adapter
+from https_kit import certificate
 from safetensors.torch import load_file
-from test_line_over_https import certificate
 
 from pema_ray.plm_owner.service.access import Quota, add_client
 

@@ -9,8 +9,10 @@ from typing import Any
 
 from pema_ray.errors import UserError
 from pema_ray.evaluation.comparison import Comparison, Peer, markdown, significance
-from pema_ray.pema.baselines.variants import check
+from pema_ray.line import BlockingPLM
+from pema_ray.pema.baselines.variants import PREFIXES, check
 from pema_ray.pema.config import ExperimentConfig
+from pema_ray.pema.plm import connect
 from pema_ray.pema.run import Run
 from pema_ray.pema.stages.answers import read_rows
 from pema_ray.pema.stages.systems import ComparedSystem, scorer_of
@@ -32,6 +34,12 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
         raise UserError("compare measures the PLM alone and with other prompts: leave plm.prefix out.")
     for name in settings.systems:  # fail now, not after the other systems have finished
         check(config, name)
+    if not PREFIXES.keys().isdisjoint(settings.systems) and run.finished("compare") is None:
+        with BlockingPLM(connect(config.plm)) as plm:
+            if plm.describe().prefix_shape is None:
+                raise UserError(
+                    f"compare.systems: {config.plm.label} takes no prefixes: leave out {' and '.join(PREFIXES)}."
+                )
 
     def work() -> dict[str, Any]:
         with _cluster(run):

@@ -253,7 +253,9 @@ class ComparedSystem:
         if limit is not None:  # the first so many, as a smaller limit draws them
             limits["train"] = min(limit, limits.get("train", limit))
         shown = {"shots": config.compare.few_shot, "show": show, "limits": limits}
-        folder = self.run.path("compare", self.name, "run") if prefix is None else self.folder / "run"
+        folder = self.run.path("compare", self.name, "run")
+        if prefix is not None:  # another prefix is another PLM, with memories of its own
+            folder = self.folder / f"run-{Prefix.from_pretrained(prefix).handle[:12]}"
         inner = config.model_copy(
             update={
                 "run_dir": str(folder),

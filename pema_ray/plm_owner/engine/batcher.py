@@ -19,9 +19,9 @@ from pema_ray.line import Busy, ExtractBatch, LMHead, SessionLost, Step, Stepped
 from pema_ray.line.prefix import Prefix
 from pema_ray.line.protocol import PrefixLost
 from pema_ray.plm_owner.engine.config import EngineConfig
-from pema_ray.plm_owner.engine.extraction import Extraction, ExtractJob, GradientJob
+from pema_ray.plm_owner.engine.extraction import Extraction, ExtractJob, GradientJob, ReadJob
 from pema_ray.plm_owner.engine.fair import FairQueue
-from pema_ray.plm_owner.engine.prefixes import Prefixes, read_prefix
+from pema_ray.plm_owner.engine.prefixes import Prefixes
 from pema_ray.plm_owner.engine.sessions import Sessions, StepJob
 from pema_ray.plm_owner.engine.slots import SlotCaches, SlotTokens, make_caches
 from pema_ray.plm_owner.model.load import LoadedPLM
@@ -96,19 +96,11 @@ class Batcher:
         except PrefixLost as error:
             return None, error
 
-    @torch.inference_mode()
-    def read_prefix(self, token_ids: Sequence[int]) -> Prefix:
-        """The keys and values of a text, from which a prefix may start.
-
-        Raises:
-            UserError: this PLM takes no prefix, or not one so long, or the text holds what is no token.
-        """
-        _ = self.prefixes.required_shape
-        if not token_ids:
-            raise UserError("A prefix starts from at least one token.")
-        self._check_length(len(token_ids))
-        self._check_tokens([token_ids])
-        return read_prefix(self._plm, token_ids)
+    def submit_read(self, owner: str, token_ids: Sequence[int], deadline: float = float("inf")) -> ReadJob:
+        """Queue the reading of the keys and values of a text, which has tokens, among the extractions of its owner."""
+        job = ReadJob(owner, ExtractBatch([list(token_ids)], [0]), deadline, tokens=len(token_ids))
+        self._extractions.append(job)
+        return job
 
     def close(self, owner: str, session: str) -> None:
         """Forget a session and drop its step. The next opening of an unknown one is refused: it was overtaken."""
@@ -324,6 +316,8 @@ class Batcher:
         batch, positions = job.batch, 0 if job.owned is None else len(job.owned)
         self._check_length(positions + batch.longest)
         self._check_tokens([batch.prefix, *batch.token_ids])
+        if isinstance(job, ReadJob):
+            self.prefixes.check_length(batch.longest)
         if not isinstance(job, GradientJob):
             return
         if job.owned is None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from pema_ray.errors import UserError
 from pema_ray.line import Busy, ExtractBatch, SessionLost, Step, Stepped
 from pema_ray.line.prefix import Prefix
 from pema_ray.plm_owner.engine.batcher import Batcher, Job
@@ -100,11 +101,14 @@ class Engine:
         """Keep a prefix; requests that come later find it. Raises UserError as `Prefixes.put` does."""
         self.batcher.prefixes.put(owner, prefix)
 
-    async def read_prefix(self, token_ids: Sequence[int]) -> Prefix:
-        """The keys and values of a text; raises UserError as `Batcher.read_prefix` does."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self.batcher.read_prefix, list(token_ids))
+    async def read_prefix(self, owner: str, token_ids: Sequence[int], timeout: float = 60.0) -> Prefix:
+        """The keys and values of a text; raises as `extract` does, and UserError if no prefix may start from it."""
+        if not token_ids:
+            raise UserError("A prefix starts from at least one token.")
+        deadline = time.monotonic() + timeout
+        return await self._extraction(lambda: [self.batcher.submit_read(owner, token_ids, deadline)])
 
-    async def _extraction(self, submit: Callable[[], Sequence[Job]]) -> torch.Tensor:
+    async def _extraction(self, submit: Callable[[], Sequence[Job]]) -> Any:
         (answer,) = await self._answers(submit, 1)
         if isinstance(answer, SessionLost):
             raise Busy("the engine has stopped.")

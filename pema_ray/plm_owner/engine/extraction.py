@@ -21,7 +21,7 @@ from pema_ray.errors import UserError
 from pema_ray.line import ExtractBatch
 from pema_ray.line.prefix import Prefix
 from pema_ray.plm_owner.engine.checks import attempt, holds_plain_rows, plain_states, random_ids, same_states
-from pema_ray.plm_owner.engine.prefixes import prefix_cache
+from pema_ray.plm_owner.engine.prefixes import prefix_cache, prefix_of_cache
 from pema_ray.plm_owner.model.load import LoadedPLM
 from pema_ray.plm_owner.model.states import capture_state
 
@@ -29,6 +29,7 @@ _SHORTEST_PREFIX = 8  # tokens; a shorter one is computed with every sequence
 _MAX_PREFIXES = 8  # owners whose last prefix is cached
 _GRADIENT_BUDGET = 512  # positions whose graph is kept, at least, if a pass may have as many
 _ROWS_OF_PREFIX = 64  # a pass attends to at most this × its budget of prefix positions
+_LAYERS_OF_PREFIX = 8  # of such a pass whose copies of the prefix a graph may keep
 
 
 @dataclass(eq=False)
@@ -48,13 +49,13 @@ class ExtractJob:
     """One extraction on its way through the batcher.
 
     Attributes:
-        result: its representations `[N, H]`, or an error; none until then.
+        result: its representations `[N, H]` (of a `ReadJob`, a prefix), or an error; none until then.
     """
 
     owner: str
     batch: ExtractBatch
     deadline: float
-    result: torch.Tensor | Exception | None = None
+    result: torch.Tensor | Prefix | Exception | None = None
     cancelled: bool = False
     checked: bool = False
     begun: bool = False
@@ -92,6 +93,11 @@ class GradientJob(ExtractJob):
         """A sequence's representations among all."""
         counts = [len(ids) - first for ids, first in zip(self.batch.token_ids, self.batch.first, strict=True)]
         return slice(sum(counts[:i]), sum(counts[: i + 1]))
+
+
+@dataclass(eq=False)
+class ReadJob(ExtractJob):
+    """The keys and values of a text, the batch's one sequence; its result is a `Prefix`."""
 
 
 class Extraction:
@@ -146,6 +152,8 @@ class Extraction:
             input_ids = torch.tensor([ids], device=self._plm.device)
             self._plm.decoder(input_ids=input_ids, past_key_values=prefix.cache, use_cache=True)
             prefix.computed += len(ids)
+            if isinstance(job, ReadJob):
+                self._read(job, prefix, len(ids))
             return 1, len(ids)
         pieces = [(job, job._pieces.pop(0))]
         if isinstance(job, GradientJob):
@@ -153,7 +161,7 @@ class Extraction:
                 return self._differentiate(job, pieces[0][1])
             except (RuntimeError, NotImplementedError) as error:  # memory, or a kernel without a backward pass
                 job.result = UserError(f"{self._plm.name}: the gradient of a prefix cannot be computed: {error}")
-                return 0, 0
+                return len(pieces[0][1]), sum(job.length(i) for i in pieces[0][1])  # what failed is charged too
         if self._share_passes and self.batches:
             self._fill(pieces, jobs[1:])
         positions = self._run(pieces)
@@ -172,7 +180,7 @@ class Extraction:
         for job in jobs:
             if count == limit or (count + 1) * width > self.budget:
                 return
-            if isinstance(job, GradientJob) or job.owned is not None or job.batch.prefix != first.batch.prefix:
+            if type(job) is not ExtractJob or job.owned is not None or job.batch.prefix != first.batch.prefix:
                 continue
             if not job.begun:
                 self._begin(job)
@@ -187,6 +195,9 @@ class Extraction:
     def _begin(self, job: ExtractJob) -> None:
         job.begun = True
         ids = job.batch.prefix
+        if isinstance(job, ReadJob):
+            job._prefix = self._new_prefix(tuple(job.batch.token_ids[0]), job)
+            return
         if isinstance(job, GradientJob):
             pass  # the gradient flows through the tokens before the sequences too
         elif self.reuses_prefixes and len(ids) >= _SHORTEST_PREFIX:
@@ -200,6 +211,8 @@ class Extraction:
     def _max_sequences(self, job: ExtractJob) -> int:
         """Of a pass."""
         positions = (0 if job.owned is None else len(job.owned)) if job._prefix is None else job._prefix.positions
+        if isinstance(job, GradientJob):  # a graph keeps the copies of all layers
+            positions = positions * self._plm.model.config.num_hidden_layers // _LAYERS_OF_PREFIX
         return max(1, _ROWS_OF_PREFIX * self.budget // positions) if positions else self.budget
 
     def _prefix_of(self, job: ExtractJob) -> _Prefix:
@@ -216,6 +229,16 @@ class Extraction:
         if job.owned is None:
             return _Prefix("", ids, DynamicCache(config=self._plm.model.config), len(ids))
         return _Prefix(job.batch.handle, ids, prefix_cache(self._plm, job.owned), len(job.owned) + len(ids))
+
+    def _read(self, job: ReadJob, prefix: _Prefix, computed: int) -> None:
+        """Finish a job whose text is computed."""
+        job.tokens -= computed
+        if prefix.computed == len(prefix.ids):
+            job._prefix = None
+            try:
+                job.result = prefix_of_cache(self._plm, prefix.cache, len(prefix.ids))
+            except UserError as error:
+                job.result = error
 
     def _run(self, pieces: Sequence[tuple[ExtractJob, list[int]]]) -> int:
         prefix = pieces[0][0]._prefix

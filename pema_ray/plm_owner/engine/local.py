@@ -112,7 +112,7 @@ class LocalPLM:
     async def read_prefix(self, token_ids: Sequence[int]) -> Prefix:
         engine = await self.engine()
         with _failures_of(engine):
-            return await engine.read_prefix(token_ids)
+            return await engine.read_prefix(self.owner, token_ids, self.config.timeout_seconds)
 
     async def put_prefix(self, prefix: Prefix) -> None:
         await (await self.engine()).put_prefix(self.owner, prefix)

@@ -6,7 +6,6 @@ n positions, G key-value heads, D head size.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,18 +43,18 @@ def prefix_cache(plm: LoadedPLM, prefix: Prefix) -> DynamicCache:
     return cache
 
 
-def read_prefix(plm: LoadedPLM, token_ids: Sequence[int]) -> Prefix:
-    """The keys and values of a text, float32.
+def prefix_of_cache(plm: LoadedPLM, cache: Any, tokens: int) -> Prefix:
+    """The keys and values that a cache holds of a text, float32.
+
+    Args:
+        tokens: of the text.
 
     Raises:
         UserError: a layer attends to a window that is shorter than the text.
     """
-    cache: Any = DynamicCache(config=plm.model.config)
-    ids = torch.tensor([list(token_ids)], device=plm.device)
-    plm.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
     layers = [(layer.keys, layer.values) for layer in cache.layers]
-    if any(keys.shape[2] != len(token_ids) for keys, _ in layers):
-        raise UserError(f"{plm.name}: a text of {len(token_ids)} tokens is longer than its layers' windows.")
+    if any(keys.shape[2] != tokens for keys, _ in layers):
+        raise UserError(f"{plm.name}: a text of {tokens} tokens is longer than its layers' windows.")
     exact = plm.model.dtype if plm.model.dtype == torch.float64 else torch.float32
     return Prefix.of([(keys.to("cpu", exact), values.to("cpu", exact)) for keys, values in layers])
 
@@ -84,8 +83,7 @@ class Prefixes:
         """
         if prefix.shape != self.required_shape:
             raise UserError(f"This prefix is for another PLM: it has {prefix.shape}, {self._plm.name} {self.shape}.")
-        if len(prefix) > self._budget:
-            raise UserError(f"A prefix of {len(prefix)} positions is longer than is kept here ({self._budget}).")
+        self.check_length(len(prefix))
         if not prefix.embeddings.is_floating_point():
             raise UserError(f"A prefix holds floating-point numbers, not {prefix.embeddings.dtype}.")
         if not torch.isfinite(prefix.embeddings.to(self._plm.model.dtype)).all():
@@ -95,6 +93,12 @@ class Prefixes:
         kept.move_to_end(prefix.handle)
         while sum(map(len, kept.values())) > self._budget:
             kept.popitem(last=False)
+
+    def check_length(self, positions: int) -> None:
+        """Raises UserError if this PLM takes no prefix of so many positions."""
+        _ = self.required_shape
+        if positions > self._budget:
+            raise UserError(f"A prefix of {positions} positions is longer than is kept here ({self._budget}).")
 
     @property
     def required_shape(self) -> PrefixShape:

@@ -36,9 +36,10 @@ class Quota(Section):
     """What one data owner may use; none: unlimited."""
 
     rows_per_minute: int | None = Field(default=None, ge=0)
-    """Representations sent down the line, by extraction and by steps."""
+    """Representations sent down the line, those that a gradient is taken of, and positions of texts whose keys and
+    values are read."""
     tokens_per_minute: int | None = Field(default=None, ge=0)
-    """Tokens sent up the line."""
+    """Tokens sent up the line: three times those of a gradient; and positions of prefixes that are put."""
     sessions: int | None = Field(default=None, ge=0)
     """Open at the same time."""
 

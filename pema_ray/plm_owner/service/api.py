@@ -217,10 +217,14 @@ class _Endpoints:
 
     async def read_prefix(self, call: _Request) -> Response:
         body = await self._body_of(call, self._limits.max_body_mb)
-        token_ids, fingerprint = codec.decode_text(body)
+        token_ids, fingerprint = await run_in_executor(len(body), codec.decode_text, body)
         line = await self._line_of(call.account, fingerprint)
-        shape = await _shape_of(line)
-        call.reservation.add(len(token_ids) * shape.width * _STATE_BYTES)
+        size = len(token_ids) * (await _shape_of(line)).width * _STATE_BYTES
+        if size > self._limits.max_body_mb * 2**20:  # it could never be put
+            raise Refused(
+                413, f"A prefix of {len(token_ids)} tokens has {size / 2**20:.1f} MiB, more than max_body_mb allows."
+            )
+        call.reservation.add(size)
         return await self._counted(call, len(token_ids), len(token_ids), lambda: line.read_prefix_bytes(body))
 
     async def put_prefix(self, call: _Request) -> Response:

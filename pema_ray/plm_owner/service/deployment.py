@@ -85,17 +85,18 @@ class PLMEngine:
         rows = await engine.extract(owner, batch, self.config.timeout_seconds)
         return await run_in_executor(rows.nbytes, lambda: codec.encode_rows(self.plm.sent(rows)))
 
-    async def read_prefix(self, body: bytes) -> bytes:
+    async def read_prefix(self, owner: str, body: bytes) -> bytes:
         """The keys and values of a text, frame in and frame out.
 
         Raises:
             BadFrame: the bytes are no text.
             UserError: this PLM takes no prefixes, or none so long.
+            Busy: the text waited too long.
         """
         engine = await self.plm.engine()
-        token_ids, fingerprint = codec.decode_text(body)
+        token_ids, fingerprint = await run_in_executor(len(body), codec.decode_text, body)
         self.plm.check(fingerprint)
-        prefix = await engine.read_prefix(token_ids)
+        prefix = await engine.read_prefix(owner, token_ids, self.config.timeout_seconds)
         return await run_in_executor(prefix.embeddings.nbytes, codec.encode_prefix, prefix, fingerprint)
 
     async def put_prefix(self, owner: str, body: bytes) -> None:

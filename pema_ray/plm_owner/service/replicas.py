@@ -106,7 +106,7 @@ class Replicas:
 
     async def read_prefix_bytes(self, body: bytes) -> bytes:
         """The same, frame in and frame out."""
-        return await self._call(self._handle.read_prefix, body)
+        return await self._call(self._handle.read_prefix, self._owner, body)
 
     async def put_prefix(self, prefix: Prefix) -> None:
         fingerprint = await self._pinned()

@@ -128,7 +128,7 @@ def test_gradients_are_finite_differences(kind: str, plm_of, batcher_for):
 def test_the_keys_and_values_of_a_text_are_that_text(kind: str, plm_of, batcher_for):
     plm = plm_of(kind)
     batcher = batcher_for(plm)
-    prefix = batcher.read_prefix(TEXT)
+    prefix = finish(batcher, batcher.submit_read("a", TEXT))
     batcher.prefixes.put("me", prefix)
     behind = ExtractBatch(SEQUENCES, FIRST, PROMPT, prefix.handle)
     shown = ExtractBatch(SEQUENCES, FIRST, (*TEXT, *PROMPT))
@@ -193,8 +193,8 @@ def test_what_fits_no_pass_is_refused_by_name(plm_of, batcher_for):
         batcher.prefixes.put("me", prefix.replaced(prefix.embeddings / 0))
     with pytest.raises(UserError, match=r"floating-point numbers, not torch.int32"):
         batcher.prefixes.put("me", prefix.replaced(prefix.embeddings.int()))
-    with pytest.raises(UserError, match="at least one token"):
-        batcher.read_prefix([])
+    with pytest.raises(UserError, match="A prefix of 11 positions is longer than is kept here"):
+        finish(batcher, batcher.submit_read("me", [5] * 11))
     batcher.prefixes.put("me", prefix)
     long = ExtractBatch(SEQUENCES, FIRST, (), prefix.handle)
     with pytest.raises(UserError, match="A text of 13 tokens is longer"):
@@ -235,6 +235,7 @@ def test_a_failing_gradient_ends_its_request_alone(plm_of, batcher_for, monkeypa
         patched.setattr(torch.autograd, "grad", out_of_memory)
         with pytest.raises(UserError, match="the gradient of a prefix cannot be computed: out of memory"):
             finish(batcher, batcher.submit_gradient("me", batch, torch.ones(batch.rows, 32)))
+        assert batcher.passes[0][1] > 0  # and its owner's turn is over
     assert finish(batcher, batcher.submit_gradient("me", batch, torch.ones(batch.rows, 32))) is not None
 
 
@@ -255,15 +256,32 @@ def test_models_whose_caches_hold_more_take_none(kind: str, plm_of, batcher_for)
     assert batcher.prefixes.shape is None
     for request in (
         lambda: batcher.prefixes.put("me", random_prefix(batcher_for(plm_of("llama")))),
-        lambda: batcher.read_prefix(TEXT),
+        lambda: finish(batcher, batcher.submit_read("a", TEXT)),
     ):
         with pytest.raises(UserError, match=f"{kind}.* takes no prefix"):
             request()
 
 
 def test_a_text_longer_than_a_window_starts_no_prefix(plm_of, batcher_for):
+    batcher = batcher_for(plm_of("gemma2"))
     with pytest.raises(UserError, match="longer than its layers' windows"):
-        batcher_for(plm_of("gemma2")).read_prefix(list(range(40, 60)))
+        finish(batcher, batcher.submit_read("a", list(range(40, 60))))
+
+
+def test_reading_a_text_delays_no_other_owner_by_more_than_a_pass(plm_of, batcher_for):
+    batcher = batcher_for(plm_of("llama", torch.float32), pass_tokens=16)
+    reads = [batcher.submit_read("one", [5 + i % 90 for i in range(64)]) for _ in range(4)]
+    other = batcher.submit_extraction("another", ExtractBatch([[5, 6, 7]], [0]))
+    passes = 0
+    while other.result is None:
+        batcher.run()
+        passes += 1
+    assert passes <= 2 and not any(read.result for read in reads)
+    assert batcher.waiting_tokens > 3 * 64
+    prefixes = [finish(batcher, read) for read in reads]
+    whole = batcher_for(plm_of("llama", torch.float32), pass_tokens=512)
+    expected = finish(whole, whole.submit_read("one", [5 + i % 90 for i in range(64)]))
+    torch.testing.assert_close(prefixes[0].embeddings, expected.embeddings, atol=1e-5, rtol=1e-4)
 
 
 # ── sessions ────────────────────────────────────────────────────────────────
