@@ -63,8 +63,8 @@ async def test_two_organisations_train_the_same_prefix_as_one_process(owner_of, 
         prefix, remote_losses = await asyncio.to_thread(train, owner.remote(), tmp_path / "remote")
         assert remote_losses == losses
         assert torch.equal(prefix.embeddings, expected.embeddings)
-        whats = [line["what"] for line in owner.log()]
-        assert whats.count("gradient") == STEPS and whats.count("read-prefix") == 1
+        events = [line["what"] for line in owner.log()]
+        assert events.count("gradient") == STEPS and events.count("read-prefix") == 1
         backward = next(line for line in owner.log() if line["what"] == "gradient")
         assert (backward["rows"], backward["tokens"]) == (BATCH.rows, BACKWARD_TOKENS * BATCH.tokens)
 
