@@ -35,7 +35,7 @@ from pema_ray.plm_owner.service.access import Quota, add_client
 
 NAME = "gradient_line"
 AIMS: dict[str, Aim] = {
-    "gradient_over_https_over_bare_forward_and_backward": Aim(1.15, at_most=True),
+    "step_over_https_over_bare_forward_and_backward": Aim(1.15, at_most=True),
     "decoding_behind_a_prefix_over_without": Aim(0.95),
 }
 SESSIONS = 16
@@ -67,7 +67,7 @@ async def remote_step(
     client: AdaptablePLM, prefix: Prefix, batch: ExtractBatch, d_state_NH: torch.Tensor
 ) -> dict[str, float]:
     """Seconds of a step's three calls."""
-    asked, seconds = replace(batch, handle=prefix.handle), {}
+    asked, seconds = replace(batch, handle=prefix.handle, for_gradient=True), {}
     for name, call in (
         ("put", lambda: client.put_prefix(prefix)),
         ("extract", lambda: client.extract(asked)),
@@ -85,24 +85,30 @@ async def measure_steps(o: argparse.Namespace, config: PLMConfig, folder: Path, 
     plm = load_plm(config)
     batch = batch_of(o.sequences, o.tokens, o.rows)
     files = {"key_file": str(folder / "key"), "ca_file": str(folder / "server.crt"), "timeout_seconds": 600}
-    taken: dict[str, list[float]] = {"bare": [], "put": [], "extract": [], "gradient": []}
+    names = ("bare", "put", "extract", "gradient", "gradient_recomputed")
+    taken: dict[str, list[float]] = {name: [] for name in names}
     async with Wire("127.0.0.1", PLM_PORT) as wire:
         remote = RemotePLM(PLMConfig(url=f"https://127.0.0.1:{wire.port}", **files))
         prefix = await remote.read_prefix([5 + i % 90 for i in range(o.positions)])
-        d_state_NH = 1e-3 * torch.randn(batch.rows, (await remote.describe()).card.hidden_size)
-        sent = received = 0
+        dtype = plm.model.dtype  # as in training
+        prefix = prefix.replaced(prefix.embeddings.to(dtype))
+        d_state_NH = 1e-3 * torch.randn(batch.rows, (await remote.describe()).card.hidden_size).to(dtype)
+        figures: dict[str, Any] = {}
         for turn in range(o.rounds + 1):
-            changed = prefix.replaced(prefix.embeddings + 1e-4 * turn)  # as after a step of training
+            changed = prefix.replaced(prefix.embeddings + 0.01 * turn)  # as after a step of training
             started = time.perf_counter()
             await asyncio.to_thread(bare_step, plm, changed, batch, d_state_NH)
             bare = time.perf_counter() - started
             sent, received = wire.sent, wire.received
             seconds = await remote_step(remote, changed, batch, d_state_NH)
+            figures = {"bytes_sent": wire.sent - sent, "bytes_received": wire.received - received}
+            started = time.perf_counter()
+            await remote.gradient(replace(batch, handle=changed.handle), d_state_NH)  # its graph is gone
+            seconds["gradient_recomputed"] = time.perf_counter() - started
             if turn:  # the first warms up
                 taken["bare"].append(bare)
                 for name, value in seconds.items():
                     taken[name].append(value)
-        figures = {"bytes_sent": wire.sent - sent, "bytes_received": wire.received - received}
         await remote.end()
     numbers = {"prefix": prefix.embeddings.numel(), "states": d_state_NH.numel(), "tokens": batch.tokens}
     return figures | {"seconds": {name: median(values) for name, values in taken.items()}, "numbers": numbers}
@@ -138,7 +144,7 @@ async def measure_decoding(o: argparse.Namespace, config: PLMConfig) -> dict[str
 
 
 async def peak_of_a_gradient(o: argparse.Namespace, config: PLMConfig, device: torch.device) -> int:
-    """Bytes that the engine takes for one gradient beyond the loaded PLM."""
+    """Bytes that the engine takes for the graph of one batch, and its gradient, beyond the loaded PLM."""
     client = LocalPLM(config)
     prefix = await client.read_prefix([5 + i % 90 for i in range(o.positions)])
     await client.put_prefix(prefix)
@@ -146,6 +152,7 @@ async def peak_of_a_gradient(o: argparse.Namespace, config: PLMConfig, device: t
     d_state_NH = 1e-3 * torch.randn(batch.rows, (await client.describe()).card.hidden_size)
     await client.extract(batch)
     peak = PeakMemory(device)
+    await client.extract(replace(batch, for_gradient=True))
     await client.gradient(batch, d_state_NH)
     taken = peak.taken()
     await client.end()
@@ -189,15 +196,17 @@ def main() -> None:
         flags = [flag for flag, on in (("--smoke", o.smoke), ("--gpu", o.gpu)) if on]
         peak = run_worker(__file__, [*sizes, *flags, f"--model={o.model}"])["peak_bytes"]
     seconds = figures["seconds"]
-    step = seconds["put"] + seconds["extract"] + seconds["gradient"]
+    step = seconds["put"] + seconds["extract"]
     ratios = {
-        "gradient_over_https_over_bare_forward_and_backward": seconds["gradient"] / seconds["bare"],
-        "step_over_https_over_bare_forward_and_backward": step / seconds["bare"],
+        "step_over_https_over_bare_forward_and_backward": (step + seconds["gradient"]) / seconds["bare"],
+        "step_recomputed_over_bare_forward_and_backward": (step + seconds["gradient_recomputed"]) / seconds["bare"],
         "decoding_behind_a_prefix_over_without": rates["behind"] / rates["without"],
     }
     figures |= {"tokens_per_second": rates, "peak_bytes": peak, "device": str(device), "smoke": o.smoke}
     write_results(NAME, ratios, AIMS, figures, o.results_dir)
-    note = "A step puts the prefix, asks for representations, and for the gradient, for which they are computed again."
+    note = (
+        "A step puts the prefix, asks for representations, and for the gradient; recomputed: their graph was not kept."
+    )
     show("The gradient line", ratios, AIMS, [note])
 
 

@@ -11,6 +11,7 @@ import ssl
 from asyncio import sleep
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -32,6 +33,7 @@ _NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER", "HTTP_REQUEST")  # in OpenSSL
 _TOKEN_BYTES = 4
 _SEQUENCE_BYTES = 10  # of a frame's header: a length and a first position
 _HEADER_BYTES = 4096
+_EXACT_BYTES = 4  # of a number in the widest format that crosses the line
 _LONGEST_WAIT = 600.0  # seconds, between the requests of one batch
 _UNLIMITED = 2**31 - 1
 _Count = Annotated[int, msgspec.Meta(ge=1, lt=2**40)]
@@ -153,7 +155,10 @@ class RemotePLM:
         After the first of them this waits for the quota itself, as repeating all of them would use it up again.
         """
         limits = (await self.describe()).limits
-        requests = _requests(batch, limits.max_rows, self._max_tokens, self._body_bytes)
+        if batch.for_gradient:
+            requests = await self._gradient_requests(batch)
+        else:
+            requests = _requests(batch, limits.max_rows, self._max_tokens, self._body_bytes)
         rows = [row_NH async for row_NH in _in_turn(partial(self._extract, request) for request in requests)]
         return torch.cat(rows) if len(rows) > 1 else rows[0]
 
@@ -176,11 +181,8 @@ class RemotePLM:
         await self._request("POST", "/v1/prefixes", content=body, headers={"Content-Type": codec.MEDIA_TYPE})
 
     async def gradient(self, batch: ExtractBatch, d_state_NH: torch.Tensor) -> torch.Tensor:
-        """As `AdaptablePLM.gradient`; the gradients of the requests that `extract` would send are added up."""
-        shape, limits = await self._prefix_shape(), (await self.describe()).limits
-        row_bytes = d_state_NH.shape[1] * d_state_NH.element_size()
-        max_rows = max(1, min(limits.max_rows, self._body_bytes // (2 * row_bytes)))
-        requests = list(_requests(batch, max_rows, self._max_tokens // BACKWARD_TOKENS, self._body_bytes, row_bytes))
+        """As `AdaptablePLM.gradient`; the gradients of the requests that `extract` has sent are added up."""
+        shape, requests = await self._prefix_shape(), await self._gradient_requests(batch)
         parts = d_state_NH.split([request.rows for request in requests])
         calls = (partial(self._gradient, request, part) for request, part in zip(requests, parts, strict=True))
         total: torch.Tensor | None = None
@@ -188,9 +190,17 @@ class RemotePLM:
             expected = (len(d_prefix_nW) if total is None else len(total), shape.width)
             if d_prefix_nW.shape != expected or not torch.isfinite(d_prefix_nW).all():
                 raise UserError(f"{self.config.url}: sent no gradient of a prefix: {list(d_prefix_nW.shape)}.")
-            total = d_prefix_nW if total is None else total + d_prefix_nW
+            total = d_prefix_nW if total is None else total.float() + d_prefix_nW
         assert total is not None
-        return total
+        return total.to(d_state_NH.dtype)
+
+    async def _gradient_requests(self, batch: ExtractBatch) -> list[ExtractBatch]:
+        """The batch in requests of which gradients may be asked."""
+        description = await self.describe()
+        row_bytes = _EXACT_BYTES * description.card.hidden_size
+        max_rows = max(1, min(description.limits.max_rows, self._body_bytes // (2 * row_bytes)))
+        max_tokens = self._max_tokens // BACKWARD_TOKENS
+        return list(_requests(batch, max_rows, max_tokens, self._body_bytes, row_bytes))
 
     async def _gradient(self, batch: ExtractBatch, d_state_NH: torch.Tensor) -> torch.Tensor:
         body = codec.encode_gradient(batch, d_state_NH, (await self.describe()).card.fingerprint)
@@ -340,12 +350,12 @@ def _requests(
             new_size = _TOKEN_BYTES * len(ids) + _SEQUENCE_BYTES + row_bytes * new_rows
             full = rows + new_rows > max_rows or tokens + len(ids) > token_limit or size + new_size > max_bytes
             if sequences and full:
-                yield ExtractBatch(sequences, starts, batch.prefix, batch.handle)
+                yield replace(batch, token_ids=sequences, first=starts)
                 sequences, starts, rows, tokens, size = [], [], 0, 0, empty
             sequences.append(ids)
             starts.append(start)
             rows, tokens, size = rows + new_rows, tokens + len(ids), size + new_size
-    yield ExtractBatch(sequences, starts, batch.prefix, batch.handle)
+    yield replace(batch, token_ids=sequences, first=starts)
 
 
 def _key(file: str | None) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Annotated, Any, TypeVar
 
@@ -54,7 +55,7 @@ class _BatchHeader(_Header):
 
 
 class _ExtractHeader(_BatchHeader, tag="extract"):
-    pass
+    for_gradient: bool
 
 
 class _GradientHeader(_BatchHeader, tag="gradient"):
@@ -182,7 +183,8 @@ def encode_extract(batch: ExtractBatch, fingerprint: str) -> bytes:
         fingerprint: of the PLM that must compute them.
     """
     ids = _batch_ids(batch)
-    return _frame(_ExtractHeader([_Array("int32", ids.shape)], fingerprint, *_batch_fields(batch)), [ids])
+    fields = (*_batch_fields(batch), batch.for_gradient)
+    return _frame(_ExtractHeader([_Array("int32", ids.shape)], fingerprint, *fields), [ids])
 
 
 def decode_extract(data: bytes) -> tuple[ExtractBatch, str]:
@@ -192,7 +194,8 @@ def decode_extract(data: bytes) -> tuple[ExtractBatch, str]:
         BadFrame: the bytes are no such frame.
     """
     header, arrays = _parse(data, _ExtractHeader)
-    return _batch_of(header, _single_array(arrays, 1, "int32")), header.fingerprint
+    batch = _batch_of(header, _single_array(arrays, 1, "int32"))
+    return replace(batch, for_gradient=header.for_gradient), header.fingerprint
 
 
 def encode_gradient(batch: ExtractBatch, d_state_NH: torch.Tensor, fingerprint: str) -> bytes:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import itertools
+from collections.abc import Hashable
+from dataclasses import asdict, dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ class ExtractBatch:
         first: for each sequence, the first position requested (counted without the prefix); all later ones are too.
         prefix: tokens before every sequence, which the PLM owner computes once for all of them.
         handle: of the key-value prefix before all tokens; empty: none.
+        for_gradient: a gradient of these representations follows, so that the PLM owner may keep their graph.
 
     Raises:
         ValueError: an empty batch or sequence, or a position outside its sequence.
@@ -48,6 +51,7 @@ class ExtractBatch:
     first: list[int]
     prefix: tuple[int, ...] = ()
     handle: str = ""
+    for_gradient: bool = False
 
     def __post_init__(self) -> None:
         if not self.token_ids:
@@ -72,3 +76,14 @@ class ExtractBatch:
     def tokens(self) -> int:
         """Tokens sent: the prefix once, and every sequence."""
         return len(self.prefix) + sum(map(len, self.token_ids))
+
+    @property
+    def key(self) -> tuple[Hashable, ...]:
+        """What requests for the same representations have in common."""
+        return self.handle, self.prefix, tuple(map(tuple, self.token_ids)), tuple(self.first)
+
+    def split(self, parts: int) -> list[ExtractBatch]:
+        """The sequences in order, in at most so many batches of similar numbers of sequences."""
+        bounds = [len(self.first) * n // parts for n in range(parts + 1)]
+        spans = [slice(a, b) for a, b in itertools.pairwise(bounds) if b > a]
+        return [replace(self, token_ids=self.token_ids[span], first=self.first[span]) for span in spans]

@@ -9,7 +9,7 @@ nothing; reopening a lost session with all its ids recovers it. Three classes im
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -181,7 +181,7 @@ class AdaptablePLM(PLMClient, Protocol):
         ...
 
     async def gradient(self, batch: ExtractBatch, d_state_NH: torch.Tensor) -> torch.Tensor:
-        """`Jᵀ D`, `[n, L · 2 · G · D]` float32: the gradient of a loss with respect to the batch's prefix.
+        """`Jᵀ D`, `[n, L · 2 · G · D]` in D's number format: the gradient of a loss with respect to the batch's prefix.
 
         Args:
             d_state_NH: D, the gradient of the loss with respect to the representations that `extract` returns.
@@ -198,6 +198,10 @@ def adaptable(client: PLMClient) -> AdaptablePLM:
     if not isinstance(client, AdaptablePLM):
         raise UserError("A prefix cannot stand behind another: leave plm.prefix out.")
     return client
+
+
+async def _together(calls: Iterable[Awaitable[torch.Tensor]]) -> list[torch.Tensor]:
+    return list(await asyncio.gather(*calls))
 
 
 class BlockingPLM:
@@ -219,6 +223,10 @@ class BlockingPLM:
     def extract(self, batch: ExtractBatch) -> torch.Tensor:
         return self._runner.run(self.client.extract(batch))
 
+    def extract_all(self, batches: Sequence[ExtractBatch]) -> list[torch.Tensor]:
+        """Representations of several batches, requested together: replicas compute them side by side."""
+        return self._runner.run(_together(self.client.extract(batch) for batch in batches))
+
     def step(self, steps: Sequence[Step]) -> list[Stepped | Exception]:
         return self._runner.run(self.client.step(steps))
 
@@ -233,6 +241,12 @@ class BlockingPLM:
 
     def gradient(self, batch: ExtractBatch, d_state_NH: torch.Tensor) -> torch.Tensor:
         return self._runner.run(self._adaptable.gradient(batch, d_state_NH))
+
+    def gradients(self, batches: Sequence[ExtractBatch], d_state_NH: torch.Tensor) -> list[torch.Tensor]:
+        """Those of several batches, requested together, from the gradients of all their representations."""
+        parts = d_state_NH.split([batch.rows for batch in batches])
+        calls = zip(batches, parts, strict=True)
+        return self._runner.run(_together(self._adaptable.gradient(batch, part) for batch, part in calls))
 
     @property
     def _adaptable(self) -> AdaptablePLM:

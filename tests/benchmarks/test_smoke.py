@@ -59,7 +59,8 @@ def test_build_plan_measures_the_driver(tmp_path: Path):
 @pytest.mark.cluster
 def test_gradient_line_measures_steps_decoding_and_memory(tmp_path: Path):
     figures = smoke("gradient_line", tmp_path)["figures"]
-    assert set(figures["seconds"]) == {"bare", "put", "extract", "gradient"} and figures["peak_bytes"] > 0
+    assert set(figures["seconds"]) == {"bare", "put", "extract", "gradient", "gradient_recomputed"}
+    assert figures["peak_bytes"] > 0
     assert figures["bytes_sent"] > 4 * (figures["numbers"]["prefix"] + figures["numbers"]["states"])
 
 

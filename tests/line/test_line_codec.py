@@ -193,7 +193,8 @@ def test_steps_that_make_no_sense_are_refused(header, tokens, problem):
     ],
 )
 def test_batches_that_make_no_sense_are_refused(header, problem):
-    frame = frame_of({"type": "extract", "arrays": [["int32", [3]]], "fingerprint": "f", "handle": "", **header}, 3)
+    defaults = {"type": "extract", "arrays": [["int32", [3]]], "fingerprint": "f", "handle": "", "for_gradient": False}
+    frame = frame_of({**defaults, **header}, 3)
     if problem is None:
         assert codec.decode_extract(frame) == (ExtractBatch([[1, 2]], [0], (0,)), "f")
     else:

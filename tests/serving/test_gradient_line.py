@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import random
 from pathlib import Path
+from typing import Any
 from unittest.mock import AsyncMock
 
 import pytest
@@ -38,11 +39,12 @@ def owner_of(tmp_path, tiny_plm_folder):
     return lambda **settings: Owner(tmp_path, tiny_plm_folder("llama"), **settings)
 
 
-def train(client: PLMClient, folder: Path) -> tuple[Prefix, list[float]]:
+def train(client: PLMClient, folder: Path, **changed: Any) -> tuple[Prefix, list[float]]:
     """A short training: the prefix, and the loss of every step."""
     with BlockingPLM(PatientPLM(client, 60.0)) as plm:
         start, head = plm.read_prefix(TEXT), plm.lm_head().head
         settings = PrefixConfig(rank=4, epochs=STEPS, learning_rate=1e-2, prefix_learning_rate=5e-2, validate_every=4)
+        settings = settings.model_copy(update=changed)
         trainer = PrefixTrainer(settings, plm, head, start, [(BATCH, TARGET)], [(BATCH, TARGET)], folder)
         history = trainer.run()
         return trainer.model.prefix, [point["loss"] for point in history.train]
@@ -88,6 +90,32 @@ def test_replicas_may_die_twenty_times_and_the_prefix_is_the_same(in_process, ti
     assert len(kills) == 20 and {"extract", "gradient"} <= set(kills)
     assert survived_losses == losses
     assert torch.equal(prefix.embeddings, expected.embeddings)
+
+
+def test_requests_side_by_side_give_the_same_training(in_process, tiny_plm_folder, tmp_path):
+    expected, losses = in_process
+    config = {"name": tiny_plm_folder("llama"), "dtype": "float32", "device": "cpu", "threads": 1}
+    handle = DirectHandle(lambda: PLMEngine(config, {"slots": 4, "max_tokens": 90}), 3)
+    prefix, parallel_losses = train(Replicas(handle), tmp_path, requests=3)
+    assert parallel_losses == pytest.approx(losses, rel=1e-4)
+    torch.testing.assert_close(prefix.embeddings, expected.embeddings, atol=1e-3, rtol=1e-3)
+    gradients = [home for method, home in handle.calls if method == "gradient"]
+    assert len(gradients) == 3 * STEPS and set(gradients) == set(handle.replicas)  # each where its graph is kept
+    engines = [replica.plm.batcher for replica in handle.replicas.values()]
+    assert all(engine is not None and engine.graphs.nbytes == 0 for engine in engines)
+
+
+async def test_gradients_cross_the_line_in_16_bits(owner_of, in_process):
+    prefix, _ = in_process
+    batch = ExtractBatch(BATCH.token_ids, BATCH.first, handle=prefix.handle)
+    d_state_NH = torch.randn(batch.rows, 32)
+    async with owner_of() as owner:
+        remote = owner.remote()
+        await remote.put_prefix(prefix)
+        exact = await remote.gradient(batch, d_state_NH)
+        half = await remote.gradient(batch, d_state_NH.bfloat16())
+        assert (exact.dtype, half.dtype) == (torch.float32, torch.bfloat16)
+        torch.testing.assert_close(half.float(), exact, atol=2e-2 * float(exact.abs().max()), rtol=5e-2)
 
 
 async def test_gradients_of_several_requests_add_up(owner_of, tiny_plm):

@@ -115,6 +115,8 @@ class PrefixConfig(TrainingConfig):
     """Passes over the training pairs."""
     max_batch_tokens: int = Field(default=2048, ge=1)
     """Token positions of a step, padding included, without the prefix."""
+    requests: int = Field(default=1, ge=1)
+    """Requests that a step is sent in, side by side: as many as the PLM owner has replicas."""
     validate_every: int = Field(default=20, ge=1)
     """Steps between two validations on the dev pairs."""
     patience: int = Field(default=5, ge=1)

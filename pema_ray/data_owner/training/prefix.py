@@ -32,20 +32,29 @@ _WARM_UP_STEPS = 8
 
 
 class _RemoteStates(torch.autograd.Function):
-    """Representations behind a prefix; the PLM owner computes their backward pass."""
+    """Representations behind a prefix; the PLM owner computes their backward pass.
+
+    The prefix crosses the line in the PLM's number format, and gradients in 16 bits where the PLM has 16.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, embeddings_nW: torch.Tensor, prefix: Prefix, plm: BlockingPLM, batch: ExtractBatch
+        ctx: Any, embeddings_nW: torch.Tensor, objective: PrefixObjective, batch: ExtractBatch, is_training: bool
     ) -> torch.Tensor:
-        current = prefix.replaced(embeddings_nW.detach())
+        plm, dtype = objective.plm, objective.joint.head.dtype
+        current = objective.model.start.replaced(embeddings_nW.detach().to(dtype))
         plm.put_prefix(current)
-        ctx.plm, ctx.batch = plm, replace(batch, handle=current.handle)
-        return plm.extract(ctx.batch).clone()  # an inference tensor in a graph gives wrong gradients, without an error
+        asked = replace(batch, handle=current.handle, for_gradient=is_training)
+        ctx.plm, ctx.batches = plm, asked.split(objective.requests)
+        ctx.dtype = dtype if dtype.itemsize > 2 else torch.bfloat16  # float16 has no small numbers
+        state_NH = torch.cat(plm.extract_all(ctx.batches))
+        # A copy: an inference tensor in a graph gives wrong gradients, without an error.
+        return state_NH.to(torch.promote_types(state_NH.dtype, torch.float32), copy=True)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return ctx.plm.gradient(ctx.batch, grad_outputs[0]), None, None, None
+        parts = ctx.plm.gradients(ctx.batches, grad_outputs[0].to(ctx.dtype))
+        return torch.stack([part.to(grad_outputs[0].dtype) for part in parts]).sum(0), None, None, None
 
 
 class PrefixAndAdapter(nn.Module):
@@ -78,16 +87,20 @@ class PrefixAndAdapter(nn.Module):
 
 
 class PrefixObjective(nn.Module):
-    """The cross-entropy of the targets behind the prefix, under the adapter."""
+    """The cross-entropy of the targets behind the prefix, under the adapter.
 
-    def __init__(self, model: PrefixAndAdapter, plm: BlockingPLM, head: LMHead) -> None:
+    Args:
+        requests: that a batch is sent in, side by side.
+    """
+
+    def __init__(self, model: PrefixAndAdapter, plm: BlockingPLM, head: LMHead, requests: int = 1) -> None:
         super().__init__()
-        self.model, self._plm = model, plm
+        self.model, self.plm, self.requests = model, plm, requests
         self.joint = JointObjective(model.adapter, head, kappa=0.0)
 
     def forward(self, batch: ExtractBatch, target_N: torch.Tensor) -> tuple[torch.Tensor]:
         """Mean over the targets, one for each requested representation."""
-        state_NH = _RemoteStates.apply(self.model.embeddings_nW, self.model.start, self._plm, batch)
+        state_NH = _RemoteStates.apply(self.model.embeddings_nW, self, batch, torch.is_grad_enabled())
         return (self.joint(state_NH, target_N)[0],)
 
 
@@ -124,7 +137,7 @@ class PrefixTrainer(Trainer[PrefixConfig, TrainerHistory]):
 
     @cached_property
     def objective(self) -> PrefixObjective:
-        return PrefixObjective(self.model, self.plm, self.head)
+        return PrefixObjective(self.model, self.plm, self.head, self.settings.requests)
 
     @property
     def steps(self) -> int:

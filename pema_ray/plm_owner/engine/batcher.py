@@ -21,6 +21,7 @@ from pema_ray.line.protocol import PrefixLost
 from pema_ray.plm_owner.engine.config import EngineConfig
 from pema_ray.plm_owner.engine.extraction import Extraction, ExtractJob, GradientJob, ReadJob
 from pema_ray.plm_owner.engine.fair import FairQueue
+from pema_ray.plm_owner.engine.graphs import Graphs
 from pema_ray.plm_owner.engine.prefixes import Prefixes
 from pema_ray.plm_owner.engine.sessions import Sessions, StepJob
 from pema_ray.plm_owner.engine.slots import SlotCaches, SlotTokens, make_caches
@@ -49,7 +50,8 @@ class Batcher:
         self._vocabulary = min(head.vocab_size, plm.model.get_input_embeddings().weight.shape[0])
         self._caches = make_caches(plm, config.slots, self.max_tokens)
         self._sessions = Sessions(self._caches, config.slots, config.idle_seconds, clock)
-        self._extraction = Extraction(plm, self.pass_tokens, config.share_passes)
+        self.graphs = Graphs(config.graph_mib << 20, config.forget_seconds, clock)
+        self._extraction = Extraction(plm, self.pass_tokens, config.share_passes, self.graphs)
         usable = isinstance(self._caches, SlotCaches) and self._extraction.reuses_prefixes
         self.prefixes = Prefixes(plm, config.prefix_positions, usable)
         self._waiting: deque[StepJob] = deque()
@@ -110,8 +112,9 @@ class Batcher:
         self._sessions.close((owner, session), refuse_next=not jobs)
 
     def forget_abandoned(self) -> None:
-        """Close sessions without steps for `forget_seconds`: an owner that died could not close them."""
+        """Close sessions without steps for `forget_seconds`, and drop graphs: an owner that died could not."""
         self._sessions.forget(self.config.forget_seconds)
+        self.graphs.forget()
 
     # ── levels ──────────────────────────────────────────────────────────────
 
@@ -318,10 +321,10 @@ class Batcher:
         self._check_tokens([batch.prefix, *batch.token_ids])
         if isinstance(job, ReadJob):
             self.prefixes.check_length(batch.longest)
+        if job.needs_graph and job.owned is None:
+            raise UserError("A gradient needs a batch with the handle of a prefix.")
         if not isinstance(job, GradientJob):
             return
-        if job.owned is None:
-            raise UserError("A gradient needs a batch with the handle of a prefix.")
         expected = (batch.rows, self._head.weight.shape[1])
         if tuple(job.d_state_NH.shape) != expected:
             raise UserError(f"The gradient of the states has shape {list(job.d_state_NH.shape)}, not {list(expected)}.")

@@ -30,5 +30,8 @@ class EngineConfig(Section):
     """A step or an extraction that has not begun after so long is `Busy`."""
     prefix_positions: int = Field(default=8192, ge=0)
     """Positions of key-value prefixes kept for each data owner; 0: no prefixes, and no gradients."""
+    graph_mib: int = Field(default=2048, ge=0)
+    """MiB of graphs kept between representations and their gradient, for at most `forget_seconds`; what is not kept is
+    computed again."""
     wire_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """`bfloat16` or `float16` halves the bytes of representations; none keeps the PLM's own."""

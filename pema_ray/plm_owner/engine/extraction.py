@@ -20,7 +20,9 @@ from transformers.cache_utils import DynamicLayer
 from pema_ray.errors import UserError
 from pema_ray.line import ExtractBatch
 from pema_ray.line.prefix import Prefix
+from pema_ray.line.protocol import BACKWARD_TOKENS
 from pema_ray.plm_owner.engine.checks import attempt, holds_plain_rows, plain_states, random_ids, same_states
+from pema_ray.plm_owner.engine.graphs import Graph, Graphs, measured
 from pema_ray.plm_owner.engine.prefixes import prefix_cache, prefix_of_cache
 from pema_ray.plm_owner.model.load import LoadedPLM
 from pema_ray.plm_owner.model.states import capture_state
@@ -65,7 +67,14 @@ class ExtractJob:
     """The data owner's prefix, once it was looked up."""
     _prefix: _Prefix | None = None
     _pieces: list[list[int]] = field(default_factory=list)
+    _passes: int = 0
+    """So many are done."""
     _rows: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def needs_graph(self) -> bool:
+        """Whether its passes can be differentiated with respect to the data owner's prefix."""
+        return self.batch.for_gradient
 
     def computed(self, i: int) -> Sequence[int]:
         """The tokens of a sequence in a pass: with the prefix, unless its keys and values are reused."""
@@ -88,6 +97,12 @@ class GradientJob(ExtractJob):
     d_state_NH: torch.Tensor
     gradient: torch.Tensor | None = None
     """The sum over the pieces so far, float32."""
+    graphs: dict[int, Graph] = field(default_factory=dict)
+    """Of the passes that need not be computed again, by their number."""
+
+    @property
+    def needs_graph(self) -> bool:
+        return True
 
     def rows(self, i: int) -> slice:
         """A sequence's representations among all."""
@@ -109,10 +124,12 @@ class Extraction:
     Args:
         budget: positions of a piece, padding included; a longer sequence is a piece of its own.
         share_passes: whether pieces of several requests may be computed together.
+        graphs: gets those of representations whose gradient is expected; by default none are kept.
     """
 
-    def __init__(self, plm: LoadedPLM, budget: int, share_passes: bool = False) -> None:
+    def __init__(self, plm: LoadedPLM, budget: int, share_passes: bool = False, graphs: Graphs | None = None) -> None:
         self._plm, self.budget, self._share_passes = plm, budget, share_passes
+        self._graphs = graphs or Graphs(0, 0)
         self._prefixes: OrderedDict[str, _Prefix] = OrderedDict()  # by owner
         self.batches, self.reuses_prefixes = True, holds_plain_rows(plm)
         if self.reuses_prefixes and attempt(self._is_exact):
@@ -156,9 +173,9 @@ class Extraction:
                 self._read(job, prefix, len(ids))
             return 1, len(ids)
         pieces = [(job, job._pieces.pop(0))]
-        if isinstance(job, GradientJob):
+        if job.needs_graph:
             try:
-                return self._differentiate(job, pieces[0][1])
+                return self._differentiable(job, pieces[0][1])
             except (RuntimeError, NotImplementedError) as error:  # memory, or a kernel without a backward pass
                 job.result = UserError(f"{self._plm.name}: the gradient of a prefix cannot be computed: {error}")
                 return len(pieces[0][1]), sum(job.length(i) for i in pieces[0][1])  # what failed is charged too
@@ -166,10 +183,7 @@ class Extraction:
             self._fill(pieces, jobs[1:])
         positions = self._run(pieces)
         for job, piece in pieces:
-            job.tokens -= sum(len(job.batch.token_ids[i]) for i in piece)
-            if not job._pieces:
-                job.result = torch.cat([job._rows[i] for i in range(len(job.batch.token_ids))])
-                job._rows, job._prefix = {}, None
+            self._finish(job, piece)
         return sum(len(piece) for _, piece in pieces), positions
 
     def _fill(self, pieces: list[tuple[ExtractJob, list[int]]], jobs: Sequence[ExtractJob]) -> None:
@@ -180,7 +194,8 @@ class Extraction:
         for job in jobs:
             if count == limit or (count + 1) * width > self.budget:
                 return
-            if type(job) is not ExtractJob or job.owned is not None or job.batch.prefix != first.batch.prefix:
+            is_plain = type(job) is ExtractJob and job.owned is None and not job.needs_graph
+            if not is_plain or job.batch.prefix != first.batch.prefix:
                 continue
             if not job.begun:
                 self._begin(job)
@@ -199,19 +214,21 @@ class Extraction:
             job._prefix = self._new_prefix(tuple(job.batch.token_ids[0]), job)
             return
         if isinstance(job, GradientJob):
+            job.graphs = self._graphs.take(job.owner, job.batch)
+        if job.needs_graph:
             pass  # the gradient flows through the tokens before the sequences too
         elif self.reuses_prefixes and len(ids) >= _SHORTEST_PREFIX:
             job._prefix = self._prefix_of(job)
         elif job.owned is not None:
             job._prefix = self._new_prefix((), job)
         lengths = [job.length(i) for i in range(len(job.batch.token_ids))]
-        budget = max(_GRADIENT_BUDGET, self.budget // 4) if isinstance(job, GradientJob) else self.budget
+        budget = max(_GRADIENT_BUDGET, self.budget // 4) if job.needs_graph else self.budget
         job._pieces = cut(lengths, min(self.budget, budget), self._max_sequences(job) if self.batches else 1)
 
     def _max_sequences(self, job: ExtractJob) -> int:
         """Of a pass."""
         positions = (0 if job.owned is None else len(job.owned)) if job._prefix is None else job._prefix.positions
-        if isinstance(job, GradientJob):  # a graph keeps the copies of all layers
+        if job.needs_graph:  # a graph keeps the copies of all layers
             positions = positions * self._plm.model.config.num_hidden_layers // _LAYERS_OF_PREFIX
         return max(1, _ROWS_OF_PREFIX * self.budget // positions) if positions else self.budget
 
@@ -244,9 +261,15 @@ class Extraction:
         prefix = pieces[0][0]._prefix
         sequences = [(job, i) for job, piece in pieces for i in piece]
         states, positions = self._states(sequences, None if prefix is None else prefix.cache)
-        for (job, i), state in zip(sequences, torch.cat(states).cpu().split(list(map(len, states))), strict=True):
-            job._rows[i] = state
+        _store(sequences, states)
         return positions
+
+    def _finish(self, job: ExtractJob, piece: list[int]) -> None:
+        """Count a piece, and end a job whose last it was."""
+        job.tokens -= sum(len(job.batch.token_ids[i]) for i in piece)
+        if not job._pieces:
+            job.result = torch.cat([job._rows[i] for i in range(len(job.batch.token_ids))])
+            job._rows, job._prefix = {}, None
 
     def _states(
         self, sequences: Sequence[tuple[ExtractJob, int]], before: DynamicCache | None
@@ -271,24 +294,49 @@ class Extraction:
         rows = state_BTH[requested.to(state_BTH.device)].split(requested.sum(-1).tolist())
         return rows, padded.numel()
 
-    def _differentiate(self, job: GradientJob, piece: list[int]) -> tuple[int, int]:
-        """Add the gradient of a piece: one pass forward, one backward. Linear in D, so pieces sum."""
+    def _differentiable(self, job: ExtractJob, piece: list[int]) -> tuple[int, int]:
+        """Compute a piece with its graph: for representations, whose graph is kept, or for their gradient."""
+        number, job._passes = job._passes, job._passes + 1
+        positions = len(piece) * max(job.length(i) for i in piece)
+        if isinstance(job, GradientJob):
+            graph = job.graphs.pop(number, None)
+            forward = 0 if graph else positions
+            self._differentiate(job, piece, graph or self._graph(job, piece))
+            return len(piece), forward + (BACKWARD_TOKENS - 1) * positions
+        graph = self._graph(job, piece)
+        counts = [len(job.batch.token_ids[i]) - job.batch.first[i] for i in piece]
+        _store([(job, i) for i in piece], graph.state_NH.detach().split(counts))
+        self._graphs.keep(job.owner, job.batch, number, graph)
+        self._finish(job, piece)
+        return len(piece), positions
+
+    def _graph(self, job: ExtractJob, piece: list[int]) -> Graph:
+        """One pass forward."""
         assert job.owned is not None
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), measured(self._plm) as nbytes:
             embeddings = job.owned.embeddings.detach().to(self._plm.device, copy=True).requires_grad_()
-            states, positions = self._states(
-                [(job, i) for i in piece], prefix_cache(self._plm, job.owned.replaced(embeddings))
-            )
-            largest = float(job.d_state_NH.abs().max()) or 1.0  # small numbers are no numbers of 16 bits
-            d_state = torch.cat([job.d_state_NH[job.rows(i)] for i in piece]) / largest
-            state_NH = torch.cat(states)
-            (gradient,) = torch.autograd.grad(state_NH, embeddings, d_state.to(state_NH))
+            prefix = prefix_cache(self._plm, job.owned.replaced(embeddings))
+            states, _ = self._states([(job, i) for i in piece], prefix)
+            return Graph(embeddings, torch.cat(states), nbytes())
+
+    def _differentiate(self, job: GradientJob, piece: list[int], graph: Graph) -> None:
+        """Add the gradient of a piece. Linear in D, so pieces sum."""
+        largest = float(job.d_state_NH.abs().max()) or 1.0  # small numbers are no numbers of 16 bits
+        with torch.inference_mode(False):
+            d_state_NH = torch.cat([job.d_state_NH[job.rows(i)] for i in piece])
+            exact_NH = d_state_NH if d_state_NH.dtype == torch.float64 else d_state_NH.float()
+            gradient = graph.backward(exact_NH / largest)
         exact = (gradient if gradient.dtype == torch.float64 else gradient.float()) * largest
         job.gradient = exact if job.gradient is None else job.gradient + exact
         job.tokens -= sum(len(job.batch.token_ids[i]) for i in piece)
         if not job._pieces:
             job.result = job.gradient.cpu()
-        return len(piece), 3 * positions  # a backward pass costs two forward ones
+
+
+def _store(sequences: Sequence[tuple[ExtractJob, int]], states: Sequence[torch.Tensor]) -> None:
+    """Keep the representations of sequences for their jobs' answers."""
+    for (job, i), state in zip(sequences, torch.cat(list(states)).cpu().split(list(map(len, states))), strict=True):
+        job._rows[i] = state
 
 
 class _SharedPrefixLayer(DynamicLayer):

@@ -120,7 +120,8 @@ class LocalPLM:
     async def gradient(self, batch: ExtractBatch, d_state_NH: torch.Tensor) -> torch.Tensor:
         engine = await self.engine()
         with _failures_of(engine):
-            return await engine.gradient(self.owner, batch, d_state_NH, self.config.timeout_seconds)
+            d_prefix_nW = await engine.gradient(self.owner, batch, d_state_NH, self.config.timeout_seconds)
+        return d_prefix_nW.to(d_state_NH.dtype)
 
     async def step(self, steps: Sequence[Step]) -> list[Stepped | Exception]:
         engine = await self.engine()

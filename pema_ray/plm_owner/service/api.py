@@ -213,7 +213,7 @@ class _Endpoints:
         if batch.rows > limits.max_rows:
             raise Refused(413, f"{batch.rows} rows in one request; {limits.max_rows} are allowed.")
         call.reservation.add(batch.rows * (await line.describe()).card.hidden_size * _STATE_BYTES)
-        return await self._counted(call, batch.rows, batch.tokens, lambda: line.extract_bytes(body))
+        return await self._counted(call, batch.rows, batch.tokens, lambda: line.extract_bytes(body, batch))
 
     async def read_prefix(self, call: _Request) -> Response:
         body = await self._body_of(call, self._limits.max_body_mb)
@@ -252,7 +252,8 @@ class _Endpoints:
         if batch.rows > limits.max_rows:
             raise Refused(413, f"{batch.rows} rows in one request; {limits.max_rows} are allowed.")
         call.reservation.add(call.account.prefix_bytes)
-        return await self._counted(call, batch.rows, BACKWARD_TOKENS * batch.tokens, lambda: line.gradient_bytes(body))
+        tokens = BACKWARD_TOKENS * batch.tokens
+        return await self._counted(call, batch.rows, tokens, lambda: line.gradient_bytes(body, batch))
 
     async def _counted(
         self, call: _Request, rows: int, tokens: int, answer: Callable[[], Awaitable[bytes]]

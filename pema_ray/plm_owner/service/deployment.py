@@ -71,8 +71,8 @@ class PLMEngine:
     def _encoded(self, outcomes: Sequence[Stepped | Exception]) -> bytes:
         return codec.encode_stepped([self.plm.sent_outcome(outcome) for outcome in outcomes])
 
-    async def extract(self, owner: str, body: bytes) -> bytes:
-        """Representations of a batch, frame in and frame out.
+    async def extract(self, owner: str, body: bytes) -> tuple[str, bytes]:
+        """Representations of a batch, frame in and frame out, and the name of the replica that may keep their graph.
 
         Raises:
             BadFrame: the bytes are no batch.
@@ -83,7 +83,7 @@ class PLMEngine:
         batch, fingerprint = await run_in_executor(len(body), codec.decode_extract, body)
         self.plm.check(fingerprint)
         rows = await engine.extract(owner, batch, self.config.timeout_seconds)
-        return await run_in_executor(rows.nbytes, lambda: codec.encode_rows(self.plm.sent(rows)))
+        return self.replica, await run_in_executor(rows.nbytes, lambda: codec.encode_rows(self.plm.sent(rows)))
 
     async def read_prefix(self, owner: str, body: bytes) -> bytes:
         """The keys and values of a text, frame in and frame out.
@@ -123,6 +123,7 @@ class PLMEngine:
         batch, d_state_NH, fingerprint = await run_in_executor(len(body), codec.decode_gradient, body)
         self.plm.check(fingerprint)
         d_prefix_nW = await engine.gradient(owner, batch, d_state_NH, self.config.timeout_seconds)
+        d_prefix_nW = d_prefix_nW.to(d_state_NH.dtype)
         return await run_in_executor(d_prefix_nW.nbytes, codec.encode_rows, d_prefix_nW)
 
     async def close(self, owner: str, sessions: Sequence[str]) -> None:

@@ -27,6 +27,7 @@ from pema_ray.plm_owner.service.executor import run_in_executor
 
 _TOKEN_BYTES = 4
 _MAX_SESSIONS = 100_000
+_MAX_GRAPHS = 1000
 _DEPLOYMENT = "PLMEngine"
 
 
@@ -45,6 +46,8 @@ class Replicas:
     ) -> None:
         self._handle, self._owner, self._fingerprint, self._label = handle, owner, fingerprint, label
         self._owner_replica: dict[str, str] = {}
+        self._graph_replica: dict[Any, str] = {}
+        """Of every batch whose gradient is expected, by its key."""
         self._description: Description | None = None
         self._in_flight: Counter[str] = Counter()
         self._closed: set[str] = set()
@@ -93,12 +96,17 @@ class Replicas:
     async def extract(self, batch: ExtractBatch) -> torch.Tensor:
         fingerprint = await self._pinned()
         body = await run_in_executor(_TOKEN_BYTES * batch.tokens, codec.encode_extract, batch, fingerprint)
-        answer = await self.extract_bytes(body)
+        answer = await self.extract_bytes(body, batch)
         return await run_in_executor(len(answer), codec.decode_rows, answer)
 
-    async def extract_bytes(self, body: bytes) -> bytes:
-        """The same, frame in and frame out."""
-        return await self._call(self._handle.extract, self._owner, body)
+    async def extract_bytes(self, body: bytes, batch: ExtractBatch) -> bytes:
+        """The same for a batch's frame, frame out."""
+        replica, answer = await self._call(self._handle.extract, self._owner, body)
+        if batch.for_gradient:
+            self._graph_replica[batch.key] = replica
+            if len(self._graph_replica) > _MAX_GRAPHS:
+                del self._graph_replica[next(iter(self._graph_replica))]
+        return answer
 
     async def read_prefix(self, token_ids: Sequence[int]) -> Prefix:
         answer = await self.read_prefix_bytes(codec.encode_text(token_ids, await self._pinned()))
@@ -130,12 +138,14 @@ class Replicas:
     async def gradient(self, batch: ExtractBatch, d_state_NH: torch.Tensor) -> torch.Tensor:
         fingerprint = await self._pinned()
         body = await run_in_executor(d_state_NH.nbytes, codec.encode_gradient, batch, d_state_NH, fingerprint)
-        answer = await self.gradient_bytes(body)
+        answer = await self.gradient_bytes(body, batch)
         return await run_in_executor(len(answer), codec.decode_rows, answer)
 
-    async def gradient_bytes(self, body: bytes) -> bytes:
-        """The same, frame in and frame out."""
-        return await self._call(self._handle.gradient, self._owner, body)
+    async def gradient_bytes(self, body: bytes, batch: ExtractBatch) -> bytes:
+        """The same for a batch's frame, frame out, by the replica that may have kept its graph."""
+        replica = self._graph_replica.pop(batch.key, None)
+        handle = self._handle if replica is None else self._handle.options(session_id=f"{replica}/")
+        return await self._call(handle.gradient, self._owner, body)
 
     async def end(self) -> None:
         """Wait until the sessions that cancelled calls have opened are closed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import DynamicCache
 from pema_ray.errors import UserError
 from pema_ray.line import ExtractBatch, Step
 from pema_ray.line.prefix import Prefix
-from pema_ray.line.protocol import PrefixLost
+from pema_ray.line.protocol import BACKWARD_TOKENS, PrefixLost
 from pema_ray.plm_owner.engine import Batcher, EngineConfig
 from pema_ray.plm_owner.model.export import export_lm_head
 from pema_ray.plm_owner.model.load import LoadedPLM
@@ -91,10 +92,13 @@ def test_states_and_gradients_are_autograds(kind: str, prompt: tuple[int, ...], 
     leaf = prefix.embeddings.clone().requires_grad_()
     expected = states_one_by_one(plm, prefix.replaced(leaf), batch)
     (expected_gradient,) = torch.autograd.grad(expected, leaf, d_state_NH)
-    states = finish(batcher, batcher.submit_extraction("me", batch))
-    torch.testing.assert_close(states, expected.detach(), **close(kind))
-    gradient = finish(batcher, batcher.submit_gradient("me", batch, d_state_NH))
+    kept = replace(batch, for_gradient=True)
+    for extracted in (batch, kept):
+        states = finish(batcher, batcher.submit_extraction("me", extracted))
+        torch.testing.assert_close(states, expected.detach(), **close(kind))
+    gradient, again = (finish(batcher, batcher.submit_gradient("me", batch, d_state_NH)) for _ in range(2))
     torch.testing.assert_close(gradient, expected_gradient, **close(kind))
+    assert torch.equal(gradient, again)  # from the graphs that were kept, and computed again
     assert gradient.abs().amax(0).min() > 0  # every number of a position matters
 
 
@@ -209,6 +213,62 @@ def test_what_fits_no_pass_is_refused_by_name(plm_of, batcher_for):
             finish(batcher, batcher.submit_gradient("me", short, wrong))
     with pytest.raises(UserError, match="handle of a prefix"):
         finish(batcher, batcher.submit_gradient("me", ExtractBatch(SEQUENCES[:1], [0]), torch.zeros(5, 32)))
+
+
+def graphs_after(batcher: Batcher, *batches: ExtractBatch) -> list[int]:
+    """Bytes that are kept after each extraction."""
+    kept = []
+    for batch in batches:
+        finish(batcher, batcher.submit_extraction("me", batch))
+        kept.append(batcher.graphs.nbytes)
+    return kept
+
+
+def positions_of(batcher: Batcher, job: Any) -> int:
+    positions = 0
+    while job.result is None:
+        batcher.run()
+        positions += sum(count for _, count in batcher.passes)
+    return positions
+
+
+def test_a_kept_graph_spares_the_forward_pass_and_is_used_once(plm_of, batcher_for):
+    batcher = batcher_for(plm_of("llama", torch.float32), pass_tokens=20)
+    prefix = random_prefix(batcher)
+    for owner in ("me", "somebody else"):
+        batcher.prefixes.put(owner, prefix)
+    plain = ExtractBatch(SEQUENCES, FIRST, (), prefix.handle)
+    kept, d_state_NH = replace(plain, for_gradient=True), torch.randn(plain.rows, 32)
+    assert graphs_after(batcher, plain) == [0]
+    (held,) = graphs_after(batcher, kept)
+    assert held > 0 and graphs_after(batcher, kept) == [held]  # asked for again: kept once
+    others = positions_of(batcher, batcher.submit_gradient("somebody else", plain, d_state_NH))
+    assert batcher.graphs.nbytes == held  # which are mine
+    mine = positions_of(batcher, batcher.submit_gradient("me", plain, d_state_NH))
+    assert (mine * BACKWARD_TOKENS, batcher.graphs.nbytes) == (others * (BACKWARD_TOKENS - 1), 0)
+    assert positions_of(batcher, batcher.submit_gradient("me", plain, d_state_NH)) == others
+
+
+def test_graphs_are_kept_within_bytes_and_time(plm_of, batcher_for):
+    plm = plm_of("llama", torch.float32)
+    now = [0.0]
+    config = EngineConfig(graph_mib=1, forget_seconds=5)
+    batcher = Batcher(plm, export_lm_head(plm).head, config, lambda: now[0])
+    prefix = random_prefix(batcher)
+    batcher.prefixes.put("me", prefix)
+    asked = [ExtractBatch([[n] * 9] * 20, [0] * 20, (), prefix.handle, True) for n in range(4)]
+    kept = graphs_after(batcher, *asked)
+    assert all(0 < count <= 2**20 for count in kept)
+    assert positions_of(batcher, batcher.submit_gradient("me", asked[0], torch.ones(180, 32))) == 3 * 180  # dropped
+    assert positions_of(batcher, batcher.submit_gradient("me", asked[3], torch.ones(180, 32))) == 2 * 180
+    too_large = ExtractBatch([[7] * 60] * 20, [0] * 20, (), prefix.handle, True)
+    (held,) = graphs_after(batcher, too_large)
+    assert held <= 2**20
+    now[0] = 6.0
+    batcher.forget_abandoned()
+    assert batcher.graphs.nbytes == 0
+    with pytest.raises(UserError, match="handle of a prefix"):
+        finish(batcher, batcher.submit_extraction("me", replace(asked[0], handle="")))
 
 
 def test_a_gradient_too_small_for_16_bits_is_not_lost(plm_of, batcher_for):
