@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pema_ray.data_owner.prefixed import TrainedPrefix
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.evaluation.comparison import Comparison
 from pema_ray.evaluation.results import Evaluation
@@ -30,7 +31,7 @@ def test_a_prefix_is_trained_and_every_stage_runs_behind_it(experiment, ray_clus
     alone = load_config(path)
     for stage in ("prepare", "export_head", "train_prefix"):
         trained = PEMA.run(stage, alone)
-    assert trained["dev_loss"] < trained["dev_loss_of_examples"] and trained["best_step"] > 0
+    assert trained["dev_loss"] < trained["dev_loss_at_start"] and trained["best_step"] > 0
     assert PEMA.run("train_prefix", alone) == trained  # reused
     folder = Path(alone.run_dir) / "train_prefix" / "prefix"
     behind = load_config(path, [f"run_dir={tmp_path / 'behind'}", f"plm.prefix={folder}"])
@@ -91,12 +92,34 @@ def test_a_prompt_that_a_prefix_cannot_stand_before_is_named():
             _batches(wrong, (5, 6), 1, 64)
 
 
+@pytest.mark.parametrize(
+    ("settings", "shots", "positions"),
+    [
+        ({"positions": 7}, 1, 7),
+        ({"text": "Translate into modern English."}, 0, None),
+        ({"start": "random", "positions": 9}, 0, 9),
+    ],
+)
+def test_prefixes_start_from_other_texts(experiment, settings, shots, positions):
+    path = experiment(task={"shots": shots, "limits": {"train": 20}}, prefix={**PREFIX, **settings})
+    config = load_config(path)
+    for stage in ("prepare", "export_head", "train_prefix"):
+        trained = PEMA.run(stage, config)
+    assert trained["dev_loss"] < trained["dev_loss_at_start"]
+    prefix = TrainedPrefix.from_pretrained(Path(config.run_dir) / "train_prefix" / "prefix")
+    shared = Run(config).prompter().shared_tokens
+    assert len(prefix.replaces) == shared and (positions is None or len(prefix.prefix) == positions)
+    assert positions or len(prefix.prefix) > shared
+
+
 def test_what_a_prefix_cannot_start_from_is_refused(experiment):
     without = load_config(experiment())
     for stage in ("prepare", "export_head"):
         PEMA.run(stage, without)
     with pytest.raises(UserError, match=r"starts from examples that all prompts show: set task.shots=3"):
         PEMA.run("train_prefix", without)
+    with pytest.raises(UserError, match=r"starts at random needs 'positions'"):
+        load_config(experiment(), ["prefix.start=random"])
     with pytest.raises(UserError, match=r"leave 'workers' at its default"):
         load_config(experiment(), ["prefix.workers=2"])
     with pytest.raises(UserError, match=r"compare measures the PLM alone .* leave plm.prefix out"):

@@ -103,6 +103,13 @@ class TrainConfig(TrainingConfig):
 class PrefixConfig(TrainingConfig):
     """A key-value prefix, trained together with a residual adapter through the gradient line."""
 
+    start: Literal["examples", "random"] = "examples"
+    """Of which text the prefix is the keys and values before its training: of the examples that all prompts show, or of
+    `positions` tokens that are drawn at random."""
+    text: str = ""
+    """An instruction that stands before the examples, in the text that the prefix starts from alone."""
+    positions: int | None = Field(default=None, ge=2)
+    """Of the prefix: the first token of the text and its last ones are kept. Default: all of it."""
     frozen: int = Field(default=1, ge=0)
     """The prefix's first so many positions keep their start: attention sinks."""
     rank: int = Field(default=128, ge=1)
@@ -124,6 +131,8 @@ class PrefixConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _trains_in_one_process(self) -> PrefixConfig:
+        if self.start == "random" and (self.positions is None or self.text):
+            raise ValueError("a prefix that starts at random needs 'positions', and takes no 'text'")
         for name, setting in TrainingConfig.model_fields.items():
             own = name in PrefixConfig.__annotations__ or name in ("clip", "resume")
             if not own and getattr(self, name) != setting.get_default(call_default_factory=True):

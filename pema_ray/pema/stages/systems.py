@@ -216,7 +216,7 @@ class ComparedSystem:
     def _behind_prefix(self) -> Measurement:
         """The PLM alone, or PEMA, behind a prefix that is trained on the run's training pairs."""
         shown = self._run_with_examples("first", ())
-        folder = self.folder / "prefix"
+        folder = ComparedSystem(self.run, "prefix", self.seed).folder / "prefix"  # of all systems behind it
         stamp = f"{shown.stamp('train_prefix')} {self.seed}"
         history = train_prefix(shown, folder, self.seed, lambda: claim(folder, stamp))
         inner = PREFIXES[self.name]
@@ -237,8 +237,8 @@ class ComparedSystem:
         """What training a prefix brings: representations of all targets, and gradients of the prefix."""
         prompter = run.prompter()
         rows = sum(len(prompter.encode_pair(pair).target) + 1 for pair in run.pairs("train"))
-        embeddings = Prefix.from_pretrained(folder).embeddings
-        return rows * self.config.prefix.epochs * self._row_bytes + steps * embeddings.nbytes
+        numbers = Prefix.from_pretrained(folder).embeddings.numel()
+        return rows * self.config.prefix.epochs * self._row_bytes + steps * numbers * run.bundle.head.dtype.itemsize
 
     def _run_with_examples(
         self, show: Literal["first", "similar"], splits: tuple[Split, ...], prefix: str | None = None

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from pema_ray.data_owner.prefixed import TrainedPrefix
+from pema_ray.data_owner.training.config import PrefixConfig
 from pema_ray.data_owner.training.prefix import PrefixTrainer
 from pema_ray.errors import UserError
 from pema_ray.line import BlockingPLM, ExtractBatch
@@ -41,10 +43,10 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
         first, best = history.validation[0], min(history.validation, key=lambda point: point["loss"])
         return {
             "dev_loss": best["loss"],
-            "dev_loss_of_examples": first["loss"],
+            "dev_loss_at_start": first["loss"],
             "best_step": history.best_step,
             "seconds_of_training": round(history.seconds, 1),
-            "summary": f"dev loss {first['loss']:.3f} with the examples, {best['loss']:.3f} with the prefix",
+            "summary": f"dev loss {first['loss']:.3f} at the start, {best['loss']:.3f} trained",
         }
 
     return run.perform("train_prefix", work)
@@ -57,23 +59,25 @@ def train(run: Run, folder: Path, seed: int, claim: Callable[[], None]) -> Train
         claim: takes the folder for this training, once its settings are known to be possible.
 
     Raises:
-        UserError: prompts show no common examples, or the PLM owner takes no prefixes.
+        UserError: prompts have nothing in common to start from, or the PLM owner takes no prefixes.
     """
     config, c = run.config, run.config.prefix
     prompter = run.prompter()
     shared, end = prompter.shared_tokens, prompter.end_token
-    if config.task.shots == 0 or config.task.show == "similar":
+    if config.task.show == "similar" or (config.task.shots == 0 and c.start == "examples" and not c.text):
         raise UserError(
-            "train-prefix starts from examples that all prompts show: set task.shots=3 and task.show=first."
+            "train-prefix starts from examples that all prompts show: set task.shots=3 and task.show=first; or from "
+            "prefix.text, or prefix.start=random."
         )
     pairs = {split: [prompter.encode_pair(pair) for pair in run.pairs(split)] for split in ("train", "dev")}
     set_threads(config.plm.threads)
-    engine = {"max_tokens": None, "prefix_positions": 2 * shared}  # each step puts another prefix
+    replaced = tuple(pairs["train"][0].prompt[:shared])
+    start_ids = _start(c, run, replaced, seed)
+    engine = {"max_tokens": None, "prefix_positions": 2 * len(start_ids)}  # each step puts another prefix
     client = PatientPLM(connect(config.plm, run.bundle.card, engine), _PATIENCE_SECONDS, _tell)
     with BlockingPLM(client) as plm:
         end = run.bundle.card.eos_token_ids[0] if end is None else end
-        replaced = tuple(pairs["train"][0].prompt[:shared])
-        start = plm.read_prefix(replaced)
+        start = plm.read_prefix(start_ids)
         batches = {split: _batches(examples, replaced, end, c.max_batch_tokens) for split, examples in pairs.items()}
         trainer = PrefixTrainer(
             c, plm, run.bundle.head, Prefix(start.embeddings, start.shape, c.frozen), batches["train"], batches["dev"],
@@ -91,6 +95,18 @@ def train(run: Run, folder: Path, seed: int, claim: Callable[[], None]) -> Train
     trained.save_pretrained(folder / "prefix", run.bundle.card.name)
     (folder / "history.json").write_text(json.dumps(history.to_dict()))
     return history
+
+
+def _start(c: PrefixConfig, run: Run, shared: tuple[int, ...], seed: int) -> list[int]:
+    """The text from whose keys and values the prefix starts; it takes the place of `shared` whatever its length."""
+    if c.start == "random":
+        assert c.positions is not None
+        return np.random.default_rng(seed).integers(run.bundle.card.vocab_size, size=c.positions).tolist()
+    text = run.tokenizer.encode(c.text) if c.text else []
+    ids = [*text, *(shared[1:] if text[:1] == list(shared[:1]) else shared)]  # a BOS stands at the beginning alone
+    if c.positions is None or c.positions >= len(ids):
+        return ids
+    return [ids[0], *ids[1 - c.positions :]]
 
 
 def _tell(wait: str) -> None:
