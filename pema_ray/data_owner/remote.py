@@ -72,6 +72,7 @@ class _Model(msgspec.Struct):
     limits: _RequestLimits
     quota: _Quota = _Quota()
     prefix_shape: _PrefixShape | None = None
+    keeps_start: bool = False
 
 
 class RemotePLM:
@@ -135,6 +136,7 @@ class RemotePLM:
                     max_sessions=max(1, min(model.max_sessions, quota.sessions)),
                 ),
                 None if model.prefix_shape is None else PrefixShape(**msgspec.structs.asdict(model.prefix_shape)),
+                model.keeps_start,
             )
         return self._described
 

@@ -258,10 +258,10 @@ def encode_prefix(prefix: Prefix, fingerprint: str) -> bytes:
     """
     if prefix.embeddings.dtype not in _TORCH.values():
         raise UserError(f"A prefix crosses the line in {', '.join(_TORCH)}, not in {prefix.embeddings.dtype}.")
-    array, raw = _state_array(prefix.embeddings)
-    shape = prefix.shape
-    header = _PrefixHeader([array], fingerprint, shape.layers, shape.heads, shape.head_size, prefix.frozen)
-    return _frame(header, [raw])
+    (array, raw), ids, shape = _state_array(prefix.embeddings), _token_array(prefix.text), prefix.shape
+    arrays = [array, _Array("int32", ids.shape)]
+    header = _PrefixHeader(arrays, fingerprint, shape.layers, shape.heads, shape.head_size, prefix.frozen)
+    return _frame(header, [raw, ids])
 
 
 def decode_prefix(data: bytes) -> tuple[Prefix, str]:
@@ -275,7 +275,8 @@ def decode_prefix(data: bytes) -> tuple[Prefix, str]:
     if min(header.layers, header.heads, header.head_size) < 1:
         raise BadFrame(f"A prefix has sizes above 0, not {shape}.")
     try:
-        return Prefix(_states(header.arrays, arrays), shape, header.frozen), header.fingerprint
+        text = tuple(_ids(_single_array(arrays[1:], 1, "int32")))
+        return Prefix(_states(header.arrays[:1], arrays[:1]), shape, header.frozen, text), header.fingerprint
     except ValueError as error:
         raise BadFrame(str(error)) from None
 

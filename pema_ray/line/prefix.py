@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from pema_ray.errors import UserError
 
 _CONFIG, _WEIGHTS, _TENSOR = "adapter_config.json", "adapter_model.safetensors", "prompt_embeddings"
+_WHOLE, _ADDED = "CARTRIDGE", "CARTRIDGE_ADDED_TO_TEXT"  # types of adapters; peft knows the first
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +44,18 @@ class Prefix:
     Attributes:
         embeddings: `[n, L · 2 · G · D]`: the first layer's keys, its values, the second layer's keys, …, head by head.
         frozen: the first so many positions are not trained: attention sinks.
+        text: token ids to whose keys and values the embeddings are added, where the PLM owner keeps those to itself;
+            empty: the embeddings are the keys and values.
 
     Raises:
-        ValueError: the tensor is not of this shape, or no position is left to train.
+        ValueError: the tensor is not of this shape, more positions are frozen than there are, or the text has another
+            length.
     """
 
     embeddings: torch.Tensor
     shape: PrefixShape
     frozen: int = 1
+    text: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.embeddings.ndim != 2 or self.embeddings.shape[1] != self.shape.width:
@@ -59,6 +64,8 @@ class Prefix:
             )
         if not 0 <= self.frozen <= len(self.embeddings):
             raise ValueError(f"{self.frozen} frozen positions of {len(self.embeddings)}")
+        if self.text and len(self.text) != len(self.embeddings):
+            raise ValueError(f"{len(self.embeddings)} positions are added to a text of {len(self.text)}")
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -67,7 +74,7 @@ class Prefix:
     def handle(self) -> str:
         """Its name at the PLM owner: a hash of its content and number format."""
         data = self.embeddings.detach().cpu().contiguous()
-        described = json.dumps([asdict(self.shape), str(data.dtype), len(self)])
+        described = json.dumps([asdict(self.shape), str(data.dtype), len(self), *self.text])
         return hashlib.sha256(described.encode() + data.view(torch.uint8).numpy().tobytes()).hexdigest()
 
     def keys_and_values(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -88,13 +95,21 @@ class Prefix:
         """The same prefix with other numbers."""
         return replace(self, embeddings=embeddings)
 
+    def added_to(self, start: Prefix) -> Prefix:
+        """The keys and values themselves, of those of its text."""
+        added = self.embeddings.to(start.embeddings)
+        return replace(self, embeddings=start.embeddings + added, text=())
+
     def save_pretrained(self, folder: Path | str, plm_name: str = "") -> None:
-        """Write it as a `CARTRIDGE` adapter of peft: whoever has the PLM's weights can load it there."""
+        """Write it as a `CARTRIDGE` adapter of peft: whoever has the PLM's weights can load it there.
+
+        Embeddings that are added to those of a text are no such adapter; peft refuses them.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({_TENSOR: self.embeddings.detach().cpu().contiguous()}, folder / _WEIGHTS)
         config = {
-            "peft_type": "CARTRIDGE",
+            "peft_type": _ADDED if self.text else _WHOLE,
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": plm_name,
             "num_virtual_tokens": len(self),
@@ -105,11 +120,13 @@ class Prefix:
             "num_transformer_submodules": 1,
             "inference_mode": True,
         }
+        if self.text:
+            config["text"] = list(self.text)
         (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> Prefix:
-        """Read a `CARTRIDGE` adapter of peft.
+        """Read a `CARTRIDGE` adapter of peft, or what `save_pretrained` has written.
 
         Raises:
             UserError: there is none, or its files are damaged or do not go together.
@@ -120,10 +137,13 @@ class Prefix:
                 raise UserError(f"{folder}: holds no prefix: {name} is missing.")
         try:
             config = json.loads((folder / _CONFIG).read_text())
-            if config.get("peft_type") != "CARTRIDGE":
+            if config.get("peft_type") not in (_WHOLE, _ADDED):
                 raise UserError(f"{folder}: holds a {config.get('peft_type')} adapter, not a CARTRIDGE prefix.")
             heads = config["num_attention_heads"]
             shape = PrefixShape(config["num_layers"], heads, config["token_dim"] // heads)
-            return cls(load_file(folder / _WEIGHTS)[_TENSOR], shape, config["num_frozen_tokens"])
+            embeddings, text = load_file(folder / _WEIGHTS)[_TENSOR], tuple(config.get("text", ()))
+            if bool(text) != (config["peft_type"] == _ADDED):
+                raise ValueError(f"a {config['peft_type']} prefix with a text of {len(text)} tokens")
+            return cls(embeddings, shape, config["num_frozen_tokens"], text)
         except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError, SafetensorError) as error:
             raise UserError(f"{folder}: the prefix is damaged: {error}") from None

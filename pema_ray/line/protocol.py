@@ -71,6 +71,8 @@ class Description:
     limits: Limits
     prefix_shape: PrefixShape | None = None
     """Of the prefixes that it takes; None: it takes none."""
+    keeps_start: bool = False
+    """Whether it computes no keys and values for others (`read_prefix`): prefixes are added to those of a text."""
 
 
 @dataclass(frozen=True, slots=True)

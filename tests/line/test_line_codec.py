@@ -43,7 +43,7 @@ GOOD = {
         ExtractBatch([[1, 2, 3], [4]], [1, 0], (7,), "h" * 64), torch.ones(3, 2), "f" * 16
     ),
     "text": codec.encode_text([5, 6], "f" * 16),
-    "prefix": codec.encode_prefix(Prefix(torch.ones(3, SHAPE.width), SHAPE), "f" * 16),
+    "prefix": codec.encode_prefix(Prefix(torch.ones(3, SHAPE.width), SHAPE, 1, (7, 8, 9)), "f" * 16),
 }
 
 
@@ -211,9 +211,9 @@ def test_frames_of_an_older_version_are_refused_by_name():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_prefixes_and_gradients_arrive_bit_for_bit(dtype):
-    prefix = Prefix(torch.randn(3, SHAPE.width).to(dtype), SHAPE, 2)
+    prefix = Prefix(torch.randn(3, SHAPE.width).to(dtype), SHAPE, 2, (5, 6, 7))
     received, fingerprint = codec.decode_prefix(codec.encode_prefix(prefix, "plm"))
-    assert (received.shape, received.frozen, fingerprint) == (SHAPE, 2, "plm")
+    assert (received.shape, received.frozen, received.text, fingerprint) == (SHAPE, 2, (5, 6, 7), "plm")
     assert received.handle == prefix.handle  # content and number format
     batch, gradient = ExtractBatch([[5, 6], [7]], [1, 0], (8,), prefix.handle), torch.randn(2, 7).to(dtype)
     same, rows, fingerprint = codec.decode_gradient(codec.encode_gradient(batch, gradient, "plm"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,7 +34,8 @@ def test_layers_go_apart_and_together():
 def test_a_handle_names_content_and_number_format():
     one = prefix()
     others = (prefix(seed=1), prefix(4), one.replaced(one.embeddings.double()), one.replaced(-one.embeddings))
-    assert len({one.handle, *(other.handle for other in others)}) == 5
+    added = (replace(one, text=(1, 2, 3, 4, 5)), replace(one, text=(1, 2, 3, 4, 6)))
+    assert len({one.handle, *(other.handle for other in (*others, *added))}) == 7
     assert one.replaced(one.embeddings.clone()).handle == one.handle
 
 
@@ -44,6 +46,16 @@ def test_a_folder_gives_back_what_was_saved(tmp_path):
     assert torch.equal(again.embeddings, one.embeddings) and (again.shape, again.frozen) == (SHAPE, 2)
 
 
+def test_what_is_added_to_a_text_is_no_adapter_of_peft(tmp_path):
+    added = replace(prefix(), text=(1, 2, 3, 4, 5))
+    added.save_pretrained(tmp_path)
+    assert Prefix.from_pretrained(tmp_path).text == added.text
+    with pytest.raises((KeyError, ValueError), match="CARTRIDGE_ADDED_TO_TEXT"):
+        pytest.importorskip("peft").PeftConfig.from_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="5 positions are added to a text of 2"):
+        replace(added, text=(1, 2))
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -52,6 +64,7 @@ def test_a_folder_gives_back_what_was_saved(tmp_path):
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "the prefix is damaged"),
         (lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}'), "a LORA adapter"),
         (lambda folder: change(folder, num_layers=4), "rows of 64 numbers"),
+        (lambda folder: change(folder, text=[1, 2, 3, 4, 5]), "a CARTRIDGE prefix with a text of 5 tokens"),
         (lambda folder: change(folder, num_frozen_tokens=6), "6 frozen positions of 5"),
         (lambda folder: save_file({"other": torch.zeros(1)}, folder / "adapter_model.safetensors"), "damaged"),
     ],

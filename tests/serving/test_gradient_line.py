@@ -20,9 +20,11 @@ from pema_ray.data_owner.training.config import PrefixConfig
 from pema_ray.data_owner.training.prefix import PrefixTrainer
 from pema_ray.errors import UserError
 from pema_ray.line import BlockingPLM, Busy, ExtractBatch, PLMClient, Step, codec
+from pema_ray.line.plm_config import PLMConfig
 from pema_ray.line.prefix import Prefix
 from pema_ray.line.protocol import BACKWARD_TOKENS, PrefixLost
 from pema_ray.line.retry import PatientPLM
+from pema_ray.pema.stages.train_prefix import start_of
 from pema_ray.plm_owner.engine import LocalPLM
 from pema_ray.plm_owner.service.api import RequestLimits
 from pema_ray.plm_owner.service.deployment import PLMEngine
@@ -42,7 +44,7 @@ def owner_of(tmp_path, tiny_plm_folder):
 def train(client: PLMClient, folder: Path, **changed: Any) -> tuple[Prefix, list[float]]:
     """A short training: the prefix, and the loss of every step."""
     with BlockingPLM(PatientPLM(client, 60.0)) as plm:
-        start, head = plm.read_prefix(TEXT), plm.lm_head().head
+        start, head = start_of(plm, TEXT), plm.lm_head().head
         settings = PrefixConfig(rank=4, epochs=STEPS, learning_rate=1e-2, prefix_learning_rate=5e-2, validate_every=4)
         settings = settings.model_copy(update=changed)
         trainer = PrefixTrainer(settings, plm, head, start, [(BATCH, TARGET)], [(BATCH, TARGET)], folder)
@@ -52,8 +54,6 @@ def train(client: PLMClient, folder: Path, **changed: Any) -> tuple[Prefix, list
 
 @pytest.fixture(scope="module")
 def in_process(tiny_plm_folder, tmp_path_factory):
-    from pema_ray.line.plm_config import PLMConfig
-
     config = PLMConfig(name=tiny_plm_folder("llama"), dtype="float32", device="cpu", threads=1)
     return train(LocalPLM(config), tmp_path_factory.mktemp("in_process"))
 
@@ -103,6 +103,36 @@ def test_requests_side_by_side_give_the_same_training(in_process, tiny_plm_folde
     assert len(gradients) == 3 * STEPS and set(gradients) == set(handle.replicas)  # each where its graph is kept
     engines = [replica.plm.batcher for replica in handle.replicas.values()]
     assert all(engine is not None and engine.graphs.nbytes == 0 for engine in engines)
+
+
+async def test_a_start_that_its_owner_keeps_gives_the_same_training(owner_of, in_process, tiny_plm_folder, tmp_path):
+    expected, losses = in_process
+    async with owner_of(engine={"prefix_start": "kept"}) as owner:
+        remote = owner.remote()
+        with pytest.raises(UserError, match="keeps the keys and values of texts to itself"):
+            await remote.read_prefix(TEXT)
+        trained, remote_losses = await asyncio.to_thread(train, owner.remote(), tmp_path / "remote")
+        assert remote_losses == losses
+        assert trained.text == tuple(TEXT) and (trained.embeddings[0] == 0).all()  # a frozen position
+        trained.save_pretrained(tmp_path / "saved")
+        again = Prefix.from_pretrained(tmp_path / "saved")
+        assert again.handle == trained.handle and again.text == trained.text
+        local = LocalPLM(PLMConfig(name=tiny_plm_folder("llama"), dtype="float32", device="cpu", threads=1))
+        whole = trained.added_to(await local.read_prefix(TEXT))
+        assert torch.equal(whole.embeddings, expected.embeddings)  # for whoever has the weights
+        for client, prefix in ((remote, trained), (local, whole)):
+            await client.put_prefix(prefix)
+        asked = [ExtractBatch(BATCH.token_ids, BATCH.first, handle=prefix.handle) for prefix in (trained, whole)]
+        torch.testing.assert_close(await remote.extract(asked[0]), await local.extract(asked[1]), atol=1e-6, rtol=1e-6)
+        (outcome,) = await remote.step([Step("a", 0, [5, 9], handle=trained.handle)])
+        assert outcome.state_NH.shape == (1, 32)
+        too_long = Prefix(torch.zeros(91, trained.shape.width), trained.shape, text=(5,) * 91)
+        with pytest.raises(UserError, match="longer than"):
+            await remote.put_prefix(too_long)
+        wrong = Prefix(torch.zeros(1, trained.shape.width), trained.shape, text=(10**6,))
+        with pytest.raises(UserError, match="is no token of"):
+            await remote.put_prefix(wrong)
+        await local.end()
 
 
 async def test_gradients_cross_the_line_in_16_bits(owner_of, in_process):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +78,10 @@ def train(run: Run, folder: Path, seed: int, claim: Callable[[], None]) -> Train
     client = PatientPLM(connect(config.plm, run.bundle.card, engine), _PATIENCE_SECONDS, _tell)
     with BlockingPLM(client) as plm:
         end = run.bundle.card.eos_token_ids[0] if end is None else end
-        start = plm.read_prefix(start_ids)
+        start = start_of(plm, start_ids)
         batches = {split: _batches(examples, replaced, end, c.max_batch_tokens) for split, examples in pairs.items()}
         trainer = PrefixTrainer(
-            c, plm, run.bundle.head, Prefix(start.embeddings, start.shape, c.frozen), batches["train"], batches["dev"],
+            c, plm, run.bundle.head, replace(start, frozen=c.frozen), batches["train"], batches["dev"],
             folder, seed,
         )  # fmt: skip
         _ = trainer.model  # refuses what cannot be trained, before anything is set aside
@@ -95,6 +96,15 @@ def train(run: Run, folder: Path, seed: int, claim: Callable[[], None]) -> Train
     trained.save_pretrained(folder / "prefix", run.bundle.card.name)
     (folder / "history.json").write_text(json.dumps(history.to_dict()))
     return history
+
+
+def start_of(plm: BlockingPLM, token_ids: list[int]) -> Prefix:
+    """The keys and values of a text; or zeros that are added to them, where the PLM owner keeps them to itself."""
+    description = plm.describe()
+    if not description.keeps_start or description.prefix_shape is None:
+        return plm.read_prefix(token_ids)
+    zeros = torch.zeros(len(token_ids), description.prefix_shape.width)
+    return Prefix(zeros, description.prefix_shape, text=tuple(token_ids))
 
 
 def _start(c: PrefixConfig, run: Run, shared: tuple[int, ...], seed: int) -> list[int]:

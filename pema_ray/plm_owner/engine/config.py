@@ -30,6 +30,9 @@ class EngineConfig(Section):
     """A step or an extraction that has not begun after so long is `Busy`."""
     prefix_positions: int = Field(default=8192, ge=0)
     """Positions of key-value prefixes kept for each data owner; 0: no prefixes, and no gradients."""
+    prefix_start: Literal["sent", "kept"] = "sent"
+    """Data owners start prefixes from the keys and values of a text. `kept`: those stay here, and what a data owner
+    trains is added to them."""
     graph_mib: int = Field(default=2048, ge=0)
     """MiB of graphs kept between representations and their gradient, for at most `forget_seconds`; what is not kept is
     computed again."""

@@ -97,12 +97,21 @@ class Engine:
         deadline = time.monotonic() + timeout
         return await self._extraction(lambda: [self.batcher.submit_gradient(owner, batch, d_state_NH, deadline)])
 
-    async def put_prefix(self, owner: str, prefix: Prefix) -> None:
-        """Keep a prefix; requests that come later find it. Raises UserError as `Prefixes.put` does."""
-        self.batcher.prefixes.put(owner, prefix)
+    async def put_prefix(self, owner: str, prefix: Prefix, timeout: float = 60.0) -> None:
+        """Keep a prefix; requests that come later find it. Raises as `read_prefix` and `Prefixes.put` do."""
+        prefixes = self.batcher.prefixes
+        if prefix.text and prefixes.start_of(owner, prefix.text) is None:
+            prefixes.keep_start(owner, prefix.text, await self._read(owner, prefix.text, timeout))
+        prefixes.put(owner, prefix)
 
     async def read_prefix(self, owner: str, token_ids: Sequence[int], timeout: float = 60.0) -> Prefix:
-        """The keys and values of a text; raises as `extract` does, and UserError if no prefix may start from it."""
+        """The keys and values of a text; raises as `extract` does, and UserError if no prefix may start from it, or if
+        they are kept here."""
+        if self.batcher.config.prefix_start == "kept":
+            raise UserError("This PLM owner keeps the keys and values of texts to itself: put a prefix with its text.")
+        return await self._read(owner, token_ids, timeout)
+
+    async def _read(self, owner: str, token_ids: Sequence[int], timeout: float) -> Prefix:
         if not token_ids:
             raise UserError("A prefix starts from at least one token.")
         deadline = time.monotonic() + timeout

@@ -90,7 +90,8 @@ class LocalPLM:
     async def describe(self) -> Description:
         engine = await self.engine()
         limits = Limits(max_tokens=engine.batcher.max_tokens, max_sessions=self.config.slots)
-        return Description(self._bundle.card, limits, engine.batcher.prefixes.shape)
+        shape = engine.batcher.prefixes.shape
+        return Description(self._bundle.card, limits, shape, shape is not None and self.config.prefix_start == "kept")
 
     async def lm_head(self) -> LMHeadBundle:
         await self.engine()
@@ -115,7 +116,9 @@ class LocalPLM:
             return await engine.read_prefix(self.owner, token_ids, self.config.timeout_seconds)
 
     async def put_prefix(self, prefix: Prefix) -> None:
-        await (await self.engine()).put_prefix(self.owner, prefix)
+        engine = await self.engine()
+        with _failures_of(engine):
+            await engine.put_prefix(self.owner, prefix, self.config.timeout_seconds)
 
     async def gradient(self, batch: ExtractBatch, d_state_NH: torch.Tensor) -> torch.Tensor:
         engine = await self.engine()

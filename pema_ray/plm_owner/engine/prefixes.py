@@ -73,10 +73,11 @@ class Prefixes:
     def __init__(self, plm: LoadedPLM, budget: int, usable: bool = True) -> None:
         self._plm, self._budget = plm, budget
         self._kept: dict[str, OrderedDict[str, Prefix]] = {}
+        self._starts: dict[str, tuple[tuple[int, ...], Prefix]] = {}
         self.shape = prefix_shape(plm) if usable and budget else None
 
     def put(self, owner: str, prefix: Prefix) -> None:
-        """Keep a copy of a prefix.
+        """Keep a copy of a prefix; of one with a text, the sum, whose start `keep_start` was given.
 
         Raises:
             UserError: this PLM takes none of this shape, none so long, or none with such numbers.
@@ -86,13 +87,27 @@ class Prefixes:
         self.check_length(len(prefix))
         if not prefix.embeddings.is_floating_point():
             raise UserError(f"A prefix holds floating-point numbers, not {prefix.embeddings.dtype}.")
-        if not torch.isfinite(prefix.embeddings.to(self._plm.model.dtype)).all():
+        whole = prefix.replaced(prefix.embeddings.detach().cpu().clone())
+        if prefix.text:
+            start = self.start_of(owner, prefix.text)
+            assert start is not None
+            whole = whole.added_to(start)
+        if not torch.isfinite(whole.embeddings.to(self._plm.model.dtype)).all():
             raise UserError(f"A prefix must be finite in {self._plm.model.dtype}: this one holds infinities or NaN.")
         kept = self._kept.setdefault(owner, OrderedDict())
-        kept[prefix.handle] = prefix.replaced(prefix.embeddings.detach().cpu().clone())
+        kept[prefix.handle] = whole
         kept.move_to_end(prefix.handle)
         while sum(map(len, kept.values())) > self._budget:
             kept.popitem(last=False)
+
+    def start_of(self, owner: str, text: tuple[int, ...]) -> Prefix | None:
+        """The keys and values of the text to which this owner adds, if it is the last one."""
+        last, start = self._starts.get(owner, ((), None))
+        return start if last == text else None
+
+    def keep_start(self, owner: str, text: tuple[int, ...], start: Prefix) -> None:
+        """Keep the keys and values of the text to which this owner's next prefixes are added."""
+        self._starts[owner] = (text, start)
 
     def check_length(self, positions: int) -> None:
         """Raises UserError if this PLM takes no prefix of so many positions."""

@@ -197,7 +197,16 @@ class _Endpoints:
         engine = {"max_session_tokens": plm.limits.max_tokens, "max_sessions": plm.limits.max_sessions}
         shape = None if plm.prefix_shape is None else asdict(plm.prefix_shape)
         limits = self._limits.model_dump()
-        return JSONResponse({**plm.card.to_dict(), **engine, "prefix_shape": shape, "limits": limits, "quota": quota})
+        return JSONResponse(
+            {
+                **plm.card.to_dict(),
+                **engine,
+                "prefix_shape": shape,
+                "keeps_start": plm.keeps_start,
+                "limits": limits,
+                "quota": quota,
+            }
+        )
 
     async def lm_head(self, call: _Request, fingerprint: str | None) -> Response:
         call.account.spend_head(self._limits.lm_heads_per_minute)

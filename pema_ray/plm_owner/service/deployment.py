@@ -109,7 +109,7 @@ class PLMEngine:
         engine = await self.plm.engine()
         prefix, fingerprint = await run_in_executor(len(body), codec.decode_prefix, body)
         self.plm.check(fingerprint)
-        await engine.put_prefix(owner, prefix)
+        await engine.put_prefix(owner, prefix, self.config.timeout_seconds)
 
     async def gradient(self, owner: str, body: bytes) -> bytes:
         """The gradient of a batch's prefix, frame in and frame out.
