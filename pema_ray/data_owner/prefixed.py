@@ -8,11 +8,10 @@ prefixes are refused. Knows no Ray and no model.
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
@@ -22,11 +21,11 @@ from pema_ray.line.messages import ModelCard
 from pema_ray.line.prefix import Prefix
 from pema_ray.line.protocol import PrefixLost, adaptable
 
+OWN_PREFIX = "prefix"  # in an adapter's folder
 _DESCRIPTION = "prefix.json"
 _HANDLE_DIGITS = 12  # of a prefix, in a fingerprint
 _ATTEMPTS = 4  # others may put theirs in this one's place
 _CROWDED = "the PLM owner has no room for this prefix beside others that are in use"
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,23 @@ class TrainedPrefix:
             raise UserError(f"{path}: is damaged: {error}") from None
         return cls(Prefix.from_pretrained(folder), replaces, fingerprint)
 
+    @classmethod
+    def of_adapter(cls, folder: Path, card: ModelCard) -> TrainedPrefix | None:
+        """The prefix of an adapter's folder: in a folder of its own there, or instead of an adapter.
+
+        Returns:
+            None where there is none, or where all requests to the PLM of `card` stand behind it already.
+
+        Raises:
+            FingerprintMismatch: it was trained for another PLM.
+            UserError: it is damaged.
+        """
+        home = next((path for path in (folder / OWN_PREFIX, folder) if is_prefix(path)), None)
+        if home is None or card.fingerprint == (trained := cls.from_pretrained(home)).own_fingerprint:
+            return None
+        trained.card(card)
+        return trained
+
     def card(self, card: ModelCard) -> ModelCard:
         """The model card of the PLM behind this prefix.
 
@@ -81,21 +97,72 @@ class TrainedPrefix:
         """Positions that the prefix takes beyond those of the tokens that it replaces."""
         return len(self.prefix) - len(self.replaces)
 
+    def batch_behind(self, batch: ExtractBatch) -> ExtractBatch:
+        """The batch without the tokens that the prefix replaces.
+
+        Raises:
+            UserError: a prompt begins otherwise, or a representation of these tokens is requested.
+        """
+        left = max(0, len(self.replaces) - len(batch.prefix))  # in the sequences themselves
+        for ids, first in zip(batch.token_ids, batch.first, strict=True):
+            self._check([*batch.prefix, *ids])
+            if first < left:
+                raise UserError("plm.prefix: a representation is requested of a position that the prefix replaces.")
+        return ExtractBatch(
+            [ids[left:] for ids in batch.token_ids],
+            [first - left for first in batch.first],
+            batch.prefix[len(self.replaces) :],
+            self.prefix.handle,
+        )
+
+    def step_behind(self, step: Step) -> Step:
+        """The same for a step."""
+        if step.position == 0:
+            self._check(step.tokens)
+            rest = step.tokens[len(self.replaces) :]
+            if step.states > len(rest):
+                raise UserError("plm.prefix: a representation is requested of a position that the prefix replaces.")
+            return replace(step, tokens=rest, handle=self.prefix.handle)
+        position = step.position - len(self.replaces)
+        if position < 0:
+            raise UserError("plm.prefix: a session cannot be rewound into the tokens that the prefix replaces.")
+        return replace(step, position=position, handle="" if position else self.prefix.handle)
+
+    def _check(self, ids: Sequence[int]) -> None:
+        if tuple(ids[: len(self.replaces)]) != self.replaces:
+            raise UserError(
+                f"plm.prefix takes the place of the first {len(self.replaces)} tokens of every prompt, and this prompt "
+                "begins otherwise: keep task.name, task.chat, task.shots and task.limits as in its training."
+            )
+
+
+def is_prefix(folder: Path) -> bool:
+    """Whether a folder holds a trained prefix instead of an adapter."""
+    return (folder / _DESCRIPTION).exists()
+
 
 class PrefixedPLM:
-    """A `PLMClient` over another, behind a prefix.
+    """A `PLMClient` over another, behind prefixes.
+
+    Args:
+        trained: before every request; None: steps that name a prefix alone stand behind one.
+
+    Attributes:
+        named: prefixes by handle, of adapters that were trained behind them: every step of theirs names its own.
 
     Raises (every call):
         UserError: this PLM owner takes no prefixes, or a prompt begins with other tokens than the prefix replaces.
         FingerprintMismatch: the prefix was trained for another PLM.
     """
 
-    def __init__(self, client: PLMClient, trained: TrainedPrefix) -> None:
+    def __init__(self, client: PLMClient, trained: TrainedPrefix | None) -> None:
         self._client, self._trained = adaptable(client), trained
-        self._skipped = len(trained.replaces)
+        self.named: dict[str, TrainedPrefix] = {}
 
     async def describe(self) -> Description:
         description = await self._client.describe()
+        if self._trained is None:
+            return description
         if description.prefix_shape is None:
             raise UserError(
                 "plm.prefix: this PLM owner takes no prefixes. Ask it for adaptation: prefix, or leave it out."
@@ -105,24 +172,34 @@ class PrefixedPLM:
 
     async def lm_head(self) -> LMHeadBundle:
         bundle = await self._client.lm_head()
-        return replace(bundle, card=self._trained.card(bundle.card))
+        return bundle if self._trained is None else replace(bundle, card=self._trained.card(bundle.card))
 
     async def extract(self, batch: ExtractBatch) -> torch.Tensor:
-        return await self._with_prefix(lambda: self._client.extract(self._behind(batch)))
+        trained = self._trained
+        if trained is None:
+            return await self._client.extract(batch)
+        behind = trained.batch_behind(batch)
+        for _ in range(_ATTEMPTS):
+            with suppress(PrefixLost):
+                return await self._client.extract(behind)
+            await self._client.put_prefix(trained.prefix)
+        raise Busy(_CROWDED)
 
     async def step(self, steps: Sequence[Step]) -> list[Stepped | Exception]:
         outcomes: list[Stepped | Exception] = []
         sent: dict[int, Step] = {}
-        for i, step in enumerate(steps):
+        prefixes = [self.named.get(step.handle, self._trained) for step in steps]
+        for i, (step, trained) in enumerate(zip(steps, prefixes, strict=True)):
             outcomes.append(PrefixLost(step.session))
             try:
-                sent[i] = self._step(step)
+                sent[i] = step if trained is None else trained.step_behind(step)
             except UserError as error:
                 outcomes[i] = error
         for attempt in range(_ATTEMPTS):
             lost = [i for i in sent if isinstance(outcomes[i], PrefixLost)]
-            if lost and attempt:
-                await self._client.put_prefix(self._trained.prefix)
+            if attempt:
+                for prefix in {t.prefix.handle: t.prefix for i in lost if (t := prefixes[i]) is not None}.values():
+                    await self._client.put_prefix(prefix)
             if lost:
                 for i, outcome in zip(lost, await self._client.step([sent[i] for i in lost]), strict=True):
                     outcomes[i] = outcome
@@ -133,43 +210,3 @@ class PrefixedPLM:
 
     async def end(self) -> None:
         await self._client.end()
-
-    async def _with_prefix(self, request: Callable[[], Awaitable[T]]) -> T:
-        for _ in range(_ATTEMPTS):
-            with suppress(PrefixLost):
-                return await request()
-            await self._client.put_prefix(self._trained.prefix)
-        raise Busy(_CROWDED)
-
-    def _behind(self, batch: ExtractBatch) -> ExtractBatch:
-        """The batch without the tokens that the prefix replaces."""
-        left = max(0, self._skipped - len(batch.prefix))  # in the sequences themselves
-        for ids, first in zip(batch.token_ids, batch.first, strict=True):
-            self._check([*batch.prefix, *ids])
-            if first < left:
-                raise UserError("plm.prefix: a representation is requested of a position that the prefix replaces.")
-        return ExtractBatch(
-            [ids[left:] for ids in batch.token_ids],
-            [first - left for first in batch.first],
-            batch.prefix[self._skipped :],
-            self._trained.prefix.handle,
-        )
-
-    def _step(self, step: Step) -> Step:
-        if step.position == 0:
-            self._check(step.tokens)
-            rest = step.tokens[self._skipped :]
-            if step.states > len(rest):
-                raise UserError("plm.prefix: a representation is requested of a position that the prefix replaces.")
-            return replace(step, tokens=rest, handle=self._trained.prefix.handle)
-        position = step.position - self._skipped
-        if position < 0:
-            raise UserError("plm.prefix: a session cannot be rewound into the tokens that the prefix replaces.")
-        return replace(step, position=position, handle="" if position else self._trained.prefix.handle)
-
-    def _check(self, ids: Sequence[int]) -> None:
-        if tuple(ids[: self._skipped]) != self._trained.replaces:
-            raise UserError(
-                f"plm.prefix takes the place of the first {self._skipped} tokens of every prompt, and this prompt "
-                "begins otherwise: keep task.name, task.chat, task.shots and task.limits as in its training."
-            )

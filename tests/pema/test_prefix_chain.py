@@ -11,8 +11,9 @@ from pema_ray.data_owner.prefixed import TrainedPrefix
 from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.evaluation.comparison import Comparison
 from pema_ray.evaluation.results import Evaluation
+from pema_ray.line import LMHeadBundle
 from pema_ray.memory import ExternalMemory
-from pema_ray.pema.config import load_config
+from pema_ray.pema.config import ExperimentConfig, load_config
 from pema_ray.pema.method import PEMA
 from pema_ray.pema.run import Run
 from pema_ray.pema.stages.systems import ComparedSystem
@@ -20,6 +21,10 @@ from pema_ray.pema.stages.train_prefix import _batches
 from pema_ray.tasks import EncodedPair
 
 PREFIX = {"rank": 4, "epochs": 4, "validate_every": 2, "learning_rate": 1e-2, "prefix_learning_rate": 5e-2}
+
+
+def alone_head(config: ExperimentConfig) -> Path:
+    return Path(config.run_dir) / "export_head" / "lm_head"
 
 
 def test_a_prefix_is_trained_and_every_stage_runs_behind_it(experiment, ray_cluster, tmp_path: Path):
@@ -42,6 +47,8 @@ def test_a_prefix_is_trained_and_every_stage_runs_behind_it(experiment, ray_clus
     plain = json.loads((Path(alone.run_dir) / "export_head" / "metrics.json").read_text())["card"]
     assert card["fingerprint"].startswith(plain["fingerprint"] + "+")
     assert ExternalMemory.open(run / "build_memory" / "train").manifest.fingerprint == card["fingerprint"]
+    own = TrainedPrefix.of_adapter(run / "train" / "adapter", LMHeadBundle.load(alone_head(alone)).card)
+    assert own is not None and own.own_fingerprint == card["fingerprint"]  # for a service that has no plm.prefix
     evaluation = Evaluation.model_validate_json((run / "evaluate" / "evaluation.json").read_bytes())
     assert [system.name for system in evaluation.systems if system.kind == "plm"] == ["PLM, trained prefix"]
     assert Run(behind).finished("generate")

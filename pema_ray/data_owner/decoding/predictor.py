@@ -20,6 +20,7 @@ from pema_ray.data_owner.adapter.knn import NearestNeighbours, require_faiss
 from pema_ray.data_owner.adapter.pema import PemaAdapter
 from pema_ray.data_owner.config import KnnMixConfig
 from pema_ray.data_owner.decoding.state import DecodingState
+from pema_ray.data_owner.prefixed import TrainedPrefix, is_prefix
 from pema_ray.errors import UserError
 from pema_ray.line import LMHead, ModelCard
 from pema_ray.memory import ExternalMemory
@@ -32,7 +33,10 @@ class Predictor:
 
     Args:
         weight: w of neighbours beside an adapter; alone, they have weight 1.
+        prefix: that its representations stand behind; without adapter and neighbours, P is that of the PLM there.
     """
+
+    prefix: TrainedPrefix | None = None
 
     def __init__(
         self,
@@ -40,8 +44,9 @@ class Predictor:
         adapter: PemaAdapter | None = None,
         neighbours: NearestNeighbours | None = None,
         weight: float = 0.0,
+        prefix: TrainedPrefix | None = None,
     ) -> None:
-        self.head, self.adapter, self.neighbours = head, adapter, neighbours
+        self.head, self.adapter, self.neighbours, self.prefix = head, adapter, neighbours, prefix
         self.weight = 0.0 if neighbours is None else 1.0 if adapter is None else weight
 
     @property
@@ -99,7 +104,8 @@ class Predictor:
             log_own = self._adapted(self.adapter, state_NH, decoding)
             share = self.adapter.predicted_lambda(state_NH, self.head)
         if self.neighbours is None:
-            assert log_own is not None, "a predictor has an adapter, neighbours, or both"
+            if log_own is None:  # a prefix alone: the PLM's own distribution
+                return self.head.log_probs(self.head.norm(state_NH)), torch.zeros_like(share)
             return log_own, share
         log_knn = self.neighbours.log_probs(state_NH, self.head)
         if log_own is None:
@@ -129,7 +135,8 @@ class Predictor:
             sequences: as `PemaAdapter.log_probs` takes them; log P is then that of the selected rows alone.
         """
         if self.adapter is None:
-            assert self.neighbours is not None
+            if self.neighbours is None:
+                return self.head.log_probs(self.head.norm(state_NH))
             return self.neighbours.log_probs(state_NH, self.head)
         log_p = self.adapter.log_probs(state_NH, self.head, sequences)
         if self.neighbours is None:
@@ -150,6 +157,7 @@ class PredictorSpec:
     """The folders of a predictor: an adapter's, a memory's, or both.
 
     Attributes:
+        adapter: may hold a key-value prefix too, or a prefix alone.
         knn: how the memory is searched; beside an adapter, weight 0 leaves the memory out.
         max_examples: use only the memory's first examples, up to this number.
     """
@@ -165,7 +173,8 @@ class PredictorSpec:
 
     def check(self, card: ModelCard) -> None:
         """Raise what `load` would raise, without reading a memory's rows or building an index."""
-        if self.adapter is not None:
+        _, card = self._behind(card)
+        if self.adapter is not None and not is_prefix(self.adapter):
             PemaAdapter.from_pretrained(self.adapter, card)
         if self._has_neighbours:
             require_faiss()
@@ -178,13 +187,19 @@ class PredictorSpec:
             UserError: there is no such adapter or memory, it belongs to another PLM, or faiss is not installed.
         """
         adapter = neighbours = None
-        if self.adapter is not None:
+        prefix, card = self._behind(card)
+        if self.adapter is not None and not is_prefix(self.adapter):
             adapter = PemaAdapter.from_pretrained(self.adapter, card).to(head.weight.device)
         if self._has_neighbours:
             rows = ExternalMemory.open(str(self.memory), card).view(max_examples=self.max_examples)
             c = self.knn
             neighbours = NearestNeighbours(rows, head, c.neighbours, c.temperature, c.index, c.probes)
-        return Predictor(head, adapter, neighbours, self.knn.weight)
+        return Predictor(head, adapter, neighbours, self.knn.weight, prefix)
+
+    def _behind(self, card: ModelCard) -> tuple[TrainedPrefix | None, ModelCard]:
+        """The adapter's own prefix, and the card of the PLM behind it."""
+        prefix = None if self.adapter is None else TrainedPrefix.of_adapter(self.adapter, card)
+        return prefix, card if prefix is None else prefix.card(card)
 
     @property
     def _has_neighbours(self) -> bool:

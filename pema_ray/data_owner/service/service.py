@@ -18,8 +18,10 @@ from pema_ray.data_owner.decoding import Decoder, Predictor, PredictorSpec
 from pema_ray.data_owner.decoding.drafts import MemoryLookup
 from pema_ray.data_owner.decoding.request_builder import RequestBuilder
 from pema_ray.data_owner.decoding.unrolling import UnrollingSchedule
+from pema_ray.data_owner.prefixed import PrefixedPLM
 from pema_ray.errors import UserError, nearest
 from pema_ray.line import ModelCard, PLMClient
+from pema_ray.line.protocol import AdaptablePLM
 from pema_ray.line.retry import PatientPLM
 from pema_ray.line.tokenizer import PLMTokenizer
 from pema_ray.memory import ExternalMemory
@@ -91,7 +93,7 @@ class DataOwnerUserConfig(Section):
     """Settings that can change while answers are being generated: Serve's `user_config`."""
 
     adapters: dict[str, str] = {}
-    """Name -> folder of an adapter."""
+    """Name -> folder of an adapter; one that was trained behind a prefix holds that too, or is a prefix alone."""
     tasks: dict[str, ServedTask] = {}
     """Name of an adapter -> its task."""
     memories: dict[str, str] = {}
@@ -142,6 +144,8 @@ class DataOwner:
         self.timeout_seconds, self.draft = c.timeout_seconds, c.draft
         self.max_tokens, self.started = 0, int(time.time())
         self.builders: Mapping[str, RequestBuilder] = {}
+        self._prefixed: PrefixedPLM | None = None
+        self._takes_prefixes = False
         self.rejected: str | None = None
 
     @property
@@ -164,12 +168,14 @@ class DataOwner:
         c = self.config
         compute_thread().submit(set_threads, c.threads)
         client = self._connect()
+        if isinstance(client, AdaptablePLM):  # adapters may bring prefixes of their own
+            client = self._prefixed = PrefixedPLM(client, None)
         patient = PatientPLM(client, _START_SECONDS, _log_wait)
         described, bundle = await patient.describe(), await patient.lm_head()
         device = pick_device(c.device)
         head = bundle.head.to(device, pick_dtype(c.dtype, device))
         self.card, self.tokenizer = bundle.card, bundle.tokenizer()
-        self.max_tokens = described.limits.max_tokens
+        self.max_tokens, self._takes_prefixes = described.limits.max_tokens, described.prefix_shape is not None
         eos = self.card.eos_token_ids
         self.decoder = Decoder(
             client, head, self.tokenizer, eos, c.max_live, threads=c.threads, max_sessions=described.limits.max_sessions
@@ -196,6 +202,9 @@ class DataOwner:
             self._user_config = requested
 
     def _use(self, loaded: _Loaded) -> None:
+        if self._prefixed is not None:  # answers that have begun keep theirs
+            prefixes = [p.prefix for p in loaded.predictors.values() if p.prefix is not None]
+            self._prefixed.named |= {trained.prefix.handle: trained for trained in prefixes}
         self.decoder.predictors, self.decoder.memories = loaded.predictors, loaded.memories
         self.builders = loaded.builders
 
@@ -209,7 +218,9 @@ class DataOwner:
         for name, folder in user_config.adapters.items():
             if name == self.card.name:
                 raise UserError(f"adapters.{name}: this is the PLM's own name; choose another.")
-            loaded.predictors[name] = self._predictor(folder, user_config.tasks.get(name))
+            predictor = loaded.predictors[name] = self._predictor(folder, user_config.tasks.get(name))
+            if predictor.prefix is not None and not self._takes_prefixes:
+                raise UserError(f"adapters.{name}: was trained behind a prefix, and this PLM owner takes none.")
         for name, folder in user_config.memories.items():
             loaded.memories[name] = MemoryLookup.of(ExternalMemory.open(folder, self.card))
         for name, task in user_config.tasks.items():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pema_ray.data_owner.adapter.pema import AdapterConfig
+from pema_ray.data_owner.prefixed import OWN_PREFIX
 from pema_ray.data_owner.training.batch_samplers import StreamShuffle
 from pema_ray.data_owner.training.config import TrainConfig
 from pema_ray.data_owner.training.trainer import AdapterHistory, AdapterTrainer
@@ -44,6 +46,8 @@ class AdapterTrainingJob:
     """Their mean weight."""
     placement: PlacementConfig = ANYWHERE
     """Nodes for the workers."""
+    prefix: Path | None = None
+    """That the memories were built behind; the adapter's folder gets a copy."""
 
 
 def fit(job: AdapterTrainingJob, on_point: OnPoint = lambda kind, point: None, stream: Any = None) -> AdapterHistory:
@@ -82,7 +86,11 @@ def _train(job: AdapterTrainingJob) -> dict[str, Any]:
     history = run_in_worker(trainer, name, settings)
     if place.leads:
         (job.run_dir / "history.json").write_text(json.dumps(history.to_dict()))
-        trainer.model.save_pretrained(job.run_dir / "adapter", trainer.model.model_card(_summary(history)))
+        folder = job.run_dir / "adapter"
+        trainer.model.save_pretrained(folder, trainer.model.model_card(_summary(history)))
+        shutil.rmtree(folder / OWN_PREFIX, ignore_errors=True)
+        if job.prefix is not None:
+            shutil.copytree(job.prefix, folder / OWN_PREFIX)
     return history.to_dict()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from pema_ray.data_owner.adapter.pema import AdapterConfig
@@ -95,7 +96,7 @@ def _while_building(run: Run) -> dict[str, Any]:
 
 def training_job(run: Run, c: TrainConfig | None = None) -> AdapterTrainingJob:
     """Training with the run's settings, or with others (`c`)."""
-    c, card = c or run.config.train, run.bundle.card
+    c, card, prefix = c or run.config.train, run.bundle.card, run.config.plm.prefix
     adapter = AdapterConfig(
         hidden_size=card.hidden_size,
         rank=c.rank,
@@ -123,6 +124,7 @@ def training_job(run: Run, c: TrainConfig | None = None) -> AdapterTrainingJob:
         config=c,
         seed=run.config.seed,
         placement=run.config.placement,
+        prefix=None if prefix is None else Path(prefix).expanduser().absolute(),
     )
 
 
