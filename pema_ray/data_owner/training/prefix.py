@@ -43,7 +43,9 @@ class _RemoteStates(torch.autograd.Function):
     ) -> torch.Tensor:
         plm, dtype = objective.plm, objective.joint.head.dtype
         current = objective.model.start.replaced(embeddings_nW.detach().to(dtype))
-        plm.put_prefix(current)
+        if current.handle != objective.put_handle:  # a validation has many batches
+            plm.put_prefix(current)
+            objective.put_handle = current.handle
         asked = replace(batch, handle=current.handle, for_gradient=is_training)
         ctx.plm, ctx.batches = plm, asked.split(objective.requests)
         ctx.dtype = dtype if dtype.itemsize > 2 else torch.bfloat16  # float16 has no small numbers
@@ -96,6 +98,8 @@ class PrefixObjective(nn.Module):
     def __init__(self, model: PrefixAndAdapter, plm: BlockingPLM, head: LMHead, requests: int = 1) -> None:
         super().__init__()
         self.model, self.plm, self.requests = model, plm, requests
+        self.put_handle = ""
+        """Of the prefix that was put last."""
         self.joint = JointObjective(model.adapter, head, kappa=0.0)
 
     def forward(self, batch: ExtractBatch, target_N: torch.Tensor) -> tuple[torch.Tensor]:

@@ -53,7 +53,7 @@ class Batcher:
         self.graphs = Graphs(config.graph_mib << 20, config.forget_seconds, clock)
         self._extraction = Extraction(plm, self.pass_tokens, config.share_passes, self.graphs)
         usable = isinstance(self._caches, SlotCaches) and self._extraction.reuses_prefixes
-        self.prefixes = Prefixes(plm, config.prefix_positions, usable)
+        self.prefixes = Prefixes(plm, config.prefix_positions, usable, clock)
         self._waiting: deque[StepJob] = deque()
         self._active: list[StepJob] = []
         self._extractions: list[ExtractJob] = []
@@ -112,9 +112,10 @@ class Batcher:
         self._sessions.close((owner, session), refuse_next=not jobs)
 
     def forget_abandoned(self) -> None:
-        """Close sessions without steps for `forget_seconds`, and drop graphs: an owner that died could not."""
+        """Drop sessions, graphs and prefixes that were not used for `forget_seconds`: an owner that died could not."""
         self._sessions.forget(self.config.forget_seconds)
         self.graphs.forget()
+        self.prefixes.forget(self.config.forget_seconds)
 
     # ── levels ──────────────────────────────────────────────────────────────
 

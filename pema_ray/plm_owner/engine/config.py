@@ -25,7 +25,8 @@ class EngineConfig(Section):
     idle_seconds: float = Field(default=30.0, ge=0)
     """A session without steps for so long may lose its slot to another."""
     forget_seconds: float = Field(default=600.0, gt=0)
-    """A session without steps for so long is forgotten, whether or not its slot is needed."""
+    """A session without steps for so long is forgotten, whether or not its slot is needed; and so are the prefixes of a
+    data owner who has used none for so long, who is then asked to put them again."""
     timeout_seconds: float = Field(default=60.0, gt=0)
     """A step or an extraction that has not begun after so long is `Busy`."""
     prefix_positions: int = Field(default=8192, ge=0)

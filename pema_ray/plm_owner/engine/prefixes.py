@@ -5,7 +5,9 @@ n positions, G key-value heads, D head size.
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,13 +67,18 @@ class Prefixes:
     Args:
         budget: positions kept for one owner, over all its prefixes; 0: none are taken.
         usable: whether the engine reuses keys and values for extractions and for sessions alike.
+        clock: monotonic seconds.
 
     Attributes:
         shape: of the prefixes that are taken; None: none.
     """
 
-    def __init__(self, plm: LoadedPLM, budget: int, usable: bool = True) -> None:
-        self._plm, self._budget = plm, budget
+    def __init__(
+        self, plm: LoadedPLM, budget: int, usable: bool = True, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._plm, self._budget, self._clock = plm, budget, clock
+        self._used: dict[str, float] = {}
+        """When each owner has put or used a prefix last."""
         self._kept: dict[str, OrderedDict[str, Prefix]] = {}
         self._starts: dict[str, tuple[tuple[int, ...], Prefix]] = {}
         self.shape = prefix_shape(plm) if usable and budget else None
@@ -94,6 +101,7 @@ class Prefixes:
             whole = whole.added_to(start)
         if not torch.isfinite(whole.embeddings.to(self._plm.model.dtype)).all():
             raise UserError(f"A prefix must be finite in {self._plm.model.dtype}: this one holds infinities or NaN.")
+        self._used[owner] = self._clock()
         kept = self._kept.setdefault(owner, OrderedDict())
         kept[prefix.handle] = whole
         kept.move_to_end(prefix.handle)
@@ -107,7 +115,14 @@ class Prefixes:
 
     def keep_start(self, owner: str, text: tuple[int, ...], start: Prefix) -> None:
         """Keep the keys and values of the text to which this owner's next prefixes are added."""
-        self._starts[owner] = (text, start)
+        self._starts[owner], self._used[owner] = (text, start), self._clock()
+
+    def forget(self, seconds: float) -> None:
+        """Drop all prefixes of owners who have used none for so long; who comes back puts it again."""
+        oldest = self._clock() - seconds
+        for owner in [owner for owner, used in self._used.items() if used < oldest]:
+            for kept in (self._used, self._kept, self._starts):
+                kept.pop(owner, None)
 
     def check_length(self, positions: int) -> None:
         """Raises UserError if this PLM takes no prefix of so many positions."""
@@ -133,6 +148,7 @@ class Prefixes:
         """
         try:
             self._kept[owner].move_to_end(handle)
+            self._used[owner] = self._clock()
             return self._kept[owner][handle]
         except KeyError:
             raise PrefixLost(handle) from None

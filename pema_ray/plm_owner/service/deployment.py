@@ -109,6 +109,7 @@ class PLMEngine:
         engine = await self.plm.engine()
         prefix, fingerprint = await run_in_executor(len(body), codec.decode_prefix, body)
         self.plm.check(fingerprint)
+        await run_in_executor(prefix.embeddings.nbytes, lambda: prefix.handle)  # a hash, which the prefix keeps
         await engine.put_prefix(owner, prefix, self.config.timeout_seconds)
 
     async def gradient(self, owner: str, body: bytes) -> bytes:

@@ -264,9 +264,16 @@ def test_graphs_are_kept_within_bytes_and_time(plm_of, batcher_for):
     too_large = ExtractBatch([[7] * 60] * 20, [0] * 20, (), prefix.handle, True)
     (held,) = graphs_after(batcher, too_large)
     assert held <= 2**20
+    now[0] = 4.0
+    assert finish(batcher, batcher.submit_extraction("me", replace(asked[0], for_gradient=False))) is not None
     now[0] = 6.0
     batcher.forget_abandoned()
     assert batcher.graphs.nbytes == 0
+    assert finish(batcher, batcher.submit_extraction("me", replace(asked[0], for_gradient=False))) is not None
+    now[0] = 12.0
+    batcher.forget_abandoned()
+    with pytest.raises(PrefixLost):
+        finish(batcher, batcher.submit_extraction("me", asked[0]))
     with pytest.raises(UserError, match="handle of a prefix"):
         finish(batcher, batcher.submit_extraction("me", replace(asked[0], handle="")))
 
