@@ -6,6 +6,8 @@ The upper bound for PEMA, on the same pairs and the same prompts. B sequences, T
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +28,7 @@ from pema_ray.pema.baselines.config import LoraSettings
 from pema_ray.plm_owner.model.export import export_lm_head
 from pema_ray.plm_owner.model.load import LoadedPLM, load_plm
 from pema_ray.plm_owner.model.states import capture_state
+from pema_ray.runtime.files import atomic_file
 from pema_ray.runtime.hardware import peak_memory
 from pema_ray.tasks import EncodedPair
 
@@ -151,7 +154,7 @@ class LoraJob:
     """Everything that the baseline needs, for a process of its own.
 
     Attributes:
-        folder: gets the merged model and its tokenizer.
+        folder: gets the merged model and its tokenizer; beside it lies what each learning rate gave.
         end_token: as in `train_lora`.
     """
 
@@ -164,33 +167,60 @@ class LoraJob:
     seed: int
     end_token: int | None
 
+    @property
+    def stamp(self) -> str:
+        """Of everything that what one learning rate gives depends on."""
+        settings = self.settings.model_dump(exclude={"learning_rates"})
+        pairs = [[(e.prompt, e.target) for e in split] for split in (self.train, self.dev, self.test)]
+        plm = self.plm.model_dump(exclude={"threads"})
+        described = json.dumps([plm, settings, pairs, self.seed, self.end_token], default=str)
+        return hashlib.sha256(described.encode()).hexdigest()[:16]
+
 
 def tune_lora(job: LoraJob) -> dict[str, Any]:
     """Train at every learning rate and save the model with the lowest dev loss.
 
+    What a rate gave is kept, so that an interrupted tuning goes on and a wider grid costs its new rates alone.
+
     Returns:
         `learning_rate`, `epoch`, `dev` (its loss), `nll` of the test targets, `seconds`, `peak_bytes`; or `error`.
     """
-    best: dict[str, Any] = {"dev": math.inf, "error": "LoRA: every learning rate gave a loss that is no number."}
-    for rate in job.settings.learning_rates:
+    kept, stamp, grid = (
+        job.folder.with_name("learning_rates.json"),
+        job.stamp,
+        list(map(str, job.settings.learning_rates)),
+    )
+    record = json.loads(kept.read_text()) if kept.exists() else {}
+    rates: dict[str, dict[str, Any]] = {}
+    if record.get("stamp") == stamp and record["saved"] in (None, *grid):  # the model in the folder is the best of them
+        rates = {rate: outcome for rate, outcome in record["rates"].items() if rate in grid}
+    for rate, value in zip(grid, job.settings.learning_rates, strict=True):
+        if rate in rates:
+            continue
+        lowest = min((outcome["dev"] for outcome in rates.values()), default=math.inf)
         try:
-            best = _at_rate(job, rate, best["dev"]) or best
+            rates[rate] = _at_rate(job, value, lowest)
         except UserError as error:
-            best = best if "nll" in best else {**best, "error": str(error)}
+            rates[rate] = {"dev": math.inf, "error": str(error)}
+        best = min(rates, key=lambda rate: rates[rate]["dev"])
+        saved = None if rates[best]["error"] else best
+        with atomic_file(kept) as temporary:
+            temporary.write_text(json.dumps({"stamp": stamp, "saved": saved, "rates": rates}, indent=1) + "\n")
         gc.collect()  # or the next rate's peak memory is that of two models
-    return best
+    return min(rates.values(), key=lambda outcome: outcome["dev"])
 
 
-def _at_rate(job: LoraJob, rate: float, lowest: float) -> dict[str, Any] | None:
-    """What `tune_lora` returns, if the dev loss is below the lowest so far."""
+def _at_rate(job: LoraJob, rate: float, lowest: float) -> dict[str, Any]:
+    """What `tune_lora` returns, for one rate; saves the model if its dev loss is below the lowest so far."""
     plm = load_plm(job.plm)
     head = export_lm_head(plm).head.to(plm.device)
     tuned, training = train_lora(plm, head, job.train, job.settings, rate, job.dev, job.seed, job.end_token)
     loss = min(training.dev_losses)
-    if not loss < lowest:
-        return None
-    tuned.model.save_pretrained(job.folder)
-    tuned.tokenizer.save_pretrained(job.folder)
+    if not math.isfinite(loss):
+        raise UserError(f"LoRA: learning rate {rate:g} gave a dev loss that is no number.")
+    if loss < lowest:
+        tuned.model.save_pretrained(job.folder)
+        tuned.tokenizer.save_pretrained(job.folder)
     return {
         "error": "",
         "dev": loss,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from pema_ray.errors import UserError
 from pema_ray.line.plm_config import PLMConfig
+from pema_ray.pema.baselines import lora
 from pema_ray.pema.baselines.config import LoraSettings
 from pema_ray.pema.baselines.lora import LoraJob, _losses, target_losses, train_lora, tune_lora
 from pema_ray.plm_owner import LoadedPLM, load_plm
@@ -107,3 +109,28 @@ def test_the_rate_with_the_lowest_dev_loss_is_saved(tiny_plm_folder, tmp_path):
     again = target_losses(saved, export_lm_head(saved).head, job(1e-2).test, None)
     assert np.mean(again) == pytest.approx(found["nll"], rel=1e-4)
     assert "lower its learning rate" in tune_lora(job(1e30))["error"]
+
+
+def test_a_tuning_goes_on_with_the_rates_that_are_left(tiny_plm_folder, tmp_path, monkeypatch):
+    config = PLMConfig(name=tiny_plm_folder("llama"), dtype="float32", device="cpu", threads=1)
+    trained: list[float] = []
+    at_rate = lora._at_rate
+    monkeypatch.setattr(lora, "_at_rate", lambda job, rate, lowest: trained.append(rate) or at_rate(job, rate, lowest))
+
+    def tuned(*rates: float, epochs: int = 1) -> dict[str, Any]:
+        trained.clear()
+        settings = LoraSettings(rank=4, learning_rates=rates, epochs=epochs, max_batch_tokens=64)
+        chosen = pairs()
+        return tune_lora(LoraJob(config, chosen, chosen[:8], chosen[8:], settings, tmp_path / "model", 0, None))
+
+    first = tuned(1e-6, 1e-2)
+    assert trained == [1e-6, 1e-2]
+    assert tuned(1e-6, 1e-2) == first and trained == []
+    assert tuned(1e-5, 1e-2, 1e-6) == first and trained == [1e-5]  # a wider grid
+    narrow = tuned(1e-5, 1e-6)  # whose best is no longer in the folder
+    assert trained == [1e-5, 1e-6] and narrow["learning_rate"] == 1e-5
+    saved = load_plm(config.model_copy(update={"name": str(tmp_path / "model")}))
+    again = target_losses(saved, export_lm_head(saved).head, pairs()[8:], None)
+    assert np.mean(again) == pytest.approx(narrow["nll"], rel=1e-4)
+    tuned(1e-5, 1e-6, epochs=2)
+    assert trained == [1e-5, 1e-6]
