@@ -21,6 +21,7 @@ from pema_ray.errors import FingerprintMismatch, UserError
 from pema_ray.memory.manifest import MANIFEST, Manifest, ShardInfo
 from pema_ray.memory.plan import Rejected
 from pema_ray.memory.specification import MemoryBuild, shard_name
+from pema_ray.runtime.cluster import data_set
 from pema_ray.runtime.files import atomic_file, remove_temporary_files
 from pema_ray.runtime.placement import for_tasks, ray_options
 from pema_ray.tasks.sources import name_of_example
@@ -222,10 +223,5 @@ def count_shard(build: MemoryBuild, number: int) -> dict[str, Any]:
 
 def number_rows(numbers: Sequence[tuple[int, int]]) -> Any:
     """A Ray data set of (build, shard) numbers, in few enough blocks for any number of shards."""
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
     rows = [{"build": build, "shard": shard} for build, shard in numbers]
-    return ray.data.from_items(rows, override_num_blocks=min(len(rows), _MAX_BLOCKS))
+    return data_set(rows, min(len(rows), _MAX_BLOCKS))

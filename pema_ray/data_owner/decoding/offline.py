@@ -16,6 +16,7 @@ from pema_ray.data_owner.decoding.request import Answer, GenerationAborted, Gene
 from pema_ray.errors import UserError
 from pema_ray.line import LMHeadBundle, PLMClient
 from pema_ray.line.retry import PatientPLM
+from pema_ray.runtime.cluster import data_set
 from pema_ray.runtime.hardware import compute_elsewhere, compute_thread, pick_device
 from pema_ray.runtime.placement import ANYWHERE, PlacementConfig, ray_options
 
@@ -83,14 +84,11 @@ def generate(
     import ray
     import ray.data
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
     sharing = actors if share_sessions else 1
     tasks = [task for job in jobs for task in _split(job, batch_size)]
     # Requests travel once, through the object store; Ray Data's rows are task numbers.
     tasks_ref = ray.put(tasks)
-    numbers = ray.data.from_items([{"number": n} for n in range(len(tasks))], override_num_blocks=len(tasks))
+    numbers = data_set([{"number": n} for n in range(len(tasks))], len(tasks))
     results = numbers.map_batches(
         _Actor,
         fn_constructor_args=(connect, bundle, tasks_ref, batch_size, device, threads or cpus_per_actor, sharing),

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pema_ray.errors import UserError
-from pema_ray.runtime.cluster import ray_cluster
+from pema_ray.runtime.cluster import data_set, ray_cluster
 from pema_ray.runtime.files import atomic_file
 from pema_ray.runtime.progress import track
 from pema_ray.trime.config import TrimeConfig
@@ -113,11 +113,8 @@ def _search_all(run: TrimeRun, segments: Segments, folder: Path, tick: Any) -> n
 
     c = run.config.batches
     firsts = [{"first": first} for first in range(0, len(segments), _QUERIES)]
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
     nearest_SK = np.full((len(segments), c.neighbours), -1, np.int64)
-    rows = ray.data.from_items(firsts, override_num_blocks=len(firsts)).map_batches(
+    rows = data_set(firsts, len(firsts)).map_batches(
         _Searcher,
         fn_constructor_args=(run.path("prepare"), c.segment, folder, c.neighbours),
         batch_size=1,

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pema_ray.errors import UserError
-from pema_ray.runtime.cluster import ray_cluster
+from pema_ray.runtime.cluster import data_set, ray_cluster
 from pema_ray.runtime.files import atomic_file
 from pema_ray.runtime.progress import track
 from pema_ray.trime.config import PrepareConfig, Split, TrimeConfig
@@ -107,11 +107,7 @@ def _make_vocabulary(config: PrepareConfig, shards: Sequence[Shard], tick: Calla
 def _map(work: Callable[[Shard], dict[str, Any]], shards: Sequence[Shard], tick: Callable[[], None]) -> list[Any]:
     """`work` of every shard by Ray Data, in the shards' order."""
     import ray
-    import ray.data
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
     plan = ray.put(list(shards))
 
     def run_shard(row: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +118,7 @@ def _map(work: Callable[[Shard], dict[str, Any]], shards: Sequence[Shard], tick:
             error = str(refused)
         return {"number": row["number"], "result": json.dumps(result), "error": error}
 
-    numbers = ray.data.from_items([{"number": n} for n in range(len(shards))], override_num_blocks=len(shards))
+    numbers = data_set([{"number": n} for n in range(len(shards))], len(shards))
     done: dict[int, Any] = {}
     for row in numbers.map(run_shard, num_cpus=1).iter_rows():
         if row["error"]:
