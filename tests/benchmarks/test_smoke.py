@@ -65,6 +65,14 @@ def test_gradient_line_measures_steps_decoding_and_memory(tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_gradient_leaks_reads_labels_and_is_refused_a_kept_start(tmp_path: Path):
+    content = smoke("gradient_leaks", tmp_path)
+    labels = [ratio for name, ratio in content["ratios"].items() if name.startswith("labels")]
+    assert len(labels) == 4 and min(labels) > 0.5
+    assert content["figures"]["kept_refuses"]
+
+
+@pytest.mark.slow
 def test_generation_measures_the_decoder_beside_plain_generation(tmp_path: Path):
     rates = smoke("generation", tmp_path)["figures"]["tokens_per_second"]
     assert set(rates) == {f"{side}, {length}" for side in ("PEMA", "generate") for length in ("fixed", "task")}
