@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -93,6 +94,11 @@ class TrainedPrefix:
         return f"{self.fingerprint}+{self.prefix.handle[:_HANDLE_DIGITS]}"
 
     @property
+    def name(self) -> str:
+        """Of the prefix and what it replaces."""
+        return f"{self.prefix.handle} {hash(self.replaces)}"
+
+    @property
     def longer(self) -> int:
         """Positions that the prefix takes beyond those of the tokens that it replaces."""
         return len(self.prefix) - len(self.replaces)
@@ -148,7 +154,8 @@ class PrefixedPLM:
         trained: before every request; None: steps that name a prefix alone stand behind one.
 
     Attributes:
-        named: prefixes by handle, of adapters that were trained behind them: every step of theirs names its own.
+        named: prefixes by name, of adapters that were trained behind them, as long as somebody holds them: every step
+            of theirs names its own.
 
     Raises (every call):
         UserError: this PLM owner takes no prefixes, or a prompt begins with other tokens than the prefix replaces.
@@ -157,7 +164,17 @@ class PrefixedPLM:
 
     def __init__(self, client: PLMClient, trained: TrainedPrefix | None) -> None:
         self._client, self._trained = adaptable(client), trained
-        self.named: dict[str, TrainedPrefix] = {}
+        self.named: WeakValueDictionary[str, TrainedPrefix] = WeakValueDictionary()
+
+    async def add(self, prefixes: Sequence[TrainedPrefix]) -> None:
+        """Put prefixes, so that steps may name them.
+
+        Raises:
+            UserError: the PLM owner takes one of them not.
+        """
+        for trained in prefixes:
+            await self._client.put_prefix(trained.prefix)
+        self.named.update({trained.name: trained for trained in prefixes})
 
     async def describe(self) -> Description:
         description = await self._client.describe()
@@ -198,8 +215,13 @@ class PrefixedPLM:
         for attempt in range(_ATTEMPTS):
             lost = [i for i in sent if isinstance(outcomes[i], PrefixLost)]
             if attempt:
-                for prefix in {t.prefix.handle: t.prefix for i in lost if (t := prefixes[i]) is not None}.values():
-                    await self._client.put_prefix(prefix)
+                for trained in {t.name: t for i in lost if (t := prefixes[i]) is not None}.values():
+                    try:
+                        await self._client.put_prefix(trained.prefix)
+                    except UserError as error:  # ends these steps alone
+                        for i in lost:
+                            outcomes[i] = error if prefixes[i] is trained else outcomes[i]
+                lost = [i for i in lost if isinstance(outcomes[i], PrefixLost)]
             if lost:
                 for i, outcome in zip(lost, await self._client.step([sent[i] for i in lost]), strict=True):
                     outcomes[i] = outcome

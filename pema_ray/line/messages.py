@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Hashable
+import json
 from dataclasses import asdict, dataclass, replace
 
 
@@ -78,9 +79,10 @@ class ExtractBatch:
         return len(self.prefix) + sum(map(len, self.token_ids))
 
     @property
-    def key(self) -> tuple[Hashable, ...]:
-        """What requests for the same representations have in common."""
-        return self.handle, self.prefix, tuple(map(tuple, self.token_ids)), tuple(self.first)
+    def key(self) -> str:
+        """A hash of what requests for the same representations have in common."""
+        described = json.dumps([self.handle, self.prefix, self.token_ids, self.first])
+        return hashlib.sha256(described.encode()).hexdigest()
 
     def split(self, parts: int) -> list[ExtractBatch]:
         """The sequences in order, in at most so many batches of similar numbers of sequences."""

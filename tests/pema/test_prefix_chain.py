@@ -125,6 +125,18 @@ def test_what_a_prefix_cannot_start_from_is_refused(experiment):
         PEMA.run(stage, without)
     with pytest.raises(UserError, match=r"starts from examples that all prompts show: set task.shots=3"):
         PEMA.run("train_prefix", without)
+    for wrong, said in (
+        ("task.show=similar", r"with task.show=similar every prompt shows others: set task.show=first"),
+        ("prefix.positions=500", r"prefix.positions=500: the text that the prefix starts from has \d+ tokens"),
+        ("prefix.frozen=400", r"prefix.frozen=400: the prefix has \d+ positions, so none is left to train"),
+    ):
+        config = load_config(experiment(task={"shots": 1}), [wrong])
+        for stage in ("prepare", "export_head"):
+            PEMA.run(stage, config)
+        with pytest.raises(UserError, match=said):
+            PEMA.run("train_prefix", config)
+    with pytest.raises(UserError, match=r"of 2 positions 2 are frozen: none is left to train"):
+        load_config(experiment(), ["prefix.positions=2", "prefix.frozen=2"])
     with pytest.raises(UserError, match=r"starts at random needs 'positions'"):
         load_config(experiment(), ["prefix.start=random"])
     with pytest.raises(UserError, match=r"leave 'workers' at its default"):

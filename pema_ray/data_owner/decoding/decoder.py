@@ -322,7 +322,7 @@ class Decoder:
         """No answer waits for a slot while it holds others, nor while the other answers wait for it."""
         waits = not generation.holds_slots and (generation.unopened is not None or not self._lockstep)
         prefix = None if generation.predictor is None else generation.predictor.prefix
-        return branch.next_step(generation.prompt_from, waits, "" if prefix is None else prefix.prefix.handle)
+        return branch.next_step(generation.prompt_from, waits, "" if prefix is None else prefix.name)
 
     def _receive(self, generation: Generation, branch: Branch, outcome: Stepped | Exception) -> None:
         generation.in_flight -= 1

@@ -90,13 +90,14 @@ class Form:
         """The limit if given and possible, else all that the prompt leaves."""
         if not prompt:
             raise HTTPException(400, "The prompt is empty.")
-        room = self.service.max_tokens - len(prompt)
+        most = self.service.max_tokens_of(self.adapter)
+        room = most - len(prompt)
         limit = room if limit is None else limit
         if not 1 <= limit <= room:
             raise HTTPException(
                 400,
                 f"The prompt has {len(prompt)} tokens and {max(limit, 0)} more are requested; prompt and answer "
-                f"together may have {self.service.max_tokens}.",
+                f"together may have {most}.",
             )
         return limit
 

@@ -181,7 +181,7 @@ class DataOwner:
             client, head, self.tokenizer, eos, c.max_live, threads=c.threads, max_sessions=described.limits.max_sessions
         )
         self.decoder.allow_plm_drafts(min(c.draft, described.limits.max_draft))
-        self._use(await asyncio.to_thread(self._load, self._user_config))
+        await self._use(await asyncio.to_thread(self._load, self._user_config))
 
     def use_metrics(self, metrics: RayMetrics) -> None:
         """Report figures from now on."""
@@ -198,13 +198,12 @@ class DataOwner:
         requested = validate(DataOwnerUserConfig, dict(user_config), "user_config")
         async with self._loading:
             if self.ready:
-                self._use(await asyncio.to_thread(self._load, requested))
+                await self._use(await asyncio.to_thread(self._load, requested))
             self._user_config = requested
 
-    def _use(self, loaded: _Loaded) -> None:
-        if self._prefixed is not None:  # answers that have begun keep theirs
-            prefixes = [p.prefix for p in loaded.predictors.values() if p.prefix is not None]
-            self._prefixed.named |= {trained.prefix.handle: trained for trained in prefixes}
+    async def _use(self, loaded: _Loaded) -> None:
+        if self._prefixed is not None:
+            await self._prefixed.add([p.prefix for p in loaded.predictors.values() if p.prefix is not None])
         self.decoder.predictors, self.decoder.memories = loaded.predictors, loaded.memories
         self.builders = loaded.builders
 
@@ -222,11 +221,22 @@ class DataOwner:
             if predictor.prefix is not None and not self._takes_prefixes:
                 raise UserError(f"adapters.{name}: was trained behind a prefix, and this PLM owner takes none.")
         for name, folder in user_config.memories.items():
-            loaded.memories[name] = MemoryLookup.of(ExternalMemory.open(folder, self.card))
+            prefix = loaded.predictors[name].prefix
+            card = self.card if prefix is None else prefix.card(self.card)
+            loaded.memories[name] = MemoryLookup.of(ExternalMemory.open(folder, card))
         for name, task in user_config.tasks.items():
             prompter = task.prompter(self.tokenizer)
-            loaded.builders[name] = RequestBuilder(prompter, task.generate, name, self.max_tokens)
+            max_tokens = self._max_tokens_of(loaded.predictors[name])
+            loaded.builders[name] = RequestBuilder(prompter, task.generate, name, max_tokens)
         return loaded
+
+    def max_tokens_of(self, adapter: str | None) -> int:
+        """Of a prompt and its answer together, with an adapter or with the PLM alone."""
+        return self._max_tokens_of(None if adapter is None else self.decoder.predictors.get(adapter))
+
+    def _max_tokens_of(self, predictor: Predictor | None) -> int:
+        longer = 0 if predictor is None or predictor.prefix is None else predictor.prefix.longer
+        return self.max_tokens - longer
 
     def _predictor(self, folder: str, task: ServedTask | None) -> Predictor:
         if task is None:

@@ -133,6 +133,8 @@ class PrefixConfig(TrainingConfig):
     def _trains_in_one_process(self) -> PrefixConfig:
         if self.start == "random" and (self.positions is None or self.text):
             raise ValueError("a prefix that starts at random needs 'positions', and takes no 'text'")
+        if self.positions is not None and self.frozen >= self.positions:
+            raise ValueError(f"of {self.positions} positions {self.frozen} are frozen: none is left to train")
         for name, setting in TrainingConfig.model_fields.items():
             own = name in PrefixConfig.__annotations__ or name in ("clip", "resume")
             if not own and getattr(self, name) != setting.get_default(call_default_factory=True):

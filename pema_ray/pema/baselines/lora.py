@@ -192,7 +192,7 @@ def tune_lora(job: LoraJob) -> dict[str, Any]:
     )
     record = json.loads(kept.read_text()) if kept.exists() else {}
     rates: dict[str, dict[str, Any]] = {}
-    if record.get("stamp") == stamp and record["saved"] in (None, *grid):  # the model in the folder is the best of them
+    if record.get("stamp") == stamp and record["saved"] in grid and job.folder.exists():  # which holds the best of them
         rates = {rate: outcome for rate, outcome in record["rates"].items() if rate in grid}
     for rate, value in zip(grid, job.settings.learning_rates, strict=True):
         if rate in rates:
@@ -204,8 +204,9 @@ def tune_lora(job: LoraJob) -> dict[str, Any]:
             rates[rate] = {"dev": math.inf, "error": str(error)}
         best = min(rates, key=lambda rate: rates[rate]["dev"])
         saved = None if rates[best]["error"] else best
+        finished = {rate: outcome for rate, outcome in rates.items() if not outcome["error"]}  # others are tried again
         with atomic_file(kept) as temporary:
-            temporary.write_text(json.dumps({"stamp": stamp, "saved": saved, "rates": rates}, indent=1) + "\n")
+            temporary.write_text(json.dumps({"stamp": stamp, "saved": saved, "rates": finished}, indent=1) + "\n")
         gc.collect()  # or the next rate's peak memory is that of two models
     return min(rates.values(), key=lambda outcome: outcome["dev"])
 

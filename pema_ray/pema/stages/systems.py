@@ -45,6 +45,7 @@ from pema_ray.runtime.progress import console, track
 from pema_ray.runtime.settings import Split
 from pema_ray.tasks import EncodedPair
 from pema_ray.tasks.postprocess import tidy
+from pema_ray.training.history import TrainerHistory
 
 _SERVICE = "LM head, representations"
 
@@ -95,7 +96,9 @@ class ComparedSystem:
             return f"{variant.label} ({describe_adapter(training)}{asks})"
         if self.name in PREFIXES:
             inner = "PLM" if self.name == "prefix" else ComparedSystem(self.run, PREFIXES[self.name], self.seed).label
-            return f"{inner} behind a prefix trained from {count(c.few_shot, 'example')}"
+            start = "random text" if self.config.prefix.start == "random" else count(c.few_shot, "example")
+            instruction = "an instruction and " if self.config.prefix.text else ""
+            return f"{inner} behind a prefix trained from {instruction}{start}"
         layers = count(c.small_lm.layers, "layer")
         shots = f" on prompts with {count(c.few_shot, 'example')}" if LORA.get(self.name) else ""
         return {
@@ -218,7 +221,11 @@ class ComparedSystem:
         shown = self._run_with_examples("first", ())
         folder = ComparedSystem(self.run, "prefix", self.seed).folder / "prefix"  # of all systems behind it
         stamp = f"{shown.stamp('train_prefix')} {self.seed}"
-        history = train_prefix(shown, folder, self.seed, lambda: claim(folder, stamp))
+        if (folder / "trained.json").exists() and json.loads((folder / "trained.json").read_text()) == stamp:
+            history = TrainerHistory.from_dict(json.loads((folder / "history.json").read_text()))
+        else:
+            history = train_prefix(shown, folder, self.seed, lambda: claim(folder, stamp))
+            (folder / "trained.json").write_text(json.dumps(stamp))
         inner = PREFIXES[self.name]
         splits = self.config.build_memory.splits if inner == "pema" else (self._split,)
         trained = str((folder / "prefix").resolve())
@@ -238,7 +245,8 @@ class ComparedSystem:
         prompter = run.prompter()
         rows = sum(len(prompter.encode_pair(pair).target) + 1 for pair in run.pairs("train"))
         numbers = Prefix.from_pretrained(folder).embeddings.numel()
-        return rows * self.config.prefix.epochs * self._row_bytes + steps * numbers * run.bundle.head.dtype.itemsize
+        gradients = steps * self.config.prefix.requests * numbers * run.bundle.head.dtype.itemsize
+        return rows * self.config.prefix.epochs * self._row_bytes + gradients
 
     def _run_with_examples(
         self, show: Literal["first", "similar"], splits: tuple[Split, ...], prefix: str | None = None

@@ -65,7 +65,12 @@ def train(run: Run, folder: Path, seed: int, claim: Callable[[], None]) -> Train
     config, c = run.config, run.config.prefix
     prompter = run.prompter()
     shared, end = prompter.shared_tokens, prompter.end_token
-    if config.task.show == "similar" or (config.task.shots == 0 and c.start == "examples" and not c.text):
+    if config.task.show == "similar":
+        raise UserError(
+            "train-prefix takes the place of examples that all prompts show, and with task.show=similar every prompt "
+            "shows others: set task.show=first."
+        )
+    if config.task.shots == 0 and c.start == "examples" and not c.text:
         raise UserError(
             "train-prefix starts from examples that all prompts show: set task.shots=3 and task.show=first; or from "
             "prefix.text, or prefix.start=random."
@@ -92,7 +97,9 @@ def train(run: Run, folder: Path, seed: int, claim: Callable[[], None]) -> Train
         with track("training prefix", trainer.steps) as bar:
             trainer.on_point = showing_loss(bar)
             history = trainer.run()
-        trained = TrainedPrefix(trainer.model.prefix, replaced, run.bundle.card.fingerprint)
+        best = trainer.model.prefix
+        crossed = best.replaced(best.embeddings.to(run.bundle.head.dtype))  # as it crossed the line, and was validated
+        trained = TrainedPrefix(crossed, replaced, run.bundle.card.fingerprint)
     trained.save_pretrained(folder / "prefix", run.bundle.card.name)
     (folder / "history.json").write_text(json.dumps(history.to_dict()))
     return history
@@ -113,10 +120,17 @@ def _start(c: PrefixConfig, run: Run, shared: tuple[int, ...], seed: int) -> lis
         assert c.positions is not None
         return np.random.default_rng(seed).integers(run.bundle.card.vocab_size, size=c.positions).tolist()
     text = run.tokenizer.encode(c.text) if c.text else []
-    ids = [*text, *(shared[1:] if text[:1] == list(shared[:1]) else shared)]  # a BOS stands at the beginning alone
-    if c.positions is None or c.positions >= len(ids):
-        return ids
-    return [ids[0], *ids[1 - c.positions :]]
+    bos = run.tokenizer.encode("")[:1]  # stands at the beginning alone
+    ids = [*text, *(shared[1:] if text and bos and shared[:1] == tuple(bos) else shared)]
+    if c.positions is not None and c.positions > len(ids):
+        raise UserError(
+            f"prefix.positions={c.positions}: the text that the prefix starts from has {len(ids)} tokens. Show more "
+            "examples (task.shots), or leave it out."
+        )
+    kept = len(ids) if c.positions is None else c.positions
+    if c.frozen >= kept:
+        raise UserError(f"prefix.frozen={c.frozen}: the prefix has {kept} positions, so none is left to train.")
+    return ids if kept == len(ids) else [ids[0], *ids[1 - kept :]]
 
 
 def _tell(wait: str) -> None:

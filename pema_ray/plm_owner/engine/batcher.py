@@ -115,7 +115,8 @@ class Batcher:
         """Drop sessions, graphs and prefixes that were not used for `forget_seconds`: an owner that died could not."""
         self._sessions.forget(self.config.forget_seconds)
         self.graphs.forget()
-        self.prefixes.forget(self.config.forget_seconds)
+        for owner in self.prefixes.forget(self.config.forget_seconds):
+            self._extraction.forget(owner)
 
     # ── levels ──────────────────────────────────────────────────────────────
 

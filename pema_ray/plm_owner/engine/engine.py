@@ -98,8 +98,9 @@ class Engine:
         return await self._extraction(lambda: [self.batcher.submit_gradient(owner, batch, d_state_NH, deadline)])
 
     async def put_prefix(self, owner: str, prefix: Prefix, timeout: float = 60.0) -> None:
-        """Keep a prefix; requests that come later find it. Raises as `read_prefix` and `Prefixes.put` do."""
+        """Keep a prefix; requests that come later find it. Raises as `read_prefix` and `Prefixes.check` do."""
         prefixes = self.batcher.prefixes
+        prefixes.check(prefix)
         if prefix.text and prefixes.start_of(owner, prefix.text) is None:
             prefixes.keep_start(owner, prefix.text, await self._read(owner, prefix.text, timeout))
         prefixes.put(owner, prefix)

@@ -9,7 +9,7 @@ B sequences, T positions, N rows, H hidden, h key-value heads, D head size.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +69,8 @@ class ExtractJob:
     _pieces: list[list[int]] = field(default_factory=list)
     _passes: int = 0
     """So many are done."""
+    _key: Hashable = None
+    """Of the batch, if its passes are differentiated."""
     _rows: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -97,8 +99,6 @@ class GradientJob(ExtractJob):
     d_state_NH: torch.Tensor
     gradient: torch.Tensor | None = None
     """The sum over the pieces so far, float32."""
-    graphs: dict[int, Graph] = field(default_factory=dict)
-    """Of the passes that need not be computed again, by their number."""
 
     @property
     def needs_graph(self) -> bool:
@@ -213,10 +213,9 @@ class Extraction:
         if isinstance(job, ReadJob):
             job._prefix = self._new_prefix(tuple(job.batch.token_ids[0]), job)
             return
-        if isinstance(job, GradientJob):
-            job.graphs = self._graphs.take(job.owner, job.batch)
         if job.needs_graph:
-            pass  # the gradient flows through the tokens before the sequences too
+            job._key = job.batch.key
+            # the gradient flows through the tokens before the sequences too
         elif self.reuses_prefixes and len(ids) >= _SHORTEST_PREFIX:
             job._prefix = self._prefix_of(job)
         elif job.owned is not None:
@@ -231,6 +230,10 @@ class Extraction:
         if job.needs_graph:  # a graph keeps the copies of all layers
             positions = positions * self._plm.model.config.num_hidden_layers // _LAYERS_OF_PREFIX
         return max(1, _ROWS_OF_PREFIX * self.budget // positions) if positions else self.budget
+
+    def forget(self, owner: str) -> None:
+        """Drop the cached prefix of an owner."""
+        self._prefixes.pop(owner, None)
 
     def _prefix_of(self, job: ExtractJob) -> _Prefix:
         """The owner's last prefix, if it is this job's; owners never share one."""
@@ -299,25 +302,33 @@ class Extraction:
         number, job._passes = job._passes, job._passes + 1
         positions = len(piece) * max(job.length(i) for i in piece)
         if isinstance(job, GradientJob):
-            graph = job.graphs.pop(number, None)
+            graph = self._graphs.take(job.owner, job._key, number)
             forward = 0 if graph else positions
             self._differentiate(job, piece, graph or self._graph(job, piece))
             return len(piece), forward + (BACKWARD_TOKENS - 1) * positions
         graph = self._graph(job, piece)
         counts = [len(job.batch.token_ids[i]) - job.batch.first[i] for i in piece]
         _store([(job, i) for i in piece], graph.state_NH.detach().split(counts))
-        self._graphs.keep(job.owner, job.batch, number, graph)
+        self._graphs.keep(job.owner, job._key, number, graph)
         self._finish(job, piece)
         return len(piece), positions
 
     def _graph(self, job: ExtractJob, piece: list[int]) -> Graph:
-        """One pass forward."""
+        """One pass forward; where memory is short, without the graphs that are kept."""
+        try:
+            return self._pass(job, piece)
+        except torch.OutOfMemoryError:
+            if not self._graphs.clear():
+                raise
+        return self._pass(job, piece)
+
+    def _pass(self, job: ExtractJob, piece: list[int]) -> Graph:
         assert job.owned is not None
         with torch.inference_mode(False), torch.enable_grad(), measured(self._plm) as nbytes:
             embeddings = job.owned.embeddings.detach().to(self._plm.device, copy=True).requires_grad_()
             prefix = prefix_cache(self._plm, job.owned.replaced(embeddings))
             states, _ = self._states([(job, i) for i in piece], prefix)
-            return Graph(embeddings, torch.cat(states), nbytes())
+            return Graph(embeddings, torch.cat(states), nbytes() + embeddings.nbytes)
 
     def _differentiate(self, job: GradientJob, piece: list[int], graph: Graph) -> None:
         """Add the gradient of a piece. Linear in D, so pieces sum."""

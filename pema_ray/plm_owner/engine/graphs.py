@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 
-from pema_ray.line import ExtractBatch
 from pema_ray.plm_owner.model.load import LoadedPLM
 
 Key = tuple[str, Hashable]
@@ -27,7 +26,7 @@ class Graph:
     Attributes:
         embeddings_nW: the prefix, a leaf.
         state_NH: the requested representations.
-        nbytes: of the tensors that the backward pass needs, without the PLM's weights.
+        nbytes: of the prefix and the tensors that the backward pass needs, without the PLM's weights.
     """
 
     embeddings_nW: torch.Tensor
@@ -59,9 +58,9 @@ class Graphs:
         """Of all that is kept."""
         return sum(graph.nbytes for graphs in self._kept.values() for graph in graphs.values())
 
-    def keep(self, owner: str, batch: ExtractBatch, pass_number: int, graph: Graph) -> None:
+    def keep(self, owner: str, batch_key: Hashable, pass_number: int, graph: Graph) -> None:
         """Keep the graph of one of a batch's passes, if it fits beside those of the same batch."""
-        key = owner, batch.key
+        key = owner, batch_key
         own = sum(kept.nbytes for kept in self._kept.get(key, {}).values())
         if own + graph.nbytes > self._budget:
             return
@@ -71,12 +70,20 @@ class Graphs:
         while self.nbytes > self._budget:
             self._drop(next(iter(self._kept)))
 
-    def take(self, owner: str, batch: ExtractBatch) -> dict[int, Graph]:
-        """What is kept of a batch's passes, by their number; it is kept no longer."""
-        key = owner, batch.key
-        graphs = self._kept.get(key, {})
-        self._drop(key)
-        return graphs
+    def take(self, owner: str, key: Hashable, pass_number: int) -> Graph | None:
+        """What is kept of one of a batch's passes; it is kept no longer."""
+        graphs = self._kept.get((owner, key), {})
+        graph = graphs.pop(pass_number, None)
+        if not graphs:
+            self._drop((owner, key))
+        return graph
+
+    def clear(self) -> int:
+        """Drop all, where memory is needed; returns the bytes."""
+        nbytes = self.nbytes
+        self._kept.clear()
+        self._begun.clear()
+        return nbytes
 
     def forget(self) -> None:
         """Drop batches whose gradient did not come."""

@@ -84,29 +84,30 @@ class Prefixes:
         self.shape = prefix_shape(plm) if usable and budget else None
 
     def put(self, owner: str, prefix: Prefix) -> None:
-        """Keep a copy of a prefix; of one with a text, the sum, whose start `keep_start` was given.
-
-        Raises:
-            UserError: this PLM takes none of this shape, none so long, or none with such numbers.
-        """
-        if prefix.shape != self.required_shape:
-            raise UserError(f"This prefix is for another PLM: it has {prefix.shape}, {self._plm.name} {self.shape}.")
-        self.check_length(len(prefix))
-        if not prefix.embeddings.is_floating_point():
-            raise UserError(f"A prefix holds floating-point numbers, not {prefix.embeddings.dtype}.")
+        """Keep a copy of a prefix that `check` has let pass; of one with a text, the sum with what `keep_start` got."""
         whole = prefix.replaced(prefix.embeddings.detach().cpu().clone())
         if prefix.text:
             start = self.start_of(owner, prefix.text)
             assert start is not None
             whole = whole.added_to(start)
-        if not torch.isfinite(whole.embeddings.to(self._plm.model.dtype)).all():
-            raise UserError(f"A prefix must be finite in {self._plm.model.dtype}: this one holds infinities or NaN.")
+            largest = torch.finfo(self._plm.model.dtype).max  # a refusal would tell how large the start is
+            whole = whole.replaced(whole.embeddings.clamp(-largest, largest))
         self._used[owner] = self._clock()
         kept = self._kept.setdefault(owner, OrderedDict())
         kept[prefix.handle] = whole
         kept.move_to_end(prefix.handle)
         while sum(map(len, kept.values())) > self._budget:
             kept.popitem(last=False)
+
+    def check(self, prefix: Prefix) -> None:
+        """Raises UserError if this PLM takes none of this shape, none so long, or none with such numbers."""
+        if prefix.shape != self.required_shape:
+            raise UserError(f"This prefix is for another PLM: it has {prefix.shape}, {self._plm.name} {self.shape}.")
+        self.check_length(len(prefix))
+        if not prefix.embeddings.is_floating_point():
+            raise UserError(f"A prefix holds floating-point numbers, not {prefix.embeddings.dtype}.")
+        if not torch.isfinite(prefix.embeddings.to(self._plm.model.dtype)).all():
+            raise UserError(f"A prefix must be finite in {self._plm.model.dtype}: this one holds infinities or NaN.")
 
     def start_of(self, owner: str, text: tuple[int, ...]) -> Prefix | None:
         """The keys and values of the text to which this owner adds, if it is the last one."""
@@ -117,12 +118,14 @@ class Prefixes:
         """Keep the keys and values of the text to which this owner's next prefixes are added."""
         self._starts[owner], self._used[owner] = (text, start), self._clock()
 
-    def forget(self, seconds: float) -> None:
-        """Drop all prefixes of owners who have used none for so long; who comes back puts it again."""
+    def forget(self, seconds: float) -> list[str]:
+        """Drop all prefixes of owners who have used none for so long, and name them; who comes back puts it again."""
         oldest = self._clock() - seconds
-        for owner in [owner for owner, used in self._used.items() if used < oldest]:
+        forgotten = [owner for owner, used in self._used.items() if used < oldest]
+        for owner in forgotten:
             for kept in (self._used, self._kept, self._starts):
                 kept.pop(owner, None)
+        return forgotten
 
     def check_length(self, positions: int) -> None:
         """Raises UserError if this PLM takes no prefix of so many positions."""

@@ -46,7 +46,7 @@ class Replicas:
     ) -> None:
         self._handle, self._owner, self._fingerprint, self._label = handle, owner, fingerprint, label
         self._owner_replica: dict[str, str] = {}
-        self._graph_replica: dict[Any, str] = {}
+        self._graph_replica: dict[str, str] = {}
         """Of every batch whose gradient is expected, by its key."""
         self._description: Description | None = None
         self._in_flight: Counter[str] = Counter()
@@ -103,7 +103,7 @@ class Replicas:
         """The same for a batch's frame, frame out."""
         replica, answer = await self._call(self._handle.extract, self._owner, body)
         if batch.for_gradient:
-            self._graph_replica[batch.key] = replica
+            self._graph_replica[await _key_of(batch)] = replica
             if len(self._graph_replica) > _MAX_GRAPHS:
                 del self._graph_replica[next(iter(self._graph_replica))]
         return answer
@@ -143,7 +143,7 @@ class Replicas:
 
     async def gradient_bytes(self, body: bytes, batch: ExtractBatch) -> bytes:
         """The same for a batch's frame, frame out, by the replica that may have kept its graph."""
-        replica = self._graph_replica.pop(batch.key, None)
+        replica = self._graph_replica.pop(await _key_of(batch), None)
         handle = self._handle if replica is None else self._handle.options(session_id=f"{replica}/")
         return await self._call(handle.gradient, self._owner, body)
 
@@ -266,3 +266,7 @@ class Replicas:
         if isinstance(cause, FingerprintMismatch):
             return FingerprintMismatch(self._label, cause.found, cause.expected)
         return cause
+
+
+async def _key_of(batch: ExtractBatch) -> str:
+    return await run_in_executor(_TOKEN_BYTES * batch.tokens, lambda: batch.key)

@@ -4,6 +4,7 @@ adapters that bring prefixes of their own."""
 from __future__ import annotations
 
 import asyncio
+import gc
 from pathlib import Path
 
 import openai
@@ -64,6 +65,15 @@ async def test_adapters_bring_prefixes_of_their_own(tiny_plm, tiny_plm_folder, t
         assert await answer("alone", shown["first"]) == await answer(card.name, shown["first"])
         with pytest.raises(openai.APIError, match=r"takes the place of the first .* tokens of every prompt"):
             await answer("first", shown["second"])
+        prefixes = {predictor.prefix for predictor in service.owner.decoder.predictors.values()} - {None}
+        assert set(service.owner._prefixed.named) == {prefix.name for prefix in prefixes}
+        del prefixes
+        await service.owner.change({"adapters": {"plain": live["plain"]}})
+        gc.collect()
+        assert not service.owner._prefixed.named  # nobody holds them any more
+    async with Service(tiny_plm_folder("llama"), {}, prefix_positions=3) as service:
+        with pytest.raises(UserError, match=r"A prefix of \d+ positions is longer than is kept here"):
+            await service.owner.change({"adapters": {"first": live["first"]}})
     async with Service(tiny_plm_folder("llama"), {}, prefix_positions=0) as service:
         with pytest.raises(UserError, match=r"adapters.first: was trained behind a prefix, and this PLM owner takes"):
             await service.owner.change({"adapters": {"first": str(tmp_path / "first")}})

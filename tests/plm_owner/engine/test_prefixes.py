@@ -46,6 +46,12 @@ def batcher_for(tiny_plm):
     return make
 
 
+def put(batcher: Batcher, owner: str, prefix: Prefix) -> None:
+    """As the engine does it."""
+    batcher.prefixes.check(prefix)
+    batcher.prefixes.put(owner, prefix)
+
+
 def close(kind: str) -> dict[str, float]:
     return dict.fromkeys(("atol", "rtol"), 1e-9 if kind in EXACT else 1e-5)
 
@@ -86,7 +92,7 @@ def test_states_and_gradients_are_autograds(kind: str, prompt: tuple[int, ...], 
     plm = plm_of(kind)
     batcher = batcher_for(plm, pass_tokens=20)  # several pieces
     prefix = random_prefix(batcher)
-    batcher.prefixes.put("me", prefix)
+    put(batcher, "me", prefix)
     batch = ExtractBatch(SEQUENCES, FIRST, prompt, prefix.handle)
     d_state_NH = torch.randn(batch.rows, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     leaf = prefix.embeddings.clone().requires_grad_()
@@ -112,11 +118,11 @@ def test_gradients_are_finite_differences(kind: str, plm_of, batcher_for):
 
     def loss(embeddings: torch.Tensor) -> float:
         moved = prefix.replaced(embeddings)
-        batcher.prefixes.put("me", moved)
+        put(batcher, "me", moved)
         asked = ExtractBatch(SEQUENCES, FIRST, (), moved.handle)
         return float((finish(batcher, batcher.submit_extraction("me", asked)) * d_state_NH).sum())
 
-    batcher.prefixes.put("me", prefix)
+    put(batcher, "me", prefix)
     asked = ExtractBatch(SEQUENCES, FIRST, (), prefix.handle)
     gradient = finish(batcher, batcher.submit_gradient("me", asked, d_state_NH))
     generator, (epsilon, tolerance) = torch.Generator().manual_seed(2), (1e-5, 1e-6) if kind in EXACT else (1e-2, 5e-3)
@@ -133,7 +139,7 @@ def test_the_keys_and_values_of_a_text_are_that_text(kind: str, plm_of, batcher_
     plm = plm_of(kind)
     batcher = batcher_for(plm)
     prefix = finish(batcher, batcher.submit_read("a", TEXT))
-    batcher.prefixes.put("me", prefix)
+    put(batcher, "me", prefix)
     behind = ExtractBatch(SEQUENCES, FIRST, PROMPT, prefix.handle)
     shown = ExtractBatch(SEQUENCES, FIRST, (*TEXT, *PROMPT))
     states, expected = (finish(batcher, batcher.submit_extraction("me", batch)) for batch in (behind, shown))
@@ -143,7 +149,7 @@ def test_the_keys_and_values_of_a_text_are_that_text(kind: str, plm_of, batcher_
 def test_gradients_of_split_batches_sum(plm_of, batcher_for):
     batcher = batcher_for(plm_of("llama"))
     prefix = random_prefix(batcher)
-    batcher.prefixes.put("me", prefix)
+    put(batcher, "me", prefix)
     whole = ExtractBatch(SEQUENCES, FIRST, (), prefix.handle)
     d_state_NH = torch.randn(whole.rows, 32, dtype=torch.float64)
     first = ExtractBatch(SEQUENCES[:1], FIRST[:1], (), prefix.handle)
@@ -158,16 +164,16 @@ def test_gradients_of_split_batches_sum(plm_of, batcher_for):
 def test_a_prefix_is_its_owners_alone_and_the_oldest_goes(plm_of, batcher_for):
     batcher = batcher_for(plm_of("llama"), prefix_positions=10)
     first, second = random_prefix(batcher, 6, 0), random_prefix(batcher, 6, 1)
-    batcher.prefixes.put("me", first)
+    put(batcher, "me", first)
     batch = ExtractBatch(SEQUENCES, FIRST, (), first.handle)
     with pytest.raises(PrefixLost):
         finish(batcher, batcher.submit_extraction("somebody else", batch))
-    batcher.prefixes.put("somebody else", second)
+    put(batcher, "somebody else", second)
     assert finish(batcher, batcher.submit_extraction("me", batch)) is not None  # others' prefixes take no room of mine
-    batcher.prefixes.put("me", second)
+    put(batcher, "me", second)
     with pytest.raises(PrefixLost):
         finish(batcher, batcher.submit_gradient("me", batch, torch.zeros(batch.rows, 32)))
-    batcher.prefixes.put("me", first)
+    put(batcher, "me", first)
     assert finish(batcher, batcher.submit_extraction("me", batch)) is not None
 
 
@@ -176,7 +182,7 @@ def test_prompts_behind_different_prefixes_do_not_share_caches(plm_of, batcher_f
     batcher = batcher_for(plm)
     prefixes = [random_prefix(batcher, 6, seed) for seed in (0, 1)]
     for prefix in (*prefixes, prefixes[0]):
-        batcher.prefixes.put("me", prefix)
+        put(batcher, "me", prefix)
         batch = ExtractBatch(SEQUENCES, FIRST, PROMPT, prefix.handle)
         states = finish(batcher, batcher.submit_extraction("me", batch))
         torch.testing.assert_close(states, states_one_by_one(plm, prefix, batch), **close("llama"))
@@ -190,16 +196,16 @@ def test_what_fits_no_pass_is_refused_by_name(plm_of, batcher_for):
     batcher = batcher_for(plm_of("llama"), prefix_positions=10, max_tokens=12)
     prefix = random_prefix(batcher)
     with pytest.raises(UserError, match="A prefix of 11 positions is longer than is kept here"):
-        batcher.prefixes.put("me", random_prefix(batcher, 11))
+        put(batcher, "me", random_prefix(batcher, 11))
     with pytest.raises(UserError, match="This prefix is for another PLM"):
-        batcher.prefixes.put("me", random_prefix(batcher_for(plm_of("gpt2"))))
+        put(batcher, "me", random_prefix(batcher_for(plm_of("gpt2"))))
     with pytest.raises(UserError, match="must be finite"):
-        batcher.prefixes.put("me", prefix.replaced(prefix.embeddings / 0))
+        put(batcher, "me", prefix.replaced(prefix.embeddings / 0))
     with pytest.raises(UserError, match=r"floating-point numbers, not torch.int32"):
-        batcher.prefixes.put("me", prefix.replaced(prefix.embeddings.int()))
+        put(batcher, "me", prefix.replaced(prefix.embeddings.int()))
     with pytest.raises(UserError, match="A prefix of 11 positions is longer than is kept here"):
         finish(batcher, batcher.submit_read("me", [5] * 11))
-    batcher.prefixes.put("me", prefix)
+    put(batcher, "me", prefix)
     long = ExtractBatch(SEQUENCES, FIRST, (), prefix.handle)
     with pytest.raises(UserError, match="A text of 13 tokens is longer"):
         finish(batcher, batcher.submit_extraction("me", long))
@@ -236,7 +242,7 @@ def test_a_kept_graph_spares_the_forward_pass_and_is_used_once(plm_of, batcher_f
     batcher = batcher_for(plm_of("llama", torch.float32), pass_tokens=20)
     prefix = random_prefix(batcher)
     for owner in ("me", "somebody else"):
-        batcher.prefixes.put(owner, prefix)
+        put(batcher, owner, prefix)
     plain = ExtractBatch(SEQUENCES, FIRST, (), prefix.handle)
     kept, d_state_NH = replace(plain, for_gradient=True), torch.randn(plain.rows, 32)
     assert graphs_after(batcher, plain) == [0]
@@ -249,13 +255,32 @@ def test_a_kept_graph_spares_the_forward_pass_and_is_used_once(plm_of, batcher_f
     assert positions_of(batcher, batcher.submit_gradient("me", plain, d_state_NH)) == others
 
 
+def test_a_pass_that_lacks_memory_is_computed_without_what_is_kept(plm_of, batcher_for, monkeypatch):
+    batcher = batcher_for(plm_of("llama", torch.float32))
+    prefix = random_prefix(batcher)
+    put(batcher, "me", prefix)
+    first, second = (ExtractBatch([[n] * 9] * 2, [0] * 2, (), prefix.handle, True) for n in range(2))
+    expected = finish(batcher, batcher.submit_extraction("me", replace(second, for_gradient=False)))
+    (kept,) = graphs_after(batcher, first)
+    states = batcher._extraction._states
+
+    def short_of_memory(*arguments):
+        if batcher.graphs.nbytes:
+            raise torch.OutOfMemoryError("out of memory")
+        return states(*arguments)
+
+    monkeypatch.setattr(batcher._extraction, "_states", short_of_memory)
+    torch.testing.assert_close(finish(batcher, batcher.submit_extraction("me", second)), expected)
+    assert 0 < batcher.graphs.nbytes <= 1.1 * kept  # the second's alone
+
+
 def test_graphs_are_kept_within_bytes_and_time(plm_of, batcher_for):
     plm = plm_of("llama", torch.float32)
     now = [0.0]
     config = EngineConfig(graph_mib=1, forget_seconds=5)
     batcher = Batcher(plm, export_lm_head(plm).head, config, lambda: now[0])
     prefix = random_prefix(batcher)
-    batcher.prefixes.put("me", prefix)
+    put(batcher, "me", prefix)
     asked = [ExtractBatch([[n] * 9] * 20, [0] * 20, (), prefix.handle, True) for n in range(4)]
     kept = graphs_after(batcher, *asked)
     assert all(0 < count <= 2**20 for count in kept)
@@ -272,6 +297,7 @@ def test_graphs_are_kept_within_bytes_and_time(plm_of, batcher_for):
     assert finish(batcher, batcher.submit_extraction("me", replace(asked[0], for_gradient=False))) is not None
     now[0] = 12.0
     batcher.forget_abandoned()
+    assert not batcher._extraction._prefixes
     with pytest.raises(PrefixLost):
         finish(batcher, batcher.submit_extraction("me", asked[0]))
     with pytest.raises(UserError, match="handle of a prefix"):
@@ -282,7 +308,7 @@ def test_a_gradient_too_small_for_16_bits_is_not_lost(plm_of, batcher_for):
     batcher = batcher_for(plm_of("llama", torch.float16))
     shape = batcher.prefixes.shape
     prefix = Prefix(torch.randn(6, shape.width, generator=torch.Generator().manual_seed(0)), shape)
-    batcher.prefixes.put("me", prefix)
+    put(batcher, "me", prefix)
     batch = ExtractBatch(SEQUENCES, FIRST, (), prefix.handle)
     d_state_NH = torch.randn(batch.rows, 32, generator=torch.Generator().manual_seed(1))
     large, small = (finish(batcher, batcher.submit_gradient("me", batch, d_state_NH * size)) for size in (1, 1e-8))
@@ -292,7 +318,7 @@ def test_a_gradient_too_small_for_16_bits_is_not_lost(plm_of, batcher_for):
 def test_a_failing_gradient_ends_its_request_alone(plm_of, batcher_for, monkeypatch):
     batcher = batcher_for(plm_of("llama"))
     prefix = random_prefix(batcher)
-    batcher.prefixes.put("me", prefix)
+    put(batcher, "me", prefix)
     batch = ExtractBatch(SEQUENCES, FIRST, (), prefix.handle)
 
     def out_of_memory(*arguments, **keywords):
@@ -309,11 +335,11 @@ def test_a_failing_gradient_ends_its_request_alone(plm_of, batcher_for, monkeypa
 def test_a_request_keeps_the_prefix_that_it_was_given(plm_of, batcher_for):
     batcher = batcher_for(plm_of("llama"), prefix_positions=6)
     first, second = random_prefix(batcher, 6, 0), random_prefix(batcher, 6, 1)
-    batcher.prefixes.put("me", first)
+    put(batcher, "me", first)
     batch = ExtractBatch(SEQUENCES, FIRST, (), first.handle)
     expected = finish(batcher, batcher.submit_extraction("me", batch))
     waiting = batcher.submit_extraction("me", batch)
-    batcher.prefixes.put("me", second)  # in its place
+    put(batcher, "me", second)  # in its place
     torch.testing.assert_close(finish(batcher, waiting), expected)
 
 
@@ -322,7 +348,7 @@ def test_models_whose_caches_hold_more_take_none(kind: str, plm_of, batcher_for)
     batcher = batcher_for(plm_of(kind, torch.float32))
     assert batcher.prefixes.shape is None
     for request in (
-        lambda: batcher.prefixes.put("me", random_prefix(batcher_for(plm_of("llama")))),
+        lambda: put(batcher, "me", random_prefix(batcher_for(plm_of("llama")))),
         lambda: finish(batcher, batcher.submit_read("a", TEXT)),
     ):
         with pytest.raises(UserError, match=f"{kind}.* takes no prefix"):
@@ -364,7 +390,7 @@ def test_a_session_behind_a_prefix_has_the_states_of_its_extraction(kind: str, p
     batcher = batcher_for(plm, slots=4)
     prefixes = [random_prefix(batcher, 6, seed) for seed in (0, 1)]
     for prefix in prefixes:
-        batcher.prefixes.put("me", prefix)
+        put(batcher, "me", prefix)
     text = SEQUENCES[2]
     opened = [take(batcher, f"session {n}", 0, text[:3], prefix.handle, states=3) for n, prefix in enumerate(prefixes)]
     opened.append(take(batcher, "plain", 0, text[:3], states=3))
@@ -380,7 +406,7 @@ def test_a_session_behind_a_prefix_has_the_states_of_its_extraction(kind: str, p
 def test_a_prefix_is_loaded_once_and_copied_with_the_prompt_behind_it(plm_of, batcher_for, monkeypatch):
     batcher = batcher_for(plm_of("llama"), slots=4)
     prefix = random_prefix(batcher, 12)
-    batcher.prefixes.put("me", prefix)
+    put(batcher, "me", prefix)
     loads: list[int] = []
     load = batcher._caches.load
     monkeypatch.setattr(batcher._caches, "load", lambda slot, prefix: loads.append(slot) or load(slot, prefix))
@@ -397,7 +423,7 @@ def test_openings_behind_an_unknown_prefix_are_lost(plm_of, batcher_for):
     with pytest.raises(PrefixLost):
         take(batcher, "a", 0, [5], "nobody put it")
     prefix = random_prefix(batcher)
-    batcher.prefixes.put("me", prefix)
+    put(batcher, "me", prefix)
     with pytest.raises(UserError, match="A text of 13 tokens"):
         take(batcher, "a", 0, SEQUENCES[2], prefix.handle)
     assert take(batcher, "a", 0, SEQUENCES[1], prefix.handle).state_NH.shape == (1, 32)
@@ -408,7 +434,7 @@ def test_openings_behind_an_unknown_prefix_are_lost(plm_of, batcher_for):
 def test_an_opening_behind_another_prefix_opens_anew(plm_of, batcher_for):
     batcher = batcher_for(plm_of("llama"))
     prefix = random_prefix(batcher)
-    batcher.prefixes.put("me", prefix)
+    put(batcher, "me", prefix)
     text = SEQUENCES[0]
     for handle in ("", prefix.handle, ""):
         state = take(batcher, "a", 0, text, handle).state_NH
@@ -422,7 +448,7 @@ def test_a_prefix_that_leads_to_infinities_stays_with_its_owner(plm_of, batcher_
     batcher = batcher_for(plm_of("llama", torch.float32), slots=2)
     prefix = random_prefix(batcher, 30)
     prefix = prefix.replaced((prefix.embeddings.clamp(-3, 3) * 1e38).float())
-    batcher.prefixes.put("me", prefix)
+    put(batcher, "me", prefix)
     spoiled = take(batcher, "a", 0, SEQUENCES[2], prefix.handle, states=7)
     assert not torch.isfinite(spoiled.state_NH).all()
     batcher.close("me", "a")
