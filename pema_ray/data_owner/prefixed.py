@@ -95,7 +95,7 @@ class TrainedPrefix:
 
     @property
     def name(self) -> str:
-        """Of the prefix and what it replaces."""
+        """Names it in steps to a `PrefixedPLM`: its handle, and what it replaces."""
         return f"{self.prefix.handle} {hash(self.replaces)}"
 
     @property
@@ -170,7 +170,7 @@ class PrefixedPLM:
         """Put prefixes, so that steps may name them.
 
         Raises:
-            UserError: the PLM owner takes one of them not.
+            UserError: the PLM owner refuses one of them.
         """
         for trained in prefixes:
             await self._client.put_prefix(trained.prefix)

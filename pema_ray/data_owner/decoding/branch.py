@@ -49,19 +49,19 @@ class Branch:
         """Tokens answered so far: t of the schedule."""
         return len(self.ids) - self.prompt_length
 
-    def next_step(self, prompt_from: int | None, waits: bool = True, handle: str = "") -> Step:
+    def next_step(self, prompt_from: int | None, waits: bool = True, prefix: str = "") -> Step:
         """What the PLM owner is to compute next.
 
         Args:
             prompt_from: request the prompt's representations too, from this position on.
             waits: whether to wait for a slot if this opens a session.
-            handle: of the adapter's own prefix.
+            prefix: the name of the adapter's own, which a `PrefixedPLM` puts before the session.
         """
         tokens = [*self.ids[self.sent :], *self.draft_tokens]
         states = 1 + len(self.draft_tokens)
         if prompt_from is not None and self.decoding is None:
             states = len(tokens) - min(prompt_from, len(tokens) - 1)
-        return Step(self.session, self.sent, tokens, states, self.draft.by_plm, waits or self.sent > 0, handle)
+        return Step(self.session, self.sent, tokens, states, self.draft.by_plm, waits or self.sent > 0, prefix)
 
     def receive(self, stepped: Stepped) -> None:
         """The answer to `next_step`."""

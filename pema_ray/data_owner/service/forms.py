@@ -90,14 +90,14 @@ class Form:
         """The limit if given and possible, else all that the prompt leaves."""
         if not prompt:
             raise HTTPException(400, "The prompt is empty.")
-        most = self.service.max_tokens_of(self.adapter)
-        room = most - len(prompt)
+        max_tokens = self.service.max_tokens_of(self.adapter)
+        room = max_tokens - len(prompt)
         limit = room if limit is None else limit
         if not 1 <= limit <= room:
             raise HTTPException(
                 400,
                 f"The prompt has {len(prompt)} tokens and {max(limit, 0)} more are requested; prompt and answer "
-                f"together may have {most}.",
+                f"together may have {max_tokens}.",
             )
         return limit
 

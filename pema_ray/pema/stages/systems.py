@@ -225,7 +225,8 @@ class ComparedSystem:
             history = TrainerHistory.from_dict(json.loads((folder / "history.json").read_text()))
         else:
             history = train_prefix(shown, folder, self.seed, lambda: claim(folder, stamp))
-            (folder / "trained.json").write_text(json.dumps(stamp))
+            with atomic_file(folder / "trained.json") as temporary:
+                temporary.write_text(json.dumps(stamp))
         inner = PREFIXES[self.name]
         splits = self.config.build_memory.splits if inner == "pema" else (self._split,)
         trained = str((folder / "prefix").resolve())

@@ -68,7 +68,7 @@ class ExtractJob:
     _prefix: _Prefix | None = None
     _pieces: list[list[int]] = field(default_factory=list)
     _passes: int = 0
-    """So many are done."""
+    """That are done."""
     _key: Hashable = None
     """Of the batch, if its passes are differentiated."""
     _rows: dict[int, torch.Tensor] = field(default_factory=dict)
